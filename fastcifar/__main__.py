@@ -1,0 +1,5 @@
+"""`python -m fastcifar`, as torchrun wants it."""
+
+from fastcifar.cli import main
+
+main()

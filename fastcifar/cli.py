@@ -1,0 +1,181 @@
+"""The front door: commands of a few lines. No logic, and no torch until a command runs.
+
+Options are generated from the fields of `Recipe`. Whatever a user can get wrong ends as one line with the remedy and
+the exit code of errors.py; the traceback comes only with --debug. With --json the last line of stdout is one document.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastcifar.errors import MemoryShortError, UserError
+from fastcifar.recipe import SECTIONS, Recipe, option, section
+
+app = typer.Typer(
+    help="Train networks on CIFAR fast, under a parameter budget, and tell the truth about it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
+
+
+def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+        added = [_parameter(name) for name in names]
+        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+        return command
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field = Recipe.model_fields[name]
+    spelling, panel = option(name), next(title for title in SECTIONS if name in section(title)).capitalize()
+    default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
+    boolean = bool in (field.annotation, *typing.get_args(field.annotation))
+    if boolean and field.default is None:
+        spelling = f"{spelling}/--no-{name.replace('_', '-')}"
+    shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
+    info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
+    kind = bool if boolean else list[str] if name == "opt" else str
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _metavar(field: Any) -> str:
+    """The values as the help shows them: the choices, or the type."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return "|".join(typing.get_args(kind))
+    named = {int: "INT", float: "FLOAT", str: "TEXT", dict: "KEY=VALUE"}
+    found = [named[kind] for kind in [*kinds, *map(typing.get_origin, kinds)] if kind in named]
+    return found[0] if found else "INT,INT,..."
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fastcifar {version('fastcifar')}")
+        raise typer.Exit
+
+
+@app.callback()
+def front_door(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Train networks on CIFAR fast, under a parameter budget, and tell the truth about it."""
+
+
+@app.command()
+@knobs(Recipe.model_fields)
+def train(recipe: RecipeName = None, as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
+    """Train a network, test it once, keep it in a run folder.
+
+    A recipe's values come first, then the options given here. `fastcifar train --arch se68 --epochs 200` works as written.
+    """
+    from fastcifar.results.report import summary_table
+    from fastcifar.training.train import train as run
+
+    made = Recipe.make(recipe, **knobs)
+    console = Console(stderr=as_json)
+    summary = run(made, recipe, console)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        console.print(summary_table(summary))
+
+
+@app.command("eval")
+@knobs(("weights", "data", "device", "precision", "normalise"))
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Measure a run or a checkpoint on the test set."""
+    from fastcifar.results.judge import judge
+    from fastcifar.results.report import scores_table
+
+    scores = judge(run, **knobs)
+    print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
+
+
+@app.command()
+@knobs(section("network"))
+def models(
+    name: Annotated[str | None, typer.Argument(help="print this architecture's layers")] = None,
+    budget: Annotated[float | None, typer.Option(metavar="PARAMS", help="the largest --width that fits")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """List the architectures, print one's layers, or fit one to a budget."""
+    from fastcifar.results.report import fitted, layers, listing
+
+    given = Recipe.make(**{**knobs, "arch": name or knobs["arch"]})
+    if budget is not None:
+        found: Any = fitted(given, int(budget))
+    else:
+        found = layers(given) if name or knobs["arch"] else listing()
+    print(json.dumps(found.document)) if as_json else Console().print(found.table)
+
+
+@app.command()
+@knobs(section("machine"))
+def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
+    """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
+    from fastcifar.device import examine
+    from fastcifar.results.report import examination
+
+    found = examine(Recipe.make(**knobs))
+    print(json.dumps(found)) if as_json else Console().print(examination(found))
+
+
+def main() -> None:
+    """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped by SIGINT", 130))
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(_explained(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: Exception) -> int:
+    """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
+    if isinstance(error, UserError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
+    if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
+        return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+    raise error
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"fastcifar: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,290 @@
+"""Augmentations: `AUGMENTS`, their one spelling, their draws and their application.
+
+Randomness is data: `draw_epoch` makes it in numpy, for a whole epoch, from (seed, epoch) alone.
+Application is pure: `apply` maps a batch and its slice of the draws to a batch, exactly, in uint8.
+It must not hold state, draw while applying, loop over images in Python or wait for the device.
+A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcifar.errors import UsageError, pick
+
+Number = int | float
+Params = Mapping[str, Tensor]
+Fill = tuple[int, int, int]
+
+SIDE = 32  # pixels of an image's edge; the draws are in these pixels
+LAST = 3 * SIDE - 1  # the last column of a row of `rows`
+
+# The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
+EVERY_EPOCH = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Op:
+    """One parsed item of an augmentation list: a row of `AUGMENTS` with its number and word.
+
+    `number` is None and `word` is "" for rows that take none.
+    """
+
+    name: str
+    number: Number | None
+    word: str
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What one op may draw from; every array it returns has the length of `order`.
+
+    order   int64 [n], the sample at each position of the epoch
+    epoch   the epoch's number, from 0
+    random  the op's own stream of this epoch
+    fixed   the op's own stream that is the same in every epoch
+    """
+
+    order: np.ndarray
+    epoch: int
+    random: np.random.Generator
+    fixed: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Augment:
+    """One row of `AUGMENTS`.
+
+    draw    (op, moment) -> parameters by name, arrays [n] over the epoch's positions
+    apply   (op, rows, parameters [b], fill) -> rows; `rows` is int32 [b,32,96], a row's pixels with their channels
+            side by side: column 3 * x + channel, values 0..255
+    number  the default, None if the row takes no number; an int default admits whole numbers only
+    words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
+            "" alone if the row takes no word
+    help    one line
+    """
+
+    draw: Callable[[Op, Moment], dict[str, np.ndarray]]
+    apply: Callable[[Op, Tensor, Params, Fill], Tensor]
+    number: Number | None
+    words: Mapping[str, tuple[Number, Number]]
+    help: str
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """All the randomness of one epoch; a batch, a rank's share or a DALI chunk is a slice of every array.
+
+    order   int64 [n], the permutation: the sample at each position
+    params  one dict for each op, in the order of the ops: arrays [n] over positions, of int32, uint8 or bool
+    """
+
+    order: np.ndarray
+    params: tuple[dict[str, np.ndarray], ...]
+
+
+def draw_crop(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The window's corner in the padded image, `y` and `x` uniform over 0..2*pad; pad is the centre."""
+    offsets = moment.random.integers(0, 2 * _whole(op) + 1, size=(2, len(moment.order)), dtype=np.uint8)
+    return {"y": offsets[0], "x": offsets[1]}
+
+
+def apply_crop(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """The 32x32 window at (y, x) of the image padded by `op.number`, without building the padded image.
+
+    `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
+    """
+    row, column = _axes(rows)
+    y = row + (params["y"].int()[:, None] - _whole(op))
+    at = column + 3 * (params["x"].int()[:, None] - _whole(op))
+    if op.word == "reflect":
+        channel = column % 3
+        y = (SIDE - 1) - ((SIDE - 1) - y.abs()).abs()
+        at = torch.where(at < 0, 2 * channel - at, at)
+        return _take(rows, y, torch.where(at > LAST, 2 * (LAST - 2 + channel) - at, at))
+    # The clamps keep the read inside the image where the mask discards what was read.
+    inside = ((y >= 0) & (y < SIDE))[:, :, None] & ((at >= 0) & (at <= LAST))[:, None, :]
+    return torch.where(inside, _take(rows, y.clamp(0, SIDE - 1), at.clamp(0, LAST)), 0)
+
+
+def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """`flip`, bool: an independent coin for each position, or the alternating one.
+
+    Alternating (Keller Jordan, airbench94): each sample has one fair coin for the whole run, and is flipped in the even
+    epochs or in the odd ones by it, so that any two successive epochs show both orientations of every image.
+    """
+    n = len(moment.order)
+    if op.word == "alternating":
+        coin = moment.fixed.integers(0, 2, size=n, dtype=np.uint8).astype(bool)
+        return {"flip": coin[moment.order] ^ bool(moment.epoch & 1)}
+    assert op.number is not None
+    return {"flip": moment.random.random(n) < op.number}
+
+
+def apply_flip(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Mirror left and right where `flip` is set."""
+    row, column = _axes(rows)
+    mirrored = (LAST - 2) + 2 * (column % 3) - column  # 3 * (31 - x) + channel
+    # One read at a chosen column, not a choice between two reads: a fused chain of ops would be computed twice.
+    return _take(rows, row[None, :], torch.where(params["flip"][:, None], mirrored, column))
+
+
+def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The square's centre `y`, `x`, uniform over the image's pixels: near the border a part of it falls outside."""
+    centres = moment.random.integers(0, SIDE, size=(2, len(moment.order)), dtype=np.uint8)
+    return {"y": centres[0], "x": centres[1]}
+
+
+def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
+    size = _whole(op)
+    row, column = _axes(rows)
+    y = row + (size // 2 - params["y"].int()[:, None])
+    at = column + 3 * (size // 2 - params["x"].int()[:, None])
+    inside = ((y >= 0) & (y < size))[:, :, None] & ((at >= 0) & (at < 3 * size))[:, None, :]
+    if op.word == "zero":
+        return torch.where(inside, 0, rows)
+    # The colours ride in one integer, a byte each: torch.tensor(fill) would be an upload, which waits.
+    packed = fill[0] | fill[1] << 8 | fill[2] << 16
+    return torch.where(inside, (packed >> (8 * (column % 3))) & 255, rows)
+
+
+AUGMENTS: dict[str, Augment] = {
+    "crop": Augment(
+        draw=draw_crop,
+        apply=apply_crop,
+        number=4,
+        words={"zero": (1, 16), "reflect": (1, 16)},
+        help="pad by NUMBER pixels of black or of reflection, then cut a random 32x32 window",
+    ),
+    "flip": Augment(
+        draw=draw_flip,
+        apply=apply_flip,
+        number=0.5,
+        words={"random": (0.0, 1.0), "alternating": (0.5, 0.5)},
+        help="mirror left and right with probability NUMBER, or each image in every other epoch",
+    ),
+    "cutout": Augment(
+        draw=draw_cutout,
+        apply=apply_cutout,
+        number=8,
+        words={"mean": (1, SIDE), "zero": (1, SIDE)},
+        help="fill a square of NUMBER pixels around a random centre with the mean colour or black",
+    ),
+}
+
+
+def parse(spec: str) -> tuple[Op, ...]:
+    """The ops of a spelling such as "crop:4:zero,flip,cutout:8"; "none" or "" is no op.
+
+    An item is `name[:number[:word]]` (`name[:word]` for a row that takes no number); what is left out is the row's
+    default. Raises `UsageError` with the nearest name, the allowed words or the bounds.
+    """
+    if spec.strip() in ("", "none"):
+        return ()
+    return tuple(_parse_item(item.strip()) for item in spec.split(","))
+
+
+def spell(ops: tuple[Op, ...]) -> str:
+    """The canonical spelling: every number and word written, "none" for no op; `parse(spell(ops)) == ops`.
+
+    Defaults are written too, so that a saved recipe keeps its meaning when a default changes.
+    """
+    items = (
+        ":".join([op.name, *([] if op.number is None else [repr(op.number)]), *filter(None, [op.word])]) for op in ops
+    )
+    return ",".join(items) or "none"
+
+
+def _parse_item(item: str) -> Op:
+    name, *rest = item.split(":")
+    if not name:
+        raise UsageError("an empty item in the augmentation list", "separate items by single commas: crop:4:zero,flip")
+    if name == "none":
+        raise UsageError("'none' beside other augmentations", "write 'none' alone, or leave it out")
+    row = pick(AUGMENTS, name, "augmentation")
+    number = row.number
+    if number is not None and rest:
+        number = _parse_number(item, rest.pop(0), row)
+    word = rest.pop(0) if rest else next(iter(row.words))
+    if rest or word not in row.words:
+        grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
+        allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
+        raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
+    low, high = row.words[word]
+    if number is not None and not low <= number <= high:
+        bounds = f"{low}" if low == high else f"from {low} to {high}"
+        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{name}:NUMBER:{word} takes {bounds}")
+    return Op(name, number, word)
+
+
+def _parse_number(item: str, text: str, row: Augment) -> Number:
+    kind = type(row.number)
+    try:
+        if "_" in text or not text.isascii():  # int() and float() take 1_6 and other scripts' digits
+            raise ValueError
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        example = f"{item.split(':')[0]}:{row.number}"
+        raise UsageError(f"augmentation {item!r}: {text!r} is not {what}", f"for example {example}") from None
+
+
+def draw_epoch(ops: tuple[Op, ...], n: int, epoch: int, seed: int) -> Draws:
+    """The permutation of `n` samples and the draws of every op for one epoch, from (seed, epoch) alone.
+
+    The key of the counter-based Philox generator is [seed, epoch]; its stream jumped by 0 gives the permutation, that
+    jumped by 1 + i the op at place i (a jump is 2**128 draws: streams never meet). Adding an op therefore changes no
+    draw of those before it, and batch size, ranks, loader and device change nothing at all.
+    """
+    assert n > 0, n
+    assert seed >= 0, seed
+    assert 0 <= epoch < EVERY_EPOCH, epoch
+    order = _stream(seed, epoch, 0).permutation(n)
+    params = []
+    for place, op in enumerate(ops):
+        moment = Moment(order, epoch, _stream(seed, epoch, 1 + place), _stream(seed, EVERY_EPOCH, 1 + place))
+        params.append(AUGMENTS[op.name].draw(op, moment))
+    return Draws(order, tuple(params))
+
+
+def apply(ops: tuple[Op, ...], images: Tensor, params: tuple[Params, ...], fill: Fill) -> Tensor:
+    """The batch after every op in turn; uint8 channels_last [b,3,32,32] in and out, the input left as it is.
+
+    `params` holds one dict for each op, tensors [b] on the images' device: a slice of `Draws.params`.
+    `fill` is the mean colour, 0..255 for each channel. Compiles as a full graph, into one kernel.
+    """
+    assert len(ops) == len(params), (len(ops), len(params))
+    assert images.dtype == torch.uint8, images.dtype
+    # Rows of 96 adjacent bytes give the compiler a long innermost loop, and int32 one width for values, masks and
+    # indices: a CPU's fused kernel is vectorised well only with both. There the integers are registers, not memory.
+    rows = images.permute(0, 2, 3, 1).flatten(2).int()
+    for op, drawn in zip(ops, params, strict=True):
+        rows = AUGMENTS[op.name].apply(op, rows, drawn, fill)
+    return rows.to(torch.uint8).unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
+
+
+def _stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).jumped(jumps))
+
+
+def _whole(op: Op) -> int:
+    assert isinstance(op.number, int), op
+    return op.number
+
+
+def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The row numbers int32 [32] and the column numbers int32 [96] (column = 3 * x + channel)."""
+    row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)
+    return row, torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
+
+
+def _take(rows: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """rows[i, y[i, row], at[i, column]] for all i, rows and columns; y int32 [b or 1, 32], at int32 [b or 1, 96]."""
+    sample = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    return rows[sample[:, None, None], y[:, :, None], at[:, None, :]]

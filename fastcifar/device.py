@@ -1,0 +1,206 @@
+"""The machine's part of a run: device, precision, loader, compile and graph, each chosen with its reason.
+
+`train`, `bench` and `doctor` ask here, so that they agree. `examine` is what `doctor` shows: versions, devices and
+imports that may be broken, each tried in a process of its own. torch is imported inside the functions only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastcifar.errors import DeviceError, UsageError
+from fastcifar.recipe import Recipe
+
+PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
+PROBED = ("torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run will use. `device` is "cuda" or "cpu"; `reasons` says why, by the knob's name."""
+
+    device: str
+    precision: str
+    loader: str
+    compile: bool
+    cuda_graph: bool
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """`device: cpu (no CUDA device is visible)`, a line for each knob."""
+        values = {name: getattr(self, name) for name in ("device", "precision", "loader", "compile", "cuda_graph")}
+        return [f"{name}: {_spell(value)} ({self.reasons[name]})" for name, value in values.items()]
+
+
+def choose(recipe: Recipe) -> Choice:
+    """The device, precision, loader, compile and graph for `recipe` on this machine.
+
+    Errors: `DeviceError` for what was asked for and is not there, with the remedy.
+    """
+    device, why_device = _device(recipe.device)
+    precision, why_precision = _precision(recipe.precision, device)
+    loader, why_loader = _loader(recipe.loader)
+    compiled, why_compile = _compile(recipe.compile, device)
+    graph, why_graph = _graph(recipe.cuda_graph, device)
+    reasons = {
+        "device": why_device,
+        "precision": why_precision,
+        "loader": why_loader,
+        "compile": why_compile,
+        "cuda_graph": why_graph,
+    }
+    return Choice(device, precision, loader, compiled, graph, reasons)
+
+
+def _device(asked: str) -> tuple[str, str]:
+    import torch
+
+    visible = torch.cuda.is_available()
+    if asked == "cuda" and not visible:
+        raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
+    if asked != "auto":
+        return asked, "asked for"
+    return ("cuda", torch.cuda.get_device_name()) if visible else ("cpu", "no CUDA device is visible")
+
+
+def _precision(asked: str, device: str) -> tuple[str, str]:
+    import torch
+
+    if asked != "auto":
+        return asked, "asked for"
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return "bf16", f"native in compute capability {major}.{minor}"
+        if major >= 7:
+            return "fp16", f"compute capability {major}.{minor} has no bf16; loss scaled on the device"
+        return "fp32", f"compute capability {major}.{minor} has neither bf16 nor fast fp16"
+    for name in ("amx_bf16", "avx512_bf16"):
+        if name in _cpu_flags():
+            return "bf16", f"this CPU has {name}"
+    return "fp32", "this CPU has neither AMX nor AVX-512 bf16"
+
+
+def _loader(asked: str) -> tuple[str, str]:
+    return ("tensor", "the data set stays on the device") if asked == "auto" else (asked, "asked for")
+
+
+def _compile(asked: bool | None, device: str) -> tuple[bool, str]:
+    if asked is not None:
+        return asked, "asked for"
+    if device == "cpu":
+        compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), "")
+        if not compiler:
+            return False, "no C++ compiler was found; install g++ to train faster"
+        return True, f"C++ compiler {compiler}"
+    try:
+        import triton
+    except ImportError:
+        return False, "triton cannot be imported"
+    return True, f"triton {triton.__version__}"
+
+
+def _graph(asked: bool | None, device: str) -> tuple[bool, str]:
+    if asked and device != "cuda":
+        raise DeviceError("--cuda-graph needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
+    if asked is not None:
+        return asked, "asked for"
+    return device == "cuda", "one replay a step" if device == "cuda" else "CUDA only"
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """The processor's feature names as Linux spells them; empty where there is no /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
+
+
+def describe() -> str:
+    """The device in words: the GPU's name, else the CPU's model and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            named = (line for line in lines if line.startswith("model name"))
+            return next(named, "").partition(":")[2].strip() or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its recipe: versions, device, platform (for env.json)."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": describe(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_bf16": sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what the figures depend on; "missing" where a package is not installed."""
+    return {"fastcifar": _version("fastcifar"), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def probe_import(module: str) -> tuple[bool, str]:
+    """Whether `module` imports in a process of its own, and the last line it printed if not."""
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    lines = run.stderr.strip().splitlines()
+    return run.returncode == 0, "" if run.returncode == 0 else (lines[-1] if lines else f"exit {run.returncode}")
+
+
+def examine(recipe: Recipe) -> dict[str, Any]:
+    """Everything `doctor` shows: `environment()`, imports tried, and what `train` would choose and why."""
+    imports = {}
+    for module in PROBED:
+        works, reason = probe_import(module)
+        imports[module] = "works" if works else reason
+    try:
+        choice: dict[str, Any] = {"chosen": choose(recipe).lines()}
+    except (DeviceError, UsageError) as error:
+        choice = {"chosen": [], "error": str(error)}
+    return {**environment(), "imports": imports, **choice}
+
+
+def _spell(value: Any) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)

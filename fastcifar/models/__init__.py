@@ -1,0 +1,155 @@
+"""The networks by name: `MODELS`, `build`, and what a network costs.
+
+An architecture is a row of `MODELS`: a function that takes `num_classes` and any of the knobs by keyword, and returns a
+module from images [n, 3, 32, 32] to logits [n, num_classes]. Nothing here trains, moves or loads a network.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcifar.errors import UsageError, pick
+from fastcifar.models.coconut import coconut
+from fastcifar.models.count import layer_table, macs, parameters
+from fastcifar.models.resnet import ACTIVATIONS, se_resnet
+
+__all__ = [
+    "ACTIVATIONS",
+    "KNOBS",
+    "MODELS",
+    "build",
+    "check_budget",
+    "largest_width",
+    "layer_table",
+    "macs",
+    "parameters",
+]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    # Any SE-ResNet from the command line: --blocks, --channels, --se and so on.
+    "resnet": se_resnet,
+    "se68": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="stem"),
+    "se55": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 232, 268), se="stem"),
+    "se68_block": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="block"),
+    "se68_none": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="none"),
+    "coconut_leaky": partial(coconut, blocks=(2, 4, 6, 2), leaky_stages=(3, 4)),
+    "coconut_se": partial(coconut, blocks=(2, 4, 6, 2), se_stages=(3,)),
+    "coconut_2452": partial(coconut, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
+    "coconut_sep": partial(coconut, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
+    # As its README describes it, which names no activation: over the budget.
+    "coconut_over": partial(coconut, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
+    # Its README gives 512 last channels, LeakyReLU and one dropout layer; the exact widths are unknown and these are
+    # ours, and so is the probability: ResNet-10, the standard shape that ends in 512 channels under five million.
+    "res512d": partial(
+        se_resnet,
+        blocks=(1, 1, 1, 1),
+        channels=(64, 128, 256, 512),
+        activation="leaky_relu",
+        dropout=0.2,
+        dropout_at="head",
+    ),
+    # The baseline, over the budget.
+    "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
+}
+
+# The knobs of an architecture that the command line has an option for; `build` takes whatever the row's function takes.
+KNOBS = (
+    "width",
+    "dropout",
+    "activation",
+    "se",
+    "se_reduction",
+    "blocks",
+    "channels",
+    "kernel",
+    "shortcut_kernel",
+    "conv",
+)
+
+# Where `largest_width` looks: at the lower end every sensible row is at its 8 channels a stage.
+NARROWEST, WIDEST = 2.0**-10, 64.0
+
+
+def build(arch: str, num_classes: int = 10, **knobs: Any) -> nn.Module:
+    """The network of the row `arch`, freshly initialised on the default device, in train mode.
+
+    `knobs` that are None are the row's own. A row whose function takes no `num_classes` is called without it.
+    Raises UsageError for an unknown name, for a knob the row's function does not take, and for values it refuses.
+    """
+    row = pick(MODELS, arch, "architecture")
+    given = {name: value for name, value in knobs.items() if value is not None}
+    takes = inspect.signature(row).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    for name in given:
+        if name not in takes and not takes_any:
+            options = ", ".join(option(knob) for knob in KNOBS if knob in takes)
+            raise UsageError(f"architecture {arch} takes no {option(name)}", f"it takes {options or 'no options'}")
+    if "num_classes" in takes or takes_any:
+        given["num_classes"] = num_classes
+    return row(**given)
+
+
+def option(knob: str) -> str:
+    """A knob as it is spelt on the command line."""
+    return "--" + knob.replace("_", "-")
+
+
+def check_budget(arch: str, model: nn.Module, max_params: int) -> None:
+    """Raises UsageError if `model` has more than `max_params` trainable parameters; the message calls it `arch`."""
+    count = parameters(model)
+    if count > max_params:
+        raise UsageError(
+            f"{arch} has {count:,} parameters, {count - max_params:,} over the budget of {max_params:,}",
+            f"choose a smaller network, or allow it with --max-params {count}",
+        )
+
+
+def largest_width(arch: str, budget: int, **knobs: Any) -> float:
+    """The largest `width` at which `arch`, built with the other `knobs`, has at most `budget` trainable parameters.
+
+    The channels are rounded, so a range of widths builds the same network: of the widest that fits, this is the largest
+    width that needs no more decimals than it must. Nothing is allocated (meta device) and no random number is drawn.
+    Raises UsageError if the row takes no width, if even the narrowest network is over the budget, or if none is.
+    """
+
+    def count(width: float) -> int:
+        with torch.device("meta"):
+            return parameters(build(arch, **{**knobs, "width": width}))
+
+    fits, over = NARROWEST, 1.0
+    if count(fits) > budget:
+        raise UsageError(
+            f"even the narrowest {arch} has {count(fits):,} parameters, over the budget of {budget:,}",
+            f"take fewer blocks, or a budget of {count(fits)} or more",
+        )
+    while count(over) <= budget:
+        fits, over = over, 2 * over
+        if over > WIDEST:
+            raise UsageError(f"{arch} fits {budget:,} parameters at any width", "give a smaller budget")
+    # Two neighbouring settings of multiples of 8 channels are further apart than this for any network of under 10,000.
+    while over - fits > 1e-9:
+        middle = (fits + over) / 2
+        if count(middle) <= budget:
+            fits = middle
+        else:
+            over = middle
+    # At exactly 1 the channels are not rounded, which may fit where both sides of it do not.
+    if fits < 1 and count(1.0) <= budget:
+        return 1.0
+    return shortest(fits, lambda width: width > 0 and count(width) == count(fits))
+
+
+def shortest(number: float, same: Callable[[float], bool]) -> float:
+    """`number` cut off after as few decimals as leave it the `same`."""
+    for decimals in range(16):
+        cut = math.floor(number * 10**decimals) / 10**decimals
+        if same(cut):
+            return cut
+    return number

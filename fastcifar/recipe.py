@@ -1,0 +1,208 @@
+"""`Recipe`: every knob of a run in one flat, frozen, validated model.
+
+It is the command line (options are generated from the fields), the file format (`recipes/*.toml` list only what
+differs from the defaults), the checkpoint header, the sweep axis and the column in tables: one knob, one name.
+Names of tables (architectures, optimizers, ...) are looked up by the rooms that own them. No torch here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fastcifar.errors import UsageError, nearest
+
+
+def _integers(value: Any) -> Any:
+    """`"4,4,3"` as the command line spells it, `[4, 4, 3]` as a file does."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _arguments(value: Any) -> Any:
+    """`["nesterov=true", "momentum=0.95"]` as the command line spells it, a table as a file does."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    arguments = {}
+    for item in value:
+        key, separator, text = str(item).partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"{item!r} is not key=value")
+        arguments[key.strip()] = _literal(text)
+    return arguments
+
+
+def _literal(text: str) -> Any:
+    """`0.9`, `true`, `[0.9, 0.99]` or `None` as values, anything else as the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_integers)]
+Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+
+class Recipe(BaseModel):
+    """A run's knobs. The defaults are the published row 3, evaluated honestly (see README).
+
+    Errors: `UsageError` through `make`; pydantic's `ValidationError` when constructed directly.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # the network
+    arch: str = Field("se68", description="architecture, a row of `fastcifar models`")
+    width: float | None = Field(None, gt=0, le=16, description="multiplier of the channels")
+    blocks: Integers | None = Field(None, description="blocks in each stage, such as 4,4,3")
+    channels: Integers | None = Field(None, description="channels of each stage, such as 64,128,256")
+    kernel: int | None = Field(None, ge=1, le=11, description="kernel of the block convolutions, odd")
+    shortcut_kernel: int | None = Field(None, ge=1, le=11, description="kernel of the projection shortcuts, odd")
+    conv: Literal["full", "separable"] | None = Field(None, description="block convolutions")
+    se: Literal["none", "stem", "block"] | None = Field(None, description="where squeeze-and-excitation stands")
+    se_reduction: int | None = Field(None, ge=1, le=256, description="channels divided by the squeezed channels")
+    activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = Field(None, description="nonlinearity")
+    dropout: float | None = Field(None, ge=0, lt=1, description="probability, after every block and before the end")
+    max_params: int = Field(5_000_000, gt=0, description="refuse a network with more trainable parameters")
+
+    # the data
+    data: str | None = Field(None, description="data set: folder, tar.gz, class folders or synthetic[:N]")
+    dataset: Literal["cifar10", "cifar100"] = Field("cifar10", description="which data set")
+    val_size: int = Field(5000, ge=0, description="training images held out to choose by; 0 trains on all")
+    val_seed: int = Field(0, ge=0, lt=2**63, description="seed of the validation split")
+    normalise: str = Field("auto", description="auto, cifar10, cifar100, kuangliu or MEAN:STD")
+    augment: str = Field("crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
+    drop_last: bool = Field(False, description="leave out the short last batch of an epoch")
+
+    # the optimisation
+    epochs: int = Field(200, gt=0, le=100_000, description="passes over the training images")
+    batch_size: int = Field(128, gt=0, description="images in a step")
+    optimizer: str = Field("lookahead:sgd", description="optimizer, or lookahead:OPTIMIZER")
+    lr: float = Field(0.1, gt=0, le=100, description="peak learning rate")
+    weight_decay: float = Field(5e-4, ge=0, le=10, description="weight decay of the optimizer")
+    decay_on: Literal["all", "weights"] = Field("all", description="decay every parameter, or not biases and norms")
+    opt: Arguments = Field(default_factory=dict, description="optimizer argument key=value, repeated")
+    schedule: str = Field("cosine", description="shape of the learning rate over the run")
+    schedule_epochs: float | None = Field(None, gt=0, description="length of the schedule; default: the epochs")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 0, counted in the schedule's length")
+    lr_min: float = Field(0.0, ge=0, description="floor of the schedule")
+    clip: str = Field("value:0.1", description="gradient clip: value:LIMIT, norm:LIMIT or none")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the average of the weights a step; 0 is off")
+    patience: int = Field(0, ge=0, description="stop after so many epochs without a better val_acc; 0 is off")
+
+    # the run
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order and augmentation")
+    max_steps: int | None = Field(None, gt=0, description="stop after so many steps")
+    weights: Literal["last", "best", "ema"] = Field("last", description="weights that meet the test set")
+    out: str | None = Field(None, description="run folder; default: runs/<name>")
+
+    # the machine
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where to train")
+    loader: str = Field("auto", description="auto, or a row of LOADERS: tensor")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the convolutions")
+    compile: bool | None = Field(None, description="compile the network; default: where a compiler is")
+    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field("auto", description="effort")
+    cuda_graph: bool | None = Field(None, description="replay the step as a CUDA graph; default: on CUDA")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        if self.val_size == 0 and self.weights == "best":
+            raise ValueError("--weights best needs a validation split to choose by; set --val-size")
+        if self.val_size == 0 and self.patience:
+            raise ValueError("--patience needs a validation split to watch; set --val-size")
+        if self.ema == 0 and self.weights == "ema":
+            raise ValueError("--weights ema needs an average; set --ema, such as 0.999")
+        return self
+
+    @classmethod
+    def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
+        """The recipe called `source` (a shipped name or a TOML file) with `overrides` that are not None.
+
+        Errors: `UsageError` that names the option, and the nearest name for an unknown key.
+        """
+        values = read_toml(source) if source else {}
+        values.update({name: value for name, value in overrides.items() if value is not None})
+        return cls.checked(values)
+
+    @classmethod
+    def checked(cls, values: dict[str, Any]) -> Recipe:
+        """`values` validated; every error one line. Errors: `UsageError`."""
+        for key in values:
+            if key not in cls.model_fields:
+                raise UsageError(f"unknown recipe key {key!r}", nearest(key, cls.model_fields))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UsageError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+    def differing(self) -> dict[str, Any]:
+        """The knobs that are not at their defaults, as plain values for TOML, JSON and tables."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value != _DEFAULTS[name]}
+
+    def to_toml(self) -> str:
+        """The recipe as a file that `make` reads back: every knob that is set, by name."""
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in self.model_dump(mode="json").items()
+                       if value is not None)  # fmt: skip
+
+
+# section -> its first field; a section goes on to the next one's first
+SECTIONS = {"network": "arch", "data": "data", "optimisation": "epochs", "run": "seed", "machine": "device"}
+
+_DEFAULTS = Recipe().model_dump(mode="json")
+
+
+def section(name: str) -> tuple[str, ...]:
+    """The fields of a section of the recipe, in order."""
+    fields, starts = list(Recipe.model_fields), [*SECTIONS.values()]
+    first = starts.index(SECTIONS[name])
+    end = fields.index(starts[first + 1]) if first + 1 < len(starts) else len(fields)
+    return tuple(fields[fields.index(starts[first]) : end])
+
+
+def option(name: str) -> str:
+    """A field's name as the command line spells it: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package: name -> TOML file."""
+    folder = Path(str(resources.files("fastcifar"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_toml(source: str) -> dict[str, Any]:
+    """The knobs of a shipped recipe, by name, or of a TOML file. Errors: `UsageError`."""
+    path = shipped().get(source) or Path(source)
+    if not path.is_file():
+        raise UsageError(f"no recipe {source!r}", f"{nearest(source, list(shipped()))} or give a TOML file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} is not a readable TOML file: {error}") from None
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's errors as `--lr: Input should be greater than 0 (got -1)`."""
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if not problem["loc"]:
+        return message
+    name = option(str(problem["loc"][0]))
+    return f"{name} {message} (got {problem['input']!r})"
+
+
+def _toml(value: Any) -> str:
+    """A flat value in TOML's spelling; strings, numbers, booleans and lists are spelt as in JSON."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)

@@ -1,0 +1,63 @@
+"""`fastcifar eval`: a finished run, rebuilt from its checkpoint alone and measured on the test set.
+
+The network, its normalisation and the data set are the checkpoint's own recipe; only where and how it runs may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fastcifar.data import cifar
+from fastcifar.device import choose
+from fastcifar.errors import CheckpointError, DataError, UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.training import checkpoint
+from fastcifar.training.evaluate import evaluate
+from fastcifar.training.parts import network, normalisation
+from fastcifar.training.step import forward_pass
+
+
+def judge(run: str, weights: str | None = None, **changes: Any) -> dict[str, Any]:
+    """The test set through `run`, a run folder or a checkpoint file.
+
+    `weights`: "last", "best" or "ema" (default: the recipe's). `changes`: data, device, precision, normalise; None
+    keeps the recipe's. Returns `test_acc` (a fraction), `test_loss` (nats), `correct`, `total`, `ece`, `per_class`
+    and what they were measured with. Errors: `CheckpointError`, `DataError`, `DeviceError`, `UsageError`.
+    """
+    path = checkpoint.find(run, "best" if weights == "best" else "last")
+    saved = checkpoint.load(path)
+    asked = {key: value for key, value in changes.items() if value is not None}
+    try:
+        recipe = Recipe.checked({**saved["recipe"], **asked, "cuda_graph": False, "compile": False})
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    which = weights or recipe.weights
+    choice = choose(recipe)
+    device = torch.device(choice.device)
+    model = network(recipe, len(saved["classes"]))
+    state = saved["ema"] if which == "ema" else saved["model"]
+    if state is None:
+        raise CheckpointError(f"{path} holds no average of the weights", "use --weights last, or train with --ema")
+    checkpoint.load_weights(model, state, path)
+    model.to(device, memory_format=torch.channels_last)
+    forward = forward_pass(model, *normalisation(recipe), choice.precision, device)
+    data = cifar.load(recipe.data, recipe.dataset)
+    if list(data.classes) != saved["classes"]:
+        raise DataError(f"{data.source} has other classes than {path} was trained on", "give its own data set by --data")
+    scores = asdict(evaluate(model, forward, data.test, device))
+    return {
+        "test_acc": scores.pop("accuracy"),
+        "test_loss": scores.pop("loss"),
+        **scores,
+        "per_class": dict(zip(data.classes, scores["per_class"], strict=True)),
+        "arch": recipe.arch,
+        "weights": which,
+        "checkpoint": str(path),
+        "data": data.source,
+        "device": choice.device,
+        "precision": choice.precision,
+        "normalise": recipe.normalise,
+    }

@@ -1,0 +1,129 @@
+"""Tables for people, and the same as documents for programs: summaries, scores, networks, the machine.
+
+It formats what the other rooms measured; a figure that was not measured is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fastcifar.models import KNOBS, MODELS, build, largest_width, layer_table, macs, parameters
+from fastcifar.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Found:
+    """The same answer twice: `table` for a terminal, `document` for --json."""
+
+    table: Table
+    document: Any
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What a person wants at the end of a run. `summary`: as in summary.json."""
+    seconds = summary["seconds"]
+    spent = "  ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
+    rows = {
+        "run": summary["run"],
+        "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:.1f} M MACs",
+        "test accuracy": f"{_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
+        f"weights {summary['weights']})",
+        "  averaged weights": _percent(summary["test_acc_ema"]),
+        "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
+        "validation accuracy": f"{_percent(summary['val_acc'])}, best {_percent(summary['best_val_acc'])}",
+        "hardest class": _hardest(summary["per_class"]),
+        "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
+        "images/s in training": f"{summary['images_per_s']:,.0f}",
+        "seconds": spent,
+        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    return _pairs("", rows)
+
+
+def scores_table(scores: dict[str, Any]) -> Table:
+    """The scores of `fastcifar eval`."""
+    rows = {
+        "checkpoint": scores["checkpoint"],
+        "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,})",
+        "test loss": f"{scores['test_loss']:.4f}",
+        "calibration error": f"{scores['ece']:.4f}",
+        "measured with": f"weights {scores['weights']}, {scores['precision']} on {scores['device']}",
+    }
+    return _pairs("", rows)
+
+
+def listing() -> Found:
+    """Every architecture with its parameters and forward MACs of one 32x32 image."""
+    table = Table("name", title="architectures", title_justify="left")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    document = []
+    for name in MODELS:
+        model = _weightless(Recipe(arch=name))
+        document.append({"name": name, "params": parameters(model), "macs": macs(model)})
+        table.add_row(name, f"{document[-1]['params']:,}", f"{document[-1]['macs'] / 1e6:,.2f} M")
+    return Found(table, document)
+
+
+def layers(recipe: Recipe) -> Found:
+    """The layers of the recipe's network in the order of the forward pass."""
+    model = _weightless(recipe)
+    rows = layer_table(model)
+    title = f"{recipe.arch}: {parameters(model):,} parameters, {macs(model) / 1e6:,.2f} M MACs"
+    table = Table("layer", "kind", "output", title=title, title_justify="left")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    for row in rows:
+        shape = " x ".join(map(str, row["output"]))
+        table.add_row(row["name"], row["kind"], shape, f"{row['params']:,}", f"{row['macs']:,}")
+    return Found(table, {"name": recipe.arch, "params": parameters(model), "macs": macs(model), "layers": rows})
+
+
+def fitted(recipe: Recipe, budget: int) -> Found:
+    """The recipe's network at the largest width that has at most `budget` parameters."""
+    given = {knob: getattr(recipe, knob) for knob in KNOBS if knob != "width"}
+    width = largest_width(recipe.arch, budget, **given)
+    model = _weightless(recipe.model_copy(update={"width": width}))
+    document = {"name": recipe.arch, "width": width, "params": parameters(model), "macs": macs(model), "budget": budget}
+    shown = {"--width": f"{width:g}", "parameters": f"{document['params']:,} of {budget:,}", "MACs": f"{document['macs']:,}"}
+    return Found(_pairs(recipe.arch, shown), document)
+
+
+def examination(found: dict[str, Any]) -> Table:
+    """What `doctor` found."""
+    rows: dict[str, str] = {"device": found["device"], "python": found["python"], "threads": str(found["threads"])}
+    rows |= {name: version for name, version in found["versions"].items()}
+    rows |= {f"import {module}": verdict for module, verdict in found["imports"].items()}
+    rows |= dict(line.split(": ", 1) for line in (f"train would use {line}" for line in found["chosen"]))
+    if "error" in found:
+        rows["train would stop"] = found["error"]
+    return _pairs("", rows)
+
+
+def _weightless(recipe: Recipe) -> torch.nn.Module:
+    """The recipe's network on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return build(recipe.arch, **{knob: getattr(recipe, knob) for knob in KNOBS})
+
+
+def _pairs(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title or None, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def _hardest(per_class: dict[str, float | None]) -> str:
+    measured = {name: value for name, value in per_class.items() if value is not None}
+    name = min(measured, key=lambda name: measured[name])
+    return f"{name}, {_percent(measured[name])}"

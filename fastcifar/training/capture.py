@@ -1,0 +1,115 @@
+"""Speed from outside: compile and CUDA graph as wrappers f -> f, each with its eager twin.
+
+The one room that may name torch.cuda's graphs. A wrapper changes when work happens, never what is computed: warm-up
+runs leave weights, buffers, optimizer and random state exactly as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+Replay = Callable[[], object]
+MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
+WARM_UPS = 3
+
+
+def compiled(function: F, mode: str = "auto") -> F:
+    """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
+
+
+@contextmanager
+def untouched(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Whatever runs inside, `state` and the random generators are afterwards as before, in the same memory."""
+    kept = [tensor.detach().clone() for tensor in state]
+    host = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+
+def warmed(step: F, example: Sequence[Tensor], state: Sequence[Tensor]) -> F:
+    """`step`, after one run on `example` that compiled it and left `state` untouched."""
+    with untouched(state, example[0].device):
+        step(*example)
+    return step
+
+
+def graphed(
+    step: Callable[..., None],
+    example: Sequence[Tensor],
+    state: Sequence[Tensor],
+    record: Callable[[Replay], Replay] | None = None,
+) -> Callable[..., None]:
+    """`step` as one replay: inputs are copied into static ones, then everything it launched is launched at once.
+
+    `example`: tensors of the shapes, dtypes and device that every later call must have. `state`: every tensor the
+    step writes. Capture before any loader thread starts: their allocations would break it.
+    Errors: `ValueError` that names the input whose shape, dtype or device differs.
+    `record` is how work becomes a replay; the tests give one that runs it eagerly, the default is CUDA's.
+    """
+    record = record or record_on_cuda
+    static = [tensor.clone() for tensor in example]
+    with untouched(state, static[0].device):
+        warm_up(lambda: step(*static), static[0].device)
+    replay = record(lambda: step(*static))
+
+    def run(*inputs: Tensor) -> None:
+        for index, (mine, given) in enumerate(zip(static, inputs, strict=True)):
+            if (mine.shape, mine.dtype, mine.device) != (given.shape, given.dtype, given.device):
+                raise ValueError(
+                    f"input {index} of the captured step is {_kind(mine)}, not {_kind(given)}: "
+                    "another shape needs the plain step"
+                )
+            mine.copy_(given, non_blocking=True)
+        replay()
+
+    return run
+
+
+def warm_up(work: Replay, device: torch.device) -> None:
+    """Runs `work` until lazy initialisation, autotuning and compilation are behind it; on CUDA on a side stream."""
+    if device.type != "cuda":
+        for _ in range(WARM_UPS):
+            work()
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def record_on_cuda(work: Replay) -> Replay:
+    """`work` captured as a CUDA graph; other threads may go on allocating (`thread_local`)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def by_batch_size(fast: Callable[..., None], plain: Callable[..., None], batch_size: int) -> Callable[..., None]:
+    """`fast` for full batches, its plain twin for a short last one."""
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        (fast if len(labels) == batch_size else plain)(images, labels)
+
+    return step
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,0 +1,172 @@
+"""Checkpoints: written atomically, verified by sha256, loaded without running anything in them.
+
+A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
+`model`, `ema`, `optimizer`, `epoch`, `step`, `best`. `manifest.json` beside the files holds size and sha256 of each
+and is written last; `last.previous.pt` is the one before `last.pt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcifar.errors import CheckpointError, DiskError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PREFIXES = ("_orig_mod.", "module.")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` so that `path` is at any moment the old checkpoint or the new one, whole.
+
+    Errors: `CheckpointError` if a tensor is not finite (nothing is written), `DiskError`.
+    """
+    _require_finite(state)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = buffer.getvalue()
+    previous = path.with_suffix(".previous.pt")
+    try:
+        if path.exists():
+            _keep(path, previous)
+        write_atomically(path, content)
+        manifest = read_manifest(path.parent)
+        if path.name in manifest and previous.exists():
+            manifest[previous.name] = manifest[path.name]
+        manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_atomically(path.parent / MANIFEST, json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        raise DiskError(
+            f"cannot write {path} ({len(content):,} bytes): {error.strerror}", "free some space, or give --out"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`content` as `path`, through a temporary file in the same folder, flushed to the disk. Errors: `OSError`."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`; if it is damaged, the one before it, with one warning.
+
+    Errors: `CheckpointError` when neither can be read. Nothing in the file is executed.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}", "give a run folder or a .pt file")
+    try:
+        return read(path)
+    except CheckpointError as error:
+        previous = path.with_suffix(".previous.pt")
+        if not previous.is_file():
+            raise
+        state = read(previous)
+        warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
+        return state
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One file, verified against the manifest if that knows it. Errors: `CheckpointError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    known = {entry["sha256"] for entry in read_manifest(path.parent).values()}
+    if known and hashlib.sha256(content).hexdigest() not in known:
+        raise CheckpointError(f"{path} is damaged: {len(content):,} bytes whose sha256 the manifest does not know")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged or a malicious file
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{path} is not a checkpoint: {reason[0] if reason else type(error).__name__}") from None
+    if not isinstance(state, dict) or not {"model", "recipe"} <= state.keys():
+        raise CheckpointError(f"{path} holds no model and recipe of ours", "give a run folder or its checkpoint")
+    return state
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> {bytes, sha256}; empty where there is no readable manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = manifest.items() if isinstance(manifest, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
+
+
+def find(run_or_file: str, which: str = "last") -> Path:
+    """The checkpoint that `run_or_file` means: the file itself, or `which` ("last", "best") of a run folder."""
+    path = Path(run_or_file)
+    return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: object) -> None:
+    """Strictly: every key once, every shape right. Errors: `CheckpointError` that names what does not fit."""
+    weights = {_plain(key): value for key, value in weights.items()}
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    shapes = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
+    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", sorted(shapes))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(f"{source} {what} {', '.join(keys[:3])}{more}", "is it another architecture?")
+    model.load_state_dict(weights, strict=True)
+
+
+def _plain(key: str) -> str:
+    """`key` without the prefixes that DataParallel and torch.compile put before it."""
+    while key.startswith(PREFIXES):
+        key = key[len(next(prefix for prefix in PREFIXES if key.startswith(prefix))) :]
+    return key
+
+
+def _require_finite(state: dict[str, Any]) -> None:
+    for part in ("model", "ema"):
+        for key, value in (state.get(part) or {}).items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise CheckpointError(f"{key} is not finite", "the checkpoint before it is kept")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """`path` under the name `previous` too, while `path` itself never ceases to exist."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        link.unlink()
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

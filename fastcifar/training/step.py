@@ -1,0 +1,153 @@
+"""One training step as a plain function of images and labels, and the meter it adds to.
+
+No compile, no graph, no feature branch: `capture.py` makes it fast from outside. It never reads a tensor back to the
+host. What varies (clip, average, loss scale) is bound when the step is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcifar.training.optim import Ema, Optimizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Step = Callable[[Tensor, Tensor], None]
+Forward = Callable[[Tensor], Tensor]
+LossAndHits = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a meter held: sums since its reset. `loss` and `accuracy` are means (nan before the first image)."""
+
+    loss: float
+    accuracy: float
+    images: int
+    finite: bool
+
+
+class Meter:
+    """Loss, hits and images summed on the device, and whether any step was not finite; read once in a while."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, hits, images, bad
+        self.bad = torch.zeros((), device=device)  # 1 from the first step that was not finite
+        self.arriving = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
+
+    def add(self, loss: Tensor, hits: Tensor, images: int) -> None:
+        """`loss`: mean over the `images`; `hits`: how many of them were right."""
+        count = torch.full_like(self.sums[0], images)
+        self.sums += torch.stack((loss.detach().double() * images, hits.double(), count, self.bad.double()))
+
+    def read(self) -> Reading:
+        """The sums since the reset: the one place where the host waits for the device."""
+        return _reading(self.sums.tolist())
+
+    def peek(self) -> Reading:
+        """The same some steps late, without waiting: what the last peek asked for has arrived by now."""
+        if self.sums.device.type == "cpu":
+            return self.read()
+        reading = _reading(self.arriving.tolist())
+        self.arriving.copy_(self.sums, non_blocking=True)
+        return reading
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.sums, self.bad]
+
+
+def _reading(sums: list[float]) -> Reading:
+    loss, hits, images, bad = sums
+    return Reading(loss / images if images else math.nan, hits / images if images else math.nan, int(images), bad == 0)
+
+
+def forward_pass(
+    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
+) -> Forward:
+    """uint8 images [n,3,h,w] -> float32 logits [n,classes]: normalised, cast and run in `precision`.
+
+    `mean`, `std`: per channel, of pixels in [0, 1].
+    """
+    dtype = DTYPES[precision]
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, 3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
+
+    def forward(images: Tensor) -> Tensor:
+        normalised = (images * scale + shift).to(dtype)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(normalised)
+        return logits.float()
+
+    return forward
+
+
+def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
+    """(images, labels [n]) -> (mean cross-entropy, how many labels were right): what is compiled."""
+
+    def function(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).sum()
+
+    return function
+
+
+def training_step(
+    function: LossAndHits, optimizer: Optimizer, clip: Callable[[], object], meter: Meter, ema: Ema | None
+) -> Step:
+    """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated."""
+    average = ema.update if ema else _nothing
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        loss, hits = function(images, labels)
+        loss.backward()
+        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, optimizer.parameters)))
+        clip()
+        optimizer.step(skip=meter.bad)
+        average()
+        meter.add(loss, hits, len(labels))
+
+    return step
+
+
+def scaled_training_step(
+    function: LossAndHits, optimizer: Optimizer, clip: Callable[[], object], meter: Meter, ema: Ema | None
+) -> Step:
+    """The same for fp16: the loss scaled on the device, steps whose gradients overflow skipped (torch's GradScaler)."""
+    average = ema.update if ema else _nothing
+    scaler = torch.amp.GradScaler(optimizer.lr.device.type)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        loss, hits = function(images, labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer.inner)
+        clip()
+        scaler.step(optimizer.inner)
+        scaler.update()
+        average()
+        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, [])))
+        meter.add(loss, hits, len(labels))
+
+    return step
+
+
+def not_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """float32 scalar on the device: 1 if the loss or any gradient holds a NaN or an infinity, else 0."""
+    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    norms = torch._foreach_norm(gradients, ord=math.inf) if gradients else []
+    return (~torch.stack((loss.detach(), *norms)).isfinite().all()).float()
+
+
+def _nothing() -> None:
+    """The average of a run without one."""

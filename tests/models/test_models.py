@@ -1,0 +1,223 @@
+"""`build` takes what a row takes and refuses the rest; every knob has its effect; the widest network that fits is found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastcifar import models
+from fastcifar.errors import UsageError
+from fastcifar.models import MODELS, build, largest_width, macs, parameters
+from fastcifar.models.resnet import ACTIVATIONS, scaled
+
+BUDGET = 5_000_000
+
+
+def on_meta(arch: str, **knobs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build(arch, **knobs)
+
+
+def conv(model: nn.Module, name: str) -> nn.Conv2d:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Conv2d)
+    return module
+
+
+def count_of(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+TINY = {"blocks": (1, 2), "channels": (8, 16), "se": "block"}
+EFFECTS: dict[tuple[str, Any], Callable[[nn.Module], bool]] = {
+    ("width", 2.0): lambda m: (
+        conv(m, "conv1").out_channels == 16 and conv(m, "residual_layers.1.1.conv2").in_channels == 32
+    ),
+    ("dropout", 0.5): lambda m: count_of(m, nn.Dropout) == 4,
+    ("activation", "leaky_relu"): lambda m: count_of(m, nn.LeakyReLU) == 4 and count_of(m, nn.ReLU) == 0,
+    ("activation", "silu"): lambda m: count_of(m, nn.SiLU) == 4,
+    ("activation", "gelu"): lambda m: count_of(m, nn.GELU) == 4,
+    ("activation", "mish"): lambda m: count_of(m, nn.Mish) == 4,
+    ("se", "none"): lambda m: not any("seblock." in key for key in m.state_dict()),
+    ("se", "stem"): lambda m: (
+        "seblock.conv1.weight" in m.state_dict() and "residual_layers.0.0.seblock.conv1.weight" not in m.state_dict()
+    ),
+    ("se_reduction", 2): lambda m: conv(m, "residual_layers.1.0.seblock.conv1").out_channels == 8,
+    ("blocks", (3, 1)): lambda m: len(list(m.get_submodule("residual_layers.0").children())) == 3,
+    ("channels", (24, 40)): lambda m: (
+        conv(m, "conv1").out_channels == 24 and conv(m, "residual_layers.1.0.conv1").out_channels == 40
+    ),
+    ("kernel", 5): lambda m: (
+        conv(m, "residual_layers.0.0.conv1").kernel_size == (5, 5) and conv(m, "conv1").kernel_size == (3, 3)
+    ),
+    ("shortcut_kernel", 3): lambda m: conv(m, "residual_layers.1.0.shortcut.0").kernel_size == (3, 3),
+    ("conv", "separable"): lambda m: (
+        conv(m, "residual_layers.1.0.conv1").groups == 8
+        and conv(m, "residual_layers.1.0.pointwise1").out_channels == 16
+    ),
+}
+
+
+@pytest.mark.parametrize(("knob", "value"), EFFECTS, ids=str)
+def test_every_knob_has_its_effect(knob: str, value: Any) -> None:
+    def logits(**knobs: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = build("resnet", **{**TINY, **knobs})
+        torch.manual_seed(1)
+        return model(torch.randn(2, 3, 32, 32))
+
+    expected = EFFECTS[knob, value]
+    assert expected(build("resnet", **{**TINY, knob: value}))
+    assert not expected(build("resnet", **TINY))
+    assert not torch.equal(logits(**{knob: value}), logits())
+
+
+def test_every_knob_of_the_table_is_tried_and_taken_by_the_generic_row() -> None:
+    assert {knob for knob, _ in EFFECTS} == set(models.KNOBS)
+    assert set(models.KNOBS) <= set(inspect.signature(MODELS["resnet"]).parameters)
+    assert {value for knob, value in EFFECTS if knob == "activation"} | {"relu"} == set(ACTIVATIONS)
+
+
+def test_knobs_of_the_coconut_rows() -> None:
+    assert conv(on_meta("coconut_se", width=0.5), "conv1").out_channels == 16
+    assert count_of(on_meta("coconut_leaky", dropout=0.1), nn.Dropout) == 2 + 4 + 6 + 2 + 1
+    assert count_of(on_meta("coconut_leaky"), nn.LeakyReLU) == 6 + 2
+    assert count_of(on_meta("coconut_leaky", activation="mish"), nn.Mish) == 1 + 2 + 4 + 6 + 2
+    assert parameters(on_meta("coconut_over", se="none")) == 4_773_354
+    assert "layer1.0.se_block.fc1.weight" in on_meta("coconut_leaky", se="block").state_dict()
+    assert on_meta("coconut_se", se_reduction=8).state_dict()["layer3.0.se_block.fc1.weight"].shape == (64, 512)
+    assert len(list(on_meta("coconut_se", blocks=(1, 1, 2, 1)).get_submodule("layer3").children())) == 2
+
+
+def test_none_is_the_rows_own_value() -> None:
+    assert parameters(on_meta("se68", width=None, se=None, blocks=None, activation=None)) == 4_697_742
+
+
+def test_num_classes() -> None:
+    assert parameters(on_meta("se68", num_classes=100)) == 4_697_742 + 90 * 257
+
+
+def test_dropout_acts_in_train_mode_only() -> None:
+    model = build("resnet", **TINY, dropout=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_res512d_has_one_dropout_before_the_linear_layer() -> None:
+    model = on_meta("res512d")
+    assert [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)] == ["dropout"]
+    assert model.state_dict()["linear.weight"].shape == (10, 512)
+    stronger = on_meta("res512d", dropout=0.4).get_submodule("dropout")
+    assert isinstance(stronger, nn.Dropout)
+    assert stronger.p == 0.4
+
+
+def test_the_gate_keeps_at_least_one_hidden_channel() -> None:
+    assert on_meta("resnet", **TINY).state_dict()["residual_layers.0.0.seblock.conv1.weight"].shape == (1, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (1.0, (64, 232, 268)),
+        (1.001, (64, 232, 272)),
+        (0.5, (32, 120, 136)),
+        (0.3125, (24, 72, 80)),
+        (0.01, (8, 8, 8)),
+        (2, (128, 464, 536)),
+    ],
+)
+def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tuple[int, ...]) -> None:
+    assert scaled((64, 232, 268), width) == expected
+
+
+@pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
+@pytest.mark.parametrize(
+    ("arch", "channels"),
+    [("se68", (64, 128, 256)), ("se55", (64, 128, 232, 268)), ("coconut_over", (32, 64, 128, 256))],
+)
+def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: tuple[int, ...], budget: int) -> None:
+    random = torch.get_rng_state()
+    width = largest_width(arch, budget)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert parameters(on_meta(arch, width=width)) <= budget
+    # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
+    following = min(8 * (k + 0.5) / c for c in channels for k in range(200) if 8 * (k + 0.5) / c > width)
+    assert parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
+
+
+def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
+    assert largest_width("se55", 4_994_878) == 1.0
+    assert largest_width("se55", 4_994_877) < 1.0
+
+
+def test_largest_width_takes_the_other_knobs_and_refuses_the_impossible() -> None:
+    assert largest_width("se68", BUDGET, blocks=(2, 2, 2), width=None) > largest_width("se68", BUDGET)
+    with pytest.raises(UsageError, match="even the narrowest se68 has"):
+        largest_width("se68", 1000)
+
+
+def test_largest_width_refuses_a_row_without_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="mine takes no --width"):
+        largest_width("mine", BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("arch", "knobs", "message"),
+    [
+        ("se86", {}, "unknown architecture 'se86'; did you mean 'se68'"),
+        ("coconut_se", {"shortcut_kernel": 3}, "coconut_se takes no --shortcut-kernel; it takes .*--se-reduction"),
+        ("se68", {"se_stages": (3,)}, "se68 takes no --se-stages; it takes --width"),
+        ("se68", {"blocks": (4, 4)}, "2 stages of blocks but 3 of channels; .*--channels"),
+        ("resnet", {"blocks": (1,), "channels": (8,)}, "1 stages do not fit"),
+        ("resnet", {"blocks": (1,) * 6, "channels": (8,) * 6}, "6 stages do not fit"),
+        ("resnet", {"blocks": (1, 0, 1)}, "--blocks 1,0,1"),
+        ("resnet", {"channels": (8, -8, 8)}, "--channels 8,-8,8"),
+        ("resnet", {"kernel": 4}, "--kernel 4 .*odd"),
+        ("resnet", {"shortcut_kernel": -1}, "--shortcut-kernel -1 .*odd"),
+        ("resnet", {"width": 0.0}, "width of 0.0"),
+        ("resnet", {"width": float("nan")}, "width of nan"),
+        ("resnet", {"dropout": 1.0}, "--dropout 1.0"),
+        ("resnet", {"se_reduction": 0}, "--se-reduction 0"),
+        ("resnet", {"se": "blocks"}, "unknown SE placement 'blocks'; did you mean 'block'"),
+        ("resnet", {"conv": "deep"}, "unknown convolution 'deep'; choose from full, separable"),
+        ("resnet", {"activation": "leaky"}, "unknown activation 'leaky'"),
+        ("coconut_se", {"activation": "rleu"}, "did you mean 'relu'"),
+        ("coconut_se", {"se": "stem"}, "unknown SE placement 'stem'"),
+        ("coconut_se", {"blocks": (1, 1, 1), "channels": (8, 8, 8)}, "has 4 stages, not 3"),
+        ("coconut_se", {"dropout": -0.1}, "--dropout -0.1"),
+    ],
+)
+def test_build_refuses_with_one_line_and_a_remedy(arch: str, knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        on_meta(arch, **knobs)
+    assert caught.value.remedy
+    assert "\n" not in str(caught.value)
+
+
+def test_a_users_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(num_classes: int, depth: int = 1) -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), *(nn.Linear(3072, 3072) for _ in range(depth - 1)), nn.Linear(3072, num_classes)
+        )
+
+    monkeypatch.setitem(MODELS, "mine", mine)
+    monkeypatch.setitem(MODELS, "fixed", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    monkeypatch.setitem(MODELS, "anything", lambda **given: mine(given["num_classes"]))
+    images = torch.randn(2, 3, 32, 32)
+    assert build("mine", num_classes=4)(images).shape == (2, 4)
+    assert build("mine", width=None)(images).shape == (2, 10)
+    assert parameters(on_meta("mine", depth=2)) == 3072 * 3073 + 30730
+    assert build("fixed")(images).shape == (2, 10)
+    assert build("anything", num_classes=3, depth=9)(images).shape == (2, 3)
+    with pytest.raises(UsageError, match="architecture fixed takes no --se-reduction; it takes no options"):
+        build("fixed", se_reduction=8)
+    assert (parameters(build("mine")), macs(build("mine"))) == (30730, 30720)

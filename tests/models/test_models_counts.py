@@ -1,0 +1,153 @@
+"""Parameters, multiply-accumulates and the layer table: exact, and counted without touching the model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastcifar.errors import UsageError
+from fastcifar.models import MODELS, build, check_budget, layer_table, macs, parameters
+
+BUDGET = 5_000_000
+OVER_BUDGET = {"coconut_over", "resnet18"}
+
+# Trainable parameters, and multiply-accumulates of one 32x32 image in millions (None: not published).
+PUBLISHED: dict[str, tuple[int, float | None]] = {
+    "resnet": (4_697_162, None),
+    "se68": (4_697_742, 798.69),
+    "se55": (4_994_878, 439.97),
+    "se68_block": (4_733_610, None),
+    "se68_none": (4_697_162, None),
+    "coconut_leaky": (4_773_354, 298.69),
+    "coconut_se": (4_973_226, None),
+    "coconut_2452": (4_924_170, 281.29),
+    "coconut_sep": (3_562_858, 259.40),
+    "coconut_over": (5_237_546, 299.15),
+    "res512d": (4_903_242, None),
+    "resnet18": (11_173_962, 555.42),
+}
+
+
+def on_meta(arch: str, **knobs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build(arch, **knobs)
+
+
+def small(arch: str, **knobs: Any) -> nn.Module:
+    """The row at an eighth of its width, or as it is if it takes none."""
+    width = {"width": 0.125} if "width" in inspect.signature(MODELS[arch]).parameters else {}
+    return build(arch, **{**width, **knobs})
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_fault22_parameters_and_macs_are_the_published_ones(arch: str) -> None:
+    model = on_meta(arch)
+    count, millions = PUBLISHED[arch]
+    assert parameters(model) == count
+    if millions is not None:
+        assert round(macs(model) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_fault22_budget_is_refused_unless_allowed(arch: str) -> None:
+    model = on_meta(arch)
+    if arch in OVER_BUDGET:
+        with pytest.raises(UsageError, match=r"over the budget of 5,000,000; .*--max-params"):
+            check_budget(arch, model, BUDGET)
+    else:
+        check_budget(arch, model, BUDGET)
+    check_budget(arch, model, parameters(model))
+    with pytest.raises(UsageError, match=", 1 over the budget"):
+        check_budget(arch, model, parameters(model) - 1)
+
+
+def test_fault22_the_message_gives_count_excess_and_budget() -> None:
+    with pytest.raises(UsageError) as caught:
+        check_budget("coconut_over", on_meta("coconut_over"), BUDGET)
+    assert caught.value.problem == "coconut_over has 5,237,546 parameters, 237,546 over the budget of 5,000,000"
+    assert "--max-params 5237546" in caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+def test_frozen_parameters_do_not_count() -> None:
+    model = on_meta("se68")
+    for parameter in model.get_submodule("linear").parameters():
+        parameter.requires_grad_(False)
+    assert parameters(model) == 4_697_742 - (256 * 10 + 10)
+
+
+def test_macs_by_hand_and_for_other_shapes() -> None:
+    grouped = nn.Sequential(nn.Conv2d(4, 8, (3, 1), 2, (1, 0), groups=2), nn.Flatten(), nn.Linear(8 * 4 * 5, 7))
+    assert macs(grouped, (4, 8, 10)) == 8 * 4 * 5 * 2 * 3 + 8 * 4 * 5 * 7
+    assert macs(on_meta("se68_none"), (3, 64, 64)) - 2560 == 4 * (macs(on_meta("se68_none")) - 2560)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_layer_table_adds_up(arch: str) -> None:
+    model = on_meta(arch)
+    rows = layer_table(model)
+    assert sum(row["params"] for row in rows) == parameters(model)
+    assert sum(row["macs"] for row in rows) == macs(model)
+    assert all(set(row) == {"name", "kind", "output", "params", "macs"} and row["output"] for row in rows)
+
+
+def test_layer_table_is_in_forward_order_with_shapes() -> None:
+    rows = layer_table(on_meta("se68"))
+    assert [row["name"] for row in rows[:6]] == [
+        "conv1",
+        "bn1",
+        "activation",
+        "seblock.conv1",
+        "seblock.conv2",
+        rows[5]["name"],
+    ]
+    assert rows[0] == {"name": "conv1", "kind": "Conv2d", "output": [64, 32, 32], "params": 1728, "macs": 1728 * 1024}
+    assert rows[3]["output"] == [4, 1, 1]
+    assert rows[-1] == {"name": "linear", "kind": "Linear", "output": [10], "params": 2570, "macs": 2560}
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["residual_layers.2.0.shortcut.0"]["output"] == [256, 8, 8]
+
+
+class Odd(nn.Module):
+    """A parameter of its own, a layer called twice and one never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.twice = nn.Conv2d(3, 3, 1)
+        self.never = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(x)).mean((2, 3)) * self.scale
+
+
+def test_layer_table_of_a_users_own_module_adds_up() -> None:
+    rows = layer_table(Odd())
+    assert [(row["name"], row["params"]) for row in rows] == [("twice", 12), ("twice", 0), ("", 3), ("never", 30)]
+    assert sum(row["macs"] for row in rows) == macs(Odd()) == 2 * 9 * 1024
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = small("se68_block", blocks=(1, 1, 1)).bfloat16()
+    model.get_submodule("bn1").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    identities = [id(parameter) for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    assert macs(model) == sum(row["macs"] for row in layer_table(model)) > 0
+    assert [module.training for module in model.modules()] == modes
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_counting_sees_through_compile() -> None:
+    model = small("se68")
+    compiled = torch.compile(model, backend="eager")
+    assert isinstance(compiled, nn.Module)
+    assert macs(compiled) == macs(model)

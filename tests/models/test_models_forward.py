@@ -1,0 +1,225 @@
+"""The networks keep the published keys and compute what their sources define.
+
+Keys and forward passes are written out here independently of `fastcifar.models`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcifar.models import MODELS, build
+
+
+def on_meta(arch: str, **knobs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build(arch, **knobs)
+
+
+def small(arch: str, **knobs: Any) -> nn.Module:
+    """The row at an eighth of its width, or as it is if it takes none."""
+    width = {"width": 0.125} if "width" in inspect.signature(MODELS[arch]).parameters else {}
+    return build(arch, **{**width, **knobs})
+
+
+def bn_keys(name: str) -> Iterator[str]:
+    yield from (f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
+
+
+def shortcut_keys(block: str) -> Iterator[str]:
+    yield f"{block}.shortcut.0.weight"
+    yield from bn_keys(f"{block}.shortcut.1")
+
+
+def se_resnet_keys(blocks: tuple[int, ...], stem_se: bool, block_se: bool) -> Iterator[str]:
+    gate = ("seblock.conv1.weight", "seblock.conv1.bias", "seblock.conv2.weight", "seblock.conv2.bias")
+    yield from ("conv1.weight", "linear.weight", "linear.bias", *bn_keys("bn1"))
+    yield from gate if stem_se else ()
+    for stage, depth in enumerate(blocks):
+        for index in range(depth):
+            block = f"residual_layers.{stage}.{index}"
+            yield from (f"{block}.conv1.weight", f"{block}.conv2.weight")
+            yield from (*bn_keys(f"{block}.bn1"), *bn_keys(f"{block}.bn2"))
+            yield from (f"{block}.{key}" for key in gate if block_se)
+            yield from shortcut_keys(block) if stage > 0 and index == 0 else ()
+
+
+def coconut_keys(blocks: tuple[int, ...], se: tuple[int, ...] = (), separable: tuple[int, ...] = ()) -> Iterator[str]:
+    yield from ("conv1.weight", "conv2.weight", *bn_keys("bn1"), *bn_keys("bn2"), "linear.weight", "linear.bias")
+    for stage, depth in enumerate(blocks, start=1):
+        for index in range(depth):
+            block = f"layer{stage}.{index}"
+            for number in (1, 2, 3):
+                yield from (f"{block}.conv{number}.weight", *bn_keys(f"{block}.bn{number}"))
+            if stage in separable:
+                yield f"{block}.pointwise.weight"
+            if stage in se:
+                yield from (f"{block}.se_block.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias"))
+            yield from shortcut_keys(block) if index == 0 else ()
+
+
+KEYS: dict[str, Iterator[str] | list[str]] = {
+    "se68": list(se_resnet_keys((4, 4, 3), stem_se=True, block_se=False)),
+    "se55": list(se_resnet_keys((2, 2, 2, 2), stem_se=True, block_se=False)),
+    "se68_block": list(se_resnet_keys((4, 4, 3), stem_se=False, block_se=True)),
+    "se68_none": list(se_resnet_keys((4, 4, 3), stem_se=False, block_se=False)),
+    "coconut_leaky": list(coconut_keys((2, 4, 6, 2))),
+    "coconut_se": list(coconut_keys((2, 4, 6, 2), se=(3,))),
+    "coconut_2452": list(coconut_keys((2, 4, 5, 2), se=(3, 4))),
+    "coconut_sep": list(coconut_keys((3, 4, 6, 3), separable=(3, 4))),
+    "coconut_over": list(coconut_keys((2, 4, 6, 2), se=(3, 4))),
+}
+
+
+@pytest.mark.parametrize("dropout", [None, 0.1])
+@pytest.mark.parametrize("arch", KEYS)
+def test_state_dict_keys_are_the_published_ones(arch: str, dropout: float | None) -> None:
+    assert sorted(on_meta(arch, dropout=dropout).state_dict()) == sorted(KEYS[arch])
+
+
+def test_published_shapes() -> None:
+    se55, sep = on_meta("se55").state_dict(), on_meta("coconut_sep").state_dict()
+    assert se55["seblock.conv1.weight"].shape == (4, 64, 1, 1)
+    assert se55["residual_layers.3.0.shortcut.0.weight"].shape == (268, 232, 1, 1)
+    assert sep["layer3.0.conv2.weight"].shape == (128, 1, 3, 3)
+    assert sep["layer3.0.pointwise.weight"].shape == (128, 128, 1, 1)
+    assert sep["layer2.0.conv2.weight"].shape == (64, 64, 3, 3)
+    assert on_meta("coconut_se").state_dict()["layer3.0.se_block.fc1.weight"].shape == (32, 512)
+
+
+class Weights:
+    """A state dict as functions of the field: convolution, normalisation in eval mode, linear layer."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        groups = x.shape[1] // weight.shape[1]
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, weight.shape[-1] // 2, groups=groups)
+
+    def bn(self, x: Tensor, name: str) -> Tensor:
+        mean, variance, scale, shift = (
+            self.state[f"{name}.{part}"].view(1, -1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def shortcut(self, x: Tensor, block: str, stride: int) -> Tensor:
+        if f"{block}.shortcut.0.weight" not in self.state:
+            return x
+        return self.bn(self.conv(x, f"{block}.shortcut.0", stride), f"{block}.shortcut.1")
+
+    def squeeze(self, x: Tensor, name: str) -> Tensor:
+        if f"{name}.conv1.weight" not in self.state:
+            return x
+        gate = self.conv(F.adaptive_avg_pool2d(x, 1), f"{name}.conv1").clamp(min=0)
+        return x * torch.sigmoid(self.conv(gate, f"{name}.conv2"))
+
+
+def se_resnet_by_hand(state: dict[str, Tensor], x: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    w = Weights(state)
+    x = w.squeeze(w.bn(w.conv(x, "conv1"), "bn1").clamp(min=0), "seblock")
+    for stage, depth in enumerate(blocks):
+        for index in range(depth):
+            block, stride = f"residual_layers.{stage}.{index}", 2 if stage and not index else 1
+            out = w.bn(w.conv(x, f"{block}.conv1", stride), f"{block}.bn1").clamp(min=0)
+            out = w.squeeze(w.bn(w.conv(out, f"{block}.conv2"), f"{block}.bn2"), f"{block}.seblock")
+            x = (out + w.shortcut(x, block, stride)).clamp(min=0)
+    return w.linear(F.avg_pool2d(x, x.shape[-1]).flatten(1), "linear")
+
+
+def coconut_by_hand(state: dict[str, Tensor], x: Tensor, blocks: tuple[int, ...], leaky: tuple[int, ...]) -> Tensor:
+    w = Weights(state)
+    for number in (1, 2):
+        x = w.bn(w.conv(x, f"conv{number}"), f"bn{number}").clamp(min=0)
+    for stage, depth in enumerate(blocks, start=1):
+        slope = 0.01 if stage in leaky else 0.0
+        for index in range(depth):
+            block, stride = f"layer{stage}.{index}", 2 if stage > 1 and not index else 1
+            out = F.leaky_relu(w.bn(w.conv(x, f"{block}.conv1"), f"{block}.bn1"), slope)
+            out = w.conv(out, f"{block}.conv2", stride)
+            if f"{block}.pointwise.weight" in state:
+                out = w.conv(out, f"{block}.pointwise")
+            out = F.leaky_relu(w.bn(out, f"{block}.bn2"), slope)
+            out = w.bn(w.conv(out, f"{block}.conv3"), f"{block}.bn3") + w.shortcut(x, block, stride)
+            if f"{block}.se_block.fc1.weight" in state:
+                hidden = w.linear(out.mean((2, 3)), f"{block}.se_block.fc1").clamp(min=0)
+                out = out * torch.sigmoid(w.linear(hidden, f"{block}.se_block.fc2"))[:, :, None, None]
+            x = F.leaky_relu(out, slope)
+    return w.linear(F.avg_pool2d(x, 4).flatten(1), "linear")
+
+
+FORWARDS: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
+    "se68": lambda state, x: se_resnet_by_hand(state, x, (4, 4, 3)),
+    "se55": lambda state, x: se_resnet_by_hand(state, x, (2, 2, 2, 2)),
+    "se68_block": lambda state, x: se_resnet_by_hand(state, x, (4, 4, 3)),
+    "coconut_leaky": lambda state, x: coconut_by_hand(state, x, (2, 4, 6, 2), leaky=(3, 4)),
+    "coconut_se": lambda state, x: coconut_by_hand(state, x, (2, 4, 6, 2), leaky=()),
+    "coconut_2452": lambda state, x: coconut_by_hand(state, x, (2, 4, 5, 2), leaky=(3, 4)),
+    "coconut_sep": lambda state, x: coconut_by_hand(state, x, (3, 4, 6, 3), leaky=()),
+}
+
+
+@pytest.mark.parametrize("arch", FORWARDS)
+def test_forward_equals_the_definition_in_float64(arch: str) -> None:
+    torch.manual_seed(0)
+    model = small(arch, se_reduction=4).double().eval()
+    # Away from the initial state, in which BN is nearly the identity and hides a wrong order.
+    for name, value in model.state_dict().items():
+        if ".bn" in name or name.startswith("bn") or "shortcut.1" in name:
+            value.copy_(torch.rand_like(value) + 0.5 if value.is_floating_point() else value)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = FORWARDS[arch](model.state_dict(), images)
+        torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_forward_shape_and_finite_gradients(arch: str) -> None:
+    torch.manual_seed(0)
+    model = small(arch, num_classes=7)
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    F.cross_entropy(logits, torch.tensor([1, 6])).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_other_image_sizes_work() -> None:
+    assert small("se55")(torch.randn(2, 3, 48, 40)).shape == (2, 10)
+    assert small("coconut_sep")(torch.randn(2, 3, 48, 40)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_channels_last_is_kept_through_the_network(arch: str) -> None:
+    seen: list[tuple[str, bool]] = []
+    model = small(arch).to(memory_format=torch.channels_last)
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: (
+                seen.append((name, output.is_contiguous(memory_format=torch.channels_last)))
+                if output.dim() == 4
+                else None
+            )
+        )
+    model(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert len(seen) > 5
+    assert [name for name, kept in seen if not kept] == []
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_the_forward_pass_is_one_graph(arch: str) -> None:
+    torch.manual_seed(0)
+    model, images = small(arch).eval(), torch.randn(2, 3, 32, 32)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(images), model(images))
