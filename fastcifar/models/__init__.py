@@ -19,6 +19,7 @@ from fastcifar.errors import UsageError, pick
 from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
 from fastcifar.models.resnet import ACTIVATIONS, se_resnet
+from fastcifar.recipe import option, section
 
 __all__ = [
     "ACTIVATIONS",
@@ -60,18 +61,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 # The knobs of an architecture that the command line has an option for; `build` takes whatever the row's function takes.
-KNOBS = (
-    "width",
-    "dropout",
-    "activation",
-    "se",
-    "se_reduction",
-    "blocks",
-    "channels",
-    "kernel",
-    "shortcut_kernel",
-    "conv",
-)
+KNOBS = tuple(name for name in section("network") if name not in ("arch", "max_params"))
 
 # Where `largest_width` looks: at the lower end every sensible row is at its 8 channels a stage.
 NARROWEST, WIDEST = 2.0**-10, 64.0
@@ -94,11 +84,6 @@ def build(arch: str, num_classes: int = 10, **knobs: Any) -> nn.Module:
     if "num_classes" in takes or takes_any:
         given["num_classes"] = num_classes
     return row(**given)
-
-
-def option(knob: str) -> str:
-    """A knob as it is spelt on the command line."""
-    return "--" + knob.replace("_", "-")
 
 
 def check_budget(arch: str, model: nn.Module, max_params: int) -> None:
@@ -129,6 +114,7 @@ def largest_width(arch: str, budget: int, **knobs: Any) -> float:
             f"even the narrowest {arch} has {count(fits):,} parameters, over the budget of {budget:,}",
             f"take fewer blocks, or a budget of {count(fits)} or more",
         )
+    # From exactly 1, where the channels are not rounded: it may fit where the widths on both sides of it do not.
     while count(over) <= budget:
         fits, over = over, 2 * over
         if over > WIDEST:
@@ -140,9 +126,6 @@ def largest_width(arch: str, budget: int, **knobs: Any) -> float:
             fits = middle
         else:
             over = middle
-    # At exactly 1 the channels are not rounded, which may fit where both sides of it do not.
-    if fits < 1 and count(1.0) <= budget:
-        return 1.0
     return shortest(fits, lambda width: width > 0 and count(width) == count(fits))
 
 

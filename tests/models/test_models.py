@@ -1,4 +1,4 @@
-"""`build` takes what a row takes and refuses the rest; every knob has its effect; the widest network that fits is found."""
+"""`build` takes what a row takes and refuses the rest, every knob has its effect, the widest network is found."""
 
 from __future__ import annotations
 
