@@ -202,7 +202,7 @@ def _explain(problem: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A flat value in TOML's spelling; strings, numbers, booleans and lists are spelt as in JSON."""
+    """A flat value in TOML's spelling: JSON's, but that TOML has no surrogate pairs and escapes DEL."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcifar.errors import CheckpointError, DiskError
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ PREFIXES = ("_orig_mod.", "module.")
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` so that `path` is at any moment the old checkpoint or the new one, whole.
 
-    Errors: `CheckpointError` if a tensor is not finite (nothing is written), `DiskError`.
+    Errors: `NonFiniteError` if a weight or statistic is not finite (nothing is written), `DiskError`.
     """
     _require_finite(state)
     buffer = io.BytesIO()
@@ -151,7 +151,7 @@ def _require_finite(state: dict[str, Any]) -> None:
     for part in ("model", "ema"):
         for key, value in (state.get(part) or {}).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise CheckpointError(f"{key} is not finite", "the checkpoint before it is kept")
+                raise NonFiniteError(f"{key} is not finite", "the checkpoint before it is kept; use a smaller --lr")
 
 
 def _keep(path: Path, previous: Path) -> None:

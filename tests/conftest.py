@@ -1,0 +1,45 @@
+"""What the tests share: the GPU marker, a recipe that trains in a second, and a quiet machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcifar.recipe import Recipe
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and none is visible")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Recipe]:
+    """Makes recipes of a network of 6,000 parameters on 160 synthetic images: a run takes a second."""
+
+    def make(**changes: Any) -> Recipe:
+        values: dict[str, Any] = {
+            "arch": "resnet",
+            "blocks": (1, 1),
+            "channels": (8, 16),
+            "data": "synthetic:200",
+            "val_size": 40,
+            "epochs": 2,
+            "batch_size": 32,
+            "device": "cpu",
+            "precision": "fp32",
+            "compile": False,
+            "out": str(tmp_path / "run"),
+        }
+        return Recipe.make(**{**values, **changes})
+
+    return make

@@ -1,0 +1,83 @@
+"""The choice of device, precision, compile and graph, its reasons, and what cannot be had."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from fastcifar import device
+from fastcifar.errors import DeviceError
+from fastcifar.recipe import Recipe
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
+
+
+@NO_CUDA
+def test_a_machine_without_a_gpu() -> None:
+    choice = device.choose(Recipe())
+    assert (choice.device, choice.loader, choice.cuda_graph) == ("cpu", "tensor", False)
+    assert len(choice.lines()) == 5
+    assert all(line.endswith(")") for line in choice.lines())
+
+
+@NO_CUDA
+@pytest.mark.parametrize(("flags", "precision"), [({"amx_bf16"}, "bf16"), ({"avx512_bf16"}, "bf16"), ({"avx2"}, "fp32")])
+def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str) -> None:
+    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset(flags))
+    choice = device.choose(Recipe())
+    assert choice.precision == precision
+    assert "CPU" in choice.reasons["precision"]
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
+def test_precision_follows_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    choice = device.choose(Recipe())
+    assert (choice.device, choice.precision, choice.cuda_graph) == ("cuda", precision, True)
+
+
+@NO_CUDA
+def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    choice = device.choose(Recipe())
+    assert not choice.compile
+    assert "install g++" in choice.reasons["compile"]
+    assert device.choose(Recipe(compile=True)).compile
+
+
+@NO_CUDA
+@pytest.mark.parametrize("values", [{"device": "cuda"}, {"cuda_graph": True}, {"cuda_graph": True, "device": "cpu"}])
+def test_fault17_what_is_not_there(values: dict) -> None:
+    with pytest.raises(DeviceError) as caught:
+        device.choose(Recipe.make(**values))
+    assert caught.value.exit_code == 8
+    assert caught.value.remedy
+
+
+def test_asked_for_is_given_and_said() -> None:
+    choice = device.choose(Recipe.make(device="cpu", precision="fp32", compile=False, loader="tensor"))
+    assert (choice.precision, choice.compile) == ("fp32", False)
+    assert choice.reasons["precision"] == "asked for"
+
+
+def test_fault18_a_broken_import_is_reported_not_raised() -> None:
+    works, reason = device.probe_import("no_such_module_at_all")
+    assert not works
+    assert "no_such_module_at_all" in reason
+    assert device.probe_import("json") == (True, "")
+
+
+def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PROBED", ("json",))
+    found = device.examine(Recipe())
+    assert found["imports"] == {"json": "works"}
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["python"] == sys.version.split()[0]
+    assert any(line.startswith("precision: ") for line in found["chosen"])

@@ -1,0 +1,37 @@
+"""Errors carry their exit code and remedy; names in tables are found or the nearest is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastcifar import errors
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in errors.UserError.__subclasses__() if kind.exit_code != 1}
+    assert codes == {
+        "UsageError": 2,
+        "DataError": 3,
+        "CheckpointError": 4,
+        "NonFiniteError": 5,
+        "MemoryShortError": 6,
+        "DiskError": 7,
+        "DeviceError": 8,
+    }
+    assert errors.Interrupted("SIGTERM", 143, 7, "last.pt").exit_code == 143
+
+
+def test_message_is_the_problem_and_the_remedy() -> None:
+    assert str(errors.UsageError("a", "b")) == "a; b"
+    assert str(errors.UsageError("a")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("se86", "did you mean 'se68'?"), ("zzz", "choose from coconut, se68")]
+)  # fmt: skip
+def test_pick_names_the_nearest(name: str, remedy: str) -> None:
+    with pytest.raises(errors.UsageError) as caught:
+        errors.pick({"se68": 1, "coconut": 2}, name, "architecture")
+    assert caught.value.problem == f"unknown architecture {name!r}"
+    assert caught.value.remedy == remedy
+    assert errors.pick({"se68": 1}, "se68", "architecture") == 1

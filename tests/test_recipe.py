@@ -1,0 +1,103 @@
+"""The recipe: defaults, both spellings, bounds, files, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcifar.errors import UsageError
+from fastcifar.recipe import SECTIONS, Recipe, option, read_toml, section, shipped
+
+
+def test_defaults_are_row_3_made_honest() -> None:
+    recipe = Recipe()
+    assert (recipe.arch, recipe.epochs, recipe.batch_size, recipe.val_size) == ("se68", 200, 128, 5000)
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.clip) == ("lookahead:sgd", 0.1, 5e-4, "value:0.1")
+    assert (recipe.schedule, recipe.lr_min, recipe.weights) == ("cosine", 0.0, "last")
+
+
+def test_command_line_spelling_and_file_spelling_agree() -> None:
+    spelt = Recipe.make(blocks="4,4,3", lr="0.2", compile=True, opt=["nesterov=true", "momentum=.9", "betas=[.9,.99]"])
+    given = Recipe.make(blocks=[4, 4, 3], lr=0.2, compile=True,
+                        opt={"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]})  # fmt: skip
+    assert spelt == given
+    assert spelt.blocks == (4, 4, 3)
+
+
+def test_none_is_not_an_override(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("lr = 0.3\n")
+    assert Recipe.make(str(file), lr=None).lr == 0.3
+    assert Recipe.make(str(file), lr=0.4).lr == 0.4
+
+
+@given(st.builds(dict, lr=st.floats(1e-6, 100), epochs=st.integers(1, 1000), seed=st.integers(0, 2**63 - 1),
+                 blocks=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4),
+                 data=st.none() | st.text(st.characters(codec="utf-8"), max_size=20), drop_last=st.booleans(),
+                 opt=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9))))  # fmt: skip
+def test_toml_round_trip(values: dict) -> None:
+    recipe = Recipe.checked({key: value for key, value in values.items() if value is not None})
+    assert Recipe.checked(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_differing_lists_only_what_differs() -> None:
+    assert Recipe.make(lr=0.2, arch="se68").differing() == {"lr": 0.2}
+    assert Recipe().differing() == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lr": "-1"}, ["--lr", "greater than 0", "-1"]),
+        ({"lr": "fast"}, ["--lr", "number"]),
+        ({"lr": "nan"}, ["--lr", "finite"]),
+        ({"epochs": 0}, ["--epochs"]),
+        ({"batch_sise": 3}, ["batch_sise", "did you mean 'batch_size'?"]),
+        ({"conv": "sep"}, ["--conv", "'full' or 'separable'"]),
+        ({"blocks": "4,x"}, ["--blocks"]),
+        ({"blocks": "4,0"}, ["--blocks"]),
+        ({"opt": ["momentum"]}, ["--opt", "key=value"]),
+        ({"val_size": 0, "weights": "best"}, ["--weights best", "--val-size"]),
+        ({"val_size": 0, "patience": 3}, ["--patience", "--val-size"]),
+        ({"weights": "ema"}, ["--weights ema", "--ema"]),
+    ],
+)
+def test_fault15_wrong_values_are_one_line(values: dict, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.make(**values)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_fault15_wrong_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'quick'"):
+        Recipe.make("qiuck")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("lr = = 3")
+    with pytest.raises(UsageError, match="not a readable TOML file"):
+        Recipe.make(str(broken))
+    misspelt = tmp_path / "misspelt.toml"
+    misspelt.write_text("epoch = 3")
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        Recipe.make(str(misspelt))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_valid_and_list_only_what_differs(name: str) -> None:
+    assert Recipe.make(name).differing().keys() == read_toml(name).keys()
+
+
+def test_sections_cover_every_field_once() -> None:
+    fields = [field for name in SECTIONS for field in section(name)]
+    assert fields == list(Recipe.model_fields)
+
+
+def test_every_field_has_help() -> None:
+    for name, field in Recipe.model_fields.items():
+        assert field.description, name
+    assert option("batch_size") == "--batch-size"

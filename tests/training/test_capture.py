@@ -1,0 +1,137 @@
+"""Compiled and captured steps against their eager twin; warm-up leaves everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastcifar.device import choose
+from fastcifar.recipe import Recipe
+from fastcifar.training.capture import by_batch_size, compiled, graphed, warmed
+from fastcifar.training.parts import Parts, assemble
+from fastcifar.training.step import loss_and_hits
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    return assemble(recipe, choose(recipe))
+
+
+def batches(parts: Parts, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` full batches: of as many epochs as it takes."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    epoch = 0
+    while len(found) < count:
+        found += [pair for pair in parts.loader.batches(epoch) if len(pair[1]) == parts.recipe.batch_size]
+        epoch += 1
+    return found[:count]
+
+
+def copy_state(source: Parts, target: Parts) -> None:
+    with torch.no_grad():
+        for mine, other in zip(target.tensors(), source.tensors(), strict=True):
+            mine.copy_(other)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Parts, Parts, Callable, Callable]:
+    """Two equal runs of a small SE-ResNet with every part in use, one eager and one compiled, and their steps."""
+    recipe = Recipe.make(
+        arch="resnet", blocks=(1, 1), channels=(8, 16), se="block", data="synthetic:200", val_size=40, batch_size=32,
+        device="cpu", precision="fp32", compile=False, ema=0.9, label_smoothing=0.1, lr=1e-3,
+    )  # fmt: skip
+    eager, fast = parts_of(recipe), parts_of(recipe)
+    compiled_function = compiled(loss_and_hits(fast.forward, 0.1))
+    return eager, fast, eager.step(loss_and_hits(eager.forward, 0.1)), fast.step(compiled_function)
+
+
+def test_compiled_losses_equal_eager_losses(twins: tuple[Parts, Parts, Callable, Callable]) -> None:
+    eager, fast, plain, step = twins
+    for images, labels in batches(eager, 10):
+        losses = []
+        for parts, run in ((eager, plain), (fast, step)):
+            parts.meter.reset()
+            run(images, labels)
+            losses.append(parts.meter.read().loss)
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_compiled_steps_from_eagers_own_state_equal_eager_steps(twins: tuple[Parts, Parts, Callable, Callable]) -> None:
+    eager, fast, plain, step = twins
+    for parts in (eager, fast):
+        parts.optimizer.set_lr(0.1)
+    for images, labels in batches(eager, 10):
+        copy_state(eager, fast)
+        plain(images, labels)
+        step(images, labels)
+        for mine, other in zip(fast.model.parameters(), eager.model.parameters(), strict=True):
+            # relative to the tensor, but for biases that are still all but zero
+            assert (mine - other).norm() <= 1e-5 * other.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("wrap", ["graphed", "warmed"])
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9}, {"dropout": 0.3}, {"precision": "fp16", "optimizer": "sgd"}])
+def test_warm_up_leaves_weights_buffers_optimizer_and_random_state(
+    tiny: Callable[..., Recipe], wrap: str, extra: dict
+) -> None:
+    parts = parts_of(tiny(**extra))
+    step = parts.step(loss_and_hits(parts.forward, 0.0))
+    kept = [tensor.detach().clone() for tensor in parts.tensors()]
+    places = [tensor.data_ptr() for tensor in parts.tensors()]
+    random_state = torch.get_rng_state()
+    example = batches(parts, 1)[0]
+    if wrap == "graphed":
+        graphed(step, example, parts.tensors(), record=lambda work: work)
+    else:
+        warmed(step, example, parts.tensors())
+    for before, after in zip(kept, parts.tensors(), strict=True):
+        assert torch.equal(before, after)
+    assert [tensor.data_ptr() for tensor in parts.tensors()] == places
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe]) -> None:
+    plain_parts, parts = parts_of(tiny(ema=0.9)), parts_of(tiny(ema=0.9))
+    plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
+    step = parts.step(loss_and_hits(parts.forward, 0.0))
+    captured = graphed(step, batches(parts, 1)[0], parts.tensors(), record=lambda work: work)
+    for done, (images, labels) in enumerate(batches(parts, 10), start=1):
+        for run, of in ((plain, plain_parts), (captured, parts)):
+            of.optimizer.set_lr(0.1 / done)  # reaches a captured step through its tensor
+            run(images, labels)
+            of.optimizer.between_steps(done)
+    for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_captured_step_names_what_does_not_fit(tiny: Callable[..., Recipe]) -> None:
+    parts = parts_of(tiny())
+    images, labels = batches(parts, 1)[0]
+    captured = graphed(parts.step(loss_and_hits(parts.forward, 0.0)), (images, labels), parts.tensors(), lambda work: work)
+    with pytest.raises(ValueError, match=r"input 0 .*\(32, 3, 32, 32\).*\(16, 3, 32, 32\).*plain step"):
+        captured(images[:16], labels[:16])
+    with pytest.raises(ValueError, match=r"input 1 .*int64.*int32"):
+        captured(images, labels.int())
+
+
+def test_a_short_batch_goes_to_the_plain_twin() -> None:
+    taken: list[str] = []
+    step = by_batch_size(lambda *_: taken.append("fast"), lambda *_: taken.append("plain"), 32)
+    for size in (32, 17, 32):
+        step(torch.zeros(size), torch.zeros(size))
+    assert taken == ["fast", "plain", "fast"]
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(device="cuda", ema=0.9, lr=1e-3)
+    plain_parts, parts = parts_of(recipe), parts_of(recipe)
+    plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
+    captured = graphed(parts.step(loss_and_hits(parts.forward, 0.0)), batches(parts, 1)[0], parts.tensors())
+    for done, (images, labels) in enumerate(batches(parts, 20), start=1):
+        for run, of in ((plain, plain_parts), (captured, parts)):
+            run(images, labels)
+            of.optimizer.between_steps(done)
+    for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

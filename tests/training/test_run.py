@@ -1,0 +1,88 @@
+"""The run folder, its sinks, the clock and the signals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastcifar.errors import DiskError
+from fastcifar.recipe import Recipe
+from fastcifar.training.run import COLUMNS, SINKS, Clock, Run, Stop
+
+ROW = dict.fromkeys(COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
+
+
+def test_a_run_folder_holds_recipe_and_environment(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    run = Run.create(recipe, "name")
+    assert Recipe.make(str(run.folder / "recipe.toml")) == recipe
+    assert json.loads((run.folder / "env.json").read_text())["versions"]["torch"]
+
+
+def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny()
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(Run.create(recipe, "x").folder)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(folder.name for folder in folders) == ["run", "run-2", "run-3", "run-4", "run-5", "run-6"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_fault07_a_read_only_place_is_found_before_training(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DiskError, match="cannot write the run folder"):
+        Run.create(tiny(), "x")
+
+
+def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot write the run folder"):
+        Run.create(tiny(out=str(tmp_path / "file" / "run")), "x")
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_sinks_write_a_row_each(name: str, tmp_path: Path) -> None:
+    write = SINKS[name](tmp_path)
+    write(ROW)
+    write({**ROW, "epoch": 1})
+    text = next(tmp_path.iterdir()).read_text()
+    assert text.count("\n") >= 2
+    if name == "csv":
+        rows = list(csv.DictReader(text.splitlines()))
+        assert [row["epoch"] for row in rows] == ["0", "1"]
+        assert tuple(rows[0]) == COLUMNS
+        assert rows[0]["val_acc"] == ""
+    else:
+        assert json.loads(text.splitlines()[1])["epoch"] == 1
+
+
+def test_clock_adds_up_phases() -> None:
+    clock = Clock()
+    for _ in range(2):
+        with clock.phase("train"):
+            pass
+    assert clock.seconds["train"] >= clock.last["train"] > 0
+    assert clock.total() >= clock.seconds["train"]
+
+
+def test_one_signal_is_a_flag_and_a_second_sigint_stops_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGTERM"
+    assert signal.getsignal(signal.SIGINT) is before
