@@ -27,6 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+BY_NAME = inspect.Parameter.KEYWORD_ONLY
+
 Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
@@ -55,7 +57,7 @@ def _parameter(name: str) -> inspect.Parameter:
     shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
     info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
     kind = bool if boolean else list[str] if name == "opt" else str
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+    return inspect.Parameter(name, BY_NAME, default=None, annotation=Annotated[kind | None, info])
 
 
 def _metavar(field: Any) -> str:
@@ -89,7 +91,7 @@ def front_door(
 def train(recipe: RecipeName = None, as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Train a network, test it once, keep it in a run folder.
 
-    A recipe's values come first, then the options given here. `fastcifar train --arch se68 --epochs 200` works as written.
+    A recipe's values come first, then the options given here; the rest are the defaults.
     """
     from fastcifar.results.report import summary_table
     from fastcifar.training.train import train as run

@@ -62,58 +62,70 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # the network
-    arch: str = Field("se68", description="architecture, a row of `fastcifar models`")
-    width: float | None = Field(None, gt=0, le=16, description="multiplier of the channels")
-    blocks: Integers | None = Field(None, description="blocks in each stage, such as 4,4,3")
-    channels: Integers | None = Field(None, description="channels of each stage, such as 64,128,256")
-    kernel: int | None = Field(None, ge=1, le=11, description="kernel of the block convolutions, odd")
-    shortcut_kernel: int | None = Field(None, ge=1, le=11, description="kernel of the projection shortcuts, odd")
-    conv: Literal["full", "separable"] | None = Field(None, description="block convolutions")
-    se: Literal["none", "stem", "block"] | None = Field(None, description="where squeeze-and-excitation stands")
-    se_reduction: int | None = Field(None, ge=1, le=256, description="channels divided by the squeezed channels")
-    activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = Field(None, description="nonlinearity")
-    dropout: float | None = Field(None, ge=0, lt=1, description="probability, after every block and before the end")
-    max_params: int = Field(5_000_000, gt=0, description="refuse a network with more trainable parameters")
+    arch: str = Field(default="se68", description="architecture, a row of `fastcifar models`")
+    width: float | None = Field(default=None, gt=0, le=16, description="multiplier of the channels")
+    blocks: Integers | None = Field(default=None, description="blocks in each stage, such as 4,4,3")
+    channels: Integers | None = Field(default=None, description="channels of each stage, such as 64,128,256")
+    kernel: int | None = Field(default=None, ge=1, le=11, description="kernel of the block convolutions, odd")
+    shortcut_kernel: int | None = Field(
+        default=None, ge=1, le=11, description="kernel of the projection shortcuts, odd"
+    )
+    conv: Literal["full", "separable"] | None = Field(default=None, description="block convolutions")
+    se: Literal["none", "stem", "block"] | None = Field(default=None, description="where squeeze-and-excitation stands")
+    se_reduction: int | None = Field(
+        default=None, ge=1, le=256, description="channels divided by the squeezed channels"
+    )
+    activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = Field(
+        default=None, description="nonlinearity"
+    )
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="probability, after every block and before the end"
+    )
+    max_params: int = Field(default=5_000_000, gt=0, description="refuse a network with more trainable parameters")
 
     # the data
-    data: str | None = Field(None, description="data set: folder, tar.gz, class folders or synthetic[:N]")
-    dataset: Literal["cifar10", "cifar100"] = Field("cifar10", description="which data set")
-    val_size: int = Field(5000, ge=0, description="training images held out to choose by; 0 trains on all")
-    val_seed: int = Field(0, ge=0, lt=2**63, description="seed of the validation split")
-    normalise: str = Field("auto", description="auto, cifar10, cifar100, kuangliu or MEAN:STD")
-    augment: str = Field("crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
-    drop_last: bool = Field(False, description="leave out the short last batch of an epoch")
+    data: str | None = Field(default=None, description="data set: folder, tar.gz, class folders or synthetic[:N]")
+    dataset: Literal["cifar10", "cifar100"] = Field(default="cifar10", description="which data set")
+    val_size: int = Field(default=5000, ge=0, description="training images held out to choose by; 0 trains on all")
+    val_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the validation split")
+    normalise: str = Field(default="auto", description="auto, cifar10, cifar100, kuangliu or MEAN:STD")
+    augment: str = Field(default="crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
+    drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
 
     # the optimisation
-    epochs: int = Field(200, gt=0, le=100_000, description="passes over the training images")
-    batch_size: int = Field(128, gt=0, description="images in a step")
-    optimizer: str = Field("lookahead:sgd", description="optimizer, or lookahead:OPTIMIZER")
-    lr: float = Field(0.1, gt=0, le=100, description="peak learning rate")
-    weight_decay: float = Field(5e-4, ge=0, le=10, description="weight decay of the optimizer")
-    decay_on: Literal["all", "weights"] = Field("all", description="decay every parameter, or not biases and norms")
+    epochs: int = Field(default=200, gt=0, le=100_000, description="passes over the training images")
+    batch_size: int = Field(default=128, gt=0, description="images in a step")
+    optimizer: str = Field(default="lookahead:sgd", description="optimizer, or lookahead:OPTIMIZER")
+    lr: float = Field(default=0.1, gt=0, le=100, description="peak learning rate")
+    weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay of the optimizer")
+    decay_on: Literal["all", "weights"] = Field(
+        default="all", description="decay every parameter, or not biases and norms"
+    )
     opt: Arguments = Field(default_factory=dict, description="optimizer argument key=value, repeated")
-    schedule: str = Field("cosine", description="shape of the learning rate over the run")
-    schedule_epochs: float | None = Field(None, gt=0, description="length of the schedule; default: the epochs")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 0, counted in the schedule's length")
-    lr_min: float = Field(0.0, ge=0, description="floor of the schedule")
-    clip: str = Field("value:0.1", description="gradient clip: value:LIMIT, norm:LIMIT or none")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the average of the weights a step; 0 is off")
-    patience: int = Field(0, ge=0, description="stop after so many epochs without a better val_acc; 0 is off")
+    schedule: str = Field(default="cosine", description="shape of the learning rate over the run")
+    schedule_epochs: float | None = Field(default=None, gt=0, description="length of the schedule; default: the epochs")
+    warmup_epochs: float = Field(
+        default=0.0, ge=0, description="linear warm-up from 0, counted in the schedule's length"
+    )
+    lr_min: float = Field(default=0.0, ge=0, description="floor of the schedule")
+    clip: str = Field(default="value:0.1", description="gradient clip: value:LIMIT, norm:LIMIT or none")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the average of the weights a step; 0 is off")
+    patience: int = Field(default=0, ge=0, description="stop after so many epochs without a better val_acc; 0 is off")
 
     # the run
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, order and augmentation")
-    max_steps: int | None = Field(None, gt=0, description="stop after so many steps")
-    weights: Literal["last", "best", "ema"] = Field("last", description="weights that meet the test set")
-    out: str | None = Field(None, description="run folder; default: runs/<name>")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of weights, order and augmentation")
+    max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
+    weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
+    out: str | None = Field(default=None, description="run folder; default: runs/<name>")
 
     # the machine
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where to train")
-    loader: str = Field("auto", description="auto, or a row of LOADERS: tensor")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the convolutions")
-    compile: bool | None = Field(None, description="compile the network; default: where a compiler is")
-    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field("auto", description="effort")
-    cuda_graph: bool | None = Field(None, description="replay the step as a CUDA graph; default: on CUDA")
+    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="where to train")
+    loader: str = Field(default="auto", description="auto, or a row of LOADERS: tensor")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of the convolutions")
+    compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
+    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(default="auto", description="effort")
+    cuda_graph: bool | None = Field(default=None, description="replay the step as a CUDA graph; default: on CUDA")
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

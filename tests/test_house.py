@@ -27,7 +27,7 @@ MODULES = {module(path): path for path in FILES}
 
 
 def room(name: str) -> str:
-    return (name.split(".") + ["__init__"])[1]
+    return ([*name.split("."), "__init__"])[1]
 
 
 def floor(name: str) -> int:

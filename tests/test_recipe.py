@@ -35,10 +35,19 @@ def test_none_is_not_an_override(tmp_path: Path) -> None:
     assert Recipe.make(str(file), lr=0.4).lr == 0.4
 
 
-@given(st.builds(dict, lr=st.floats(1e-6, 100), epochs=st.integers(1, 1000), seed=st.integers(0, 2**63 - 1),
-                 blocks=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4),
-                 data=st.none() | st.text(st.characters(codec="utf-8"), max_size=20), drop_last=st.booleans(),
-                 opt=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9))))  # fmt: skip
+VALUES = st.builds(
+    dict,
+    lr=st.floats(1e-6, 100),
+    epochs=st.integers(1, 1000),
+    seed=st.integers(0, 2**63 - 1),
+    blocks=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    data=st.none() | st.text(st.characters(codec="utf-8"), max_size=20),
+    drop_last=st.booleans(),
+    opt=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9)),
+)
+
+
+@given(VALUES)
 def test_toml_round_trip(values: dict) -> None:
     recipe = Recipe.checked({key: value for key, value in values.items() if value is not None})
     assert Recipe.checked(tomllib.loads(recipe.to_toml())) == recipe

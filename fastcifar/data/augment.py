@@ -103,7 +103,7 @@ def apply_crop(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     y = row + (params["y"].int()[:, None] - _whole(op))
     at = column + 3 * (params["x"].int()[:, None] - _whole(op))
     if op.word == "reflect":
-        channel = column % 3
+        channel = _channel(column)
         y = (SIDE - 1) - ((SIDE - 1) - y.abs()).abs()
         at = torch.where(at < 0, 2 * channel - at, at)
         return _take(rows, y, torch.where(at > LAST, 2 * (LAST - 2 + channel) - at, at))
@@ -129,7 +129,7 @@ def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_flip(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Mirror left and right where `flip` is set."""
     row, column = _axes(rows)
-    mirrored = (LAST - 2) + 2 * (column % 3) - column  # 3 * (31 - x) + channel
+    mirrored = (LAST - 2) + 2 * _channel(column) - column  # 3 * (31 - x) + channel
     # One read at a chosen column, not a choice between two reads: a fused chain of ops would be computed twice.
     return _take(rows, row[None, :], torch.where(params["flip"][:, None], mirrored, column))
 
@@ -151,7 +151,7 @@ def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
         return torch.where(inside, 0, rows)
     # The colours ride in one integer, a byte each: torch.tensor(fill) would be an upload, which waits.
     packed = fill[0] | fill[1] << 8 | fill[2] << 16
-    return torch.where(inside, (packed >> (8 * (column % 3))) & 255, rows)
+    return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -257,16 +257,24 @@ def apply(ops: tuple[Op, ...], images: Tensor, params: tuple[Params, ...], fill:
     """The batch after every op in turn; uint8 channels_last [b,3,32,32] in and out, the input left as it is.
 
     `params` holds one dict for each op, tensors [b] on the images' device: a slice of `Draws.params`.
-    `fill` is the mean colour, 0..255 for each channel. Compiles as a full graph, into one kernel.
+    `fill` is the mean colour, 0..255 for each channel. Compiles as a full graph.
+    """
+    rows = apply_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill)
+    return rows.unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
+
+
+def apply_rows(ops: tuple[Op, ...], rows: Tensor, params: tuple[Params, ...], fill: Fill) -> Tensor:
+    """`apply` on the same bytes seen as rows, uint8 [b,32,96]: what a loader compiles together with its gather.
+
+    Rows of 96 adjacent bytes give the compiler a long innermost loop, and int32 one width for values, masks and
+    indices: a CPU's fused kernel is vectorised well only with both. In it the integers are registers, not memory.
     """
     assert len(ops) == len(params), (len(ops), len(params))
-    assert images.dtype == torch.uint8, images.dtype
-    # Rows of 96 adjacent bytes give the compiler a long innermost loop, and int32 one width for values, masks and
-    # indices: a CPU's fused kernel is vectorised well only with both. There the integers are registers, not memory.
-    rows = images.permute(0, 2, 3, 1).flatten(2).int()
+    assert rows.dtype == torch.uint8, rows.dtype
+    rows = rows.int()
     for op, drawn in zip(ops, params, strict=True):
         rows = AUGMENTS[op.name].apply(op, rows, drawn, fill)
-    return rows.to(torch.uint8).unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
+    return rows.to(torch.uint8)
 
 
 def _stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:
@@ -282,6 +290,11 @@ def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The row numbers int32 [32] and the column numbers int32 [96] (column = 3 * x + channel)."""
     row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)
     return row, torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
+
+
+def _channel(column: Tensor) -> Tensor:
+    """column % 3 for columns below 256: a multiplication and a shift, since a division is not vectorised on a CPU."""
+    return column - 3 * ((column * 171) >> 9)
 
 
 def _take(rows: Tensor, y: Tensor, at: Tensor) -> Tensor:

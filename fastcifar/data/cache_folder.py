@@ -55,7 +55,7 @@ def _fingerprint(source: Path, files: list[Path]) -> str:
 
 
 def _open(entry: Path) -> Loaded | None:
-    """The entry, its arrays mapped read-only; None unless every file is there, of the size and shape it was written with."""
+    """The entry, its arrays mapped read-only; None unless all of it is there, as it was written."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
         arrays = {}

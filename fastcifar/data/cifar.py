@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 for everybody: find, download, verify, cache; and the split into training and validation.
 
-`load` is the door; `official` and `archive` read the published files, `folders` everything else. The arrays are numpy's,
-uint8 and int64: this room must not import torch, normalise or augment.
+`load` is the door; `official` and `archive` read the published files, `folders` everything else.
+The arrays are numpy's, uint8 and int64: this room must not import torch, normalise or augment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
 
 
 def normalisation(spec: str) -> tuple[Channels, Channels]:
-    """Mean and std, three floats each in units of [0, 1], of a name or of "MEAN:STD" (one number, or three with commas).
+    """Mean and std, three floats each in units of [0, 1], of a name or "MEAN:STD" (one number, or three with commas).
 
     Raises `UsageError` for anything else, and for a std that is not positive.
     """
@@ -54,7 +54,7 @@ def normalisation(spec: str) -> tuple[Channels, Channels]:
 
 
 def split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted int64 positions `(train, val)` into `labels` int64 [n]: a stratified choice of exactly `val_size`, fixed by `seed`.
+    """Sorted int64 positions `(train, val)` in `labels` int64 [n]: exactly `val_size`, stratified, fixed by `seed`.
 
     Each class gives its share rounded down, and those that lost most to the rounding give one more.
     Raises `UsageError` for a size outside [0, n) and for a negative seed.
@@ -91,17 +91,20 @@ def load(
     contains one of these, or "synthetic[:N]".
 
     Without `data`: the environment variable FASTCIFAR_DATA, then the cache folder (`cache`, or the user's), then, if
-    `download`, the official archive. What was read is kept in the cache folder as .npy and mapped from there; where that
-    cannot be written the arrays stay in memory. Everything worth saying comes as one `UserWarning` a call.
+    `download`, the official archive. What was read is kept in the cache folder as .npy and mapped from there; where
+    that cannot be written the arrays stay in memory. Everything worth saying comes as one `UserWarning` a call.
     Raises `DataError` for what is missing, damaged or malicious, `UsageError` for an unknown `dataset`.
     """
     row = pick(DATASETS, dataset, "data set")
     folder = cache if cache is not None else Path(platformdirs.user_cache_dir("fastcifar"))
-    data = data or os.environ.get("FASTCIFAR_DATA") or None
-    if data is not None and data.split(":")[0] == "synthetic":
+    data = data or os.environ.get("FASTCIFAR_DATA")
+    if data and data.split(":")[0] == "synthetic":
         return folders.synthetic(data, dataset, row.classes, row.names)
-    found = _find(Path(data).expanduser(), dataset, row) if data else _in_cache(folder, dataset, row, download)
-    loaded, notes = cache_folder.through(folder, dataset, found.path, found.files(), found.read)
+    try:
+        found = _find(Path(data).expanduser(), dataset, row) if data else _in_cache(folder, dataset, row, download)
+        loaded, notes = cache_folder.through(folder, dataset, found.path, found.files(), found.read)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", ELSEWHERE) from None
     splits, classes, official, note = loaded
     if note:
         notes.insert(0, note)
@@ -129,7 +132,8 @@ def _find(path: Path, dataset: str, row: Official) -> _Found:
     for name, other in DATASETS.items():
         if name != dataset and _recognise(path, other) is not None:
             raise DataError(f"{path} holds {name}, expected {dataset}", f"say --dataset {name}")
-    looked = f"{row.python.folder}/, {row.binary.folder}/ (or their files), {row.python.tar}, {row.binary.tar}, train/<class>/*.png"
+    places = [f"{row.python.folder}/", f"{row.binary.folder}/", "their files", row.python.tar, row.binary.tar]
+    looked = ", ".join([*places, "train/<class>/*.png"])
     raise DataError(f"{path} holds no {dataset}; looked for {looked}", ELSEWHERE)
 
 

@@ -75,11 +75,10 @@ def _receive(url: str, md5: str, part: Path) -> None:
             head = file.read(512).lower()
         if found == md5:
             return
-    size = part.stat().st_size
-    part.unlink()
-    kind = "an HTML page" if b"<html" in head or b"<!doctype" in head else "another file"
-    what = f"{size:,} bytes of MD5 {found} ({kind})"  # pyright: ignore[reportPossiblyUnboundVariable]
-    raise DataError(f"{url} sent {what}, expected MD5 {md5}; deleted", ELSEWHERE)
+        if not resumed:
+            kind = "an HTML page" if b"<html" in head or b"<!doctype" in head else f"{part.stat().st_size:,} bytes"
+            part.unlink()
+            raise DataError(f"{url} sent {kind} of MD5 {found}, expected MD5 {md5}; deleted", ELSEWHERE)
 
 
 def _transfer(url: str, part: Path, start: int) -> None:

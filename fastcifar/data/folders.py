@@ -97,15 +97,17 @@ def synthetic(spec: str, name: str, count: int, names: tuple[str, ...]) -> Datas
     weights = np.maximum(0, 1 - np.abs(along[:, None] - np.arange(4))).astype(np.float32)
     patterns = np.einsum("ya,xb,ncab->ncyx", weights, weights, grid).astype(np.uint8)
     classes = names or tuple(f"class_{label:02d}" for label in range(count))
-    splits = [_noisy(patterns, size, key) for key, size in enumerate((train, max(train // 5, 10)), start=1)]
-    return Dataset(name, *splits, classes, spec, official=False)
+    test = max(train // 5, 10)
+    return Dataset(name, _noisy(patterns, train, 1), _noisy(patterns, test, 2), classes, spec, official=False)
 
 
 def _noisy(patterns: np.ndarray, size: int, key: int) -> Split:
     random = np.random.Generator(np.random.Philox(key=[7, key]))
     labels = random.permutation(np.arange(size, dtype=np.int64) % len(patterns))
-    images = np.frombuffer(bytearray(random.bytes(size * 3072)), np.uint8).reshape(size, 3, 32, 32)
-    images >>= 1
-    for start in range(0, size, 1024):
-        images[start : start + 1024] += patterns[labels[start : start + 1024]]
+    # Eight pixels a word, each halved to 0-127, so that adding a pattern of 0-127 cannot overflow.
+    words = random.bit_generator.random_raw(size * 3072 // 8)
+    words &= np.uint64(0x7F7F7F7F7F7F7F7F)
+    images = words.view(np.uint8).reshape(size, 3, 32, 32)
+    for start in range(0, size, 256):
+        images[start : start + 256] += patterns[labels[start : start + 256]]
     return Split(images, labels)

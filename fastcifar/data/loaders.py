@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import Fill, Op, Params, apply, draw_epoch
+from fastcifar.data.augment import SIDE, Fill, Op, Params, apply_rows, draw_epoch
 from fastcifar.errors import UsageError
 
 UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
-ALIGNED = 16  # elements: the rows of an epoch's draws start at multiples of this many (see `_rows`)
+ALIGNED = 16  # elements: a step's slice of the draws starts at a multiple of this many (see `_by_step`)
+
+# (rows uint8 [n,32,96], order int32 [b], parameters [b]) -> those samples, augmented: uint8 channels_last [b,3,32,32]
+Gather = Callable[[Tensor, Tensor, tuple[Params, ...]], Tensor]
 
 # The compiler would cut a chain of ops in two at its thresholds, and pass int32 rows between the parts through memory.
 # It would also check every index: those of the ops are clamped or mirrored into the image, those of the order are a
@@ -62,6 +65,7 @@ class TensorLoader:
         assert images.ndim == 4, images.shape
         assert len(images) == len(labels), (len(images), len(labels))
         assert batch_size > 0, batch_size
+        assert all(0 <= value <= 255 for value in fill), fill
         self.samples = len(images)
         if batch_size > self.samples:
             raise UsageError(
@@ -73,13 +77,14 @@ class TensorLoader:
         self._ops, self._fill, self._seed = augment, fill, seed
         self._device = torch.device(device)
         self._labels = np.array(labels, dtype=np.int64)
-        # NHWC, so that a pixel is three adjacent bytes and the output is channels_last without a copy.
-        self._pixels = torch.empty(self.samples, *images.shape[2:], 3, dtype=torch.uint8, device=self._device)
+        # NHWC, seen as rows of 96 bytes: the output is channels_last without a copy.
+        self._rows = torch.empty(self.samples, SIDE, 3 * SIDE, dtype=torch.uint8, device=self._device)
         for start in range(0, self.samples, UPLOAD):
             part = _upload(images[start : start + UPLOAD], self._device)
-            self._pixels[start : start + UPLOAD] = part.permute(0, 2, 3, 1)
-        self._eager = functools.partial(_gather, augment, fill)
-        self._full = _compiled(augment, fill, self.samples, batch_size, self._device) if compile else self._eager
+            self._rows[start : start + UPLOAD] = part.permute(0, 2, 3, 1).flatten(2)
+        self._gather = (
+            _compiled(augment, fill, self.samples, batch_size, self._device) if compile else _plain(augment, fill)
+        )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
@@ -89,27 +94,30 @@ class TensorLoader:
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         draws = draw_epoch(self._ops, self.samples, epoch, self._seed)
-        order = self._rows(draws.order.astype(np.int32))
-        labels = self._rows(self._labels[draws.order])
-        params = [{name: self._rows(array) for name, array in drawn.items()} for drawn in draws.params]
+        order = self._by_step(draws.order.astype(np.int32))
+        labels = self._by_step(self._labels[draws.order])
+        params = [{name: self._by_step(array) for name, array in drawn.items()} for drawn in draws.params]
         for step in range(start_step, self.steps_per_epoch):
+            drawn = tuple({name: slices[step] for name, slices in of_op.items()} for of_op in params)
+            with torch.no_grad():  # a caller that changes the grad mode would have the kernel compiled anew
+                images = self._gather(self._rows, order[step], drawn)
+            # The last batch is computed at full size, so that one static shape serves the whole epoch, and cut here.
             count = min(self.batch_size, self.samples - step * self.batch_size)
-            gather = self._full if count == self.batch_size else self._eager
-            drawn = tuple({name: rows[step, :count] for name, rows in of_op.items()} for of_op in params)
-            yield gather(self._pixels, order[step, :count], drawn), labels[step, :count]
+            yield images[:count], labels[step][:count]
 
-    def _rows(self, array: np.ndarray) -> Tensor:
-        """[n] on the host -> [steps, batch_size and padding] on the device; row i is the slice of batch i.
+    def _by_step(self, array: np.ndarray) -> tuple[Tensor, ...]:
+        """[n] over positions, on the host -> the slice [batch_size] of each step, on the device, in one upload.
 
-        The padding starts each row on an aligned address: a compiled kernel copies every misaligned input first.
+        Slices start at aligned addresses (a compiled kernel copies every misaligned input first), and the last one is
+        filled up with the epoch's first element, a valid draw.
         """
-        width = self.batch_size
-        array = array[: self.steps_per_epoch * width]
-        whole = len(array) // width
-        rows = np.zeros((self.steps_per_epoch, -(-width // ALIGNED) * ALIGNED), dtype=array.dtype)
-        rows[:whole, :width] = array[: whole * width].reshape(whole, width)
-        rows[whole:, : len(array) - whole * width] = array[whole * width :]
-        return _upload(rows, self._device)
+        steps, size = self.steps_per_epoch, self.batch_size
+        array = array[: steps * size]
+        whole = len(array) // size
+        table = np.full((steps, -(-size // ALIGNED) * ALIGNED), array[0])
+        table[:whole, :size] = array[: whole * size].reshape(whole, size)
+        table[whole:, : len(array) - whole * size] = array[whole * size :]
+        return _upload(table, self._device)[:, :size].unbind(0)
 
 
 LOADERS = {"tensor": TensorLoader}
@@ -132,25 +140,24 @@ def eval_batches(
         yield part.contiguous(memory_format=torch.channels_last), wanted
 
 
-def _gather(ops: tuple[Op, ...], fill: Fill, pixels: Tensor, order: Tensor, params: tuple[Params, ...]) -> Tensor:
-    """The samples `order` [b] of `pixels` [n,32,32,3], augmented: uint8 channels_last [b,3,32,32]."""
-    return apply(ops, pixels[order].permute(0, 3, 1, 2), params, fill)
+def _plain(ops: tuple[Op, ...], fill: Fill) -> Gather:
+    """The eager twin of `_compiled`."""
+
+    def gather(rows: Tensor, order: Tensor, params: tuple[Params, ...]) -> Tensor:
+        return apply_rows(ops, rows[order], params, fill).unflatten(2, (SIDE, 3)).permute(0, 3, 1, 2)
+
+    return gather
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(
-    ops: tuple[Op, ...], fill: Fill, samples: int, batch_size: int, device: torch.device
-) -> Callable[[Tensor, Tensor, tuple[Params, ...]], Tensor]:
-    """`_gather` compiled for one setting and one static shape, shared by all loaders of that setting.
+def _compiled(ops: tuple[Op, ...], fill: Fill, samples: int, batch_size: int, device: torch.device) -> Gather:
+    """One kernel for one setting and one static shape, shared by all loaders of that setting.
 
     The compiler keeps its variants, and their small limit, with the code object: each setting gets a code object of
     its own, or the ninth setting of a sweep would fail.
     """
-
-    def gather(pixels: Tensor, order: Tensor, params: tuple[Params, ...]) -> Tensor:
-        return _gather(ops, fill, pixels, order, params)
-
-    own = types.FunctionType(gather.__code__.replace(), globals(), "gather", None, gather.__closure__)
+    plain = _plain(ops, fill)
+    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, None, plain.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=False, options=ONE_KERNEL)
 
 

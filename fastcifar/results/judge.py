@@ -16,7 +16,7 @@ from fastcifar.errors import CheckpointError, DataError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.evaluate import evaluate
-from fastcifar.training.parts import network, normalisation
+from fastcifar.training.parts import network, normalisation, place
 from fastcifar.training.step import forward_pass
 
 
@@ -42,11 +42,10 @@ def judge(run: str, weights: str | None = None, **changes: Any) -> dict[str, Any
     if state is None:
         raise CheckpointError(f"{path} holds no average of the weights", "use --weights last, or train with --ema")
     checkpoint.load_weights(model, state, path)
-    model.to(device, memory_format=torch.channels_last)
-    forward = forward_pass(model, *normalisation(recipe), choice.precision, device)
+    forward = forward_pass(place(model, device), *normalisation(recipe), choice.precision, device)
     data = cifar.load(recipe.data, recipe.dataset)
     if list(data.classes) != saved["classes"]:
-        raise DataError(f"{data.source} has other classes than {path} was trained on", "give its own data set by --data")
+        raise DataError(f"{path} was trained on other classes than {data.source} has", "give its own data set")
     scores = asdict(evaluate(model, forward, data.test, device))
     return {
         "test_acc": scores.pop("accuracy"),

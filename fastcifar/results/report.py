@@ -89,14 +89,18 @@ def fitted(recipe: Recipe, budget: int) -> Found:
     width = largest_width(recipe.arch, budget, **given)
     model = _weightless(recipe.model_copy(update={"width": width}))
     document = {"name": recipe.arch, "width": width, "params": parameters(model), "macs": macs(model), "budget": budget}
-    shown = {"--width": f"{width:g}", "parameters": f"{document['params']:,} of {budget:,}", "MACs": f"{document['macs']:,}"}
+    shown = {
+        "--width": f"{width:g}",
+        "parameters": f"{document['params']:,} of {budget:,}",
+        "MACs": f"{document['macs']:,}",
+    }
     return Found(_pairs(recipe.arch, shown), document)
 
 
 def examination(found: dict[str, Any]) -> Table:
     """What `doctor` found."""
     rows: dict[str, str] = {"device": found["device"], "python": found["python"], "threads": str(found["threads"])}
-    rows |= {name: version for name, version in found["versions"].items()}
+    rows |= dict(found["versions"].items())
     rows |= {f"import {module}": verdict for module, verdict in found["imports"].items()}
     rows |= dict(line.split(": ", 1) for line in (f"train would use {line}" for line in found["chosen"]))
     if "error" in found:

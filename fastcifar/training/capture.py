@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 Replay = Callable[[], object]
 MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 WARM_UPS = 3
 
 
-def compiled(function: F, mode: str = "auto") -> F:
+def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
     return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
 
@@ -41,7 +42,7 @@ def untouched(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(on_device, device)
 
 
-def warmed(step: F, example: Sequence[Tensor], state: Sequence[Tensor]) -> F:
+def warmed(step: Callable[..., None], example: Sequence[Tensor], state: Sequence[Tensor]) -> Callable[..., None]:
     """`step`, after one run on `example` that compiled it and left `state` untouched."""
     with untouched(state, example[0].device):
         step(*example)

@@ -20,7 +20,7 @@ from fastcifar.errors import UsageError, nearest, pick
 from fastcifar.recipe import Recipe
 
 # name -> torch class and what we ask of it beside lr and weight decay; --opt key=value overrides.
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
 }
 
@@ -32,7 +32,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 LOOKAHEAD = {"k": 5, "alpha": 0.5}
 # set by a knob of their own, or by the machine
-NOT_ARGUMENTS = {"self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
+NOT_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
 
 
 class Optimizer:
@@ -105,9 +105,9 @@ class Optimizer:
             mine.copy_(saved)
 
 
-def _checked(arguments: dict[str, Any], kind: type[torch.optim.Optimizer], lookahead: bool) -> dict[str, Any]:
+def _checked(arguments: dict[str, Any], kind: Callable[..., Any], lookahead: bool) -> dict[str, Any]:
     """`arguments` if all of them are in the optimizer's signature; libraries swallow unknown ones silently."""
-    known = [name for name in inspect.signature(kind.__init__).parameters if name not in NOT_ARGUMENTS]
+    known = [name for name in inspect.signature(kind).parameters if name not in NOT_ARGUMENTS]
     known += list(LOOKAHEAD) if lookahead else []
     for key in arguments:
         if key not in known:

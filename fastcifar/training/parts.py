@@ -142,7 +142,10 @@ class Parts:
 
 
 def assemble(recipe: Recipe, choice: Choice) -> Parts:
-    """The parts of a run by `recipe` on the device of `choice`. Errors: those of each room, before anything is written."""
+    """The parts of a run by `recipe` on the device of `choice`.
+
+    Errors: those of each room, before anything is written.
+    """
     device = torch.device(choice.device)
     ops = parse(recipe.augment)
     loader_kind = pick(LOADERS, choice.loader, "loader")
@@ -151,7 +154,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
     data = cifar.load(recipe.data, recipe.dataset)
     torch.manual_seed(recipe.seed)
-    model = network(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
     loader = loader_kind(
@@ -161,7 +164,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         augment=ops,
         seed=recipe.seed,
         device=device,
-        fill=tuple(round(255 * channel) for channel in mean),
+        fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
         compile=choice.compile,
         drop_last=recipe.drop_last,
     )
@@ -188,6 +191,11 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
     model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
     check_budget(recipe.arch, model, recipe.max_params)
     return model
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on the device, its convolutions channels_last."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -84,7 +84,8 @@ class Run:
 
         Errors: `DiskError` when the folder cannot be made or written: before training, not after.
         """
-        wanted = Path(recipe.out) if recipe.out else Path("runs") / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        named = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
             folder = _claim(wanted)
             (folder / "checkpoints").mkdir()
@@ -134,7 +135,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys(("setup", "compile", "train", "eval"), 0.0)
+        self.seconds: dict[str, float] = {"setup": 0.0, "compile": 0.0, "train": 0.0, "eval": 0.0}
         self.last = dict(self.seconds)
 
     @contextmanager

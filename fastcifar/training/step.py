@@ -145,8 +145,8 @@ def scaled_training_step(
 def not_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """float32 scalar on the device: 1 if the loss or any gradient holds a NaN or an infinity, else 0."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
-    norms = torch._foreach_norm(gradients, ord=math.inf) if gradients else []
-    return (~torch.stack((loss.detach(), *norms)).isfinite().all()).float()
+    largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()
 
 
 def _nothing() -> None:

@@ -37,6 +37,7 @@ def summarise(
         "seed": recipe.seed,
         "epochs": progress.epoch,
         "steps": progress.step,
+        "images_trained": progress.images,
         "device": choice.device,
         "loader": choice.loader,
         "compiled": choice.compile,

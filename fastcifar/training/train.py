@@ -56,8 +56,7 @@ def fit(parts: Parts, step: Any, run: Run, clock: Clock, display: Display, stop:
             parts.meter.reset()
             parts.model.train()
             for images, labels in parts.loader.batches(epoch):
-                lr = parts.lr_at(progress.step)
-                parts.optimizer.set_lr(lr)
+                parts.optimizer.set_lr(parts.lr_at(progress.step))
                 step(images, labels)
                 progress.step += 1
                 parts.optimizer.between_steps(progress.step)
@@ -80,7 +79,7 @@ def fit(parts: Parts, step: Any, run: Run, clock: Clock, display: Display, stop:
         row = {
             "epoch": epoch,
             "step": progress.step,
-            "lr": lr,
+            "lr": parts.lr_at(progress.step - 1),
             "train_loss": seen.loss,
             "train_acc": seen.accuracy,
             **validation,

@@ -108,7 +108,8 @@ def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe]) -> None:
 def test_a_captured_step_names_what_does_not_fit(tiny: Callable[..., Recipe]) -> None:
     parts = parts_of(tiny())
     images, labels = batches(parts, 1)[0]
-    captured = graphed(parts.step(loss_and_hits(parts.forward, 0.0)), (images, labels), parts.tensors(), lambda work: work)
+    step = parts.step(loss_and_hits(parts.forward, 0.0))
+    captured = graphed(step, (images, labels), parts.tensors(), record=lambda work: work)
     with pytest.raises(ValueError, match=r"input 0 .*\(32, 3, 32, 32\).*\(16, 3, 32, 32\).*plain step"):
         captured(images[:16], labels[:16])
     with pytest.raises(ValueError, match=r"input 1 .*int64.*int32"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -145,7 +146,7 @@ def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.055)
     assert rates[200:] == [pytest.approx(0.01)] * 10
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
 def test_a_schedule_longer_than_the_run_is_cut() -> None:

@@ -73,9 +73,7 @@ def test_without_a_split_all_images_train_and_nothing_is_chosen(tiny: Callable[.
     assert not (Path(summary["run"]) / "checkpoints" / "best.pt").exists()
 
 
-def test_best_weights_are_those_of_the_best_epoch(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter((0.2, 0.9, 0.3))
     monkeypatch.setattr(
         Parts, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}

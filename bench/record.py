@@ -1,0 +1,81 @@
+"""Records finished runs of one recipe as a result that the README can quote.
+
+    python bench/record.py WHAT RUN [RUN ...]
+
+writes bench/results/<UTC>_<device>_<WHAT>/ with recipe.json and env.json (of the first run), trials.jsonl (the
+summary of every run, none left out) and summary.json (n, mean, standard deviation and the trials' own figures).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = ("test_acc", "test_acc_ema", "test_loss", "val_acc", "images_per_s")
+
+
+def record(what: str, runs: list[Path]) -> Path:
+    """Makes the result folder. Errors: SystemExit for unfinished runs or runs of different recipes."""
+    trials = [read(run / "summary.json") for run in runs]
+    for run, trial in zip(runs, trials, strict=True):
+        if not trial["complete"]:
+            raise SystemExit(f"{run} was cut short ({trial['stop_reason']}): not a result")
+        if knobs(trial) != knobs(trials[0]):
+            raise SystemExit(f"{run} has another recipe than {runs[0]}")
+    environment = read(runs[0] / "env.json")
+    device = re.sub(r"[^A-Za-z0-9]+", "-", environment["device"]).strip("-").lower()
+    folder = RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
+    folder.mkdir(parents=True)
+    write(folder / "recipe.json", knobs(trials[0]))
+    write(folder / "env.json", {key: value for key, value in environment.items() if key != "command"})
+    write(folder / "summary.json", summary(what, trials))
+    with (folder / "trials.jsonl").open("w", encoding="utf-8") as file:
+        for trial in trials:
+            file.write(json.dumps(plain(trial)) + "\n")
+    return folder
+
+
+def summary(what: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    first = trials[0]
+    out: dict[str, Any] = {"what": what, "n": len(trials), "seeds": [trial["seed"] for trial in trials]}
+    out |= {key: first[key] for key in ("arch", "params", "macs", "recipe", "epochs", "device", "precision", "weights")}
+    out["train_flops"] = 6 * first["macs"] * first["images_trained"]
+    for name in FIGURES:
+        values = [trial[name] for trial in trials]
+        if None not in values:
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            out[name] = {"mean": statistics.fmean(values), "std": deviation, "trials": values}
+    out["seconds_total"] = [trial["seconds"]["total"] for trial in trials]
+    return out
+
+
+def plain(trial: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the places it was made in."""
+    config = {key: value for key, value in trial["config"].items() if key not in ("data", "out")}
+    return {**{key: value for key, value in trial.items() if key != "run"}, "config": config}
+
+
+def knobs(trial: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in trial["config"].items() if key not in ("seed", "data", "out")}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Record finished runs of one recipe under bench/results.")
+    parser.add_argument("what", help="a short name, such as quick")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    arguments = parser.parse_args()
+    print(record(arguments.what, arguments.runs))
