@@ -26,7 +26,7 @@ Gather = Callable[[Tensor, Tensor, tuple[Params, ...]], Tensor]
 
 # The compiler would cut a chain of ops in two at its thresholds, and pass int32 rows between the parts through memory.
 # It would also check every index: those of the ops are clamped or mirrored into the image, those of the order are a
-# permutation, and a quarter of the time is saved on a CPU. The eager twin keeps its checks.
+# permutation, and a check in the innermost loop costs time. The eager twin keeps its own.
 ONE_KERNEL = {
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,

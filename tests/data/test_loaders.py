@@ -45,7 +45,7 @@ def test_table() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 10, 32, 55, 109, 110])
 def test_every_sample_comes_once_an_epoch(batch_size: int) -> None:
-    it = loader(batch_size)
+    it = loader(batch_size, "flip")
     batches = list(it.batches(0))
     assert (it.samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
     assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches]

@@ -34,13 +34,25 @@ def copy_state(source: Parts, target: Parts) -> None:
             mine.copy_(other)
 
 
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Parts, Parts, Callable, Callable]:
+@pytest.fixture(scope="module", params=["silu", "relu"])
+def twins(request: pytest.FixtureRequest) -> tuple[Parts, Parts, Callable, Callable]:
     """Two equal runs of a small SE-ResNet with every part in use, one eager and one compiled, and their steps."""
     recipe = Recipe.make(
-        arch="resnet", blocks=(1, 1), channels=(8, 16), se="block", data="synthetic:200", val_size=40, batch_size=32,
-        device="cpu", precision="fp32", compile=False, ema=0.9, label_smoothing=0.1, lr=1e-3,
-    )  # fmt: skip
+        arch="resnet",
+        blocks=(1, 1),
+        channels=(8, 16),
+        se="block",
+        activation=request.param,
+        data="synthetic:200",
+        val_size=40,
+        batch_size=32,
+        device="cpu",
+        precision="fp32",
+        compile=False,
+        ema=0.9,
+        label_smoothing=0.1,
+        lr=1e-3,
+    )
     eager, fast = parts_of(recipe), parts_of(recipe)
     compiled_function = compiled(loss_and_hits(fast.forward, 0.1))
     return eager, fast, eager.step(loss_and_hits(eager.forward, 0.1)), fast.step(compiled_function)
@@ -58,6 +70,10 @@ def test_compiled_losses_equal_eager_losses(twins: tuple[Parts, Parts, Callable,
 
 
 def test_compiled_steps_from_eagers_own_state_equal_eager_steps(twins: tuple[Parts, Parts, Callable, Callable]) -> None:
+    """Weights within 1e-5 relative: every tensor if the network is smooth, all of them together if it has kinks.
+
+    An activation within a rounding of 0 is on one side of ReLU's kink or the other, and its gradient with it.
+    """
     eager, fast, plain, step = twins
     for parts in (eager, fast):
         parts.optimizer.set_lr(0.1)
@@ -65,9 +81,12 @@ def test_compiled_steps_from_eagers_own_state_equal_eager_steps(twins: tuple[Par
         copy_state(eager, fast)
         plain(images, labels)
         step(images, labels)
-        for mine, other in zip(fast.model.parameters(), eager.model.parameters(), strict=True):
-            # relative to the tensor, but for biases that are still all but zero
-            assert (mine - other).norm() <= 1e-5 * other.norm().clamp(min=1)
+        pairs = list(zip(fast.model.parameters(), eager.model.parameters(), strict=True))
+        change = torch.cat([(mine - other).flatten() for mine, other in pairs]).norm()
+        assert change <= 1e-5 * torch.cat([other.flatten() for _, other in pairs]).norm()
+        if eager.recipe.activation == "silu":
+            for mine, other in pairs:
+                assert (mine - other).norm() <= 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("wrap", ["graphed", "warmed"])
