@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import SIDE, Fill, Op, Params, apply_rows, draw_epoch
+from fastcifar.data.augment import SIDE, Fill, Op, Params, apply_rows, draw_epoch, parse
+from fastcifar.data.official import Split
 from fastcifar.errors import UsageError
 
 UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
@@ -121,6 +122,29 @@ class TensorLoader:
 
 
 LOADERS = {"tensor": TensorLoader}
+
+
+def batches(
+    split: Split,
+    *,
+    batch_size: int = 128,
+    augment: str = "crop:4:zero,flip",
+    seed: int = 0,
+    epochs: int = 1,
+    device: torch.device | str = "cpu",
+    compile: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented batches of `split` for a loop of one's own, `epochs` times over, as `TensorLoader` gives them.
+
+    Yields images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays after a few hundred
+    batches. Raises `UsageError` for a wrong `augment`, or a `batch_size` larger than the split.
+    """
+    ops = parse(augment)
+    loader = TensorLoader(
+        split.images, split.labels, batch_size=batch_size, augment=ops, seed=seed, device=device, compile=compile
+    )
+    for epoch in range(epochs):
+        yield from loader.batches(epoch)
 
 
 def eval_batches(

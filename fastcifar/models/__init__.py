@@ -19,6 +19,7 @@ from fastcifar.errors import UsageError, pick
 from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
 from fastcifar.models.resnet import ACTIVATIONS, se_resnet
+from fastcifar.models.speednet import speednet
 from fastcifar.recipe import option, section
 
 __all__ = [
@@ -56,6 +57,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         dropout=0.2,
         dropout_at="head",
     ),
+    # For short schedules: pools early, no shortcuts.
+    "speednet": speednet,
     # The baseline, over the budget.
     "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
