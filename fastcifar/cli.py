@@ -11,6 +11,7 @@ import json
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -154,6 +155,7 @@ def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
 
 def main() -> None:
     """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
+    warnings.showwarning = _warned
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
@@ -165,6 +167,12 @@ def main() -> None:
             raise
         sys.exit(_explained(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warned(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """A warning as one line like an error's, without a place in the source."""
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
 
 def _explained(error: Exception) -> int:

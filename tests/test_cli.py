@@ -148,6 +148,12 @@ def test_eval_errors(tmp_path: Path) -> None:
     assert (damaged.returncode, damaged.stderr.count("\n")) == (4, 1)
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
+    code = "import warnings, fastcifar.cli as cli\nwarnings.showwarning = cli._warned\nwarnings.warn('odd')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stderr == "fastcifar: warning: odd\n"
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--arch", "se86", "--debug", cwd=tmp_path)
     assert "Traceback" in run.stderr

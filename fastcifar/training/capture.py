@@ -6,6 +6,7 @@ runs leave weights, buffers, optimizer and random state exactly as they were.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -18,11 +19,25 @@ R = TypeVar("R")
 Replay = Callable[[], object]
 MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 WARM_UPS = 3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
     return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed, for the whole process: each step frees and asks for the same tensors again.
+
+    By default every large one is mapped and cleared anew, a fifth of a small network's step on a CPU (LOG.md).
+    Returns whether it could be set: not without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 * 2**20)])
 
 
 @contextmanager

@@ -147,6 +147,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     Errors: those of each room, before anything is written.
     """
     device = torch.device(choice.device)
+    if device.type == "cpu":
+        capture.keep_freed_memory()
     ops = parse(recipe.augment)
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)

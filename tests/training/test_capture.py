@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -133,6 +136,12 @@ def test_a_captured_step_names_what_does_not_fit(tiny: Callable[..., Recipe]) ->
         captured(images[:16], labels[:16])
     with pytest.raises(ValueError, match=r"input 1 .*int64.*int32"):
         captured(images, labels.int())
+
+
+def test_freed_memory_is_kept_where_there_is_glibc() -> None:
+    code = "from fastcifar.training.capture import keep_freed_memory as keep; print(keep())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
 
 def test_a_short_batch_goes_to_the_plain_twin() -> None:
