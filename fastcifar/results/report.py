@@ -115,7 +115,7 @@ def _weightless(recipe: Recipe) -> torch.nn.Module:
 
 
 def _pairs(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title or None, show_header=False, title_justify="left")
+    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():

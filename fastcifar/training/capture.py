@@ -7,6 +7,7 @@ runs leave weights, buffers, optimizer and random state exactly as they were.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -24,6 +25,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
+    # It would warn of every machine that has a CUDA compiler and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
 
 

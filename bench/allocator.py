@@ -1,0 +1,84 @@
+"""What `keep_freed_memory` is worth: the training step with and without it, in turn, each in a process of its own.
+
+    python bench/allocator.py [--arch speednet --batch-size 256 --rounds 3]
+
+writes bench/results/<UTC>_<device>_allocator-<arch>/{env,summary}.json and trials.jsonl. CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, WARM_UP = 36, 6
+
+
+def one(arch: str, batch_size: int, keep: bool) -> float:
+    """Median seconds of a compiled step on synthetic images, in this process."""
+    from fastcifar.device import choose
+    from fastcifar.recipe import Recipe
+    from fastcifar.training import capture, parts
+
+    if not keep:
+        capture.keep_freed_memory = lambda: False
+    recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
+    run = parts.assemble(recipe, choose(recipe))
+    step = run.fast_step()
+    seconds = []
+    for epoch in range(STEPS):
+        for images, labels in run.loader.batches(epoch):
+            started = time.perf_counter()
+            step(images, labels)
+            seconds.append(time.perf_counter() - started)
+            if len(seconds) == STEPS:
+                return statistics.median(seconds[WARM_UP:])
+    raise AssertionError("an epoch without a batch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The training step with and without keep_freed_memory.")
+    parser.add_argument("--arch", default="speednet")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", choices=("keep", "plain"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(one(arguments.arch, arguments.batch_size, arguments.child == "keep"))
+        return
+    from fastcifar.device import environment
+
+    trials = []
+    command = [sys.executable, __file__, "--arch", arguments.arch, "--batch-size", str(arguments.batch_size)]
+    for number in range(arguments.rounds):
+        for kind in ("plain", "keep"):
+            run = subprocess.run([*command, "--child", kind], capture_output=True, text=True, check=True)
+            trials.append({"round": number, "kind": kind, "step_s": float(run.stdout.split()[-1])})
+            print(trials[-1], flush=True)
+    paired = [plain["step_s"] / keep["step_s"] for plain, keep in zip(trials[::2], trials[1::2], strict=True)]
+    summary = {
+        "what": "seconds of a training step, plain over keep_freed_memory, paired",
+        "arch": arguments.arch,
+        "batch_size": arguments.batch_size,
+        "n": arguments.rounds,
+        "speedup": {"min": min(paired), "median": statistics.median(paired), "max": max(paired)},
+    }
+    found = environment()
+    device = re.sub(r"[^A-Za-z0-9]+", "-", found["device"]).strip("-").lower()
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    folder = RESULTS / f"{stamp}_{device}_allocator-{arguments.arch}"
+    folder.mkdir(parents=True)
+    (folder / "env.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
+    print(folder, json.dumps(summary["speedup"]))
+
+
+if __name__ == "__main__":
+    main()

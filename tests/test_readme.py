@@ -1,0 +1,46 @@
+"""What the README says can be done, can be done; what it draws, is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from fastcifar.cli import app
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_library_face_runs_as_written(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(code) == 1
+    run = subprocess.run(
+        [sys.executable, "-c", code[0]], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size([100, 3, 32, 32]) torch.uint8" in run.stdout
+    assert (tmp_path / run.stdout.split()[-1] / "summary.json").is_file()
+
+
+def test_the_tree_names_every_file_and_no_other() -> None:
+    tree = TEXT.split("```\nfastcifar/\n")[1].split("```")[0]
+    package = tree.split("\nbench/")[0]
+    drawn = set(re.findall(r"^ +(\w+\.py)", package, re.MULTILINE))
+    there = {path.name for path in (ROOT / "fastcifar").rglob("*.py") if not path.name.startswith("__")}
+    assert drawn == there
+    for name in re.findall(r"^(\S+?)/? ", tree, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_command_is_in_the_table() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert f"`fastcifar {name}" in TEXT, name
+
+
+def test_the_shipped_recipes_are_named() -> None:
+    for path in (ROOT / "fastcifar" / "recipes").glob("*.toml"):
+        assert f"`{path.stem}`" in TEXT or f"--recipe {path.stem}" in TEXT
