@@ -27,14 +27,17 @@ def judge(run: str, weights: str | None = None, **changes: Any) -> dict[str, Any
     keeps the recipe's. Returns `test_acc` (a fraction), `test_loss` (nats), `correct`, `total`, `ece`, `per_class`
     and what they were measured with. Errors: `CheckpointError`, `DataError`, `DeviceError`, `UsageError`.
     """
-    path = checkpoint.find(run, "best" if weights == "best" else "last")
+    path = checkpoint.find(run, "last")
     saved = checkpoint.load(path)
+    which = weights or str(saved["recipe"].get("weights", "last"))
+    if which == "best":
+        path = checkpoint.find(run, "best")
+        saved = checkpoint.load(path)
     asked = {key: value for key, value in changes.items() if value is not None}
     try:
         recipe = Recipe.checked({**saved["recipe"], **asked, "cuda_graph": False, "compile": False})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    which = weights or recipe.weights
     choice = choose(recipe)
     device = torch.device(choice.device)
     model = network(recipe, len(saved["classes"]))

@@ -71,10 +71,13 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)
 
-    def step(self, skip: Tensor) -> None:
-        """One update on the gradients. `skip`: float32 scalar on the device; 1 leaves weights and state alone."""
-        self.inner.found_inf = skip  # type: ignore[attr-defined]  # the fused kernels' own switch, set by GradScaler
-        self.inner.step()
+    def step(self, scaler: torch.amp.GradScaler, skip: Tensor) -> None:
+        """One update on the gradients, through torch's `scaler`, which may be disabled.
+
+        `skip`: float32 scalar on the device; 1 leaves weights and state alone.
+        """
+        self.inner.found_inf = skip  # type: ignore[attr-defined]  # the fused kernels' switch; an enabled scaler sets it
+        scaler.step(self.inner)
 
     def between_steps(self, done: int) -> None:
         """Called by the loop after step number `done` (from 1): Lookahead's slow weights, every k steps."""

@@ -31,7 +31,6 @@ from fastcifar.training.step import (
     Step,
     forward_pass,
     loss_and_hits,
-    scaled_training_step,
     training_step,
 )
 
@@ -72,8 +71,8 @@ class Parts:
 
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
-        build_step = scaled_training_step if self.choice.precision == "fp16" else training_step
-        return build_step(function, self.optimizer, self.clip, self.meter, self.ema)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.choice.precision == "fp16")
+        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler)
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
@@ -92,6 +91,7 @@ class Parts:
             fast = capture.graphed(fast, example, self.tensors())
         elif self.choice.compile:
             fast = capture.warmed(fast, example, self.tensors())
+        next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
         return capture.by_batch_size(fast, plain, batch_size)
 
     def tensors(self) -> list[Tensor]:

@@ -102,41 +102,31 @@ def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
 
 
 def training_step(
-    function: LossAndHits, optimizer: Optimizer, clip: Callable[[], object], meter: Meter, ema: Ema | None
+    function: LossAndHits,
+    optimizer: Optimizer,
+    clip: Callable[[], object],
+    meter: Meter,
+    ema: Ema | None,
+    scaler: torch.amp.GradScaler,
 ) -> Step:
-    """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated."""
+    """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated.
+
+    `scaler`: scales the loss on the device and skips steps whose gradients overflow, which in fp16 is no failure;
+    disabled for every other precision, where it does nothing.
+    """
     average = ema.update if ema else _nothing
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        loss, hits = function(images, labels)
-        loss.backward()
-        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, optimizer.parameters)))
-        clip()
-        optimizer.step(skip=meter.bad)
-        average()
-        meter.add(loss, hits, len(labels))
-
-    return step
-
-
-def scaled_training_step(
-    function: LossAndHits, optimizer: Optimizer, clip: Callable[[], object], meter: Meter, ema: Ema | None
-) -> Step:
-    """The same for fp16: the loss scaled on the device, steps whose gradients overflow skipped (torch's GradScaler)."""
-    average = ema.update if ema else _nothing
-    scaler = torch.amp.GradScaler(optimizer.lr.device.type)
+    watched = [] if scaler.is_enabled() else optimizer.parameters
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         loss, hits = function(images, labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer.inner)
+        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, watched)))
         clip()
-        scaler.step(optimizer.inner)
+        optimizer.step(scaler, skip=meter.bad)
         scaler.update()
         average()
-        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, [])))
         meter.add(loss, hits, len(labels))
 
     return step

@@ -6,6 +6,7 @@ only launches work; it reads the meter at its end, and peeks at it, without wait
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import Display
 from fastcifar.training.run import Clock, Progress, Run, Stop
+from fastcifar.training.step import Step
 from fastcifar.training.summary import summarise
 
 PEEK_EVERY = 10  # steps between two looks at the meter
@@ -25,14 +27,15 @@ PEEK_EVERY = 10  # steps between two looks at the meter
 def train(recipe: Recipe, name: str | None = None, console: Console | None = None) -> dict[str, Any]:
     """Trains by `recipe`, tests once, and returns the summary that the run folder keeps.
 
-    `name`: the recipe's, for tables. `console`: where progress is shown; None is quiet.
+    `name`: the recipe's or its file's, for tables. `console`: where progress is shown; None is quiet.
     Errors: `UserError`s with the exit code of each kind; see errors.py.
     """
     clock = Clock()
+    name = Path(name).stem if name else "custom"
     with clock.phase("setup"):
         choice = choose(recipe)
         parts = assemble(recipe, choice)
-        run = Run.create(recipe, f"{recipe.arch}-{name or 'custom'}-s{recipe.seed}")
+        run = Run.create(recipe, f"{recipe.arch}-{name}-s{recipe.seed}")
     display = Display(console, parts.steps, recipe.epochs, recipe.batch_size)
     display.lines([f"run: {run.folder}", *parts.lines(), *choice.lines()])
     with clock.phase("compile"):
@@ -43,12 +46,12 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
         raise stop.interruption(run, progress.step)
     with clock.phase("eval"):
         tested = parts.test(run.checkpoint("best"))
-    summary = summarise(parts, run, clock, progress, tested, name or "custom")
+    summary = summarise(parts, run, clock, progress, tested, name)
     run.finish(summary, parts.model.state_dict())
     return summary
 
 
-def fit(parts: Parts, step: Any, run: Run, clock: Clock, display: Display, stop: Stop) -> Progress:
+def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop: Stop) -> Progress:
     """The loop: epochs of steps, each epoch ended by a look at the validation split and a checkpoint."""
     progress = Progress()
     for epoch in range(parts.recipe.epochs):
@@ -91,7 +94,7 @@ def fit(parts: Parts, step: Any, run: Run, clock: Clock, display: Display, stop:
         keep(parts, run, progress)
         if progress.stop_reason:
             return progress
-    progress.stop_reason = "epochs"
+    progress.stop_reason = stop.signal or "epochs"
     return progress
 
 

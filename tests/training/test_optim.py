@@ -16,6 +16,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training.optim import OPTIMIZERS, SCHEDULES, Ema, Optimizer, clipper, parameter_groups, schedule
 
 OFF = torch.zeros(())
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def network() -> nn.Module:
@@ -47,7 +48,7 @@ def test_sgd_equals_torch(opt: dict) -> None:
             reference.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     for step in range(20):
         set_gradients([ours, theirs], step)
-        optimizer.step(OFF)
+        optimizer.step(SCALER, OFF)
         reference.step()
     assert_equal_weights(ours, theirs, 1e-6)
 
@@ -60,7 +61,7 @@ def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
     reference = ReferenceLookahead(inner, k=k, alpha=alpha, pullback_momentum="none")
     for step in range(50):
         set_gradients([ours, theirs], step)
-        optimizer.step(OFF)
+        optimizer.step(SCALER, OFF)
         optimizer.between_steps(step + 1)
         reference.step()
     assert_equal_weights(ours, theirs, 1e-5)
@@ -73,7 +74,7 @@ def test_learning_rate_is_one_tensor_that_every_group_reads() -> None:
     before = copy.deepcopy(model.state_dict())
     optimizer.set_lr(0.0)
     set_gradients([model], 0)
-    optimizer.step(OFF)
+    optimizer.step(SCALER, OFF)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(group["lr"] is optimizer.lr for group in optimizer.inner.param_groups)
@@ -85,7 +86,7 @@ def test_state_goes_into_the_tensors_that_are_there_and_resumes_exactly(name: st
     first, second = Optimizer(ours, Recipe(optimizer=name)), Optimizer(resumed, Recipe(optimizer=name))
     for step in range(7):
         set_gradients([ours], step)
-        first.step(OFF)
+        first.step(SCALER, OFF)
         first.between_steps(step + 1)
     places = [tensor.data_ptr() for tensor in second.tensors()]
     resumed.load_state_dict(ours.state_dict())
@@ -94,7 +95,7 @@ def test_state_goes_into_the_tensors_that_are_there_and_resumes_exactly(name: st
     for step in range(7, 14):
         set_gradients([ours, resumed], step)
         for optimizer in (first, second):
-            optimizer.step(OFF)
+            optimizer.step(SCALER, OFF)
             optimizer.between_steps(step + 1)
     assert_equal_weights(ours, resumed)
 
@@ -104,11 +105,11 @@ def test_fault14_a_skipped_step_changes_nothing(name: str) -> None:
     model = network()
     optimizer = Optimizer(model, Recipe(optimizer=name))
     set_gradients([model], 0)
-    optimizer.step(OFF)
+    optimizer.step(SCALER, OFF)
     kept = [value.clone() for value in (*model.state_dict().values(), *optimizer.tensors())]
     set_gradients([model], 1)
     next(model.parameters()).grad.fill_(math.nan)  # type: ignore[union-attr]
-    optimizer.step(torch.ones(()))
+    optimizer.step(SCALER, torch.ones(()))
     for before, after in zip(kept, (*model.state_dict().values(), *optimizer.tensors()), strict=True):
         assert torch.equal(before, after)
 
