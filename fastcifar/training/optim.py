@@ -27,7 +27,7 @@ from fastcifar.training.capture import untouched
 class RMSprop(torch.optim.RMSprop):
     """torch's, with its fused kernels' switch: where `found_inf` is 1 a step changes nothing, and no host asks.
 
-    The sizes are small, the kernels few: everything it changes is gathered before and after, and chosen from at once.
+    All that it changes is gathered before and after, and one of the two is put back: copies, but few kernels.
     """
 
     _step_supports_amp_scaling = True
