@@ -11,6 +11,7 @@ import copy
 import inspect
 import io
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ OWN_SCHEDULE = {
     "ranger21",
     *(f"dadapt{of}" for of in ("adagrad", "adam", "adan", "lion", "sgd")),
 }
+# Its own default climbs for its first five steps (4.1); descending, as the published Ranger does, is an argument.
+LIBRARY_DEFAULTS: dict[str, dict[str, Any]] = {"ranger": {"degenerated_to_sgd": True}}
 
 LOOKAHEAD = {"k": 5, "alpha": 0.5}
 # set by a knob of their own, or by the machine
@@ -197,7 +200,7 @@ def find(name: str) -> Kind:
     classes = library()
     if name not in classes:
         raise UsageError(f"unknown optimizer {name!r}", nearest(name, {**OPTIMIZERS, **classes}))
-    return Kind(classes[name], own_schedule=name in OWN_SCHEDULE)
+    return Kind(classes[name], LIBRARY_DEFAULTS.get(name, {}), own_schedule=name in OWN_SCHEDULE)
 
 
 def library() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -249,7 +252,11 @@ def _try(build: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    build(copies, **arguments).load_state_dict(torch.load(file, weights_only=True))
+    try:
+        state = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("its state is not only plain values and tensors, as a checkpoint's is") from None
+    build(copies, **arguments).load_state_dict(state)
 
 
 def _step_on(optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor]) -> None:

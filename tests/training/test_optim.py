@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper, parameter_groups
+from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE, Ema, Optimizer, clipper, library, parameter_groups
 from fastcifar.training.schedule import SCHEDULES, Schedule
 
 OFF = torch.zeros(())
@@ -91,7 +92,7 @@ def test_sgd_equals_torch(opt: dict) -> None:
         ("adamw", {"eps": 1e-6}, torch.optim.AdamW, {"eps": 1e-6}),
         ("rmsprop", {}, torch.optim.RMSprop, {}),
         ("rmsprop", {"momentum": 0.9, "centered": True}, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
-        ("ranger", {"k": 6}, pytorch_optimizer.Ranger, {"k": 6}),
+        ("ranger", {"k": 6}, pytorch_optimizer.Ranger, {"k": 6, "degenerated_to_sgd": True}),
         ("Lion", {}, pytorch_optimizer.Lion, {}),
         ("AdaBelief", {}, pytorch_optimizer.AdaBelief, {}),
         ("lamb", {}, pytorch_optimizer.Lamb, {}),
@@ -266,6 +267,8 @@ def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -
         ({"optimizer": "fromage"}, "--weight-decay 0"),
         ({"optimizer": "schedulefreesgd"}, "evaluates other weights"),
         ({"optimizer": "muon"}, "muon cannot train this network"),
+        ({"optimizer": "adamp"}, "adamp cannot train this network"),
+        ({"optimizer": "adashift", "weight_decay": 0}, "plain values and tensors"),
         ({"optimizer": "lbfgs", "weight_decay": 0}, "closure"),
     ],
 )
@@ -281,6 +284,38 @@ def test_fault18_without_pytorch_optimizer_the_rest_works(monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"pip install 'pytorch_optimizer>=4.1") as caught:
         Optimizer(network(), Recipe(optimizer="ranger"))
     assert caught.value.exit_code == 2
+
+
+def test_ranger_descends_from_its_first_step() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = Optimizer(model, Recipe(optimizer="ranger", lr=0.01, weight_decay=0))
+    sizes = []
+    for step in range(8):
+        optimizer.zero_grad()
+        size = sum(weight.square().sum() for weight in model.parameters())
+        assert isinstance(size, torch.Tensor)
+        size.backward()
+        optimizer.step(SCALER, OFF)
+        optimizer.between_steps(step + 1)
+        sizes.append(size.item())
+    assert sizes[:5] == sorted(sizes[:5], reverse=True)
+    assert sizes[-1] < sizes[0]
+
+
+def test_every_class_of_pytorch_optimizer_trains_or_is_refused() -> None:
+    trains = []
+    for name, build in library().items():
+        has_decay = "weight_decay" in inspect.signature(build).parameters
+        model = network()
+        try:
+            optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
+        except UsageError:
+            continue
+        advance([(model, optimizer)], 0)
+        assert all(weight.isfinite().all() for weight in model.parameters()), name
+        trains.append(name)
+    assert len(trains) >= 90
+    assert OWN_SCHEDULE - set(trains) == {"ranger21"}  # it wants to know the number of steps
 
 
 def test_lookaheads_arguments_are_its_own() -> None:

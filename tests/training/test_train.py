@@ -99,13 +99,13 @@ def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypa
 def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter((1.0, 1.0, 1.0, 0.5, 0.5, 0.5))
+    losses = iter((1.0, 1.0, 1.0, 0.5))
     monkeypatch.setattr(Parts, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None})
-    summary = train(tiny(epochs=6, schedule="plateau:1"))
+    summary = train(tiny(epochs=4, schedule="plateau:1"))
     rates = [float(row["lr"]) for row in rows(summary["run"])]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
     last = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
-    assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": pytest.approx(0.01)}
+    assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1}
 
 
 def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None:
