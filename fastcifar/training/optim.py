@@ -107,10 +107,10 @@ class Optimizer:
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
         groups = parameter_groups(model, recipe.weight_decay, recipe.decay_on)
         self.inner = self._made(groups, {**self.kind.defaults, **arguments}, recipe)
-        self.k = int(around["k"]) if prefix else 0
-        self.alpha = float(around["alpha"])
-        if prefix and not (self.k >= 1 and 0 < self.alpha <= 1):
-            raise UsageError(f"lookahead needs k >= 1 and 0 < alpha <= 1 (got {around})")
+        k, alpha = around["k"], around["alpha"]
+        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+            raise UsageError(f"lookahead needs a whole k >= 1 and 0 < alpha <= 1 (got {around})")
+        self.k, self.alpha = k if prefix else 0, float(alpha)
         self.slow = [weight.detach().clone() for weight in self.parameters] if prefix else []
 
     def _made(self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe) -> torch.optim.Optimizer:

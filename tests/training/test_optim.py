@@ -262,6 +262,8 @@ def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -
         ({"optimizer": "adam", "opt": {"eps": "small"}}, "cannot train"),
         ({"optimizer": "lion", "opt": {"betas": [2, 0.9]}}, "cannot train"),
         ({"optimizer": "lookahead:sgd", "opt": {"k": 0}}, "k >= 1"),
+        ({"optimizer": "lookahead:sgd", "opt": {"k": 2.5}}, "k >= 1"),
+        ({"optimizer": "lookahead:adam", "opt": {"alpha": "half"}}, "alpha <= 1"),
         ({"optimizer": "ranger21"}, "--opt num_iterations=VALUE"),
         ({"optimizer": "alig"}, "learning rate"),
         ({"optimizer": "fromage"}, "--weight-decay 0"),
