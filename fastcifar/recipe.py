@@ -95,14 +95,16 @@ class Recipe(BaseModel):
     # the optimisation
     epochs: int = Field(default=200, gt=0, le=100_000, description="passes over the training images")
     batch_size: int = Field(default=128, gt=0, description="images in a step")
-    optimizer: str = Field(default="lookahead:sgd", description="optimizer, or lookahead:OPTIMIZER")
+    optimizer: str = Field(
+        default="lookahead:sgd", description="optimizer (or one of pytorch_optimizer), or lookahead:OPTIMIZER"
+    )
     lr: float = Field(default=0.1, gt=0, le=100, description="peak learning rate")
     weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay of the optimizer")
     decay_on: Literal["all", "weights"] = Field(
         default="all", description="decay every parameter, or not biases and norms"
     )
     opt: Arguments = Field(default_factory=dict, description="optimizer argument key=value, repeated")
-    schedule: str = Field(default="cosine", description="shape of the learning rate over the run")
+    schedule: str = Field(default="cosine", description="shape of the learning rate over the run, name[:number]")
     schedule_epochs: float | None = Field(default=None, gt=0, description="length of the schedule; default: the epochs")
     warmup_epochs: float = Field(
         default=0.0, ge=0, description="linear warm-up from 0, counted in the schedule's length"

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from fastcifar.cli import app
+from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE
+from fastcifar.training.schedule import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,3 +46,18 @@ def test_every_command_is_in_the_table() -> None:
 def test_the_shipped_recipes_are_named() -> None:
     for path in (ROOT / "fastcifar" / "recipes").glob("*.toml"):
         assert f"`{path.stem}`" in TEXT or f"--recipe {path.stem}" in TEXT
+
+
+def test_the_optimizers_and_schedules_are_those_of_the_tables() -> None:
+    part = TEXT.split("## Optimizers and schedules")[1].split("\n## ")[0]
+    yes = {True: "yes", False: "no"}
+    for name, kind in OPTIMIZERS.items():
+        row = f"| `{name}` | {yes[kind.fused]} | {yes[kind.capturable]} | {yes[kind.own_schedule]} |"
+        assert row in part, row
+    other = part.split("| any other of")[1].splitlines()[0]
+    named = set(re.findall(r"`(\w+)(?:\.\.\.)?`", other.split("|")[3]))
+    assert {next(name for name in named if own.startswith(name)) for own in OWN_SCHEDULE} == named
+    schedules = part.split("| schedule |")[1]
+    assert re.findall(r"`(\w+)(?::[\d.]+)?`", schedules) == list(SCHEDULES)
+    for name, shape in SCHEDULES.items():
+        assert shape.number is None or f"`{name}:{shape.number:g}`" in schedules

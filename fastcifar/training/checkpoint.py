@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, verified by sha256, loaded without running anything in them.
 
 A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
-`model`, `ema`, `optimizer`, `epoch`, `step`, `best`. `manifest.json` beside the files holds size and sha256 of each
-and is written last; `last.previous.pt` is the one before `last.pt`.
+`model`, `ema`, `optimizer`, `schedule`, `epoch`, `step`, `best`. `manifest.json` beside the files holds size and
+sha256 of each and is written last; `last.previous.pt` is the one before `last.pt`.
 """
 
 from __future__ import annotations

@@ -1,35 +1,86 @@
-"""Optimizers, schedules, clipping and the average of the weights.
+"""Optimizers, Lookahead, clipping and the average of the weights.
 
-Everything that `step.py` calls here may be captured in a CUDA graph: state stands on the device from the start, the
-learning rate is one device tensor, nothing reads back to the host. What happens between steps (a new learning rate,
-Lookahead's slow weights every k steps) is called by the loop, outside the graph.
+What `step.py` calls here may be captured in a CUDA graph where the optimizer's row says so: state stands on the device
+from the start, the learning rate is one device tensor, nothing reads back to the host. What happens between steps (a
+new learning rate, Lookahead's slow weights every k steps) is called by the loop, outside the graph.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcifar.errors import UsageError, nearest, pick
+from fastcifar.errors import UsageError, nearest
 from fastcifar.recipe import Recipe
+from fastcifar.training.capture import untouched
 
-# name -> torch class and what we ask of it beside lr and weight decay; --opt key=value overrides.
-OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
-}
 
-# progress of the schedule in [0, 1] -> share of the peak learning rate in [0, 1]
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress: 1 - progress,
+class RMSprop(torch.optim.RMSprop):
+    """torch's, with its fused kernels' switch: where `found_inf` is 1 a step changes nothing, and no host asks.
+
+    All that it changes is gathered before and after, and one of the two is put back: copies, but few kernels.
+    """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        state = [value for entry in self.state.values() for value in entry.values()]
+        flat = [_flat(value) for value in (*(p for group in self.param_groups for p in group["params"]), *state)]
+        before = torch.cat(flat)
+        super().step(closure)
+        if self.found_inf is not None:
+            chosen = torch.where(self.found_inf.bool(), before, torch.cat(flat))
+            torch._foreach_copy_(flat, list(chosen.split([value.numel() for value in flat])))
+
+
+def _flat(value: Tensor) -> Tensor:
+    """A dense tensor of any memory format as one dimension, in the same memory."""
+    return value.detach().as_strided((value.numel(),), (1,))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of OPTIMIZERS: a class that `--opt` argues with, and what a person should know of it.
+
+    `fused`: torch updates all weights in one kernel. `capturable`: the update may stand in a CUDA graph; one that may
+    not runs after it, and reads one flag on the host each step. `own_schedule`: it changes its learning rate itself.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    defaults: dict[str, Any] = field(default_factory=dict)  # beside lr and weight decay
+    fused: bool = False
+    capturable: bool = False
+    own_schedule: bool = False
+
+
+# Any other name is a class of pytorch_optimizer; see `library`.
+OPTIMIZERS: dict[str, Kind] = {
+    "sgd": Kind(torch.optim.SGD, {"momentum": 0.9}, fused=True, capturable=True),
+    "adam": Kind(torch.optim.Adam, fused=True, capturable=True),  # weight decay is an L2 term of the gradient
+    "adamw": Kind(torch.optim.AdamW, fused=True, capturable=True),  # decoupled: weights shrink by lr * decay
+    "rmsprop": Kind(RMSprop, capturable=True),  # L2; foreach on CUDA, torch has no fused one
 }
+# of pytorch_optimizer's: they set or scale their learning rate themselves
+OWN_SCHEDULE = {
+    "adafactor",
+    "prodigy",
+    "ranger21",
+    *(f"dadapt{of}" for of in ("adagrad", "adam", "adan", "lion", "sgd")),
+}
+# Its own default climbs for its first five steps (4.1); descending, as the published Ranger does, is an argument.
+LIBRARY_DEFAULTS: dict[str, dict[str, Any]] = {"ranger": {"degenerated_to_sgd": True}}
 
 LOOKAHEAD = {"k": 5, "alpha": 0.5}
 # set by a knob of their own, or by the machine
@@ -39,34 +90,55 @@ NOT_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable
 class Optimizer:
     """A torch optimizer whose learning rate is one device tensor, with Lookahead's slow weights around it.
 
-    `lookahead:NAME` (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow.
-    Errors: `UsageError` for an unknown optimizer or argument, with the nearest name.
+    `lookahead:NAME` (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow; `k` and
+    `alpha` are then Lookahead's, also where the inner optimizer has arguments of these names.
+    Errors: `UsageError` for an unknown optimizer or argument, with the nearest name, and for an optimizer that this
+    loop cannot step.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        prefix, _, name = recipe.optimizer.rpartition(":")
+        prefix, _, self.name = recipe.optimizer.rpartition(":")
         if prefix not in ("", "lookahead"):
             raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "spell it NAME or lookahead:NAME")
-        kind, defaults = pick(OPTIMIZERS, name, "optimizer")
-        arguments = _checked(recipe.opt, kind, lookahead=prefix == "lookahead")
-        around = {key: arguments.pop(key, default) for key, default in LOOKAHEAD.items()}
+        self.kind = find(self.name)
+        arguments = _checked(recipe, self.name, self.kind, lookahead=prefix == "lookahead")
+        around = {key: arguments.pop(key, default) for key, default in LOOKAHEAD.items()} if prefix else LOOKAHEAD
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
         groups = parameter_groups(model, recipe.weight_decay, recipe.decay_on)
-        try:
-            self.inner = kind(groups, lr=self.lr, **{**defaults, **arguments})
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--opt {recipe.opt}: {error}") from None
-        # The first step would create it, and a graph must not capture a first step. A first step from zero is equal.
-        for group in self.inner.param_groups:
-            if group["momentum"]:
-                for weight in group["params"]:
-                    self.inner.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        self.k = int(around["k"]) if prefix else 0
-        self.alpha = float(around["alpha"])
-        if prefix and not (self.k >= 1 and 0 < self.alpha <= 1):
-            raise UsageError(f"lookahead needs k >= 1 and 0 < alpha <= 1 (got {around})")
+        self.inner = self._made(groups, {**self.kind.defaults, **arguments}, recipe)
+        k, alpha = around["k"], around["alpha"]
+        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+            raise UsageError(f"lookahead needs a whole k >= 1 and 0 < alpha <= 1 (got {around})")
+        self.k, self.alpha = k if prefix else 0, float(alpha)
         self.slow = [weight.detach().clone() for weight in self.parameters] if prefix else []
+
+    def _made(self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe) -> torch.optim.Optimizer:
+        """The inner optimizer: its state there if it is capturable, tried out on copies if it is not."""
+        expected = (ValueError, TypeError) if self.kind.capturable else Exception  # the library raises all kinds
+        try:
+            if self.kind.capturable:
+                return self._captured(groups, arguments)
+            with untouched([], self.lr.device):
+                _try(self.kind.build, groups, {"lr": recipe.lr, **arguments})
+            return self.kind.build(groups, lr=recipe.lr, **arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except expected as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"{self.name} cannot train this network with --opt {recipe.opt}: {reason}") from None
+
+    def _captured(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+        """With every tensor of its state: the first step would create it, and a graph must not capture a first step."""
+        build = self.kind.build
+        machine = {"fused": self.kind.fused, "capturable": self.lr.is_cuda}  # torch asserts capturable off on a CPU
+        machine = {key: value for key, value in machine.items() if key in inspect.signature(build).parameters}
+        inner = build(groups, lr=self.lr, **machine, **arguments)
+        with untouched(self.parameters, self.lr.device):
+            _step_on(inner, torch.zeros_like)
+        for tensor in _tensors(inner):
+            tensor.zero_()  # what each of them starts from
+        return inner
 
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)
@@ -76,7 +148,10 @@ class Optimizer:
 
         `skip`: float32 scalar on the device; 1 leaves weights and state alone.
         """
-        self.inner.found_inf = skip  # type: ignore[attr-defined]  # the fused kernels' switch; an enabled scaler sets it
+        if self.kind.capturable:
+            self.inner.found_inf = skip  # type: ignore[attr-defined]  # the kernels' switch; an enabled scaler sets it
+        elif skip.item():
+            return
         scaler.step(self.inner)
 
     def between_steps(self, done: int) -> None:
@@ -89,34 +164,112 @@ class Optimizer:
     def set_lr(self, lr: float) -> None:
         """Fills the device tensor: no synchronisation, no recompilation, valid for a captured graph."""
         self.lr.fill_(lr)
+        if not self.kind.capturable:
+            for group in self.inner.param_groups:
+                group["lr"] = lr
 
     def tensors(self) -> list[Tensor]:
-        """Everything a step or `between_steps` changes, but for the weights themselves."""
-        state = [value for entry in self.inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
-        return [*state, *self.slow, self.lr]
+        """Everything a step or `between_steps` changes, but for the weights themselves.
+
+        Of an optimizer that is not capturable only what its steps have created so far.
+        """
+        return [*_tensors(self.inner), *self.slow, self.lr]
 
     def state_dict(self) -> dict[str, Any]:
         return {"inner": self.inner.state_dict(), "slow": self.slow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies into the tensors that are there, so that the graph and the learning rate stay bound to them."""
-        inner = state["inner"]["state"]
-        for index, weight in enumerate(weight for group in self.inner.param_groups for weight in group["params"]):
-            for key, value in self.inner.state[weight].items():
-                if isinstance(value, Tensor):
-                    value.copy_(inner[index][key])
+        if self.kind.capturable:
+            inner = state["inner"]["state"]
+            for index, weight in enumerate(weight for group in self.inner.param_groups for weight in group["params"]):
+                for key, value in self.inner.state[weight].items():
+                    if isinstance(value, Tensor):
+                        value.copy_(inner[index][key])
+        else:  # torch keeps tensors that fit as they are: they must not be those of `state`
+            self.inner.load_state_dict(copy.deepcopy(state["inner"]))
         for mine, saved in zip(self.slow, state["slow"], strict=True):
             mine.copy_(saved)
 
 
-def _checked(arguments: dict[str, Any], kind: Callable[..., Any], lookahead: bool) -> dict[str, Any]:
-    """`arguments` if all of them are in the optimizer's signature; libraries swallow unknown ones silently."""
-    known = [name for name in inspect.signature(kind).parameters if name not in NOT_ARGUMENTS]
-    known += list(LOOKAHEAD) if lookahead else []
-    for key in arguments:
+def find(name: str) -> Kind:
+    """The row `name` of OPTIMIZERS, else a class of pytorch_optimizer, in any case of letters. Errors: `UsageError`."""
+    name = name.lower()
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    classes = library()
+    if name not in classes:
+        raise UsageError(f"unknown optimizer {name!r}", nearest(name, {**OPTIMIZERS, **classes}))
+    return Kind(classes[name], LIBRARY_DEFAULTS.get(name, {}), own_schedule=name in OWN_SCHEDULE)
+
+
+def library() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """pytorch_optimizer's classes by lower-case name, imported now and not before.
+
+    Errors: `UsageError` with the install line where it cannot be imported.
+    """
+    try:
+        import pytorch_optimizer
+    except Exception as error:  # a broken library raises what it likes
+        raise UsageError(
+            f"{', '.join(OPTIMIZERS)} are built in, any other optimizer needs pytorch_optimizer, which cannot be "
+            f"imported ({type(error).__name__}: {error})",
+            "pip install 'pytorch_optimizer>=4.1,<5'",
+        ) from None
+    return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
+
+
+def _checked(recipe: Recipe, name: str, kind: Kind, lookahead: bool) -> dict[str, Any]:
+    """--opt if all of it is in the optimizer's signature; libraries swallow unknown arguments silently."""
+    parameters = inspect.signature(kind.build).parameters
+    if not {"params", "lr"} <= parameters.keys():
+        raise UsageError(f"{name} is not made of parameters and a learning rate", "choose another optimizer")
+    if hasattr(kind.build, "eval"):
+        raise UsageError(f"{name} evaluates other weights than it trains, which a run cannot do", "choose another")
+    if recipe.weight_decay and "weight_decay" not in parameters:
+        raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
+    own = [key for key, of in parameters.items() if key not in NOT_ARGUMENTS and of.kind != of.VAR_KEYWORD]
+    known = [*own, *(LOOKAHEAD if lookahead else ())]
+    for key in recipe.opt:
         if key not in known:
-            raise UsageError(f"{kind.__name__} has no argument {key!r}", nearest(key, known))
-    return dict(arguments)
+            raise UsageError(f"{name} has no argument {key!r}", nearest(key, known))
+    for key in own:
+        if parameters[key].default is inspect.Parameter.empty and key not in recipe.opt:
+            raise UsageError(f"{name} needs {key}", f"give --opt {key}=VALUE, or choose another optimizer")
+    return dict(recipe.opt)
+
+
+def _try(build: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
+    """Two steps and a checkpoint on copies of the weights, so that what cannot train fails before anything is written.
+
+    Raises what the optimizer raises: it may want a closure, second derivatives or matrices, or keep state that a
+    checkpoint cannot hold.
+    """
+    copies = [{**group, "params": [p.detach().clone().requires_grad_() for p in group["params"]]} for group in groups]
+    optimizer = build(copies, **arguments)
+    for _ in range(2):
+        _step_on(optimizer, torch.clone)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    try:
+        state = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("its state is not only plain values and tensors, as a checkpoint's is") from None
+    build(copies, **arguments).load_state_dict(state)
+
+
+def _step_on(optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor]) -> None:
+    """One step on the gradients that `gradient` makes of the weights; none are left."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = gradient(weight.detach())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_on: str) -> list[dict[str, Any]]:
@@ -133,27 +286,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_on: str) -> li
     ]
     assert sum(len(group["params"]) for group in groups) == len(weights)
     return [group for group in groups if group["params"]]
-
-
-def schedule(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step (from 0).
-
-    Linear warm-up from 0, then the shape from `lr` to `lr_min` over `schedule_epochs` (default: the epochs),
-    and `lr_min` after that: it never rises again. Errors: `UsageError` for an unknown schedule.
-    """
-    shape = pick(SCHEDULES, recipe.schedule, "schedule")
-    total = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
-    warm = recipe.warmup_epochs * steps_per_epoch
-    if warm >= total:
-        raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule")
-
-    def lr_at(step: int) -> float:
-        if step < warm:
-            return recipe.lr * (step + 1) / (math.floor(warm) + 1)
-        progress = min((step - warm) / (total - warm), 1.0)
-        return recipe.lr_min + (recipe.lr - recipe.lr_min) * shape(progress)
-
-    return lr_at
 
 
 def clipper(spec: str, parameters: list[nn.Parameter]) -> Callable[[], object]:

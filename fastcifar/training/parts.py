@@ -6,7 +6,7 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from fastcifar.data.augment import parse
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, TensorLoader
 from fastcifar.device import Choice
-from fastcifar.errors import pick
+from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.evaluate import Scores, evaluate
-from fastcifar.training.optim import Ema, Optimizer, clipper, schedule
+from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
     Forward,
     LossAndHits,
@@ -51,7 +52,7 @@ class Parts:
     ema: Ema | None
     meter: Meter
     forward: Forward
-    lr_at: Callable[[int], float]
+    schedule: Schedule
     clip: Callable[[], object]
 
     @property
@@ -62,11 +63,13 @@ class Parts:
     def lines(self) -> list[str]:
         """What a person should know before the first step."""
         official = "" if self.data.official else ", not the official files"
+        own = f"{self.optimizer.name} sets or scales its learning rate itself, beside --schedule {self.recipe.schedule}"
         return [
             f"data: {self.data.name} from {self.data.source}{official}: {len(self.train.labels):,} to train, "
             f"{len(self.val.labels):,} to choose by, {len(self.data.test.labels):,} to test",
             f"network: {self.recipe.arch}, {parameters(self.model):,} parameters",
             f"recipe: {', '.join(f'{key}={value}' for key, value in self.recipe.differing().items()) or 'defaults'}",
+            *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
         ]
 
     def step(self, function: LossAndHits) -> Step:
@@ -86,11 +89,13 @@ class Parts:
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )
         self.model.train()
+        self.meter.bad.fill_(1)  # the warm-up updates nothing: state outside the graph could not be put back
         fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
         if self.choice.cuda_graph:
             fast = capture.graphed(fast, example, self.tensors())
         elif self.choice.compile:
             fast = capture.warmed(fast, example, self.tensors())
+        self.meter.bad.zero_()
         next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
         return capture.by_batch_size(fast, plain, batch_size)
 
@@ -135,6 +140,7 @@ class Parts:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "step": step,
             "epoch": epoch,
             "best": best,
@@ -158,6 +164,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     torch.manual_seed(recipe.seed)
     model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
+    choice = settled(choice, recipe, optimizer)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
     loader = loader_kind(
         train.images,
@@ -183,9 +190,22 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         ema=Ema(model, recipe.ema) if recipe.ema else None,
         meter=Meter(device),
         forward=forward_pass(model, mean, std, choice.precision, device),
-        lr_at=schedule(recipe, loader.steps_per_epoch),
+        schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
     )
+
+
+def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:
+    """`choice` without a CUDA graph where the optimizer cannot be captured.
+
+    Errors: `DeviceError` where the graph was asked for.
+    """
+    if optimizer.kind.capturable or not choice.cuda_graph:
+        return choice
+    reason = f"{optimizer.name} counts its steps in Python and cannot be captured"
+    if recipe.cuda_graph:
+        raise DeviceError(f"--cuda-graph: {reason}", f"leave it out, or choose from {', '.join(OPTIMIZERS)}")
+    return replace(choice, cuda_graph=False, reasons={**choice.reasons, "cuda_graph": reason})
 
 
 def network(recipe: Recipe, num_classes: int) -> nn.Module:

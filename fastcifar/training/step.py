@@ -1,7 +1,8 @@
 """One training step as a plain function of images and labels, and the meter it adds to.
 
 No compile, no graph, no feature branch: `capture.py` makes it fast from outside. It never reads a tensor back to the
-host. What varies (clip, average, loss scale) is bound when the step is built.
+host, but in the update of an optimizer that cannot be captured. What varies (clip, average, loss scale) is bound when
+the step is built.
 """
 
 from __future__ import annotations

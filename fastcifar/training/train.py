@@ -37,7 +37,7 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
         parts = assemble(recipe, choice)
         run = Run.create(recipe, f"{recipe.arch}-{name}-s{recipe.seed}")
     display = Display(console, parts.steps, recipe.epochs, recipe.batch_size)
-    display.lines([f"run: {run.folder}", *parts.lines(), *choice.lines()])
+    display.lines([f"run: {run.folder}", *parts.lines(), *parts.choice.lines()])
     with clock.phase("compile"):
         step = parts.fast_step()
     with display, Stop() as stop:
@@ -59,7 +59,7 @@ def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop
             parts.meter.reset()
             parts.model.train()
             for images, labels in parts.loader.batches(epoch):
-                parts.optimizer.set_lr(parts.lr_at(progress.step))
+                parts.optimizer.set_lr(parts.schedule.lr_at(progress.step))
                 step(images, labels)
                 progress.step += 1
                 parts.optimizer.between_steps(progress.step)
@@ -82,7 +82,7 @@ def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop
         row = {
             "epoch": epoch,
             "step": progress.step,
-            "lr": parts.lr_at(progress.step - 1),
+            "lr": parts.schedule.lr_at(progress.step - 1),
             "train_loss": seen.loss,
             "train_acc": seen.accuracy,
             **validation,
@@ -91,6 +91,7 @@ def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop
         }
         run.log(row)
         display.epoch(row)
+        parts.schedule.after_epoch(validation["val_loss"])
         keep(parts, run, progress)
         if progress.stop_reason:
             return progress

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastcifar.device import choose
+from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
+from fastcifar.training import capture
 from fastcifar.training.capture import by_batch_size, compiled, graphed, warmed
+from fastcifar.training.optim import OPTIMIZERS
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.step import loss_and_hits
 
@@ -113,14 +118,51 @@ def test_warm_up_leaves_weights_buffers_optimizer_and_random_state(
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe]) -> None:
-    plain_parts, parts = parts_of(tiny(ema=0.9)), parts_of(tiny(ema=0.9))
+@pytest.mark.parametrize("fast", ["compile", "cuda_graph"])
+@pytest.mark.parametrize("optimizer", ["ranger", "lookahead:lion", "rmsprop", "sgd"])
+def test_warm_up_leaves_state_that_only_python_knows(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fast: str, optimizer: str
+) -> None:
+    """The slow parts of compiling and capturing are left out; the warm-up is the real one."""
+    monkeypatch.setattr(capture, "compiled", lambda function, mode: function)
+    monkeypatch.setattr(capture, "record_on_cuda", lambda work: work)
+    parts = parts_of(tiny(optimizer=optimizer))
+    parts.choice = replace(parts.choice, **{fast: True})
+    inner = parts.optimizer.inner
+    weights = copy.deepcopy(parts.optimizer.parameters)
+    counters = str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups])
+    kept = [tensor.detach().clone() for tensor in parts.tensors()]
+    step = parts.fast_step()
+    assert str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups]) == counters
+    assert all(torch.equal(before, after) for before, after in zip(kept, parts.tensors(), strict=True))
+    step(*batches(parts, 1)[0])
+    assert parts.meter.read().finite
+    assert not any(
+        torch.equal(weight, before) for weight, before in zip(parts.optimizer.parameters, weights, strict=True)
+    )
+
+
+def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(optimizer="lookahead:ranger")
+    on = replace(choose(recipe), cuda_graph=True)
+    parts = assemble(recipe, on)
+    assert not parts.choice.cuda_graph
+    assert any("ranger counts its steps in Python" in line for line in parts.choice.lines())
+    assert assemble(tiny(optimizer="rmsprop"), on).choice.cuda_graph
+    with pytest.raises(DeviceError, match="choose from sgd") as caught:
+        assemble(Recipe.checked({**recipe.model_dump(), "cuda_graph": True}), on)
+    assert caught.value.exit_code == 8
+
+
+@pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
+def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    plain_parts, parts = (parts_of(tiny(ema=0.9, optimizer=optimizer)) for _ in range(2))
     plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
     step = parts.step(loss_and_hits(parts.forward, 0.0))
     captured = graphed(step, batches(parts, 1)[0], parts.tensors(), record=lambda work: work)
     for done, (images, labels) in enumerate(batches(parts, 10), start=1):
         for run, of in ((plain, plain_parts), (captured, parts)):
-            of.optimizer.set_lr(0.1 / done)  # reaches a captured step through its tensor
+            of.optimizer.set_lr(0.01 / done)  # reaches a captured step through its tensor
             run(images, labels)
             of.optimizer.between_steps(done)
     for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
@@ -153,8 +195,10 @@ def test_a_short_batch_goes_to_the_plain_twin() -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(device="cuda", ema=0.9, lr=1e-3)
+@pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
+def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    opt = {} if "sgd" in optimizer else {"eps": 1e-3}  # a gradient of noise alone would else be a whole step
+    recipe = tiny(device="cuda", ema=0.9, lr=1e-3, optimizer=optimizer, opt=opt)
     plain_parts, parts = parts_of(recipe), parts_of(recipe)
     plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
     captured = graphed(parts.step(loss_and_hits(parts.forward, 0.0)), batches(parts, 1)[0], parts.tensors())

@@ -1,22 +1,29 @@
-"""Optimizers against plain references, schedules, clipping, the average of the weights."""
+"""Optimizers against plain references, resumed, skipped and refused; clipping; the average of the weights."""
 
 from __future__ import annotations
 
 import copy
-import itertools
+import inspect
+import io
 import math
+import sys
+from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
 from pytorch_optimizer import Lookahead as ReferenceLookahead
 from torch import nn
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.optim import OPTIMIZERS, SCHEDULES, Ema, Optimizer, clipper, parameter_groups, schedule
+from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE, Ema, Optimizer, clipper, library, parameter_groups
+from fastcifar.training.schedule import SCHEDULES, Schedule
 
 OFF = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
+LIBRARY = ("ranger", "lion", "adabelief", "lamb")  # of pytorch_optimizer
+EVERY = [f"{around}{name}" for name in (*OPTIMIZERS, *LIBRARY) for around in ("", "lookahead:")]
 
 
 def network() -> nn.Module:
@@ -31,6 +38,30 @@ def set_gradients(models: list[nn.Module], step: int) -> None:
         gradient = torch.randn(weights[0].shape, generator=generator)
         for weight in weights:
             weight.grad = torch.empty_like(weight).copy_(gradient)
+
+
+def advance(pairs: list[tuple[nn.Module, Optimizer]], step: int) -> None:
+    """One step, number `step` from 0, of every network on the same gradients."""
+    set_gradients([model for model, _ in pairs], step)
+    for _, optimizer in pairs:
+        optimizer.step(SCALER, OFF)
+        optimizer.between_steps(step + 1)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal bit for bit, containers and counters too."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        assert_same([*one.values()], [*other.values()])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_same(mine, theirs)
+    else:
+        assert one == other
 
 
 def assert_equal_weights(ours: nn.Module, theirs: nn.Module, tolerance: float = 0.0) -> None:
@@ -51,6 +82,33 @@ def test_sgd_equals_torch(opt: dict) -> None:
         optimizer.step(SCALER, OFF)
         reference.step()
     assert_equal_weights(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "opt", "build", "arguments"),
+    [
+        ("adam", {}, torch.optim.Adam, {}),
+        ("adam", {"betas": [0.8, 0.9], "amsgrad": True}, torch.optim.Adam, {"betas": (0.8, 0.9), "amsgrad": True}),
+        ("adamw", {"eps": 1e-6}, torch.optim.AdamW, {"eps": 1e-6}),
+        ("rmsprop", {}, torch.optim.RMSprop, {}),
+        ("rmsprop", {"momentum": 0.9, "centered": True}, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        ("ranger", {"k": 6}, pytorch_optimizer.Ranger, {"k": 6, "degenerated_to_sgd": True}),
+        ("Lion", {}, pytorch_optimizer.Lion, {}),
+        ("AdaBelief", {}, pytorch_optimizer.AdaBelief, {}),
+        ("lamb", {}, pytorch_optimizer.Lamb, {}),
+    ],
+)
+def test_equals_the_plain_optimizer(name: str, opt: dict, build: Any, arguments: dict) -> None:
+    ours, theirs = network(), network()
+    optimizer = Optimizer(ours, Recipe(optimizer=name, weight_decay=1e-2, opt=opt))
+    reference = build(theirs.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
+    for step in range(20):
+        optimizer.set_lr(0.01 / (step + 1))
+        reference.param_groups[0]["lr"] = 0.01 / (step + 1)
+        set_gradients([ours, theirs], step)
+        optimizer.step(SCALER, OFF)
+        reference.step()
+    assert_equal_weights(ours, theirs, 1e-5 if optimizer.kind.fused else 1e-6)
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (3, 0.8)])
@@ -80,55 +138,203 @@ def test_learning_rate_is_one_tensor_that_every_group_reads() -> None:
     assert all(group["lr"] is optimizer.lr for group in optimizer.inner.param_groups)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *(f"lookahead:{name}" for name in OPTIMIZERS)])
-def test_state_goes_into_the_tensors_that_are_there_and_resumes_exactly(name: str) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_goes_into_the_tensors_that_are_there(name: str) -> None:
     ours, resumed = network(), network()
-    first, second = Optimizer(ours, Recipe(optimizer=name)), Optimizer(resumed, Recipe(optimizer=name))
-    for step in range(7):
-        set_gradients([ours], step)
-        first.step(SCALER, OFF)
-        first.between_steps(step + 1)
+    first, second = (Optimizer(model, Recipe(optimizer=f"lookahead:{name}")) for model in (ours, resumed))
     places = [tensor.data_ptr() for tensor in second.tensors()]
-    resumed.load_state_dict(ours.state_dict())
+    for step in range(7):
+        advance([(ours, first)], step)
     second.load_state_dict(first.state_dict())
     assert [tensor.data_ptr() for tensor in second.tensors()] == places
-    for step in range(7, 14):
-        set_gradients([ours, resumed], step)
-        for optimizer in (first, second):
-            optimizer.step(SCALER, OFF)
-            optimizer.between_steps(step + 1)
-    assert_equal_weights(ours, resumed)
+    for mine, other in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fault14_a_skipped_step_changes_nothing(name: str) -> None:
+def test_the_whole_state_is_there_before_the_first_step(name: str) -> None:
     model = network()
+    weights = copy.deepcopy(model.state_dict())
     optimizer = Optimizer(model, Recipe(optimizer=name))
-    set_gradients([model], 0)
-    optimizer.step(SCALER, OFF)
-    kept = [value.clone() for value in (*model.state_dict().values(), *optimizer.tensors())]
+    places = [tensor.data_ptr() for tensor in optimizer.tensors()]
+    assert len(places) > len(optimizer.parameters)
+    assert not any(tensor.any() for tensor in optimizer.tensors() if tensor is not optimizer.lr)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    advance([(model, optimizer)], 0)
+    assert [tensor.data_ptr() for tensor in optimizer.tensors()] == places
+
+
+def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = None) -> tuple[nn.Module, io.BytesIO]:
+    """A network after `steps`, two an epoch, on synthetic images, fresh or from `resume`, and what a run would save."""
+    recipe = Recipe.make(**{"lr": 0.01, "epochs": 10, **values})
+    model = network()
+    optimizer, schedule = Optimizer(model, recipe), Schedule(recipe, 2)
+    if resume:
+        resume.seek(0)
+        state = torch.load(resume, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images, labels = torch.randn(8, 3, 8, 8, generator=generator), torch.randint(4, (8,), generator=generator)
+        optimizer.set_lr(schedule.lr_at(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images).mean((2, 3)), labels).backward()
+        optimizer.step(SCALER, OFF)
+        optimizer.between_steps(step + 1)
+        if step % 2:
+            schedule.after_epoch(1.0)
+    file = io.BytesIO()
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, file
+    )
+    return model, file
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"optimizer": name, "opt": {"k": 3} if ":" in name else {}} for name in EVERY),
+        *({"optimizer": "sgd", "schedule": name} for name in SCHEDULES),
+        {"optimizer": "lookahead:rmsprop", "schedule": "plateau:1", "decay_on": "weights"},
+        {"optimizer": "ranger", "schedule": "plateau:1", "decay_on": "weights", "opt": {"k": 4, "betas": [0.9, 0.99]}},
+    ],
+    ids=lambda values: "-".join(str(value) for value in values.values()),
+)
+def test_twenty_steps_resumed_at_ten_are_twenty_steps(values: dict) -> None:
+    whole, _ = trained(values, range(20))
+    half, saved = trained(values, range(10))
+    resumed, _ = trained(values, range(10, 20), resume=saved)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert not any(torch.equal(mine, other) for mine, other in zip(whole.parameters(), half.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", EVERY)
+def test_fault14_a_skipped_step_changes_nothing(name: str, first: bool) -> None:
+    model = network()
+    optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01))
+    if not first:
+        advance([(model, optimizer)], 0)
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     set_gradients([model], 1)
     next(model.parameters()).grad.fill_(math.nan)  # type: ignore[union-attr]
     optimizer.step(SCALER, torch.ones(()))
-    for before, after in zip(kept, (*model.state_dict().values(), *optimizer.tensors()), strict=True):
-        assert torch.equal(before, after)
+    assert_same(kept, (model.state_dict(), optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "ranger"])
+def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -> None:
+    model = network()
+    optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for poison in (math.inf, 1.0):
+        kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        set_gradients([model], 1)
+        next(model.parameters()).grad.mul_(poison)  # type: ignore[union-attr]
+        scaler.scale(torch.zeros(()))
+        scaler.unscale_(optimizer.inner)
+        optimizer.step(scaler, OFF)
+        scaler.update()
+        if poison == math.inf:
+            assert_same(kept, (model.state_dict(), optimizer.state_dict()))
+    assert not any(torch.equal(value, kept[0][key]) for key, value in model.named_parameters())
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"optimizer": "sgdd"}, "did you mean 'sgd'"),
+        ({"optimizer": "rangr"}, "did you mean 'ranger'"),
+        ({"optimizer": "lookahead:rmspropp"}, "did you mean 'rmsprop'"),
         ({"optimizer": "lokahead:sgd"}, "lookahead:NAME"),
         ({"optimizer": "sgd", "opt": {"nesterow": True}}, "did you mean 'nesterov'"),
+        ({"optimizer": "adam", "opt": {"beta": 0.9}}, "did you mean 'betas'"),
+        ({"optimizer": "adam", "opt": {"fused": False}}, "no argument 'fused'"),
+        ({"optimizer": "ranger", "opt": {"n_sma_treshold": 5}}, "did you mean 'n_sma_threshold'"),
+        ({"optimizer": "ranger", "opt": {"kwargs": 5}}, "no argument 'kwargs'"),
         ({"optimizer": "sgd", "opt": {"k": 3}}, "no argument 'k'"),
         ({"optimizer": "sgd", "opt": {"momentum": -1}}, "momentum"),
         ({"optimizer": "sgd", "opt": {"momentum": 0, "nesterov": True}}, "Nesterov"),
+        ({"optimizer": "adam", "opt": {"eps": "small"}}, "cannot train"),
+        ({"optimizer": "lion", "opt": {"betas": [2, 0.9]}}, "cannot train"),
         ({"optimizer": "lookahead:sgd", "opt": {"k": 0}}, "k >= 1"),
+        ({"optimizer": "lookahead:sgd", "opt": {"k": 2.5}}, "k >= 1"),
+        ({"optimizer": "lookahead:adam", "opt": {"alpha": "half"}}, "alpha <= 1"),
+        ({"optimizer": "ranger21"}, "--opt num_iterations=VALUE"),
+        ({"optimizer": "alig"}, "learning rate"),
+        ({"optimizer": "fromage"}, "--weight-decay 0"),
+        ({"optimizer": "schedulefreesgd"}, "evaluates other weights"),
+        ({"optimizer": "muon"}, "muon cannot train this network"),
+        ({"optimizer": "adamp"}, "adamp cannot train this network"),
+        ({"optimizer": "adashift", "weight_decay": 0}, "plain values and tensors"),
+        ({"optimizer": "lbfgs", "weight_decay": 0}, "closure"),
     ],
 )
 def test_fault15_wrong_optimizers_and_arguments(values: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Optimizer(network(), Recipe.make(**values))
+
+
+def test_fault18_without_pytorch_optimizer_the_rest_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    for name in OPTIMIZERS:
+        Optimizer(network(), Recipe(optimizer=name))
+    with pytest.raises(UsageError, match=r"pip install 'pytorch_optimizer>=4.1") as caught:
+        Optimizer(network(), Recipe(optimizer="ranger"))
+    assert caught.value.exit_code == 2
+
+
+def test_ranger_descends_from_its_first_step() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = Optimizer(model, Recipe(optimizer="ranger", lr=0.01, weight_decay=0))
+    sizes = []
+    for step in range(8):
+        optimizer.zero_grad()
+        size = sum(weight.square().sum() for weight in model.parameters())
+        assert isinstance(size, torch.Tensor)
+        size.backward()
+        optimizer.step(SCALER, OFF)
+        optimizer.between_steps(step + 1)
+        sizes.append(size.item())
+    assert sizes[:5] == sorted(sizes[:5], reverse=True)
+    assert sizes[-1] < sizes[0]
+
+
+def test_every_class_of_pytorch_optimizer_trains_or_is_refused() -> None:
+    trains = []
+    for name, build in library().items():
+        has_decay = "weight_decay" in inspect.signature(build).parameters
+        model = network()
+        try:
+            optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
+        except UsageError:
+            continue
+        advance([(model, optimizer)], 0)
+        assert all(weight.isfinite().all() for weight in model.parameters()), name
+        trains.append(name)
+    assert len(trains) >= 90
+    assert OWN_SCHEDULE - set(trains) == {"ranger21"}  # it wants to know the number of steps
+
+
+def test_lookaheads_arguments_are_its_own() -> None:
+    around = Optimizer(network(), Recipe(optimizer="lookahead:rmsprop", opt={"k": 7, "alpha": 0.8}))
+    assert (around.k, around.alpha, around.inner.param_groups[0]["alpha"]) == (7, 0.8, 0.99)
+    bare = Optimizer(network(), Recipe(optimizer="RMSprop", opt={"alpha": 0.8}))
+    assert (bare.k, bare.inner.param_groups[0]["alpha"]) == (0, 0.8)
+
+
+def test_trying_an_optimizer_leaves_weights_and_random_state() -> None:
+    model = network()
+    weights = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    optimizer = Optimizer(model, Recipe(optimizer="ranger"))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not optimizer.inner.state
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_groups_cover_every_parameter_once() -> None:
@@ -139,39 +345,6 @@ def test_groups_cover_every_parameter_once() -> None:
     assert plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert len(parameter_groups(model, 0.1, "all")) == 1
-
-
-def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
-    lr_at = schedule(Recipe(lr=0.1, lr_min=0.01, epochs=21, schedule_epochs=20), 10)
-    rates = [lr_at(step) for step in range(210)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[100] == pytest.approx(0.055)
-    assert rates[200:] == [pytest.approx(0.01)] * 10
-    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
-
-
-def test_a_schedule_longer_than_the_run_is_cut() -> None:
-    assert schedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1)(29) == pytest.approx(0.095, abs=2e-4)
-
-
-def test_warm_up_rises_linearly_to_the_peak() -> None:
-    lr_at = schedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5)
-    assert [lr_at(step) for step in range(10)] == pytest.approx([0.4 * (step + 1) / 11 for step in range(10)])
-    assert lr_at(10) == pytest.approx(0.4)
-    assert lr_at(11) < 0.4
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_stay_within_the_peak(name: str) -> None:
-    lr_at = schedule(Recipe(lr=0.1, epochs=3, schedule=name), 7)
-    assert all(0 <= lr_at(step) <= 0.1 for step in range(30))
-
-
-def test_schedule_errors() -> None:
-    with pytest.raises(UsageError, match="did you mean 'cosine'"):
-        schedule(Recipe(schedule="cosin"), 1)
-    with pytest.raises(UsageError, match="not shorter"):
-        schedule(Recipe(epochs=2, warmup_epochs=2), 1)
 
 
 def test_clip() -> None:

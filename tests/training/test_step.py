@@ -78,10 +78,11 @@ def test_low_precision_steps_learn_and_keep_fp32_weights(tiny: Callable[..., Rec
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "ranger"])
 def test_fault14_nothing_is_updated_from_the_first_step_that_is_not_finite(
-    tiny: Callable[..., Recipe], where: str
+    tiny: Callable[..., Recipe], where: str, optimizer: str
 ) -> None:
-    parts = parts_of(tiny(optimizer="sgd"))
+    parts = parts_of(tiny(optimizer=optimizer))
     images, labels = batch(parts)
     weight = next(parts.model.parameters())
     poison = torch.ones(())

@@ -20,6 +20,7 @@ from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.parts import Parts
+from fastcifar.training.schedule import Schedule
 from fastcifar.training.train import train
 
 KEYS = {
@@ -95,6 +96,18 @@ def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypa
     assert (summary["epochs"], summary["stop_reason"], summary["complete"]) == (4, "patience", True)
 
 
+def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter((1.0, 1.0, 1.0, 0.5))
+    monkeypatch.setattr(Parts, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None})
+    summary = train(tiny(epochs=4, schedule="plateau:1"))
+    rates = [float(row["lr"]) for row in rows(summary["run"])]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
+    last = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
+    assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1}
+
+
 def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=7))
     assert (summary["steps"], summary["stop_reason"], summary["complete"]) == (7, "max_steps", False)
@@ -138,17 +151,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     recipe = tiny()
-    schedule = "fastcifar.training.parts.schedule"
 
-    def interrupting(*_: Any) -> Callable[[int], float]:
-        def lr_at(step: int) -> float:
-            if step == 6:
-                os.kill(os.getpid(), number)
-            return 0.1
+    def interrupting(self: Schedule, step: int) -> float:
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return 0.1
 
-        return lr_at
-
-    monkeypatch.setattr(schedule, interrupting)
+    monkeypatch.setattr(Schedule, "lr_at", interrupting)
     with pytest.raises(Interrupted) as caught:
         train(recipe)
     assert caught.value.exit_code == code
@@ -180,6 +189,7 @@ def test_a_users_own_architecture_trains(tiny: Callable[..., Recipe], monkeypatc
         ({"arch": "resnet18", "blocks": None, "channels": None}, "--max-params"),
         ({"optimizer": "sdg"}, "did you mean 'sgd'"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"schedule": "plateau", "val_size": 0}, "--val-size"),
     ],
 )
 def test_fault15_what_is_wrong_is_found_before_anything_is_written(

@@ -1,0 +1,141 @@
+"""SCHEDULES: the learning rate over a run, as shapes between the floor and the peak.
+
+A shape is a pure function of the progress; only `plateau` remembers anything, and what it remembers is in checkpoints.
+No torch here: the optimizer turns the number into its device tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastcifar.errors import UsageError, pick
+from fastcifar.recipe import Recipe
+
+FACTOR = 0.1  # of plateau
+THRESHOLD = 1e-4  # relative: a validation loss that falls by less is no better
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A row of SCHEDULES.
+
+    `share`: (progress in [0, 1], number) -> share of the way from the floor to the peak, in [0, 1]. `number`: the
+    default of the number that `NAME:NUMBER` sets, None where there is none; `bounds`, both allowed. `watches`: it
+    follows the validation loss.
+    """
+
+    share: Callable[[float, float], float]
+    number: float | None = None
+    bounds: tuple[float, float] = (0.0, 0.0)
+    whole: bool = False
+    watches: bool = False
+
+
+def _half_cosine(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _restarts(progress: float, cycles: float) -> float:
+    """Loshchilov and Hutter 2017, equal cycles; the end of the last is an end, not a restart."""
+    rounding = 1e-9  # 3 / 7 * 7 may fall short of 3, and a cycle would begin a step late
+    return _half_cosine((progress * cycles + rounding) % 1.0 if progress < 1 else 1.0)
+
+
+def _triangular(progress: float, peak: float) -> float:
+    """Up to the peak at `peak` of the way, then down; one cycle of Smith 2017."""
+    return progress / peak if progress < peak else (1 - progress) / (1 - peak)
+
+
+def _one_cycle(progress: float, peak: float) -> float:
+    """Smith and Topin 2018 as torch spells it: cosines from 1/25 up to 1, then down to 1/250,000."""
+    start, end = 1 / 25, 1 / 25e4
+    if progress < peak:
+        return start + (1 - start) * _half_cosine(1 - progress / peak)
+    return end + (1 - end) * _half_cosine((progress - peak) / (1 - peak))
+
+
+SCHEDULES: dict[str, Shape] = {
+    "constant": Shape(lambda progress, _: 1.0),
+    "cosine": Shape(lambda progress, _: _half_cosine(progress)),
+    "linear": Shape(lambda progress, _: 1 - progress),
+    "cosine_restarts": Shape(_restarts, number=4, bounds=(1, 1000), whole=True),  # cycles
+    "triangular": Shape(_triangular, number=0.25, bounds=(0.001, 0.999)),  # where the peak is
+    "one_cycle": Shape(_one_cycle, number=0.3, bounds=(0.001, 0.999)),  # where the peak is
+    "multi_step": Shape(  # factor, at half and at three quarters of the way
+        lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), number=0.1, bounds=(0, 1)
+    ),
+    "exponential": Shape(lambda progress, end: end**progress, number=0.01, bounds=(1e-9, 1)),  # share at the end
+    "plateau": Shape(lambda progress, _: 1.0, number=10, bounds=(0, 10_000), whole=True, watches=True),  # patience
+}
+
+
+class Schedule:
+    """The learning rate of each step, from `NAME` or `NAME:NUMBER`.
+
+    Linear warm-up from 0, then the shape between `lr` and `lr_min` over `schedule_epochs` (default: the epochs), and
+    after that what it ended at. `plateau:PATIENCE` instead takes a tenth of what is left above the floor whenever
+    the validation loss has not fallen for more than PATIENCE epochs.
+    Errors: `UsageError` for an unknown schedule, a wrong number, a plateau without a validation split.
+    """
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.shape, self.number = _parse(recipe.schedule)
+        self.lr, self.lr_min = recipe.lr, recipe.lr_min
+        self.total = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
+        self.warm = recipe.warmup_epochs * steps_per_epoch
+        if self.warm >= self.total:
+            raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule")
+        if self.shape.watches and recipe.val_size == 0:
+            raise UsageError(f"--schedule {recipe.schedule} watches the validation loss", "set --val-size")
+        self.best, self.waited, self.factor = math.inf, 0, 1.0
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        if step < self.warm:
+            return self.lr * (step + 1) / (math.floor(self.warm) + 1)
+        progress = min((step - self.warm) / (self.total - self.warm), 1.0)
+        return self.lr_min + (self.lr - self.lr_min) * self.shape.share(progress, self.number) * self.factor
+
+    def after_epoch(self, val_loss: float | None) -> None:
+        """Shown the validation loss of each epoch; only a schedule that watches it takes note."""
+        if not self.shape.watches:
+            return
+        assert val_loss is not None
+        if val_loss < self.best * (1 - THRESHOLD):
+            self.best, self.waited = val_loss, 0
+        else:
+            self.waited += 1
+        if self.waited > self.number:
+            self.factor, self.waited = self.factor * FACTOR, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "factor": self.factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited, self.factor = state["best"], state["waited"], state["factor"]
+
+
+def _parse(spec: str) -> tuple[Shape, float]:
+    """`NAME` or `NAME:NUMBER` as a row and its number (0.0 for a row without one)."""
+    name, colon, text = spec.partition(":")
+    shape = pick(SCHEDULES, name, "schedule")
+    if shape.number is None:
+        if colon:
+            raise UsageError(f"--schedule {spec!r}: {name} takes no number", f"write {name}")
+        return shape, 0.0
+    if not colon:
+        return shape, shape.number
+    low, high = shape.bounds
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high or (shape.whole and number != int(number)):
+        kind = "a whole number" if shape.whole else "a number"
+        raise UsageError(
+            f"--schedule {spec!r}: {text!r} is not {kind} from {low:g} to {high:g}", f"such as {name}:{shape.number:g}"
+        )
+    return shape, number
