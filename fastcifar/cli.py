@@ -107,18 +107,19 @@ def train(recipe: RecipeName = None, as_json: Json = False, debug: Debug = False
 
 
 @app.command("eval")
-@knobs(("weights", "data", "device", "precision", "normalise"))
+@knobs(("weights", "data", "device", "precision", "normalise", "max_params"))
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
 ) -> None:
-    """Measure a run or a checkpoint on the test set."""
+    """Measure a run, a checkpoint or a source project's published weights on the test set."""
     from fastcifar.results.judge import judge
     from fastcifar.results.report import scores_table
 
-    scores = judge(run, **knobs)
+    scores = judge(run, arch=arch, **knobs)
     print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
 
 

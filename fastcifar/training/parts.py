@@ -201,8 +201,15 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]. `auto` is the data set's own."""
-    return cifar.normalisation(recipe.dataset if recipe.normalise == "auto" else recipe.normalise)
+    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
+    return cifar.normalisation(normalisation_name(recipe))
+
+
+def normalisation_name(recipe: Recipe) -> str:
+    """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
+    if recipe.normalise != "auto":
+        return recipe.normalise
+    return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 
 def split_off(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
