@@ -13,6 +13,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
@@ -141,6 +145,33 @@ def models(
     else:
         found = layers(given) if name or knobs["arch"] else listing()
     print(json.dumps(found.document)) if as_json else Console().print(found.table)
+
+
+@data_app.command("verify")
+@knobs(("data", "dataset"))
+def data_verify(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
+    """Read every file anew and say what was found, where, whether it is official, and what is in it."""
+    from fastcifar.results.dataset import verify
+    from fastcifar.results.report import data_table
+
+    found = verify(Recipe.make(**knobs))
+    print(json.dumps(found)) if as_json else Console().print(data_table(found))
+
+
+@data_app.command("show")
+@knobs(("augment", "data", "dataset", "seed"))
+def data_show(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="the picture; overwritten if it is there")],
+    count: Annotated[int, typer.Option("--count", metavar="INT", help="images")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Draw images before and after each augmentation of the list, and after all of it."""
+    from fastcifar.results.dataset import show
+
+    shown = show(Recipe.make(**knobs), out, count)
+    print(json.dumps(shown) if as_json else f"wrote {shown['out']}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import parse
+from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, TensorLoader
 from fastcifar.device import Choice
@@ -166,7 +166,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         augment=ops,
         seed=recipe.seed,
         device=device,
-        fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
+        fill=mean_colour(recipe),
         compile=choice.compile,
         drop_last=recipe.drop_last,
     )
@@ -210,6 +210,12 @@ def normalisation_name(recipe: Recipe) -> str:
     if recipe.normalise != "auto":
         return recipe.normalise
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
+
+
+def mean_colour(recipe: Recipe) -> Fill:
+    """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
+    red, green, blue = (round(255 * value) for value in normalisation(recipe)[0])
+    return red, green, blue
 
 
 def split_off(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
