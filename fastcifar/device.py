@@ -92,6 +92,8 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
 
 
 def _loader(asked: str) -> tuple[str, str]:
+    if asked == "torchvision":
+        return asked, "asked for: the baseline, one image at a time in worker processes"
     return ("tensor", "the data set stays on the device") if asked == "auto" else (asked, "asked for")
 
 

@@ -5,6 +5,7 @@ Every name and number of the recipe is checked here, before anything is written.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fastcifar.data import cifar
 from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, TensorLoader
+from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.device import Choice
 from fastcifar.errors import pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
@@ -45,7 +46,7 @@ class Parts:
     data: Dataset
     train: Split
     val: Split
-    loader: TensorLoader
+    loader: Loader
     model: nn.Module
     optimizer: Optimizer
     ema: Ema | None
@@ -159,6 +160,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
+    takes = inspect.signature(loader_kind).parameters
+    own = {"compile": choice.compile, "workers": recipe.workers}
     loader = loader_kind(
         train.images,
         train.labels,
@@ -167,8 +170,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         seed=recipe.seed,
         device=device,
         fill=mean_colour(recipe),
-        compile=choice.compile,
         drop_last=recipe.drop_last,
+        **{name: value for name, value in own.items() if name in takes},
     )
     return Parts(
         recipe=recipe,
