@@ -21,7 +21,7 @@ REMEDY = "pip install 'matplotlib>=3.9'"
 DPI = 150
 GAP = 2  # pixels of white between images
 CELL = 0.55  # inches of an image with its gap
-ABREAST = 3  # grids beside each other
+ABREAST = 3  # at most so many grids beside each other
 
 
 def image_grids(
@@ -31,8 +31,8 @@ def image_grids(
 
     grids: title and uint8 [rows, columns, height, width, 3]. Errors: `UsageError` without matplotlib, `DiskError`.
     """
-    abreast = min(ABREAST, len(grids))
-    stacked = math.ceil(len(grids) / abreast)
+    stacked = math.ceil(len(grids) / ABREAST)
+    abreast = math.ceil(len(grids) / stacked)
     size = (abreast * (CELL * len(column_names) + 0.3) + 1, stacked * (CELL * len(row_names) + 0.8))
     figure = optional("matplotlib.figure", REMEDY).Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(stacked, abreast, squeeze=False)
@@ -44,7 +44,8 @@ def image_grids(
         axis.imshow(tiled(grid), interpolation="nearest")
         axis.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 34)), fontsize=9, fontweight="bold")
         axis.set_xticks(_centres(grid.shape[1], grid.shape[3]), column_names, fontsize=7)
-        axis.set_yticks(_centres(grid.shape[0], grid.shape[2]), row_names if place % abreast == 0 else [""] * len(grid))
+        shown = row_names if place % abreast == 0 else [""] * len(grid)
+        axis.set_yticks(_centres(grid.shape[0], grid.shape[2]), shown, fontsize=8)
         axis.tick_params(length=0, labeltop=True, labelbottom=False)
         axis.spines[:].set_visible(False)
     buffer = io.BytesIO()

@@ -124,7 +124,7 @@ def is_ours(state: dict[str, Any]) -> bool:
 
 def _reason(error: Exception) -> str:
     """torch's error in a few words; its first line advises to switch the protection off."""
-    refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
     if refused:
         return f"it asks for {refused[1]}, which no checkpoint needs"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Weights:
@@ -87,10 +87,3 @@ FORWARDS: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
     "coconut_2452": lambda state, x: coconut_by_hand(state, x, (2, 4, 5, 2), leaky=(3, 4)),
     "coconut_sep": lambda state, x: coconut_by_hand(state, x, (3, 4, 6, 3), leaky=()),
 }
-
-
-def randomise_statistics(model: nn.Module) -> None:
-    """Away from the initial state, in which batch normalisation is nearly the identity and hides a wrong order."""
-    for name, value in model.state_dict().items():
-        if (".bn" in name or name.startswith("bn") or "shortcut.1" in name) and value.is_floating_point():
-            value.copy_(torch.rand_like(value) + 0.5)

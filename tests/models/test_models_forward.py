@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.models import MODELS, build
-from tests.models.reference import FORWARDS, randomise_statistics
+from tests.models.reference import FORWARDS
 
 
 def on_meta(arch: str, **knobs: Any) -> nn.Module:
@@ -114,7 +114,10 @@ def test_published_shapes() -> None:
 def test_forward_equals_the_definition_in_float64(arch: str) -> None:
     torch.manual_seed(0)
     model = small(arch, se_reduction=4).double().eval()
-    randomise_statistics(model)
+    # Away from the initial state, in which BN is nearly the identity and hides a wrong order.
+    for name, value in model.state_dict().items():
+        if ".bn" in name or name.startswith("bn") or "shortcut.1" in name:
+            value.copy_(torch.rand_like(value) + 0.5 if value.is_floating_point() else value)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         expected = FORWARDS[arch](model.state_dict(), images)

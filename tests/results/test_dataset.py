@@ -75,6 +75,7 @@ def test_verify_mends_a_cache_that_holds_something_else(folders: Path) -> None:
     assert np.array_equal(cifar.load(str(folders)).train.images, true)
 
 
+@pytest.mark.filterwarnings("ignore:.*unofficial files")
 def test_real_cifar10_has_its_known_statistics() -> None:
     data = os.environ.get("FASTCIFAR_DATA")
     if not data:
