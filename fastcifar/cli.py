@@ -213,6 +213,9 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
+    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
+        remedy = "memory may be short: use fewer --workers, or --loader tensor"
+        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

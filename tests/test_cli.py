@@ -25,7 +25,15 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("train", "--help"), ("models", "--help"), ("--version",), ("train", "--lrr", "1")]
+    "arguments",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("models", "--help"),
+        ("data", "show", "--help"),
+        ("--version",),
+        ("train", "--lrr", "1"),
+    ],
 )
 def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     code = (

@@ -52,7 +52,8 @@ def scores_table(scores: dict[str, Any]) -> Table:
         "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,})",
         "test loss": f"{scores['test_loss']:.4f}",
         "calibration error": f"{scores['ece']:.4f}",
-        "measured with": f"weights {scores['weights']}, {scores['precision']} on {scores['device']}",
+        "measured with": f"{scores['arch']}, weights {scores['weights']}, normalisation {scores['normalise']}, "
+        f"{scores['precision']} on {scores['device']}",
     }
     return _pairs("", rows)
 

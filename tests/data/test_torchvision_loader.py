@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastcifar.cli import _explained
 from fastcifar.data import torchvision_loader
 from fastcifar.data.augment import AUGMENTS, parse
 from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
@@ -93,6 +96,26 @@ def test_workers_change_nothing() -> None:
     for one, two in zip(alone, helped, strict=True):
         assert torch.equal(one[0], two[0])
         assert torch.equal(one[1], two[1])
+
+
+class Dies:
+    """A transform that ends its process as the kernel does when memory is short."""
+
+    def __call__(self, _: Image.Image) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_fault24_a_worker_that_dies_ends_the_run(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torchvision_loader, "transform", lambda *_: Dies())
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        train(tiny(loader="torchvision", workers=2))
+    assert time.perf_counter() - started < 30
+    assert _explained(caught.value) == 6
+    assert capsys.readouterr().err.endswith("use fewer --workers, or --loader tensor\n")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
