@@ -13,6 +13,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
@@ -107,18 +111,19 @@ def train(recipe: RecipeName = None, as_json: Json = False, debug: Debug = False
 
 
 @app.command("eval")
-@knobs(("weights", "data", "device", "precision", "normalise"))
+@knobs(("weights", "data", "device", "precision", "normalise", "max_params"))
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
 ) -> None:
-    """Measure a run or a checkpoint on the test set."""
+    """Measure a run, a checkpoint or a source project's published weights on the test set."""
     from fastcifar.results.judge import judge
     from fastcifar.results.report import scores_table
 
-    scores = judge(run, **knobs)
+    scores = judge(run, arch=arch, **knobs)
     print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
 
 
@@ -140,6 +145,33 @@ def models(
     else:
         found = layers(given) if name or knobs["arch"] else listing()
     print(json.dumps(found.document)) if as_json else Console().print(found.table)
+
+
+@data_app.command("verify")
+@knobs(("data", "dataset"))
+def data_verify(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
+    """Read every file anew and say what was found, where, whether it is official, and what is in it."""
+    from fastcifar.results.dataset import verify
+    from fastcifar.results.report import data_table
+
+    found = verify(Recipe.make(**knobs))
+    print(json.dumps(found)) if as_json else Console().print(data_table(found))
+
+
+@data_app.command("show")
+@knobs(("augment", "data", "dataset", "seed"))
+def data_show(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="the picture; overwritten if it is there")],
+    count: Annotated[int, typer.Option("--count", metavar="INT", help="images")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Draw images before and after each augmentation of the list, and after all of it."""
+    from fastcifar.results.dataset import show
+
+    shown = show(Recipe.make(**knobs), out, count)
+    print(json.dumps(shown) if as_json else f"wrote {shown['out']}")
 
 
 @app.command()
@@ -181,6 +213,9 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
+    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
+        remedy = "memory may be short: use fewer --workers, or --loader tensor"
+        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

@@ -7,6 +7,7 @@ imports that may be broken, each tried in a process of its own. torch is importe
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from fastcifar.errors import DeviceError, UsageError
@@ -90,6 +92,8 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
 
 
 def _loader(asked: str) -> tuple[str, str]:
+    if asked == "torchvision":
+        return asked, "asked for: the baseline, one image at a time in worker processes"
     return ("tensor", "the data set stays on the device") if asked == "auto" else (asked, "asked for")
 
 
@@ -187,6 +191,15 @@ def probe_import(module: str) -> tuple[bool, str]:
         return False, str(error)
     lines = run.stderr.strip().splitlines()
     return run.returncode == 0, "" if run.returncode == 0 else (lines[-1] if lines else f"exit {run.returncode}")
+
+
+def optional(module: str, remedy: str) -> ModuleType:
+    """The library `module`, which only some features need. Errors: `UsageError` if it is missing or does not import."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken build raises anything: torchvision beside another torch a RuntimeError
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UsageError(f"{module} cannot be imported ({type(error).__name__}: {reason})", remedy) from None
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:

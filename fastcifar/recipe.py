@@ -88,7 +88,10 @@ class Recipe(BaseModel):
     dataset: Literal["cifar10", "cifar100"] = Field(default="cifar10", description="which data set")
     val_size: int = Field(default=5000, ge=0, description="training images held out to choose by; 0 trains on all")
     val_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the validation split")
-    normalise: str = Field(default="auto", description="auto, cifar10, cifar100, kuangliu or MEAN:STD")
+    normalise: str = Field(
+        default="auto",
+        description="auto (the data set's own; kuangliu for coconut_*), cifar10, cifar100, kuangliu or MEAN:STD",
+    )
     augment: str = Field(default="crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
 
@@ -123,7 +126,8 @@ class Recipe(BaseModel):
 
     # the machine
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="where to train")
-    loader: str = Field(default="auto", description="auto, or a row of LOADERS: tensor")
+    loader: str = Field(default="auto", description="auto, tensor, or torchvision as the baseline")
+    workers: int = Field(default=2, ge=0, le=256, description="processes of --loader torchvision; 0 is none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of the convolutions")
     compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(default="auto", description="effort")

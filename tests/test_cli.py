@@ -25,7 +25,15 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("train", "--help"), ("models", "--help"), ("--version",), ("train", "--lrr", "1")]
+    "arguments",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("models", "--help"),
+        ("data", "show", "--help"),
+        ("--version",),
+        ("train", "--lrr", "1"),
+    ],
 )
 def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     code = (
@@ -138,6 +146,20 @@ def test_fault17_cuda_without_cuda(tmp_path: Path) -> None:
     assert run.returncode == 8
     assert "use --device cpu" in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+def test_data_verify_and_show(tmp_path: Path) -> None:
+    found = json.loads(fastcifar("data", "verify", "--data", "synthetic:100", "--json", cwd=tmp_path).stdout)
+    assert (found["kind"], found["splits"]["train"]["shape"]) == ("synthetic images", [100, 3, 32, 32])
+    table = fastcifar("data", "verify", "--data", "synthetic:100", cwd=tmp_path, COLUMNS="120").stdout
+    for words in ("synthetic:100", "100 x 3 x 32 x 32, uint8", "airplane", "mean of training"):
+        assert words in table, words
+    missing = fastcifar("data", "verify", "--data", "no/such/place", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (3, "", 1)
+    shown = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flip:1", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, "wrote a.png\n"), shown.stderr
+    wrong = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_eval_errors(tmp_path: Path) -> None:

@@ -37,10 +37,13 @@ def test_the_tree_names_every_file_and_no_other() -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        assert f"`fastcifar {name}" in TEXT, name
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    for group, commands in {"": app, **groups}.items():
+        assert commands is not None
+        for command in commands.registered_commands:
+            assert command.callback is not None
+            name = " ".join(filter(None, ("fastcifar", group, command.name or command.callback.__name__)))
+            assert f"`{name}" in TEXT, name
 
 
 def test_the_shipped_recipes_are_named() -> None:

@@ -23,17 +23,22 @@ Loaded = tuple[dict[str, Split], tuple[str, ...], bool, str]
 
 
 def through(
-    folder: Path, dataset: str, source: Path, files: list[Path], read: Callable[[], Loaded]
+    folder: Path, dataset: str, source: Path, files: list[Path], read: Callable[[], Loaded], fresh: bool = False
 ) -> tuple[Loaded, list[str]]:
     """What `read()` returns, from the cache entry of `files` if it is whole, else made and kept for the next time.
 
+    `fresh`: read in any case, and make the entry again if it holds anything else.
     Also the notes for the user: one if the entry could not be written.
     """
     entry = folder / f"{dataset}-{_fingerprint(source, files)}"
-    loaded = _open(entry)
-    if loaded is not None:
-        return loaded, []
+    kept = _open(entry)
+    if kept is not None and not fresh:
+        return kept, []
     loaded = read()
+    if kept is not None:
+        if _same(kept, loaded):
+            return kept, []
+        shutil.rmtree(entry, ignore_errors=True)
     try:
         _write(entry, loaded)
     except OSError as error:
@@ -73,6 +78,12 @@ def _open(entry: Path) -> Loaded | None:
         return splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
+
+
+def _same(a: Loaded, b: Loaded) -> bool:
+    pairs = [(a[0][part], b[0][part]) for part in ("train", "test")]
+    equal = (np.array_equal(x.images, y.images) and np.array_equal(x.labels, y.labels) for x, y in pairs)
+    return a[1:] == b[1:] and all(equal)
 
 
 def _write(entry: Path, loaded: Loaded) -> None:

@@ -20,7 +20,7 @@ from fastcifar.data.download import ELSEWHERE, fetch
 from fastcifar.data.official import DATASETS, Dataset, Official, Split, read
 from fastcifar.errors import DataError, UsageError, pick
 
-__all__ = ["DATASETS", "NORMALISATIONS", "Dataset", "Split", "load", "normalisation", "split"]
+__all__ = ["DATASETS", "NORMALISATIONS", "Dataset", "Split", "load", "normalisation", "split", "statistics"]
 
 Channels = tuple[float, ...]
 
@@ -53,6 +53,18 @@ def normalisation(spec: str) -> tuple[Channels, Channels]:
     return mean, std
 
 
+def statistics(images: np.ndarray) -> tuple[Channels, Channels]:
+    """Mean and std of each channel of `images` uint8 [n,3,h,w], scaled to [0, 1]: exact, from counts of the values."""
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1000):  # bincount takes eight bytes a pixel
+        for channel in range(3):
+            counts[channel] += np.bincount(images[start : start + 1000, channel].ravel(), minlength=256)
+    values, pixels = np.arange(256) / 255, counts[0].sum()
+    mean = counts @ values / pixels
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / pixels)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
 def split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted int64 positions `(train, val)` in `labels` int64 [n]: exactly `val_size`, stratified, fixed by `seed`.
 
@@ -77,22 +89,29 @@ def split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class _Found:
-    """What `_find` recognised: what it is called, where it is, the files its cache depends on, and how to read it."""
+    """What `_find` recognised: what it is, where it is, the files its cache depends on, and how to read it."""
 
+    kind: str
     path: Path
     files: Callable[[], list[Path]]
     read: Callable[[], tuple[dict[str, Split], tuple[str, ...], bool, str]]
 
 
 def load(
-    data: str | None = None, dataset: str = "cifar10", *, cache: Path | None = None, download: bool = True
+    data: str | None = None,
+    dataset: str = "cifar10",
+    *,
+    cache: Path | None = None,
+    download: bool = True,
+    fresh: bool = False,
 ) -> Dataset:
     """The data set in `data`: an official folder or .tar.gz (Python or binary), class folders of images, a folder that
     contains one of these, or "synthetic[:N]".
 
     Without `data`: the environment variable FASTCIFAR_DATA, then the cache folder (`cache`, or the user's), then, if
     `download`, the official archive. What was read is kept in the cache folder as .npy and mapped from there; where
-    that cannot be written the arrays stay in memory. Everything worth saying comes as one `UserWarning` a call.
+    that cannot be written the arrays stay in memory. `fresh` reads and checks the files even if they are kept.
+    Everything worth saying comes as one `UserWarning` a call.
     Raises `DataError` for what is missing, damaged or malicious, `UsageError` for an unknown `dataset`.
     """
     row = pick(DATASETS, dataset, "data set")
@@ -102,7 +121,7 @@ def load(
         return folders.synthetic(data, dataset, row.classes, row.names)
     try:
         found = _find(Path(data).expanduser(), dataset, row) if data else _in_cache(folder, dataset, row, download)
-        loaded, notes = cache_folder.through(folder, dataset, found.path, found.files(), found.read)
+        loaded, notes = cache_folder.through(folder, dataset, found.path, found.files(), found.read, fresh)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", ELSEWHERE) from None
     splits, classes, official, note = loaded
@@ -110,7 +129,7 @@ def load(
         notes.insert(0, note)
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
-    return Dataset(dataset, splits["train"], splits["test"], classes, str(found.path), official)
+    return Dataset(dataset, splits["train"], splits["test"], classes, str(found.path), official, found.kind)
 
 
 def _in_cache(folder: Path, dataset: str, row: Official, allowed: bool) -> _Found:
@@ -140,11 +159,12 @@ def _find(path: Path, dataset: str, row: Official) -> _Found:
 def _recognise(path: Path, row: Official) -> _Found | None:
     if path.is_file():
         return _tar(path, row)
-    for packing in (row.python, row.binary):
+    for kind, packing in (("Python", row.python), ("binary", row.binary)):
         names = [*(batch.name for batch in packing.batches), packing.meta]
         for folder in (path, path / packing.folder):
             if any((folder / name).is_file() for name in names):
                 return _Found(
+                    f"folder of the {kind} version",
                     folder.resolve(),
                     lambda folder=folder, names=names: [folder / name for name in names],
                     lambda folder=folder, packing=packing: read(
@@ -155,9 +175,14 @@ def _recognise(path: Path, row: Official) -> _Found | None:
         if (path / packing.tar).is_file():
             return _tar(path / packing.tar, row)
     if (path / "train").is_dir():
-        return _Found(path.resolve(), lambda: folders.image_files(path), lambda: folders.read(path, row.names))
+        return _Found(
+            "class folders of images",
+            path.resolve(),
+            lambda: folders.image_files(path),
+            lambda: folders.read(path, row.names),
+        )
     return None
 
 
 def _tar(path: Path, row: Official) -> _Found:
-    return _Found(path.resolve(), lambda: [path], lambda: read(row, archive.tar_members(path, row), path))
+    return _Found("archive", path.resolve(), lambda: [path], lambda: read(row, archive.tar_members(path, row), path))

@@ -98,7 +98,8 @@ def synthetic(spec: str, name: str, count: int, names: tuple[str, ...]) -> Datas
     patterns = np.einsum("ya,xb,ncab->ncyx", weights, weights, grid).astype(np.uint8)
     classes = names or tuple(f"class_{label:02d}" for label in range(count))
     test = max(train // 5, 10)
-    return Dataset(name, _noisy(patterns, train, 1), _noisy(patterns, test, 2), classes, spec, official=False)
+    splits = _noisy(patterns, train, 1), _noisy(patterns, test, 2)
+    return Dataset(name, *splits, classes, spec, official=False, kind="synthetic images")
 
 
 def _noisy(patterns: np.ndarray, size: int, key: int) -> Split:

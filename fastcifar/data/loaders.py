@@ -1,8 +1,8 @@
 """Loaders: `LOADERS`, the ways from a data set in memory to augmented batches on the device.
 
-Every loader yields uint8 channels_last images and int64 labels, and the same ones for the same (seed, epoch):
-what differs is only where the work is done. A loader holds no state that would need saving; it must not normalise
-or cast (the training step does), and must not wait for the device inside an epoch.
+Every loader yields uint8 channels_last images and int64 labels, in the same order for the same (seed, epoch), and the
+same ones but for the torchvision baseline, whose augmentations draw for themselves. A loader holds no state that would
+need saving; it must not normalise or cast (the training step does), nor wait for the device inside an epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastcifar.data.augment import SIDE, Fill, Op, Params, apply_rows, draw_epoch, parse
 from fastcifar.data.official import Split
-from fastcifar.errors import UsageError
+from fastcifar.data.steps import steps_per_epoch
+from fastcifar.data.torchvision_loader import TorchvisionLoader
 
 UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
 ALIGNED = 16  # elements: a step's slice of the draws starts at a multiple of this many (see `_by_step`)
@@ -68,13 +69,8 @@ class TensorLoader:
         assert batch_size > 0, batch_size
         assert all(0 <= value <= 255 for value in fill), fill
         self.samples = len(images)
-        if batch_size > self.samples:
-            raise UsageError(
-                f"--batch-size {batch_size} is larger than the {self.samples:,} training images",
-                f"choose at most {self.samples}",
-            )
+        self.steps_per_epoch = steps_per_epoch(self.samples, batch_size, drop_last)
         self.batch_size = batch_size
-        self.steps_per_epoch = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         self._ops, self._fill, self._seed = augment, fill, seed
         self._device = torch.device(device)
         self._labels = np.array(labels, dtype=np.int64)
@@ -121,7 +117,12 @@ class TensorLoader:
         return _upload(table, self._device)[:, :size].unbind(0)
 
 
-LOADERS = {"tensor": TensorLoader}
+Loader = TensorLoader | TorchvisionLoader
+
+LOADERS: dict[str, type[TensorLoader] | type[TorchvisionLoader]] = {
+    "tensor": TensorLoader,
+    "torchvision": TorchvisionLoader,  # the baseline of comparison
+}
 
 
 def batches(

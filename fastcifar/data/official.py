@@ -29,7 +29,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits, the class names in label order, what was read, and whether every file's MD5 is the official one."""
+    """Both splits, the class names in label order, what was read, whether every file's MD5 is the official one, and
+    what kind of thing was read, in words."""
 
     name: str
     train: Split
@@ -37,6 +38,7 @@ class Dataset:
     classes: tuple[str, ...]
     source: str
     official: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`fastcifar eval`: a finished run, rebuilt from its checkpoint alone and measured on the test set.
 
 The network, its normalisation and the data set are the checkpoint's own recipe; only where and how it runs may differ.
+A checkpoint of a source project holds no recipe: the architecture is named, the rest is known from it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from fastcifar.data import cifar
 from fastcifar.device import choose
 from fastcifar.errors import CheckpointError, DataError, UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint
+from fastcifar.training import checkpoint, published
 from fastcifar.training.evaluate import evaluate
-from fastcifar.training.parts import network, normalisation, place
+from fastcifar.training.parts import network, normalisation, normalisation_name, place
 from fastcifar.training.step import forward_pass
 
 
-def judge(run: str, weights: str | None = None, **changes: Any) -> dict[str, Any]:
-    """The test set through `run`, a run folder or a checkpoint file.
+def judge(run: str, weights: str | None = None, arch: str | None = None, **changes: Any) -> dict[str, Any]:
+    """The test set through `run`, a run folder or a checkpoint file, ours or of a source project.
 
-    `weights`: "last", "best" or "ema" (default: the recipe's). `changes`: data, device, precision, normalise; None
-    keeps the recipe's. Returns `test_acc` (a fraction), `test_loss` (nats), `correct`, `total`, `ece`, `per_class`
-    and what they were measured with. Errors: `CheckpointError`, `DataError`, `DeviceError`, `UsageError`.
+    `weights`: "last", "best" or "ema" (default: the recipe's). `arch`: the network of a file that does not say it.
+    `changes`: data, device, precision, normalise, max_params; None keeps the recipe's. Returns `test_acc` (a fraction),
+    `test_loss` (nats), `correct`, `total`, `ece`, `per_class` and what they were measured with.
+    Errors: `CheckpointError`, `DataError`, `DeviceError`, `UsageError`.
     """
     path = checkpoint.find(run, "last")
-    saved = checkpoint.load(path)
+    saved = published.load(path, arch)
     which = weights or str(saved["recipe"].get("weights", "last"))
     if which == "best":
         path = checkpoint.find(run, "best")
-        saved = checkpoint.load(path)
+        saved = published.load(path, arch)
     asked = {key: value for key, value in changes.items() if value is not None}
     try:
         recipe = Recipe.checked({**saved["recipe"], **asked, "cuda_graph": False, "compile": False})
@@ -56,10 +58,10 @@ def judge(run: str, weights: str | None = None, **changes: Any) -> dict[str, Any
         **scores,
         "per_class": dict(zip(data.classes, scores["per_class"], strict=True)),
         "arch": recipe.arch,
-        "weights": which,
+        "weights": which if "format" in saved else "published",
         "checkpoint": str(path),
         "data": data.source,
         "device": choice.device,
         "precision": choice.precision,
-        "normalise": recipe.normalise,
+        "normalise": normalisation_name(recipe),
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from fastcifar.models import KNOBS, MODELS, build, largest_width, layer_table, macs, parameters
@@ -51,9 +52,32 @@ def scores_table(scores: dict[str, Any]) -> Table:
         "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,})",
         "test loss": f"{scores['test_loss']:.4f}",
         "calibration error": f"{scores['ece']:.4f}",
-        "measured with": f"weights {scores['weights']}, {scores['precision']} on {scores['device']}",
+        "measured with": f"{scores['arch']}, weights {scores['weights']}, normalisation {scores['normalise']}, "
+        f"{scores['precision']} on {scores['device']}",
     }
     return _pairs("", rows)
+
+
+def data_table(found: dict[str, Any]) -> Group:
+    """What `fastcifar data verify` found."""
+    splits = found["splits"]
+    shapes = {part: " x ".join(map(str, split["shape"])) for part, split in splits.items()}
+    rows = {
+        "data set": f"{found['dataset']}, {found['kind']}",
+        "read from": found["source"],
+        "official": "yes, every file's MD5" if found["official"] else "no",
+        "training images": f"{shapes['train']}, {splits['train']['dtype']}",
+        "test images": f"{shapes['test']}, {splits['test']['dtype']}",
+        "mean of training": ", ".join(f"{value:.8f}" for value in found["mean"]),
+        "std of training": ", ".join(f"{value:.8f}" for value in found["std"]),
+        "cache": found["cache"] or "none, the images stay in memory",
+    }
+    classes = Table("class", box=None, title_justify="left")
+    for part in splits:
+        classes.add_column(part, justify="right")
+    for name in splits["train"]["per_class"]:
+        classes.add_row(name, *(f"{split['per_class'][name]:,}" for split in splits.values()))
+    return Group(_pairs("", rows), "", classes)
 
 
 def listing() -> Found:

@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import struct
 import tempfile
 import warnings
 from pathlib import Path
@@ -26,6 +28,9 @@ from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
 FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIXES = ("_orig_mod.", "module.")
+# numpy's code of a number -> struct's, for the numpy scalars that other projects keep beside their weights
+NUMBERS = {"b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
+           "f2": "<e", "f4": "<f", "f8": "<d"}  # fmt: skip
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -74,25 +79,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, anyones: bool = False) -> dict[str, Any]:
     """The checkpoint at `path`; if it is damaged, the one before it, with one warning.
 
+    `anyones`: a dict that is no checkpoint of ours will do too (see `published`).
     Errors: `CheckpointError` when neither can be read. Nothing in the file is executed.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}", "give a run folder or a .pt file")
     try:
-        return read(path)
+        return read(path, anyones)
     except CheckpointError as error:
         previous = path.with_suffix(".previous.pt")
         if not previous.is_file():
             raise
-        state = read(previous)
+        state = read(previous, anyones)
         warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
         return state
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, anyones: bool = False) -> dict[str, Any]:
     """One file, verified against the manifest if that knows it. Errors: `CheckpointError`."""
     try:
         content = path.read_bytes()
@@ -102,13 +108,50 @@ def read(path: Path) -> dict[str, Any]:
     if known and hashlib.sha256(content).hexdigest() not in known:
         raise CheckpointError(f"{path} is damaged: {len(content):,} bytes whose sha256 the manifest does not know")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(STAND_INS):
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or a malicious file
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path} is not a checkpoint: {reason[0] if reason else type(error).__name__}") from None
-    if not isinstance(state, dict) or not {"model", "recipe"} <= state.keys():
+        raise CheckpointError(f"{path} is not a checkpoint: {_reason(error)}") from None
+    if not isinstance(state, dict) or not (anyones or is_ours(state)):
         raise CheckpointError(f"{path} holds no model and recipe of ours", "give a run folder or its checkpoint")
     return state
+
+
+def is_ours(state: dict[str, Any]) -> bool:
+    """Whether `state` is a checkpoint that fastcifar wrote."""
+    return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
+
+
+def _reason(error: Exception) -> str:
+    """torch's error in a few words; its first line advises to switch the protection off."""
+    refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+    if refused:
+        return f"it asks for {refused[1]}, which no checkpoint needs"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class _NumpyDtype:
+    """Stands in for `numpy.dtype` while a file is read, so that numpy is given nothing of it but a number's bytes."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.format = NUMBERS[code]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", "|"):
+            raise ValueError("a number that is not little-endian")
+
+
+def _numpy_scalar(dtype: _NumpyDtype, content: bytes) -> float | int | bool:
+    """Stands in for the function that numpy pickles its scalars by; a plain number comes of it."""
+    return struct.unpack(dtype.format, content)[0]
+
+
+# Wrong arguments raise, and `read` turns that into its error; numpy's own functions would trust them.
+STAND_INS: list[Any] = [
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -129,7 +172,7 @@ def find(run_or_file: str, which: str = "last") -> Path:
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: object) -> None:
     """Strictly: every key once, every shape right. Errors: `CheckpointError` that names what does not fit."""
-    weights = {_plain(key): value for key, value in weights.items()}
+    weights = {plain_key(key): value for key, value in weights.items()}
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     shapes = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
@@ -140,7 +183,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: obj
     model.load_state_dict(weights, strict=True)
 
 
-def _plain(key: str) -> str:
+def plain_key(key: str) -> str:
     """`key` without the prefixes that DataParallel and torch.compile put before it."""
     while key.startswith(PREFIXES):
         key = key[len(next(prefix for prefix in PREFIXES if key.startswith(prefix))) :]

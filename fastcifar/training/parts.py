@@ -5,6 +5,7 @@ Every name and number of the recipe is checked here, before anything is written.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import parse
+from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, TensorLoader
+from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.device import Choice
 from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
@@ -46,7 +47,7 @@ class Parts:
     data: Dataset
     train: Split
     val: Split
-    loader: TensorLoader
+    loader: Loader
     model: nn.Module
     optimizer: Optimizer
     ema: Ema | None
@@ -166,6 +167,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
+    takes = inspect.signature(loader_kind).parameters
+    own = {"compile": choice.compile, "workers": recipe.workers}
     loader = loader_kind(
         train.images,
         train.labels,
@@ -173,9 +176,9 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         augment=ops,
         seed=recipe.seed,
         device=device,
-        fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
-        compile=choice.compile,
+        fill=mean_colour(recipe),
         drop_last=recipe.drop_last,
+        **{name: value for name, value in own.items() if name in takes},
     )
     return Parts(
         recipe=recipe,
@@ -221,8 +224,21 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]. `auto` is the data set's own."""
-    return cifar.normalisation(recipe.dataset if recipe.normalise == "auto" else recipe.normalise)
+    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
+    return cifar.normalisation(normalisation_name(recipe))
+
+
+def normalisation_name(recipe: Recipe) -> str:
+    """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
+    if recipe.normalise != "auto":
+        return recipe.normalise
+    return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
+
+
+def mean_colour(recipe: Recipe) -> Fill:
+    """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
+    red, green, blue = (round(255 * value) for value in normalisation(recipe)[0])
+    return red, green, blue
 
 
 def split_off(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:

@@ -1,0 +1,157 @@
+"""The baseline: its transforms mean what the ops mean, workers change nothing, and it can be missing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastcifar.cli import _explained
+from fastcifar.data import torchvision_loader
+from fastcifar.data.augment import AUGMENTS, parse
+from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
+from fastcifar.errors import UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.training.train import train
+
+IMAGES = np.random.default_rng(0).integers(1, 256, (60, 3, 32, 32), dtype=np.uint8)
+FILL = (125, 7, 255)
+
+
+def draws(spec: str, count: int = 40) -> list[np.ndarray]:
+    """`count` versions of the first image, [3,32,32] each."""
+    torch.manual_seed(0)
+    function, pixels = transform(parse(spec), FILL), IMAGES[0].transpose(1, 2, 0)
+    return [function(Image.fromarray(pixels)).numpy() for _ in range(count)]
+
+
+@pytest.mark.parametrize(("word", "mode"), [("zero", "constant"), ("reflect", "reflect")])
+def test_crop_is_a_window_of_the_padded_image(word: str, mode: str) -> None:
+    padded = np.pad(IMAGES[0], ((0, 0), (3, 3), (3, 3)), mode=mode)  # type: ignore[call-overload]
+    windows = {padded[:, y : y + 32, x : x + 32].tobytes() for y in range(7) for x in range(7)}
+    found = {image.tobytes() for image in draws(f"crop:3:{word}")}
+    assert found <= windows
+    assert len(found) > 20
+
+
+def test_flip_mirrors_as_often_as_asked() -> None:
+    mirrored = IMAGES[0][:, :, ::-1]
+    assert all(np.array_equal(image, mirrored) for image in draws("flip:1"))
+    assert all(np.array_equal(image, IMAGES[0]) for image in draws("flip:0"))
+    half = sum(np.array_equal(image, mirrored) for image in draws("flip", 200))
+    assert 70 < half < 130
+
+
+@pytest.mark.parametrize(("spec", "colour"), [("cutout:8:mean", FILL), ("cutout:5:zero", (0, 0, 0))])
+def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[int, int, int]) -> None:
+    size, corners = parse(spec)[0].number, set()
+    assert isinstance(size, int)
+    for image in draws(spec, 300):
+        filled = (image != IMAGES[0]).any(0)
+        ys, xs = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
+        box = image[:, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+        assert (box == np.array(colour)[:, None, None]).all()
+        assert (image[:, ~filled] == IMAGES[0][:, ~filled]).all()
+        for low, high in ((ys[0], ys[-1]), (xs[0], xs[-1])):
+            assert high - low + 1 == size or low == 0 or high == 31
+            corners |= {int(low), int(high)}
+    assert {0, 31} <= corners
+
+
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> None:
+    for word in AUGMENTS[name].words:
+        ops = tuple(op for op in parse(name if word == "" else f"{name}:{AUGMENTS[name].number}:{word}"))
+        if (name, word) in COUNTERPARTS:
+            assert callable(transform(ops, FILL))
+            continue
+        with pytest.raises(UsageError, match=rf"--loader torchvision has no {name}.*use --loader tensor"):
+            transform(ops, FILL)
+
+
+def test_alternating_flip_is_refused_with_both_remedies() -> None:
+    with pytest.raises(UsageError, match="use --loader tensor, or flip with random"):
+        transform(parse("crop,flip:0.5:alternating"), FILL)
+
+
+def test_workers_change_nothing() -> None:
+    def epoch(workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        it = TorchvisionLoader(
+            IMAGES, np.arange(60), batch_size=25, augment=parse("crop,flip,cutout"), seed=1, device="cpu",
+            fill=FILL, workers=workers,
+        )  # fmt: skip
+        return list(it.batches(1))
+
+    alone, helped = epoch(0), epoch(2)
+    assert [len(labels) for _, labels in helped] == [25, 25, 10]
+    for one, two in zip(alone, helped, strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+
+
+class Dies:
+    """A transform that ends its process as the kernel does when memory is short."""
+
+    def __call__(self, _: Image.Image) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_fault24_a_worker_that_dies_ends_the_run(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torchvision_loader, "transform", lambda *_: Dies())
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        train(tiny(loader="torchvision", workers=2))
+    assert time.perf_counter() - started < 30
+    assert _explained(caught.value) == 6
+    assert capsys.readouterr().err.endswith("use fewer --workers, or --loader tensor\n")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_augmentation_a_run_equals_the_tensor_loaders(tiny: Callable[..., Recipe], workers: int) -> None:
+    plain = train(tiny(augment="none", epochs=1))
+    other = train(tiny(augment="none", epochs=1, loader="torchvision", workers=workers))
+    assert (plain["loader"], other["loader"]) == ("tensor", "torchvision")
+    assert (other["test_loss"], other["val_acc"]) == (plain["test_loss"], plain["val_acc"])
+
+
+def test_fault18_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    with pytest.raises(UsageError, match=r"use --loader tensor, or pip install 'torchvision") as caught:
+        transform(parse("crop"), FILL)
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
+
+
+def test_fault18_a_torchvision_that_raises_stops_only_its_loader(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist\\nand more')\n"
+    )
+    tiny = ("--data", "synthetic:100", "--val-size", "20", "--arch", "resnet", "--blocks", "1,1",
+            "--channels", "8,8", "--batch-size", "20", "--max-steps", "1", "--no-compile",
+            "--device", "cpu", "--precision", "fp32")  # fmt: skip
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(tmp_path), str(Path(torchvision_loader.__file__).parents[2])])
+        return subprocess.run(
+            [sys.executable, "-m", "fastcifar", "train", *tiny, *arguments], capture_output=True, text=True,
+            timeout=300, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+
+    broken = run("--loader", "torchvision")
+    assert (broken.returncode, broken.stderr.count("\n")) == (2, 1), broken.stderr
+    assert "operator torchvision::nms does not exist); use --loader tensor" in broken.stderr
+    assert not (tmp_path / "runs").exists()
+    works = run()
+    assert works.returncode == 0, works.stderr

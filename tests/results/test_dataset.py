@@ -1,0 +1,167 @@
+"""`data verify` tells what is there; `data show` draws what the augmentations do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import pytest
+from PIL import Image
+
+from fastcifar.data import cifar
+from fastcifar.data.cifar import NORMALISATIONS
+from fastcifar.errors import DataError, DiskError, UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.results import dataset, plots
+from fastcifar.results.report import data_table
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Class folders of ten images, 3 cats and 5 dogs to train, and a cache folder of the test's own."""
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for part, name, count in (("train", "cat", 3), ("train", "dog", 5), ("test", "cat", 1), ("test", "dog", 1)):
+        folder = tmp_path / "mine" / part / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "mine"
+
+
+def test_verify_says_what_is_there(folders: Path, tmp_path: Path) -> None:
+    found = dataset.verify(Recipe(data=str(folders)))
+    assert (found["kind"], found["source"], found["official"]) == ("class folders of images", str(folders), False)
+    assert found["splits"]["train"]["per_class"] == {"cat": 3, "dog": 5}
+    assert found["splits"]["test"]["shape"] == [2, 3, 32, 32]
+    pixels = cifar.load(str(folders)).train.images / 255
+    assert found["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert found["std"] == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-12)
+    assert Path(found["cache"]).parent == tmp_path / "cache"
+    assert (Path(found["cache"]) / "meta.json").is_file()
+    assert data_table(found)
+
+
+def test_statistics_of_many_images_are_exact() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2100, 3, 2, 2), dtype=np.uint8)
+    mean, std = cifar.statistics(images)
+    assert mean == pytest.approx((images / 255).mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert std == pytest.approx((images / 255).std((0, 2, 3)).tolist(), rel=1e-12)
+
+
+def test_fault11_verify_reads_the_files_though_they_are_cached(folders: Path) -> None:
+    before = cifar.load(str(folders))
+    file = folders / "train" / "dog" / "2.png"
+    stat = file.stat()
+    file.write_bytes(bytes(stat.st_size))  # the same size and time: the cache believes in it
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert np.array_equal(cifar.load(str(folders)).train.images, before.train.images)
+    with pytest.raises(DataError, match=r"2\.png"):
+        dataset.verify(Recipe(data=str(folders)))
+
+
+def test_verify_mends_a_cache_that_holds_something_else(folders: Path) -> None:
+    kept = Path(dataset.verify(Recipe(data=str(folders)))["cache"])
+    true = np.array(cifar.load(str(folders)).train.images)
+    wrong = np.load(kept / "train_images.npy", mmap_mode="r+")
+    wrong[0] ^= 1
+    wrong.flush()
+    assert not np.array_equal(cifar.load(str(folders)).train.images, true)
+    assert dataset.verify(Recipe(data=str(folders)))["cache"] == str(kept)
+    assert np.array_equal(cifar.load(str(folders)).train.images, true)
+
+
+@pytest.mark.filterwarnings("ignore:.*unofficial files")
+def test_real_cifar10_has_its_known_statistics() -> None:
+    data = os.environ.get("FASTCIFAR_DATA")
+    if not data:
+        pytest.skip("FASTCIFAR_DATA names no CIFAR-10")
+    mean, std = cifar.statistics(cifar.load(data).train.images)
+    assert (mean, std) == tuple(pytest.approx(values, abs=1e-7) for values in NORMALISATIONS["cifar10"])
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(plots, "image_grids", lambda *arguments: drawn.append(arguments))
+    shown = dataset.show(Recipe(data="synthetic:100", **settings), folder / "a.png", 5)
+    return shown, drawn[0]
+
+
+def test_show_has_a_block_for_each_op_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, (_, blocks, names, columns) = captured(monkeypatch, tmp_path, augment="crop:3:zero,flip:1,cutout:6:zero")
+    train = cifar.load("synthetic:100").train
+    assert [title for title, _ in blocks] == [
+        "crop:3:zero",
+        "flip:1.0:random",
+        "cutout:6:zero",
+        "crop:3:zero,flip:1.0:random,cutout:6:zero",
+    ]
+    assert len(names) == 5
+    assert columns == ["original", "epoch 0", "epoch 1", "epoch 2", "epoch 3"]
+    originals = train.images[shown["images"]].transpose(0, 2, 3, 1)
+    for _, grid in blocks:
+        assert grid.shape == (5, 5, 32, 32, 3)
+        assert np.array_equal(grid[:, 0], originals)
+    crop, flip, cutout, whole = (grid for _, grid in blocks)
+    assert np.array_equal(flip[:, 2], originals[:, :, ::-1])
+    # The same draws in the blocks as in the whole: the holes of the whole are those of the cutout block.
+    hole = (cutout[:, 1:] == 0).all(-1)
+    assert (hole.sum((2, 3)) >= 9).all()  # a corner's share of the square
+    assert (whole[:, 1:][hole] == 0).all()
+    mirrored = crop[:, 1:, :, ::-1]
+    assert np.array_equal(whole[:, 1:][~hole], mirrored[~hole])
+
+
+def test_show_follows_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, (_, blocks, *_) = captured(monkeypatch, tmp_path)
+    again, (_, same, *_) = captured(monkeypatch, tmp_path)
+    other, _ = captured(monkeypatch, tmp_path, seed=1)
+    assert first == again
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(blocks, same, strict=True))
+    assert first["images"] != other["images"]
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "flip,flip", "crop,flip,cutout,flip"])
+def test_show_writes_a_png_and_overwrites_it(tmp_path: Path, augment: str) -> None:
+    file = tmp_path / "a.png"
+    file.write_text("old")
+    dataset.show(Recipe(data="synthetic:100", augment=augment), file, 2)
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 100
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_tiles_stand_upright_in_their_order() -> None:
+    grid = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 5, 3), dtype=np.uint8)
+    picture = plots.tiled(grid)
+    step_y, step_x = 4 + plots.GAP, 5 + plots.GAP
+    assert picture.shape == (2 * step_y - plots.GAP, 3 * step_x - plots.GAP, 3)
+    for row in range(2):
+        for column in range(3):
+            y, x = row * step_y, column * step_x
+            assert np.array_equal(picture[y : y + 4, x : x + 5], grid[row, column])
+    assert (picture[4 : 4 + plots.GAP] == 255).all()
+
+
+def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+    recipe = Recipe(data="synthetic:100")
+    for name, count, words in (("a.jpg", 2, r"\.png"), ("a.png", 0, "--count 0"), ("a.png", 101, "1 to 100")):
+        with pytest.raises(UsageError, match=words):
+            dataset.show(recipe, tmp_path / name, count)
+    with pytest.raises(DiskError, match="cannot write"):
+        dataset.show(recipe, tmp_path / "no" / "a.png", 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fault18_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(UsageError, match=r"matplotlib.* cannot be imported.*pip install 'matplotlib") as caught:
+        dataset.show(Recipe(data="synthetic:100"), tmp_path / "a.png", 2)
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
