@@ -36,6 +36,7 @@ BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
 
 
@@ -93,21 +94,24 @@ def front_door(
 
 @app.command()
 @knobs(Recipe.model_fields)
-def train(recipe: RecipeName = None, as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
+def train(
+    recipe: RecipeName = None, dry_run: DryRun = False, as_json: Json = False, debug: Debug = False, **knobs: Any
+) -> None:
     """Train a network, test it once, keep it in a run folder.
 
     A recipe's values come first, then the options given here; the rest are the defaults.
     """
-    from fastcifar.results.report import summary_table
+    from fastcifar.results.report import rehearsal_table, summary_table
+    from fastcifar.training.rehearse import rehearse
     from fastcifar.training.train import train as run
 
     made = Recipe.make(recipe, **knobs)
     console = Console(stderr=as_json)
-    summary = run(made, recipe, console)
+    found = rehearse(made) if dry_run else run(made, recipe, console)
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(found))
     else:
-        console.print(summary_table(summary))
+        console.print(rehearsal_table(found) if dry_run else summary_table(found))
 
 
 @app.command("eval")

@@ -120,6 +120,7 @@ class Recipe(BaseModel):
 
     # the run
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of weights, order and augmentation")
+    time_budget: float | None = Field(default=None, gt=0, description="minutes to fit the epochs into")
     max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
     weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
     out: str | None = Field(default=None, description="run folder; default: runs/<name>")

@@ -45,6 +45,20 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
+def rehearsal_table(found: dict[str, Any]) -> Table:
+    """What `--dry-run` found. `found`: as `rehearse` returns it."""
+    seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in found["seconds"].items())
+    rows = {
+        **dict(line.split(": ", 1) for line in found["chosen"]),
+        "epochs, steps": f"{found['epochs']}, {found['steps']:,}",
+        "images/s in training": f"{found['images_per_s']:,.0f}",
+        "expected seconds": seconds,
+        "peak memory": f"{found['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "written": "nothing",
+    }
+    return _pairs("", rows)
+
+
 def scores_table(scores: dict[str, Any]) -> Table:
     """The scores of `fastcifar eval`."""
     rows = {

@@ -15,6 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from fastcifar.training.step import Reading
 
 
+def say(console: Console | None, lines: list[str]) -> None:
+    """Lines as they are, one below the other; nothing without a console."""
+    for line in lines:
+        if console:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class Display:
     """A context around the loop. `console` None shows nothing; `steps` is the whole run's number of steps."""
 
@@ -38,11 +45,6 @@ class Display:
         if self.bar:
             self.bar.stop()
 
-    def lines(self, lines: list[str]) -> None:
-        for line in lines:
-            if self.console:
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def step(self, done: int, epoch: int, reading: Reading) -> None:
         """Called every few steps with the step number and the epoch's sums so far."""
         if not self.bar:
@@ -63,5 +65,5 @@ class Display:
             f"{row['images_per_s']:,.0f} images/s",
             f"{row['seconds']:.0f} s",
         ]
-        self.lines(["  ".join(parts)])
+        say(self.console, ["  ".join(parts)])
         self.started = time.perf_counter()

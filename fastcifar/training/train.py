@@ -16,7 +16,8 @@ from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.parts import Parts, assemble
-from fastcifar.training.progress import Display
+from fastcifar.training.progress import Display, say
+from fastcifar.training.rehearse import fit_into_budget
 from fastcifar.training.run import Clock, Progress, Run, Stop
 from fastcifar.training.step import Step
 from fastcifar.training.summary import summarise
@@ -35,11 +36,13 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
     with clock.phase("setup"):
         choice = choose(recipe)
         parts = assemble(recipe, choice)
-        run = Run.create(recipe, f"{recipe.arch}-{name}-s{recipe.seed}")
-    display = Display(console, parts.steps, recipe.epochs, recipe.batch_size)
-    display.lines([f"run: {run.folder}", *parts.lines(), *parts.choice.lines()])
+    say(console, [*parts.lines(), *parts.choice.lines()])
     with clock.phase("compile"):
         step = parts.fast_step()
+        fit_into_budget(parts, step, clock.total())
+    run = Run.create(parts.recipe, f"{recipe.arch}-{name}-s{recipe.seed}")
+    say(console, [f"run: {run.folder}, {parts.recipe.epochs} epochs, {parts.steps:,} steps"])
+    display = Display(console, parts.steps, parts.recipe.epochs, recipe.batch_size)
     with display, Stop() as stop:
         progress = fit(parts, step, run, clock, display, stop)
     if progress.stop_reason in Stop.CODES:

@@ -1,0 +1,118 @@
+"""Before a run: how fast this machine takes its steps, what they need, and so how long the whole will take.
+
+`--dry-run` ends here and writes nothing; `--time-budget` takes as many whole epochs as fit. What is measured leaves
+weights, optimizer and random state as they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fastcifar.data.cifar import Split
+from fastcifar.device import choose
+from fastcifar.errors import UsageError
+from fastcifar.models import macs, parameters
+from fastcifar.recipe import Recipe
+from fastcifar.training import capture
+from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
+from fastcifar.training.parts import Parts, assemble
+from fastcifar.training.run import Clock
+from fastcifar.training.schedule import Schedule
+from fastcifar.training.step import Step
+from fastcifar.training.summary import peak_memory
+
+STEPS = 5  # the first of them is not counted
+SPARE = 0.05  # of the budget, for checkpoints and for steps that are slower than those measured
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a training step, and of the evaluation of one image."""
+
+    step_s: float
+    image_s: float
+
+    def epoch_s(self, parts: Parts) -> float:
+        """An epoch with its validation (twice with an average of the weights)."""
+        return parts.loader.steps_per_epoch * self.step_s + self._times(parts) * len(parts.val.labels) * self.image_s
+
+    def test_s(self, parts: Parts) -> float:
+        """The test set at the end."""
+        return self._times(parts) * len(parts.data.test.labels) * self.image_s
+
+    @staticmethod
+    def _times(parts: Parts) -> int:
+        return 2 if parts.ema else 1
+
+
+def measure(parts: Parts, step: Step) -> Pace:
+    """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
+    steps, images = [], []
+    few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
+    with capture.untouched(parts.tensors(), parts.device):
+        parts.meter.bad.fill_(1)  # nothing is updated, so nothing outside these tensors changes either
+        for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
+            started = time.perf_counter()
+            step(*batch)
+            parts.meter.read()
+            steps.append(time.perf_counter() - started)
+        for _ in range(3):
+            started = time.perf_counter()
+            predict_logits(parts.model, parts.forward, few, parts.device)
+            images.append((time.perf_counter() - started) / len(few.labels))
+    return Pace(statistics.median(steps[1:]), statistics.median(images[1:]))
+
+
+def fit_into_budget(parts: Parts, step: Step, elapsed_s: float) -> None:
+    """With a `time_budget`, sets the run's epochs, and its schedule, to as many as fit after `elapsed_s`.
+
+    Errors: `UsageError` if not one epoch fits, with the budget that one would need.
+    """
+    if parts.recipe.time_budget is None:
+        return
+    pace = measure(parts, step)
+    left_s = parts.recipe.time_budget * 60 * (1 - SPARE) - elapsed_s - pace.test_s(parts)
+    epochs = math.floor(left_s / pace.epoch_s(parts))
+    if epochs < 1:
+        needed = (elapsed_s + pace.test_s(parts) + pace.epoch_s(parts)) / 60 / (1 - SPARE)
+        problem = f"not one epoch of {pace.epoch_s(parts):,.0f} s fits into --time-budget {parts.recipe.time_budget:g}"
+        raise UsageError(problem, f"give {math.ceil(needed)} minutes or more, or a smaller network")
+    parts.recipe = parts.recipe.model_copy(update={"epochs": epochs})
+    parts.schedule = Schedule(parts.recipe, parts.loader.steps_per_epoch)
+
+
+def rehearse(recipe: Recipe) -> dict[str, Any]:
+    """Builds everything, runs a few steps and evaluates a batch; what the whole run would take. Writes nothing.
+
+    Returns seconds (`setup` and `compile` measured, `train`, `eval` and `total` expected), `step_s`, `images_per_s`,
+    `peak_memory_bytes` and what was chosen. Errors: those of `train`.
+    """
+    clock = Clock()
+    with clock.phase("setup"):
+        parts = assemble(recipe, choose(recipe))
+    with clock.phase("compile"):
+        step = parts.fast_step()
+    fit_into_budget(parts, step, clock.total())
+    pace = measure(parts, step)
+    seconds = dict(clock.seconds)
+    seconds["train"] = parts.steps * pace.step_s
+    seconds["eval"] = parts.recipe.epochs * pace.epoch_s(parts) - seconds["train"] + pace.test_s(parts)
+    seconds["total"] = sum(seconds.values())
+    return {
+        "dry_run": True,
+        "arch": recipe.arch,
+        "params": parameters(parts.model),
+        "macs": macs(parts.model),
+        "epochs": parts.recipe.epochs,
+        "steps": parts.steps,
+        "step_s": pace.step_s,
+        "images_per_s": recipe.batch_size / pace.step_s,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory_bytes": peak_memory(parts.device),
+        "chosen": [*parts.lines(), *parts.choice.lines()],
+    }
