@@ -13,6 +13,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -140,6 +141,26 @@ def models(
     else:
         found = layers(given) if name or knobs["arch"] else listing()
     print(json.dumps(found.document)) if as_json else Console().print(found.table)
+
+
+@app.command()
+@knobs((*section("network"), "data", "dataset", "augment", "batch_size", *section("machine")))
+def bench(
+    recipe: RecipeName = None,
+    what: Annotated[str, typer.Option(metavar="loader|step|train|all", help="train is end to end")] = "all",
+    trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Measure images/s of the loader, of the training step on a fixed batch, and of both together."""
+    from fastcifar.lab.bench import bench as measure
+    from fastcifar.results.report import bench_table
+
+    console = Console(stderr=as_json)
+    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console)
+    print(json.dumps(found)) if as_json else console.print(bench_table(found))
 
 
 @app.command()

@@ -108,6 +108,28 @@ def examination(found: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
+def bench_table(found: dict[str, Any]) -> Table:
+    """What `fastcifar bench` measured, a line for each benchmark."""
+    table = Table("what", title=found["device"], title_justify="left")
+    for heading in ("images/s", "lowest - highest", "n", "CPU us/image", "TFLOP/s", "set-up s", "compile s"):
+        table.add_column(heading, justify="right")
+    table.add_column("with", overflow="fold")
+    for row in found["results"]:
+        trials, settings = row["trials"], [f"batch {row['batch_size']}"]
+        settings += [str(row[name]) for name in ("arch", "precision", "loader", "augment", "data") if name in row]
+        settings += [name.replace("_", " ") for name in ("compiled", "cuda_graph") if row.get(name)]
+        table.add_row(
+            row["what"],
+            f"{row['images_per_s']:,.0f}",
+            f"{min(trials):,.0f} - {max(trials):,.0f}",
+            str(len(trials)),
+            f"{row['cpu_us_per_image']:,.1f}",
+            *(_figure(row.get(name)) for name in ("tflop_per_s", "setup_s", "compile_s")),
+            ", ".join(settings),
+        )
+    return table
+
+
 def _weightless(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -121,6 +143,10 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _percent(fraction: float | None) -> str:
