@@ -110,22 +110,25 @@ def examination(found: dict[str, Any]) -> Table:
 
 def bench_table(found: dict[str, Any]) -> Table:
     """What `fastcifar bench` measured, a line for each benchmark."""
-    table = Table("what", title=found["device"], title_justify="left")
-    for heading in ("images/s", "lowest - highest", "n", "CPU us/image", "TFLOP/s", "set-up s", "compile s"):
-        table.add_column(heading, justify="right")
-    table.add_column("with", overflow="fold")
-    for row in found["results"]:
-        trials, settings = row["trials"], [f"batch {row['batch_size']}"]
-        settings += [str(row[name]) for name in ("arch", "precision", "loader", "augment", "data") if name in row]
-        settings += [name.replace("_", " ") for name in ("compiled", "cuda_graph") if row.get(name)]
+    rows = found["results"]
+    names = ("arch", "batch_size", "precision", "loader", "augment")
+    settings = {name: row[name] for name in names for row in rows if name in row}
+    spent = {name: row[name] for name in ("setup_s", "compile_s") for row in rows if name in row}
+    title = [
+        found["device"],
+        ", ".join(f"{name} {value}" for name, value in settings.items()),
+        f"median of {len(rows[0]['trials'])} trials; {', '.join(f'{name} {spent[name]:.1f}' for name in spent)}",
+    ]
+    table = Table("what", title="\n".join(title), title_justify="left")
+    for heading in ("images/s", "lowest", "highest", "CPU us/image", "TFLOP/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        speeds = (row["images_per_s"], min(row["trials"]), max(row["trials"]))
         table.add_row(
             row["what"],
-            f"{row['images_per_s']:,.0f}",
-            f"{min(trials):,.0f} - {max(trials):,.0f}",
-            str(len(trials)),
+            *(f"{speed:,.0f}" for speed in speeds),
             f"{row['cpu_us_per_image']:,.1f}",
-            *(_figure(row.get(name)) for name in ("tflop_per_s", "setup_s", "compile_s")),
-            ", ".join(settings),
+            f"{row['tflop_per_s']:.3g}" if "tflop_per_s" in row else "-",
         )
     return table
 
@@ -143,10 +146,6 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
 
 
 def _percent(fraction: float | None) -> str:

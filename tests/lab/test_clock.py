@@ -130,6 +130,5 @@ def test_the_table_shows_a_dash_for_what_was_not_measured(tiny: Callable[..., Re
     table = bench_table(bench(tiny(), "loader", trials=2, trial_s=QUICK))
     assert table.row_count == 1
     cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells[0] == "loader"
-    assert cells[3] == "2"
-    assert cells[5] == "-"
+    assert (cells[0], cells[-1]) == ("loader", "-")
+    assert "median of 2 trials" in str(table.title)
