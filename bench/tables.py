@@ -44,8 +44,8 @@ def peers() -> str:
     """Every recorded comparison of training loops: the median of each, and its ratios to two others, with n."""
     lines = [
         "| network, batch, augmentation | loop | n | images/s, median | each round | times the source's loop "
-        "| times plain torch.compile | CPU µs an image | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for folder, summary, environment in recorded("loops"):
         for loop, found in summary["loops"].items():
@@ -53,7 +53,8 @@ def peers() -> str:
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
                 f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
                 f"| {found['times_source_loop']['median']:.2f} | {found['times_plain_compile']['median']:.2f} "
-                f"| {found['cpu_us_per_image']:,.0f} | {environment['device']} | `{folder.name}` |"
+                f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
+                f"| {environment['device']} | `{folder.name}` |"
             )
     return "\n".join(lines)
 
