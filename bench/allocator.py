@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+import results_folder
+
 STEPS, WARM_UP = 36, 6
 
 
@@ -69,14 +68,7 @@ def main() -> None:
         "n": arguments.rounds,
         "speedup": {"min": min(paired), "median": statistics.median(paired), "max": max(paired)},
     }
-    found = environment()
-    device = re.sub(r"[^A-Za-z0-9]+", "-", found["device"]).strip("-").lower()
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    folder = RESULTS / f"{stamp}_{device}_allocator-{arguments.arch}"
-    folder.mkdir(parents=True)
-    (folder / "env.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (folder / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
+    folder = results_folder.write(f"allocator-{arguments.arch}", environment(), summary, trials)
     print(folder, json.dumps(summary["speedup"]))
 
 

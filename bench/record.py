@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import results_folder
+
 FIGURES = ("test_acc", "test_acc_ema", "test_loss", "val_acc", "images_per_s")
 
 
@@ -28,17 +27,9 @@ def record(what: str, runs: list[Path]) -> Path:
             raise SystemExit(f"{run} was cut short ({trial['stop_reason']}): not a result")
         if knobs(trial) != knobs(trials[0]):
             raise SystemExit(f"{run} has another recipe than {runs[0]}")
-    environment = read(runs[0] / "env.json")
-    device = re.sub(r"[^A-Za-z0-9]+", "-", environment["device"]).strip("-").lower()
-    folder = RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
-    folder.mkdir(parents=True)
-    write(folder / "recipe.json", knobs(trials[0]))
-    write(folder / "env.json", {key: value for key, value in environment.items() if key != "command"})
-    write(folder / "summary.json", summary(what, trials))
-    with (folder / "trials.jsonl").open("w", encoding="utf-8") as file:
-        for trial in trials:
-            file.write(json.dumps(plain(trial)) + "\n")
-    return folder
+    return results_folder.write(
+        what, read(runs[0] / "env.json"), summary(what, trials), map(plain, trials), recipe=knobs(trials[0])
+    )
 
 
 def summary(what: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,10 +58,6 @@ def knobs(trial: dict[str, Any]) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -26,11 +27,8 @@ def accuracy() -> str:
         "| training PFLOP | seconds, start to end | device | result |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for folder in sorted(RESULTS.iterdir()):
-        summary = json.loads((folder / "summary.json").read_text())
-        if "test_acc" not in summary:
-            continue
-        tested, environment = summary["test_acc"], json.loads((folder / "env.json").read_text())
+    for folder, summary, environment in recorded("test_acc"):
+        tested = summary["test_acc"]
         spread = "" if tested["std"] is None else f" ± {100 * tested['std']:.2f}"
         seconds = summary["seconds_total"]
         lines.append(
@@ -42,7 +40,34 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy}
+def peers() -> str:
+    """Every recorded comparison of training loops: the median of each, and its ratios to two others, with n."""
+    lines = [
+        "| network, batch, augmentation | loop | n | images/s, median | each round | times the source's loop "
+        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("loops"):
+        for loop, found in summary["loops"].items():
+            lines.append(
+                f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
+                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
+                f"| {found['times_source_loop']['median']:.2f} | {found['times_plain_compile']['median']:.2f} "
+                f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines)
+
+
+def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
+    for path in sorted(RESULTS.glob("*/summary.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if key in summary:
+            yield path.parent, summary, json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "peers": peers}
 
 
 def renewed(text: str) -> str:

@@ -179,6 +179,26 @@ def data_show(
 
 
 @app.command()
+@knobs((*section("network"), "data", "dataset", "augment", "batch_size", *section("machine")))
+def bench(
+    recipe: RecipeName = None,
+    what: Annotated[str, typer.Option(metavar="loader|step|train|all", help="train is end to end")] = "all",
+    trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Measure images/s of the loader, of the training step on a fixed batch, and of both together."""
+    from fastcifar.lab.bench import bench as measure
+    from fastcifar.results.report import bench_table
+
+    console = Console(stderr=as_json)
+    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console)
+    print(json.dumps(found)) if as_json else console.print(bench_table(found))
+
+
+@app.command()
 @knobs(section("machine"))
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""

@@ -131,11 +131,11 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def describe() -> str:
-    """The device in words: the GPU's name, else the CPU's model and cores."""
+def describe(device: str = "auto") -> str:
+    """The device in words: the GPU's name, or the CPU's model and cores. "auto" is the GPU if there is one."""
     import torch
 
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu_name()}, {os.cpu_count()} cores"
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from fastcifar.device import Choice
+from fastcifar.models import MODELS
+
 ROOT = Path(__file__).parents[1]
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A script of bench/ or bench/peers/; pyproject.toml puts both where imports look."""
+    return importlib.import_module(name)
 
 
 def test_readme_tables_are_current() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- table: accuracy -->" in text
-    assert script("tables").renewed(text) == text
+    text, tables = (ROOT / "README.md").read_text(encoding="utf-8"), script("tables")
+    for name in tables.TABLES:
+        assert f"<!-- table: {name} -->" in text
+    assert tables.renewed(text) == text
 
 
 def test_results_hold_no_path_of_a_machine() -> None:
@@ -54,7 +55,7 @@ def write(folder: Path, document: dict[str, Any]) -> Path:
 
 def test_record_keeps_every_trial_and_their_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = script("record")
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record.results_folder, "RESULTS", tmp_path / "results")
     runs = [write(tmp_path / f"run{seed}", trial(seed, accuracy)) for seed, accuracy in ((0, 0.8), (1, 0.9))]
     folder = record.record("quick", runs)
     assert folder.name.endswith("Z_a-cpu-2-cores_quick")
@@ -78,3 +79,51 @@ def test_record_refuses_cut_runs_and_other_recipes(tmp_path: Path) -> None:
     for wrong in (cut, other):
         with pytest.raises(SystemExit):
             record.record("quick", [whole, wrong])
+
+
+PEERS = ("source_loop", "eager_bf16", "plain_compile", "ours")
+FIGURES = {"cpu_us_per_image": 1.0, "prepare_s": 2.0, "others_cores": 0.5}
+
+
+def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
+    speeds = {
+        "source_loop": (10, 20, 40),
+        "eager_bf16": (40, 40, 40),
+        "plain_compile": (50, 40, 20),
+        "ours": (60, 60, 80),
+    }
+    trials = [
+        {"round": number, "loop": name, "images_per_s": speeds[name][number], **FIGURES}
+        for number in range(3)
+        for name in PEERS
+    ]
+    disturbed = {**trials[3], "images_per_s": 1}
+    found = script("run").summary([disturbed, *trials], arch="se68")
+    assert (found["n"], found["arch"], tuple(found["loops"])) == (3, "se68", PEERS)
+    assert found["loops"]["ours"]["trials"] == [60, 60, 80]
+    assert found["loops"]["ours"]["images_per_s"] == 60
+    assert found["loops"]["ours"]["times_source_loop"] == {"min": 2, "median": 3, "max": 6}
+    assert found["loops"]["ours"]["times_plain_compile"] == {"min": 1.2, "median": 1.5, "max": 4}
+    assert found["loops"]["source_loop"]["times_source_loop"]["median"] == 1
+
+
+@pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "ours"])
+def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = script("loops")
+    monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
+    choice = Choice("cpu", "fp32", "tensor", False, False)
+    monkeypatch.setattr(loops, "choose", lambda _: choice)
+    loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip", "synthetic:80", "cpu"))
+    assert [next(loop) for _ in range(4)] == [32, 32, 16, 32]
+
+
+def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, run = script("tables"), script("run")
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    summary = run.summary(trials, arch="se68", batch_size=128, augment="none")
+    run.results_folder.write("peers-se68", {"device": "a CPU"}, summary, trials)
+    lines = tables.peers().splitlines()
+    assert len(lines) == 2 + len(PEERS)
+    assert all("| 1 | 10.0 | 10.0 | 1.00 | 1.00 |" in line for line in lines[2:])

@@ -116,6 +116,18 @@ def test_doctor_says_what_train_would_choose() -> None:
     assert "device: cpu (asked for)" in found["chosen"]
 
 
+def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
+    tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
+    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1
+    (row,) = json.loads(run.stdout)["results"]
+    assert (row["what"], row["data"]) == ("loader", "synthetic:200")
+    assert not list(tmp_path.iterdir())
+    wrong = fastcifar("bench", *tiny, "--what", "trian", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -1,0 +1,34 @@
+"""A result as the README quotes it: bench/results/<UTC>_<device>_<what>/, written here and nowhere else.
+
+A folder holds env.json, summary.json, trials.jsonl (every trial, one a line) and what else a bench wants kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(
+    what: str,
+    environment: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    trials: Iterable[Mapping[str, Any]],
+    **documents: Mapping[str, Any],
+) -> Path:
+    """Makes the folder and returns it. `documents`: name -> what NAME.json holds beside the summary."""
+    device = re.sub(r"[^A-Za-z0-9]+", "-", environment["device"]).strip("-").lower()
+    folder = RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
+    folder.mkdir(parents=True)
+    kept = {key: value for key, value in environment.items() if key != "command"}  # it names the machine's folders
+    for name, document in {"env": kept, "summary": summary, **documents}.items():
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(trial) + "\n" for trial in trials)
+    (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
+    return folder
