@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, build, check_budget, layer_table, macs, parameters
+from fastcifar.models import MODELS, check_budget, layer_table, macs, parameters
+from tests.models.networks import on_meta, small
 
 BUDGET = 5_000_000
 OVER_BUDGET = {"coconut_over", "resnet18"}
@@ -29,18 +27,8 @@ PUBLISHED: dict[str, tuple[int, float | None]] = {
     "coconut_over": (5_237_546, 299.15),
     "res512d": (4_903_242, None),
     "resnet18": (11_173_962, 555.42),
+    "speednet": (1_078_298, None),
 }
-
-
-def on_meta(arch: str, **knobs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return build(arch, **knobs)
-
-
-def small(arch: str, **knobs: Any) -> nn.Module:
-    """The row at an eighth of its width, or as it is if it takes none."""
-    width = {"width": 0.125} if "width" in inspect.signature(MODELS[arch]).parameters else {}
-    return build(arch, **{**width, **knobs})
 
 
 @pytest.mark.parametrize("arch", PUBLISHED)

@@ -14,19 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcifar.models import MODELS, build
+from fastcifar.models import MODELS
+from tests.models.networks import on_meta, small
 from tests.models.reference import FORWARDS
-
-
-def on_meta(arch: str, **knobs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return build(arch, **knobs)
-
-
-def small(arch: str, **knobs: Any) -> nn.Module:
-    """The row at an eighth of its width, or as it is if it takes none."""
-    width = {"width": 0.125} if "width" in inspect.signature(MODELS[arch]).parameters else {}
-    return build(arch, **{**width, **knobs})
 
 
 def shallow(arch: str, **knobs: Any) -> nn.Module:
