@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastcifar.recipe import Recipe
     from fastcifar.training.train import train
 
+__version__ = "0.1.0"
 __all__ = ["MODELS", "Recipe", "batches", "load", "train"]
 
 _ROOMS = {

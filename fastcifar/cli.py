@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fastcifar import __version__
 from fastcifar.errors import MemoryShortError, UserError
 from fastcifar.recipe import SECTIONS, Recipe, option, section
 
@@ -79,9 +80,7 @@ def _metavar(field: Any) -> str:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"fastcifar {version('fastcifar')}")
+        typer.echo(f"fastcifar {__version__}")
         raise typer.Exit
 
 

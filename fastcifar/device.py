@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from fastcifar import __version__
 from fastcifar.errors import DeviceError, UsageError
 from fastcifar.recipe import Recipe
 
@@ -171,7 +172,7 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The installed versions of what the figures depend on; "missing" where a package is not installed."""
-    return {"fastcifar": _version("fastcifar"), **{name: _version(name) for name in PACKAGES}}
+    return {"fastcifar": __version__, **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:
