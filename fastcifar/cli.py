@@ -33,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+SIGINT = 130  # the exit code
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
@@ -213,8 +214,10 @@ def main() -> None:
     warnings.showwarning = _warned
     try:
         code = app(standalone_mode=False)
+        if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped by SIGINT", 130))
+        sys.exit(_fail("stopped by SIGINT", SIGINT))
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:
@@ -234,6 +237,8 @@ def _explained(error: Exception) -> int:
     """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
     if isinstance(error, UserError):
         return _fail(str(error), error.exit_code)
+    if type(error).__name__ == "Abort":  # and how older ones do
+        return _fail("stopped by SIGINT", SIGINT)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
     if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be

@@ -188,6 +188,16 @@ def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
     assert run.stderr == "fastcifar: warning: odd\n"
 
 
+def test_ctrl_c_before_the_loop_is_one_line_and_130() -> None:
+    code = (
+        "import sys, fastcifar.device as device, fastcifar.cli as cli\n"
+        "def interrupted(recipe): raise KeyboardInterrupt\n"
+        "device.examine = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "fastcifar: stopped by SIGINT\n")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--arch", "se86", "--debug", cwd=tmp_path)
     assert "Traceback" in run.stderr
