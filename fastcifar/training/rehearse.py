@@ -82,7 +82,10 @@ def fit_into_budget(parts: Parts, step: Step, elapsed_s: float) -> None:
         needed = (elapsed_s + pace.test_s(parts) + pace.epoch_s(parts)) / 60 / (1 - SPARE)
         problem = f"not one epoch of {pace.epoch_s(parts):,.0f} s fits into --time-budget {parts.recipe.time_budget:g}"
         raise UsageError(problem, f"give {math.ceil(needed)} minutes or more, or a smaller network")
-    parts.recipe = parts.recipe.model_copy(update={"epochs": epochs})
+    share = epochs / parts.recipe.epochs  # of warm-up and schedule too: the shape stays the recipe's
+    length = parts.recipe.schedule_epochs
+    changes = {"warmup_epochs": parts.recipe.warmup_epochs * share, "schedule_epochs": length and length * share}
+    parts.recipe = parts.recipe.model_copy(update={"epochs": epochs, **changes})
     parts.schedule = Schedule(parts.recipe, parts.loader.steps_per_epoch)
 
 

@@ -54,6 +54,10 @@ def test_a_budget_takes_the_epochs_that_fit_and_the_schedule_follows(
     assert (parts.recipe.epochs, parts.steps) == (4, 20)
     assert parts.schedule.lr_at(20) == 0.0
     assert parts.schedule.lr_at(10) == pytest.approx(0.05)
+    recipe = tiny(time_budget=1.0, epochs=16, warmup_epochs=8, schedule_epochs=32)
+    warm = assemble(recipe, choose(recipe))
+    fit_into_budget(warm, warm.fast_step(), elapsed_s=7.0)
+    assert (warm.recipe.epochs, warm.recipe.warmup_epochs, warm.recipe.schedule_epochs) == (4, 2.0, 8.0)
     with pytest.raises(UsageError, match=r"not one epoch of 12 s fits into --time-budget 1; give 2 minutes"):
         fit_into_budget(parts, parts.fast_step(), elapsed_s=50.0)
 
