@@ -109,9 +109,9 @@ def keep(parts: Parts, run: Run, progress: Progress) -> None:
         progress.best, progress.epochs_since_best = progress.val_acc, 0
     else:
         progress.epochs_since_best += 1
-    checkpoint.save(run.checkpoint("last"), parts.state(progress.step, progress.epoch, progress.best))
-    if is_best:
-        checkpoint.save(run.checkpoint("best"), parts.state(progress.step, progress.epoch, progress.best))
+    state = parts.state(progress.step, progress.epoch, progress.best)
+    for name in ("last", "best") if is_best else ("last",):
+        checkpoint.save(run.checkpoint(name), state)
     if parts.recipe.patience and progress.epochs_since_best >= parts.recipe.patience:
         progress.stop_reason = progress.stop_reason or "patience"
 
