@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastcifar.data.augment import SIDE, Fill, Op, Params, apply_rows, draw_epoch, parse
 from fastcifar.data.official import Split
-from fastcifar.data.steps import steps_per_epoch
+from fastcifar.data.steps import cut
 from fastcifar.data.torchvision_loader import TorchvisionLoader
 
 UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
-ALIGNED = 16  # elements: a step's slice of the draws starts at a multiple of this many (see `_by_step`)
+ALIGNED = 16  # elements: a step's slice of the draws starts at a multiple of this many
 
 # (rows uint8 [n,32,96], order int32 [b], parameters [b]) -> those samples, augmented: uint8 channels_last [b,3,32,32]
 Gather = Callable[[Tensor, Tensor, tuple[Params, ...]], Tensor]
@@ -41,13 +41,14 @@ class TensorLoader:
 
     images      uint8 numpy [n,3,32,32], planar; may be a read-only memory map (it is copied)
     labels      int64 numpy [n]
-    batch_size  images of a batch; the last one of an epoch is shorter unless `drop_last`
+    batch_size  images of a step over all ranks; the last one of an epoch is shorter unless `drop_last`
     augment     the ops, in order, from `augment.parse`
     seed        of the permutations and draws, >= 0
     fill        the mean colour, 0..255 for each channel, that ops fill with
     compile     False runs the eager twin, whose batches are the same bit for bit
+    rank, ranks  this process and how many there are: of each step it takes every `ranks`-th image from `rank` on
 
-    Raises `UsageError` if `batch_size` exceeds n.
+    Raises `UsageError` for a `batch_size` that does not fit n or `ranks` (see `steps.cut`).
     """
 
     def __init__(
@@ -62,14 +63,16 @@ class TensorLoader:
         fill: Fill = (0, 0, 0),
         compile: bool = True,
         drop_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         assert images.dtype == np.uint8, images.dtype
         assert images.ndim == 4, images.shape
         assert len(images) == len(labels), (len(images), len(labels))
-        assert batch_size > 0, batch_size
         assert all(0 <= value <= 255 for value in fill), fill
         self.samples = len(images)
-        self.steps_per_epoch = steps_per_epoch(self.samples, batch_size, drop_last)
+        self.steps = cut(self.samples, batch_size, drop_last, rank, ranks)
+        self.steps_per_epoch = self.steps.per_epoch
         self.batch_size = batch_size
         self._ops, self._fill, self._seed = augment, fill, seed
         self._device = torch.device(device)
@@ -80,14 +83,14 @@ class TensorLoader:
             part = _upload(images[start : start + UPLOAD], self._device)
             self._rows[start : start + UPLOAD] = part.permute(0, 2, 3, 1).flatten(2)
         self._gather = (
-            _compiled(augment, fill, self.samples, batch_size, self._device) if compile else _plain(augment, fill)
+            _compiled(augment, fill, self.samples, self.steps.share, self._device) if compile else _plain(augment, fill)
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """This rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-        Every sample comes once an epoch (but for what `drop_last` drops). Starting late gives exactly the batches that
-        the whole epoch would have given from there, and nothing else is needed to resume.
+        Over all ranks every sample comes once an epoch (but for what `drop_last` drops). Starting late gives exactly
+        the batches that the whole epoch would have given from there, and nothing else is needed to resume.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         draws = draw_epoch(self._ops, self.samples, epoch, self._seed)
@@ -99,22 +102,15 @@ class TensorLoader:
             with torch.no_grad():  # a caller that changes the grad mode would have the kernel compiled anew
                 images = self._gather(self._rows, order[step], drawn)
             # The last batch is computed at full size, so that one static shape serves the whole epoch, and cut here.
-            count = min(self.batch_size, self.samples - step * self.batch_size)
+            count = self.steps.count(step)
             yield images[:count], labels[step][:count]
 
     def _by_step(self, array: np.ndarray) -> tuple[Tensor, ...]:
-        """[n] over positions, on the host -> the slice [batch_size] of each step, on the device, in one upload.
+        """[n] over positions, on the host -> this rank's share [share] of each step, on the device, in one upload.
 
-        Slices start at aligned addresses (a compiled kernel copies every misaligned input first), and the last one is
-        filled up with the epoch's first element, a valid draw.
+        Shares start at aligned addresses: a compiled kernel copies every misaligned input first.
         """
-        steps, size = self.steps_per_epoch, self.batch_size
-        array = array[: steps * size]
-        whole = len(array) // size
-        table = np.full((steps, -(-size // ALIGNED) * ALIGNED), array[0])
-        table[:whole, :size] = array[: whole * size].reshape(whole, size)
-        table[whole:, : len(array) - whole * size] = array[whole * size :]
-        return _upload(table, self._device)[:, :size].unbind(0)
+        return _upload(self.steps.table(array, ALIGNED), self._device)[:, : self.steps.share].unbind(0)
 
 
 Loader = TensorLoader | TorchvisionLoader
