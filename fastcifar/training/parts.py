@@ -23,6 +23,7 @@ from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
+from fastcifar.training.distributed import world
 from fastcifar.training.evaluate import Scores, evaluate
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
 from fastcifar.training.schedule import Schedule
@@ -76,13 +77,13 @@ class Parts:
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.choice.precision == "fp16")
-        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler)
+        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler, self.meter.world)
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
         function = loss_and_hits(self.forward, self.recipe.label_smoothing)
         plain = self.step(function)
-        batch_size = self.recipe.batch_size
+        batch_size = self.loader.steps.share
         example = (
             torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=self.device).contiguous(
                 memory_format=torch.channels_last
@@ -153,7 +154,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
 
     Errors: those of each room, before anything is written.
     """
-    device = torch.device(choice.device)
+    device, here = torch.device(choice.device), world()
     if device.type == "cpu":
         capture.keep_freed_memory()
     if choice.compile:
@@ -180,6 +181,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         device=device,
         fill=mean_colour(recipe),
         drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
         **{name: value for name, value in own.items() if name in takes},
     )
     return Parts(
@@ -193,7 +196,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         model=model,
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
-        meter=Meter(device),
+        meter=Meter(device, here),
         forward=forward_pass(model, mean, std, choice.precision, device),
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
