@@ -70,6 +70,7 @@ class Format:
 
 
 def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """Through the dynamo exporter, with any number of images, in one file."""
     optional("onnxscript", ONNX)
     dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}
     torch.onnx.export(
@@ -86,6 +87,7 @@ def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
 
 
 def load_onnx(path: Path, deployed: Deployed, _: Rebuilt) -> Function:
+    """ONNX Runtime on the CPU."""
     session = optional("onnxruntime", ONNX).InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.outputs], {"images": images.numpy()})[0])
 
@@ -96,22 +98,27 @@ def exported(deployed: Deployed, images: Tensor) -> torch.export.ExportedProgram
 
 
 def write_pt2(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """The exported program, weights and all."""
     torch.export.save(exported(deployed, images), path)
 
 
 def load_pt2(path: Path, *_: Any) -> Function:
+    """The program, through torch alone."""
     return torch.export.load(path).module()
 
 
 def write_aoti(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """C++ of the program, compiled into a package for this kind of CPU."""
     torch._inductor.aoti_compile_and_package(exported(deployed, images), package_path=str(path))
 
 
 def load_aoti(path: Path, *_: Any) -> Function:
+    """The package's compiled code."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def write_safetensors(deployed: Deployed, _: Tensor, path: Path) -> None:
+    """The network's weights alone; what is around them is `Deployed`'s."""
     weights = {key: value.contiguous() for key, value in deployed.network.state_dict().items()}
     save_file(weights, path)
 
