@@ -71,7 +71,7 @@ class Ranger(torch.optim.Optimizer):
         self.state[first]["step"] = torch.zeros((), device=first.device)  # one count for all, kept with the first
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
         keep = _keep(self)
         count = self.state[_weights(self)[0]]["step"]
         count += keep
@@ -139,12 +139,13 @@ class Muon(torch.optim.Optimizer):
             self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
         keep = _keep(self)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            filters = [weight for weight in weights if weight.ndim == 4 or (group["linear"] and weight.ndim == 2)]
-            rest = [weight for weight in weights if not any(weight is taken for taken in filters)]
+            turned = (2, 4) if group["linear"] else (4,)
+            filters = [weight for weight in weights if weight.ndim in turned]
+            rest = [weight for weight in weights if weight.ndim not in turned]
             if filters:
                 self._turn(group, filters, keep)
             if rest:

@@ -55,9 +55,7 @@ def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
     ours, theirs = Network(), Network()
     optimizer = Optimizer(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, opt=opt))
-    reference = pytorch_optimizer.Ranger(
-        theirs.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt
-    )
+    reference = pytorch_optimizer.Ranger(theirs.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt)
     for step in on_the_same_gradients(ours, theirs, steps=50):
         optimizer.set_lr(0.1 / (step + 1))
         reference.param_groups[0]["lr"] = 0.1 / (step + 1)
@@ -105,7 +103,9 @@ def test_centralised_gradients_have_no_mean() -> None:
     next(on_the_same_gradients(model, steps=1))
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     expected = [
-        gradient - gradient.mean(tuple(range(1, gradient.ndim)), keepdim=True) if gradient.ndim > 1 else gradient.clone()
+        gradient - gradient.mean(tuple(range(1, gradient.ndim)), keepdim=True)
+        if gradient.ndim > 1
+        else gradient.clone()
         for gradient in gradients
     ]
     centralise(gradients)
@@ -129,10 +129,10 @@ def test_newton_schulz_comes_near_the_orthogonal_factor(shape: tuple[int, int, i
 
 
 def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
-    """One matrix in float64, as the page that published it writes it."""
-    x = gradient.double() / gradient.double().norm()
+    """One matrix, in its own dtype, as the page that published it writes it."""
+    x = gradient / gradient.norm()
     for _ in range(steps):
-        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        x = 3.4445 * x + (-4.7750 * (x @ x.T) + 2.0315 * (x @ x.T) @ (x @ x.T)) @ x
     return x
 
 
@@ -142,50 +142,48 @@ def test_newton_schulz_equals_one_matrix_at_a_time(shape: tuple[int, int]) -> No
     gradients = torch.randn(3, *shape)
     made = orthogonalised(gradients, 5, torch.float32)
     for mine, gradient in zip(made, gradients, strict=True):
-        torch.testing.assert_close(mine.double(), newton_schulz(gradient, 5), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.double(), newton_schulz(gradient.double(), 5), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "opt",
-    [
-        {},
-        {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, "rest_momentum": 0.85},
-        {"linear": True},
-        {"weight_norm": True},
-    ],
-    ids=str,
-)
+MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "rest_lr": 1.0, "rest_momentum": 0.9}
+PUBLISHED = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, "rest_momentum": 0.85}
+
+
+@pytest.mark.parametrize("opt", [{}, PUBLISHED, {"linear": True}, {"weight_norm": True}], ids=str)
 def test_muon_equals_a_plain_one(opt: dict) -> None:
-    """50 steps beside one matrix at a time, without batches, views or foreach; in bf16 both, as it is published."""
+    """50 steps beside one weight at a time, without batches, views or foreach; Newton-Schulz in bf16 in both."""
     ours, theirs = Network(), Network()
     optimizer = Optimizer(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, opt=opt))
-    values = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "rest_lr": 1.0, "rest_momentum": 0.9, **opt}
+    values = {**MUON, "linear": False, "weight_norm": False, **opt}
     buffers = {weight: torch.zeros_like(weight) for weight in theirs.parameters()}
     for step in on_the_same_gradients(ours, theirs, steps=50):
-        lr = 0.02 / (step + 1)
-        optimizer.set_lr(lr)
+        optimizer.set_lr(0.02 / (step + 1))
         optimizer.step(SCALER, OFF)
         for weight, buffer in buffers.items():
-            assert weight.grad is not None
-            turns = weight.ndim == 4 or (weight.ndim == 2 and values.get("linear"))
-            momentum = values["momentum"] if turns else values["rest_momentum"]
-            buffer.mul_(momentum).add_(weight.grad)
-            update = weight.grad + momentum * buffer if values["nesterov"] else buffer
-            with torch.no_grad():
-                if not turns:
-                    weight.copy_(weight * (1 - lr * values["rest_lr"] * 1e-2) - lr * values["rest_lr"] * update)
-                    continue
-                flat = update.flatten(1)
-                x = (flat / flat.norm()).bfloat16()
-                x = x.T if len(x) > x.shape[1] else x
-                for _ in range(values["ns_steps"]):
-                    gram = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                x = (x.T if flat.shape[0] > flat.shape[1] else x).float().reshape(weight.shape)
-                size = max(1.0, flat.shape[0] / flat.shape[1]) ** 0.5
-                shrunk = weight * len(weight) ** 0.5 / weight.norm() if values.get("weight_norm") else weight * (1 - lr * 1e-2)
-                weight.copy_(shrunk - lr * size * x)
-    assert_close(ours, theirs, 5e-3)
+            muon_of_one_weight(weight, buffer, 0.02 / (step + 1), values)
+        assert_close(ours, theirs, 5e-3)
+
+
+@torch.no_grad()
+def muon_of_one_weight(weight: nn.Parameter, buffer: Tensor, lr: float, values: dict) -> None:
+    """A step of Muon, or for what it leaves out of SGD, with a weight decay of 0.01."""
+    assert weight.grad is not None
+    turned = weight.ndim == 4 or (weight.ndim == 2 and values["linear"])
+    momentum = values["momentum"] if turned else values["rest_momentum"]
+    lr = lr if turned else lr * values["rest_lr"]
+    buffer.mul_(momentum).add_(weight.grad)
+    update = weight.grad + momentum * buffer if values["nesterov"] else buffer
+    shrunk = weight * (1 - lr * 1e-2)
+    if turned:
+        flat = update.flatten(1).bfloat16()
+        rows, columns = flat.shape
+        if rows > columns:
+            update = newton_schulz(flat.T, values["ns_steps"]).T * (rows / columns) ** 0.5
+        else:
+            update = newton_schulz(flat, values["ns_steps"])
+        if values["weight_norm"]:
+            shrunk = weight / weight.norm() * rows**0.5
+    weight.copy_(shrunk - lr * update.float().reshape(weight.shape))
 
 
 def test_muon_equals_torchs_on_matrices() -> None:
