@@ -243,7 +243,7 @@ def _sharp(padded: Tensor, amount: Tensor) -> Tensor:
     total = 4 * values
     for shift in shifts:
         total = total + padded[:, :, shift : shift + AREA].int()
-    blur = ((2 * total + 13) * 2521) >> 16  # (2 * total + 13) // 26: total / 13, rounded
+    blur = ((2 * total + 13) * 20165) >> 19  # (2 * total + 13) // 26: total / 13, rounded
     more = (amount.double() / UNIT).float().double()
     sharp = (values.double() - (blur - values).double() * more).float().clamp(0, 255).int()
     at = torch.arange(AREA, dtype=torch.int32, device=padded.device)
