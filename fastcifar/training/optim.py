@@ -154,12 +154,20 @@ class Optimizer:
             return
         scaler.step(self.inner)
 
-    def between_steps(self, done: int) -> None:
-        """Called by the loop after step number `done` (from 1): Lookahead's slow weights, every k steps."""
-        if self.k and done % self.k == 0:
-            fast = [weight.detach() for weight in self.parameters]
-            torch._foreach_lerp_(self.slow, fast, self.alpha)
-            torch._foreach_copy_(fast, self.slow)
+    def between_steps(self, done: int, skip: Tensor | None = None) -> None:
+        """Called by the loop after step number `done` (from 1): Lookahead's slow weights, every k steps.
+
+        `skip`: as in `step`; without a branch, which the host would have to wait for.
+        """
+        if not self.k or done % self.k:
+            return
+        fast = [weight.detach() for weight in self.parameters]
+        skip = torch.zeros_like(self.lr) if skip is None else skip
+        moved = torch._foreach_lerp(self.slow, fast, self.alpha)
+        torch._foreach_mul_(moved, 1 - skip)
+        for weights in (self.slow, fast):
+            torch._foreach_mul_(weights, skip)
+            torch._foreach_add_(weights, moved)
 
     def set_lr(self, lr: float) -> None:
         """Fills the device tensor: no synchronisation, no recompilation, valid for a captured graph."""
@@ -319,9 +327,10 @@ class Ema:
         self.weight_min = 1 - decay
         self.updates = torch.zeros((), device=next(iter(self.live.values())).device)
 
-    def update(self) -> None:
-        self.updates += 1
-        weight = (9 / (10 + self.updates)).clamp(min=self.weight_min)
+    def update(self, skip: Tensor | float = 0.0) -> None:
+        """After a step. `skip`: float32 scalar on the device; 1 leaves the average alone."""
+        self.updates += 1 - skip
+        weight = (9 / (10 + self.updates)).clamp(min=self.weight_min) * (1 - skip)
         average = list(self.average.values())
         change = torch._foreach_sub(list(self.live.values()), average)
         torch._foreach_mul_(change, weight)
@@ -344,6 +353,12 @@ class Ema:
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """A state dict of the model with the averaged weights in it (integer buffers are the model's)."""
         return {**model.state_dict(), **self.average}
+
+    def load_state_dict(self, state: dict[str, Tensor], updates: Tensor) -> None:
+        """What `state_dict` gave, and `updates`, into the tensors that are there."""
+        for name, value in self.average.items():
+            value.copy_(state[name])
+        self.updates.copy_(updates)
 
     def tensors(self) -> list[Tensor]:
         return [*self.average.values(), self.updates]
