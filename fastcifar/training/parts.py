@@ -21,7 +21,7 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.device import Choice
+from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
@@ -190,6 +190,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
 
     Errors: those of each room, before anything is written.
     """
+    if recipe.deterministic:
+        deterministic_only()
     device = torch.device(choice.device)
     if device.type == "cpu":
         capture.keep_freed_memory()

@@ -88,7 +88,7 @@ def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
     now = after.seconds["eval"]
     after.load_state_dict({**saved, "total": 1000.0})
     assert after.seconds["eval"] == pytest.approx(saved["eval"] + now)
-    assert after.epoch_s() == pytest.approx(saved["train"])
+    assert after.epoch_s() == pytest.approx(saved["train"], abs=1e-4)
     assert after.total() > 1000
 
 
