@@ -66,7 +66,8 @@ def captioned_images(path: Path, images: np.ndarray, captions: Sequence[str], ma
         axis.set_axis_off()
     for axis, image, caption, mark in zip(axes.flat, images, captions, marked, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(caption, fontsize=7.5, color="tab:red" if mark else "black", y=-0.02, va="top")
+        colour = "tab:red" if mark else "black"
+        axis.text(0.5, -0.05, caption, fontsize=8, color=colour, transform=axis.transAxes, ha="center", va="top")
     _write(figure, path)
 
 
