@@ -7,6 +7,7 @@ Nothing here writes a file.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -61,26 +62,33 @@ class World:
         if self.ranks > 1:
             dist.all_reduce(tensor)
 
-    def equal(self, tensors: Sequence[Tensor]) -> None:
-        """`tensors` become rank 0's, in place."""
-        if self.ranks > 1:
-            for tensor in tensors:
-                flat = tensor.detach().contiguous()
-                dist.broadcast(flat, 0)
-                with torch.no_grad():
-                    tensor.copy_(flat)
-
     def told(self, value: Any) -> Any:
         """Rank 0's `value`, which JSON can hold; what the others give is not looked at."""
         if self.ranks == 1:
             return value
-        text = torch.tensor(list(json.dumps(value).encode()) if self.leads else [], dtype=torch.uint8)
-        length = torch.tensor(len(text))
-        dist.broadcast(length, 0)
-        if not self.leads:
-            text = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0)
-        return json.loads(bytes(text.tolist()))
+        return json.loads(self._sent(json.dumps(value).encode() if self.leads else b"", 0))
+
+    def shown(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Rank 0's `state`, as a checkpoint can hold it, or None."""
+        if self.ranks == 1:
+            return state
+        return _unpacked(self._sent(_packed(state) if self.leads else b"", 0))
+
+    def gathered(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's `state`, by rank."""
+        if self.ranks == 1:
+            return [state]
+        return [_unpacked(self._sent(_packed(state), rank)) for rank in range(self.ranks)]
+
+    def _sent(self, content: bytes, source: int) -> bytes:
+        """The `content` of rank `source`."""
+        length = torch.tensor(len(content))
+        dist.broadcast(length, source)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(buffer, source)
+        return buffer.numpy().tobytes()
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' whole numbers: a flag that one of them raised. The host waits for all of them."""
@@ -92,6 +100,16 @@ class World:
 
 
 ALONE = World()
+
+
+def _packed(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _unpacked(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 def world() -> World:
