@@ -144,6 +144,19 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
+def deterministic_only() -> None:
+    """Has torch use deterministic algorithms alone, for the whole process; what has none raises.
+
+    cuBLAS reads its variable when it starts: nothing may have used the GPU before.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def describe(device: str = "auto") -> str:
     """The device in words: the GPU's name, or the CPU's model and cores. "auto" is the GPU if there is one."""
     import torch

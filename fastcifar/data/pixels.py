@@ -131,11 +131,12 @@ def _step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, na
 
 
 def _settled(values: Tensor) -> Tensor:
-    """`values`, 0..255, as uint8 in memory: the compiler would compute them anew for every reader, but stops here.
+    """`values`, 0..255, as uint8 in memory: the compiler, which would compute them anew for every reader, stops here.
 
-    It does not look through a view with elements of another size. The last dimension is a multiple of 4.
+    `as_strided` speaks of memory, so what it is applied to has to be there.
     """
-    return values.to(torch.uint8).view(torch.int32).view(torch.uint8)
+    values = values.to(torch.uint8).contiguous()
+    return values.as_strided(values.shape, values.stride())
 
 
 def _moved(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:
