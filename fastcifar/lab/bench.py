@@ -28,14 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 from fastcifar.data import cifar
 from fastcifar.data.loaders import LOADERS
 from fastcifar.device import choose, describe, versions
-from fastcifar.errors import DataError, DiskError, UsageError, pick
+from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, pick
 from fastcifar.models import macs
 from fastcifar.recipe import Recipe
 from fastcifar.training.capture import untouched
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import say
 from fastcifar.training.step import Step
-from fastcifar.training.train import require_finite
 
 Work = Iterator[int]  # one unit of work (a batch, a step) each time it is asked; the number of its images comes out
 
@@ -150,7 +149,8 @@ def bench(
             if trace and name == names[-1]:
                 write_trace(work, trace, parts.device)
             seen = parts.meter.read()
-            require_finite(seen.finite, seen.images // recipe.batch_size)
+            if not seen.finite:
+                raise NonFiniteError(f"{name}: the loss or a gradient was not finite", "use a smaller --lr, or a --clip")
         prepared = {"setup_s": setup_s} | ({"compile_s": compile_s} if name != "loader" or step is None else {})
         results.append(row(name, parts, knobs, measured) | prepared)
         say(console, [f"{name}: {results[-1]['images_per_s']:,.0f} images/s"])
