@@ -48,7 +48,7 @@ LISTS = (
     "crop:4:zero,flip,trivialaugment:wide,cutout:8:mean",
 )
 BASELINE = "torchvision"
-AHEAD = 3  # as many batches as a loader keeps ready, for each of its workers
+AHEAD = 12  # batches before every trial: more than a loader keeps ready, which are 2 for each worker, 2 chunks of DALI
 DECODED = 2000  # images of the decoders' trial
 DECODER_BATCH = 256
 Work = Iterator[int]
@@ -94,7 +94,7 @@ def in_turn(works: dict[str, Work], arguments: argparse.Namespace, device: torch
     trials = []
     for number in range(arguments.rounds):
         for name, work in works.items():
-            timed(work, min(AHEAD * (arguments.workers + 1), units[name]), device)
+            timed(work, max(AHEAD, 2 * arguments.workers + 2), device)
             busy = busy_seconds()
             trial = timed(work, units[name], device)
             trials.append({

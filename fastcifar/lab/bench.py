@@ -150,7 +150,7 @@ def bench(
                 write_trace(work, trace, parts.device)
             seen = parts.meter.read()
             if not seen.finite:
-                raise NonFiniteError(f"{name}: the loss or a gradient was not finite", "use a smaller --lr, or a --clip")
+                raise NonFiniteError(f"{name}: the loss or a gradient was not finite", "use a smaller --lr or --clip")
         prepared = {"setup_s": setup_s} | ({"compile_s": compile_s} if name != "loader" or step is None else {})
         results.append(row(name, parts, knobs, measured) | prepared)
         say(console, [f"{name}: {results[-1]['images_per_s']:,.0f} images/s"])
