@@ -3,7 +3,8 @@
 Randomness is data: `draw_epoch` makes it in numpy, for a whole epoch, from (seed, epoch) alone.
 Application is pure: `apply` maps a batch and its slice of the draws to a batch, exactly, in uint8.
 It must not hold state, draw while applying, loop over images in Python or wait for the device.
-A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change.
+A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change. Mixers, spelt in the same
+list, have a room of their own: they are applied in the training step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.data.mixers import MIXERS, Mixer
 from fastcifar.errors import UsageError, pick
 
 Number = int | float
@@ -24,13 +26,22 @@ Fill = tuple[int, int, int]
 SIDE = 32  # pixels of an image's edge; the draws are in these pixels
 LAST = 3 * SIDE - 1  # the last column of a row of `rows`
 
+# What a word fills with; "mean" is the data set's own. Mid-grey is 127.5, of which torch's rounding makes 128.
+COLOURS: dict[str, Fill] = {"zero": (0, 0, 0), "grey": (128, 128, 128)}
+
+# torchvision's RandomErasing: the share of images, the smallest share of the area, aspects, tries
+ERASED = 0.5
+ERASE_SMALLEST = 0.02
+ERASE_ASPECTS = (0.3, 3.3)
+ERASE_TRIES = 10
+
 # The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
 EVERY_EPOCH = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Op:
-    """One parsed item of an augmentation list: a row of `AUGMENTS` with its number and word.
+    """One parsed item of an augmentation list: a row of `AUGMENTS` or `MIXERS` with its number and word.
 
     `number` is None and `word` is "" for rows that take none.
     """
@@ -143,15 +154,35 @@ def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
     size = _whole(op)
-    row, column = _axes(rows)
-    y = row + (size // 2 - params["y"].int()[:, None])
-    at = column + 3 * (size // 2 - params["x"].int()[:, None])
-    inside = ((y >= 0) & (y < size))[:, :, None] & ((at >= 0) & (at < 3 * size))[:, None, :]
-    if op.word == "zero":
-        return torch.where(inside, 0, rows)
-    # The colours ride in one integer, a byte each: torch.tensor(fill) would be an upload, which waits.
-    packed = fill[0] | fill[1] << 8 | fill[2] << 16
-    return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
+    top, left = (params[axis].int()[:, None] - size // 2 for axis in "yx")
+    return _filled(rows, top, left, size, size, COLOURS.get(op.word, fill))
+
+
+def draw_erase(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The box's corner `y`, `x` and its size `h`, `w`; 0 for half of the positions, which keep their image.
+
+    As torchvision draws it: the area is uniform in 0.02..`op.number` of the image and the aspect log-uniform in
+    0.3..3.3, up to ten times until the box is smaller than the image both ways; then its place is uniform inside.
+    """
+    assert op.number is not None
+    n, aspects = len(moment.order), np.log(ERASE_ASPECTS)
+    heights, widths = np.zeros((2, n), np.int64)
+    left = np.flatnonzero(moment.random.random(n) < ERASED)  # positions that have no box yet
+    for _ in range(ERASE_TRIES):
+        area = SIDE * SIDE * moment.random.uniform(ERASE_SMALLEST, op.number, len(left))
+        aspect = np.exp(moment.random.uniform(aspects[0], aspects[1], len(left)))
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (height < SIDE) & (width < SIDE)
+        heights[left[fits]], widths[left[fits]] = height[fits], width[fits]
+        left = left[~fits]
+    y, x = (moment.random.integers(0, SIDE - size + 1) for size in (heights, widths))
+    return {name: array.astype(np.uint8) for name, array in (("y", y), ("x", x), ("h", heights), ("w", widths))}
+
+
+def apply_erase(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Fill the box with one colour (Zhong et al., 2017); a box of no size changes nothing."""
+    top, left, height, width = (params[name].int()[:, None] for name in "yxhw")
+    return _filled(rows, top, left, height, width, COLOURS.get(op.word, fill))
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -176,6 +207,13 @@ AUGMENTS: dict[str, Augment] = {
         words={"mean": (1, SIDE), "zero": (1, SIDE)},
         help="fill a square of NUMBER pixels around a random centre with the mean colour or black",
     ),
+    "erase": Augment(
+        draw=draw_erase,
+        apply=apply_erase,
+        number=0.33,
+        words=dict.fromkeys(("grey", "mean", "zero"), (ERASE_SMALLEST, 1.0)),
+        help="in half of the images fill a box of 0.02 to NUMBER of the area with mid-grey, mean colour or black",
+    ),
 }
 
 
@@ -183,11 +221,23 @@ def parse(spec: str) -> tuple[Op, ...]:
     """The ops of a spelling such as "crop:4:zero,flip,cutout:8"; "none" or "" is no op.
 
     An item is `name[:number[:word]]` (`name[:word]` for a row that takes no number); what is left out is the row's
-    default. Raises `UsageError` with the nearest name, the allowed words or the bounds.
+    default. One mixer may stand at the end. Raises `UsageError` with the nearest name, the allowed words or the bounds.
     """
     if spec.strip() in ("", "none"):
         return ()
-    return tuple(_parse_item(item.strip()) for item in spec.split(","))
+    ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
+    mixers = [op.name for op in ops if op.name in MIXERS]
+    if len(mixers) > 1:
+        raise UsageError(f"augmentation list {spec!r} mixes twice", f"choose one of {' and '.join(mixers)}")
+    if mixers and ops[-1].name not in MIXERS:
+        last = ",".join([*(op.name for op in ops if op.name not in MIXERS), *mixers])
+        raise UsageError(f"augmentation {mixers[0]!r} mixes whole batches, after all else", f"put it last: {last}")
+    return ops
+
+
+def split_mixer(ops: tuple[Op, ...]) -> tuple[tuple[Op, ...], Op | None]:
+    """The ops that the loaders apply, and the mixer of the training step, if the list has one."""
+    return (ops[:-1], ops[-1]) if ops and ops[-1].name in MIXERS else (ops, None)
 
 
 def spell(ops: tuple[Op, ...]) -> str:
@@ -207,7 +257,7 @@ def _parse_item(item: str) -> Op:
         raise UsageError("an empty item in the augmentation list", "separate items by single commas: crop:4:zero,flip")
     if name == "none":
         raise UsageError("'none' beside other augmentations", "write 'none' alone, or leave it out")
-    row = pick(AUGMENTS, name, "augmentation")
+    row: Augment | Mixer = pick({**AUGMENTS, **MIXERS}, name, "augmentation")
     number = row.number
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
@@ -219,11 +269,12 @@ def _parse_item(item: str) -> Op:
     low, high = row.words[word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
-        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{name}:NUMBER:{word} takes {bounds}")
+        grammar = ":".join([name, "NUMBER", *filter(None, [word])])
+        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
     return Op(name, number, word)
 
 
-def _parse_number(item: str, text: str, row: Augment) -> Number:
+def _parse_number(item: str, text: str, row: Augment | Mixer) -> Number:
     kind = type(row.number)
     try:
         if "_" in text or not text.isascii():  # int() and float() take 1_6 and other scripts' digits
@@ -251,6 +302,13 @@ def draw_epoch(ops: tuple[Op, ...], n: int, epoch: int, seed: int) -> Draws:
         moment = Moment(order, epoch, _stream(seed, epoch, 1 + place), _stream(seed, EVERY_EPOCH, 1 + place))
         params.append(AUGMENTS[op.name].draw(op, moment))
     return Draws(order, tuple(params))
+
+
+def draw_mix(ops: tuple[Op, ...], n: int, epoch: int, seed: int) -> np.ndarray:
+    """What the mixer at the end of `ops` draws for the `n` positions of an epoch: [n] or [n,k], by the same rule."""
+    mixer = ops[-1]
+    assert mixer.number is not None, mixer
+    return MIXERS[mixer.name].draw(mixer.number, n, _stream(seed, epoch, len(ops)))
 
 
 def apply(ops: tuple[Op, ...], images: Tensor, params: tuple[Params, ...], fill: Fill) -> Tensor:
@@ -295,6 +353,16 @@ def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _channel(column: Tensor) -> Tensor:
     """column % 3 for columns below 256: a multiplication and a shift, since a division is not vectorised on a CPU."""
     return column - 3 * ((column * 171) >> 9)
+
+
+def _filled(rows: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, colour: Fill) -> Tensor:
+    """`rows` with a box of one colour, as far as it is inside; top, left and perhaps its sizes int32 [b,1]."""
+    row, column = _axes(rows)
+    y, at = row - top, column - 3 * left
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((at >= 0) & (at < 3 * width))[:, None, :]
+    # The colours ride in one integer, a byte each: torch.tensor(colour) would be an upload, which waits.
+    packed = colour[0] | colour[1] << 8 | colour[2] << 16
+    return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
 
 
 def _take(rows: Tensor, y: Tensor, at: Tensor) -> Tensor:

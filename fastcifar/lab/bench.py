@@ -79,9 +79,10 @@ def step_work(parts: Parts, step: Step | None) -> Work:
     images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=random).to(parts.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(len(parts.data.classes), (size,), generator=random).to(parts.device)
+    drawn = parts.example()[2:]
     parts.optimizer.set_lr(0.0)
     for done in itertools.count(1):
-        step(images, labels)
+        step(images, labels, *drawn)
         parts.optimizer.between_steps(done)
         yield size
 
@@ -91,12 +92,12 @@ def train_work(parts: Parts, step: Step | None) -> Work:
     assert step is not None
     done = 0
     for epoch in itertools.count():
-        for images, labels in parts.loader.batches(epoch):
+        for batch in parts.batches(epoch):
             parts.optimizer.set_lr(parts.schedule.lr_at(done))
-            step(images, labels)
+            step(*batch)
             done += 1
             parts.optimizer.between_steps(done)
-            yield len(labels)
+            yield len(batch[0])
 
 
 # name -> the work, and the knobs that a row of results names because the figure depends on them

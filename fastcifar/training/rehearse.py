@@ -56,7 +56,7 @@ def measure(parts: Parts, step: Step) -> Pace:
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
     with capture.untouched(parts.tensors(), parts.device):
         parts.meter.bad.fill_(1)  # nothing is updated, so nothing outside these tensors changes either
-        for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
+        for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)
             parts.meter.read()

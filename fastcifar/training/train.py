@@ -61,9 +61,9 @@ def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop
         with clock.phase("train"):
             parts.meter.reset()
             parts.model.train()
-            for images, labels in parts.loader.batches(epoch):
+            for batch in parts.batches(epoch):
                 parts.optimizer.set_lr(parts.schedule.lr_at(progress.step))
-                step(images, labels)
+                step(*batch)
                 progress.step += 1
                 parts.optimizer.between_steps(progress.step)
                 if progress.step % PEEK_EVERY == 0:
