@@ -16,24 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.data import pixels, policies, windows
 from fastcifar.data.mixers import MIXERS, Mixer
+from fastcifar.data.pixels import SIDE
+from fastcifar.data.policies import Policy
 from fastcifar.errors import UsageError, pick
 
 Number = int | float
 Params = Mapping[str, Tensor]
 Fill = tuple[int, int, int]
-
-SIDE = 32  # pixels of an image's edge; the draws are in these pixels
-LAST = 3 * SIDE - 1  # the last column of a row of `rows`
-
-# What a word fills with; "mean" is the data set's own. Mid-grey is 127.5, of which torch's rounding makes 128.
-COLOURS: dict[str, Fill] = {"zero": (0, 0, 0), "grey": (128, 128, 128)}
-
-# torchvision's RandomErasing: the share of images, the smallest share of the area, aspects, tries
-ERASED = 0.5
-ERASE_SMALLEST = 0.02
-ERASE_ASPECTS = (0.3, 3.3)
-ERASE_TRIES = 10
 
 # The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
 EVERY_EPOCH = 2**64 - 1
@@ -43,12 +34,13 @@ EVERY_EPOCH = 2**64 - 1
 class Op:
     """One parsed item of an augmentation list: a row of `AUGMENTS` or `MIXERS` with its number and word.
 
-    `number` is None and `word` is "" for rows that take none.
+    `number` is None and `word` is "" for rows that take none; `policy` is what the rows that have one read from them.
     """
 
     name: str
     number: Number | None
     word: str
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +70,7 @@ class Augment:
     words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
             "" alone if the row takes no word
     help    one line
+    policy  (number, word) -> the policy of the op; it also takes the name of a TOML file as a word
     """
 
     draw: Callable[[Op, Moment], dict[str, np.ndarray]]
@@ -85,6 +78,7 @@ class Augment:
     number: Number | None
     words: Mapping[str, tuple[Number, Number]]
     help: str
+    policy: Callable[[Number | None, str], Policy] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,17 +104,7 @@ def apply_crop(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
 
     `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
     """
-    row, column = _axes(rows)
-    y = row + (params["y"].int()[:, None] - _whole(op))
-    at = column + 3 * (params["x"].int()[:, None] - _whole(op))
-    if op.word == "reflect":
-        channel = _channel(column)
-        y = (SIDE - 1) - ((SIDE - 1) - y.abs()).abs()
-        at = torch.where(at < 0, 2 * channel - at, at)
-        return _take(rows, y, torch.where(at > LAST, 2 * (LAST - 2 + channel) - at, at))
-    # The clamps keep the read inside the image where the mask discards what was read.
-    inside = ((y >= 0) & (y < SIDE))[:, :, None] & ((at >= 0) & (at <= LAST))[:, None, :]
-    return torch.where(inside, _take(rows, y.clamp(0, SIDE - 1), at.clamp(0, LAST)), 0)
+    return windows.cut(rows, params["y"].int(), params["x"].int(), _whole(op), op.word == "reflect")
 
 
 def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -139,10 +123,7 @@ def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 
 def apply_flip(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Mirror left and right where `flip` is set."""
-    row, column = _axes(rows)
-    mirrored = (LAST - 2) + 2 * _channel(column) - column  # 3 * (31 - x) + channel
-    # One read at a chosen column, not a choice between two reads: a fused chain of ops would be computed twice.
-    return _take(rows, row[None, :], torch.where(params["flip"][:, None], mirrored, column))
+    return windows.mirror(rows, params["flip"])
 
 
 def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -154,35 +135,55 @@ def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
     size = _whole(op)
-    top, left = (params[axis].int()[:, None] - size // 2 for axis in "yx")
-    return _filled(rows, top, left, size, size, COLOURS.get(op.word, fill))
+    top, left = (params[axis].int() - size // 2 for axis in "yx")
+    return windows.fill_box(rows, top, left, size, size, windows.COLOURS.get(op.word, fill))
 
 
 def draw_erase(op: Op, moment: Moment) -> dict[str, np.ndarray]:
-    """The box's corner `y`, `x` and its size `h`, `w`; 0 for half of the positions, which keep their image.
-
-    As torchvision draws it: the area is uniform in 0.02..`op.number` of the image and the aspect log-uniform in
-    0.3..3.3, up to ten times until the box is smaller than the image both ways; then its place is uniform inside.
-    """
+    """The box's corner `y`, `x` and size `h`, `w`; no size in half of the images."""
     assert op.number is not None
-    n, aspects = len(moment.order), np.log(ERASE_ASPECTS)
-    heights, widths = np.zeros((2, n), np.int64)
-    left = np.flatnonzero(moment.random.random(n) < ERASED)  # positions that have no box yet
-    for _ in range(ERASE_TRIES):
-        area = SIDE * SIDE * moment.random.uniform(ERASE_SMALLEST, op.number, len(left))
-        aspect = np.exp(moment.random.uniform(aspects[0], aspects[1], len(left)))
-        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (height < SIDE) & (width < SIDE)
-        heights[left[fits]], widths[left[fits]] = height[fits], width[fits]
-        left = left[~fits]
-    y, x = (moment.random.integers(0, SIDE - size + 1) for size in (heights, widths))
-    return {name: array.astype(np.uint8) for name, array in (("y", y), ("x", x), ("h", heights), ("w", widths))}
+    return windows.draw_erasing(op.number, len(moment.order), moment.random)
 
 
 def apply_erase(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
-    """Fill the box with one colour (Zhong et al., 2017); a box of no size changes nothing."""
-    top, left, height, width = (params[name].int()[:, None] for name in "yxhw")
-    return _filled(rows, top, left, height, width, COLOURS.get(op.word, fill))
+    """Fill the box (Zhong et al., 2017)."""
+    top, left, height, width = (params[name].int() for name in "yxhw")
+    return windows.fill_box(rows, top, left, height, width, windows.COLOURS.get(op.word, fill))
+
+
+def draw_rotate(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """`sine` and `cosine` of an angle uniform over -op.number..op.number degrees."""
+    return policies.draw_rotation(_whole(op), len(moment.order), moment.random)
+
+
+def apply_rotate(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Turned around the centre, the nearest pixel, black outside."""
+    return pixels.rotate(rows, params["sine"], params["cosine"])
+
+
+def draw_jitter(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The four operations in an order of their own for each position, and their amounts."""
+    assert op.number is not None
+    return policies.draw_jitter(op.number, len(moment.order), moment.random)
+
+
+def apply_jitter(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Brightness, contrast, saturation and hue, each once."""
+    steps = [(params[f"code{step}"], params[f"amount{step}"], None) for step in range(4)]
+    return pixels.operate(rows, steps, [policies.JITTER] * 4)
+
+
+def draw_policy(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """Every step's operation and amount, as `policies.draw` names them."""
+    assert op.policy is not None, op
+    return policies.draw(op.policy, len(moment.order), moment.random)
+
+
+def apply_policy(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """The policy's steps in turn, one operation of each for each image."""
+    assert op.policy is not None, op
+    steps = [tuple(params[f"{name}{step}"] for name in ("code", "amount", "cosine")) for step in range(op.policy.steps)]
+    return pixels.operate(rows, steps, [op.policy.operations(step) for step in range(op.policy.steps)])
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -211,8 +212,46 @@ AUGMENTS: dict[str, Augment] = {
         draw=draw_erase,
         apply=apply_erase,
         number=0.33,
-        words=dict.fromkeys(("grey", "mean", "zero"), (ERASE_SMALLEST, 1.0)),
+        words=dict.fromkeys(("grey", "mean", "zero"), (windows.SMALLEST, 1.0)),
         help="in half of the images fill a box of 0.02 to NUMBER of the area with mid-grey, mean colour or black",
+    ),
+    "rotate": Augment(
+        draw=draw_rotate,
+        apply=apply_rotate,
+        number=5,
+        words={"": (1, 180)},
+        help="turn by an angle of at most NUMBER degrees, black outside",
+    ),
+    "jitter": Augment(
+        draw=draw_jitter,
+        apply=apply_jitter,
+        number=0.2,
+        words={"": (0.0, 1.0)},
+        help="change brightness, contrast and saturation by a share of at most NUMBER, the hue by half of it",
+    ),
+    "autoaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=None,
+        words={"cifar10": (0, 0)},
+        help="AutoAugment's policy for CIFAR-10, or your own: autoaugment:FILE.toml",
+        policy=lambda number, word: policies.read(word),
+    ),
+    "randaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=9,
+        words={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
+        help="RandAugment: WORD operations of fourteen, at level NUMBER of 30",
+        policy=lambda number, word: policies.rand(int(number or 0), int(word)),
+    ),
+    "trivialaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=None,
+        words={"wide": (0, 0)},
+        help="TrivialAugment Wide: one operation of fourteen, at a level of its own",
+        policy=lambda number, word: policies.trivial(),
     ),
 }
 
@@ -226,12 +265,10 @@ def parse(spec: str) -> tuple[Op, ...]:
     if spec.strip() in ("", "none"):
         return ()
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
-    mixers = [op.name for op in ops if op.name in MIXERS]
-    if len(mixers) > 1:
-        raise UsageError(f"augmentation list {spec!r} mixes twice", f"choose one of {' and '.join(mixers)}")
-    if mixers and ops[-1].name not in MIXERS:
-        last = ",".join([*(op.name for op in ops if op.name not in MIXERS), *mixers])
-        raise UsageError(f"augmentation {mixers[0]!r} mixes whole batches, after all else", f"put it last: {last}")
+    before, _ = split_mixer(ops)
+    for op in before:
+        if op.name in MIXERS:
+            raise UsageError(f"augmentation {op.name!r} mixes whole batches", "write one mixer, at the list's end")
     return ops
 
 
@@ -262,16 +299,18 @@ def _parse_item(item: str) -> Op:
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
     word = rest.pop(0) if rest else next(iter(row.words))
-    if rest or word not in row.words:
+    read = row.policy if isinstance(row, Augment) else None
+    file = read is not None and word.endswith(".toml")
+    if rest or (word not in row.words and not file):
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
         raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
-    low, high = row.words[word]
+    low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
-        grammar = ":".join([name, "NUMBER", *filter(None, [word])])
+        grammar = f"{name}:NUMBER:{word}".rstrip(":")
         raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
-    return Op(name, number, word)
+    return Op(name, number, word, read(number, word) if read else None)
 
 
 def _parse_number(item: str, text: str, row: Augment | Mixer) -> Number:
@@ -342,30 +381,3 @@ def _stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:
 def _whole(op: Op) -> int:
     assert isinstance(op.number, int), op
     return op.number
-
-
-def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The row numbers int32 [32] and the column numbers int32 [96] (column = 3 * x + channel)."""
-    row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)
-    return row, torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
-
-
-def _channel(column: Tensor) -> Tensor:
-    """column % 3 for columns below 256: a multiplication and a shift, since a division is not vectorised on a CPU."""
-    return column - 3 * ((column * 171) >> 9)
-
-
-def _filled(rows: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, colour: Fill) -> Tensor:
-    """`rows` with a box of one colour, as far as it is inside; top, left and perhaps its sizes int32 [b,1]."""
-    row, column = _axes(rows)
-    y, at = row - top, column - 3 * left
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((at >= 0) & (at < 3 * width))[:, None, :]
-    # The colours ride in one integer, a byte each: torch.tensor(colour) would be an upload, which waits.
-    packed = colour[0] | colour[1] << 8 | colour[2] << 16
-    return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
-
-
-def _take(rows: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """rows[i, y[i, row], at[i, column]] for all i, rows and columns; y int32 [b or 1, 32], at int32 [b or 1, 96]."""
-    sample = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    return rows[sample[:, None, None], y[:, :, None], at[:, None, :]]

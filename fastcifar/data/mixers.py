@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIDE = 32  # pixels of an image's edge
-AREA = SIDE * SIDE
+from fastcifar.data.pixels import AREA, SIDE
 
 Draw = Callable[[float, int, np.random.Generator], np.ndarray]
 Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -80,11 +79,10 @@ def draw_ricap(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:
 
     The patches, in this order: upper left, upper right, lower left, lower right.
     """
-    height, width = np.rint(SIDE * random.beta(alpha, alpha, (2, n))).astype(np.int64)
-    heights = np.stack((height, height, SIDE - height, SIDE - height), 1)
-    widths = np.stack((width, SIDE - width, width, SIDE - width), 1)
-    y, x = (random.integers(0, SIDE - size + 1) for size in (heights, widths))
-    return np.concatenate((height[:, None], width[:, None], y, x), 1).astype(np.uint8)
+    cut = np.rint(SIDE * random.beta(alpha, alpha, (n, 2))).astype(np.uint8)
+    height, width = cut.T
+    sizes = np.stack((height, height, SIDE - height, SIDE - height, width, SIDE - width, width, SIDE - width), 1)
+    return np.concatenate((cut, random.integers(0, SIDE - sizes, dtype=np.uint8, endpoint=True)), 1)
 
 
 def apply_ricap(images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

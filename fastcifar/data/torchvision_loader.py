@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import COLOURS, ERASE_ASPECTS, ERASE_SMALLEST, ERASED, SIDE, Fill, Op, draw_epoch, spell
+from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, spell
+from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.data.steps import cut
 from fastcifar.device import optional
 from fastcifar.errors import UsageError
@@ -40,7 +41,7 @@ class Cutout:
 
 def erasing(v2: Any, op: Op, colour: Fill) -> Transform:
     """torchvision's RandomErasing with the op's largest share of the area."""
-    return v2.RandomErasing(ERASED, (ERASE_SMALLEST, op.number), ERASE_ASPECTS, value=colour)
+    return v2.RandomErasing(ERASED, (SMALLEST, op.number), ASPECTS, value=colour)
 
 
 # (name, word) of an op -> what does the same to a PIL image, from torchvision.transforms.v2, the op and the mean colour

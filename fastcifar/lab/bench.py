@@ -151,7 +151,7 @@ def bench(
             if trace and name == names[-1]:
                 write_trace(work, trace, parts.device)
             seen = parts.meter.read()
-            require_finite(seen.finite, seen.images // recipe.batch_size)
+            require_finite(seen, parts)
         prepared = {"setup_s": setup_s} | ({"compile_s": compile_s} if name != "loader" or step is None else {})
         results.append(row(name, parts, knobs, measured) | prepared)
         say(console, [f"{name}: {results[-1]['images_per_s']:,.0f} images/s"])
