@@ -28,13 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 from fastcifar.data import cifar
 from fastcifar.data.loaders import LOADERS
 from fastcifar.device import choose, describe, versions
-from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, pick
+from fastcifar.errors import DataError, DiskError, UsageError, pick
 from fastcifar.models import macs
 from fastcifar.recipe import Recipe
 from fastcifar.training.capture import untouched
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import say
 from fastcifar.training.step import Step
+from fastcifar.training.train import require_finite
 
 Work = Iterator[int]  # one unit of work (a batch, a step) each time it is asked; the number of its images comes out
 
@@ -78,9 +79,10 @@ def step_work(parts: Parts, step: Step | None) -> Work:
     images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=random).to(parts.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(len(parts.data.classes), (size,), generator=random).to(parts.device)
+    drawn = parts.example()[2:]
     parts.optimizer.set_lr(0.0)
     for done in itertools.count(1):
-        step(images, labels)
+        step(images, labels, *drawn)
         parts.optimizer.between_steps(done)
         yield size
 
@@ -90,12 +92,12 @@ def train_work(parts: Parts, step: Step | None) -> Work:
     assert step is not None
     done = 0
     for epoch in itertools.count():
-        for images, labels in parts.loader.batches(epoch):
+        for batch in parts.batches(epoch):
             parts.optimizer.set_lr(parts.schedule.lr_at(done))
-            step(images, labels)
+            step(*batch)
             done += 1
             parts.optimizer.between_steps(done)
-            yield len(labels)
+            yield len(batch[0])
 
 
 # name -> the work, and the knobs that a row of results names because the figure depends on them
@@ -149,8 +151,7 @@ def bench(
             if trace and name == names[-1]:
                 write_trace(work, trace, parts.device)
             seen = parts.meter.read()
-            if not seen.finite:
-                raise NonFiniteError(f"{name}: the loss or a gradient was not finite", "use a smaller --lr or --clip")
+            require_finite(seen, parts)
         prepared = {"setup_s": setup_s} | ({"compile_s": compile_s} if name != "loader" or step is None else {})
         results.append(row(name, parts, knobs, measured) | prepared)
         say(console, [f"{name}: {results[-1]['images_per_s']:,.0f} images/s"])

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, parse
+from fastcifar.data.augment import Fill, Op, draw_mix, parse, split_mixer
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
-from fastcifar.errors import DeviceError, pick
+from fastcifar.errors import DeviceError, UsageError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
@@ -38,16 +39,21 @@ from fastcifar.training.step import (
     Step,
     forward_pass,
     loss_and_hits,
+    mixed_loss_and_hits,
     training_step,
 )
 
 
 @dataclass
 class Parts:
-    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n]."""
+    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
+
+    `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
+    """
 
     recipe: Recipe
     choice: Choice
+    augment: tuple[Op, ...]
     device: torch.device
     data: Dataset
     train: Split
@@ -80,6 +86,26 @@ class Parts:
             *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
         ]
 
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's batches from `start_step` on, as a step takes them."""
+        return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A full batch of the shapes of `batches`: black images."""
+        size = self.recipe.batch_size
+        images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        _, mixer = split_mixer(self.augment)
+        drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
+        return images.contiguous(memory_format=torch.channels_last), labels, *drawn
+
+    def function(self) -> LossAndHits:
+        """What a step computes before it goes back: of mixed images, if the recipe has a mixer."""
+        _, mixer = split_mixer(self.augment)
+        if mixer:
+            return mixed_loss_and_hits(self.forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_hits(self.forward, self.recipe.label_smoothing)
+
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
         statistics = Statistics(self.model)
@@ -87,15 +113,9 @@ class Parts:
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = loss_and_hits(self.forward, self.recipe.label_smoothing)
+        function = self.function()
         plain = self.step(function)
-        batch_size = self.recipe.batch_size
-        example = (
-            torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=self.device).contiguous(
-                memory_format=torch.channels_last
-            ),
-            torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-        )
+        example = self.example()
         self.model.train()
         with self.untouched():
             fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
@@ -103,8 +123,8 @@ class Parts:
                 fast = capture.graphed(fast, example, self.tensors())
             elif self.choice.compile:
                 fast = capture.warmed(fast, example, self.tensors())
-        next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, batch_size)
+        next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
+        return capture.by_batch_size(fast, plain, len(example[0]))
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -198,6 +218,9 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     if choice.compile:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
+    pixel_ops, mixer = split_mixer(ops)
+    if mixer and recipe.batch_size == 1:
+        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", "use a --batch-size of 2 or more")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
@@ -214,7 +237,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         train.images,
         train.labels,
         batch_size=recipe.batch_size,
-        augment=ops,
+        augment=pixel_ops,
         seed=recipe.seed,
         device=device,
         fill=mean_colour(recipe),
@@ -224,6 +247,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     return Parts(
         recipe=recipe,
         choice=choice,
+        augment=ops,
         device=device,
         data=data,
         train=train,
