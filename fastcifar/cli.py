@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import MemoryShortError, UserError
+from fastcifar.errors import UserError, out_of_memory
 from fastcifar.recipe import SECTIONS, Recipe, option, section
 
 app = typer.Typer(
@@ -132,6 +132,27 @@ def evaluate(
 
 
 @app.command()
+@knobs(("weights", "data", "normalise", "max_params"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="default: in the run folder")] = None,
+    inputs: Annotated[str, typer.Option("--input", metavar="uint8|normalised", help="what goes in")] = "uint8",
+    outputs: Annotated[str, typer.Option("--output", metavar="probabilities|logits")] = "probabilities",
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
+    from fastcifar.results.export import export as write
+    from fastcifar.results.report import export_table
+
+    found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
+    print(json.dumps(found)) if as_json else Console().print(export_table(found))
+
+
+@app.command()
 @knobs(section("network"))
 def models(
     name: Annotated[str | None, typer.Argument(help="print this architecture's layers")] = None,
@@ -239,11 +260,8 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if type(error).__name__ == "Abort":  # and how older ones do
         return _fail("stopped by SIGINT", SIGINT)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        remedy = "memory may be short: use fewer --workers, or --loader tensor"
-        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
+    if short := out_of_memory(error):
+        return _fail(str(short), short.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error
