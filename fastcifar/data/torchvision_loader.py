@@ -45,6 +45,13 @@ COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.number),
     ("cutout", "mean"): lambda _, op, fill: Cutout(op.number, fill),
     ("cutout", "zero"): lambda _, op, fill: Cutout(op.number, (0, 0, 0)),
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.number),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.number, op.number, op.number, op.number / 2),
+    ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.number),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.number),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.number),
+    ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 
 
