@@ -70,7 +70,8 @@ class Augment:
     words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
             "" alone if the row takes no word
     help    one line
-    policy  (number, word) -> the policy of the op; it also takes the name of a TOML file as a word
+    policy  (number, word) -> the policy of the op, for the rows that have one
+    files   a word may also be the name of a TOML file
     """
 
     draw: Callable[[Op, Moment], dict[str, np.ndarray]]
@@ -79,6 +80,7 @@ class Augment:
     words: Mapping[str, tuple[Number, Number]]
     help: str
     policy: Callable[[Number | None, str], Policy] | None = None
+    files: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +184,9 @@ def draw_policy(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_policy(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """The policy's steps in turn, one operation of each for each image."""
     assert op.policy is not None, op
-    steps = [tuple(params[f"{name}{step}"] for name in ("code", "amount", "cosine")) for step in range(op.policy.steps)]
-    return pixels.operate(rows, steps, [op.policy.operations(step) for step in range(op.policy.steps)])
+    count = range(op.policy.steps)
+    steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in count]
+    return pixels.operate(rows, steps, [op.policy.operations(step) for step in count])
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -236,6 +239,7 @@ AUGMENTS: dict[str, Augment] = {
         words={"cifar10": (0, 0)},
         help="AutoAugment's policy for CIFAR-10, or your own: autoaugment:FILE.toml",
         policy=lambda number, word: policies.read(word),
+        files=True,
     ),
     "randaugment": Augment(
         draw=draw_policy,
@@ -299,18 +303,18 @@ def _parse_item(item: str) -> Op:
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
     word = rest.pop(0) if rest else next(iter(row.words))
-    read = row.policy if isinstance(row, Augment) else None
-    file = read is not None and word.endswith(".toml")
+    file = row.files and word.endswith(".toml")
     if rest or (word not in row.words and not file):
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
+        allowed += " or a .toml file" if row.files else ""
         raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
     low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
         grammar = f"{name}:NUMBER:{word}".rstrip(":")
         raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
-    return Op(name, number, word, read(number, word) if read else None)
+    return Op(name, number, word, row.policy(number, word) if row.policy else None)
 
 
 def _parse_number(item: str, text: str, row: Augment | Mixer) -> Number:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, spell
-from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.data.steps import cut
+from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.device import optional
 from fastcifar.errors import UsageError
 
@@ -54,6 +54,13 @@ COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("erase", "grey"): lambda v2, op, _: erasing(v2, op, COLOURS["grey"]),
     ("erase", "mean"): lambda v2, op, fill: erasing(v2, op, fill),
     ("erase", "zero"): lambda v2, op, _: erasing(v2, op, COLOURS["zero"]),
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.number),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.number, op.number, op.number, op.number / 2),
+    ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.number),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.number),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.number),
+    ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 
 
