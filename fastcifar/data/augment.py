@@ -303,19 +303,18 @@ def _parse_item(item: str) -> Op:
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
     word = rest.pop(0) if rest else next(iter(row.words))
-    read, files = (row.policy, row.files) if isinstance(row, Augment) else (None, False)
-    file = files and word.endswith(".toml")
+    file = row.files and word.endswith(".toml")
     if rest or (word not in row.words and not file):
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
-        allowed += " or a .toml file" if files else ""
+        allowed += " or a .toml file" if row.files else ""
         raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
     low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
         grammar = f"{name}:NUMBER:{word}".rstrip(":")
         raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
-    return Op(name, number, word, read(number, word) if read else None)
+    return Op(name, number, word, row.policy(number, word) if row.policy else None)
 
 
 def _parse_number(item: str, text: str, row: Augment | Mixer) -> Number:

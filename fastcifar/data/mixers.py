@@ -28,7 +28,7 @@ class Mixer:
     apply   (images uint8 [b,3,32,32], drawn) -> mixed images, uint8 or float32 of 0..255, and the weights float32 [b,m]
             of their labels: column k is that of the batch rolled by k, and a row's sum is 1
     number  the default, an alpha: each share is Beta(alpha, alpha)
-    words   the bounds of the number, as in a row of `AUGMENTS`
+    words, policy, files  as in a row of `AUGMENTS`: the bounds of the number, and nothing else to spell
     help    one line
     """
 
@@ -37,6 +37,8 @@ class Mixer:
     number: float
     words: Mapping[str, tuple[float, float]]
     help: str
+    policy: None = None
+    files: bool = False
 
 
 def draw_mixup(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:

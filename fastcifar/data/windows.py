@@ -15,7 +15,7 @@ LAST = 3 * SIDE - 1  # the last column of a row
 
 Colour = tuple[int, int, int]
 
-# What a word fills with; "mean" is the data set's own. Mid-grey is 127.5, which torch rounds to 128.
+# What a word fills with; "mean" is the data set's own. Mid-grey is 127.5, and 128 is its nearest even byte.
 COLOURS: dict[str, Colour] = {"zero": (0, 0, 0), "grey": (128, 128, 128)}
 
 # torchvision's RandomErasing: the share of images, the smallest share of the area, aspects (height / width), tries
