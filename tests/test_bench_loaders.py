@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,11 @@ def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None
     works = loaders.loaders_of("flip:0.5:alternating", split, arguments, "cpu")
     assert set(works) == set(LOADERS) - {"torchvision"}
     assert "no torchvision: --loader torchvision has no flip" in capsys.readouterr().out
-    works = {name: loaders.endless(LOADERS[name](split.images, split.labels, batch_size=50, augment=(), seed=0,
-             device="cpu", **({} if name == "torchvision" else {"compile": False}))) for name in LOADERS}  # fmt: skip
+    works = {}
+    for name, kind in LOADERS.items():
+        own: dict[str, Any] = {} if name == "torchvision" else {"compile": False}
+        loader = kind(split.images, split.labels, batch_size=50, augment=(), seed=0, device="cpu", **own)
+        works[name] = loaders.endless(loader)
     found = loaders.in_turn(works, arguments, torch.device("cpu"), augment="none")
     assert [(trial["round"], trial["name"]) for trial in found] == [
         (number, name) for number in (0, 1) for name in LOADERS
