@@ -6,7 +6,6 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 import inspect
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +13,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, parse
+from fastcifar.data.augment import Fill, Op, draw_mix, parse, split_mixer
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
-from fastcifar.errors import DeviceError, pick
+from fastcifar.errors import DeviceError, UsageError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.distributed import World, world
 from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.randomness import random_state, seed_all, set_random_state
 from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
@@ -40,6 +40,7 @@ from fastcifar.training.step import (
     Step,
     forward_pass,
     loss_and_hits,
+    mixed_loss_and_hits,
     training_step,
 )
 
@@ -56,10 +57,14 @@ class Tested:
 
 @dataclass
 class Parts:
-    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n]."""
+    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
+
+    `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
+    """
 
     recipe: Recipe
     choice: Choice
+    augment: tuple[Op, ...]
     device: torch.device
     data: Dataset
     train: Split
@@ -98,6 +103,26 @@ class Parts:
             *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
         ]
 
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's batches from `start_step` on, as a step takes them."""
+        return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A full batch of the shapes of `batches`: black images."""
+        size = self.loader.steps.share
+        images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        _, mixer = split_mixer(self.augment)
+        drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
+        return images.contiguous(memory_format=torch.channels_last), labels, *drawn
+
+    def function(self) -> LossAndHits:
+        """What a step computes before it goes back: of mixed images, if the recipe has a mixer."""
+        _, mixer = split_mixer(self.augment)
+        if mixer:
+            return mixed_loss_and_hits(self.forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_hits(self.forward, self.recipe.label_smoothing)
+
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
         statistics = Statistics(self.model)
@@ -107,15 +132,9 @@ class Parts:
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = loss_and_hits(self.forward, self.recipe.label_smoothing)
+        function = self.function()
         plain = self.step(function)
-        batch_size = self.loader.steps.share
-        example = (
-            torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=self.device).contiguous(
-                memory_format=torch.channels_last
-            ),
-            torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-        )
+        example = self.example()
         self.model.train()
         with self.untouched():
             fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
@@ -124,8 +143,8 @@ class Parts:
             elif self.choice.compile:
                 fast = capture.warmed(fast, example, self.tensors())
         self.inference = self.fast_inference()
-        next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, batch_size)
+        next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
+        return capture.by_batch_size(fast, plain, len(example[0]))
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -249,6 +268,9 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
     pick(VIEWS, recipe.tta, "test-time augmentation")
+    pixel_ops, mixer = split_mixer(ops)
+    if mixer and recipe.batch_size == 1:
+        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", "use a --batch-size of 2 or more")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
@@ -268,7 +290,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         train.images,
         train.labels,
         batch_size=recipe.batch_size,
-        augment=ops,
+        augment=pixel_ops,
         seed=recipe.seed,
         device=device,
         fill=mean_colour(recipe),
@@ -280,6 +302,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     return Parts(
         recipe=recipe,
         choice=choice,
+        augment=ops,
         device=device,
         data=data,
         train=train,
@@ -295,34 +318,6 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
     )
-
-
-def seed_all(seed: int) -> None:
-    """Every generator that a part may draw from: torch's on each device, and numpy's and Python's (optimizers do)."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the same generators, as values that a checkpoint may hold."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `random_state` gave; a device that the checkpoint does not know keeps its own state."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate(state["python"])
 
 
 def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:

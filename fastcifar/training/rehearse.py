@@ -50,7 +50,7 @@ def measure(parts: Parts, step: Step) -> Pace:
     steps, images = [], []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
     with parts.untouched():
-        for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
+        for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)
             parts.meter.read()

@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.data.mixers import Apply, mixed_labels
 from fastcifar.training.distributed import ALONE, World
 from fastcifar.training.optim import Ema, Optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Step = Callable[[Tensor, Tensor], None]
+Step = Callable[..., None]  # images, labels and, with a mixer, what it drew
 Forward = Callable[[Tensor], Tensor]
-LossAndHits = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LossAndHits = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Statistics:
 def forward_pass(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
-    """uint8 images [n,3,h,w] -> float32 logits [n,classes]: normalised, cast and run in `precision`.
+    """Images [n,3,h,w] of 0..255 -> float32 logits [n,classes]: normalised, cast and run in `precision`.
 
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
@@ -142,6 +143,22 @@ def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
     return function
 
 
+def mixed_loss_and_hits(forward: Forward, label_smoothing: float, mix: Apply) -> LossAndHits:
+    """(images, labels [n], drawn) -> the same of mixed images: every label counts by its share of the image.
+
+    The loss is the sum of the labels' cross-entropies by their shares; right is the class with the largest one.
+    """
+
+    def function(images: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        images, weights = mix(images, drawn)
+        logits = forward(images)
+        shares = mixed_labels(labels, weights, logits.shape[1])
+        loss = F.cross_entropy(logits, shares, label_smoothing=label_smoothing)
+        return loss, (logits.detach().argmax(1) == shares.argmax(1)).sum()
+
+    return function
+
+
 def training_step(
     function: LossAndHits,
     optimizer: Optimizer,
@@ -161,10 +178,10 @@ def training_step(
     watched = [] if scaler.is_enabled() else optimizer.parameters
     spoilt = _spoilt if scaler.is_enabled() else _as_it_is
 
-    def step(images: Tensor, labels: Tensor) -> None:
+    def step(images: Tensor, labels: Tensor, *drawn: Tensor) -> None:
         optimizer.zero_grad()
         kept = statistics.read()
-        loss, hits = function(images, labels)
+        loss, hits = function(images, labels, *drawn)
         scaler.scale(spoilt(loss, meter.bad)).backward()
         loss = world.average(optimizer.parameters, loss, len(labels))
         scaler.unscale_(optimizer.inner)

@@ -76,7 +76,7 @@ def run_epoch(parts: Parts, step: Step, run: Run, clock: Clock, display: Display
     every, unit = period(recipe.save_every)
     with clock.phase("train"):
         parts.model.train()
-        for batch in parts.loader.batches(progress.epoch, progress.epoch_step):
+        for batch in parts.batches(progress.epoch, progress.epoch_step):
             parts.optimizer.set_lr(parts.schedule.lr_at(progress.step))
             step(*batch)
             progress.step += 1

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastcifar.cli import _explained
 from fastcifar.data import torchvision_loader
-from fastcifar.data.augment import AUGMENTS, parse
+from fastcifar.data.augment import AUGMENTS, Op, parse, spell
 from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
@@ -70,7 +70,7 @@ def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> None:
     for word in AUGMENTS[name].words:
-        ops = tuple(op for op in parse(name if word == "" else f"{name}:{AUGMENTS[name].number}:{word}"))
+        ops = parse(spell((Op(name, AUGMENTS[name].number, word),)))
         if (name, word) in COUNTERPARTS:
             assert callable(transform(ops, FILL))
             continue
