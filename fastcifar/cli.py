@@ -182,19 +182,32 @@ def data_show(
 @knobs((*section("network"), "data", "dataset", "augment", "batch_size", *section("machine")))
 def bench(
     recipe: RecipeName = None,
-    what: Annotated[str, typer.Option(metavar="loader|step|train|all", help="train is end to end")] = "all",
+    what: Annotated[
+        str, typer.Option(metavar="loader,step,train,infer,conv|all", help="train is end to end")
+    ] = "loader,step,train",
+    archs: Annotated[str, typer.Option(metavar="NAME,...", help="measure each of these")] = "",
+    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="measure at each of these")] = "",
+    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="measure in each of these")] = "",
     trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw what was measured")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
 ) -> None:
-    """Measure images/s of the loader, of the training step on a fixed batch, and of both together."""
+    """Measure images/s of the loader, of the training step on a fixed batch, of both together, and more."""
     from fastcifar.lab.bench import bench as measure
-    from fastcifar.results.report import bench_table
+    from fastcifar.results.benchmarks import bench_panels, bench_table
+    from fastcifar.results.plots import bars, drawable
 
     console = Console(stderr=as_json)
-    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console)
+    if chart:
+        drawable(chart)
+    grid = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
+    listed = {name: values.split(",") for name, values in grid.items() if values}
+    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console, grid=listed)
+    if chart:
+        bars(chart, *bench_panels(found))
     print(json.dumps(found)) if as_json else console.print(bench_table(found))
 
 

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from fastcifar.data.cifar import load, normalisation
 from fastcifar.device import choose
-from fastcifar.lab.bench import train_work
+from fastcifar.lab.works import train_work
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.training.parts import assemble

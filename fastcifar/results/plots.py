@@ -6,10 +6,13 @@ matplotlib is imported when a picture is drawn, and without pyplot: no global st
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +25,52 @@ DPI = 150
 GAP = 2  # pixels of white between images
 CELL = 0.55  # inches of an image with its gap
 ABREAST = 3  # at most so many grids beside each other
+WIDTH, BAR = 8, 0.24  # inches of a chart, and of one bar's height
+FILL, INK, GREY = "#7fb2d9", "#1f2d3a", "#b8c0c8"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars, one for each label: the median as its length, its trials as dots, and a note behind it."""
+
+    title: str
+    labels: list[str]
+    medians: list[float]
+    trials: list[list[float]]
+    notes: list[str]
+
+
+def bars(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Writes panels of horizontal bars, one below the other, to `path`. Errors: as `image_grids`."""
+    heights = [len(panel.labels) + 1.2 for panel in panels]
+    figure = optional("matplotlib.figure", REMEDY).Figure(
+        figsize=(WIDTH, 0.9 + BAR * sum(heights)), dpi=DPI, layout="constrained"
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8, color=INK)
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _bars(axis, panel)
+    _save(figure, path)
+
+
+def _bars(axis: Any, panel: Panel) -> None:
+    places = range(len(panel.labels))
+    axis.barh(places, panel.medians, height=0.62, color=FILL)
+    for place, trials, median, note in zip(places, panel.trials, panel.medians, panel.notes, strict=True):
+        axis.plot(trials, [place] * len(trials), "o", markersize=3, color=INK, alpha=0.6, markeredgewidth=0)
+        shown = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+        text = f"{shown}  ({note})" if note else shown
+        axis.annotate(text, (max(*trials, median), place), (6, 0), textcoords="offset points", va="center", fontsize=7)
+    axis.set_yticks(places, panel.labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(itertools.chain(panel.medians, *panel.trials)))
+    axis.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
+    axis.tick_params(axis="x", labelsize=7, color=GREY)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color=GREY, linewidth=0.5, alpha=0.5)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.spines["left"].set_color(GREY)
 
 
 def image_grids(
@@ -48,12 +97,23 @@ def image_grids(
         axis.set_yticks(_centres(grid.shape[0], grid.shape[2]), shown, fontsize=8)
         axis.tick_params(length=0, labeltop=True, labelbottom=False)
         axis.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def drawable(path: Path) -> None:
+    """For before the work. Errors: `UsageError` without matplotlib, `DiskError` without the folder of `path`."""
+    optional("matplotlib.figure", REMEDY)
+    if not path.absolute().parent.is_dir():
+        raise DiskError(f"cannot write {path}: no folder {path.absolute().parent}", "make it first")
+
+
+def _save(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     try:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}", "give --out in a folder that is there") from None
+        raise DiskError(f"cannot write {path}: {error.strerror}", "give a file in a folder that is there") from None
 
 
 def tiled(grid: np.ndarray) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""What people see of a bench document: its table, its chart."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fastcifar.results.benchmarks import bench_panels, bench_table
+from fastcifar.results.plots import bars
+
+
+def row(what: str, speed: float, **settings: Any) -> dict[str, Any]:
+    trials = [speed * 0.9, speed, speed * 1.2]
+    return {"what": what, **settings, "images_per_s": speed, "cpu_us_per_image": 2.0, "trials": trials, "setup_s": 1.0}
+
+
+def document(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"device": "a CPU, 2 cores", "versions": {"torch": "2.11"}, "results": list(rows)}
+
+
+def printed(shown: Any) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(shown)
+    return console.export_text()
+
+
+def test_the_table_names_rows_by_what_differs_and_shows_a_dash_for_what_was_not_measured() -> None:
+    step = {"arch": "se68", "batch_size": 128, "precision": "bf16", "compiled": True, "cuda_graph": False}
+    found = document(
+        row("loader", 5000.0, loader="tensor", batch_size=128, compiled=True),
+        row("step", 160.0, **step, tflop_per_s=0.766, mfu=0.5),
+        row("step", 150.0, **step | {"compiled": False}, tflop_per_s=0.7, mfu=0.45),
+    )
+    lines = printed(bench_table(found)).splitlines()
+    assert lines[0].startswith("a CPU, 2 cores, se68, batch 128, bf16")
+    assert "median of 3 trials" in lines[1]
+    loader, compiled, eager = (line.split() for line in lines[-3:])
+    assert loader == ["loader", "5,000", "4,500", "6,000", "2.0", "-", "-", "-", "-", "-"]
+    assert compiled[:4] == ["step", "compiled", "160", "144"]
+    assert compiled[-4:] == ["0.766", "50%", "-", "-"]
+    assert eager[:2] == ["step", "eager"]
+
+
+def test_the_chart_has_a_panel_for_each_kind_and_longer_bars_for_more(tmp_path: Path) -> None:
+    conv = {"arch": "se68", "batch_size": 128, "precision": "bf16", "direction": "forward", "flop_per_image": 2e9}
+    found = document(
+        row("step", 100.0, arch="se68", batch_size=128, compiled=False),
+        row("step", 400.0, arch="se68", batch_size=512, compiled=False),
+        row("conv", 300.0, conv="3x32x32 -> 64x32x32, 3x3", **conv),
+    )
+    _, panels = bench_panels(found)
+    assert [panel.title for panel in panels] == ["step: images/s", "conv: TFLOP/s"]
+    assert panels[0].labels == ["batch 128", "batch 512"]
+    assert panels[1].medians == [0.6]
+    bars(tmp_path / "chart.png", "a title", panels[:1])
+    picture = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).astype(int)
+    blue = (abs(picture - [0x7F, 0xB2, 0xD9]).sum(2) == 0).sum(1)
+    (short, _), (long, _) = sorted(Counter(blue[blue > 0].tolist()).most_common(2))
+    assert long / short == pytest.approx(4, rel=0.05)
