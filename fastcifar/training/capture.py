@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import platformdirs
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ R = TypeVar("R")
 Replay = Callable[[], object]
 MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 WARM_UPS = 3
+COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -28,6 +32,21 @@ def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     # It would warn of every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
+
+
+def keep_compiled_code() -> Path | None:
+    """Has torch.compile keep its code in the user cache, where a later start finds it: torch's own place is temporary.
+
+    `TORCHINDUCTOR_CACHE_DIR` stands if it is set. Returns the folder; None, and torch's own place, if none can be made.
+    """
+    folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
+    folder = Path(os.environ.get(COMPILED_CODE) or folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    os.environ[COMPILED_CODE] = str(folder)
+    return folder
 
 
 def keep_freed_memory() -> bool:

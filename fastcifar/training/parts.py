@@ -156,6 +156,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     device = torch.device(choice.device)
     if device.type == "cpu":
         capture.keep_freed_memory()
+    if choice.compile:
+        capture.keep_compiled_code()
     ops = parse(recipe.augment)
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)

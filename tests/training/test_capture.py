@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fastcifar.device import choose
 from fastcifar.errors import DeviceError
@@ -208,3 +212,33 @@ def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], optimizer: str) 
             of.optimizer.between_steps(done)
     for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_is_kept_in_the_user_cache_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
+    monkeypatch.delenv(capture.COMPILED_CODE, raising=False)
+    assert capture.keep_compiled_code() == tmp_path / "compiled"
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()  # what a new process would not know
+        counters.clear()
+        compiled(lambda x: torch.softmax(x * 3, 1))(torch.ones(5, 7))
+        found.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert found == [0, 1]
+    assert any((tmp_path / "compiled").rglob("*.so"))
+
+
+def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(capture.COMPILED_CODE, str(tmp_path / "mine"))
+    assert capture.keep_compiled_code() == tmp_path / "mine"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(capture.COMPILED_CODE, str(tmp_path / "file" / "below"))
+    assert capture.keep_compiled_code() is None
+    monkeypatch.delenv(capture.COMPILED_CODE)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "file"))
+    assert capture.keep_compiled_code() is None
+    assert capture.COMPILED_CODE not in os.environ
