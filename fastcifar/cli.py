@@ -233,6 +233,21 @@ def bench(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="what `fastcifar bench --json` printed, as a file")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two measurements row by row: ratios, and whether the trials tell them apart."""
+    from fastcifar.results.compare import COMPARERS
+    from fastcifar.results.compare import compare as pair
+
+    found = pair(a, b)
+    print(json.dumps(found)) if as_json else Console().print(COMPARERS[found["kind"]].table(found))
+
+
+@app.command()
 @knobs(section("machine"))
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""

@@ -5,6 +5,7 @@ A document is what `bench --json` ends with. Nothing here measures; a figure tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,3 +105,76 @@ def _notes(row: Row) -> list[str]:
 
 def _figure(row: Row, name: str, form: str) -> str:
     return form.format(row[name]) if name in row else "-"
+
+
+def read_benchmark(text: str) -> dict[str, Any] | None:
+    """The document in what `bench --json` printed, or None if there is none: the whole text, or its last line."""
+    for part in (text, (text.strip().splitlines() or [""])[-1]):
+        try:
+            found = json.loads(part)
+        except ValueError:
+            continue
+        rows = found.get("results") if isinstance(found, dict) else None
+        if isinstance(rows, list) and rows and all({"what", "images_per_s", "trials"} <= row.keys() for row in rows):
+            return found
+    return None
+
+
+def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Two documents row by row: `rows` that both have, `only_a`, `only_b`, and the device and versions that `differ`.
+
+    A row has its settings, the medians `a` and `b`, their `ratio` b / a, and whether the trials' ranges `overlap`:
+    if they do, the trials do not tell the two apart.
+    """
+    of_a, of_b = ({key(row): row for row in found["results"]} for found in (a, b))
+    rows = []
+    for name in of_a.keys() & of_b.keys():
+        mine, other = of_a[name], of_b[name]
+        ranges = [(min(row["trials"]), max(row["trials"])) for row in (mine, other)]
+        rows.append(
+            {
+                **dict(name),
+                "a": mine["images_per_s"],
+                "b": other["images_per_s"],
+                "ratio": other["images_per_s"] / mine["images_per_s"],
+                "overlap": ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1],
+                "a_trials": mine["trials"],
+                "b_trials": other["trials"],
+            }
+        )
+    order = list(of_a)
+    about_a, about_b = ({"device": found.get("device"), **found.get("versions", {})} for found in (a, b))
+    return {
+        "rows": sorted(rows, key=lambda row: order.index(key(row))),
+        "only_a": [dict(name) for name in of_a if name not in of_b],
+        "only_b": [dict(name) for name in of_b if name not in of_a],
+        "differ": {
+            name: [about_a.get(name), about_b.get(name)]
+            for name in about_a | about_b
+            if about_a.get(name) != about_b.get(name)
+        },
+    }
+
+
+def key(row: Row) -> tuple[tuple[str, Any], ...]:
+    """What a row measured: two rows of one key can be compared. A data set's folder is no part of that."""
+    names = ("what", *(name for name in (*SETTINGS, "compiled", "cuda_graph") if name in row and name != "data"))
+    return tuple((name, row[name]) for name in names)
+
+
+def compared_table(found: dict[str, Any]) -> Group:
+    """What `compare_benchmarks` found; above it what differs beside the figures, below it what has no partner."""
+    named = [{"what": row["what"], **spelt(row)} for row in found["rows"]]
+    table = Table("what", box=None, title_justify="left")
+    for heading in ("A", "B", "B / A", "the trials"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row, words in zip(found["rows"], named, strict=True):
+        told = "overlap" if row["overlap"] else "B is faster" if row["ratio"] > 1 else "B is slower"
+        table.add_row(", ".join(words.values()), f"{row['a']:,.0f}", f"{row['b']:,.0f}", f"{row['ratio']:.3f}", told)
+    differ = [f"{name}: {a} in A, {b} in B" for name, (a, b) in found["differ"].items()]
+    alone = [
+        f"only in {side}: {', '.join([row['what'], *spelt(row).values()])}"
+        for side, rows in (("A", found["only_a"]), ("B", found["only_b"]))
+        for row in rows
+    ]
+    return Group(*differ, "images/s, medians", table, *alone)

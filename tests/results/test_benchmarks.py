@@ -1,8 +1,9 @@
-"""What people see of a bench document: its table, its chart."""
+"""What people see of a bench document: its table, its chart, and two of them compared."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from fastcifar.errors import UsageError
 from fastcifar.results.benchmarks import bench_panels, bench_table
+from fastcifar.results.compare import COMPARERS, compare
 from fastcifar.results.plots import bars
 
 
@@ -64,3 +67,37 @@ def test_the_chart_has_a_panel_for_each_kind_and_longer_bars_for_more(tmp_path: 
     blue = (abs(picture - [0x7F, 0xB2, 0xD9]).sum(2) == 0).sum(1)
     (short, _), (long, _) = sorted(Counter(blue[blue > 0].tolist()).most_common(2))
     assert long / short == pytest.approx(4, rel=0.05)
+
+
+def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_path: Path) -> None:
+    step = {"arch": "se68", "batch_size": 128, "compiled": True}
+    a = document(
+        row("loader", 5000.0, batch_size=128, data="here"), row("step", 100.0, **step), row("train", 90.0, **step)
+    )
+    b = document(row("step", 150.0, **step), row("loader", 5100.0, batch_size=128, data="there"))
+    b["results"].append(row("step", 80.0, **step | {"compiled": False}))
+    b["versions"] = {"torch": "2.15"}
+    (tmp_path / "a.json").write_text(json.dumps(a, indent=1))
+    (tmp_path / "b.json").write_text("a line before it\n" + json.dumps(b) + "\n")
+    found = compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert json.loads(json.dumps(found)) == found
+    loader, stepped = found["rows"]
+    assert (loader["what"], loader["ratio"], loader["overlap"]) == ("loader", 1.02, True)
+    assert (stepped["what"], stepped["ratio"], stepped["overlap"]) == ("step", 1.5, False)  # 90-120 against 135-180
+    assert [row["what"] for row in found["only_a"]] == ["train"]
+    assert [row["compiled"] for row in found["only_b"]] == [False]
+    assert found["differ"] == {"torch": ["2.11", "2.15"]}
+    text = printed(COMPARERS[found["kind"]].table(found))
+    for words in ("torch: 2.11 in A, 2.15 in B", "1.500", "B is faster", "only in A: train, se68", "only in B: step"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("content", [None, "<html>", '{"results": []}', "[1, 2]", '{"results": [{"what": "step"}]}'])
+def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> None:
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps(document(row("loader", 5000.0))))
+    wrong = tmp_path / "wrong.json"
+    if content is not None:
+        wrong.write_text(content)
+    with pytest.raises(UsageError, match=r"wrong\.json"):
+        compare(good, wrong)
