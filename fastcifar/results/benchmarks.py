@@ -6,13 +6,13 @@ A document is what `bench --json` ends with. Nothing here measures; a figure tha
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from fastcifar.results.plots import Panel
+from fastcifar.results.plots import Panel, short
 
 Row = dict[str, Any]
 
@@ -55,11 +55,7 @@ def bench_table(found: dict[str, Any]) -> Group:
             " ".join(filter(None, (row["what"], label))),
             *(f"{speed:,.0f}" for speed in (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
             f"{row['cpu_us_per_image']:,.1f}",
-            _figure(row, "latency_ms", "{:.2f}"),
-            _figure(row, "tflop_per_s", "{:.3g}"),
-            _figure(row, "mfu", "{:.0%}"),
-            _figure(row, "gb_per_s", "{:,.3g}"),
-            _figure(row, "mbu", "{:.0%}"),
+            *_cells(row),
         )
     return Group(*about(found, shared), table)
 
@@ -70,7 +66,8 @@ def about(found: dict[str, Any], shared: dict[str, str]) -> list[str]:
     spent = {name: {row[name] for row in rows if name in row} for name in ("setup_s", "compile_s")}
     seconds = (f"{name} {max(values):.1f}" for name, values in spent.items() if values)
     peaks = (
-        f"{precision}: matrix product {most['matmul_tflop_per_s']:.3g} TFLOP/s, copy {most['copy_gb_per_s']:,.3g} GB/s"
+        f"{precision}: matrix product {short(most['matmul_tflop_per_s'])} TFLOP/s, "
+        f"copy {short(most['copy_gb_per_s'])} GB/s"
         for precision, most in found.get("limits", {}).items()
     )
     settings = ", ".join((found["device"], *shared.values()))
@@ -89,6 +86,7 @@ def bench_panels(found: dict[str, Any]) -> tuple[str, list[Panel]]:
         panels.append(
             Panel(
                 title=f"{what}: {'TFLOP/s' if what == 'conv' else 'images/s'}",
+                groups=[row["direction"] if what == "conv" else spelt(row).get("mode", "") for row, _ in mine],
                 labels=[label or row.get("arch", row.get("loader", "")) for row, label in mine],
                 medians=[row["images_per_s"] * unit for (row, _), unit in zip(mine, scale, strict=True)],
                 trials=[[speed * unit for speed in row["trials"]] for (row, _), unit in zip(mine, scale, strict=True)],
@@ -103,8 +101,10 @@ def _notes(row: Row) -> list[str]:
     return [text.format(row[name]) for name, text in shown.items() if name in row]
 
 
-def _figure(row: Row, name: str, form: str) -> str:
-    return form.format(row[name]) if name in row else "-"
+def _cells(row: Row) -> Iterator[str]:
+    for name in ("latency_ms", "tflop_per_s", "mfu", "gb_per_s", "mbu"):
+        form = "{:.0%}".format if name in ("mfu", "mbu") else short
+        yield form(row[name]) if name in row else "-"
 
 
 def read_benchmark(text: str) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def test_the_chart_has_a_panel_for_each_kind_and_longer_bars_for_more(tmp_path: 
     assert panels[1].medians == [0.6]
     bars(tmp_path / "chart.png", "a title", panels[:1])
     picture = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).astype(int)
-    blue = (abs(picture - [0x7F, 0xB2, 0xD9]).sum(2) == 0).sum(1)
+    blue = (abs(picture - [0xA9, 0xCC, 0xE3]).sum(2) == 0).sum(1)
     (short, _), (long, _) = sorted(Counter(blue[blue > 0].tolist()).most_common(2))
     assert long / short == pytest.approx(4, rel=0.05)
 
