@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import MemoryShortError, UserError
+from fastcifar.errors import UserError, out_of_memory
 from fastcifar.recipe import SECTIONS, Recipe, option, section
 
 app = typer.Typer(
@@ -288,11 +288,8 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if type(error).__name__ == "Abort":  # and how older ones do
         return _fail("stopped by SIGINT", SIGINT)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        remedy = "memory may be short: use fewer --workers, or --loader tensor"
-        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
+    if short := out_of_memory(error):
+        return _fail(str(short), short.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

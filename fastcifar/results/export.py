@@ -70,6 +70,7 @@ class Format:
 
 
 def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """Through the dynamo exporter, with any number of images, in one file."""
     optional("onnxscript", ONNX)
     dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}
     torch.onnx.export(
@@ -86,6 +87,7 @@ def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
 
 
 def load_onnx(path: Path, deployed: Deployed, _: Rebuilt) -> Function:
+    """ONNX Runtime on the CPU."""
     session = optional("onnxruntime", ONNX).InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.outputs], {"images": images.numpy()})[0])
 
@@ -96,22 +98,27 @@ def exported(deployed: Deployed, images: Tensor) -> torch.export.ExportedProgram
 
 
 def write_pt2(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """The exported program, weights and all."""
     torch.export.save(exported(deployed, images), path)
 
 
 def load_pt2(path: Path, *_: Any) -> Function:
+    """The program, through torch alone."""
     return torch.export.load(path).module()
 
 
 def write_aoti(deployed: Deployed, images: Tensor, path: Path) -> None:
+    """C++ of the program, compiled into a package for this kind of CPU."""
     torch._inductor.aoti_compile_and_package(exported(deployed, images), package_path=str(path))
 
 
 def load_aoti(path: Path, *_: Any) -> Function:
+    """The package's compiled code."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def write_safetensors(deployed: Deployed, _: Tensor, path: Path) -> None:
+    """The network's weights alone; what is around them is `Deployed`'s."""
     weights = {key: value.contiguous() for key, value in deployed.network.state_dict().items()}
     save_file(weights, path)
 
@@ -161,42 +168,37 @@ def export(
         raise DataError(f"{found.path} was trained on other classes than {data.source} has", "give its own data set")
     folder = Path(run) if Path(run).is_dir() else found.path.parent
     out = out or folder / f"{found.recipe.arch}{row.suffix}"
+    card = out.with_name(f"{out.name}.md")
     deployed = Deployed(found.model, *normalisation(found.recipe), inputs, outputs).eval()
     images = example(deployed, data)
+    compared = {"images": len(images), "batch_sizes": [size for size in BATCH_SIZES if size <= len(images)]}
     try:
-        # What the exporters warn of is theirs; what counts is compared.
-        quiet = warnings.catch_warnings(action="ignore")
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as beside, torch.no_grad(), quiet:
-            made = Path(beside) / f"made{row.suffix}"
-            row.write(deployed, images, made)
-            difference = largest_difference(row.load(made, deployed, found), deployed, images)
-            if not difference <= TOLERANCE:
-                raise UserError(
-                    f"the {format} file differs from the network by {difference:.2g} and was not kept",
-                    f"at most {TOLERANCE:g} is allowed: please report it",
-                )
-            os.replace(made, out)
-        card = out.with_name(f"{out.name}.md")
-        about = {
-            "format": format,
-            "inputs": inputs,
-            "outputs": outputs,
-            "difference": difference,
-            "images": len(images),
-        }
-        digest = model_card(card, out, found, data, folder, about)
+        compared["difference"] = write_compared(row, out, deployed, images, found)
+        made_as = {"format": format, "inputs": inputs, "outputs": outputs}
+        digest = model_card(card, out, found, data, folder, made_as | compared)
     except OSError as error:
         raise DiskError(f"cannot write {out}: {error.strerror or error}", "give another --out") from None
-    return {
-        "file": str(out),
-        "card": str(card),
-        "bytes": out.stat().st_size,
-        "sha256": digest,
-        "difference": difference,
-        "images": len(images),
-        "batch_sizes": [size for size in BATCH_SIZES if size <= len(images)],
-        "data": data.source,
-    }
+    size = out.stat().st_size
+    return {"file": str(out), "card": str(card), "bytes": size, "sha256": digest, **compared, "data": data.source}
+
+
+def write_compared(row: Format, out: Path, deployed: Deployed, images: Tensor, found: Rebuilt) -> float:
+    """Puts the file at `out` if it computes what `deployed` computes, and returns by how much it differs.
+
+    Errors: `UserError`, and `out` is as it was.
+    """
+    quiet = warnings.catch_warnings(action="ignore")  # what the exporters warn of is theirs; what counts is compared
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as beside, torch.no_grad(), quiet:
+        made = Path(beside) / f"made{row.suffix}"
+        row.write(deployed, images, made)
+        difference = largest_difference(row.load(made, deployed, found), deployed, images)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"{out} would differ from the network by {difference:.2g} and was not kept",
+                f"at most {TOLERANCE:g} is allowed: please report it",
+            )
+        os.replace(made, out)
+    return difference
 
 
 def example(deployed: Deployed, data: Dataset) -> Tensor:

@@ -6,11 +6,14 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,18 +21,20 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.device import Choice
+from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.evaluate import Scores, evaluate
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
     Forward,
     LossAndHits,
     Meter,
+    Statistics,
     Step,
     forward_pass,
     loss_and_hits,
@@ -55,6 +60,8 @@ class Parts:
     forward: Forward
     schedule: Schedule
     clip: Callable[[], object]
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def steps(self) -> int:
@@ -75,8 +82,8 @@ class Parts:
 
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.choice.precision == "fp16")
-        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler)
+        statistics = Statistics(self.model)
+        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics)
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
@@ -90,15 +97,24 @@ class Parts:
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )
         self.model.train()
-        self.meter.bad.fill_(1)  # the warm-up updates nothing: state outside the graph could not be put back
-        fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
-        if self.choice.cuda_graph:
-            fast = capture.graphed(fast, example, self.tensors())
-        elif self.choice.compile:
-            fast = capture.warmed(fast, example, self.tensors())
-        self.meter.bad.zero_()
+        with self.untouched():
+            fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
+            if self.choice.cuda_graph:
+                fast = capture.graphed(fast, example, self.tensors())
+            elif self.choice.compile:
+                fast = capture.warmed(fast, example, self.tensors())
         next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
         return capture.by_batch_size(fast, plain, batch_size)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever steps run inside, the run is afterwards as before: they update nothing, for not every optimizer's
+        state could be put back."""
+        scale = self.scaler.state_dict()
+        with capture.untouched(self.tensors(), self.device):
+            self.meter.bad.fill_(1)
+            yield
+        self.scaler.load_state_dict(scale)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -133,19 +149,40 @@ class Parts:
             checkpoint.load_weights(self.model, checkpoint.load(best)["model"], best)
         return evaluate(self.model, self.forward, self.data.test, self.device), average
 
-    def state(self, step: int, epoch: int, best: float | None) -> dict[str, Any]:
-        """What a checkpoint holds."""
+    def state(self, clock: Clock) -> dict[str, Any]:
+        """What a checkpoint holds: all that the rest of the run depends on."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
+            "samples": len(self.train.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "step": step,
-            "epoch": epoch,
-            "best": best,
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.sums,
+            "random": random_state(self.device),
+            "clock": clock.state_dict(),
+            **asdict(self.progress),
         }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """A checkpoint of the same run into the tensors that are there; the clock is its owner's."""
+        checkpoint.load_weights(self.model, state["model"], "the checkpoint")
+        if self.ema:
+            self.ema.load_state_dict(state["ema"], state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load(state["meter"])
+        set_random_state(state["random"], self.device)
+        self.progress = Progress.of(state)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint will need on the disk."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def assemble(recipe: Recipe, choice: Choice) -> Parts:
@@ -153,6 +190,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
 
     Errors: those of each room, before anything is written.
     """
+    if recipe.deterministic:
+        deterministic_only()
     device = torch.device(choice.device)
     if device.type == "cpu":
         capture.keep_freed_memory()
@@ -164,7 +203,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
     data = cifar.load(recipe.data, recipe.dataset)
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)
     model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
@@ -197,7 +236,36 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         forward=forward_pass(model, mean, std, choice.precision, device),
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
+        scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
     )
+
+
+def seed_all(seed: int) -> None:
+    """Every generator that a part may draw from: torch's on each device, and numpy's and Python's (optimizers do)."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the same generators, as values that a checkpoint may hold."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts back what `random_state` gave; a device that the checkpoint does not know keeps its own state."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])
 
 
 def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:

@@ -18,7 +18,6 @@ from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.models import macs, parameters
 from fastcifar.recipe import Recipe
-from fastcifar.training import capture
 from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.run import Clock
@@ -54,8 +53,7 @@ def measure(parts: Parts, step: Step) -> Pace:
     """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
     steps, images = [], []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
-    with capture.untouched(parts.tensors(), parts.device):
-        parts.meter.bad.fill_(1)  # nothing is updated, so nothing outside these tensors changes either
+    with parts.untouched():
         for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)

@@ -14,17 +14,15 @@ import torch
 from fastcifar.models import macs, parameters
 from fastcifar.training.evaluate import Scores
 from fastcifar.training.parts import Parts
-from fastcifar.training.run import Clock, Progress, Run
+from fastcifar.training.run import Clock, Run
 
 
-def summarise(
-    parts: Parts, run: Run, clock: Clock, progress: Progress, tested: tuple[Scores, float | None], name: str
-) -> dict[str, Any]:
+def summarise(parts: Parts, run: Run, clock: Clock, tested: tuple[Scores, float | None]) -> dict[str, Any]:
     """The summary. Accuracies are fractions, times seconds, `val_acc` is the last epoch's and `best_val_acc` the best.
 
     `images_per_s`: training images over the seconds inside the loop, without setup, compilation and evaluation.
     """
-    recipe, choice = parts.recipe, parts.choice
+    recipe, choice, progress = parts.recipe, parts.choice, parts.progress
     scores, average = tested
     seconds = {**clock.seconds, "total": clock.total()}
     return {
@@ -32,7 +30,7 @@ def summarise(
         "arch": recipe.arch,
         "params": parameters(parts.model),
         "macs": macs(parts.model),
-        "recipe": name,
+        "recipe": run.name,
         "config": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
         "epochs": progress.epoch,

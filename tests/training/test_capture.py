@@ -123,7 +123,7 @@ def test_warm_up_leaves_weights_buffers_optimizer_and_random_state(
 
 
 @pytest.mark.parametrize("fast", ["compile", "cuda_graph"])
-@pytest.mark.parametrize("optimizer", ["ranger", "lookahead:lion", "rmsprop", "sgd"])
+@pytest.mark.parametrize("optimizer", ["lion", "lookahead:lion", "ranger", "muon", "rmsprop", "sgd"])
 def test_warm_up_leaves_state_that_only_python_knows(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fast: str, optimizer: str
 ) -> None:
@@ -147,11 +147,11 @@ def test_warm_up_leaves_state_that_only_python_knows(
 
 
 def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(optimizer="lookahead:ranger")
+    recipe = tiny(optimizer="lookahead:lion")
     on = replace(choose(recipe), cuda_graph=True)
     parts = assemble(recipe, on)
     assert not parts.choice.cuda_graph
-    assert any("ranger counts its steps in Python" in line for line in parts.choice.lines())
+    assert any("lion counts its steps in Python" in line for line in parts.choice.lines())
     assert assemble(tiny(optimizer="rmsprop"), on).choice.cuda_graph
     with pytest.raises(DeviceError, match="choose from sgd") as caught:
         assemble(Recipe.checked({**recipe.model_dump(), "cuda_graph": True}), on)
