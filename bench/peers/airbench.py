@@ -11,7 +11,6 @@ it is, in a folder of its own with the images as it keeps them, and stopped afte
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,9 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import results_folder
 import torch
 
-from fastcifar.data.cifar import CLASSES, load
+from fastcifar.data.cifar import load
+from fastcifar.device import environment
 
 SCRIPTS = ("airbench94_muon.py", "airbench96_faster.py")
 ACCURACY, OWN_SECONDS = "tta_val_acc", ("time_seconds", "total_time_seconds")  # columns of the tables they print
@@ -88,11 +91,13 @@ def write_images(folder: Path, data: str | None) -> None:
     (folder / "cifar10").mkdir()
     for name, split in (("train", found.train), ("test", found.test)):
         images = torch.from_numpy(split.images.transpose(0, 2, 3, 1).copy())
-        content = {"images": images, "labels": torch.from_numpy(split.labels.copy()), "classes": list(CLASSES)}
+        content = {"images": images, "labels": torch.from_numpy(split.labels.copy()), "classes": list(found.classes)}
         torch.save(content, folder / "cifar10" / f"{name}.pt")
 
 
-def measured(checkout: Path, scripts: list[str], data: str | None, runs: int, starts: int) -> list[dict[str, Any]]:
+def measured(
+    checkout: Path, scripts: list[str], data: str | None, runs: int = 3, starts: int = 2
+) -> list[dict[str, Any]]:
     """A trial for each start of each script. Errors: SystemExit, in one line."""
     for script in scripts:
         if not (checkout / script).is_file():
@@ -132,11 +137,12 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def needs_cuda() -> str:
+    """Why it cannot run here, or nothing."""
+    return "" if torch.cuda.is_available() else "cifar10-airbench needs CUDA, and no CUDA device is visible"
+
+
 def main() -> None:
-    import results_folder
-
-    from fastcifar.device import environment
-
     parser = argparse.ArgumentParser(description="cifar10-airbench's scripts by their rule and by ours.")
     parser.add_argument("checkout", type=Path, help="of KellerJordan/cifar10-airbench")
     parser.add_argument("--scripts", default=",".join(SCRIPTS))
@@ -144,17 +150,15 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=2, help="of each script; the first is cold")
     parser.add_argument("--data", help="as `fastcifar train` takes it")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("cifar10-airbench needs CUDA, and no CUDA device is visible", file=sys.stderr)
+    if needs_cuda():
+        print(needs_cuda(), file=sys.stderr)
         sys.exit(8)
     scripts = arguments.scripts.split(",")
     trials = measured(arguments.checkout, scripts, arguments.data, arguments.runs, arguments.starts)
     found = summary(trials)
     print(results_folder.write("airbench", environment(), found, trials))
     print(table(found))
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

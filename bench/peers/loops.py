@@ -124,6 +124,7 @@ LOOPS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "airbench_style_compiled": airbench_style_compiled,
     "ours": ours,
 }
+CROP_FLIP_ONLY = {"airbench_style", "airbench_style_compiled"}
 
 
 def half(model: nn.Module) -> nn.Module:
@@ -140,9 +141,7 @@ def train_on_device(setting: Setting, model: nn.Module) -> Iterator[int]:
     if setting.augment != "crop-flip":
         raise SystemExit("the loops in airbench's style augment by crop-flip only")
     padded, labels = resident(setting)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
     steps = EPOCHS * -(-len(labels) // setting.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     model.train()
@@ -174,7 +173,9 @@ def crop_and_flip(padded: Tensor) -> Tensor:
     offsets = torch.arange(side, device=device)
     mirrored = torch.rand(count, 1, device=device) < 0.5
     rows, columns = top + offsets, left + torch.where(mirrored, side - 1 - offsets, offsets)
-    images = padded.permute(0, 2, 3, 1)[torch.arange(count, device=device).view(-1, 1, 1), rows[:, :, None], columns[:, None]]
+    images = padded.permute(0, 2, 3, 1)[
+        torch.arange(count, device=device).view(-1, 1, 1), rows[:, :, None], columns[:, None]
+    ]
     return images.permute(0, 3, 1, 2)
 
 
