@@ -1,12 +1,12 @@
-"""What a machine with a GPU has to show, in parts of at most ten minutes, each with its result; see scripts/gpu_acceptance.
+"""What a machine with a GPU has to show, in parts of at most ten minutes, each with its result.
 
     scripts/gpu_acceptance [PART ...] --out DIR [--device cpu --quick] [--airbench CHECKOUT]
 
-A part is a row of PARTS: commands one after another, each in a process of its own. DIR keeps what each printed and wrote,
-PART.json with its exit codes and seconds, and DIR.tar.gz holds all of it; another call with other parts adds to it. A part
-that a limit stops is resumed by calling it again where that is possible (train). Without a GPU it exits 8, but for
-`--device cpu`; `--quick` takes tiny sizes, to see that every part runs. Nothing here needs more than what the package
-itself needs, and pytest for `tests`.
+A part is a row of PARTS: commands one after another, each in a process of its own. DIR keeps what each printed and
+wrote, PART.part.json with its exit codes and seconds, and DIR.tar.gz holds all of it; another call with other parts
+adds to it. A part that was stopped by its limit goes on when called again where that is possible (train). Without a GPU
+it exits 8, but for `--device cpu`; `--quick` takes tiny sizes, to see that every part runs. It needs what the package
+needs, and pytest for `tests`.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python bench/equality.py [--device cuda --steps 20 --quick]
 
-ends with one JSON document, `{"device", "versions", "forms", "checks", "passed"}`, and exits 1 if a check failed. A form
-that this device does not have (a CUDA graph on a CPU) is left out, and said to be. The network is smooth (SiLU), for an
-activation within a rounding of 0 is on one side of ReLU's kink or the other; float32 is without TF32, and cuDNN chooses
-its algorithms without trying them. `--quick` takes a tiny network on synthetic images.
+ends with one JSON document, `{"device", "versions", "forms", "checks", "passed"}`, and exits 1 if a check failed. A
+form that this device does not have (a CUDA graph on a CPU) is left out, and said to be. The network is smooth (SiLU),
+for an activation within a rounding of 0 is on one side of ReLU's kink or the other; float32 is without TF32, and cuDNN
+chooses its algorithms without trying them. `--quick` takes a tiny network on synthetic images.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastcifar.data import cifar
 from fastcifar.device import Choice, choose, describe, versions
-from fastcifar.errors import DataError, DiskError, UsageError, pick
+from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, pick
 from fastcifar.lab.limits import Stopwatch, limits, state
 from fastcifar.lab.works import STEPPING, WHATS, Job
 from fastcifar.recipe import Recipe
@@ -36,7 +36,6 @@ from fastcifar.training.capture import untouched
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import say
 from fastcifar.training.summary import peak_memory
-from fastcifar.training.train import require_finite
 
 DEFAULT = "loader,step,train"  # on two cores under three minutes
 TRIAL_S = 2.0  # seconds that a trial should take
@@ -206,8 +205,8 @@ def clocked(job: Job, parts: Parts, wanted: Wanted, trace: Path | None) -> tuple
         doing = state(parts.device, lambda: next(work))
         if trace:
             write_trace(work, trace, parts.device)
-        seen = parts.meter.read()
-        require_finite(seen.finite, seen.images // parts.recipe.batch_size)
+        if not parts.meter.read().finite:
+            raise NonFiniteError("the loss or a gradient was not finite in a trial", "use --precision fp32")
     return figures(job, trials) | {"peak_memory_bytes": peak} | doing, first_s
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.console import Group
 
-from fastcifar.errors import UsageError
+from fastcifar.errors import DataError, UsageError
+from fastcifar.results import submissions
 from fastcifar.results.benchmarks import compare_benchmarks, compared_table, read_benchmark
+from fastcifar.results.report import comparison_table
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,22 @@ def benchmark(path: Path) -> dict[str, Any] | None:
         return None
 
 
-COMPARERS: dict[str, Comparer] = {"benchmark": Comparer(benchmark, compare_benchmarks, compared_table)}
+def submission(path: Path) -> Path | None:
+    """The path of what is no JSON: what it is instead, its comparison says."""
+    try:
+        return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
+    except OSError:
+        return path
+
+
+COMPARERS: dict[str, Comparer] = {
+    "benchmark": Comparer(benchmark, compare_benchmarks, compared_table),
+    "submission": Comparer(submission, submissions.compare, comparison_table),
+}
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
-    """`{"kind", "a", "b"}` and what the kind's comparer found. Errors: `UsageError` unless both are of one kind."""
+    """`{"kind", "a", "b"}` and what the kind's comparer found. Errors: `UsageError` unless both are of one kind, and its own."""
     found = [recognised(path) for path in (a, b)]
     (kind, mine), (other_kind, other) = found
     if kind != other_kind:
@@ -51,11 +64,13 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 
 def recognised(path: Path) -> tuple[str, Any]:
-    """The kind of `path` and its content. Errors: `UsageError` for what is not there or of no kind."""
+    """The kind of `path` and its content. Errors: `DataError` for what is not there, `UsageError` for no kind."""
     if not path.exists():
-        raise UsageError(f"there is no {path}", "give two files, such as `fastcifar bench --json > FILE` makes")
+        raise DataError(f"there is no {path}", "check the path")
     for kind, comparer in COMPARERS.items():
         content = comparer.read(path)
         if content is not None:
             return kind, content
-    raise UsageError(f"{path} is no {' or '.join(COMPARERS)}", "give a file that `fastcifar bench --json > FILE` made")
+    raise UsageError(
+        f"{path} is no {' or '.join(COMPARERS)}", "give what `bench --json` printed, or a CSV of `predict`"
+    )

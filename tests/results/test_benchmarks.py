@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fastcifar.errors import UsageError
+from fastcifar.errors import UsageError, UserError
 from fastcifar.results.benchmarks import bench_panels, bench_table
 from fastcifar.results.compare import COMPARERS, compare
 from fastcifar.results.plots import bars
@@ -99,5 +99,16 @@ def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> 
     wrong = tmp_path / "wrong.json"
     if content is not None:
         wrong.write_text(content)
-    with pytest.raises(UsageError, match=r"wrong\.json"):
+    with pytest.raises(UserError, match=r"wrong\.json"):
         compare(good, wrong)
+
+
+def test_two_submissions_are_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ID,Labels\n1,2\n2,3\n")
+    (tmp_path / "b.csv").write_text("ID,Labels\n2,3\n1,4\n")
+    (tmp_path / "c.json").write_text(json.dumps(document(row("loader", 5000.0))))
+    found = compare(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (found["kind"], found["differ"], found["total"]) == ("submission", 1, 2)
+    assert "1 of 2 labels" in printed(COMPARERS["submission"].table(found))
+    with pytest.raises(UsageError, match=r"a\.csv is a submission and .*c\.json is a benchmark"):
+        compare(tmp_path / "a.csv", tmp_path / "c.json")
