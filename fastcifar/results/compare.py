@@ -55,7 +55,10 @@ COMPARERS: dict[str, Comparer] = {
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
-    """`{"kind", "a", "b"}` and what the kind's comparer found. Errors: `UsageError` unless both are of one kind, and its own."""
+    """`{"kind", "a", "b"}` and what the kind's comparer found.
+
+    Errors: `UsageError` unless both are of one kind, and the kind's own.
+    """
     found = [recognised(path) for path in (a, b)]
     (kind, mine), (other_kind, other) = found
     if kind != other_kind:
