@@ -5,7 +5,6 @@ It measures and arranges; `report` words it and `plots` draws it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,8 @@ def show(recipe: Recipe, out: Path, count: int) -> dict[str, Any]:
         shown = [_augmented(ops, places, images, epoch, recipe) for epoch in range(DRAWS)]
         title = spell(tuple(ops[place] for place in places))
         grids.append(Grid(title, _pixels([images, *shown]), names, columns))
-    grids += [_operations(op, images[:1]) for op in ops if op.policy]
+    colours = (images.amax(1).int() - images.amin(1).int()).sum((1, 2))
+    grids += [_operations(op, images[colours.argmax()][None]) for op in ops if op.policy]
     plots.image_grids(out, grids)
     titles = [grid.title for grid in grids]
     return {"out": str(out), "images": chosen.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
@@ -116,9 +116,9 @@ def _operations(op: Op, image: Tensor) -> Grid:
         rows.append(torch.cat([image, *shown, *[blank] * (DRAWS - len(shown))]))
         names.append("\n".join([name, "  ".join(f"{magnitude:.3g}" for magnitude in magnitudes if any(magnitudes))]))
     columns = ["original", *[""] * DRAWS]
-    return Grid(f"{spell((op,))}, by operation and magnitude", _pixels(torch.stack(rows, 1).unbind(0)), names, columns)
+    return Grid(f"{spell((op,))} by operation and magnitude", _pixels([*torch.stack(rows, 1)]), names, columns)
 
 
-def _pixels(columns: Sequence[Tensor]) -> np.ndarray:
+def _pixels(columns: list[Tensor]) -> np.ndarray:
     """Columns of images [rows,3,32,32] -> uint8 [rows, columns, 32, 32, 3]."""
     return torch.stack(columns, 1).permute(0, 1, 3, 4, 2).numpy()
