@@ -132,6 +132,27 @@ def evaluate(
 
 
 @app.command()
+@knobs(("weights", "data", "normalise", "max_params"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="default: in the run folder")] = None,
+    inputs: Annotated[str, typer.Option("--input", metavar="uint8|normalised", help="what goes in")] = "uint8",
+    outputs: Annotated[str, typer.Option("--output", metavar="probabilities|logits")] = "probabilities",
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
+    from fastcifar.results.export import export as write
+    from fastcifar.results.report import export_table
+
+    found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
+    print(json.dumps(found)) if as_json else Console().print(export_table(found))
+
+
+@app.command()
 @knobs(section("network"))
 def models(
     name: Annotated[str | None, typer.Argument(help="print this architecture's layers")] = None,

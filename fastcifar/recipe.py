@@ -143,7 +143,7 @@ class Recipe(BaseModel):
 
     # the machine
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="where to train")
-    loader: str = Field(default="auto", description="auto, tensor, or torchvision as the baseline")
+    loader: str = Field(default="auto", description="auto, dali, tensor, or torchvision as the baseline")
     workers: int = Field(default=2, ge=0, le=256, description="processes of --loader torchvision; 0 is none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of the convolutions")
     compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, parse
+from fastcifar.data.dali import DaliLoader
 from fastcifar.data.kernel import by_step, compiled, params_by_step, plain, upload
 from fastcifar.data.official import Split
 from fastcifar.data.steps import cut
@@ -91,10 +92,11 @@ class TensorLoader:
             yield images[:count], labels[step][:count]
 
 
-Loader = TensorLoader | TorchvisionLoader
+Loader = TensorLoader | DaliLoader | TorchvisionLoader
 
-LOADERS: dict[str, type[TensorLoader] | type[TorchvisionLoader]] = {
+LOADERS: dict[str, type[TensorLoader] | type[DaliLoader] | type[TorchvisionLoader]] = {
     "tensor": TensorLoader,
+    "dali": DaliLoader,
     "torchvision": TorchvisionLoader,  # the baseline of comparison
 }
 

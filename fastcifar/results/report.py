@@ -45,6 +45,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
+def export_table(found: dict[str, Any]) -> Table:
+    """What was written and how it was checked. `found`: as `export` returns it."""
+    sizes = ", ".join(map(str, found["batch_sizes"]))
+    rows = {
+        "file": f"{found['file']}, {found['bytes']:,} bytes",
+        "model card": found["card"],
+        "sha256": found["sha256"],
+        "largest difference": f"{found['difference']:.2g}, on {found['images']} test images in batches of {sizes}",
+    }
+    return _pairs("", rows)
+
+
 def rehearsal_table(found: dict[str, Any]) -> Table:
     """What `--dry-run` found. `found`: as `rehearse` returns it."""
     seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in found["seconds"].items())
