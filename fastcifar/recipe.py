@@ -129,6 +129,7 @@ class Recipe(BaseModel):
     time_budget: float | None = Field(default=None, gt=0, description="minutes to fit the epochs into")
     max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
     weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
+    tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = Field(default=None, description="run folder; default: runs/<name>")
     save_every: Period = Field(default="1e", description="checkpoint every so many steps, 500s, or epochs, 1e")
     resume: str | None = Field(

@@ -14,7 +14,7 @@ from fastcifar import __version__
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.models import macs, parameters
 from fastcifar.recipe import section
-from fastcifar.results.rebuilt import Rebuilt
+from fastcifar.results.finished import Finished
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.parts import normalisation, normalisation_name
 
@@ -24,7 +24,7 @@ INPUT = {
 }
 
 
-def model_card(path: Path, file: Path, found: Rebuilt, data: Dataset, folder: Path, made: dict[str, Any]) -> str:
+def model_card(path: Path, file: Path, found: Finished, data: Dataset, folder: Path, made: dict[str, Any]) -> str:
     """Writes the card of `file` to `path` and returns the file's SHA-256.
 
     `folder`: the run's, whose summary.json is read if it is there. `made`: format, inputs, outputs, difference, images.
@@ -43,7 +43,7 @@ def model_card(path: Path, file: Path, found: Rebuilt, data: Dataset, folder: Pa
             "[0, 1]",
             f"- compared with the network in float32 on {made['images']} test images: largest absolute difference "
             f"{made['difference']:.2g}",
-            f"- weights: {found.weights}, from `{found.path.name}`; made by fastcifar {__version__}",
+            f"- weights: {found.weights}, from `{found.checkpoint.name}`; made by fastcifar {__version__}",
         ],
         "Data": [
             f"- {data.name}, {'the official files' if data.official else 'not the official files'}: {data.kind}",
@@ -71,7 +71,7 @@ def _split(split: Split) -> str:
     return f"{len(split.labels):,} images, MD5 of the pixels `{pixels}`, of the labels `{labels}`"
 
 
-def _training(found: Rebuilt) -> list[str]:
+def _training(found: Finished) -> list[str]:
     if found.weights == "published":
         return ["- by the project that published the weights; nothing of it is known here"]
     elsewhere = ("data", "out", *section("machine"))  # of the run's place, and of this file's making
@@ -83,7 +83,7 @@ def _training(found: Rebuilt) -> list[str]:
     ]
 
 
-def _measured(found: Rebuilt, folder: Path) -> list[str]:
+def _measured(found: Finished, folder: Path) -> list[str]:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

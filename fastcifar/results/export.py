@@ -24,7 +24,7 @@ from fastcifar.data.cifar import Dataset
 from fastcifar.device import optional
 from fastcifar.errors import DataError, DiskError, UsageError, UserError, pick
 from fastcifar.results.card import model_card
-from fastcifar.results.rebuilt import Rebuilt, rebuild
+from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.parts import network, normalisation
 
 IMAGES = 256  # that a file is compared on
@@ -65,7 +65,7 @@ class Format:
 
     suffix: str
     write: Callable[[Deployed, Tensor, Path], None]
-    load: Callable[[Path, Deployed, Rebuilt], Function]
+    load: Callable[[Path, Deployed, Finished], Function]
     help: str
 
 
@@ -86,7 +86,7 @@ def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
     )
 
 
-def load_onnx(path: Path, deployed: Deployed, _: Rebuilt) -> Function:
+def load_onnx(path: Path, deployed: Deployed, _: Finished) -> Function:
     """ONNX Runtime on the CPU."""
     session = optional("onnxruntime", ONNX).InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.outputs], {"images": images.numpy()})[0])
@@ -123,7 +123,7 @@ def write_safetensors(deployed: Deployed, _: Tensor, path: Path) -> None:
     save_file(weights, path)
 
 
-def load_safetensors(path: Path, deployed: Deployed, found: Rebuilt) -> Function:
+def load_safetensors(path: Path, deployed: Deployed, found: Finished) -> Function:
     """The weights in a network that is made anew, between the same input and output."""
     fresh = network(found.recipe, len(found.classes)).eval()
     fresh.load_state_dict(load_file(path), strict=True)
@@ -163,10 +163,13 @@ def export(
             raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     # One that reads a file reads it on any machine, so it is made of float32 on the CPU.
     found = rebuild(run, weights, arch, **changes, device="cpu", precision="fp32")
+    found.model.eval()
     data = cifar.load(found.recipe.data, found.recipe.dataset)
     if list(data.classes) != found.classes:
-        raise DataError(f"{found.path} was trained on other classes than {data.source} has", "give its own data set")
-    folder = Path(run) if Path(run).is_dir() else found.path.parent
+        raise DataError(
+            f"{found.checkpoint} was trained on other classes than {data.source} has", "give its own data set"
+        )
+    folder = Path(run) if Path(run).is_dir() else found.checkpoint.parent
     out = out or folder / f"{found.recipe.arch}{row.suffix}"
     card = out.with_name(f"{out.name}.md")
     deployed = Deployed(found.model, *normalisation(found.recipe), inputs, outputs).eval()
@@ -182,7 +185,7 @@ def export(
     return {"file": str(out), "card": str(card), "bytes": size, "sha256": digest, **compared, "data": data.source}
 
 
-def write_compared(row: Format, out: Path, deployed: Deployed, images: Tensor, found: Rebuilt) -> float:
+def write_compared(row: Format, out: Path, deployed: Deployed, images: Tensor, found: Finished) -> float:
     """Puts the file at `out` if it computes what `deployed` computes, and returns by how much it differs.
 
     Errors: `UserError`, and `out` is as it was.

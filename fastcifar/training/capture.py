@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,15 @@ def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
     # It would warn of every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
+    # The compiler keeps its variants, and their small limit, with the code object: each function gets one of its own.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=MODES[mode])
 
 
 def keep_compiled_code() -> Path | None:
@@ -116,6 +125,40 @@ def graphed(
         replay()
 
     return run
+
+
+def captured_forward(
+    forward: Callable[[Tensor], Tensor], example: Tensor, record: Callable[[Replay], Replay] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`forward`, images -> logits, as one replay for images of `example`'s shape. Call it, and this, under no_grad.
+
+    The model must be in evaluation mode: what is recorded stays what it was. New weights in the same memory are seen.
+    """
+    logits = forward(example).clone()
+
+    def step(images: Tensor) -> None:
+        logits.copy_(forward(images))
+
+    replay = graphed(step, [example], [], record)
+
+    def replayed(images: Tensor) -> Tensor:
+        replay(images)
+        return logits.clone()  # the next replay writes into the same memory
+
+    return replayed
+
+
+def filled(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+    """`forward` of `batch_size` images for fewer too: a short batch is filled up with black and its logits are cut."""
+
+    def whole(images: Tensor) -> Tensor:
+        missing = batch_size - len(images)
+        if not missing:
+            return forward(images)
+        black = images.new_zeros(missing, *images.shape[1:])
+        return forward(torch.cat([images, black]).contiguous(memory_format=torch.channels_last))[: len(images)]
+
+    return whole
 
 
 def warm_up(work: Replay, device: torch.device) -> None:

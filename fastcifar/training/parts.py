@@ -26,7 +26,7 @@ from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
-from fastcifar.training.evaluate import Scores, evaluate
+from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
 from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
@@ -40,6 +40,16 @@ from fastcifar.training.step import (
     loss_and_hits,
     training_step,
 )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the test set said: scores of the recipe's weights; accuracy of the average of the weights, if there is one,
+    and of the recipe's weights over the views of `--tta`, if it was asked for."""
+
+    scores: Scores
+    ema_acc: float | None
+    tta_acc: float | None
 
 
 @dataclass
@@ -58,6 +68,7 @@ class Parts:
     ema: Ema | None
     meter: Meter
     forward: Forward
+    inference: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
     schedule: Schedule
     clip: Callable[[], object]
     scaler: torch.amp.GradScaler
@@ -103,6 +114,7 @@ class Parts:
                 fast = capture.graphed(fast, example, self.tensors())
             elif self.choice.compile:
                 fast = capture.warmed(fast, example, self.tensors())
+        self.inference = self.fast_inference()
         next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
         return capture.by_batch_size(fast, plain, batch_size)
 
@@ -116,6 +128,25 @@ class Parts:
             yield
         self.scaler.load_state_dict(scale)
 
+    def fast_inference(self) -> Forward:
+        """`forward` for evaluation: captured where the step is, compiled where the whole run's evaluations repay it."""
+        images = self.recipe.epochs * self.validation_images + self.test_images
+        repaid = self.choice.compile and images >= COMPILE_FROM
+        return fast_forward(
+            self.model, self.forward, self.device, repaid, self.choice.cuda_graph, self.recipe.compile_mode
+        )
+
+    @property
+    def validation_images(self) -> int:
+        """Images through the network at the end of an epoch."""
+        return (2 if self.ema else 1) * len(self.val.labels)
+
+    @property
+    def test_images(self) -> int:
+        """Images through the network at the end of the run."""
+        views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
+        return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
         average = self.ema.tensors() if self.ema else []
@@ -125,29 +156,29 @@ class Parts:
         """The validation columns of metrics.csv: None without a split, or without an average."""
         row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val.labels):
-            scores = evaluate(self.model, self.forward, self.val, self.device)
+            scores = evaluate(self.model, self.inference, self.val, self.device)
             row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy
             if self.ema:
                 with self.ema.applied():
-                    row["ema_val_acc"] = evaluate(self.model, self.forward, self.val, self.device).accuracy
+                    row["ema_val_acc"] = evaluate(self.model, self.inference, self.val, self.device).accuracy
         return row
 
-    def test(self, best: Path) -> tuple[Scores, float | None]:
-        """The test set, once: scores of the weights the recipe names, and the accuracy of the average beside it.
-
-        The model is left with the weights that were tested.
-        """
-        average = None
+    def test(self, best: Path) -> Tested:
+        """The test set, once, by the weights the recipe names; the model is left with them."""
+        test, averaged = self.data.test, None
         if self.ema:
             with self.ema.applied():
-                scores = evaluate(self.model, self.forward, self.data.test, self.device)
-            average = scores.accuracy
+                averaged = evaluate(self.model, self.inference, test, self.device)
             if self.recipe.weights == "ema":
                 self.ema.copy_to_live()
-                return scores, average
         if self.recipe.weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load(best)["model"], best)
-        return evaluate(self.model, self.forward, self.data.test, self.device), average
+        scores = averaged if averaged and self.recipe.weights == "ema" else None
+        scores = scores or evaluate(self.model, self.inference, test, self.device)
+        tta = None
+        if self.recipe.tta != "none":
+            tta = evaluate(self.model, self.inference, test, self.device, self.recipe.tta).accuracy
+        return Tested(scores, averaged.accuracy if averaged else None, tta)
 
     def state(self, clock: Clock) -> dict[str, Any]:
         """What a checkpoint holds: all that the rest of the run depends on."""
@@ -198,6 +229,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     if choice.compile:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
+    pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
@@ -207,6 +239,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
+    forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
     takes = inspect.signature(loader_kind).parameters
     own = {"compile": choice.compile, "workers": recipe.workers}
@@ -233,7 +266,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
         meter=Meter(device),
-        forward=forward_pass(model, mean, std, choice.precision, device),
+        forward=forward,
+        inference=forward,
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),

@@ -37,16 +37,12 @@ class Pace:
     image_s: float
 
     def epoch_s(self, parts: Parts) -> float:
-        """An epoch with its validation (twice with an average of the weights)."""
-        return parts.loader.steps_per_epoch * self.step_s + self._times(parts) * len(parts.val.labels) * self.image_s
+        """An epoch with its validation."""
+        return parts.loader.steps_per_epoch * self.step_s + parts.validation_images * self.image_s
 
     def test_s(self, parts: Parts) -> float:
         """The test set at the end."""
-        return self._times(parts) * len(parts.data.test.labels) * self.image_s
-
-    @staticmethod
-    def _times(parts: Parts) -> int:
-        return 2 if parts.ema else 1
+        return parts.test_images * self.image_s
 
 
 def measure(parts: Parts, step: Step) -> Pace:
@@ -61,7 +57,7 @@ def measure(parts: Parts, step: Step) -> Pace:
             steps.append(time.perf_counter() - started)
         for _ in range(3):
             started = time.perf_counter()
-            predict_logits(parts.model, parts.forward, few, parts.device)
+            predict_logits(parts.model, parts.inference, few, parts.device)
             images.append((time.perf_counter() - started) / len(few.labels))
     return Pace(statistics.median(steps[1:]), statistics.median(images[1:]))
 

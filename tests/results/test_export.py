@@ -18,7 +18,7 @@ from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.results import export as room
 from fastcifar.results.export import FORMATS, Deployed, example, export
-from fastcifar.results.rebuilt import rebuild
+from fastcifar.results.finished import rebuild
 from fastcifar.training.parts import normalisation
 from fastcifar.training.train import train
 
