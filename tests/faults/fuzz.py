@@ -211,7 +211,13 @@ def main() -> None:
         trials.append(tried(name, inputs(name)))
         print(json.dumps(trials[-1]), file=sys.stderr)
     total = {key: sum(trial[key] for trial in trials) for key in ("inputs", "refused", "read")}
-    summary = {"what": "fuzz-readers", "seed": arguments.seed, "seconds": arguments.seconds, **total}
+    summary = {
+        "what": "fuzz-readers",
+        "seed": arguments.seed,
+        "seconds": arguments.seconds,
+        "readers": len(READERS),
+        **total,
+    }
     print(results_folder.write("fuzz-readers", environment(), summary, trials))
 
 

@@ -71,6 +71,17 @@ def test_fault01_stopped_four_times_is_never_stopped(
     assert not (tmp_path / "again-2").exists()
 
 
+def test_fault03_through_the_dali_loader(
+    tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI does not import here")
+    values: dict[str, Any] = {"loader": "dali", "augment": "crop:4:zero,flip,cutout:8", "dropout": 0.1}
+    train(tiny(**values))
+    assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")
+    train(tiny(**{**values, "loader": "tensor"}, out=str(tmp_path / "tensor")))
+    assert rows(tmp_path / "tensor") == rows(tmp_path / "run")
+
+
 def test_fault01_every_generator_of_random_numbers_is_seeded_and_kept() -> None:
     def drawn() -> list[float]:
         return [torch.rand(()).item(), torch.randn(()).item(), np.random.standard_normal(), random.gauss(0, 1)]
