@@ -66,8 +66,8 @@ class Origin:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing of the run was there before."""
-        return self.state is None and self.folder is None
+        """Whether nothing of the run was there before, but perhaps a folder."""
+        return self.state is None and not (self.folder and (self.folder / "recipe.toml").is_file())
 
     def open(self, parts: Parts, clock: Clock) -> Run:
         """The run's folder, locked and written to, with room for a checkpoint; the state is put into the parts.
@@ -137,13 +137,17 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
 
     With `--out` it is that folder or none: another recipe's run there, or a busy one, is an error.
     """
+    new = Origin(recipe.model_copy(update={"resume": None}), name)
     if recipe.out:
-        why = f"no run in {recipe.out}"
-        if (Path(recipe.out) / "recipe.toml").is_file():
+        folder = Path(recipe.out)
+        why = f"no run in {folder}"
+        if (folder / "recipe.toml").is_file():
             try:
-                return _in_place(recipe, name, Path(recipe.out))
+                return _in_place(recipe, name, folder)
             except Finished as error:
                 why = error.problem
+        elif folder.is_dir() and not _files(folder):  # of a process that was killed when it had just made it
+            new.folder, new.lock = folder, hold(folder)
     else:
         why = "no unfinished run of this recipe in runs"
         for folder in _newest_first(Path("runs")):
@@ -153,7 +157,13 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
                 return _in_place(recipe, name, folder)
             except UserError:  # another recipe's, damaged, or being trained
                 continue
-    return Origin(recipe.model_copy(update={"resume": None}), name, lines=[f"resume: {why}, so a new one starts"])
+    new.lines = [f"resume: {why}, so a new one starts"]
+    return new
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below `folder`, without temporary ones that were left."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
 def _newest_first(parent: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from fastcifar.errors import DiskError, Interrupted, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
     "lr",

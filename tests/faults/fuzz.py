@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for all readers together")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    import results_folder
+    import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
     from fastcifar.device import environment
 

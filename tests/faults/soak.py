@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    import results_folder
+    import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
     from fastcifar.device import environment
 

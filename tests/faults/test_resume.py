@@ -147,6 +147,20 @@ def test_fault01_a_run_without_a_checkpoint_starts_in_its_own_folder(tiny: Make,
     assert_equal_runs(tmp_path / "young", tmp_path / "run")
 
 
+def test_fault01_a_folder_that_was_only_just_made_is_taken_over(tiny: Make, tmp_path: Path) -> None:
+    train(tiny())
+    young, others = tmp_path / "young", tmp_path / "others"
+    (young / "checkpoints").mkdir(parents=True)
+    (young / ".recipe.toml.x.tmp").write_text("arch =")
+    others.mkdir()
+    (others / "thesis.txt").write_text("mine")
+    for folder, taken in ((young, young), (others, tmp_path / "others-2")):
+        assert train(tiny(out=str(folder), resume="auto"))["run"] == str(taken)
+        assert_equal_runs(taken, tmp_path / "run")
+    assert not list(young.rglob("*.tmp"))
+    assert len(list(others.iterdir())) == 1
+
+
 def test_fault08_a_damaged_last_resumes_from_the_previous(tiny: Make, tmp_path: Path) -> None:
     train(tiny(epochs=3))
     shutil.copytree(tmp_path / "run", tmp_path / "hurt")
