@@ -1,6 +1,6 @@
 """Runs killed at random points by SIGKILL, SIGTERM or SIGINT and resumed, each the same as the run never stopped.
 
-    scripts/soak [--runs 200] [--seed 0]
+    scripts/soak [--runs 200] [--seed 0] [--jobs 2]
 
 Every run is a process that is really killed; it starts again with the same command and `--resume auto` until it ends
 by itself. Writes bench/results/<UTC>_<device>_soak/.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def killed_and_resumed(folder: Path, variant: str, whole_s: float, draw: random.Random) -> dict[str, Any]:
-    """One run into `folder`, killed up to MOST_KILLS times within about `whole_s` seconds of a start."""
-    log, kills = folder.with_suffix(".log"), []
+def killed_and_resumed(folder: Path, variant: str, whole_s: float, draw: random.Random) -> list[dict[str, Any]]:
+    """One run into `folder`, killed up to MOST_KILLS times within about `whole_s` seconds of a start: the kills."""
+    log = folder.with_suffix(".log")
+    kills: list[dict[str, Any]] = []
     wanted = draw.randint(1, MOST_KILLS)
     while True:
         process = train(log, *VARIANTS[variant], "--out", str(folder), "--resume", "auto")
@@ -48,7 +50,7 @@ def killed_and_resumed(folder: Path, variant: str, whole_s: float, draw: random.
             os.kill(process.pid, getattr(signal, name))
         code = ended(process)
         if code == 0:
-            return {"variant": variant, "kills": kills, "log": log.read_text()}
+            return kills
         # before its handler stands, a signal ends the process as the system does
         allowed = {SIGNALS[name], -getattr(signal, name)}
         assert code in allowed, f"exit {code} after {name}: {log.read_text()[-2000:]}"
@@ -72,32 +74,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Runs killed at random and resumed.")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
     import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
     from fastcifar.device import environment
 
-    draw = random.Random(arguments.seed)
     started = time.monotonic()
     trials = []
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(arguments.jobs) as pool:
         wholes, seconds = {}, {}
         for variant, knobs in VARIANTS.items():
             wholes[variant] = Path(parent) / variant
             start = time.monotonic()
             assert ended(train(Path(parent) / "log", *knobs, "--out", str(wholes[variant]))) == 0
             seconds[variant] = time.monotonic() - start
-        for number in range(arguments.runs):
+
+        def soaked(number: int) -> dict[str, Any]:
             variant = list(VARIANTS)[number % len(VARIANTS)]
-            folder = Path(parent) / f"run-{number}"
-            trial = killed_and_resumed(folder, variant, seconds[variant], draw)
-            while not trial["kills"]:  # it was quicker than the first signal
+            folder, draw = Path(parent) / f"run-{number}", random.Random(f"{arguments.seed} {number}")
+            kills = killed_and_resumed(folder, variant, seconds[variant], draw)
+            while not kills:  # it was quicker than the first signal
                 shutil.rmtree(folder)
-                trial = killed_and_resumed(folder, variant, seconds[variant], draw)
+                kills = killed_and_resumed(folder, variant, seconds[variant], draw)
             assert_equal_runs(folder, wholes[variant])
-            del trial["log"]
-            trials.append({"run": number, **trial, "equal": True})
-            print(json.dumps(trials[-1]), file=sys.stderr)
+            return {"run": number, "variant": variant, "kills": kills, "equal": True}
+
+        for trial in pool.map(soaked, range(arguments.runs)):
+            trials.append(trial)
+            print(json.dumps(trial), file=sys.stderr, flush=True)
     kills = [kill for trial in trials for kill in trial["kills"]]
     summary = {
         "what": "soak",

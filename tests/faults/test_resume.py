@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,39 @@ def test_fault03_through_the_dali_loader(
     assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")
     train(tiny(**{**values, "loader": "tensor"}, out=str(tmp_path / "tensor")))
     assert rows(tmp_path / "tensor") == rows(tmp_path / "run")
+
+
+@pytest.fixture
+def nondeterministic_afterwards() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.usefixtures("nondeterministic_afterwards")
+def test_fault21_deterministic_algorithms_alone(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    train(tiny(deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    train(tiny(deterministic=True, out=str(tmp_path / "again")))
+    assert_equal_runs(tmp_path / "again", tmp_path / "run")
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nondeterministic_afterwards")
+@pytest.mark.parametrize("values", [{}, {"precision": "fp16", "optimizer": "adamw", "ema": 0.9, "lr": 0.01}])
+def test_fault01_in_a_cuda_graph(
+    tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], values: dict[str, Any]
+) -> None:
+    values = {"device": "cuda", "cuda_graph": True, "deterministic": True, "dropout": 0.1, **values}
+    train(tiny(**values))
+    assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")
 
 
 def test_fault01_every_generator_of_random_numbers_is_seeded_and_kept() -> None:
