@@ -269,7 +269,9 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     ops = parse(recipe.augment)
     pixel_ops, mixer = split_mixer(ops)
     if mixer and recipe.batch_size < 2 * here.ranks:
-        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more")
+        raise UsageError(
+            f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
+        )
     pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
