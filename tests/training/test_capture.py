@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import platform
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture
 from fastcifar.training.capture import by_batch_size, compiled, graphed, warmed
-from fastcifar.training.optim import OPTIMIZERS
+from fastcifar.training.optim import OPTIMIZERS, find
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.step import loss_and_hits
 
@@ -197,7 +198,8 @@ def test_a_short_batch_goes_to_the_plain_twin() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
 def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    opt = {} if "sgd" in optimizer else {"eps": 1e-3}  # a gradient of noise alone would else be a whole step
+    has_eps = "eps" in inspect.signature(find(optimizer.rpartition(":")[2]).build).parameters
+    opt = {"eps": 1e-3} if has_eps else {}  # a gradient of noise alone would else be a whole step
     recipe = tiny(device="cuda", ema=0.9, lr=1e-3, optimizer=optimizer, opt=opt)
     plain_parts, parts = parts_of(recipe), parts_of(recipe)
     plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
@@ -207,4 +209,4 @@ def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], optimizer: str) 
             run(images, labels)
             of.optimizer.between_steps(done)
     for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 if optimizer == "muon" else 1e-5)  # bf16
