@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import MemoryShortError, UserError
+from fastcifar.errors import UserError, out_of_memory
 from fastcifar.recipe import SECTIONS, Recipe, option, section
 
 app = typer.Typer(
@@ -115,7 +115,7 @@ def train(
 
 
 @app.command("eval")
-@knobs(("weights", "data", "device", "precision", "normalise", "max_params"))
+@knobs(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
@@ -129,6 +129,73 @@ def evaluate(
 
     scores = judge(run, arch=arch, **knobs)
     print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
+
+
+@app.command()
+@knobs(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="pickle, .npy, image, folder of images, data:test or data:train")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="to write: .csv, .jsonl or .parquet")],
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    ensemble: Annotated[
+        list[str] | None, typer.Option("--ensemble", metavar="RUN|CKPT", help="one more network, repeated: mean logits")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="INT", help="add so many best classes and their probabilities")] = 0,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="add the probability of every class")] = False,
+    names: Annotated[bool, typer.Option("--names", help="class names instead of numbers")] = False,
+    header: Annotated[str | None, typer.Option(metavar="ID,LABEL", help="of a .csv; default ID,Labels")] = None,
+    show: Annotated[Path | None, typer.Option(metavar="FILE.png", help="a picture of some images, labelled")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Label images with a run, a checkpoint or several, and write them as a file."""
+    from fastcifar.results.predict import predict as label
+    from fastcifar.results.report import predictions_table
+
+    console = Console(stderr=as_json)
+    asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
+    found = label(run, source, out, ensemble=ensemble or (), console=console, **asked, **knobs)
+    print(json.dumps(found)) if as_json else console.print(predictions_table(found))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.csv", help="a submission")],
+    b: Annotated[Path, typer.Argument(metavar="B.csv", help="another of the same images")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how two submissions differ: in how many labels, and which."""
+    from fastcifar.results.report import comparison_table
+    from fastcifar.results.submissions import compare as compared
+
+    found = compared(a, b)
+    print(json.dumps(found)) if as_json else Console().print(comparison_table(found))
+
+
+@app.command()
+@knobs(("weights", "data", "normalise", "max_params"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="default: in the run folder")] = None,
+    inputs: Annotated[str, typer.Option("--input", metavar="uint8|normalised", help="what goes in")] = "uint8",
+    outputs: Annotated[str, typer.Option("--output", metavar="probabilities|logits")] = "probabilities",
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
+    from fastcifar.results.export import export as write
+    from fastcifar.results.report import export_table
+
+    found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
+    print(json.dumps(found)) if as_json else Console().print(export_table(found))
 
 
 @app.command()
@@ -239,11 +306,8 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if type(error).__name__ == "Abort":  # and how older ones do
         return _fail("stopped by SIGINT", SIGINT)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        remedy = "memory may be short: use fewer --workers, or --loader tensor"
-        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
+    if short := out_of_memory(error):
+        return _fail(str(short), short.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

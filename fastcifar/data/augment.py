@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.data import pixels, policies
+from fastcifar.data.pixels import SIDE
+from fastcifar.data.policies import Policy
 from fastcifar.errors import UsageError, pick
 
 Number = int | float
 Params = Mapping[str, Tensor]
 Fill = tuple[int, int, int]
 
-SIDE = 32  # pixels of an image's edge; the draws are in these pixels
 LAST = 3 * SIDE - 1  # the last column of a row of `rows`
 
 # The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
@@ -32,12 +34,13 @@ EVERY_EPOCH = 2**64 - 1
 class Op:
     """One parsed item of an augmentation list: a row of `AUGMENTS` with its number and word.
 
-    `number` is None and `word` is "" for rows that take none.
+    `number` is None and `word` is "" for rows that take none; `policy` is what the rows that have one read from them.
     """
 
     name: str
     number: Number | None
     word: str
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,7 @@ class Augment:
     words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
             "" alone if the row takes no word
     help    one line
+    policy  (number, word) -> the policy of the op; it also takes the name of a TOML file as a word
     """
 
     draw: Callable[[Op, Moment], dict[str, np.ndarray]]
@@ -74,6 +78,7 @@ class Augment:
     number: Number | None
     words: Mapping[str, tuple[Number, Number]]
     help: str
+    policy: Callable[[Number | None, str], Policy] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +159,41 @@ def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
 
 
+def draw_rotate(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """`sine` and `cosine` of an angle uniform over -op.number..op.number degrees."""
+    return policies.draw_rotation(_whole(op), len(moment.order), moment.random)
+
+
+def apply_rotate(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Turned around the centre, the nearest pixel, black outside."""
+    return pixels.rotate(rows, params["sine"], params["cosine"])
+
+
+def draw_jitter(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The four operations in an order of their own for each position, and their amounts."""
+    assert op.number is not None
+    return policies.draw_jitter(op.number, len(moment.order), moment.random)
+
+
+def apply_jitter(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Brightness, contrast, saturation and hue, each once."""
+    steps = [(params[f"code{step}"], params[f"amount{step}"], None) for step in range(4)]
+    return pixels.operate(rows, steps, [policies.JITTER] * 4)
+
+
+def draw_policy(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """Every step's operation and amount, as `policies.draw` names them."""
+    assert op.policy is not None, op
+    return policies.draw(op.policy, len(moment.order), moment.random)
+
+
+def apply_policy(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """The policy's steps in turn, one operation of each for each image."""
+    assert op.policy is not None, op
+    steps = [tuple(params[f"{name}{step}"] for name in ("code", "amount", "cosine")) for step in range(op.policy.steps)]
+    return pixels.operate(rows, steps, [op.policy.operations(step) for step in range(op.policy.steps)])
+
+
 AUGMENTS: dict[str, Augment] = {
     "crop": Augment(
         draw=draw_crop,
@@ -175,6 +215,44 @@ AUGMENTS: dict[str, Augment] = {
         number=8,
         words={"mean": (1, SIDE), "zero": (1, SIDE)},
         help="fill a square of NUMBER pixels around a random centre with the mean colour or black",
+    ),
+    "rotate": Augment(
+        draw=draw_rotate,
+        apply=apply_rotate,
+        number=5,
+        words={"": (1, 180)},
+        help="turn by an angle of at most NUMBER degrees, black outside",
+    ),
+    "jitter": Augment(
+        draw=draw_jitter,
+        apply=apply_jitter,
+        number=0.2,
+        words={"": (0.0, 1.0)},
+        help="change brightness, contrast and saturation by a share of at most NUMBER, the hue by half of it",
+    ),
+    "autoaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=None,
+        words={"cifar10": (0, 0)},
+        help="AutoAugment's policy for CIFAR-10, or your own: autoaugment:FILE.toml",
+        policy=lambda number, word: policies.read(word),
+    ),
+    "randaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=9,
+        words={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
+        help="RandAugment: WORD operations of fourteen, at level NUMBER of 30",
+        policy=lambda number, word: policies.rand(int(number or 0), int(word)),
+    ),
+    "trivialaugment": Augment(
+        draw=draw_policy,
+        apply=apply_policy,
+        number=None,
+        words={"wide": (0, 0)},
+        help="TrivialAugment Wide: one operation of fourteen, at a level of its own",
+        policy=lambda number, word: policies.trivial(),
     ),
 }
 
@@ -212,15 +290,16 @@ def _parse_item(item: str) -> Op:
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
     word = rest.pop(0) if rest else next(iter(row.words))
-    if rest or word not in row.words:
+    file = row.policy is not None and word.endswith(".toml")
+    if rest or (word not in row.words and not file):
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
         raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
-    low, high = row.words[word]
+    low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
         raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{name}:NUMBER:{word} takes {bounds}")
-    return Op(name, number, word)
+    return Op(name, number, word, row.policy(number, word) if row.policy else None)
 
 
 def _parse_number(item: str, text: str, row: Augment) -> Number:

@@ -62,8 +62,7 @@ def show(recipe: Recipe, out: Path, count: int) -> dict[str, Any]:
     whole. Which images, and the draws, follow from the seed. Errors: `UsageError`, `DiskError`, those of `cifar.load`.
     """
     ops = parse(recipe.augment)
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out} is not named as a PNG", "give a name that ends in .png")
+    plots.require_png(out)
     if not 1 <= count <= MOST:
         raise UsageError(f"--count {count} images do not make a picture", f"choose 1 to {MOST}")
     data = cifar.load(recipe.data, recipe.dataset)

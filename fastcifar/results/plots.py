@@ -10,11 +10,12 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastcifar.device import optional
-from fastcifar.errors import DiskError
+from fastcifar.errors import DiskError, UsageError
 from fastcifar.training.checkpoint import write_atomically
 
 REMEDY = "pip install 'matplotlib>=3.9'"
@@ -22,6 +23,7 @@ DPI = 150
 GAP = 2  # pixels of white between images
 CELL = 0.55  # inches of an image with its gap
 ABREAST = 3  # at most so many grids beside each other
+COLUMNS = 8  # of captioned images
 
 
 def image_grids(
@@ -34,7 +36,7 @@ def image_grids(
     stacked = math.ceil(len(grids) / ABREAST)
     abreast = math.ceil(len(grids) / stacked)
     size = (abreast * (CELL * len(column_names) + 0.3) + 1, stacked * (CELL * len(row_names) + 0.8))
-    figure = optional("matplotlib.figure", REMEDY).Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = _figure(size)
     axes = figure.subplots(stacked, abreast, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -48,12 +50,48 @@ def image_grids(
         axis.set_yticks(_centres(grid.shape[0], grid.shape[2]), shown, fontsize=8)
         axis.tick_params(length=0, labeltop=True, labelbottom=False)
         axis.spines[:].set_visible(False)
+    _write(figure, path)
+
+
+def captioned_images(path: Path, images: np.ndarray, captions: Sequence[str], marked: Sequence[bool]) -> None:
+    """Writes a picture of images uint8 [n, height, width, 3], each above its caption, red where `marked`, to `path`.
+
+    Errors: `UsageError` without matplotlib, `DiskError`.
+    """
+    columns = min(len(images), COLUMNS)
+    rows = math.ceil(len(images) / columns)
+    figure = _figure((1.2 * max(columns, 2), 1.45 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, caption, mark in zip(axes.flat, images, captions, marked, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        colour = "tab:red" if mark else "black"
+        axis.text(0.5, -0.05, caption, fontsize=8, color=colour, transform=axis.transAxes, ha="center", va="top")
+    _write(figure, path)
+
+
+def require_png(path: Path) -> None:
+    """Errors: `UsageError` for another suffix and without matplotlib, `DiskError` without the folder."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path} is not named as a PNG", "give a name that ends in .png")
+    optional("matplotlib.figure", REMEDY)
+    if not path.parent.is_dir():
+        raise DiskError(f"no folder {path.parent}", "make it, or name a folder that is there")
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    """An empty figure of `size` in inches."""
+    return optional("matplotlib.figure", REMEDY).Figure(figsize=size, dpi=DPI, layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     try:
         write_atomically(path, buffer.getvalue())
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}", "give --out in a folder that is there") from None
+        raise DiskError(f"cannot write {path}: {error.strerror}", "give a folder that is there") from None
 
 
 def tiled(grid: np.ndarray) -> np.ndarray:

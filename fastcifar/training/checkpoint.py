@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, verified by sha256, loaded without running anything in them.
 
 A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
-`model`, `ema`, `optimizer`, `schedule`, `epoch`, `step`, `best`. `manifest.json` beside the files holds size and
+`model`, `ema`, and what the rest of a run depends on (`Parts.state`). `manifest.json` beside the files holds size and
 sha256 of each and is written last; `last.previous.pt` is the one before `last.pt`.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PREFIXES = ("_orig_mod.", "module.")
 # numpy's code of a number -> struct's, for the numpy scalars that other projects keep beside their weights
@@ -53,9 +53,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
         manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_atomically(path.parent / MANIFEST, json.dumps(manifest, indent=1).encode())
     except OSError as error:
-        raise DiskError(
-            f"cannot write {path} ({len(content):,} bytes): {error.strerror}", "free some space, or give --out"
-        ) from None
+        free = shutil.disk_usage(path.parent).free
+        problem = f"cannot write {path} ({len(content):,} bytes, {free:,} are free): {error.strerror}"
+        raise DiskError(problem, "free some space, or give --out") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -6,11 +6,14 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,23 +21,35 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import Fill, parse
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.device import Choice
+from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, pick
 from fastcifar.models import KNOBS, build, check_budget, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
-from fastcifar.training.evaluate import Scores, evaluate
+from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
     Forward,
     LossAndHits,
     Meter,
+    Statistics,
     Step,
     forward_pass,
     loss_and_hits,
     training_step,
 )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the test set said: scores of the recipe's weights; accuracy of the average of the weights, if there is one,
+    and of the recipe's weights over the views of `--tta`, if it was asked for."""
+
+    scores: Scores
+    ema_acc: float | None
+    tta_acc: float | None
 
 
 @dataclass
@@ -53,8 +68,11 @@ class Parts:
     ema: Ema | None
     meter: Meter
     forward: Forward
+    inference: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
     schedule: Schedule
     clip: Callable[[], object]
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def steps(self) -> int:
@@ -75,8 +93,8 @@ class Parts:
 
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.choice.precision == "fp16")
-        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler)
+        statistics = Statistics(self.model)
+        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics)
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
@@ -90,15 +108,44 @@ class Parts:
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
         )
         self.model.train()
-        self.meter.bad.fill_(1)  # the warm-up updates nothing: state outside the graph could not be put back
-        fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
-        if self.choice.cuda_graph:
-            fast = capture.graphed(fast, example, self.tensors())
-        elif self.choice.compile:
-            fast = capture.warmed(fast, example, self.tensors())
-        self.meter.bad.zero_()
+        with self.untouched():
+            fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
+            if self.choice.cuda_graph:
+                fast = capture.graphed(fast, example, self.tensors())
+            elif self.choice.compile:
+                fast = capture.warmed(fast, example, self.tensors())
+        self.inference = self.fast_inference()
         next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
         return capture.by_batch_size(fast, plain, batch_size)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever steps run inside, the run is afterwards as before: they update nothing, for not every optimizer's
+        state could be put back."""
+        scale = self.scaler.state_dict()
+        with capture.untouched(self.tensors(), self.device):
+            self.meter.bad.fill_(1)
+            yield
+        self.scaler.load_state_dict(scale)
+
+    def fast_inference(self) -> Forward:
+        """`forward` for evaluation: captured where the step is, compiled where the whole run's evaluations repay it."""
+        images = self.recipe.epochs * self.validation_images + self.test_images
+        repaid = self.choice.compile and images >= COMPILE_FROM
+        return fast_forward(
+            self.model, self.forward, self.device, repaid, self.choice.cuda_graph, self.recipe.compile_mode
+        )
+
+    @property
+    def validation_images(self) -> int:
+        """Images through the network at the end of an epoch."""
+        return (2 if self.ema else 1) * len(self.val.labels)
+
+    @property
+    def test_images(self) -> int:
+        """Images through the network at the end of the run."""
+        views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
+        return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -109,43 +156,64 @@ class Parts:
         """The validation columns of metrics.csv: None without a split, or without an average."""
         row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val.labels):
-            scores = evaluate(self.model, self.forward, self.val, self.device)
+            scores = evaluate(self.model, self.inference, self.val, self.device)
             row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy
             if self.ema:
                 with self.ema.applied():
-                    row["ema_val_acc"] = evaluate(self.model, self.forward, self.val, self.device).accuracy
+                    row["ema_val_acc"] = evaluate(self.model, self.inference, self.val, self.device).accuracy
         return row
 
-    def test(self, best: Path) -> tuple[Scores, float | None]:
-        """The test set, once: scores of the weights the recipe names, and the accuracy of the average beside it.
-
-        The model is left with the weights that were tested.
-        """
-        average = None
+    def test(self, best: Path) -> Tested:
+        """The test set, once, by the weights the recipe names; the model is left with them."""
+        test, averaged = self.data.test, None
         if self.ema:
             with self.ema.applied():
-                scores = evaluate(self.model, self.forward, self.data.test, self.device)
-            average = scores.accuracy
+                averaged = evaluate(self.model, self.inference, test, self.device)
             if self.recipe.weights == "ema":
                 self.ema.copy_to_live()
-                return scores, average
         if self.recipe.weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load(best)["model"], best)
-        return evaluate(self.model, self.forward, self.data.test, self.device), average
+        scores = averaged if averaged and self.recipe.weights == "ema" else None
+        scores = scores or evaluate(self.model, self.inference, test, self.device)
+        tta = None
+        if self.recipe.tta != "none":
+            tta = evaluate(self.model, self.inference, test, self.device, self.recipe.tta).accuracy
+        return Tested(scores, averaged.accuracy if averaged else None, tta)
 
-    def state(self, step: int, epoch: int, best: float | None) -> dict[str, Any]:
-        """What a checkpoint holds."""
+    def state(self, clock: Clock) -> dict[str, Any]:
+        """What a checkpoint holds: all that the rest of the run depends on."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
+            "samples": len(self.train.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "step": step,
-            "epoch": epoch,
-            "best": best,
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.sums,
+            "random": random_state(self.device),
+            "clock": clock.state_dict(),
+            **asdict(self.progress),
         }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """A checkpoint of the same run into the tensors that are there; the clock is its owner's."""
+        checkpoint.load_weights(self.model, state["model"], "the checkpoint")
+        if self.ema:
+            self.ema.load_state_dict(state["ema"], state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load(state["meter"])
+        set_random_state(state["random"], self.device)
+        self.progress = Progress.of(state)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint will need on the disk."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def assemble(recipe: Recipe, choice: Choice) -> Parts:
@@ -153,19 +221,25 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
 
     Errors: those of each room, before anything is written.
     """
+    if recipe.deterministic:
+        deterministic_only()
     device = torch.device(choice.device)
     if device.type == "cpu":
         capture.keep_freed_memory()
+    if choice.compile:
+        capture.keep_compiled_code()
     ops = parse(recipe.augment)
+    pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
     data = cifar.load(recipe.data, recipe.dataset)
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)
     model = place(network(recipe, len(data.classes)), device)
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
+    forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
     takes = inspect.signature(loader_kind).parameters
     own = {"compile": choice.compile, "workers": recipe.workers}
@@ -192,10 +266,40 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
         meter=Meter(device),
-        forward=forward_pass(model, mean, std, choice.precision, device),
+        forward=forward,
+        inference=forward,
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
+        scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
     )
+
+
+def seed_all(seed: int) -> None:
+    """Every generator that a part may draw from: torch's on each device, and numpy's and Python's (optimizers do)."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the same generators, as values that a checkpoint may hold."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts back what `random_state` gave; a device that the checkpoint does not know keeps its own state."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(state["python"])
 
 
 def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:

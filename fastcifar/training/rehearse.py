@@ -18,7 +18,6 @@ from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.models import macs, parameters
 from fastcifar.recipe import Recipe
-from fastcifar.training import capture
 from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.run import Clock
@@ -38,24 +37,19 @@ class Pace:
     image_s: float
 
     def epoch_s(self, parts: Parts) -> float:
-        """An epoch with its validation (twice with an average of the weights)."""
-        return parts.loader.steps_per_epoch * self.step_s + self._times(parts) * len(parts.val.labels) * self.image_s
+        """An epoch with its validation."""
+        return parts.loader.steps_per_epoch * self.step_s + parts.validation_images * self.image_s
 
     def test_s(self, parts: Parts) -> float:
         """The test set at the end."""
-        return self._times(parts) * len(parts.data.test.labels) * self.image_s
-
-    @staticmethod
-    def _times(parts: Parts) -> int:
-        return 2 if parts.ema else 1
+        return parts.test_images * self.image_s
 
 
 def measure(parts: Parts, step: Step) -> Pace:
     """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
     steps, images = [], []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
-    with capture.untouched(parts.tensors(), parts.device):
-        parts.meter.bad.fill_(1)  # nothing is updated, so nothing outside these tensors changes either
+    with parts.untouched():
         for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)
@@ -63,7 +57,7 @@ def measure(parts: Parts, step: Step) -> Pace:
             steps.append(time.perf_counter() - started)
         for _ in range(3):
             started = time.perf_counter()
-            predict_logits(parts.model, parts.forward, few, parts.device)
+            predict_logits(parts.model, parts.inference, few, parts.device)
             images.append((time.perf_counter() - started) / len(few.labels))
     return Pace(statistics.median(steps[1:]), statistics.median(images[1:]))
 

@@ -26,12 +26,19 @@ LossAndHits = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a meter held: sums since its reset. `loss` and `accuracy` are means (nan before the first image)."""
+    """What a meter held: sums since its reset. `loss` and `accuracy` are means (nan before the first image).
+
+    `bad`: the steps since the first that was not finite, which is one of them.
+    """
 
     loss: float
     accuracy: float
     images: int
-    finite: bool
+    bad: int
+
+    @property
+    def finite(self) -> bool:
+        return self.bad == 0
 
 
 class Meter:
@@ -62,13 +69,39 @@ class Meter:
     def reset(self) -> None:
         self.sums.zero_()
 
+    def load(self, sums: Tensor) -> None:
+        """The sums of a checkpoint, which are finite."""
+        self.read()  # what was peeked at is on its way until here
+        self.sums.copy_(sums)
+        self.arriving.copy_(sums)
+        self.bad.zero_()
+
     def tensors(self) -> list[Tensor]:
         return [self.sums, self.bad]
 
 
 def _reading(sums: list[float]) -> Reading:
     loss, hits, images, bad = sums
-    return Reading(loss / images if images else math.nan, hits / images if images else math.nan, int(images), bad == 0)
+    return Reading(loss / images if images else math.nan, hits / images if images else math.nan, int(images), int(bad))
+
+
+class Statistics:
+    """A network's running statistics, put back when the step that moved them was not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        none = torch.zeros(0, device=next(model.parameters()).device)
+        self.live = [value for value in model.buffers() if value.is_floating_point()] or [none]
+        self.sizes = [value.numel() for value in self.live]
+
+    def read(self) -> Tensor:
+        """All of them as one new tensor [n]."""
+        return torch.cat([value.flatten() for value in self.live])
+
+    def put_back(self, kept: Tensor, bad: Tensor) -> None:
+        """What `read` gave, where `bad` is 1; `where` and no arithmetic, for they may be NaN by now."""
+        chosen = torch.where(bad.bool(), kept, self.read())
+        parts = [part.view_as(value) for part, value in zip(chosen.split(self.sizes), self.live, strict=True)]
+        torch._foreach_copy_(self.live, parts)
 
 
 def forward_pass(
@@ -109,6 +142,7 @@ def training_step(
     meter: Meter,
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
+    statistics: Statistics,
 ) -> Step:
     """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated.
 
@@ -117,17 +151,20 @@ def training_step(
     """
     average = ema.update if ema else _nothing
     watched = [] if scaler.is_enabled() else optimizer.parameters
+    spoilt = _spoilt if scaler.is_enabled() else _as_it_is
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
+        kept = statistics.read()
         loss, hits = function(images, labels)
-        scaler.scale(loss).backward()
+        scaler.scale(spoilt(loss, meter.bad)).backward()
         scaler.unscale_(optimizer.inner)
         meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, watched)))
+        statistics.put_back(kept, meter.bad)
         clip()
         optimizer.step(scaler, skip=meter.bad)
         scaler.update()
-        average()
+        average(meter.bad)
         meter.add(loss, hits, len(labels))
 
     return step
@@ -140,5 +177,14 @@ def not_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()
 
 
-def _nothing() -> None:
+def _spoilt(loss: Tensor, bad: Tensor) -> Tensor:
+    """A loss whose gradients overflow where `bad` is 1: an enabled scaler asks nobody else whether to skip."""
+    return loss * torch.where(bad.bool(), math.inf, 1.0)
+
+
+def _as_it_is(loss: Tensor, bad: Tensor) -> Tensor:
+    return loss
+
+
+def _nothing(bad: Tensor) -> None:
     """The average of a run without one."""

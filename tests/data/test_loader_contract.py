@@ -57,6 +57,23 @@ def test_drop_last(name: str) -> None:
     assert (it.steps_per_epoch, sizes) == (2, [20, 20])
 
 
+@pytest.mark.parametrize("spec", ["none", SPEC])
+def test_ranks_interleave_to_the_batches_of_one(name: str, spec: str) -> None:
+    whole = list(loader(name, 20, spec).batches(1))
+    shares = [list(loader(name, 20, spec, rank=rank, ranks=4).batches(1)) for rank in range(4)]
+    assert {len(share) for share in shares} == {len(whole)}
+    for step, (images, labels) in enumerate(whole):
+        for rank, share in enumerate(shares):
+            assert torch.equal(share[step][1], labels[rank::4])
+            if name != "torchvision" or spec == "none":  # its augmentations draw for themselves
+                assert torch.equal(share[step][0], images[rank::4])
+
+
+def test_a_batch_that_cannot_be_shared_out(name: str) -> None:
+    with pytest.raises(UsageError, match="--batch-size 18 cannot be shared out equally to 4 processes"):
+        loader(name, 18, ranks=4)
+
+
 def test_batches_are_uint8_channels_last_and_int64(name: str) -> None:
     for images, labels in loader(name).batches(0):
         assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
