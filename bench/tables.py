@@ -78,6 +78,25 @@ def inference() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
 
 
+def loaders() -> str:
+    """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
+    lines = [
+        "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
+        "| cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("loaders"):
+        for row in summary["loaders"]:
+            times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+            lines.append(
+                f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
+                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
+                f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines)
+
+
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
     for path in sorted(RESULTS.glob("*/summary.json")):
@@ -86,7 +105,12 @@ def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
             yield path.parent, summary, json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "peers": peers, "inference": inference}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "peers": peers,
+    "inference": inference,
+    "loaders": loaders,
+}
 
 
 def renewed(text: str) -> str:

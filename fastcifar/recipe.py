@@ -98,7 +98,10 @@ class Recipe(BaseModel):
         default="auto",
         description="auto (the data set's own; kuangliu for coconut_*), cifar10, cifar100, kuangliu or MEAN:STD",
     )
-    augment: str = Field(default="crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
+    augment: str = Field(
+        default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
+        description="ordered list of name[:number[:word]], or none",
+    )
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
 
     # the optimisation

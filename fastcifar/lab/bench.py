@@ -79,9 +79,10 @@ def step_work(parts: Parts, step: Step | None) -> Work:
     images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=random).to(parts.device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(len(parts.data.classes), (size,), generator=random).to(parts.device)
+    drawn = parts.example()[2:]
     parts.optimizer.set_lr(0.0)
     for done in itertools.count(1):
-        step(images, labels)
+        step(images, labels, *drawn)
         parts.optimizer.between_steps(done)
         yield size
 
@@ -91,12 +92,12 @@ def train_work(parts: Parts, step: Step | None) -> Work:
     assert step is not None
     done = 0
     for epoch in itertools.count():
-        for images, labels in parts.loader.batches(epoch):
+        for batch in parts.batches(epoch):
             parts.optimizer.set_lr(parts.schedule.lr_at(done))
-            step(images, labels)
+            step(*batch)
             done += 1
             parts.optimizer.between_steps(done)
-            yield len(labels)
+            yield len(batch[0])
 
 
 # name -> the work, and the knobs that a row of results names because the figure depends on them
@@ -150,7 +151,7 @@ def bench(
             if trace and name == names[-1]:
                 write_trace(work, trace, parts.device)
             seen = parts.meter.read()
-            require_finite(seen.finite, seen.images // recipe.batch_size)
+            require_finite(seen, parts)
         prepared = {"setup_s": setup_s} | ({"compile_s": compile_s} if name != "loader" or step is None else {})
         results.append(row(name, parts, knobs, measured) | prepared)
         say(console, [f"{name}: {results[-1]['images_per_s']:,.0f} images/s"])
@@ -232,13 +233,14 @@ def synchronise(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of all threads of this process, and of its living workers (a DataLoader's) where /proc shows them."""
-    ticks = 0
+    """CPU seconds of all threads of this process, of its workers (a DataLoader's) that ended, and of those that live
+    where /proc shows them."""
+    ended, ticks = os.times(), 0
     for worker in multiprocessing.active_children():
         with suppress(OSError):
             fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])  # utime and stime, counted after the name
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def write_trace(work: Work, file: Path, device: torch.device) -> None:
