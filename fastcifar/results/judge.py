@@ -20,6 +20,9 @@ from fastcifar.training.evaluate import evaluate
 from fastcifar.training.parts import network, normalisation, normalisation_name, place
 from fastcifar.training.step import forward_pass
 
+# Knobs that only training knows, as they are without it.
+ONLY_TO_TRAIN = {"cuda_graph": False, "compile": False, "fused_ops": False}
+
 
 def judge(run: str, weights: str | None = None, arch: str | None = None, **changes: Any) -> dict[str, Any]:
     """The test set through `run`, a run folder or a checkpoint file, ours or of a source project.
@@ -37,7 +40,7 @@ def judge(run: str, weights: str | None = None, arch: str | None = None, **chang
         saved = published.load(path, arch)
     asked = {key: value for key, value in changes.items() if value is not None}
     try:
-        recipe = Recipe.checked({**saved["recipe"], **asked, "cuda_graph": False, "compile": False})
+        recipe = Recipe.checked({**saved["recipe"], **asked, **ONLY_TO_TRAIN})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     choice = choose(recipe)

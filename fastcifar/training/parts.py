@@ -20,7 +20,7 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.device import Choice
 from fastcifar.errors import DeviceError, pick
-from fastcifar.models import KNOBS, build, check_budget, parameters
+from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.evaluate import Scores, evaluate
@@ -215,6 +215,8 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network, freshly initialised. Errors: `UsageError`, also when it is over the budget."""
     model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
     check_budget(recipe.arch, model, recipe.max_params)
+    if recipe.fused_ops:
+        fuse(model)
     return model
 
 
