@@ -45,6 +45,7 @@ def _store_sums(pointer, values, channels, C: tl.constexpr):
 def moments_kernel(
     x_ptr, means_ptr, squares_ptr, P: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """`ops.moments`."""
     offsets, inside, channels = _tile(P, C, CHUNK, BLOCK)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     count = tl.minimum(P - tl.program_id(0) * CHUNK, CHUNK)
@@ -59,6 +60,7 @@ def scale_add_relu_kernel(
     x_ptr, scale_ptr, shift_ptr, shortcut_ptr, y_ptr, stride, P: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`ops.scale_add_relu`; `stride`: from one image's factors to the next."""
     offsets, inside, channels = _tile(P, C, CHUNK, BLOCK)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     y = x * _factor(scale_ptr, stride, channels, C) + _factor(shift_ptr, stride, channels, C)
@@ -72,6 +74,7 @@ def gradient_before_relu_kernel(
     gradient_ptr, second_ptr, x_ptr, y_ptr, g_ptr, sums_ptr, products_ptr, P: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`ops.gradient_before_relu`."""
     offsets, inside, channels = _tile(P, C, CHUNK, BLOCK)
     g = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if second_ptr is not None:
@@ -90,6 +93,7 @@ def gradient_sums_kernel(
     gradient_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, products_ptr, stride, P: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`ops.gradient_sums`; `stride`: from one image's factors to the next."""
     offsets, inside, channels = _tile(P, C, CHUNK, BLOCK)
     g = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -104,6 +108,7 @@ def gradient_map_kernel(
     g_ptr, x_ptr, scale_ptr, shift_ptr, slope_ptr, offset_ptr, out_ptr, stride, slope_stride, P: tl.constexpr,
     C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`ops.gradient_map`; `stride`: from one image's factors to the next."""
     offsets, inside, channels = _tile(P, C, CHUNK, BLOCK)
     g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)

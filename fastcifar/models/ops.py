@@ -168,7 +168,8 @@ class _NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, eps: float, *small: Tensor) -> tuple[Tensor, ...]:
         chunk, positions = chunk_of(x), x.shape[2] * x.shape[3]
-        means, squares = of_images(*moments(x, chunk), positions, chunk)
+        means, squares = moments(x, chunk)
+        means, squares = of_images(means, squares, positions, chunk)
         scale, shift, mean, variance = factors(means, squares, positions, eps, small)
         y = scale_add_relu(x, scale, shift, shortcut)
         ctx.save_for_backward(x, None if shortcut is None else y, means, squares, scale, shift, *small)
@@ -222,5 +223,5 @@ def norm_relu(
     with torch.no_grad():
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(variance * (count / (count - 1)), bn.momentum)
-        bn.num_batches_tracked += 1
+        bn.num_batches_tracked.add_(1)
     return y, again
