@@ -103,7 +103,7 @@ class Parts:
 
     def example(self) -> tuple[Tensor, ...]:
         """A full batch of the shapes of `batches`: black images."""
-        size = self.recipe.batch_size
+        size = self.loader.steps.share
         images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(size, dtype=torch.int64, device=self.device)
         _, mixer = split_mixer(self.augment)
@@ -250,8 +250,6 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
     pixel_ops, mixer = split_mixer(ops)
-    if mixer and recipe.batch_size == 1:
-        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", "use a --batch-size of 2 or more")
     pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
@@ -277,6 +275,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         drop_last=recipe.drop_last,
         **{name: value for name, value in own.items() if name in takes},
     )
+    if mixer and loader.steps.share == 1:
+        raise UsageError(f"--augment {mixer.name} mixes the images of a batch, here of 1", "use a larger --batch-size")
     return Parts(
         recipe=recipe,
         choice=choice,
