@@ -144,9 +144,11 @@ def test_show_has_a_row_for_each_operation_of_a_policy(tmp_path: Path, monkeypat
     )
     assert np.array_equal(rows["Identity"][1], original)
     assert (rows["Identity"][2:] == 255).all(), "blank where there is no magnitude"
-    picture = Image.fromarray(original)
-    assert np.array_equal(rows["Equalize"][1], np.asarray(v2.functional.equalize(picture)))
-    assert np.array_equal(rows["Rotate"][1:3], np.stack([v2.functional.rotate(picture, angle) for angle in (-9, 9)]))
+    picture = torch.from_numpy(original).permute(2, 0, 1)
+    assert np.array_equal(rows["Equalize"][1], v2.functional.equalize(picture).permute(1, 2, 0).numpy())
+    assert np.array_equal(
+        rows["Rotate"][1:3], np.stack([v2.functional.rotate(picture, angle).permute(1, 2, 0) for angle in (-9, 9)])
+    )
 
 
 @pytest.mark.parametrize("name", MIXERS)
