@@ -87,7 +87,7 @@ def operate(rows: Tensor, steps: Sequence[Step], names: Sequence[Collection[str]
     for (code, amount, cosine), may in zip(steps, names, strict=True):
         cosine = None if cosine is None else cosine[:, None, None]
         image = _step(image, code.int()[:, None, None], amount[:, None, None], cosine, {*may})
-    return _read(image, *_grid(rows)) if steps else rows
+    return image.int().transpose(1, 2).reshape(rows.shape)
 
 
 def single(images: Tensor, name: str, magnitude: float) -> Tensor:
@@ -115,8 +115,10 @@ def _grid(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:
     """One step: rows int32 [b,32,96] or planes uint8 [b,3,1024] -> planes uint8 [b,3,1024]."""
-    padded = _settled(_moved(image, code, amount, cosine, names))
-    planes = padded[:, :, ABOVE : ABOVE + AREA]
+    padded = planes = image
+    if image.shape[1] != 3 or names & MOVES or "Sharpness" in names:
+        padded = _settled(_moved(image, code, amount, cosine, names))
+        planes = padded[:, :, ABOVE : ABOVE + AREA]
     values = planes.int()
     result = values
     if names & TABLED:

@@ -6,6 +6,7 @@ matplotlib is imported when a picture is drawn, and without pyplot: no global st
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ NAMES = 1.1  # inches for the names of a grid's rows
 TITLE = 0.9  # inches for a grid's title and the names of its columns
 ABREAST = 3  # at most so many grids beside each other
 COLUMNS = 8  # of captioned images
+WIDTH, BAR = 8, 0.24  # inches of a chart, and of one bar's height
+INK, GREY = "#1f2d3a", "#b8c0c8"
+SHADES = ("#a9cce3", "#5b9bd0", "#2166a5")  # of as many groups; more begin again
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +88,66 @@ def captioned_images(path: Path, images: np.ndarray, captions: Sequence[str], ma
     _write(figure, path)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Bars, one for each label: the median as its length, its trials as dots, and a note behind it.
+
+    groups: the bars of one name have one shade.
+    """
+
+    title: str
+    labels: list[str]
+    groups: list[str]
+    medians: list[float]
+    trials: list[list[float]]
+    notes: list[str]
+
+
+def bars(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Writes panels of horizontal bars, one below the other, to `path`. Errors: as `image_grids`."""
+    heights = [len(panel.labels) + 1.2 for panel in panels]
+    figure = _figure((WIDTH, 0.9 + BAR * sum(heights)))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8, color=INK)
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _bars(axis, panel)
+    _write(figure, path)
+
+
+def _bars(axis: Any, panel: Panel) -> None:
+    places = range(len(panel.labels))
+    shades = dict(zip(dict.fromkeys(panel.groups), itertools.cycle(SHADES), strict=False))
+    axis.barh(places, panel.medians, height=0.62, color=[shades[group] for group in panel.groups])
+    for place, trials, median, note in zip(places, panel.trials, panel.medians, panel.notes, strict=True):
+        axis.plot(trials, [place] * len(trials), "o", markersize=3, color=INK, alpha=0.6, markeredgewidth=0)
+        text = f"{short(median)}  ({note})" if note else short(median)
+        axis.annotate(text, (max(*trials, median), place), (6, 0), textcoords="offset points", va="center", fontsize=7)
+    axis.set_yticks(places, panel.labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(itertools.chain(panel.medians, *panel.trials)))
+    axis.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
+    axis.locator_params(axis="x", nbins=6)
+    axis.xaxis.set_major_formatter(lambda value, _: short(value))
+    axis.tick_params(axis="x", labelsize=7, color=GREY, labelcolor=INK)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color=GREY, linewidth=0.5, alpha=0.5)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.spines["left"].set_color(GREY)
+
+
+def short(value: float) -> str:
+    """A figure to read: whole from a hundred on, three digits below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def require_png(path: Path) -> None:
     """Errors: `UsageError` for another suffix and without matplotlib, `DiskError` without the folder."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is not named as a PNG", "give a name that ends in .png")
     optional("matplotlib.figure", REMEDY)
     if not path.parent.is_dir():
-        raise DiskError(f"no folder {path.parent}", "make it, or name a folder that is there")
+        raise DiskError(f"cannot write {path}: no folder {path.parent}", "name a folder that is there")
 
 
 def _figure(size: tuple[float, float]) -> Any:

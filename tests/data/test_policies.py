@@ -101,8 +101,9 @@ def test_the_two_steps_of_a_sub_policy_go_together() -> None:
     assert set(before.tolist()) == {CODES["Identity"], CODES["Rotate"], CODES["Color"]}
 
 
-@pytest.mark.parametrize("spec", ["autoaugment", "randaugment:25:2", "trivialaugment", "randaugment:4:1,autoaugment"])
+@pytest.mark.parametrize("spec", ["autoaugment", "randaugment:26:2", "trivialaugment", "randaugment:7:1,autoaugment"])
 def test_a_policy_is_its_operations_in_turn(spec: str) -> None:
+    """At levels whose shears never read from the very middle between two pixels."""
     ops = parse(spec)
     images = PICTURES.repeat(8, 1, 1, 1)
     draws = draw_epoch(ops, len(images), 0, 5)
@@ -115,8 +116,7 @@ def test_a_policy_is_its_operations_in_turn(spec: str) -> None:
             triples = zip(*(drawn[f"{what}{step}"].tolist() for what in ("code", "amount", "cosine")), strict=True)
             wanted = torch.stack([oracle(image, *meaning[t]) for image, t in zip(wanted, triples, strict=True)])
     params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.params)
-    differing = apply(ops, images, params, (0, 0, 0)) != wanted
-    assert differing.flatten(1).any(1).sum() <= 1, "more than one image with a pixel on the middle between two"
+    assert torch.equal(apply(ops, images, params, (0, 0, 0)), wanted)
 
 
 def test_jitter_draws_all_four_in_every_order() -> None:
@@ -124,7 +124,7 @@ def test_jitter_draws_all_four_in_every_order() -> None:
     codes = np.stack([drawn[f"code{step}"] for step in range(4)])
     amounts = np.stack([drawn[f"amount{step}"] for step in range(4)]) / UNIT
     orders = Counter(map(bytes, codes.T))
-    assert set(orders) == {bytes(order) for order in map(bytes, orders)} and len(orders) == 24
+    assert len(orders) == 24
     assert all(abs(count / N - 1 / 24) < 5 * (1 / 24 / N) ** 0.5 for count in orders.values())
     for name in JITTER:
         found, reach = amounts[codes == CODES[name]], 0.2 if name == "Hue" else 0.4
@@ -217,7 +217,7 @@ def test_wrong_names_of_policies() -> None:
         parse("autoaugment:nowhere.toml")
     with pytest.raises(UsageError, match=r"write autoaugment:WORD, WORD one of cifar10 or a \.toml file"):
         parse("autoaugment:imagenet")
-    with pytest.raises(UsageError, match="unexpected 'x.toml'"):
+    with pytest.raises(UsageError, match=r"unexpected 'x\.toml'"):
         parse("crop:4:x.toml")
     with pytest.raises(UsageError, match="takes from 0 to 30"):
         parse("randaugment:31")

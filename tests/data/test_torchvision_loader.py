@@ -101,6 +101,22 @@ def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> 
             transform(ops, FILL)
 
 
+@pytest.mark.parametrize(
+    "spec", ["crop:4:zero,flip,rotate:5,autoaugment:cifar10", "crop:4:zero,flip,rotate:10,jitter:0.2"]
+)
+def test_both_loaders_run_the_published_recipes(spec: str) -> None:
+    """The draws differ, the counts of black pixels and the brightness do not, on average."""
+    settings = {"batch_size": 30, "augment": parse(spec), "seed": 0, "device": "cpu"}
+    images = IMAGES.repeat(20, 0)
+    loaders = (
+        TensorLoader(images, np.arange(1200), compile=False, **settings),
+        TorchvisionLoader(images, np.arange(1200), workers=0, **settings),
+    )
+    ours, theirs = (torch.cat([batch for batch, _ in it.batches(0)]).float() for it in loaders)
+    for seen in (lambda x: x.mean(), lambda x: x.std(), lambda x: (x == 0).float().mean() * 255):
+        assert abs(float(seen(ours) - seen(theirs))) < 3, (float(seen(ours)), float(seen(theirs)))
+
+
 def test_alternating_flip_is_refused_with_both_remedies() -> None:
     with pytest.raises(UsageError, match="use --loader tensor, or flip with random"):
         transform(parse("crop,flip:0.5:alternating"), FILL)

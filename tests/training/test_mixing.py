@@ -116,7 +116,7 @@ def test_a_run_with_a_mixer_learns_and_evaluates_whole_images(tiny: Callable[...
 
 
 def test_without_neighbours_a_mixer_is_refused(tiny: Callable[..., Recipe]) -> None:
-    with pytest.raises(UsageError, match="cutmix mixes the images of a batch, here of 1; use a larger --batch-size"):
+    with pytest.raises(UsageError, match="cutmix mixes the images of a batch; use a --batch-size of 2 or more"):
         parts_of(tiny(augment="flip,cutmix", batch_size=1))
     split = Split(torch.zeros(4, 3, 32, 32, dtype=torch.uint8).numpy(), torch.zeros(4, dtype=torch.int64).numpy())
     with pytest.raises(UsageError, match=r"batches\(\): mixup is applied in the training step; leave it out"):
