@@ -58,7 +58,7 @@ def form(recipe: Recipe, mode: str, precision: str) -> Form:
 
 def full_batches(parts: Parts, count: int) -> list[tuple[Tensor, ...]]:
     """The run's first full batches, of as many epochs as it takes, in memory of their own."""
-    batches = itertools.chain.from_iterable(map(parts.loader.batches, itertools.count()))
+    batches = itertools.chain.from_iterable(map(parts.batches, itertools.count()))
     full = (batch for batch in batches if len(batch[1]) == parts.recipe.batch_size)
     return [tuple(tensor.clone() for tensor in batch) for batch in itertools.islice(full, count)]
 
@@ -121,7 +121,7 @@ def furthest(so_far: float, apart: Tensor) -> float:
 
 def asks_nothing(mode: str, parts: Parts, step: Step) -> Check:
     """Three batches and their steps while any wait of the host for the device is an error."""
-    batches = parts.loader.batches(0)
+    batches = parts.batches(0)
     step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:

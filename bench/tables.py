@@ -60,6 +60,44 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def inference() -> str:
+    """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
+    lines = [
+        "| network, images | loop | n | images/s, median | each round | times the source's loop "
+        "| seconds before it | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("inference"):
+        for loop, found in summary["inference"].items():
+            lines.append(
+                f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
+                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
+                f"| {found['times_source_loop']['median']:.2f} "
+                f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
+                f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+
+
+def loaders() -> str:
+    """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
+    lines = [
+        "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
+        "| cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("loaders"):
+        for row in summary["loaders"]:
+            times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+            lines.append(
+                f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
+                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
+                f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines)
+
+
 def times(loop: dict[str, Any], other: str) -> str:
     """How often as fast as the `other` loop, or a dash if that was not measured beside it."""
     ratio = loop.get(f"times_{other}")
@@ -84,6 +122,26 @@ def airbench() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
 
 
+def faults() -> str:
+    """Every recorded soak and fuzzing: how much was tried, and what came of it."""
+    lines = ["| what | tried | what came of it | seconds | device | result |", "|---|---|---|---|---|---|"]
+    for folder, summary, environment in recorded("what"):
+        if summary["what"] == "soak":
+            signals = ", ".join(f"{count} {name}" for name, count in sorted(summary["by_signal"].items()))
+            tried = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
+            found = f"{summary['equal']:,} ended as the run never stopped, bit for bit"
+        elif summary["what"] == "fuzz-readers":
+            tried = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
+            found = f"{summary['refused']:,} refused in one line, {summary['read']:,} read; nothing else"
+        else:
+            continue
+        lines.append(
+            f"| {summary['what']} | {tried} | {found} | {summary['seconds']:,.0f} "
+            f"| {environment['device']} | `{folder.name}` |"
+        )
+    return "\n".join(lines)
+
+
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
     for path in sorted(RESULTS.glob("*/summary.json")):
@@ -92,7 +150,14 @@ def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
             yield path.parent, summary, json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "peers": peers, "airbench": airbench}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "peers": peers,
+    "inference": inference,
+    "loaders": loaders,
+    "airbench": airbench,
+    "faults": faults,
+}
 
 
 def renewed(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -106,10 +107,10 @@ def train(
     from fastcifar.training.train import train as run
 
     made = Recipe.make(recipe, **knobs)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
     found = rehearse(made) if dry_run else run(made, recipe, console)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found)) if not console.quiet else None
     else:
         console.print(rehearsal_table(found) if dry_run else summary_table(found))
 

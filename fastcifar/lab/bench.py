@@ -280,13 +280,14 @@ def synchronise(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of all threads of this process, and of its living workers (a DataLoader's) where /proc shows them."""
-    ticks = 0
+    """CPU seconds of all threads of this process, of its workers (a DataLoader's) that ended, and of those that live
+    where /proc shows them."""
+    ended, ticks = os.times(), 0
     for worker in multiprocessing.active_children():
         with suppress(OSError):
             fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])  # utime and stime, counted after the name
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def write_trace(work: Iterator[int], file: Path, device: torch.device) -> None:

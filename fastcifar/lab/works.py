@@ -130,7 +130,7 @@ def element(parts: Parts) -> int:
 def loader_work(parts: Parts) -> Work:
     """The loader's batches, epoch after epoch."""
     for epoch in itertools.count():
-        for _images, labels, *_ in parts.loader.batches(epoch):
+        for _images, labels in parts.loader.batches(epoch):
             yield len(labels)
 
 
@@ -140,7 +140,7 @@ def step_work(parts: Parts, step: Step) -> Work:
     The work is the same, and a network that learnt its one batch by heart would compute with other numbers in the last
     trial than in the first.
     """
-    batch = [tensor.clone() for tensor in next(parts.loader.batches(0))]  # a loader may use its memory again
+    batch = [tensor.clone() for tensor in next(parts.batches(0))]  # a loader may use its memory again
     parts.optimizer.set_lr(0.0)
     for done in itertools.count(1):
         step(*batch)
@@ -152,7 +152,7 @@ def train_work(parts: Parts, step: Step) -> Work:
     """The loader's batches through the step, as the loop of `train` does it."""
     done = 0
     for epoch in itertools.count():
-        for batch in parts.loader.batches(epoch):
+        for batch in parts.batches(epoch):
             parts.optimizer.set_lr(parts.schedule.lr_at(done))
             step(*batch)
             done += 1

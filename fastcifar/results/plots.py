@@ -24,6 +24,8 @@ REMEDY = "pip install 'matplotlib>=3.9'"
 DPI = 150
 GAP = 2  # pixels of white between images
 CELL = 0.55  # inches of an image with its gap
+NAMES = 1.1  # inches for the names of a grid's rows
+TITLE = 0.9  # inches for a grid's title and the names of its columns
 ABREAST = 3  # at most so many grids beside each other
 COLUMNS = 8  # of captioned images
 WIDTH, BAR = 8, 0.24  # inches of a chart, and of one bar's height
@@ -31,28 +33,38 @@ INK, GREY = "#1f2d3a", "#b8c0c8"
 SHADES = ("#a9cce3", "#5b9bd0", "#2166a5")  # of as many groups; more begin again
 
 
-def image_grids(
-    path: Path, grids: Sequence[tuple[str, np.ndarray]], row_names: Sequence[str], column_names: Sequence[str]
-) -> None:
-    """Writes grids of images, each under its title, with the same names of rows and columns, to `path`.
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Images uint8 [rows, columns, height, width, 3] under a title, and what their rows and columns are."""
 
-    grids: title and uint8 [rows, columns, height, width, 3]. Errors: `UsageError` without matplotlib, `DiskError`.
+    title: str
+    images: np.ndarray
+    rows: Sequence[str]
+    columns: Sequence[str]
+
+
+def image_grids(path: Path, grids: Sequence[Grid]) -> None:
+    """Writes the grids, up to three beside each other, to `path`.
+
+    Errors: `UsageError` without matplotlib, `DiskError`.
     """
     stacked = math.ceil(len(grids) / ABREAST)
     abreast = math.ceil(len(grids) / stacked)
-    size = (abreast * (CELL * len(column_names) + 0.3) + 1, stacked * (CELL * len(row_names) + 0.8))
+    lines = [grids[start : start + abreast] for start in range(0, len(grids), abreast)]
+    heights = [max(len(grid.images) for grid in line) for line in lines]
+    width = abreast * (CELL * max(len(grid.columns) for grid in grids) + NAMES)
+    size = (width, sum(CELL * rows + TITLE for rows in heights))
     figure = _figure(size)
-    axes = figure.subplots(stacked, abreast, squeeze=False)
+    axes = figure.subplots(stacked, abreast, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set_axis_off()
-    for place, (title, grid) in enumerate(grids):
-        axis = axes.flat[place]
+    for axis, grid in zip(axes.flat, grids, strict=False):
         axis.set_axis_on()
-        axis.imshow(tiled(grid), interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 34)), fontsize=9, fontweight="bold")
-        axis.set_xticks(_centres(grid.shape[1], grid.shape[3]), column_names, fontsize=7)
-        shown = row_names if place % abreast == 0 else [""] * len(grid)
-        axis.set_yticks(_centres(grid.shape[0], grid.shape[2]), shown, fontsize=8)
+        axis.set_anchor("N")
+        axis.imshow(tiled(grid.images), interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(grid.title.replace(",", ", "), 34)), fontsize=9, fontweight="bold")
+        axis.set_xticks(_centres(grid.images.shape[1], grid.images.shape[3]), grid.columns, fontsize=7)
+        axis.set_yticks(_centres(grid.images.shape[0], grid.images.shape[2]), grid.rows, fontsize=7)
         axis.tick_params(length=0, labeltop=True, labelbottom=False)
         axis.spines[:].set_visible(False)
     _write(figure, path)
@@ -135,7 +147,7 @@ def require_png(path: Path) -> None:
         raise UsageError(f"{path} is not named as a PNG", "give a name that ends in .png")
     optional("matplotlib.figure", REMEDY)
     if not path.parent.is_dir():
-        raise DiskError(f"no folder {path.parent}", "make it, or name a folder that is there")
+        raise DiskError(f"cannot write {path}: no folder {path.parent}", "name a folder that is there")
 
 
 def _figure(size: tuple[float, float]) -> Any:

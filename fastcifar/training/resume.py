@@ -15,6 +15,7 @@ from typing import Any
 from fastcifar.errors import CheckpointError, NonFiniteError, UsageError, UserError
 from fastcifar.recipe import Recipe, option, read_toml, section
 from fastcifar.training import checkpoint
+from fastcifar.training.distributed import World
 from fastcifar.training.parts import Parts
 from fastcifar.training.run import Clock, Progress, Run, hold, read_environment
 
@@ -64,10 +65,23 @@ class Origin:
             os.close(self.lock)
             self.lock = None
 
+    def open_together(self, parts: Parts, clock: Clock) -> Run:
+        """`open` by rank 0; the others take its state, and a run that writes nothing. Errors: those of `open`."""
+        if not parts.world.leads and self.state:
+            load(parts, self.state)
+        run = self.open(parts, clock) if parts.world.leads else None
+        folder, best = parts.world.told([str(run.folder), parts.progress.best] if run else None)
+        parts.progress.best = best
+        if parts.recipe.on_nan == "rollback":
+            state = parts.state(clock)  # of all ranks
+            if run and not run.checkpoint("last").is_file():
+                checkpoint.save(run.checkpoint("last"), state)  # what the first epoch may go back to
+        return run or Run.of_another_rank(Path(folder), self.name)
+
     @property
     def is_new(self) -> bool:
-        """Whether nothing of the run was there before."""
-        return self.state is None and self.folder is None
+        """Whether nothing of the run was there before, but perhaps a folder."""
+        return self.state is None and not (self.folder and (self.folder / "recipe.toml").is_file())
 
     def open(self, parts: Parts, clock: Clock) -> Run:
         """The run's folder, locked and written to, with room for a checkpoint; the state is put into the parts.
@@ -89,8 +103,6 @@ class Origin:
             if not run.checkpoint("best").is_file():
                 parts.progress.best = None
         run.require_space(parts.checkpoint_bytes())
-        if parts.recipe.on_nan == "rollback" and not run.checkpoint("last").is_file():
-            checkpoint.save(run.checkpoint("last"), parts.state(clock))  # what the first epoch may go back to
         return run
 
     def _copy(self, source: Path, run: Run, done: int) -> None:
@@ -124,9 +136,22 @@ def find(recipe: Recipe, name: str) -> Origin:
     if is_a_run and path.name == "last.pt":
         return _in_place(recipe, name, folder)
     state = resumable(checkpoint.load(path), path)
-    going_on = continuation(recipe, state["recipe"], path)
-    lines = [f"resume: from {path}, step {state['step']:,}, in a new folder", *changes(state["recipe"], going_on)]
+    going_on = continuation(recipe, {**DEFAULTS, **state["recipe"]}, path, state["epoch"])
+    lines = [
+        f"resume: from {path}, step {state['step']:,}, in a new folder",
+        *changes({**DEFAULTS, **state["recipe"]}, going_on),
+    ]
     return Origin(going_on, name, state, rows=folder if is_a_run else None, lines=lines)
+
+
+def find_together(recipe: Recipe, name: str, here: World) -> Origin:
+    """`find` by rank 0, which alone reads the disk; the others start where it does. Errors: those of `find`."""
+    origin = find(recipe, name) if here.leads else Origin(recipe, name)
+    values, is_new = here.told([origin.recipe.model_dump(mode="json"), origin.is_new])
+    state = here.shown(origin.state)
+    if here.leads:
+        return origin
+    return Origin(Recipe.checked(values), name, state, folder=None if is_new else Path())
 
 
 def _automatic(recipe: Recipe, name: str) -> Origin:
@@ -134,13 +159,17 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
 
     With `--out` it is that folder or none: another recipe's run there, or a busy one, is an error.
     """
+    new = Origin(recipe.model_copy(update={"resume": None}), name)
     if recipe.out:
-        why = f"no run in {recipe.out}"
-        if (Path(recipe.out) / "recipe.toml").is_file():
+        folder = Path(recipe.out)
+        why = f"no run in {folder}"
+        if (folder / "recipe.toml").is_file():
             try:
-                return _in_place(recipe, name, Path(recipe.out))
+                return _in_place(recipe, name, folder)
             except Finished as error:
                 why = error.problem
+        elif folder.is_dir() and not _files(folder):  # of a process that was killed when it had just made it
+            new.folder, new.lock = folder, hold(folder)
     else:
         why = "no unfinished run of this recipe in runs"
         for folder in _newest_first(Path("runs")):
@@ -150,7 +179,13 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
                 return _in_place(recipe, name, folder)
             except UserError:  # another recipe's, damaged, or being trained
                 continue
-    return Origin(recipe.model_copy(update={"resume": None}), name, lines=[f"resume: {why}, so a new one starts"])
+    new.lines = [f"resume: {why}, so a new one starts"]
+    return new
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below `folder`, without temporary ones that were left."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
 def _newest_first(parent: Path) -> list[Path]:
@@ -172,10 +207,11 @@ def _in_place(recipe: Recipe, name: str, folder: Path) -> Origin:
     try:
         state = resumable(checkpoint.load(last), last) if last.is_file() else None
         saved = state["recipe"] if state else read_toml(str(folder / "recipe.toml"))
-        going_on = continuation(recipe, {**DEFAULTS, **saved}, folder)
-        if state and (folder / "summary.json").exists() and (reason := Progress.of(state).over(going_on)):
-            what = {"epochs": f"{state['epoch']} epochs", "max_steps": f"{state['step']:,} steps"}.get(reason, reason)
-            raise Finished(f"{folder} is finished ({what})", "give more --epochs to go on with it")
+        done = Progress.of(state) if state else Progress()
+        going_on = continuation(recipe, {**DEFAULTS, **saved}, folder, done.epoch)
+        if (folder / "summary.json").exists() and (reason := done.over(going_on)):
+            problem = f"{folder} is finished: {done.epoch} epochs, {done.step:,} steps"
+            raise Finished(problem, f"give more {option(reason)} to go on with it")
     except BaseException:
         os.close(lock)
         raise
@@ -184,15 +220,16 @@ def _in_place(recipe: Recipe, name: str, folder: Path) -> Origin:
     return Origin(going_on, read_environment(folder).get("recipe", name), state, folder, lock=lock, lines=lines)
 
 
-def continuation(recipe: Recipe, saved: dict[str, Any], source: Path) -> Recipe:
-    """The recipe to go on by: the saved one, with what was asked for now.
+def continuation(recipe: Recipe, saved: dict[str, Any], source: Path, done: int) -> Recipe:
+    """The recipe to go on by after `done` epochs: the saved one, with what was asked for now.
 
-    With `auto` all of `recipe` is asked for, else the knobs that were set. Errors: `CheckpointError` that lists what
-    differs and may not.
+    With `auto` all of `recipe` is asked for, else the knobs that were set; `max_steps` is never taken over. Errors:
+    `CheckpointError` that lists what differs and may not, `UsageError` for fewer epochs than were done.
     """
     asked = recipe.model_dump(mode="json")
     if recipe.resume != "auto":
         asked = {name: value for name, value in asked.items() if name in recipe.model_fields_set}
+    saved = {**saved, "max_steps": None}
     if saved["time_budget"] is not None:
         if asked.get("time_budget") == saved["time_budget"]:
             asked = {name: value for name, value in asked.items() if name not in FITTED}
@@ -205,6 +242,8 @@ def continuation(recipe: Recipe, saved: dict[str, Any], source: Path) -> Recipe:
             f"{option(name)} {_spell(saved.get(name))}, not {_spell(wanted[name])}" for name in differing
         )
         raise CheckpointError(f"{source} is another run: {listed}", "give what it has, or leave --resume out")
+    if wanted["epochs"] < done:
+        raise UsageError(f"--epochs {wanted['epochs']}: {source} has done {done}", "give more")
     try:
         return Recipe.checked({**wanted, "resume": None})
     except UsageError as error:
@@ -235,8 +274,6 @@ def load(parts: Parts, state: dict[str, Any]) -> None:
     if found != (state["samples"], state["classes"]):
         problem = f"the checkpoint is of {state['samples']:,} training images in {len(state['classes'])} classes"
         raise CheckpointError(f"{problem}, not {found[0]:,} in {len(found[1])}", "give --data as it was")
-    if parts.recipe.epochs < state["epoch"]:
-        raise UsageError(f"--epochs {parts.recipe.epochs}: the run has done {state['epoch']}", "give more")
     try:
         parts.load(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -252,8 +289,11 @@ def roll_back(parts: Parts, run: Run, error: NonFiniteError) -> str:
     if parts.recipe.on_nan != "rollback" or parts.progress.rollbacks == ROLLBACKS:
         raise error
     rollbacks = parts.progress.rollbacks + 1
-    load(parts, checkpoint.load(run.checkpoint("last")))
+    state = parts.world.shown(checkpoint.load(run.checkpoint("last")) if parts.world.leads else None)
+    assert state is not None
+    load(parts, state)
     parts.progress.rollbacks = parts.schedule.halvings = rollbacks
-    run.rewind(parts.progress.epoch)
+    if parts.world.leads:
+        run.rewind(parts.progress.epoch)
     where = f"back to step {parts.progress.step:,}, learning rate times {0.5**rollbacks:g}"
     return f"{error.problem}: {where} from there on (rollback {rollbacks} of {ROLLBACKS})"
