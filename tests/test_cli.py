@@ -208,14 +208,15 @@ def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
     assert run.stderr == "fastcifar: warning: odd\n"
 
 
-def test_ctrl_c_before_the_loop_is_one_line_and_130() -> None:
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_the_loop_is_one_line_and_its_exit_code(name: str, exit_code: int) -> None:
     code = (
-        "import sys, fastcifar.device as device, fastcifar.cli as cli\n"
-        "def interrupted(recipe): raise KeyboardInterrupt\n"
+        "import os, signal, sys, time, fastcifar.device as device, fastcifar.cli as cli\n"
+        f"def interrupted(recipe): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
         "device.examine = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (run.returncode, run.stdout, run.stderr) == (130, "", "fastcifar: stopped by SIGINT\n")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (exit_code, "", f"fastcifar: stopped by {name}\n")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
