@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def peers() -> str:
             lines.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
                 f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {found['times_source_loop']['median']:.2f} | {found['times_plain_compile']['median']:.2f} "
+                f"| {times(found, 'source_loop')} | {times(found, 'plain_compile')} "
                 f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
@@ -97,6 +98,30 @@ def loaders() -> str:
     return "\n".join(lines)
 
 
+def times(loop: dict[str, Any], other: str) -> str:
+    """How often as fast as the `other` loop, or a dash if that was not measured beside it."""
+    ratio = loop.get(f"times_{other}")
+    return f"{ratio['median']:.2f}" if ratio else "-"
+
+
+def airbench() -> str:
+    """Every recorded start of cifar10-airbench's scripts: accuracy, and the seconds by their rule and by ours."""
+    lines = [
+        "| script | n | accuracy, mean | seconds by its own rule, mean | by ours, cold start | warm start "
+        "| device | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("scripts"):
+        for script, found in summary["scripts"].items():
+            ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
+            lines.append(
+                f"| `{script}` | {len(found['accuracy'])} | {100 * statistics.fmean(found['accuracy']):.2f} % "
+                f"| {statistics.fmean(found['own_s']):.2f} | {' | '.join(ours)} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
+
+
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
     for path in sorted(RESULTS.glob("*/summary.json")):
@@ -110,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "inference": inference,
     "loaders": loaders,
+    "airbench": airbench,
 }
 
 

@@ -118,13 +118,18 @@ def test_doctor_says_what_train_would_choose() -> None:
 
 def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
-    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", cwd=tmp_path)
+    chart = ("--chart", "a.png")
+    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
     (row,) = json.loads(run.stdout)["results"]
     assert (row["what"], row["data"]) == ("loader", "synthetic:200")
-    assert not list(tmp_path.iterdir())
-    wrong = fastcifar("bench", *tiny, "--what", "trian", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "a.json").write_text(run.stdout)
+    pair = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
+    assert [(row["what"], row["ratio"], row["overlap"]) for row in pair["rows"]] == [("loader", 1.0, True)]
+    wrong = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 

@@ -267,10 +267,10 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     if choice.compile:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
-    pick(VIEWS, recipe.tta, "test-time augmentation")
     pixel_ops, mixer = split_mixer(ops)
-    if mixer and recipe.batch_size == 1:
-        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", "use a --batch-size of 2 or more")
+    if mixer and recipe.batch_size < 2 * here.ranks:
+        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more")
+    pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
