@@ -122,6 +122,26 @@ def airbench() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
 
 
+def faults() -> str:
+    """Every recorded soak and fuzzing: how much was tried, and what came of it."""
+    lines = ["| what | tried | what came of it | seconds | device | result |", "|---|---|---|---|---|---|"]
+    for folder, summary, environment in recorded("what"):
+        if summary["what"] == "soak":
+            signals = ", ".join(f"{count} {name}" for name, count in sorted(summary["by_signal"].items()))
+            tried = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
+            found = f"{summary['equal']:,} ended as the run never stopped, bit for bit"
+        elif summary["what"] == "fuzz-readers":
+            tried = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
+            found = f"{summary['refused']:,} refused in one line, {summary['read']:,} read; nothing else"
+        else:
+            continue
+        lines.append(
+            f"| {summary['what']} | {tried} | {found} | {summary['seconds']:,.0f} "
+            f"| {environment['device']} | `{folder.name}` |"
+        )
+    return "\n".join(lines)
+
+
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
     for path in sorted(RESULTS.glob("*/summary.json")):
@@ -136,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "inference": inference,
     "loaders": loaders,
     "airbench": airbench,
+    "faults": faults,
 }
 
 

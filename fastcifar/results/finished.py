@@ -23,7 +23,7 @@ from fastcifar.training.step import Forward, forward_pass
 
 WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # What a recipe says of the machine it was trained on and of the files of its run is nothing to the one that asks.
-FORGOTTEN = {"compile": None, "cuda_graph": None, "loader": "auto", "out": None, "tta": "none"}
+FORGOTTEN = {"compile": None, "cuda_graph": None, "fused_ops": False, "loader": "auto", "out": None, "tta": "none"}
 
 
 @dataclass

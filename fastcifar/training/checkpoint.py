@@ -44,9 +44,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     content = buffer.getvalue()
     previous = path.with_suffix(".previous.pt")
     try:
-        if path.exists():
-            _keep(path, previous)
-        write_atomically(path, content)
+        write_atomically(path, content, previous)
         manifest = read_manifest(path.parent)
         if path.name in manifest and previous.exists():
             manifest[previous.name] = manifest[path.name]
@@ -58,8 +56,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise DiskError(problem, "free some space, or give --out") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`content` as `path`, through a temporary file in the same folder, flushed to the disk. Errors: `OSError`."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """`content` as `path`, through a temporary file in the same folder, flushed to the disk.
+
+    What was `path` is then `previous`, if that is given. Errors: `OSError`; both are then as they were.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -67,6 +68,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if previous and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, UsageError, pick
-from fastcifar.models import KNOBS, build, check_budget, parameters
+from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.distributed import World, world
@@ -269,7 +269,9 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     ops = parse(recipe.augment)
     pixel_ops, mixer = split_mixer(ops)
     if mixer and recipe.batch_size < 2 * here.ranks:
-        raise UsageError(f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more")
+        raise UsageError(
+            f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
+        )
     pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
@@ -337,6 +339,8 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network, freshly initialised. Errors: `UsageError`, also when it is over the budget."""
     model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
     check_budget(recipe.arch, model, recipe.max_params)
+    if recipe.fused_ops:
+        fuse(model)
     return model
 
 

@@ -90,6 +90,8 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
     Returns seconds (`setup` and `compile` measured, `train`, `eval` and `total` expected), `step_s`, `images_per_s`,
     `peak_memory_bytes` and what was chosen. Errors: those of `train`.
     """
+    if recipe.resume:
+        raise UsageError("--dry-run starts nothing, so it resumes nothing", "leave --resume out")
     clock = Clock()
     with clock.phase("setup"):
         parts = assemble(recipe, choose(recipe))

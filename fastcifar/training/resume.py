@@ -80,8 +80,8 @@ class Origin:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing of the run was there before."""
-        return self.state is None and self.folder is None
+        """Whether nothing of the run was there before, but perhaps a folder."""
+        return self.state is None and not (self.folder and (self.folder / "recipe.toml").is_file())
 
     def open(self, parts: Parts, clock: Clock) -> Run:
         """The run's folder, locked and written to, with room for a checkpoint; the state is put into the parts.
@@ -136,8 +136,11 @@ def find(recipe: Recipe, name: str) -> Origin:
     if is_a_run and path.name == "last.pt":
         return _in_place(recipe, name, folder)
     state = resumable(checkpoint.load(path), path)
-    going_on = continuation(recipe, state["recipe"], path)
-    lines = [f"resume: from {path}, step {state['step']:,}, in a new folder", *changes(state["recipe"], going_on)]
+    going_on = continuation(recipe, {**DEFAULTS, **state["recipe"]}, path, state["epoch"])
+    lines = [
+        f"resume: from {path}, step {state['step']:,}, in a new folder",
+        *changes({**DEFAULTS, **state["recipe"]}, going_on),
+    ]
     return Origin(going_on, name, state, rows=folder if is_a_run else None, lines=lines)
 
 
@@ -156,13 +159,17 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
 
     With `--out` it is that folder or none: another recipe's run there, or a busy one, is an error.
     """
+    new = Origin(recipe.model_copy(update={"resume": None}), name)
     if recipe.out:
-        why = f"no run in {recipe.out}"
-        if (Path(recipe.out) / "recipe.toml").is_file():
+        folder = Path(recipe.out)
+        why = f"no run in {folder}"
+        if (folder / "recipe.toml").is_file():
             try:
-                return _in_place(recipe, name, Path(recipe.out))
+                return _in_place(recipe, name, folder)
             except Finished as error:
                 why = error.problem
+        elif folder.is_dir() and not _files(folder):  # of a process that was killed when it had just made it
+            new.folder, new.lock = folder, hold(folder)
     else:
         why = "no unfinished run of this recipe in runs"
         for folder in _newest_first(Path("runs")):
@@ -172,7 +179,13 @@ def _automatic(recipe: Recipe, name: str) -> Origin:
                 return _in_place(recipe, name, folder)
             except UserError:  # another recipe's, damaged, or being trained
                 continue
-    return Origin(recipe.model_copy(update={"resume": None}), name, lines=[f"resume: {why}, so a new one starts"])
+    new.lines = [f"resume: {why}, so a new one starts"]
+    return new
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below `folder`, without temporary ones that were left."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
 def _newest_first(parent: Path) -> list[Path]:
@@ -194,10 +207,11 @@ def _in_place(recipe: Recipe, name: str, folder: Path) -> Origin:
     try:
         state = resumable(checkpoint.load(last), last) if last.is_file() else None
         saved = state["recipe"] if state else read_toml(str(folder / "recipe.toml"))
-        going_on = continuation(recipe, {**DEFAULTS, **saved}, folder)
-        if state and (folder / "summary.json").exists() and (reason := Progress.of(state).over(going_on)):
-            what = {"epochs": f"{state['epoch']} epochs", "max_steps": f"{state['step']:,} steps"}.get(reason, reason)
-            raise Finished(f"{folder} is finished ({what})", "give more --epochs to go on with it")
+        done = Progress.of(state) if state else Progress()
+        going_on = continuation(recipe, {**DEFAULTS, **saved}, folder, done.epoch)
+        if (folder / "summary.json").exists() and (reason := done.over(going_on)):
+            problem = f"{folder} is finished: {done.epoch} epochs, {done.step:,} steps"
+            raise Finished(problem, f"give more {option(reason)} to go on with it")
     except BaseException:
         os.close(lock)
         raise
@@ -206,15 +220,16 @@ def _in_place(recipe: Recipe, name: str, folder: Path) -> Origin:
     return Origin(going_on, read_environment(folder).get("recipe", name), state, folder, lock=lock, lines=lines)
 
 
-def continuation(recipe: Recipe, saved: dict[str, Any], source: Path) -> Recipe:
-    """The recipe to go on by: the saved one, with what was asked for now.
+def continuation(recipe: Recipe, saved: dict[str, Any], source: Path, done: int) -> Recipe:
+    """The recipe to go on by after `done` epochs: the saved one, with what was asked for now.
 
-    With `auto` all of `recipe` is asked for, else the knobs that were set. Errors: `CheckpointError` that lists what
-    differs and may not.
+    With `auto` all of `recipe` is asked for, else the knobs that were set; `max_steps` is never taken over. Errors:
+    `CheckpointError` that lists what differs and may not, `UsageError` for fewer epochs than were done.
     """
     asked = recipe.model_dump(mode="json")
     if recipe.resume != "auto":
         asked = {name: value for name, value in asked.items() if name in recipe.model_fields_set}
+    saved = {**saved, "max_steps": None}
     if saved["time_budget"] is not None:
         if asked.get("time_budget") == saved["time_budget"]:
             asked = {name: value for name, value in asked.items() if name not in FITTED}
@@ -227,6 +242,8 @@ def continuation(recipe: Recipe, saved: dict[str, Any], source: Path) -> Recipe:
             f"{option(name)} {_spell(saved.get(name))}, not {_spell(wanted[name])}" for name in differing
         )
         raise CheckpointError(f"{source} is another run: {listed}", "give what it has, or leave --resume out")
+    if wanted["epochs"] < done:
+        raise UsageError(f"--epochs {wanted['epochs']}: {source} has done {done}", "give more")
     try:
         return Recipe.checked({**wanted, "resume": None})
     except UsageError as error:
@@ -257,8 +274,6 @@ def load(parts: Parts, state: dict[str, Any]) -> None:
     if found != (state["samples"], state["classes"]):
         problem = f"the checkpoint is of {state['samples']:,} training images in {len(state['classes'])} classes"
         raise CheckpointError(f"{problem}, not {found[0]:,} in {len(found[1])}", "give --data as it was")
-    if parts.recipe.epochs < state["epoch"]:
-        raise UsageError(f"--epochs {parts.recipe.epochs}: the run has done {state['epoch']}", "give more")
     try:
         parts.load(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

@@ -33,7 +33,7 @@ from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.distributed import World
 
 AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
     "lr",
@@ -55,9 +55,7 @@ def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
-    if done and path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            writer.writerows({name: row[name] for name in COLUMNS} for row in csv.DictReader(file) if _kept(row, done))
+    writer.writerows(csv_rows(path, done))
     write_atomically(path, table.getvalue().encode())
 
     def write(row: Row) -> None:
@@ -72,8 +70,7 @@ def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
 def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
     path = folder / "events.jsonl"
-    before = path.read_text(encoding="utf-8").splitlines() if done and path.exists() else []
-    write_atomically(path, "".join(f"{line}\n" for line in before if _kept(_parsed(line), done)).encode())
+    write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
 
     def write(row: Row) -> None:
         with path.open("a", encoding="utf-8") as file:
@@ -82,19 +79,36 @@ def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     return write
 
 
-def _parsed(line: str) -> Any:
-    """A line of events.jsonl; None for one that was cut short."""
+def csv_rows(path: Path, done: int) -> list[Row]:
+    """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        return [
+            {name: row[name] for name in COLUMNS} for row in csv.DictReader(_lines(path)) if _kept(row, done, COLUMNS)
+        ]
+    except csv.Error:
+        return []
 
 
-def _kept(row: Any, done: int) -> bool:
-    """Whether a row is of the `done` epochs that a checkpoint knows, and whole."""
+def event_lines(path: Path, done: int) -> list[str]:
+    """The whole lines of an events.jsonl's first `done` epochs."""
+
+    def parsed(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+
+    return [line for line in _lines(path) if _kept(parsed(line), done, ("epoch",))]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
+
+
+def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
     try:
-        return int(row["epoch"]) < done and None not in (row["seconds"], row["step"])
-    except (KeyError, TypeError, ValueError):
+        return int(row["epoch"]) < done and all(row[name] is not None for name in columns)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
 
 

@@ -52,7 +52,7 @@ def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], 
 
 @pytest.mark.parametrize("name", SINKS)
 def test_sinks_write_a_row_each(name: str, tmp_path: Path) -> None:
-    write = SINKS[name](tmp_path)
+    write = SINKS[name](tmp_path, 0)
     write(ROW)
     write({**ROW, "epoch": 1})
     text = next(tmp_path.iterdir()).read_text()
