@@ -60,6 +60,25 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def inference() -> str:
+    """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
+    lines = [
+        "| network, images | loop | n | images/s, median | each round | times the source's loop "
+        "| seconds before it | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("inference"):
+        for loop, found in summary["inference"].items():
+            lines.append(
+                f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
+                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
+                f"| {found['times_source_loop']['median']:.2f} "
+                f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
+                f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+
+
 def loaders() -> str:
     """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
     lines = [
@@ -134,6 +153,7 @@ def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "peers": peers,
+    "inference": inference,
     "loaders": loaders,
     "airbench": airbench,
     "faults": faults,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 import types
 import typing
@@ -34,7 +35,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-SIGINT = 130  # the exit code
+SIGINT, SIGTERM = 130, 143  # the exit codes
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
@@ -293,6 +294,7 @@ def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
 def main() -> None:
     """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
     warnings.showwarning = _warned
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
         if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
@@ -306,6 +308,11 @@ def main() -> None:
             raise
         sys.exit(_explained(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(*_: Any) -> None:
+    """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
+    sys.exit(_fail("stopped by SIGTERM", SIGTERM))
 
 
 def _warned(message: Warning | str, category: type[Warning], *_: Any) -> None:

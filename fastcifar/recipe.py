@@ -153,6 +153,7 @@ class Recipe(BaseModel):
     compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(default="auto", description="effort")
     cuda_graph: bool | None = Field(default=None, description="replay the step as a CUDA graph; default: on CUDA")
+    fused_ops: bool = Field(default=False, description="CUDA: BatchNorm, SE, shortcut and ReLU by our own kernels")
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

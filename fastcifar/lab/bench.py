@@ -32,6 +32,7 @@ from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, p
 from fastcifar.lab.limits import Stopwatch, limits, state
 from fastcifar.lab.works import STEPPING, WHATS, Job
 from fastcifar.recipe import Recipe
+from fastcifar.results.plots import short
 from fastcifar.training.capture import untouched
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import say
@@ -238,7 +239,7 @@ def shares(row: dict[str, Any], found: dict[str, dict[str, float]]) -> dict[str,
 def told(row: dict[str, Any]) -> str:
     """A row as progress: `step (se68, 128): 170 images/s`."""
     about = ", ".join(str(row[name]) for name in ("arch", "batch_size", "conv", "direction") if name in row)
-    return f"{row['what']} ({about}): {row['images_per_s']:,.0f} images/s"
+    return f"{row['what']} ({about}): {short(row['images_per_s'])} images/s"
 
 
 def runtime(device: torch.device) -> dict[str, str]:

@@ -53,7 +53,7 @@ def bench_table(found: dict[str, Any]) -> Group:
     for row, label in zip(rows, own, strict=True):
         table.add_row(
             " ".join(filter(None, (row["what"], label))),
-            *(f"{speed:,.0f}" for speed in (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
+            *map(short, (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
             f"{row['cpu_us_per_image']:,.1f}",
             *_cells(row),
         )
@@ -170,7 +170,7 @@ def compared_table(found: dict[str, Any]) -> Group:
         table.add_column(heading, justify="right", no_wrap=True)
     for row, words in zip(found["rows"], named, strict=True):
         told = "overlap" if row["overlap"] else "B is faster" if row["ratio"] > 1 else "B is slower"
-        table.add_row(", ".join(words.values()), f"{row['a']:,.0f}", f"{row['b']:,.0f}", f"{row['ratio']:.3f}", told)
+        table.add_row(", ".join(words.values()), short(row["a"]), short(row["b"]), f"{row['ratio']:.3f}", told)
     differ = [f"{name}: {a} in A, {b} in B" for name, (a, b) in found["differ"].items()]
     alone = [
         f"only in {side}: {', '.join([row['what'], *spelt(row).values()])}"

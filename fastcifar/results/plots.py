@@ -147,7 +147,7 @@ def require_png(path: Path) -> None:
         raise UsageError(f"{path} is not named as a PNG", "give a name that ends in .png")
     optional("matplotlib.figure", REMEDY)
     if not path.parent.is_dir():
-        raise DiskError(f"no folder {path.parent}", "make it, or name a folder that is there")
+        raise DiskError(f"cannot write {path}: no folder {path.parent}", "name a folder that is there")
 
 
 def _figure(size: tuple[float, float]) -> Any:

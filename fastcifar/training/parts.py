@@ -23,7 +23,7 @@ from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, UsageError, pick
-from fastcifar.models import KNOBS, build, check_budget, parameters
+from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.distributed import World, world
@@ -339,6 +339,8 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network, freshly initialised. Errors: `UsageError`, also when it is over the budget."""
     model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
     check_budget(recipe.arch, model, recipe.max_params)
+    if recipe.fused_ops:
+        fuse(model)
     return model
 
 

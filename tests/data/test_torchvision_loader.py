@@ -68,6 +68,28 @@ def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[
     assert {0, 31} <= corners
 
 
+@pytest.mark.parametrize(("word", "colour"), [("grey", (128, 128, 128)), ("mean", FILL), ("zero", (0, 0, 0))])
+def test_erase_fills_a_box_in_half_of_the_images(word: str, colour: tuple[int, int, int]) -> None:
+    changed = 0
+    for image in draws(f"erase:0.1:{word}", 200):
+        filled = (image != IMAGES[0]).any(0)
+        changed += filled.any()
+        assert filled.sum() <= 0.11 * 1024  # sides are rounded
+        assert (image[:, filled] == np.array(colour)[:, None]).all()
+    assert 70 < changed < 130
+
+
+def test_recipe_b_is_read_by_both_loaders() -> None:
+    ops = parse("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey")
+    it = TorchvisionLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", workers=0)
+    ours = TensorLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", compile=False)
+    for (theirs, labels), (images, same) in zip(it.batches(0), ours.batches(0), strict=True):
+        assert torch.equal(labels, same)
+        for batch in (theirs, images):
+            assert (batch.dtype, batch.shape) == (torch.uint8, (20, 3, 32, 32))
+            assert not torch.equal(batch, torch.from_numpy(IMAGES[labels.numpy()]))
+
+
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> None:
     for word in AUGMENTS[name].words:

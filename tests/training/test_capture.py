@@ -229,7 +229,7 @@ def test_each_compiled_function_has_variants_of_its_own(monkeypatch: pytest.Monk
     """The ninth network of a process would else be one variant too many of the same code."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
-    def made(number: int) -> Callable[[int], int]:
+    def made(number: int) -> Callable[..., int]:
         return lambda add=1: number + add
 
     functions = [compiled(made(number)) for number in range(3)]
