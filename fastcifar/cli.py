@@ -121,6 +121,9 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw reliability.png and confusion.png")] = None,
+    shifted: Annotated[Path | None, typer.Option(metavar="DIR", help="measure on CIFAR-10.1 too: its .npy")] = None,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="and on the corrupted test set")] = False,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
@@ -129,8 +132,9 @@ def evaluate(
     from fastcifar.results.judge import judge
     from fastcifar.results.report import scores_table
 
-    scores = judge(run, arch=arch, **knobs)
-    print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
+    console, asked = Console(stderr=as_json), {"pictures": plots, "shifted": shifted, "corruptions": corruptions}
+    scores = judge(run, arch=arch, console=console, **asked, **knobs)
+    print(json.dumps(scores)) if as_json else console.print(scores_table(scores))
 
 
 @app.command()

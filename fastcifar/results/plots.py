@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ TITLE = 0.9  # inches for a grid's title and the names of its columns
 ABREAST = 3  # at most so many grids beside each other
 COLUMNS = 8  # of captioned images
 WIDTH, BAR = 8, 0.24  # inches of a chart, and of one bar's height
+MOST_NUMBERED = 20  # classes whose counts a confusion matrix shows
 INK, GREY = "#1f2d3a", "#b8c0c8"
 SHADES = ("#a9cce3", "#5b9bd0", "#2166a5")  # of as many groups; more begin again
 
@@ -136,6 +137,67 @@ def _bars(axis: Any, panel: Panel) -> None:
     axis.spines["left"].set_color(GREY)
 
 
+def reliability_diagram(path: Path, curves: Mapping[str, Sequence[tuple[int, float | None, float | None]]]) -> None:
+    """Writes accuracy against confidence and, below it, where the images lie, to `path`. Errors: as `image_grids`.
+
+    `curves`: name -> equal bins of (images, mean confidence, accuracy) from 0 to 1; the means are None without images.
+    """
+    figure = _figure((5, 6))
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    above.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1)
+    above.text(0.29, 0.32, "as often right as it is sure", color=INK, alpha=0.6, fontsize=7, rotation=45,
+               rotation_mode="anchor")  # fmt: skip
+    for (name, bins), shade, mark in zip(curves.items(), (SHADES[2], "#d9822b", INK), "os^", strict=False):
+        total = sum(count for count, _, _ in bins)
+        filled = [(count / total, sure, right) for count, sure, right in bins if sure is not None and right is not None]
+        gap = sum(share * abs(a - b) for share, a, b in filled)
+        above.plot(
+            *list(zip(*filled, strict=True))[1:],
+            f"-{mark}",
+            color=shade,
+            markersize=4,
+            linewidth=1.2,
+            label=f"{name}, ECE {gap:.4f}",
+        )
+        edges = [index / len(bins) for index in range(len(bins) + 1)]
+        below.stairs([count / total for count, _, _ in bins], edges, color=shade, linewidth=1.2)
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    above.legend(fontsize=7, frameon=False, loc="upper left")
+    below.set(xlabel="confidence", ylabel="share of images", ylim=(0, None))
+    for axis in (above, below):
+        axis.grid(color=GREY, linewidth=0.5, alpha=0.5)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=7, color=GREY, labelcolor=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(GREY)
+    _write(figure, path)
+
+
+def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
+    """Writes counts int [classes, classes], rows labels and columns predictions, to `path`. Errors: as `image_grids`.
+
+    The shade is the root of the share of the row: a linear one would not show the mistakes.
+    """
+    few = len(classes) <= MOST_NUMBERED
+    figure = _figure((1.6 + 0.5 * len(classes),) * 2 if few else (11, 11))
+    axis = figure.subplots()
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    axis.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
+    if few:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.4 else INK if count else GREY
+            axis.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7, color=colour)
+    size = 8 if few else 4
+    turned: dict[str, Any] = {"rotation": 45, "ha": "left"} if few else {"rotation": 90}
+    axis.set_xticks(range(len(classes)), classes, fontsize=size, **turned)
+    axis.set_yticks(range(len(classes)), classes, fontsize=size)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_xlabel("the network says", fontsize=8, color=INK)
+    axis.set_ylabel("the label is", fontsize=8, color=INK)
+    axis.spines[:].set_visible(False)
+    _write(figure, path)
+
+
 def short(value: float) -> str:
     """A figure to read: whole from a hundred on, three digits below."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -148,6 +210,15 @@ def require_png(path: Path) -> None:
     optional("matplotlib.figure", REMEDY)
     if not path.parent.is_dir():
         raise DiskError(f"cannot write {path}: no folder {path.parent}", "name a folder that is there")
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder `path` unless it is there. Errors: `UsageError` without matplotlib, `DiskError`."""
+    optional("matplotlib.figure", REMEDY)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make the folder {path}: {error.strerror}", "give another folder") from None
 
 
 def _figure(size: tuple[float, float]) -> Any:

@@ -16,6 +16,7 @@ from fastcifar.models import KNOBS, MODELS, build, largest_width, layer_table, m
 from fastcifar.recipe import Recipe
 
 MOST_PAIRS = 15  # of labels in the table of a comparison
+MOST_CLASSES = 10  # in the table of scores
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,61 @@ def rehearsal_table(found: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
-def scores_table(scores: dict[str, Any]) -> Table:
+def scores_table(scores: dict[str, Any]) -> Group:
     """The scores of `fastcifar eval`."""
+    low, high = scores["test_acc_interval"]
+    scaled = scores["temperature_missing"] or (
+        f"{scores['loss_scaled']:.4f}, {scores['ece_scaled']:.4f}  (logits divided by {scores['temperature']:.3f}, "
+        "chosen on the validation split)"
+    )
     rows = {
         "checkpoint": scores["checkpoint"],
-        "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,})",
+        "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,}; 95 %: "
+        f"{_percent(low)} to {_percent(high)})",
         **_over_views(scores["tta"], scores["test_acc_tta"]),
-        "test loss": f"{scores['test_loss']:.4f}",
-        "calibration error": f"{scores['ece']:.4f}",
+        "test loss, calibration error": f"{scores['test_loss']:.4f}, {scores['ece']:.4f}",
+        "  at the best temperature": scaled,
+        "Brier score": f"{scores['brier']:.4f}",
+        **({"plots": scores["plots"]} if scores["plots"] else {}),
         "measured with": f"{scores['arch']}, weights {scores['weights']}, normalisation {scores['normalise']}, "
         f"{scores['precision']} on {scores['device']}",
     }
-    return _pairs("", rows)
+    if shifted := scores["shifted"]:
+        low, high = shifted["acc_interval"]
+        rows[shifted["name"]] = (
+            f"{_percent(shifted['acc'])}  ({shifted['correct']:,} of {shifted['total']:,}; 95 %: "
+            f"{_percent(low)} to {_percent(high)}), loss {shifted['loss']:.4f}, "
+            f"calibration error {shifted['ece']:.4f}"
+        )
+    tables = [_pairs("", rows), "", _class_table(scores)]
+    if corruptions := scores["corruptions"]:
+        tables += ["", _corruption_table(corruptions)]
+    return Group(*tables)
+
+
+def _class_table(scores: dict[str, Any]) -> Table:
+    """The classes in their order, or of many the hardest."""
+    figures = [scores[f"{name}_per_class"] for name in ("precision", "recall", "f1")]
+    names = scores["classes"]
+    if many := len(names) > MOST_CLASSES:
+        names = sorted(names, key=lambda name: figures[2][name] or 0)[:MOST_CLASSES]
+    table = Table(f"the {MOST_CLASSES} hardest classes" if many else "class", box=None)
+    for column in ("precision", "recall", "F1"):
+        table.add_column(column, justify="right")
+    for name in names:
+        table.add_row(name, *(_percent(figure[name]) for figure in figures))
+    return table
+
+
+def _corruption_table(corruptions: dict[str, Any]) -> Table:
+    """A row for each corruption, a column for each severity."""
+    table = Table("accuracy at severity", box=None)
+    for column in ("1", "2", "3", "4", "5", "mean"):
+        table.add_column(column, justify="right")
+    for name, accuracies in corruptions["acc"].items():
+        table.add_row(name, *map(_percent, accuracies), _percent(sum(accuracies) / len(accuracies)))
+    table.add_row("mean", "", "", "", "", "", _percent(corruptions["mean_acc"]), style="bold")
+    return table
 
 
 def predictions_table(found: dict[str, Any]) -> Table:

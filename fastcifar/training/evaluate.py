@@ -158,9 +158,34 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
+class Bin(NamedTuple):
+    """The images of a range of confidences: how many, how sure the network is of them, and how often it is right."""
+
+    count: int
+    confidence: float | None  # the means; None without an image
+    accuracy: float | None
+
+
 def calibration_error(logits: Tensor, hits: Tensor, bins: int = ECE_BINS) -> float:
     """Expected calibration error (Guo et al. 2017): the gap of confidence and accuracy over equal bins, weighted."""
+    _, sure, right = _binned(logits, hits, bins)
+    return (sure - right).abs().sum().item() / len(hits)
+
+
+def reliability(logits: Tensor, hits: Tensor, bins: int = ECE_BINS) -> list[Bin]:
+    """The bins of `calibration_error`, from confidence 0 up. `hits`: bool [n], where the largest logit is the label."""
+    sums = zip(*(column.tolist() for column in _binned(logits, hits, bins)), strict=True)
+    return [
+        Bin(int(count), sure / count, right / count) if count else Bin(0, None, None) for count, sure, right in sums
+    ]
+
+
+def _binned(logits: Tensor, hits: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 [bins] sums over equal bins of confidence: images, confidence, hits."""
     confidence = logits.double().softmax(1).amax(1)
     index = (confidence * bins).ceil().clamp(1, bins).long() - 1
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence - hits.double())
-    return gaps.abs().sum().item() / len(hits)
+    empty = torch.zeros(bins, dtype=torch.float64)
+    images, sure, right = (
+        empty.index_add(0, index, values) for values in (torch.ones_like(confidence), confidence, hits.double())
+    )
+    return images, sure, right
