@@ -151,14 +151,9 @@ def reliability_diagram(path: Path, curves: Mapping[str, Sequence[tuple[int, flo
         total = sum(count for count, _, _ in bins)
         filled = [(count / total, sure, right) for count, sure, right in bins if sure is not None and right is not None]
         gap = sum(share * abs(a - b) for share, a, b in filled)
-        above.plot(
-            *list(zip(*filled, strict=True))[1:],
-            f"-{mark}",
-            color=shade,
-            markersize=4,
-            linewidth=1.2,
-            label=f"{name}, ECE {gap:.4f}",
-        )
+        _, sure, right = zip(*filled, strict=True)
+        label = f"{name}, calibration error {gap:.4f}"
+        above.plot(sure, right, f"-{mark}", color=shade, markersize=4, linewidth=1.2, label=label)
         edges = [index / len(bins) for index in range(len(bins) + 1)]
         below.stairs([count / total for count, _, _ in bins], edges, color=shade, linewidth=1.2)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")

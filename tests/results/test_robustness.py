@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
 from fastcifar.data import cifar
+from fastcifar.data.cifar import Split
 from fastcifar.errors import DataError, DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.results import robustness
 from fastcifar.results.corruptions import CORRUPTIONS, SEVERITIES
+from fastcifar.results.finished import rebuild
 from fastcifar.results.judge import judge
 from fastcifar.results.report import scores_table
+from fastcifar.training.evaluate import predict_logits
 from fastcifar.training.train import train
 
 CLASSES = list(cifar.load("synthetic:100").classes)
@@ -73,10 +78,17 @@ def test_the_temperature_comes_from_the_validation_split(tiny: Callable[..., Rec
     assert without["temperature"] is without["ece_scaled"] is without["loss_scaled"] is None
     assert without["temperature_missing"] == "the run had no validation split"
     assert without["shifted"] is without["corruptions"] is without["plots"] is None
-    if with_split["temperature"] is None:
-        assert with_split["temperature_missing"]
-    else:
-        assert with_split["temperature"] > 0 < with_split["loss_scaled"]
+    data = cifar.load("synthetic:200")
+    _, held_out = cifar.split(data.train.labels, 40, 0)
+    found = rebuild(with_split["checkpoint"])
+    logits = predict_logits(found.model, found.forward, Split(data.train.images[held_out], np.arange(40)), found.device)
+    labels = torch.from_numpy(data.train.labels[held_out])
+    losses = {step / 50: F.cross_entropy(logits / math.exp(step / 50), labels).item() for step in range(-200, 201)}
+    best = math.exp(min(losses, key=losses.__getitem__))
+    assert with_split["temperature"] == pytest.approx(best, rel=0.021), "the steps are 2 %"
+    test = predict_logits(found.model, found.forward, data.test, found.device)
+    scaled = F.cross_entropy(test / with_split["temperature"], torch.from_numpy(data.test.labels)).item()
+    assert with_split["loss_scaled"] == pytest.approx(scaled, rel=1e-5)
 
 
 def test_a_shifted_set_that_is_not_one_is_refused(tmp_path: Path) -> None:
