@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,10 @@ from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.evaluate import VIEWS, evaluate, predict_logits, reliability, score
 from fastcifar.training.parts import normalisation_name, split_off
 
-BESIDE = {"shifted": None, "corruptions": None}  # unless asked for
+if TYPE_CHECKING:
+    from fastcifar.results.robustness import Beyond
+
+NOT_ASKED = {"shifted": None, "corruptions": None}
 
 
 def judge(
@@ -41,8 +44,9 @@ def judge(
     `pictures`: a folder for the reliability diagram and the confusion matrix. `shifted`: a folder of CIFAR-10.1.
     `corruptions`: the corrupted test set too. `changes`: data, device, precision, normalise, max_params, tta; None
     keeps the recipe's. Returns `test_acc` (a fraction), `test_acc_tta` (over the views of `tta`, None without),
-    `test_loss` (nats), `correct`, `total`, `ece`, `per_class`, what `_figures` adds, `robustness.measure`'s and what
-    they were measured with. Errors: those of `rebuild`, `DataError`, `NonFiniteError`, `DiskError`.
+    `test_loss` (nats), `correct`, `total`, `ece`, `per_class`, what `_figures` adds, `shifted` and `corruptions`
+    (None unless asked for) and what they were measured with. Errors: those of `rebuild`, `DataError`,
+    `NonFiniteError`, `DiskError`.
     """
     found = rebuild(run, weights, arch, **changes)
     data = cifar.load(found.recipe.data, found.recipe.dataset)
@@ -54,12 +58,8 @@ def judge(
     tta, tests = found.recipe.tta, len(data.test.labels)
     held_out, missing = _held_out(found, data.train)
     images = tests * (1 + len(VIEWS[tta]) * (tta != "none")) + len(held_out.labels)
-    beside = None
-    if shifted or corruptions:
-        from fastcifar.results import robustness
-
-        beside = robustness.prepare(shifted, corruptions, found.classes)
-        images += beside.images(tests)
+    beyond = _beyond(shifted, corruptions, found.classes)
+    images += beyond.images(tests) if beyond else 0
     found.hurry(images)
     logits, labels = _logits(found, data.test)
     scores = asdict(score(logits, labels))
@@ -76,10 +76,19 @@ def judge(
         "per_class": dict(zip(data.classes, scores["per_class"], strict=True)),
         **_figures(logits, labels, list(data.classes), temperature),
         "temperature_missing": missing or (None if temperature else "none is best on the validation split"),
-        **(robustness.measure(found, data.test, beside, console) if beside else BESIDE),
+        **(beyond.measure(found, data.test, console) if beyond else NOT_ASKED),
         "plots": str(pictures) if pictures else None,
         **_measured_with(found, data.source),
     }
+
+
+def _beyond(shifted: Path | None, corruptions: bool, classes: list[str]) -> Beyond | None:
+    """What else is asked for, read before anything is measured. Errors: `DataError`."""
+    if not shifted and not corruptions:
+        return None
+    from fastcifar.results import robustness
+
+    return robustness.Beyond(robustness.shifted_set(shifted, classes) if shifted else None, corruptions)
 
 
 def _figures(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> dict[str, Any]:

@@ -144,9 +144,7 @@ def reliability_diagram(path: Path, curves: Mapping[str, Sequence[tuple[int, flo
     """
     figure = _figure((5, 6))
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    above.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1)
-    above.text(0.29, 0.32, "as often right as it is sure", color=INK, alpha=0.6, fontsize=7, rotation=45,
-               rotation_mode="anchor")  # fmt: skip
+    above.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1, label="as often right as it is sure")
     for (name, bins), shade, mark in zip(curves.items(), (SHADES[2], "#d9822b", INK), "os^", strict=False):
         total = sum(count for count, _, _ in bins)
         filled = [(count / total, sure, right) for count, sure, right in bins if sure is not None and right is not None]
@@ -156,9 +154,12 @@ def reliability_diagram(path: Path, curves: Mapping[str, Sequence[tuple[int, flo
         above.plot(sure, right, f"-{mark}", color=shade, markersize=4, linewidth=1.2, label=label)
         edges = [index / len(bins) for index in range(len(bins) + 1)]
         below.stairs([count / total for count, _, _ in bins], edges, color=shade, linewidth=1.2)
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    above.set(xlim=(0, 1), ylim=(0, 1))
+    above.set_ylabel("accuracy", fontsize=8, color=INK)
     above.legend(fontsize=7, frameon=False, loc="upper left")
-    below.set(xlabel="confidence", ylabel="share of images", ylim=(0, None))
+    below.set(ylim=(0, None))
+    below.set_xlabel("confidence", fontsize=8, color=INK)
+    below.set_ylabel("share of images", fontsize=8, color=INK)
     for axis in (above, below):
         axis.grid(color=GREY, linewidth=0.5, alpha=0.5)
         axis.set_axisbelow(True)
@@ -174,13 +175,14 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     The shade is the root of the share of the row: a linear one would not show the mistakes.
     """
     few = len(classes) <= MOST_NUMBERED
-    figure = _figure((1.6 + 0.5 * len(classes),) * 2 if few else (11, 11))
+    side = 1.6 + 0.5 * len(classes) if few else 11
+    figure = _figure((side, side))
     axis = figure.subplots()
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(shares**0.5, cmap="Blues", vmin=0, vmax=1)
     if few:
         for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.4 else INK if count else GREY
+            colour = "white" if shares[row, column] > 0.3 else INK if count else GREY
             axis.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7, color=colour)
     size = 8 if few else 4
     turned: dict[str, Any] = {"rotation": 45, "ha": "left"} if few else {"rotation": 90}

@@ -39,18 +39,12 @@ class Beyond:
         moved = len(self.shifted[1].labels) if self.shifted else 0
         return moved + self.corruptions * tests * len(CORRUPTIONS) * len(SEVERITIES)
 
-
-def prepare(shifted: Path | None, corruptions: bool, classes: list[str]) -> Beyond:
-    """Reads what there is to read, before anything is measured. Errors: as `shifted_set`."""
-    return Beyond(shifted_set(shifted, classes) if shifted else None, corruptions)
-
-
-def measure(found: Finished, test: Split, beyond: Beyond, console: Console | None) -> dict[str, Any]:
-    """`shifted` and `corruptions`, each None if it was not asked for."""
-    return {
-        "shifted": on_shifted(found, *beyond.shifted) if beyond.shifted else None,
-        "corruptions": on_corrupted(found, test, console) if beyond.corruptions else None,
-    }
+    def measure(self, found: Finished, test: Split, console: Console | None) -> dict[str, Any]:
+        """`shifted` and `corruptions`, each None if it was not asked for."""
+        return {
+            "shifted": on_shifted(found, *self.shifted) if self.shifted else None,
+            "corruptions": on_corrupted(found, test, console) if self.corruptions else None,
+        }
 
 
 def shifted_set(folder: Path, classes: list[str]) -> tuple[str, Split]:

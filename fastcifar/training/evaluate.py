@@ -161,7 +161,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
 class Bin(NamedTuple):
     """The images of a range of confidences: how many, how sure the network is of them, and how often it is right."""
 
-    count: int
+    images: int
     confidence: float | None  # the means; None without an image
     accuracy: float | None
 

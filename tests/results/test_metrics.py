@@ -60,14 +60,14 @@ def test_a_class_never_said_or_never_there_has_no_figure() -> None:
 def test_the_bins_add_up_to_the_calibration_error() -> None:
     logits, labels = drawn(500)
     bins = reliability(logits, logits.argmax(1) == labels)
-    assert (len(bins), sum(cell.count for cell in bins)) == (ECE_BINS, 500)
+    assert (len(bins), sum(cell.images for cell in bins)) == (ECE_BINS, 500)
     gap = 0.0
     for index, cell in enumerate(bins):
         if cell.confidence is None or cell.accuracy is None:
-            assert cell.count == 0
+            assert cell.images == 0
             continue
         assert index / ECE_BINS <= cell.confidence <= (index + 1) / ECE_BINS
-        gap += cell.count / 500 * abs(cell.confidence - cell.accuracy)
+        gap += cell.images / 500 * abs(cell.confidence - cell.accuracy)
     assert score(logits, labels).ece == pytest.approx(gap, rel=1e-12)
 
 
@@ -77,6 +77,7 @@ def test_the_temperature_is_recovered_and_moves_no_label(true: float) -> None:
     honest = 2 * torch.randn(10_000, CLASSES, generator=generator)
     labels = torch.multinomial(honest.softmax(1), 1, generator=generator)[:, 0]
     found = metrics.temperature(true * honest, labels)
+    assert found
     assert found == pytest.approx(true, rel=0.03)
     before, after = score(true * honest, labels), score(true * honest.double() / found, labels)
     assert after.correct == before.correct
