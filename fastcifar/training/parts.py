@@ -286,21 +286,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
-    takes = inspect.signature(loader_kind).parameters
-    own = {"compile": choice.compile, "workers": recipe.workers}
-    loader = loader_kind(
-        train.images,
-        train.labels,
-        batch_size=recipe.batch_size,
-        augment=pixel_ops,
-        seed=recipe.seed,
-        device=device,
-        fill=mean_colour(recipe),
-        drop_last=recipe.drop_last,
-        rank=here.rank,
-        ranks=here.ranks,
-        **{name: value for name, value in own.items() if name in takes},
-    )
+    loader = made_loader(loader_kind, recipe, choice, train, pixel_ops, here)
     return Parts(
         recipe=recipe,
         choice=choice,
@@ -319,6 +305,27 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
+    )
+
+
+def made_loader(
+    kind: type[Loader], recipe: Recipe, choice: Choice, train: Split, ops: tuple[Op, ...], here: World
+) -> Loader:
+    """A loader of `kind` of this rank's share of `train`, with what the recipe says of loaders."""
+    takes = inspect.signature(kind).parameters
+    own = {"compile": choice.compile, "workers": recipe.workers}
+    return kind(
+        train.images,
+        train.labels,
+        batch_size=recipe.batch_size,
+        augment=ops,
+        seed=recipe.seed,
+        device=torch.device(choice.device),
+        fill=mean_colour(recipe),
+        drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
+        **{name: value for name, value in own.items() if name in takes},
     )
 
 
