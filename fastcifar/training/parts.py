@@ -273,7 +273,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
             f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
         )
     pick(VIEWS, recipe.tta, "test-time augmentation")
-    loader_kind = pick(LOADERS, choice.loader, "loader")
+    pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
@@ -286,7 +286,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
-    loader = made_loader(loader_kind, recipe, choice, train, pixel_ops, here)
+    loader = loader_of(train, pixel_ops, recipe, choice, here)
     return Parts(
         recipe=recipe,
         choice=choice,
@@ -308,15 +308,14 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     )
 
 
-def made_loader(
-    kind: type[Loader], recipe: Recipe, choice: Choice, train: Split, ops: tuple[Op, ...], here: World
-) -> Loader:
-    """A loader of `kind` of this rank's share of `train`, with what the recipe says of loaders."""
+def loader_of(split: Split, ops: tuple[Op, ...], recipe: Recipe, choice: Choice, here: World) -> Loader:
+    """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
+    kind = LOADERS[choice.loader]
     takes = inspect.signature(kind).parameters
     own = {"compile": choice.compile, "workers": recipe.workers}
     return kind(
-        train.images,
-        train.labels,
+        split.images,
+        split.labels,
         batch_size=recipe.batch_size,
         augment=ops,
         seed=recipe.seed,
