@@ -124,7 +124,7 @@ def kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
     return {
         "pass": "backward" if backward else "forward",
         "kind": kind,
-        "computes": sorted(targets),
+        "computes": ", ".join(sorted(targets)),
         "read": read,
         "written": sum(writes.values()),
     }
@@ -184,10 +184,11 @@ def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
     if fused:
         fuse(network)
     rows = kernels(network, batch_size)
-    for row in rows:
-        row["read"], row["written"] = (round(row[key] / batch_size) for key in ("read", "written"))
+    alike: dict[tuple, dict[str, Any]] = {}  # in the order of their first
     groups: dict[str, dict[str, int]] = {}
     for row in rows:
+        row |= {key: round(row[key] / batch_size) for key in ("read", "written")}
+        alike.setdefault(tuple(row.values()), {"times": 0, **row})["times"] += 1
         group = groups.setdefault(f"{row['pass']} {row['kind']}", {"kernels": 0, "bytes_per_image": 0})
         group["kernels"] += 1
         group["bytes_per_image"] += row["read"] + row["written"]
@@ -201,7 +202,7 @@ def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
         "model_bytes_per_image": model_bytes,
         "memory_seconds_per_step": total * batch_size / BANDWIDTH,
         "groups": groups,
-        "rows": rows,
+        "rows": list(alike.values()),
     }
 
 
@@ -209,8 +210,8 @@ def show(found: dict[str, Any], every_kernel: bool) -> None:
     """The table of one measurement."""
     print(f"{found['arch']}, fused ops {'on' if found['fused_ops'] else 'off'}, batch {found['batch_size']}, bf16")
     for row in found["rows"] if every_kernel else ():
-        computes = ", ".join(row["computes"])[:60]
-        print(f"  {row['pass']:8} {row['kind']:11} {row['read']:>9,} read {row['written']:>9,} written  {computes}")
+        size = f"{row['read']:>9,} read {row['written']:>9,} written"
+        print(f"  {row['times']:>3} x {row['pass']:8} {row['kind']:11} {size}  {row['computes'][:60]}")
     for name, group in found["groups"].items():
         print(f"  {name:20} {group['kernels']:>4} kernels {group['bytes_per_image'] / 1e6:>6.2f} MB an image")
     seconds = found["memory_seconds_per_step"]
@@ -222,7 +223,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Count what a training step moves through a GPU's memory.")
     parser.add_argument("--arch", nargs="+", default=["se68", "se68_block"])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--kernels", action="store_true", help="a row for each kernel too")
+    parser.add_argument("--kernels", action="store_true", help="rows of kernels too, equal ones counted")
     parser.add_argument("--record", action="store_true", help="write bench/results/<UTC>_<device>_traffic")
     arguments = parser.parse_args()
     trials = []
