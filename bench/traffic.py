@@ -27,7 +27,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fastcifar.device import environment
 from fastcifar.models import build, fuse
-from fastcifar.models.resnet import BasicBlock
+from fastcifar.models.traffic import bytes_per_image
 from fastcifar.training.step import forward_pass, loss_and_hits
 
 GPU = torch.device("cuda", 0)
@@ -149,38 +149,10 @@ def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
     return [row for row in found if row["read"] + row["written"]]
 
 
-def ideal(model: nn.Module) -> int:
-    """Bytes an image with every BatchNorm in two passes, fused with what surrounds it: the model of PERFORMANCE.md.
-
-    Maps in bf16. A convolution reads and writes one each, backward four; a BatchNorm reads its input twice and writes,
-    backward twice the gradient and the input, and writes; a shortcut is read once, and its gradient written and read.
-    Squeeze-and-excitation and weights cost nothing.
-    """
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal total
-        first = isinstance(module, nn.Conv2d) and module.in_channels == 3
-        if isinstance(module, nn.Conv2d) and output.shape[-1] > 1:
-            total += 2 * (inputs[0].numel() * (2 if first else 3) + output.numel() * 3)
-        elif isinstance(module, nn.BatchNorm2d):
-            total += 2 * 8 * output.numel()
-        elif isinstance(module, BasicBlock):
-            total += 2 * 3 * output.numel()
-
-    hooks = [module.register_forward_hook(count) for module in model.modules()]
-    with torch.no_grad():
-        model(torch.empty(1, 3, 32, 32, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
 def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
     """Kernels and bytes an image of `arch` by pass and kind, beside the model's bytes."""
-    with torch.device("meta"):
-        model_bytes = ideal(build(arch))
     network = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    model_bytes = bytes_per_image(network, training=True)
     if fused:
         fuse(network)
     rows = kernels(network, batch_size)

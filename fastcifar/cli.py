@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import sys
 import types
 import typing
@@ -20,7 +22,7 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import MemoryShortError, UserError
+from fastcifar.errors import UserError, out_of_memory
 from fastcifar.recipe import SECTIONS, Recipe, option, section
 
 app = typer.Typer(
@@ -33,7 +35,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-SIGINT = 130  # the exit code
+SIGINT, SIGTERM = 130, 143  # the exit codes
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
@@ -106,16 +108,16 @@ def train(
     from fastcifar.training.train import train as run
 
     made = Recipe.make(recipe, **knobs)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
     found = rehearse(made) if dry_run else run(made, recipe, console)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found)) if not console.quiet else None
     else:
         console.print(rehearsal_table(found) if dry_run else summary_table(found))
 
 
 @app.command("eval")
-@knobs(("weights", "data", "device", "precision", "normalise", "max_params"))
+@knobs(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
@@ -129,6 +131,58 @@ def evaluate(
 
     scores = judge(run, arch=arch, **knobs)
     print(json.dumps(scores)) if as_json else Console().print(scores_table(scores))
+
+
+@app.command()
+@knobs(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="pickle, .npy, image, folder of images, data:test or data:train")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="to write: .csv, .jsonl or .parquet")],
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    ensemble: Annotated[
+        list[str] | None, typer.Option("--ensemble", metavar="RUN|CKPT", help="one more network, repeated: mean logits")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="INT", help="add so many best classes and their probabilities")] = 0,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="add the probability of every class")] = False,
+    names: Annotated[bool, typer.Option("--names", help="class names instead of numbers")] = False,
+    header: Annotated[str | None, typer.Option(metavar="ID,LABEL", help="of a .csv; default ID,Labels")] = None,
+    show: Annotated[Path | None, typer.Option(metavar="FILE.png", help="a picture of some images, labelled")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Label images with a run, a checkpoint or several, and write them as a file."""
+    from fastcifar.results.predict import predict as label
+    from fastcifar.results.report import predictions_table
+
+    console = Console(stderr=as_json)
+    asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
+    found = label(run, source, out, ensemble=ensemble or (), console=console, **asked, **knobs)
+    print(json.dumps(found)) if as_json else console.print(predictions_table(found))
+
+
+@app.command()
+@knobs(("weights", "data", "normalise", "max_params"))
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="default: in the run folder")] = None,
+    inputs: Annotated[str, typer.Option("--input", metavar="uint8|normalised", help="what goes in")] = "uint8",
+    outputs: Annotated[str, typer.Option("--output", metavar="probabilities|logits")] = "probabilities",
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
+    from fastcifar.results.export import export as write
+    from fastcifar.results.report import export_table
+
+    found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
+    print(json.dumps(found)) if as_json else Console().print(export_table(found))
 
 
 @app.command()
@@ -182,20 +236,48 @@ def data_show(
 @knobs((*section("network"), "data", "dataset", "augment", "batch_size", *section("machine")))
 def bench(
     recipe: RecipeName = None,
-    what: Annotated[str, typer.Option(metavar="loader|step|train|all", help="train is end to end")] = "all",
+    what: Annotated[
+        str, typer.Option(metavar="loader,step,train,infer,conv|all", help="train is end to end")
+    ] = "loader,step,train",
+    archs: Annotated[str, typer.Option(metavar="NAME,...", help="measure each of these")] = "",
+    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="measure at each of these")] = "",
+    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="measure in each of these")] = "",
     trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw what was measured")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
 ) -> None:
-    """Measure images/s of the loader, of the training step on a fixed batch, and of both together."""
+    """Measure images/s of the loader, of the training step on a fixed batch, of both together, and more."""
     from fastcifar.lab.bench import bench as measure
-    from fastcifar.results.report import bench_table
+    from fastcifar.results.benchmarks import bench_panels, bench_table
+    from fastcifar.results.plots import bars, require_png
 
     console = Console(stderr=as_json)
-    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console)
+    if chart:
+        require_png(chart)
+    grid = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
+    listed = {name: values.split(",") for name, values in grid.items() if values}
+    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console, grid=listed)
+    if chart:
+        bars(chart, *bench_panels(found))
     print(json.dumps(found)) if as_json else console.print(bench_table(found))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="a submission, or what `bench --json` printed, as a file")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two submissions label by label, or two measurements row by row."""
+    from fastcifar.results.compare import COMPARERS
+    from fastcifar.results.compare import compare as pair
+
+    found = pair(a, b)
+    print(json.dumps(found)) if as_json else Console().print(COMPARERS[found["kind"]].table(found))
 
 
 @app.command()
@@ -212,6 +294,7 @@ def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
 def main() -> None:
     """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
     warnings.showwarning = _warned
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
         if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
@@ -227,6 +310,11 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _terminated(*_: Any) -> None:
+    """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
+    sys.exit(_fail("stopped by SIGTERM", SIGTERM))
+
+
 def _warned(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """A warning as one line like an error's, without a place in the source."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
@@ -239,11 +327,8 @@ def _explained(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if type(error).__name__ == "Abort":  # and how older ones do
         return _fail("stopped by SIGINT", SIGINT)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _fail(str(MemoryShortError("out of memory", "use a smaller --batch-size or --width")), 6)
-    if str(error).startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        remedy = "memory may be short: use fewer --workers, or --loader tensor"
-        return _fail(str(MemoryShortError("a worker process of the loader died", remedy)), 6)
+    if short := out_of_memory(error):
+        return _fail(str(short), short.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

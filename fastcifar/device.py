@@ -20,11 +20,13 @@ from types import ModuleType
 from typing import Any
 
 from fastcifar import __version__
-from fastcifar.errors import DeviceError, UsageError
+from fastcifar.errors import DeviceError, UsageError, UserError
 from fastcifar.recipe import Recipe
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
-PROBED = ("torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib")
+DALI = "nvidia.dali"
+DALI_REMEDY = "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3'"
+PROBED = ("torchvision", DALI, "pytorch_optimizer", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def choose(recipe: Recipe) -> Choice:
     """
     device, why_device = _device(recipe.device)
     precision, why_precision = _precision(recipe.precision, device)
-    loader, why_loader = _loader(recipe.loader)
+    loader, why_loader = _loader(recipe.loader, device)
     compiled, why_compile = _compile(recipe.compile, device)
     graph, why_graph = _graph(recipe.cuda_graph, device)
     _check_fused_ops(recipe.fused_ops, device)
@@ -94,10 +96,20 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
     return "fp32", "this CPU has neither AMX nor AVX-512 bf16"
 
 
-def _loader(asked: str) -> tuple[str, str]:
+def _loader(asked: str, device: str) -> tuple[str, str]:
     if asked == "torchvision":
         return asked, "asked for: the baseline, one image at a time in worker processes"
-    return ("tensor", "the data set stays on the device") if asked == "auto" else (asked, "asked for")
+    if asked == "dali":
+        optional(DALI, DALI_REMEDY, DeviceError)
+    if asked != "auto":
+        return asked, "asked for"
+    if device == "cpu":
+        return "tensor", "one compiled kernel a batch, the least work for a CPU"
+    try:
+        version = optional(DALI, DALI_REMEDY, DeviceError).__version__
+    except DeviceError as error:
+        return "tensor", f"{error.problem}; the data set stays on the device"
+    return "dali", f"DALI {version} augments on the GPU, ahead of the step"
 
 
 def _compile(asked: bool | None, device: str) -> tuple[bool, str]:
@@ -139,6 +151,19 @@ def _cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(line.partition(":")[2].split())
+
+
+def deterministic_only() -> None:
+    """Has torch use deterministic algorithms alone, for the whole process; what has none raises.
+
+    cuBLAS reads its variable when it starts: nothing may have used the GPU before.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def describe(device: str = "auto") -> str:
@@ -203,13 +228,13 @@ def probe_import(module: str) -> tuple[bool, str]:
     return run.returncode == 0, "" if run.returncode == 0 else (lines[-1] if lines else f"exit {run.returncode}")
 
 
-def optional(module: str, remedy: str) -> ModuleType:
-    """The library `module`, which only some features need. Errors: `UsageError` if it is missing or does not import."""
+def optional(module: str, remedy: str, kind: type[UserError] = UsageError) -> ModuleType:
+    """The library `module`, which only some features need. Errors: `kind` if it is missing or does not import."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken build raises anything: torchvision beside another torch a RuntimeError
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise UsageError(f"{module} cannot be imported ({type(error).__name__}: {reason})", remedy) from None
+        raise kind(f"{module} cannot be imported ({type(error).__name__}: {reason})", remedy) from None
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:

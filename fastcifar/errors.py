@@ -6,7 +6,10 @@ A wrong state that only a bug can cause is an `assert`, not one of these. No tor
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -72,6 +75,34 @@ class Interrupted(UserError):
     def __init__(self, signal: str, exit_code: int, step: int, checkpoint: str) -> None:
         self.exit_code = exit_code
         super().__init__(f"stopped by {signal} after step {step}", f"the checkpoint is {checkpoint}")
+
+
+def out_of_memory(error: BaseException) -> MemoryShortError | None:
+    """What an allocation that failed says to the user, with its numbers; None for another error.
+
+    It knows torch's errors by their names and words, on a GPU, in the host's memory and in a loader's worker.
+    """
+    text = " ".join(str(error).split())
+    remedy = "use a smaller --batch-size or --width"
+    if type(error).__name__ == "OutOfMemoryError":
+        numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
+        return MemoryShortError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
+    if text.startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
+        return MemoryShortError(
+            "a worker process of the loader died", "memory may be short: use fewer --workers, or --loader tensor"
+        )
+    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
+        return None
+    asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
+    free = "".join(f", {available:,} bytes are available" for available in _available_bytes())
+    return MemoryShortError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
+
+
+def _available_bytes() -> list[int]:
+    """What the host could still give; nothing where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return []
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastcifar.errors import UsageError, nearest
 
@@ -49,8 +49,14 @@ def _literal(text: str) -> Any:
     return text
 
 
+def _period(value: str) -> str:
+    period(value)
+    return value
+
+
 Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_integers)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
+Period = Annotated[str, AfterValidator(_period)]
 
 
 class Recipe(BaseModel):
@@ -92,7 +98,10 @@ class Recipe(BaseModel):
         default="auto",
         description="auto (the data set's own; kuangliu for coconut_*), cifar10, cifar100, kuangliu or MEAN:STD",
     )
-    augment: str = Field(default="crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
+    augment: str = Field(
+        default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
+        description="ordered list of name[:number[:word]], or none",
+    )
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
 
     # the optimisation
@@ -123,11 +132,22 @@ class Recipe(BaseModel):
     time_budget: float | None = Field(default=None, gt=0, description="minutes to fit the epochs into")
     max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
     weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
+    tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = Field(default=None, description="run folder; default: runs/<name>")
+    save_every: Period = Field(default="1e", description="checkpoint every so many steps, 500s, or epochs, 1e")
+    resume: str | None = Field(
+        default=None,
+        description="auto (the newest unfinished run of this recipe), a run folder or a checkpoint; more --epochs: the "
+        "schedule is computed anew over the new length, from the current step on",
+    )
+    on_nan: Literal["stop", "rollback"] = Field(
+        default="stop", description="not finite: stop, or go back to the last checkpoint at half the learning rate"
+    )
+    deterministic: bool = Field(default=False, description="deterministic algorithms only: slower, bit for bit on CUDA")
 
     # the machine
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="where to train")
-    loader: str = Field(default="auto", description="auto, tensor, or torchvision as the baseline")
+    loader: str = Field(default="auto", description="auto, dali, tensor, or torchvision as the baseline")
     workers: int = Field(default=2, ge=0, le=256, description="processes of --loader torchvision; 0 is none")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of the convolutions")
     compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
@@ -174,6 +194,14 @@ class Recipe(BaseModel):
         """The recipe as a file that `make` reads back: every knob that is set, by name."""
         return "".join(f"{name} = {_toml(value)}\n" for name, value in self.model_dump(mode="json").items()
                        if value is not None)  # fmt: skip
+
+
+def period(text: str) -> tuple[int, str]:
+    """`500s` as (500, "s") for steps, `1e` as (1, "e") for epochs. Errors: `ValueError`."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in ("s", "e") or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 10**9:
+        raise ValueError("should be a number of steps or epochs, such as 500s or 1e")
+    return int(number), unit
 
 
 # section -> its first field; a section goes on to the next one's first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,32 @@ def test_fault17_what_is_not_there(values: dict) -> None:
         device.choose(Recipe.make(**values))
     assert caught.value.exit_code == 8
     assert caught.value.remedy
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_the_loader_of_a_gpu_is_dali_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, device.DALI, SimpleNamespace(__version__="2.x"))  # type: ignore[arg-type]
+    choice = device.choose(Recipe())
+    assert (choice.loader, "DALI 2.x" in choice.reasons["loader"]) == ("dali", True)
+    assert device.choose(Recipe(device="cpu")).loader == "tensor"
+    monkeypatch.setitem(sys.modules, device.DALI, None)
+    choice = device.choose(Recipe())
+    assert (choice.loader, "nvidia.dali cannot be imported" in choice.reasons["loader"]) == ("tensor", True)
+
+
+def test_fault17_dali_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, device.DALI, None)
+    with pytest.raises(DeviceError, match=r"nvidia.dali cannot be imported .*; use --loader tensor, or on Linux") as it:
+        device.choose(Recipe(device="cpu", loader="dali"))
+    assert it.value.exit_code == 8
+    assert device.choose(Recipe(device="cpu")).loader == "tensor"
 
 
 def test_asked_for_is_given_and_said() -> None:

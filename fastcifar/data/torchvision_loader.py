@@ -1,8 +1,8 @@
 """The loader as people write it: a DataLoader whose workers decode, transform and stack one image at a time.
 
 It is the baseline that the others are compared with. The order of an epoch is theirs; the draws of the augmentations
-are torchvision's own, from a seed for each step, so that workers and resuming change nothing. torchvision is imported
-when a loader is made, never before.
+are torchvision's own, from a seed for each step and rank, so that workers and resuming change nothing. torchvision is
+imported when a loader is made, never before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, spell
-from fastcifar.data.steps import steps_per_epoch
+from fastcifar.data.steps import cut
+from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.device import optional
 from fastcifar.errors import UsageError
 
@@ -38,6 +39,11 @@ class Cutout:
         return image
 
 
+def erasing(v2: Any, op: Op, colour: Fill) -> Transform:
+    """torchvision's RandomErasing with the op's largest share of the area."""
+    return v2.RandomErasing(ERASED, (SMALLEST, op.number), ASPECTS, value=colour)
+
+
 # (name, word) of an op -> what does the same to a PIL image, from torchvision.transforms.v2, the op and the mean colour
 COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(SIDE, padding=op.number),
@@ -45,6 +51,16 @@ COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.number),
     ("cutout", "mean"): lambda _, op, fill: Cutout(op.number, fill),
     ("cutout", "zero"): lambda _, op, fill: Cutout(op.number, (0, 0, 0)),
+    ("erase", "grey"): lambda v2, op, _: erasing(v2, op, COLOURS["grey"]),
+    ("erase", "mean"): lambda v2, op, fill: erasing(v2, op, fill),
+    ("erase", "zero"): lambda v2, op, _: erasing(v2, op, COLOURS["zero"]),
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.number),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.number, op.number, op.number, op.number / 2),
+    ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.number),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.number),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.number),
+    ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 
 
@@ -52,7 +68,7 @@ class TorchvisionLoader:
     """The set in the host's memory; a DataLoader of `workers` processes (0: this one) for each epoch.
 
     The arguments are TensorLoader's; `workers` and the worker processes are all that differ.
-    Raises `UsageError` for an op without a counterpart, without torchvision, and if `batch_size` exceeds n.
+    Raises `UsageError` for an op without a counterpart, without torchvision, and as `steps.cut` does.
     """
 
     def __init__(
@@ -67,11 +83,14 @@ class TorchvisionLoader:
         fill: Fill = (0, 0, 0),
         workers: int = 2,
         drop_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         assert images.dtype == np.uint8, images.dtype
         assert len(images) == len(labels), (len(images), len(labels))
         self.samples = len(images)
-        self.steps_per_epoch = steps_per_epoch(self.samples, batch_size, drop_last)
+        self.steps = cut(self.samples, batch_size, drop_last, rank, ranks)
+        self.steps_per_epoch = self.steps.per_epoch
         self.batch_size = batch_size
         self._transform = transform(augment, fill)
         self._pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
@@ -79,17 +98,17 @@ class TorchvisionLoader:
         self._seed, self._device, self._workers = seed, torch.device(device), workers
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """This rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
         Starting late gives exactly the batches that the whole epoch would have given from there.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         order = draw_epoch((), self.samples, epoch, self._seed).order
-        size = self.batch_size
-        steps = [_Step(step, order[step * size : (step + 1) * size]) for step in range(self.steps_per_epoch)]
+        shares = self.steps.table(order)
+        steps = [_Step(step, share[: self.steps.count(step)]) for step, share in enumerate(shares)]
         on_gpu = self._device.type == "cuda"
         loader = DataLoader(
-            _Images(self._pixels, self._labels, self._transform, (self._seed, epoch)),
+            _Images(self._pixels, self._labels, self._transform, (self._seed, epoch, self.steps.rank)),
             batch_sampler=steps[start_step:],  # type: ignore[arg-type]  # a step is a list of indices and its number
             num_workers=min(self._workers, self.steps_per_epoch - start_step),
             pin_memory=on_gpu,
@@ -111,7 +130,7 @@ class _Step(list[int]):
 class _Images(Dataset[tuple[Tensor, int]]):
     """What the workers hold: pixels uint8 [n,32,32,3] and labels [n]; one step's images are fetched by one call."""
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, transform: Transform, key: tuple[int, int]) -> None:
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, transform: Transform, key: tuple[int, int, int]) -> None:
         self.pixels, self.labels, self.transform, self.key = pixels, labels, transform, key
 
     def __len__(self) -> int:

@@ -15,6 +15,8 @@ from rich.table import Table
 from fastcifar.models import KNOBS, MODELS, build, largest_width, layer_table, macs, parameters
 from fastcifar.recipe import Recipe
 
+MOST_PAIRS = 15  # of labels in the table of a comparison
+
 
 @dataclass(frozen=True)
 class Found:
@@ -34,6 +36,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "test accuracy": f"{_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
         f"weights {summary['weights']})",
         "  averaged weights": _percent(summary["test_acc_ema"]),
+        **_over_views(summary["config"]["tta"], summary["test_acc_tta"]),
         "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
         "validation accuracy": f"{_percent(summary['val_acc'])}, best {_percent(summary['best_val_acc'])}",
         "hardest class": _hardest(summary["per_class"]),
@@ -41,6 +44,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "images/s in training": f"{summary['images_per_s']:,.0f}",
         "seconds": spent,
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    return _pairs("", rows)
+
+
+def export_table(found: dict[str, Any]) -> Table:
+    """What was written and how it was checked. `found`: as `export` returns it."""
+    sizes = ", ".join(map(str, found["batch_sizes"]))
+    rows = {
+        "file": f"{found['file']}, {found['bytes']:,} bytes",
+        "model card": found["card"],
+        "sha256": found["sha256"],
+        "largest difference": f"{found['difference']:.2g}, on {found['images']} test images in batches of {sizes}",
     }
     return _pairs("", rows)
 
@@ -64,12 +79,56 @@ def scores_table(scores: dict[str, Any]) -> Table:
     rows = {
         "checkpoint": scores["checkpoint"],
         "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,})",
+        **_over_views(scores["tta"], scores["test_acc_tta"]),
         "test loss": f"{scores['test_loss']:.4f}",
         "calibration error": f"{scores['ece']:.4f}",
         "measured with": f"{scores['arch']}, weights {scores['weights']}, normalisation {scores['normalise']}, "
         f"{scores['precision']} on {scores['device']}",
     }
     return _pairs("", rows)
+
+
+def predictions_table(found: dict[str, Any]) -> Table:
+    """What `fastcifar predict` did."""
+    members = [f"{member['checkpoint']} ({member['arch']}, weights {member['weights']})" for member in found["members"]]
+    first = found["members"][0]
+    seconds = found["seconds"]
+    counts = ", ".join(f"{name} {count:,}" for name, count in found["counts"].items() if count)
+    return _pairs(
+        "",
+        {
+            "images": f"{found['images']:,} from {found['source']}, {found['layout']}",
+            "by": "\n".join(members),
+            "test-time augmentation": found["tta"],
+            "measured with": f"{first['precision']} on {first['device']}, compile {_spelt(first['compiled'])}, "
+            f"CUDA graph {_spelt(first['cuda_graph'])}",
+            "images/s": f"{found['images_per_s']:,.0f}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s "
+            "to prepare)",
+            "labels": counts,
+            "mean confidence": _percent(found["confidence"]),
+            "written": ", ".join(str(found[name]) for name in ("out", "show") if found[name]),
+        },
+    )
+
+
+def comparison_table(found: dict[str, Any]) -> Group:
+    """What `fastcifar compare` found of two submissions."""
+    summary = _pairs(
+        "",
+        {
+            "a": found["a"],
+            "b": found["b"],
+            "differ": f"{found['differ']:,} of {found['total']:,} labels, {_percent(found['share'])}",
+        },
+    )
+    if not found["pairs"]:
+        return Group(summary)
+    pairs = Table("label in a", "label in b", box=None)
+    pairs.add_column("images", justify="right")
+    for pair in found["pairs"][:MOST_PAIRS]:
+        pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
+    left = len(found["pairs"]) - MOST_PAIRS
+    return Group(summary, "", pairs, *([f"and {left} more pairs (--json has all)"] if left > 0 else []))
 
 
 def data_table(found: dict[str, Any]) -> Group:
@@ -146,31 +205,6 @@ def examination(found: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
-def bench_table(found: dict[str, Any]) -> Table:
-    """What `fastcifar bench` measured, a line for each benchmark."""
-    rows = found["results"]
-    names = ("arch", "batch_size", "precision", "loader", "augment")
-    settings = {name: row[name] for name in names for row in rows if name in row}
-    spent = {name: row[name] for name in ("setup_s", "compile_s") for row in rows if name in row}
-    title = [
-        found["device"],
-        ", ".join(f"{name} {value}" for name, value in settings.items()),
-        f"median of {len(rows[0]['trials'])} trials; {', '.join(f'{name} {spent[name]:.1f}' for name in spent)}",
-    ]
-    table = Table("what", title="\n".join(title), title_justify="left")
-    for heading in ("images/s", "lowest", "highest", "CPU us/image", "TFLOP/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        speeds = (row["images_per_s"], min(row["trials"]), max(row["trials"]))
-        table.add_row(
-            row["what"],
-            *(f"{speed:,.0f}" for speed in speeds),
-            f"{row['cpu_us_per_image']:,.1f}",
-            f"{row['tflop_per_s']:.3g}" if "tflop_per_s" in row else "-",
-        )
-    return table
-
-
 def _weightless(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -184,6 +218,15 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _over_views(tta: str, accuracy: float | None) -> dict[str, str]:
+    """The line of test-time augmentation, where there was one."""
+    return {} if accuracy is None else {f"  over views, {tta}": _percent(accuracy)}
+
+
+def _spelt(value: bool) -> str:
+    return "on" if value else "off"
 
 
 def _percent(fraction: float | None) -> str:

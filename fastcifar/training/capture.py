@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import platformdirs
 import torch
 from torch import Tensor
 
@@ -20,6 +24,7 @@ R = TypeVar("R")
 Replay = Callable[[], object]
 MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 WARM_UPS = 3
+COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -27,7 +32,30 @@ def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
     # It would warn of every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[mode])
+    # The compiler keeps its variants, and their small limit, with the code object: each function gets one of its own.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=MODES[mode])
+
+
+def keep_compiled_code() -> Path | None:
+    """Has torch.compile keep its code in the user cache, where a later start finds it: torch's own place is temporary.
+
+    `TORCHINDUCTOR_CACHE_DIR` stands if it is set. Returns the folder; None, and torch's own place, if none can be made.
+    """
+    folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
+    folder = Path(os.environ.get(COMPILED_CODE) or folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    os.environ[COMPILED_CODE] = str(folder)
+    return folder
 
 
 def keep_freed_memory() -> bool:
@@ -99,6 +127,40 @@ def graphed(
     return run
 
 
+def captured_forward(
+    forward: Callable[[Tensor], Tensor], example: Tensor, record: Callable[[Replay], Replay] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`forward`, images -> logits, as one replay for images of `example`'s shape. Call it, and this, under no_grad.
+
+    The model must be in evaluation mode: what is recorded stays what it was. New weights in the same memory are seen.
+    """
+    logits = forward(example).clone()
+
+    def step(images: Tensor) -> None:
+        logits.copy_(forward(images))
+
+    replay = graphed(step, [example], [], record)
+
+    def replayed(images: Tensor) -> Tensor:
+        replay(images)
+        return logits.clone()  # the next replay writes into the same memory
+
+    return replayed
+
+
+def filled(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+    """`forward` of `batch_size` images for fewer too: a short batch is filled up with black and its logits are cut."""
+
+    def whole(images: Tensor) -> Tensor:
+        missing = batch_size - len(images)
+        if not missing:
+            return forward(images)
+        black = images.new_zeros(missing, *images.shape[1:])
+        return forward(torch.cat([images, black]).contiguous(memory_format=torch.channels_last))[: len(images)]
+
+    return whole
+
+
 def warm_up(work: Replay, device: torch.device) -> None:
     """Runs `work` until lazy initialisation, autotuning and compilation are behind it; on CUDA on a side stream."""
     if device.type != "cuda":
@@ -124,8 +186,8 @@ def record_on_cuda(work: Replay) -> Replay:
 def by_batch_size(fast: Callable[..., None], plain: Callable[..., None], batch_size: int) -> Callable[..., None]:
     """`fast` for full batches, its plain twin for a short last one."""
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        (fast if len(labels) == batch_size else plain)(images, labels)
+    def step(images: Tensor, *others: Tensor) -> None:
+        (fast if len(images) == batch_size else plain)(images, *others)
 
     return step
 

@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, verified by sha256, loaded without running anything in them.
 
 A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
-`model`, `ema`, `optimizer`, `schedule`, `epoch`, `step`, `best`. `manifest.json` beside the files holds size and
+`model`, `ema`, and what the rest of a run depends on (`Parts.state`). `manifest.json` beside the files holds size and
 sha256 of each and is written last; `last.previous.pt` is the one before `last.pt`.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PREFIXES = ("_orig_mod.", "module.")
 # numpy's code of a number -> struct's, for the numpy scalars that other projects keep beside their weights
@@ -44,22 +44,23 @@ def save(path: Path, state: dict[str, Any]) -> None:
     content = buffer.getvalue()
     previous = path.with_suffix(".previous.pt")
     try:
-        if path.exists():
-            _keep(path, previous)
-        write_atomically(path, content)
+        write_atomically(path, content, previous)
         manifest = read_manifest(path.parent)
         if path.name in manifest and previous.exists():
             manifest[previous.name] = manifest[path.name]
         manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_atomically(path.parent / MANIFEST, json.dumps(manifest, indent=1).encode())
     except OSError as error:
-        raise DiskError(
-            f"cannot write {path} ({len(content):,} bytes): {error.strerror}", "free some space, or give --out"
-        ) from None
+        free = shutil.disk_usage(path.parent).free
+        problem = f"cannot write {path} ({len(content):,} bytes, {free:,} are free): {error.strerror}"
+        raise DiskError(problem, "free some space, or give --out") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`content` as `path`, through a temporary file in the same folder, flushed to the disk. Errors: `OSError`."""
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """`content` as `path`, through a temporary file in the same folder, flushed to the disk.
+
+    What was `path` is then `previous`, if that is given. Errors: `OSError`; both are then as they were.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -67,6 +68,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if previous and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

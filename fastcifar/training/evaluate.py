@@ -1,12 +1,15 @@
 """Images -> logits -> accuracy, loss and calibration. Never changes a weight or a running statistic.
 
-Accuracies are fractions correct / total in [0, 1] over every image, not means of batch means.
+Accuracies are fractions correct / total in [0, 1] over every image, not means of batch means. `VIEWS` is test-time
+augmentation: the logits of an image are a weighted mean over views of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,37 @@ from torch import Tensor, nn
 
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import eval_batches
+from fastcifar.errors import pick
+from fastcifar.training import capture
+from fastcifar.training.step import Forward
 
 BATCH_SIZE = 500
+COMPILE_FROM = 100_000  # images through the network below which compiling it costs more than it saves (LOG.md)
 ECE_BINS = 15
+
+
+class View(NamedTuple):
+    """An image moved by whole pixels, what comes in mirrored at the edge, and then perhaps flipped left to right."""
+
+    weight: float
+    down: int
+    right: int
+    flipped: bool
+
+
+def _with_flips(*views: View) -> tuple[View, ...]:
+    return tuple(view._replace(weight=view.weight / 2, flipped=flip) for view in views for flip in (False, True))
+
+
+# Name -> views whose weights sum to 1; the image itself comes first. "6view" is that of cifar10-airbench (Jordan 2024):
+# half the weight on the image, half on it moved by one pixel along the diagonal. "10crop" is the five crops of the
+# image padded by four, as Krizhevsky et al. (2012) took ten of larger images.
+VIEWS: dict[str, tuple[View, ...]] = {
+    "none": (View(1, 0, 0, False),),
+    "flip": _with_flips(View(1, 0, 0, False)),
+    "6view": _with_flips(View(1 / 2, 0, 0, False), View(1 / 4, 1, 1, False), View(1 / 4, -1, -1, False)),
+    "10crop": _with_flips(*(View(1 / 5, *by, False) for by in ((0, 0), (4, 4), (4, -4), (-4, 4), (-4, -4)))),
+}
 
 
 @dataclass(frozen=True)
@@ -32,13 +63,49 @@ class Scores:
     per_class: list[float | None]
 
 
-def evaluate(model: nn.Module, forward: Callable[[Tensor], Tensor], split: Split, device: torch.device) -> Scores:
-    """The scores of `model` on all of `split`. `forward`: uint8 images [b,3,32,32] -> logits [b,classes]."""
-    return score(predict_logits(model, forward, split, device), torch.from_numpy(split.labels))
+def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
+    """The scores of `model` on all of `split`. `forward`: uint8 images [b,3,32,32] -> logits [b,classes].
+
+    `tta`: a row of VIEWS. Errors: `UsageError` for another name.
+    """
+    return score(predict_logits(model, forward, split, device, tta), torch.from_numpy(split.labels))
 
 
-def predict_logits(model: nn.Module, forward: Callable[[Tensor], Tensor], split: Split, device: torch.device) -> Tensor:
-    """float32 logits [n, classes] on the host, in the split's order, in evaluation mode and without gradients.
+def predict_logits(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Tensor:
+    """float32 logits [n, classes] on the host, in the split's order: the weighted mean over the views `tta`.
+
+    Errors: `UsageError` for a name that is not in VIEWS.
+    """
+    views = pick(VIEWS, tta, "test-time augmentation")
+    with evaluating(model):
+        batches = eval_batches(split.images, split.labels, BATCH_SIZE, device)
+        return torch.cat([_mean_over(views, forward, images) for images, _ in batches]).float().cpu()
+
+
+def fast_forward(
+    model: nn.Module, forward: Forward, device: torch.device, compile: bool, cuda_graph: bool, mode: str = "auto"
+) -> Forward:
+    """`forward` of `model` compiled, captured or both, for batches of up to BATCH_SIZE images; itself if neither.
+
+    It is made and must be called in evaluation mode, under no_grad, as `predict_logits` does; it reads the weights of
+    the moment.
+    """
+    if not compile and not cuda_graph:
+        return forward
+    example = torch.zeros(BATCH_SIZE, 3, 32, 32, dtype=torch.uint8, device=device)
+    example = example.contiguous(memory_format=torch.channels_last)
+    fast = capture.compiled(forward, mode) if compile else forward
+    with evaluating(model):
+        if cuda_graph:
+            fast = capture.captured_forward(fast, example)
+        else:
+            fast(example)
+    return capture.filled(fast, BATCH_SIZE)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients, and the mode as before afterwards.
 
     no_grad and not inference_mode: a captured graph may be near.
     """
@@ -46,10 +113,34 @@ def predict_logits(model: nn.Module, forward: Callable[[Tensor], Tensor], split:
     model.eval()
     try:
         with torch.no_grad():
-            batches = eval_batches(split.images, split.labels, BATCH_SIZE, device)
-            return torch.cat([forward(images) for images, _ in batches]).float().cpu()
+            yield
     finally:
         model.train(training)
+
+
+def seen(images: Tensor, view: View) -> Tensor:
+    """The `view` of images [n,c,h,w] of any dtype, in their memory format where that is channels_last."""
+    if not any(view[1:]):
+        return images
+    rows = _mirrored(images.shape[2], view.down, images.device)
+    columns = _mirrored(images.shape[3], view.right, images.device)
+    if view.flipped:
+        columns = columns.flip(0)
+    return images[:, :, rows[:, None], columns].contiguous(memory_format=torch.channels_last)
+
+
+def _mirrored(size: int, shift: int, device: torch.device) -> Tensor:
+    """Where each of `size` pixels of a moved line comes from: int64, mirrored at both edges (which come once)."""
+    source = (torch.arange(size, device=device) - shift).abs()
+    return source.minimum(2 * (size - 1) - source)
+
+
+def _mean_over(views: tuple[View, ...], forward: Forward, images: Tensor) -> Tensor:
+    """Logits [n, classes] of a batch: the weighted mean over its views."""
+    logits = views[0].weight * forward(seen(images, views[0]))
+    for view in views[1:]:
+        logits += view.weight * forward(seen(images, view))
+    return logits
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

@@ -23,31 +23,7 @@ from torch import Tensor, nn
 from fastcifar.errors import UsageError, nearest
 from fastcifar.recipe import Recipe
 from fastcifar.training.capture import untouched
-
-
-class RMSprop(torch.optim.RMSprop):
-    """torch's, with its fused kernels' switch: where `found_inf` is 1 a step changes nothing, and no host asks.
-
-    All that it changes is gathered before and after, and one of the two is put back: copies, but few kernels.
-    """
-
-    _step_supports_amp_scaling = True
-    found_inf: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        state = [value for entry in self.state.values() for value in entry.values()]
-        flat = [_flat(value) for value in (*(p for group in self.param_groups for p in group["params"]), *state)]
-        before = torch.cat(flat)
-        super().step(closure)
-        if self.found_inf is not None:
-            chosen = torch.where(self.found_inf.bool(), before, torch.cat(flat))
-            torch._foreach_copy_(flat, list(chosen.split([value.numel() for value in flat])))
-
-
-def _flat(value: Tensor) -> Tensor:
-    """A dense tensor of any memory format as one dimension, in the same memory."""
-    return value.detach().as_strided((value.numel(),), (1,))
+from fastcifar.training.update_rules import Muon, Ranger, RMSprop
 
 
 @dataclass(frozen=True)
@@ -56,6 +32,7 @@ class Kind:
 
     `fused`: torch updates all weights in one kernel. `capturable`: the update may stand in a CUDA graph; one that may
     not runs after it, and reads one flag on the host each step. `own_schedule`: it changes its learning rate itself.
+    `lookahead`: the slow weights that are part of it, by their `k` and `alpha`.
     """
 
     build: Callable[..., torch.optim.Optimizer]
@@ -63,6 +40,7 @@ class Kind:
     fused: bool = False
     capturable: bool = False
     own_schedule: bool = False
+    lookahead: dict[str, Any] = field(default_factory=dict)
 
 
 # Any other name is a class of pytorch_optimizer; see `library`.
@@ -71,6 +49,8 @@ OPTIMIZERS: dict[str, Kind] = {
     "adam": Kind(torch.optim.Adam, fused=True, capturable=True),  # weight decay is an L2 term of the gradient
     "adamw": Kind(torch.optim.AdamW, fused=True, capturable=True),  # decoupled: weights shrink by lr * decay
     "rmsprop": Kind(RMSprop, capturable=True),  # L2; foreach on CUDA, torch has no fused one
+    "ranger": Kind(Ranger, capturable=True, lookahead={"k": 6, "alpha": 0.5}),  # decoupled
+    "muon": Kind(Muon, capturable=True),  # decoupled
 }
 # of pytorch_optimizer's: they set or scale their learning rate themselves
 OWN_SCHEDULE = {
@@ -79,9 +59,6 @@ OWN_SCHEDULE = {
     "ranger21",
     *(f"dadapt{of}" for of in ("adagrad", "adam", "adan", "lion", "sgd")),
 }
-# Its own default climbs for its first five steps (4.1); descending, as the published Ranger does, is an argument.
-LIBRARY_DEFAULTS: dict[str, dict[str, Any]] = {"ranger": {"degenerated_to_sgd": True}}
-
 LOOKAHEAD = {"k": 5, "alpha": 0.5}
 # set by a knob of their own, or by the machine
 NOT_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
@@ -101,17 +78,20 @@ class Optimizer:
         if prefix not in ("", "lookahead"):
             raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "spell it NAME or lookahead:NAME")
         self.kind = find(self.name)
-        arguments = _checked(recipe, self.name, self.kind, lookahead=prefix == "lookahead")
-        around = {key: arguments.pop(key, default) for key, default in LOOKAHEAD.items()} if prefix else LOOKAHEAD
+        if prefix and self.kind.lookahead:
+            raise UsageError(f"{self.name} has Lookahead in it", f"--optimizer {self.name} --opt k=6")
+        around = LOOKAHEAD if prefix else self.kind.lookahead
+        arguments = _checked(recipe, self.name, self.kind, around)
+        around = {key: arguments.pop(key, default) for key, default in around.items()}
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
         groups = parameter_groups(model, recipe.weight_decay, recipe.decay_on)
         self.inner = self._made(groups, {**self.kind.defaults, **arguments}, recipe)
-        k, alpha = around["k"], around["alpha"]
-        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+        k, alpha = around.get("k", 0), around.get("alpha", 1.0)
+        if around and not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
             raise UsageError(f"lookahead needs a whole k >= 1 and 0 < alpha <= 1 (got {around})")
-        self.k, self.alpha = k if prefix else 0, float(alpha)
-        self.slow = [weight.detach().clone() for weight in self.parameters] if prefix else []
+        self.k, self.alpha = k, float(alpha)
+        self.slow = [weight.detach().clone() for weight in self.parameters] if around else []
 
     def _made(self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe) -> torch.optim.Optimizer:
         """The inner optimizer: its state there if it is capturable, tried out on copies if it is not."""
@@ -154,12 +134,20 @@ class Optimizer:
             return
         scaler.step(self.inner)
 
-    def between_steps(self, done: int) -> None:
-        """Called by the loop after step number `done` (from 1): Lookahead's slow weights, every k steps."""
-        if self.k and done % self.k == 0:
-            fast = [weight.detach() for weight in self.parameters]
-            torch._foreach_lerp_(self.slow, fast, self.alpha)
-            torch._foreach_copy_(fast, self.slow)
+    def between_steps(self, done: int, skip: Tensor | None = None) -> None:
+        """Called by the loop after step number `done` (from 1): Lookahead's slow weights, every k steps.
+
+        `skip`: as in `step`; without a branch, which the host would have to wait for.
+        """
+        if not self.k or done % self.k:
+            return
+        fast = [weight.detach() for weight in self.parameters]
+        skip = torch.zeros_like(self.lr) if skip is None else skip
+        moved = torch._foreach_lerp(self.slow, fast, self.alpha)
+        torch._foreach_mul_(moved, 1 - skip)
+        for weights in (self.slow, fast):
+            torch._foreach_mul_(weights, skip)
+            torch._foreach_add_(weights, moved)
 
     def set_lr(self, lr: float) -> None:
         """Fills the device tensor: no synchronisation, no recompilation, valid for a captured graph."""
@@ -176,7 +164,7 @@ class Optimizer:
         return [*_tensors(self.inner), *self.slow, self.lr]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict(), "slow": self.slow}
+        return {"inner": self.inner.state_dict(), "slow": self.slow, "lr": self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies into the tensors that are there, so that the graph and the learning rate stay bound to them."""
@@ -190,6 +178,7 @@ class Optimizer:
             self.inner.load_state_dict(copy.deepcopy(state["inner"]))
         for mine, saved in zip(self.slow, state["slow"], strict=True):
             mine.copy_(saved)
+        self.lr.copy_(state["lr"])
 
 
 def find(name: str) -> Kind:
@@ -200,7 +189,7 @@ def find(name: str) -> Kind:
     classes = library()
     if name not in classes:
         raise UsageError(f"unknown optimizer {name!r}", nearest(name, {**OPTIMIZERS, **classes}))
-    return Kind(classes[name], LIBRARY_DEFAULTS.get(name, {}), own_schedule=name in OWN_SCHEDULE)
+    return Kind(classes[name], own_schedule=name in OWN_SCHEDULE)
 
 
 def library() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -219,8 +208,8 @@ def library() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
 
 
-def _checked(recipe: Recipe, name: str, kind: Kind, lookahead: bool) -> dict[str, Any]:
-    """--opt if all of it is in the optimizer's signature; libraries swallow unknown arguments silently."""
+def _checked(recipe: Recipe, name: str, kind: Kind, around: dict[str, Any]) -> dict[str, Any]:
+    """--opt if all of it is in the optimizer's signature or `around` it; libraries swallow unknown ones silently."""
     parameters = inspect.signature(kind.build).parameters
     if not {"params", "lr"} <= parameters.keys():
         raise UsageError(f"{name} is not made of parameters and a learning rate", "choose another optimizer")
@@ -229,7 +218,7 @@ def _checked(recipe: Recipe, name: str, kind: Kind, lookahead: bool) -> dict[str
     if recipe.weight_decay and "weight_decay" not in parameters:
         raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
     own = [key for key, of in parameters.items() if key not in NOT_ARGUMENTS and of.kind != of.VAR_KEYWORD]
-    known = [*own, *(LOOKAHEAD if lookahead else ())]
+    known = [*own, *around]
     for key in recipe.opt:
         if key not in known:
             raise UsageError(f"{name} has no argument {key!r}", nearest(key, known))
@@ -319,9 +308,10 @@ class Ema:
         self.weight_min = 1 - decay
         self.updates = torch.zeros((), device=next(iter(self.live.values())).device)
 
-    def update(self) -> None:
-        self.updates += 1
-        weight = (9 / (10 + self.updates)).clamp(min=self.weight_min)
+    def update(self, skip: Tensor | float = 0.0) -> None:
+        """After a step. `skip`: float32 scalar on the device; 1 leaves the average alone."""
+        self.updates += 1 - skip
+        weight = (9 / (10 + self.updates)).clamp(min=self.weight_min) * (1 - skip)
         average = list(self.average.values())
         change = torch._foreach_sub(list(self.live.values()), average)
         torch._foreach_mul_(change, weight)
@@ -344,6 +334,12 @@ class Ema:
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """A state dict of the model with the averaged weights in it (integer buffers are the model's)."""
         return {**model.state_dict(), **self.average}
+
+    def load_state_dict(self, state: dict[str, Tensor], updates: Tensor) -> None:
+        """What `state_dict` gave, and `updates`, into the tensors that are there."""
+        for name, value in self.average.items():
+            value.copy_(state[name])
+        self.updates.copy_(updates)
 
     def tensors(self) -> list[Tensor]:
         return [*self.average.values(), self.updates]

@@ -6,8 +6,10 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +17,54 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, parse
+from fastcifar.data.augment import Fill, Op, draw_mix, parse, split_mixer
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.device import Choice
-from fastcifar.errors import DeviceError, pick
+from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.mixers import MIXERS
+from fastcifar.device import Choice, deterministic_only
+from fastcifar.errors import DeviceError, UsageError, pick
 from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
-from fastcifar.training.evaluate import Scores, evaluate
+from fastcifar.training.distributed import World, world
+from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.randomness import random_state, seed_all, set_random_state
+from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
     Forward,
     LossAndHits,
     Meter,
+    Statistics,
     Step,
     forward_pass,
     loss_and_hits,
+    mixed_loss_and_hits,
     training_step,
 )
 
 
+@dataclass(frozen=True)
+class Tested:
+    """What the test set said: scores of the recipe's weights; accuracy of the average of the weights, if there is one,
+    and of the recipe's weights over the views of `--tta`, if it was asked for."""
+
+    scores: Scores
+    ema_acc: float | None
+    tta_acc: float | None
+
+
 @dataclass
 class Parts:
-    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n]."""
+    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
+
+    `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
+    """
 
     recipe: Recipe
     choice: Choice
+    augment: tuple[Op, ...]
     device: torch.device
     data: Dataset
     train: Split
@@ -53,8 +75,16 @@ class Parts:
     ema: Ema | None
     meter: Meter
     forward: Forward
+    inference: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
     schedule: Schedule
     clip: Callable[[], object]
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def world(self) -> World:
+        """The processes of this run."""
+        return self.meter.world
 
     @property
     def steps(self) -> int:
@@ -73,32 +103,77 @@ class Parts:
             *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
         ]
 
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's batches from `start_step` on, as a step takes them."""
+        return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A full batch of the shapes of `batches`: black images."""
+        size = self.loader.steps.share
+        images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        _, mixer = split_mixer(self.augment)
+        drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
+        return images.contiguous(memory_format=torch.channels_last), labels, *drawn
+
+    def function(self) -> LossAndHits:
+        """What a step computes before it goes back: of mixed images, if the recipe has a mixer."""
+        _, mixer = split_mixer(self.augment)
+        if mixer:
+            return mixed_loss_and_hits(self.forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_hits(self.forward, self.recipe.label_smoothing)
+
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.choice.precision == "fp16")
-        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, scaler)
+        statistics = Statistics(self.model)
+        return training_step(
+            function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics, self.world
+        )
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = loss_and_hits(self.forward, self.recipe.label_smoothing)
+        function = self.function()
         plain = self.step(function)
-        batch_size = self.recipe.batch_size
-        example = (
-            torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=self.device).contiguous(
-                memory_format=torch.channels_last
-            ),
-            torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-        )
+        example = self.example()
         self.model.train()
-        self.meter.bad.fill_(1)  # the warm-up updates nothing: state outside the graph could not be put back
-        fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
-        if self.choice.cuda_graph:
-            fast = capture.graphed(fast, example, self.tensors())
-        elif self.choice.compile:
-            fast = capture.warmed(fast, example, self.tensors())
-        self.meter.bad.zero_()
-        next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, batch_size)
+        with self.untouched():
+            fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
+            if self.choice.cuda_graph:
+                fast = capture.graphed(fast, example, self.tensors())
+            elif self.choice.compile:
+                fast = capture.warmed(fast, example, self.tensors())
+        self.inference = self.fast_inference()
+        next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
+        return capture.by_batch_size(fast, plain, len(example[0]))
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever steps run inside, the run is afterwards as before: they update nothing, for not every optimizer's
+        state could be put back."""
+        scale = self.scaler.state_dict()
+        with capture.untouched(self.tensors(), self.device):
+            self.meter.bad.fill_(1)
+            yield
+        self.scaler.load_state_dict(scale)
+
+    def fast_inference(self) -> Forward:
+        """`forward` for evaluation: captured where the step is, compiled where the whole run's evaluations repay it."""
+        images = self.recipe.epochs * self.validation_images + self.test_images
+        repaid = self.choice.compile and images >= COMPILE_FROM
+        return fast_forward(
+            self.model, self.forward, self.device, repaid, self.choice.cuda_graph, self.recipe.compile_mode
+        )
+
+    @property
+    def validation_images(self) -> int:
+        """Images through the network at the end of an epoch."""
+        return (2 if self.ema else 1) * len(self.val.labels)
+
+    @property
+    def test_images(self) -> int:
+        """Images through the network at the end of the run."""
+        views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
+        return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
@@ -106,46 +181,77 @@ class Parts:
         return [*self.model.state_dict().values(), *self.optimizer.tensors(), *self.meter.tensors(), *average]
 
     def validate(self) -> dict[str, float | None]:
-        """The validation columns of metrics.csv: None without a split, or without an average."""
+        """The validation columns of metrics.csv, as rank 0 finds them: None without a split, or without an average."""
+        return self.world.told(self._validation() if self.world.leads else None)
+
+    def _validation(self) -> dict[str, float | None]:
         row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val.labels):
-            scores = evaluate(self.model, self.forward, self.val, self.device)
+            scores = evaluate(self.model, self.inference, self.val, self.device)
             row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy
             if self.ema:
                 with self.ema.applied():
-                    row["ema_val_acc"] = evaluate(self.model, self.forward, self.val, self.device).accuracy
+                    row["ema_val_acc"] = evaluate(self.model, self.inference, self.val, self.device).accuracy
         return row
 
-    def test(self, best: Path) -> tuple[Scores, float | None]:
-        """The test set, once: scores of the weights the recipe names, and the accuracy of the average beside it.
-
-        The model is left with the weights that were tested.
-        """
-        average = None
+    def test(self, best: Path) -> Tested:
+        """The test set, once, by the weights the recipe names; the model is left with them."""
+        test, averaged = self.data.test, None
         if self.ema:
             with self.ema.applied():
-                scores = evaluate(self.model, self.forward, self.data.test, self.device)
-            average = scores.accuracy
+                averaged = evaluate(self.model, self.inference, test, self.device)
             if self.recipe.weights == "ema":
                 self.ema.copy_to_live()
-                return scores, average
         if self.recipe.weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load(best)["model"], best)
-        return evaluate(self.model, self.forward, self.data.test, self.device), average
+        scores = averaged if averaged and self.recipe.weights == "ema" else None
+        scores = scores or evaluate(self.model, self.inference, test, self.device)
+        tta = None
+        if self.recipe.tta != "none":
+            tta = evaluate(self.model, self.inference, test, self.device, self.recipe.tta).accuracy
+        return Tested(scores, averaged.accuracy if averaged else None, tta)
 
-    def state(self, step: int, epoch: int, best: float | None) -> dict[str, Any]:
-        """What a checkpoint holds."""
+    def state(self, clock: Clock) -> dict[str, Any]:
+        """What a checkpoint holds: all that the rest of the run depends on."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
+            "samples": len(self.train.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "step": step,
-            "epoch": epoch,
-            "best": best,
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.sums,
+            "random": self.world.gathered(random_state(self.device)),
+            "clock": clock.state_dict(),
+            **asdict(self.progress),
         }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """A checkpoint of the same run into the tensors that are there; the clock is its owner's."""
+        checkpoint.load_weights(self.model, state["model"], "the checkpoint")
+        if self.ema:
+            self.ema.load_state_dict(state["ema"], state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load(state["meter"])
+        of_ranks = state["random"]
+        if len(of_ranks) != self.world.ranks:
+            warnings.warn(
+                f"the run had {len(of_ranks)} processes and goes on with {self.world.ranks}: another random state, and "
+                "statistics of BatchNorm over other shares",
+                stacklevel=2,
+            )
+        set_random_state(of_ranks[self.world.rank % len(of_ranks)], self.device)
+        self.progress = Progress.of(state)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint will need on the disk."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def assemble(recipe: Recipe, choice: Choice) -> Parts:
@@ -153,19 +259,32 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
 
     Errors: those of each room, before anything is written.
     """
-    device = torch.device(choice.device)
+    if recipe.deterministic:
+        deterministic_only()
+    device, here = torch.device(choice.device), world()
     if device.type == "cpu":
         capture.keep_freed_memory()
+    if choice.compile:
+        capture.keep_compiled_code()
     ops = parse(recipe.augment)
+    pixel_ops, mixer = split_mixer(ops)
+    if mixer and recipe.batch_size < 2 * here.ranks:
+        raise UsageError(
+            f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
+        )
+    pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
     data = cifar.load(recipe.data, recipe.dataset)
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)  # the same weights on every rank
     model = place(network(recipe, len(data.classes)), device)
+    if not here.leads:
+        seed_all(recipe.seed + here.rank)  # but draws of its own
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
+    forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
     takes = inspect.signature(loader_kind).parameters
     own = {"compile": choice.compile, "workers": recipe.workers}
@@ -173,16 +292,19 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         train.images,
         train.labels,
         batch_size=recipe.batch_size,
-        augment=ops,
+        augment=pixel_ops,
         seed=recipe.seed,
         device=device,
         fill=mean_colour(recipe),
         drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
         **{name: value for name, value in own.items() if name in takes},
     )
     return Parts(
         recipe=recipe,
         choice=choice,
+        augment=ops,
         device=device,
         data=data,
         train=train,
@@ -191,10 +313,12 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         model=model,
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
-        meter=Meter(device),
-        forward=forward_pass(model, mean, std, choice.precision, device),
+        meter=Meter(device, here),
+        forward=forward,
+        inference=forward,
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
+        scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
     )
 
 

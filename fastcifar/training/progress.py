@@ -23,18 +23,19 @@ def say(console: Console | None, lines: list[str]) -> None:
 
 
 class Display:
-    """A context around the loop. `console` None shows nothing; `steps` is the whole run's number of steps."""
+    """A context around the loop. `console` None shows nothing; `steps` is the whole run's number of steps, `done`
+    those before this process."""
 
-    def __init__(self, console: Console | None, steps: int, epochs: int, batch_size: int) -> None:
+    def __init__(self, console: Console | None, steps: int, epochs: int, batch_size: int, done: int = 0) -> None:
         self.console = console
         self.epochs, self.batch_size = epochs, batch_size
-        self.started, self.done = time.perf_counter(), 0
+        self.started, self.done = time.perf_counter(), done
         self.bar: Progress | None = None
         if console and console.is_terminal:
             columns = ("epoch {task.fields[epoch]}", BarColumn(), "{task.percentage:>3.0f}%", "{task.fields[state]}")
             texts = [TextColumn(part) if isinstance(part, str) else part for part in columns]
             self.bar = Progress(*texts, TimeElapsedColumn(), "left", TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("train", total=steps, epoch=f"0/{epochs}", state="")
+            self.task = self.bar.add_task("train", total=steps, completed=done, epoch=f"0/{epochs}", state="")
 
     def __enter__(self) -> Display:
         if self.bar:

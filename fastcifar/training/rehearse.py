@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from fastcifar.data.cifar import Split
@@ -18,7 +18,6 @@ from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.models import macs, parameters
 from fastcifar.recipe import Recipe
-from fastcifar.training import capture
 from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.run import Clock
@@ -38,32 +37,27 @@ class Pace:
     image_s: float
 
     def epoch_s(self, parts: Parts) -> float:
-        """An epoch with its validation (twice with an average of the weights)."""
-        return parts.loader.steps_per_epoch * self.step_s + self._times(parts) * len(parts.val.labels) * self.image_s
+        """An epoch with its validation."""
+        return parts.loader.steps_per_epoch * self.step_s + parts.validation_images * self.image_s
 
     def test_s(self, parts: Parts) -> float:
         """The test set at the end."""
-        return self._times(parts) * len(parts.data.test.labels) * self.image_s
-
-    @staticmethod
-    def _times(parts: Parts) -> int:
-        return 2 if parts.ema else 1
+        return parts.test_images * self.image_s
 
 
 def measure(parts: Parts, step: Step) -> Pace:
     """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
     steps, images = [], []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
-    with capture.untouched(parts.tensors(), parts.device):
-        parts.meter.bad.fill_(1)  # nothing is updated, so nothing outside these tensors changes either
-        for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
+    with parts.untouched():
+        for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)
             parts.meter.read()
             steps.append(time.perf_counter() - started)
         for _ in range(3):
             started = time.perf_counter()
-            predict_logits(parts.model, parts.forward, few, parts.device)
+            predict_logits(parts.model, parts.inference, few, parts.device)
             images.append((time.perf_counter() - started) / len(few.labels))
     return Pace(statistics.median(steps[1:]), statistics.median(images[1:]))
 
@@ -75,7 +69,8 @@ def fit_into_budget(parts: Parts, step: Step, elapsed_s: float) -> None:
     """
     if parts.recipe.time_budget is None:
         return
-    pace = measure(parts, step)
+    pace = Pace(*parts.world.told(astuple(measure(parts, step))))
+    elapsed_s = parts.world.told(elapsed_s)
     left_s = parts.recipe.time_budget * 60 * (1 - SPARE) - elapsed_s - pace.test_s(parts)
     epochs = math.floor(left_s / pace.epoch_s(parts))
     if epochs < 1:
@@ -95,6 +90,8 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
     Returns seconds (`setup` and `compile` measured, `train`, `eval` and `total` expected), `step_s`, `images_per_s`,
     `peak_memory_bytes` and what was chosen. Errors: those of `train`.
     """
+    if recipe.resume:
+        raise UsageError("--dry-run starts nothing, so it resumes nothing", "leave --resume out")
     clock = Clock()
     with clock.phase("setup"):
         parts = assemble(recipe, choose(recipe))

@@ -1,20 +1,24 @@
 """A run folder (recipe, environment, metrics, events, summary), the sinks, the clock and the signals of one run.
 
-A folder is made once and never written by another run: `-2` is added to a name that is taken. Nothing here computes
-a metric.
+A folder belongs to one process at a time, which holds a lock on it; `-2` is added to a name that is taken. Nothing
+here computes a metric.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import json
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -23,11 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcifar.device import environment
-from fastcifar.errors import DiskError, Interrupted
+from fastcifar.errors import DiskError, Interrupted, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.distributed import World
 
-COLUMNS = (
+AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
+COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
     "lr",
@@ -43,22 +49,28 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-def csv_sink(folder: Path) -> Callable[[Row], None]:
-    """metrics.csv: one header ever, one row an epoch, flushed."""
+def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
+    """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
     path = folder / "metrics.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(COLUMNS)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(csv_rows(path, done))
+    write_atomically(path, table.getvalue().encode())
 
     def write(row: Row) -> None:
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow({name: _cell(row.get(name)) for name in COLUMNS})
+            file.flush()
+            os.fsync(file.fileno())
 
     return write
 
 
-def events_sink(folder: Path) -> Callable[[Row], None]:
+def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
     path = folder / "events.jsonl"
+    write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
 
     def write(row: Row) -> None:
         with path.open("a", encoding="utf-8") as file:
@@ -67,34 +79,122 @@ def events_sink(folder: Path) -> Callable[[Row], None]:
     return write
 
 
-# name -> what opens the sink in a run folder; it returns a function of one row
-SINKS: dict[str, Callable[[Path], Callable[[Row], None]]] = {"csv": csv_sink, "events": events_sink}
+def csv_rows(path: Path, done: int) -> list[Row]:
+    """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
+    try:
+        return [
+            {name: row[name] for name in COLUMNS} for row in csv.DictReader(_lines(path)) if _kept(row, done, COLUMNS)
+        ]
+    except csv.Error:
+        return []
+
+
+def event_lines(path: Path, done: int) -> list[str]:
+    """The whole lines of an events.jsonl's first `done` epochs."""
+
+    def parsed(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+
+    return [line for line in _lines(path) if _kept(parsed(line), done, ("epoch",))]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
+
+
+def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
+    try:
+        return int(row["epoch"]) < done and all(row[name] is not None for name in columns)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
+# name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
+# one row
+SINKS: dict[str, Callable[[Path, int], Callable[[Row], None]]] = {"csv": csv_sink, "events": events_sink}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is this process's own."""
+    """A run folder that is this process's own for as long as `lock` is open. `name`: the recipe's, for tables."""
 
     folder: Path
+    name: str
+    lock: int
     sinks: tuple[Callable[[Row], None], ...]
 
     @classmethod
     def create(cls, recipe: Recipe, name: str) -> Run:
-        """Makes the folder (`--out`, else runs/`name`-...), with recipe.toml and env.json in it.
+        """Makes the folder (`--out`, else runs/ARCH-`name`-...), with recipe.toml and env.json in it.
 
         Errors: `DiskError` when the folder cannot be made or written: before training, not after.
         """
-        named = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        named = f"{recipe.arch}-{name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
-            folder = _claim(wanted)
-            (folder / "checkpoints").mkdir()
-            (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-            environment_now = {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment()}
-            (folder / "env.json").write_text(json.dumps(environment_now, indent=1) + "\n", encoding="utf-8")
-            return cls(folder, tuple(open_sink(folder) for open_sink in SINKS.values()))
+            folder, held = _claim(wanted)
+            return cls._open(folder, held, recipe, {"recipe": name, **_started()}, 0)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
+
+    @classmethod
+    def of_another_rank(cls, folder: Path, name: str) -> Run:
+        """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
+        return cls(folder, name, -1, ())
+
+    @classmethod
+    def reopen(cls, folder: Path, held: int, recipe: Recipe, name: str, done: int) -> Run:
+        """The folder of a run that stopped, `held` by `lock`: rows after its first `done` epochs and its summary go.
+
+        Errors: `DiskError` when it cannot be written.
+        """
+        environment_then = read_environment(folder) or {"recipe": name, **_started()}
+        environment_then["resumed"] = [*environment_then.get("resumed", []), _started()]
+        try:
+            for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
+                stale.unlink(missing_ok=True)
+            return cls._open(folder, held, recipe, environment_then, done)
+        except OSError as error:
+            raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", "give --out DIR") from None
+
+    @classmethod
+    def _open(cls, folder: Path, held: int, recipe: Recipe, environment_now: dict[str, Any], done: int) -> Run:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
+        write_atomically(folder / "env.json", (json.dumps(environment_now, indent=1) + "\n").encode())
+        sinks = tuple(open_sink(folder, done) for open_sink in SINKS.values())
+        return cls(folder, environment_now["recipe"], held, sinks)
+
+    def rewind(self, done: int) -> None:
+        """Removes the rows after the first `done` epochs. Errors: `DiskError`."""
+        try:
+            for open_sink in SINKS.values():
+                open_sink(self.folder, done)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def take_rows(self, source: Path, done: int) -> None:
+        """The rows of the first `done` epochs in the run folder `source`, here. Errors: `DiskError`."""
+        try:
+            for name in ("metrics.csv", "events.jsonl"):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, self.folder / name)
+        except OSError as error:
+            raise self._failed(error) from None
+        self.rewind(done)
+
+    def require_space(self, needed: int) -> None:
+        """Errors: `DiskError` if a checkpoint of `needed` bytes does not fit beside what is there."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            problem = f"a checkpoint needs {needed:,} bytes, and {free:,} are free in {self.folder}"
+            raise DiskError(problem, "free some space, or give --out")
+
+    def _failed(self, error: OSError) -> DiskError:
+        return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
 
     def log(self, row: Row) -> None:
         """One epoch's row to every sink. Errors: `DiskError`."""
@@ -102,7 +202,7 @@ class Run:
             for write in self.sinks:
                 write(row)
         except OSError as error:
-            raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
+            raise self._failed(error) from None
 
     def checkpoint(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.pt"
@@ -114,50 +214,109 @@ class Run:
             save_file(contiguous, self.folder / "weights.safetensors", {"arch": str(summary["arch"])})
             write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         except OSError as error:
-            raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
+            raise self._failed(error) from None
 
 
 @dataclass
 class Progress:
-    """Where a run stands: epochs, steps and images done, the last and the best val_acc with the epochs since."""
+    """Where a run stands: whole epochs, steps in all and in the running epoch, images of whole epochs, the last and
+    the best val_acc with the epochs since, and how often it was rolled back."""
 
     epoch: int = 0
+    epoch_step: int = 0
     step: int = 0
     images: int = 0
     val_acc: float | None = None
     best: float | None = None
     epochs_since_best: int = 0
+    rollbacks: int = 0
     stop_reason: str = ""
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """The progress in a checkpoint; the reason why it stopped is not carried on."""
+        return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
+
+    def after_epoch(self, images: int, val_acc: float | None, is_whole: bool) -> bool:
+        """Counts an epoch of so many `images`; whether its `val_acc` is the best.
+
+        One that `max_steps` cut is best only where there is none: a run that goes on in it knows nothing of this one.
+        """
+        self.epoch, self.images, self.val_acc = self.epoch + 1, self.images + images, val_acc
+        self.epoch_step = 0 if is_whole else self.epoch_step
+        is_best = val_acc is not None and (self.best is None or (is_whole and val_acc > self.best))
+        if is_best:
+            self.best, self.epochs_since_best = val_acc, 0
+        else:
+            self.epochs_since_best += 1
+        return is_best
+
+    def over(self, recipe: Recipe) -> str:
+        """Why a run by `recipe` has nothing more to train ("max_steps", "patience", "epochs"), or ""."""
+        if recipe.max_steps and self.step >= recipe.max_steps:
+            return "max_steps"
+        if recipe.patience and self.epochs_since_best >= recipe.patience:
+            return "patience"
+        return "epochs" if self.epoch >= recipe.epochs else ""
 
 
 class Clock:
-    """Seconds of a run by phase ("setup", "compile", "train", "eval"), and in all since it was made."""
+    """Seconds of a run by phase ("setup", "compile", "train", "eval"), and in all since it was made.
+
+    A run that is resumed goes on from the seconds in its checkpoint.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {"setup": 0.0, "compile": 0.0, "train": 0.0, "eval": 0.0}
-        self.last = dict(self.seconds)
+        self._running: tuple[str, float] | None = None
+        self._whole_epochs = 0.0  # of "train"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        self._running = (name, time.perf_counter())
         try:
             yield
         finally:
-            self.last[name] = time.perf_counter() - started
-            self.seconds[name] += self.last[name]
+            self.seconds, self._running = self.so_far(), None
+
+    def so_far(self) -> dict[str, float]:
+        """The seconds of each phase, the running one's included."""
+        if self._running is None:
+            return dict(self.seconds)
+        name, started = self._running
+        return {**self.seconds, name: self.seconds[name] + time.perf_counter() - started}
 
     def total(self) -> float:
         return time.perf_counter() - self.started
 
+    def epoch_s(self) -> float:
+        """Seconds of training since the last epoch ended."""
+        return self.so_far()["train"] - self._whole_epochs
+
+    def end_epoch(self) -> None:
+        self._whole_epochs = self.so_far()["train"]
+
+    def state_dict(self) -> dict[str, float]:
+        return {**self.so_far(), "epoch": self.epoch_s(), "total": self.total()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Adds the seconds of the processes before this one."""
+        self.started -= state["total"]
+        self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
+        self._whole_epochs = self.seconds["train"] - state["epoch"]
+
 
 class Stop:
-    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once.
+
+    `caught`: the signal that this process has got. `signal`: the one that the run stops by.
+    """
 
     CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
-        self.signal = ""
+        self.caught = self.signal = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -172,27 +331,71 @@ class Stop:
             signal.signal(number, handler)
 
     def _caught(self, number: int, _: FrameType | None) -> None:
-        if self.signal == "SIGINT" and number == signal.SIGINT:
+        if self.caught == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.caught = signal.Signals(number).name
+
+    def asked(self, world: World, step: int = 0) -> str:
+        """The signal to stop by after `step`, "" if there is none.
+
+        Several ranks agree on one every AGREE_EVERY steps: none may leave while another waits for its gradients.
+        """
+        names = ["", *self.CODES]
+        if step % AGREE_EVERY == 0 or world.ranks == 1:
+            self.signal = names[world.largest(names.index(self.caught))]
+        return self.signal
 
     def interruption(self, run: Run, step: int) -> Interrupted:
         """The error that ends the process with the signal's exit code, once the checkpoint is written."""
         return Interrupted(self.signal, self.CODES[self.signal], step, str(run.checkpoint("last")))
 
 
-def _claim(wanted: Path) -> Path:
-    """`wanted`, or with -2, -3, ... the first that no other run has; `mkdir` decides between two processes."""
+def hold(folder: Path) -> int:
+    """Locks a run folder for this process until the handle that it returns is closed, or the process ends.
+
+    Errors: `UsageError` if another process holds it, `DiskError` if it cannot be read. Where the file system has no
+    locks there is none.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DiskError(f"cannot read the run folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UsageError(
+            f"{folder} is being trained by another process", "wait for it, or give another --out"
+        ) from None
+    except OSError:
+        pass
+    return held
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json of a run folder; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("recipe"), str) else {}
+
+
+def _started() -> dict[str, Any]:
+    return {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment()}
+
+
+def _claim(wanted: Path) -> tuple[Path, int]:
+    """`wanted`, or with -2, -3, ... the first that no other run has, locked; `mkdir` decides between two processes."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
             folder.mkdir()
-        except FileExistsError:
+            return folder, hold(folder)
+        except (FileExistsError, UsageError):  # or a process that resumes was quicker to lock it
             number += 1
-        else:
-            return folder
 
 
 def _cell(value: Any) -> Any:

@@ -91,9 +91,13 @@ class Schedule:
         if self.shape.watches and recipe.val_size == 0:
             raise UsageError(f"--schedule {recipe.schedule} watches the validation loss", "set --val-size")
         self.best, self.waited, self.factor = math.inf, 0, 1.0
+        self.halvings = 0  # of the whole curve, by `--on-nan rollback`
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step (from 0)."""
+        return self._curve(step) * 0.5**self.halvings
+
+    def _curve(self, step: int) -> float:
         if step < self.warm:
             return self.lr * (step + 1) / (math.floor(self.warm) + 1)
         progress = min((step - self.warm) / (self.total - self.warm), 1.0)
@@ -112,10 +116,11 @@ class Schedule:
             self.factor, self.waited = self.factor * FACTOR, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited, "factor": self.factor}
+        return {"best": self.best, "waited": self.waited, "factor": self.factor, "halvings": self.halvings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.waited, self.factor = state["best"], state["waited"], state["factor"]
+        self.halvings = state["halvings"]
 
 
 def _parse(spec: str) -> tuple[Shape, float]:

@@ -12,27 +12,24 @@ from typing import Any
 import torch
 
 from fastcifar.models import macs, parameters
-from fastcifar.training.evaluate import Scores
-from fastcifar.training.parts import Parts
-from fastcifar.training.run import Clock, Progress, Run
+from fastcifar.training.parts import Parts, Tested
+from fastcifar.training.run import Clock, Run
 
 
-def summarise(
-    parts: Parts, run: Run, clock: Clock, progress: Progress, tested: tuple[Scores, float | None], name: str
-) -> dict[str, Any]:
+def summarise(parts: Parts, run: Run, clock: Clock, tested: Tested) -> dict[str, Any]:
     """The summary. Accuracies are fractions, times seconds, `val_acc` is the last epoch's and `best_val_acc` the best.
 
     `images_per_s`: training images over the seconds inside the loop, without setup, compilation and evaluation.
     """
-    recipe, choice = parts.recipe, parts.choice
-    scores, average = tested
+    recipe, choice, progress = parts.recipe, parts.choice, parts.progress
+    scores = tested.scores
     seconds = {**clock.seconds, "total": clock.total()}
     return {
         "run": str(run.folder),
         "arch": recipe.arch,
         "params": parameters(parts.model),
         "macs": macs(parts.model),
-        "recipe": name,
+        "recipe": run.name,
         "config": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
         "epochs": progress.epoch,
@@ -47,8 +44,8 @@ def summarise(
         "val_acc": progress.val_acc,
         "best_val_acc": progress.best,
         "test_acc": scores.accuracy,
-        "test_acc_ema": average,
-        "test_acc_tta": None,
+        "test_acc_ema": tested.ema_acc,
+        "test_acc_tta": tested.tta_acc,
         "test_loss": scores.loss,
         "correct": scores.correct,
         "total": scores.total,

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import functional as images_as_torchvision
 
+from fastcifar.data.cifar import Split
 from fastcifar.device import choose
+from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.evaluate import calibration_error, evaluate, predict_logits, score
+from fastcifar.training.evaluate import (
+    VIEWS,
+    calibration_error,
+    evaluate,
+    evaluating,
+    fast_forward,
+    predict_logits,
+    score,
+    seen,
+)
 from fastcifar.training.parts import assemble
+from fastcifar.training.train import train
 
 
 def test_scores_by_hand() -> None:
@@ -49,3 +65,108 @@ def test_logits_come_in_the_images_order(tiny: Callable[..., Recipe], monkeypatc
     by_seven = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
     torch.testing.assert_close(whole, by_seven, rtol=1e-5, atol=1e-5)
     assert whole.shape == (len(np.asarray(parts.data.test.labels)), 10)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
+CPU = torch.device("cpu")
+
+
+class Odd(torch.nn.Module):
+    """Far from linear, and blind to no pixel: the mean of its logits over views is that over these views alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        places = torch.arange(images[0].numel()).view(images.shape[1:]) % 101
+        return torch.stack([(images.float() * places * scale / 1e4).sin().sum((1, 2, 3)) for scale in (1, 2, 3)], 1)
+
+
+def mirrored(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return 0.5 * forward(images) + 0.5 * forward(images.flip(3))
+
+
+def six_views(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """As airbench describes it, by padding and cutting."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    moved = [mirrored(forward, padded[:, :, at : at + 32, at : at + 32]) for at in (0, 2)]
+    return 0.5 * mirrored(forward, images) + 0.25 * (moved[0] + moved[1])
+
+
+def ten_crops(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    crops = images_as_torchvision.ten_crop(F.pad(images, (4, 4, 4, 4), mode="reflect"), [32, 32])
+    return torch.stack([forward(crop) for crop in crops]).mean(0)
+
+
+PLAIN: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "none": lambda forward, images: forward(images),
+    "flip": mirrored,
+    "6view": six_views,
+    "10crop": ten_crops,
+}
+
+
+@pytest.mark.parametrize("tta", VIEWS)
+def test_views_against_plain_computations(tta: str) -> None:
+    odd = Odd()
+    logits = predict_logits(odd, odd, Split(IMAGES, np.arange(5)), CPU, tta)
+    torch.testing.assert_close(logits, PLAIN[tta](odd, torch.from_numpy(IMAGES).float()), rtol=1e-4, atol=1e-3)
+    assert sum(view.weight for view in VIEWS[tta]) == pytest.approx(1)
+    assert not any(VIEWS[tta][0][1:]), "the image itself comes first"
+
+
+def test_a_view_is_uint8_and_channels_last() -> None:
+    images = torch.from_numpy(IMAGES).contiguous(memory_format=torch.channels_last)
+    for view in VIEWS["10crop"]:
+        found = seen(images, view)
+        assert (found.dtype, found.shape) == (torch.uint8, images.shape)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_unknown_view_is_named(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(tta="6veiw")
+    with pytest.raises(UsageError, match="did you mean '6view'"):
+        assemble(recipe, choose(recipe))
+
+
+def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Recipe]) -> None:
+    plain, asked = train(tiny()), train(tiny(tta="10crop", ema=0.5, weights="ema"))
+    assert plain["test_acc_tta"] is None
+    parts = assemble(tiny(), choose(tiny()))
+    saved = torch.load(f"{asked['run']}/checkpoints/last.pt", weights_only=True)
+    parts.model.load_state_dict(saved["ema"])
+    images = torch.from_numpy(parts.data.test.images)
+    with evaluating(parts.model):
+        hits = ten_crops(parts.forward, images.float()).argmax(1) == torch.from_numpy(parts.data.test.labels)
+    assert asked["test_acc_tta"] == hits.double().mean().item()
+
+
+def test_a_compiled_evaluation_equals_the_eager_one_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(dropout=0.5)
+    parts = assemble(recipe, choose(recipe))
+    parts.model.train()
+    before = {key: value.clone() for key, value in parts.model.state_dict().items()}
+    few = Split(parts.data.test.images[:7], parts.data.test.labels[:7])
+    fast = fast_forward(parts.model, parts.forward, CPU, True, False)
+    for weights in (0, 1):
+        with torch.no_grad():
+            next(parts.model.parameters()).add_(weights)  # training goes on: the compiled pass sees it
+        wanted = predict_logits(parts.model, parts.forward, few, CPU, "flip")
+        torch.testing.assert_close(predict_logits(parts.model, fast, few, CPU, "flip"), wanted, rtol=1e-4, atol=1e-5)
+        assert wanted.shape == (7, 10)
+    assert parts.model.training
+    first = next(iter(before))
+    assert all(torch.equal(value, before[key]) for key, value in parts.model.state_dict().items() if key != first)
+
+
+def test_training_compiles_its_evaluations_where_they_repay_it(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr("fastcifar.training.parts.COMPILE_FROM", 400)
+    monkeypatch.setattr("fastcifar.training.parts.fast_forward", lambda *args: made.append(args[3]) or args[1])
+    # each epoch 40 images, twice with an average; at the end 40, and 40 for the average and for each of two views
+    for enough, extra in ((9, {}), (4, {"ema": 0.9}), (7, {"tta": "flip"})):
+        for epochs in (enough - 1, enough):
+            recipe = tiny(epochs=epochs, **extra)
+            parts = assemble(recipe, choose(recipe))
+            parts.choice = replace(parts.choice, compile=True)
+            parts.fast_inference()
+    assert made == [False, True] * 3

@@ -52,7 +52,7 @@ def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], 
 
 @pytest.mark.parametrize("name", SINKS)
 def test_sinks_write_a_row_each(name: str, tmp_path: Path) -> None:
-    write = SINKS[name](tmp_path)
+    write = SINKS[name](tmp_path, 0)
     write(ROW)
     write({**ROW, "epoch": 1})
     text = next(tmp_path.iterdir()).read_text()
@@ -71,8 +71,25 @@ def test_clock_adds_up_phases() -> None:
     for _ in range(2):
         with clock.phase("train"):
             pass
-    assert clock.seconds["train"] >= clock.last["train"] > 0
-    assert clock.total() >= clock.seconds["train"]
+    assert clock.total() >= clock.seconds["train"] >= clock.epoch_s() > 0
+    clock.end_epoch()
+    assert clock.epoch_s() == 0
+
+
+def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
+    before, after = Clock(), Clock()
+    with before.phase("eval"):
+        pass
+    before.end_epoch()
+    with before.phase("train"):
+        saved = before.state_dict()
+    with after.phase("eval"):
+        pass
+    now = after.seconds["eval"]
+    after.load_state_dict({**saved, "total": 1000.0})
+    assert after.seconds["eval"] == pytest.approx(saved["eval"] + now)
+    assert after.epoch_s() == pytest.approx(saved["train"], abs=1e-4)
+    assert after.total() > 1000
 
 
 def test_one_signal_is_a_flag_and_a_second_sigint_stops_at_once() -> None:

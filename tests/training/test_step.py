@@ -78,7 +78,7 @@ def test_low_precision_steps_learn_and_keep_fp32_weights(tiny: Callable[..., Rec
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "ranger"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "ranger", "muon", "lion"])
 def test_fault14_nothing_is_updated_from_the_first_step_that_is_not_finite(
     tiny: Callable[..., Recipe], where: str, optimizer: str
 ) -> None:

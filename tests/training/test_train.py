@@ -105,7 +105,7 @@ def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
     rates = [float(row["lr"]) for row in rows(summary["run"])]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
     last = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
-    assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1}
+    assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1, "halvings": 0}
 
 
 def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None:

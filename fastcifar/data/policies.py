@@ -1,0 +1,258 @@
+"""Augmentation policies as tables: which operations of `pixels`, how strong and how often.
+
+AutoAugment's for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and Hutter, 2021) as
+torchvision's v2 defines them, and a user's own from a TOML file. It draws for whole epochs in numpy; it must not touch
+an image.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcifar.data.pixels import ONE, SIDE, UNIT, encode
+from fastcifar.errors import UsageError, pick
+
+# operation -> its magnitudes at the first and the last level, and whether its sign is a coin's; None: it has none
+Space = Mapping[str, tuple[float, float, bool] | None]
+
+PLAIN: Space = {
+    "Identity": None,
+    "ShearX": (0.0, 0.3, True),
+    "ShearY": (0.0, 0.3, True),
+    "TranslateX": (0.0, 150 / 331 * SIDE, True),
+    "TranslateY": (0.0, 150 / 331 * SIDE, True),
+    "Rotate": (0.0, 30.0, True),
+    "Brightness": (0.0, 0.9, True),
+    "Color": (0.0, 0.9, True),
+    "Contrast": (0.0, 0.9, True),
+    "Sharpness": (0.0, 0.9, True),
+    "Posterize": (8.0, 4.0, False),
+    "Solarize": (1.0, 0.0, False),
+    "AutoContrast": None,
+    "Equalize": None,
+}
+WIDE: Space = {
+    **PLAIN,
+    "ShearX": (0.0, 0.99, True),
+    "ShearY": (0.0, 0.99, True),
+    "TranslateX": (0.0, 32.0, True),
+    "TranslateY": (0.0, 32.0, True),
+    "Rotate": (0.0, 135.0, True),
+    "Brightness": (0.0, 0.99, True),
+    "Color": (0.0, 0.99, True),
+    "Contrast": (0.0, 0.99, True),
+    "Sharpness": (0.0, 0.99, True),
+    "Posterize": (8.0, 2.0, False),
+}
+AUTO: Space = {**PLAIN, "Invert": None}
+LEVELS = 31  # of RandAugment and TrivialAugment
+AUTO_LEVELS = 10  # of AutoAugment, and of a user's policy
+MOST_STEPS = 4  # of a user's sub-policy
+
+# (operation, probability, level or None) of each step of each sub-policy
+Rows = tuple[tuple[tuple[str, float, int | None], ...], ...]
+
+CIFAR10: Rows = (
+    (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
+    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
+    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
+    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
+    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
+    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
+    (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
+    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
+    (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
+    (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
+    (("Color", 0.9, 9), ("Equalize", 0.6, None)),
+    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
+    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
+    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
+    (("Equalize", 0.8, None), ("Invert", 0.1, None)),
+    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operation of a sub-policy: done with `probability`, its magnitude negated by a fair coin if `signed`."""
+
+    operation: str
+    probability: float
+    magnitude: float
+    signed: bool
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Sub-policies of equal chance and equal length, of which each image gets `times`, drawn independently."""
+
+    rows: tuple[tuple[Choice, ...], ...]
+    times: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Operations that an image gets."""
+        return self.times * len(self.rows[0])
+
+    def operations(self, step: int | None = None) -> tuple[str, ...]:
+        """The names of the operations that a step may do, or any step, in alphabetical order."""
+        places = range(len(self.rows[0])) if step is None else [step % len(self.rows[0])]
+        return tuple(sorted({row[place].operation for row in self.rows for place in places}))
+
+    def magnitudes(self, operation: str) -> tuple[float, ...]:
+        """The magnitudes that an operation may have, in order; `pixels.single` applies one to a batch."""
+        found = [choice for row in self.rows for choice in row if choice.operation == operation]
+        return tuple(sorted({c.magnitude for c in found} | {-c.magnitude for c in found if c.signed}))
+
+
+NOTHING = Choice("Identity", 1.0, 0.0, False)
+
+
+def levels(operation: str, space: Space, count: int) -> list[float]:
+    """The magnitudes of an operation at each of `count` levels; zeros if it has none.
+
+    torch.linspace's arithmetic: a float32 rise, a fused multiply-add from the nearer end, rounded to float32.
+    """
+    span = pick(space, operation, "operation")
+    if span is None:
+        return [0.0] * count
+    first, last = (float(np.float32(end)) for end in span[:2])
+    rise = float(np.float32(last - first) / np.float32(count - 1))
+    near = [first + rise * i if i < count // 2 else last - rise * (count - 1 - i) for i in range(count)]
+    return np.rint(near).tolist() if operation == "Posterize" else np.array(near, np.float32).tolist()
+
+
+def choice(operation: str, probability: float, level: int | None, space: Space, count: int) -> Choice:
+    """A row's entry by its level of `count`; a level of None is for an operation that has none."""
+    span = space[operation]
+    return Choice(operation, probability, levels(operation, space, count)[level or 0], bool(span and span[2]))
+
+
+def auto(rows: Rows) -> Policy:
+    """A policy in AutoAugment's terms: sub-policies of (operation, probability, level 0 to 9)."""
+    longest = max(len(row) for row in rows)
+    made = [[choice(*step, AUTO, AUTO_LEVELS) for step in row] for row in rows]
+    return Policy(tuple((*row, *[NOTHING] * (longest - len(row))) for row in made))
+
+
+def rand(level: int, times: int) -> Policy:
+    """RandAugment: `times` operations of fourteen, all at `level` of 0 to 30."""
+    return Policy(tuple((choice(name, 1.0, level, PLAIN, LEVELS),) for name in PLAIN), times)
+
+
+def trivial() -> Policy:
+    """TrivialAugment Wide: one operation of fourteen at one level of 31."""
+    return Policy(tuple((choice(name, 1.0, level, WIDE, LEVELS),) for name in WIDE for level in range(LEVELS)))
+
+
+POLICIES: dict[str, Rows] = {"cifar10": CIFAR10}  # AutoAugment's by name
+
+
+def read(word: str) -> Policy:
+    """AutoAugment's policy of that name, or a user's own from a TOML file, whose name ends in .toml.
+
+    The file holds one list `policy` of sub-policies, each a list of [operation, probability, level], such as
+    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations without a magnitude take no
+    level. Errors: `UsageError` that names the place.
+    """
+    if not word.endswith(".toml"):
+        return auto(pick(POLICIES, word, "policy"))
+    path = Path(word)
+    if not path.is_file():
+        raise UsageError(f"no policy file {word}", f"write a TOML file, or one of {', '.join(POLICIES)}")
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{word} is not a readable TOML file: {error}") from None
+    rows = held.get("policy")
+    if held.keys() != {"policy"} or not isinstance(rows, list) or not rows:
+        raise UsageError(f"{word} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
+    return auto(tuple(_row(f"{word}, sub-policy {number}", row) for number, row in enumerate(rows, 1)))
+
+
+def _row(where: str, row: Any) -> tuple[tuple[str, float, int | None], ...]:
+    if not isinstance(row, list) or not 1 <= len(row) <= MOST_STEPS:
+        raise UsageError(f"{where}: {row!r} is not a list of 1 to {MOST_STEPS} steps", "write [['Rotate', 0.7, 2]]")
+    return tuple(_entry(f"{where}, step {number}", entry) for number, entry in enumerate(row, 1))
+
+
+def _entry(where: str, entry: Any) -> tuple[str, float, int | None]:
+    if not isinstance(entry, list) or len(entry) not in (2, 3) or not isinstance(entry[0], str):
+        raise UsageError(f"{where}: {entry!r} is not a step", "write [operation, probability, level]")
+    name, probability, *level = entry
+    try:
+        span = pick(AUTO, name, "operation")
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.problem}", error.remedy) from None
+    if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0 <= probability <= 1:
+        raise UsageError(f"{where}: probability {probability!r} of {name} is out of range", "choose 0.0 to 1.0")
+    if span is None and level:
+        raise UsageError(f"{where}: {name} has no magnitude, not {level[0]!r}", f"write ['{name}', {probability}]")
+    if span and not (level and type(level[0]) is int and 0 <= level[0] < AUTO_LEVELS):
+        given = repr(level[0]) if level else "none"
+        raise UsageError(f"{where}: level {given} of {name} is out of range", f"choose 0 to {AUTO_LEVELS - 1}, whole")
+    return name, float(probability), level[0] if span else None
+
+
+@functools.lru_cache(maxsize=64)
+def _codes(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [rows, places, 2, 3], probability [rows, places]): the integers of each choice, as it is and negated."""
+    codes = [[[encode(c.operation, m) for m in (c.magnitude, -c.magnitude if c.signed else c.magnitude)] for c in row]
+             for row in policy.rows]  # fmt: skip
+    return np.array(codes, np.int32), np.array([[c.probability for c in row] for row in policy.rows])
+
+
+def draw(policy: Policy, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """`code` uint8, `amount` and `cosine` int32 of every step, arrays [n] named by it: code0, amount0, ..."""
+    codes, probability = _codes(policy)
+    drawn: dict[str, np.ndarray] = {}
+    row = np.empty(n, np.int64)
+    for step in range(policy.steps):
+        place = step % codes.shape[1]
+        if place == 0:
+            row = random.integers(0, len(codes), size=n)
+        sign = random.integers(0, 2, size=n, dtype=np.uint8)
+        done = random.random(n) < probability[row, place]
+        found = np.where(done[:, None], codes[row, place, sign], encode("Identity", 0.0))
+        drawn[f"code{step}"] = found[:, 0].astype(np.uint8)
+        drawn[f"amount{step}"], drawn[f"cosine{step}"] = found[:, 1].astype(np.int32), found[:, 2].astype(np.int32)
+    return drawn
+
+
+JITTER = ("Brightness", "Contrast", "Color", "Hue")
+
+
+def draw_jitter(strength: float, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """The four operations of a jitter in an order of its own for each position: `code0`, `amount0`, ... `amount3`.
+
+    Uniform from -strength to strength, the hue from half of that (torchvision's ColorJitter).
+    """
+    codes = np.array([encode(name, 0.0)[0] for name in JITTER], np.uint8)
+    reach = strength * np.array([1, 1, 1, 0.5])
+    order = random.permuted(np.broadcast_to(np.arange(4), (n, 4)), axis=1)
+    amounts = np.rint(random.uniform(-UNIT, UNIT, (n, 4)) * reach[order]).astype(np.int32)
+    drawn = {f"code{step}": codes[order[:, step]] for step in range(4)}
+    return drawn | {f"amount{step}": np.ascontiguousarray(amounts[:, step]) for step in range(4)}
+
+
+def draw_rotation(degrees: float, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """`sine` and `cosine`, int32 in `pixels.ONE`s, of an angle uniform from -degrees to degrees."""
+    angle = random.uniform(-degrees, degrees, n) * (math.pi / 180)
+    return {name: np.rint(f(angle) * ONE).astype(np.int32) for name, f in (("sine", np.sin), ("cosine", np.cos))}

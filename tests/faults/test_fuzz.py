@@ -1,0 +1,57 @@
+"""Every reader of files from strangers, on damaged ones; the recipe, on anything."""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcifar.errors import UsageError
+from fastcifar.recipe import Recipe
+from tests.faults.fuzz import READERS, mutated, tried
+
+KNOBS = sorted(Recipe.model_fields)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.floats(),
+    st.text(string.printable, max_size=12),
+    st.sampled_from(["auto", "1e", "500s", "4,4,3", "a=1", "best", "se68", "cosine:0.5", "value:0.1"]),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.dictionaries(st.text(string.ascii_letters, max_size=5), st.integers(), max_size=2),
+)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_fault08_fault09_fault10_damaged_files_are_refused_or_read_and_nothing_else(name: str, tmp_path: Path) -> None:
+    seeds = READERS[name][0]
+    assert tried(name, iter(seeds))["read"] == len(seeds)
+    draw = random.Random(name)
+    assert tried(name, (mutated(draw, seeds) for _ in range(250)))["inputs"] == 250
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*KNOBS, "lrr", "batchsize"]), VALUES, max_size=4))
+def test_fault15_a_recipe_of_anything_is_a_recipe_or_one_line(values: dict[str, Any]) -> None:
+    explained, recipe = "", None
+    try:
+        recipe = Recipe.checked({name: value for name, value in values.items() if value is not None})
+    except UsageError as error:
+        explained = str(error)
+    assert "\n" not in explained
+    assert recipe is None or Recipe.checked(recipe.model_dump(mode="json")) == recipe
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=30), key=st.sampled_from(["data", "out", "resume", "loader"]))
+def test_any_text_survives_the_recipe_file(tmp_path_factory: pytest.TempPathFactory, text: str, key: str) -> None:
+    recipe = Recipe.checked({key: text})
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.make(str(path)) == recipe
