@@ -273,7 +273,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
             f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
         )
     pick(VIEWS, recipe.tta, "test-time augmentation")
-    loader_kind = pick(LOADERS, choice.loader, "loader")
+    pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
@@ -286,21 +286,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
-    takes = inspect.signature(loader_kind).parameters
-    own = {"compile": choice.compile, "workers": recipe.workers}
-    loader = loader_kind(
-        train.images,
-        train.labels,
-        batch_size=recipe.batch_size,
-        augment=pixel_ops,
-        seed=recipe.seed,
-        device=device,
-        fill=mean_colour(recipe),
-        drop_last=recipe.drop_last,
-        rank=here.rank,
-        ranks=here.ranks,
-        **{name: value for name, value in own.items() if name in takes},
-    )
+    loader = loader_of(train, pixel_ops, recipe, choice, here)
     return Parts(
         recipe=recipe,
         choice=choice,
@@ -319,6 +305,26 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
+    )
+
+
+def loader_of(split: Split, ops: tuple[Op, ...], recipe: Recipe, choice: Choice, here: World) -> Loader:
+    """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
+    kind = LOADERS[choice.loader]
+    takes = inspect.signature(kind).parameters
+    own = {"compile": choice.compile, "workers": recipe.workers}
+    return kind(
+        split.images,
+        split.labels,
+        batch_size=recipe.batch_size,
+        augment=ops,
+        seed=recipe.seed,
+        device=torch.device(choice.device),
+        fill=mean_colour(recipe),
+        drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
+        **{name: value for name, value in own.items() if name in takes},
     )
 
 

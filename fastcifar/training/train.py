@@ -19,7 +19,8 @@ from fastcifar.training.distributed import joined
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import Display, say
 from fastcifar.training.rehearse import fit_into_budget
-from fastcifar.training.run import Clock, Run, Stop
+from fastcifar.training.run import Clock, Run
+from fastcifar.training.signals import Stop
 from fastcifar.training.step import Reading, Step
 from fastcifar.training.summary import summarise
 
