@@ -32,9 +32,9 @@ def one(arch: str, batch_size: int, keep: bool) -> float:
     step = run.fast_step()
     seconds = []
     for epoch in range(STEPS):
-        for images, labels in run.loader.batches(epoch):
+        for batch in run.batches(epoch):
             started = time.perf_counter()
-            step(images, labels)
+            step(*batch)
             seconds.append(time.perf_counter() - started)
             if len(seconds) == STEPS:
                 return statistics.median(seconds[WARM_UP:])

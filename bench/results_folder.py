@@ -1,18 +1,20 @@
 """A result as the README quotes it: bench/results/<UTC>_<device>_<what>/, written here and nowhere else.
 
-A folder holds env.json, summary.json, trials.jsonl (every trial, one a line) and what else a bench wants kept.
+A folder holds env.json, summary.json, trials.jsonl (every trial, one a line) and what else a bench wants kept. The
+environment variable FASTCIFAR_BENCH_RESULTS names another place than bench/results, for what is not to be quoted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FASTCIFAR_BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def write(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,11 +53,73 @@ def peers() -> str:
             lines.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
                 f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {found['times_source_loop']['median']:.2f} | {found['times_plain_compile']['median']:.2f} "
+                f"| {times(found, 'source_loop')} | {times(found, 'plain_compile')} "
                 f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
     return "\n".join(lines)
+
+
+def inference() -> str:
+    """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
+    lines = [
+        "| network, images | loop | n | images/s, median | each round | times the source's loop "
+        "| seconds before it | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("inference"):
+        for loop, found in summary["inference"].items():
+            lines.append(
+                f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
+                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
+                f"| {found['times_source_loop']['median']:.2f} "
+                f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
+                f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+
+
+def loaders() -> str:
+    """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
+    lines = [
+        "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
+        "| cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("loaders"):
+        for row in summary["loaders"]:
+            times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+            lines.append(
+                f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
+                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
+                f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines)
+
+
+def times(loop: dict[str, Any], other: str) -> str:
+    """How often as fast as the `other` loop, or a dash if that was not measured beside it."""
+    ratio = loop.get(f"times_{other}")
+    return f"{ratio['median']:.2f}" if ratio else "-"
+
+
+def airbench() -> str:
+    """Every recorded start of cifar10-airbench's scripts: accuracy, and the seconds by their rule and by ours."""
+    lines = [
+        "| script | n | accuracy, mean | seconds by its own rule, mean | by ours, cold start | warm start "
+        "| device | result |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("scripts"):
+        for script, found in summary["scripts"].items():
+            ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
+            lines.append(
+                f"| `{script}` | {len(found['accuracy'])} | {100 * statistics.fmean(found['accuracy']):.2f} % "
+                f"| {statistics.fmean(found['own_s']):.2f} | {' | '.join(ours)} "
+                f"| {environment['device']} | `{folder.name}` |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
 
 
 def faults() -> str:
@@ -87,7 +150,14 @@ def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
             yield path.parent, summary, json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "peers": peers, "faults": faults}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "peers": peers,
+    "inference": inference,
+    "loaders": loaders,
+    "airbench": airbench,
+    "faults": faults,
+}
 
 
 def renewed(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import signal
 import sys
 import types
@@ -107,10 +108,10 @@ def train(
     from fastcifar.training.train import train as run
 
     made = Recipe.make(recipe, **knobs)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
     found = rehearse(made) if dry_run else run(made, recipe, console)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(found)) if not console.quiet else None
     else:
         console.print(rehearsal_table(found) if dry_run else summary_table(found))
 
@@ -161,21 +162,6 @@ def predict(
     asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
     found = label(run, source, out, ensemble=ensemble or (), console=console, **asked, **knobs)
     print(json.dumps(found)) if as_json else console.print(predictions_table(found))
-
-
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A.csv", help="a submission")],
-    b: Annotated[Path, typer.Argument(metavar="B.csv", help="another of the same images")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say how two submissions differ: in how many labels, and which."""
-    from fastcifar.results.report import comparison_table
-    from fastcifar.results.submissions import compare as compared
-
-    found = compared(a, b)
-    print(json.dumps(found)) if as_json else Console().print(comparison_table(found))
 
 
 @app.command()
@@ -250,20 +236,48 @@ def data_show(
 @knobs((*section("network"), "data", "dataset", "augment", "batch_size", *section("machine")))
 def bench(
     recipe: RecipeName = None,
-    what: Annotated[str, typer.Option(metavar="loader|step|train|all", help="train is end to end")] = "all",
+    what: Annotated[
+        str, typer.Option(metavar="loader,step,train,infer,conv|all", help="train is end to end")
+    ] = "loader,step,train",
+    archs: Annotated[str, typer.Option(metavar="NAME,...", help="measure each of these")] = "",
+    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="measure at each of these")] = "",
+    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="measure in each of these")] = "",
     trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw what was measured")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **knobs: Any,
 ) -> None:
-    """Measure images/s of the loader, of the training step on a fixed batch, and of both together."""
+    """Measure images/s of the loader, of the training step on a fixed batch, of both together, and more."""
     from fastcifar.lab.bench import bench as measure
-    from fastcifar.results.report import bench_table
+    from fastcifar.results.benchmarks import bench_panels, bench_table
+    from fastcifar.results.plots import bars, require_png
 
     console = Console(stderr=as_json)
-    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console)
+    if chart:
+        require_png(chart)
+    grid = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
+    listed = {name: values.split(",") for name, values in grid.items() if values}
+    found = measure(Recipe.make(recipe, **knobs), what, trials, profile, console, grid=listed)
+    if chart:
+        bars(chart, *bench_panels(found))
     print(json.dumps(found)) if as_json else console.print(bench_table(found))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="a submission, or what `bench --json` printed, as a file")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two submissions label by label, or two measurements row by row."""
+    from fastcifar.results.compare import COMPARERS
+    from fastcifar.results.compare import compare as pair
+
+    found = pair(a, b)
+    print(json.dumps(found)) if as_json else Console().print(COMPARERS[found["kind"]].table(found))
 
 
 @app.command()

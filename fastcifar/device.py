@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -55,6 +56,7 @@ def choose(recipe: Recipe) -> Choice:
     loader, why_loader = _loader(recipe.loader, device)
     compiled, why_compile = _compile(recipe.compile, device)
     graph, why_graph = _graph(recipe.cuda_graph, device)
+    _check_fused_ops(recipe.fused_ops, device)
     reasons = {
         "device": why_device,
         "precision": why_precision,
@@ -131,6 +133,13 @@ def _graph(asked: bool | None, device: str) -> tuple[bool, str]:
     if asked is not None:
         return asked, "asked for"
     return device == "cuda", "one replay a step" if device == "cuda" else "CUDA only"
+
+
+def _check_fused_ops(asked: bool, device: str) -> None:
+    if asked and device != "cuda":
+        raise DeviceError("--fused-ops needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
+    if asked and not importlib.util.find_spec("triton"):
+        raise DeviceError("--fused-ops needs Triton, and it is not installed", "leave it out, or install triton")
 
 
 @functools.cache

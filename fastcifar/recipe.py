@@ -98,7 +98,10 @@ class Recipe(BaseModel):
         default="auto",
         description="auto (the data set's own; kuangliu for coconut_*), cifar10, cifar100, kuangliu or MEAN:STD",
     )
-    augment: str = Field(default="crop:4:zero,flip", description="ordered list of name[:number[:word]], or none")
+    augment: str = Field(
+        default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
+        description="ordered list of name[:number[:word]], or none",
+    )
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
 
     # the optimisation
@@ -150,6 +153,7 @@ class Recipe(BaseModel):
     compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(default="auto", description="effort")
     cuda_graph: bool | None = Field(default=None, description="replay the step as a CUDA graph; default: on CUDA")
+    fused_ops: bool = Field(default=False, description="CUDA: BatchNorm, SE, shortcut and ReLU by our own kernels")
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

@@ -32,6 +32,7 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
             "blocks": (1, 1),
             "channels": (8, 16),
             "data": "synthetic:200",
+            "augment": "crop:4:zero,flip",
             "val_size": 40,
             "epochs": 2,
             "batch_size": 32,

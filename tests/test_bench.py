@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from fastcifar.device import Choice
 from fastcifar.models import MODELS
@@ -107,14 +111,76 @@ def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
     assert found["loops"]["source_loop"]["times_source_loop"]["median"] == 1
 
 
-@pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "ours"])
+@pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "airbench_style", "ours"])
 def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = script("loops")
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
     choice = Choice("cpu", "fp32", "tensor", False, False)
     monkeypatch.setattr(loops, "choose", lambda _: choice)
     loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip", "synthetic:80", "cpu"))
-    assert [next(loop) for _ in range(4)] == [32, 32, 16, 32]
+    drops_the_short_batch = name in loops.CROP_FLIP_ONLY
+    assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_the_short_batch else [32, 32, 16, 32])
+
+
+def test_the_device_resident_peer_crops_and_flips_as_torchvision_could() -> None:
+    loops = script("loops")
+    padded = F.pad(torch.arange(3 * 32 * 32.0).view(1, 3, 32, 32) + 1, (4, 4, 4, 4)).expand(400, -1, -1, -1)
+    crops = [padded[0, :, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+    windows = {crop.contiguous().numpy().tobytes() for crop in crops}
+    flipped = {crop.flip(2).contiguous().numpy().tobytes() for crop in crops}
+    found = {made.contiguous().numpy().tobytes() for made in loops.crop_and_flip(padded)}
+    assert found <= windows | flipped
+    assert len(found) > 100
+    assert found & windows
+    assert found & flipped
+
+
+# As cifar10-airbench's scripts print: a warm-up on random labels, then two runs; one script calls its column otherwise.
+TABLE = """
+-----------------------------------------------------------------------
+|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  {seconds}  |
+-----------------------------------------------------------------------
+|  warmup  |      0  |     0.1000  |   0.1010  |               |        0.9000  |
+|          |   eval  |     0.1000  |   0.1010  |       0.0990  |        1.5000  |
+-----------------------------------------------------------------------
+Training small proxy...
+|       0  |      0  |     0.6000  |   0.6100  |               |        0.3000  |
+|          |   eval  |     0.9000  |   0.9310  |       0.9404  |        2.5000  |
+-----------------------------------------------------------------------
+|       1  |   eval  |     0.9000  |   0.9320  |       0.9398  |        2.5500  |
+"""
+
+
+@pytest.mark.parametrize("seconds", ["time_seconds", "total_time_seconds"])
+def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(seconds: str) -> None:
+    found = list(script("airbench").finished_runs(iter(TABLE.format(seconds=seconds).splitlines())))
+    assert found == [{"accuracy": 0.9404, "own_s": 2.5}, {"accuracy": 0.9398, "own_s": 2.55}]
+
+
+def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(tmp_path: Path) -> None:
+    airbench = script("airbench")
+    sleeps = (
+        f"import time, os; assert os.path.exists('cifar10/test.pt'); print({TABLE.format(seconds='time_seconds')!r})\n"
+    )
+    (tmp_path / "script.py").write_text(sleeps + "time.sleep(600)\n")
+    (tmp_path / "short.py").write_text("print('no table')\n")
+    trials = airbench.measured(tmp_path, ["script.py"], "synthetic:50", runs=2, starts=2)
+    assert [(trial["start"], len(trial["runs"])) for trial in trials] == [("cold", 2), ("warm", 2)]
+    assert all(0 < trial["runs"][0]["since_start_s"] < 60 for trial in trials)
+    found = airbench.summary(trials)["scripts"]["script.py"]
+    assert found["own_s"] == [2.5, 2.55] * 2
+    assert (len(found["cold_s"]), len(found["warm_s"])) == (1, 1)
+    for wrong, words in (("short.py", "no table"), ("none.py", "no none.py")):
+        with pytest.raises(SystemExit, match=words):
+            airbench.measured(tmp_path, [wrong], "synthetic:50", runs=1, starts=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_published_scripts_need_cuda_and_say_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (8, "", 1)
+    assert "needs CUDA" in run.stderr
 
 
 def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +189,9 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     summary = run.summary(trials, arch="se68", batch_size=128, augment="none")
+    summary["scripts"] = {"a.py": {"accuracy": [0.94, 0.95], "own_s": [2.0, 3.0], "cold_s": [30.0], "warm_s": []}}
     run.results_folder.write("peers-se68", {"device": "a CPU"}, summary, trials)
+    assert "| `a.py` | 2 | 94.50 % | 2.50 | 30.0 | - | a CPU |" in tables.airbench()
     lines = tables.peers().splitlines()
     assert len(lines) == 2 + len(PEERS)
     assert all("| 1 | 10.0 | 10.0 | 1.00 | 1.00 |" in line for line in lines[2:])

@@ -118,13 +118,18 @@ def test_doctor_says_what_train_would_choose() -> None:
 
 def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
-    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", cwd=tmp_path)
+    chart = ("--chart", "a.png")
+    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
     (row,) = json.loads(run.stdout)["results"]
     assert (row["what"], row["data"]) == ("loader", "synthetic:200")
-    assert not list(tmp_path.iterdir())
-    wrong = fastcifar("bench", *tiny, "--what", "trian", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "a.json").write_text(run.stdout)
+    pair = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
+    assert [(row["what"], row["ratio"], row["overlap"]) for row in pair["rows"]] == [("loader", 1.0, True)]
+    wrong = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
@@ -180,6 +185,21 @@ def test_eval_errors(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_text("<html>")
     damaged = fastcifar("eval", "last.pt", cwd=tmp_path)
     assert (damaged.returncode, damaged.stderr.count("\n")) == (4, 1)
+
+
+def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
+    trained = json.loads(fastcifar("train", *TINY, "--json", cwd=tmp_path).stdout.strip().splitlines()[-1])
+    run = fastcifar("predict", trained["run"], "data:test", "--out", "a.csv", "--tta", "flip", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1
+    found = json.loads(run.stdout)
+    assert (found["images"], found["tta"], found["out"]) == (40, "flip", "a.csv")
+    table = fastcifar("compare", "a.csv", "a.csv", cwd=tmp_path).stdout
+    assert "0 of 40 labels" in table
+    (tmp_path / "in.pkl").write_bytes(b"<html>")
+    wrong = fastcifar("predict", trained["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (3, "", 1)
+    assert not (tmp_path / "b.csv").exists()
 
 
 def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:

@@ -54,7 +54,9 @@ def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 @NO_CUDA
-@pytest.mark.parametrize("values", [{"device": "cuda"}, {"cuda_graph": True}, {"cuda_graph": True, "device": "cpu"}])
+@pytest.mark.parametrize(
+    "values", [{"device": "cuda"}, {"cuda_graph": True}, {"cuda_graph": True, "device": "cpu"}, {"fused_ops": True}]
+)
 def test_fault17_what_is_not_there(values: dict) -> None:
     with pytest.raises(DeviceError) as caught:
         device.choose(Recipe.make(**values))

@@ -1,8 +1,10 @@
-"""Four ways to train the same network on the same images: the source projects' own, two that a user would try, ours.
+"""Ways to train the same network on the same images: the source projects', two that a user would try, airbench's, ours.
 
 Each is a generator that trains one step each time it is asked and gives the number of its images, for ever; a row of
-LOOPS. All of them are written here, from the description of the source projects, and do what their loop does: take a
-batch from a DataLoader of two workers over PIL images, clip, step, read the loss and count the hits.
+LOOPS. All of them are written here. The first three do what the source projects' loop does: take a batch from a
+DataLoader of two workers over PIL images, clip, step, read the loss and count the hits. Those in airbench's style do
+what the fast published CIFAR loops do: keep the whole set on the device, augment there a batch at a time, train 16-bit
+weights with a fused Nesterov SGD, clip nothing and read nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torchvision import transforms
 
 from fastcifar.data.cifar import load, normalisation
 from fastcifar.device import choose
-from fastcifar.lab.bench import train_work
+from fastcifar.lab.works import train_work
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.training.parts import assemble
@@ -103,12 +105,78 @@ def ours(setting: Setting) -> Iterator[int]:
     yield from train_work(parts, parts.fast_step())
 
 
+def airbench_style(setting: Setting) -> Iterator[int]:
+    """The set and its augmentation on the device, bf16 weights, channels_last, eager."""
+    yield from train_on_device(setting, half(network(setting)))
+
+
+def airbench_style_compiled(setting: Setting) -> Iterator[int]:
+    """The same, compiled as those loops are: on a GPU with every kernel tuned and the passes replayed as graphs."""
+    model = half(network(setting))
+    yield from train_on_device(setting, torch.compile(model, mode="max-autotune" if setting.device == "cuda" else None))
+
+
 LOOPS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "source_loop": source_loop,
     "eager_bf16": eager_bf16,
     "plain_compile": plain_compile,
+    "airbench_style": airbench_style,
+    "airbench_style_compiled": airbench_style_compiled,
     "ours": ours,
 }
+CROP_FLIP_ONLY = {"airbench_style", "airbench_style_compiled"}
+
+
+def half(model: nn.Module) -> nn.Module:
+    """bf16 and channels_last, but for the norms, whose statistics stay float32."""
+    model.to(torch.bfloat16, memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    return model
+
+
+def train_on_device(setting: Setting, model: nn.Module) -> Iterator[int]:
+    """The loop of the two in airbench's style: as theirs, it knows `crop-flip` alone and drops a short last batch."""
+    if setting.augment != "crop-flip":
+        raise SystemExit("the loops in airbench's style augment by crop-flip only")
+    padded, labels = resident(setting)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+    steps = EPOCHS * -(-len(labels) // setting.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    model.train()
+    for _ in itertools.count():
+        order = torch.randperm(len(labels), device=setting.device)
+        for index in order[: len(order) // setting.batch_size * setting.batch_size].split(setting.batch_size):
+            loss = F.cross_entropy(model(crop_and_flip(padded[index])).float(), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            yield len(index)
+
+
+def resident(setting: Setting) -> tuple[Tensor, Tensor]:
+    """The whole training set on the device: bf16 images [n,3,40,40], normalised, four zeros around; labels [n]."""
+    train = load(setting.data, download=False).train
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation("cifar10"))
+    parts = torch.from_numpy(np.ascontiguousarray(train.images)).split(5000)
+    normalised = torch.cat([((part / 255 - mean) / std).to(torch.bfloat16) for part in parts])
+    padded = F.pad(normalised.to(setting.device), (4, 4, 4, 4))
+    return padded.contiguous(memory_format=torch.channels_last), torch.from_numpy(train.labels).to(setting.device)
+
+
+def crop_and_flip(padded: Tensor) -> Tensor:
+    """[n,3,40,40] -> [n,3,32,32]: a window of each image, half of them mirrored, in one gather."""
+    count, side, device = len(padded), 32, padded.device
+    top, left = torch.randint(padded.shape[2] - side + 1, (2, count, 1), device=device)
+    offsets = torch.arange(side, device=device)
+    mirrored = torch.rand(count, 1, device=device) < 0.5
+    rows, columns = top + offsets, left + torch.where(mirrored, side - 1 - offsets, offsets)
+    images = padded.permute(0, 2, 3, 1)[
+        torch.arange(count, device=device).view(-1, 1, 1), rows[:, :, None], columns[:, None]
+    ]
+    return images.permute(0, 3, 1, 2)
 
 
 def network(setting: Setting) -> nn.Module:

@@ -1,11 +1,13 @@
-"""Images a second of four training loops on this machine, in turn, each in a process of its own.
+"""Images a second of the training loops of loops.py on this machine, in turn, each in a process of its own.
 
     python bench/peers/run.py [--arch se68 --batch-size 128 --augment crop-flip|a --data PATH --steps 8 --rounds 3]
+                              [--loops NAME,NAME --airbench CHECKOUT]
 
 writes bench/results/<UTC>_<device>_peers-<arch>/{env,summary}.json and trials.jsonl. A trial is the `--steps` steps
 after the warm-up of one process; building, compiling and warming up are its `prepare_s`. Each is kept with the cores
 that other processes used meanwhile; on a shared machine, `--wait` waits for a quiet one and `--attempts` repeats a
 disturbed trial: the last attempt stands, all are in trials.jsonl. A ratio is the median of the ratios within a round.
+With `--airbench` the scripts of a checkout of cifar10-airbench follow, timed as airbench.py does it; they need CUDA.
 """
 
 from __future__ import annotations
@@ -23,21 +25,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import airbench
 import results_folder
 import torch
-from loops import AUGMENTATIONS, LOOPS, Setting
+from loops import AUGMENTATIONS, CROP_FLIP_ONLY, LOOPS, Setting
 
 from fastcifar.device import choose, environment
 from fastcifar.lab.bench import cpu_seconds, on_some_data, timed
 from fastcifar.recipe import Recipe
 
 WARM_UP = 2  # steps: the first compiles, the second finds its memory
+BASELINES = ("source_loop", "plain_compile")
 LOOK_S, QUIET = 1.5, 0.1  # seconds of one look at the other processes, and how many cores they may use
 
 
 def one(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """A trial of the loop `name`, in this process."""
-    device = choose(Recipe()).device
+    device = choose(Recipe(device=arguments.device)).device
     started = time.perf_counter()
     loop = LOOPS[name](Setting(arguments.arch, arguments.batch_size, arguments.augment, arguments.data, device))
     for _ in range(WARM_UP):
@@ -81,7 +85,8 @@ def summary(trials: list[dict[str, Any]], **setting: Any) -> dict[str, Any]:
     Of the attempts at a trial the last stands, whatever its speed: the others were disturbed by other processes.
     """
     standing = {(trial["round"], trial["loop"]): trial for trial in trials}.values()
-    by_name = {name: [trial for trial in standing if trial["loop"] == name] for name in LOOPS}
+    names = [name for name in LOOPS if any(trial["loop"] == name for trial in standing)]
+    by_name = {name: [trial for trial in standing if trial["loop"] == name] for name in names}
     speeds = {name: [trial["images_per_s"] for trial in found] for name, found in by_name.items()}
     loops = {}
     for name, found in by_name.items():
@@ -91,10 +96,9 @@ def summary(trials: list[dict[str, Any]], **setting: Any) -> dict[str, Any]:
             "cpu_us_per_image": statistics.median(trial["cpu_us_per_image"] for trial in found),
             "prepare_s": [trial["prepare_s"] for trial in found],
             "others_cores": max(trial["others_cores"] for trial in found),
-            "times_source_loop": ratio(speeds[name], speeds["source_loop"]),
-            "times_plain_compile": ratio(speeds[name], speeds["plain_compile"]),
+            **{f"times_{other}": ratio(speeds[name], speeds[other]) for other in BASELINES if other in speeds},
         }
-    rounds = len(speeds["ours"])
+    rounds = len(next(iter(speeds.values())))
     return {"what": "training images/s, end to end, loops in turn", **setting, "n": rounds, "loops": loops}
 
 
@@ -105,40 +109,23 @@ def ratio(mine: list[float], others: list[float]) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = [f"{'loop':14} {'images/s':>9} {'x source':>9} {'x compile':>9} {'CPU us/image':>13} {'others':>6}  trials"]
+    lines = [f"{'loop':24} {'images/s':>9} {'x source':>9} {'x compile':>9} {'CPU us/image':>13} {'others':>6}  trials"]
     for name, loop in found["loops"].items():
+        ratios = (loop.get(f"times_{other}", {}).get("median", math.nan) for other in BASELINES)
         lines.append(
-            f"{name:14} {loop['images_per_s']:9.1f} {loop['times_source_loop']['median']:9.2f} "
-            f"{loop['times_plain_compile']['median']:9.2f} {loop['cpu_us_per_image']:13,.0f} "
-            f"{loop['others_cores']:6.2f}  "
-            f"{', '.join(f'{trial:.1f}' for trial in loop['trials'])}"
+            f"{name:24} {loop['images_per_s']:9,.1f} {' '.join(f'{value:9.2f}' for value in ratios)} "
+            f"{loop['cpu_us_per_image']:13,.0f} {loop['others_cores']:6.2f}  "
+            f"{', '.join(f'{trial:,.1f}' for trial in loop['trials'])}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + ([airbench.table(found)] if "scripts" in found else []))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Four training loops on the same network and images.")
-    parser.add_argument("--arch", default="se68")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--augment", choices=AUGMENTATIONS, default="crop-flip")
-    parser.add_argument("--data", help="as `fastcifar train` takes it; default: what it would find, else synthetic")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a trial")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--wait", type=float, default=0, help="seconds a trial waits, at most, for a quiet machine")
-    parser.add_argument("--attempts", type=int, default=1, help="at a trial, while other processes disturb it")
-    parser.add_argument("--child", choices=LOOPS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(one(arguments.child, arguments)))
-        return
-    data = on_some_data(Recipe(data=arguments.data)).data
-    command = [sys.executable, __file__, *("--data", data) * bool(data), "--steps", str(arguments.steps)]
-    command += ["--wait", str(arguments.wait)]
-    command += ["--arch", arguments.arch, "--batch-size", str(arguments.batch_size), "--augment", arguments.augment]
+def trials_of_loops(names: list[str], command: list[str], rounds: int, attempts: int) -> list[dict[str, Any]]:
+    """Every trial of every loop, in turn, each by `command` with the loop's name behind it."""
     trials: list[dict[str, Any]] = []
-    for number in range(arguments.rounds):
-        for name in LOOPS:
-            for _ in range(arguments.attempts):
+    for number in range(rounds):
+        for name in names:
+            for _ in range(attempts):
                 run = subprocess.run([*command, "--child", name], stdout=subprocess.PIPE, text=True, check=False)
                 if run.returncode:
                     raise SystemExit(f"{name} failed with exit code {run.returncode}: no result")
@@ -146,6 +133,39 @@ def main() -> None:
                 print(trials[-1], flush=True)
                 if trials[-1]["others_cores"] < QUIET:
                     break
+    return trials
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training loops on the same network and images.")
+    parser.add_argument("--arch", default="se68")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--augment", choices=AUGMENTATIONS, default="crop-flip")
+    parser.add_argument("--data", help="as `fastcifar train` takes it; default: what it would find, else synthetic")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--loops", default="", help=f"some of {','.join(LOOPS)}; default: all that know --augment")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a trial")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--wait", type=float, default=0, help="seconds a trial waits, at most, for a quiet machine")
+    parser.add_argument("--attempts", type=int, default=1, help="at a trial, while other processes disturb it")
+    parser.add_argument("--airbench", type=Path, metavar="CHECKOUT", help="of KellerJordan/cifar10-airbench")
+    parser.add_argument("--child", choices=LOOPS, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = arguments_of()
+    if arguments.child:
+        print(json.dumps(one(arguments.child, arguments)))
+        return
+    names = [name for name in LOOPS if arguments.augment == "crop-flip" or name not in CROP_FLIP_ONLY]
+    if arguments.loops:
+        names = arguments.loops.split(",")
+    data = on_some_data(Recipe(data=arguments.data)).data
+    command = [sys.executable, __file__, *("--data", data) * bool(data), "--steps", str(arguments.steps)]
+    command += ["--wait", str(arguments.wait), "--device", arguments.device]
+    command += ["--arch", arguments.arch, "--batch-size", str(arguments.batch_size), "--augment", arguments.augment]
+    trials = trials_of_loops(names, command, arguments.rounds, arguments.attempts)
     found = summary(
         trials,
         arch=arguments.arch,
@@ -155,6 +175,12 @@ def main() -> None:
         steps=arguments.steps,
         warm_up=WARM_UP,
     )
+    if arguments.airbench and airbench.needs_cuda():
+        print(airbench.needs_cuda(), file=sys.stderr)
+    elif arguments.airbench:
+        theirs = airbench.measured(arguments.airbench, list(airbench.SCRIPTS), data)
+        found["scripts"] = airbench.summary(theirs)["scripts"]
+        trials += theirs
     print(results_folder.write(f"peers-{arguments.arch}", environment(), found, trials))
     print(table(found))
 

@@ -3,7 +3,8 @@
 Randomness is data: `draw_epoch` makes it in numpy, for a whole epoch, from (seed, epoch) alone.
 Application is pure: `apply` maps a batch and its slice of the draws to a batch, exactly, in uint8.
 It must not hold state, draw while applying, loop over images in Python or wait for the device.
-A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change.
+A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change. Mixers, spelt in the same
+list, have a room of their own: they are applied in the training step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data import pixels, policies
+from fastcifar.data import pixels, policies, windows
+from fastcifar.data.mixers import MIXERS, Mixer
 from fastcifar.data.pixels import SIDE
 from fastcifar.data.policies import Policy
 from fastcifar.errors import UsageError, pick
@@ -24,15 +26,13 @@ Number = int | float
 Params = Mapping[str, Tensor]
 Fill = tuple[int, int, int]
 
-LAST = 3 * SIDE - 1  # the last column of a row of `rows`
-
 # The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
 EVERY_EPOCH = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Op:
-    """One parsed item of an augmentation list: a row of `AUGMENTS` with its number and word.
+    """One parsed item of an augmentation list: a row of `AUGMENTS` or `MIXERS` with its number and word.
 
     `number` is None and `word` is "" for rows that take none; `policy` is what the rows that have one read from them.
     """
@@ -70,7 +70,8 @@ class Augment:
     words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
             "" alone if the row takes no word
     help    one line
-    policy  (number, word) -> the policy of the op; it also takes the name of a TOML file as a word
+    policy  (number, word) -> the policy of the op, for the rows that have one
+    files   a word may also be the name of a TOML file
     """
 
     draw: Callable[[Op, Moment], dict[str, np.ndarray]]
@@ -79,6 +80,7 @@ class Augment:
     words: Mapping[str, tuple[Number, Number]]
     help: str
     policy: Callable[[Number | None, str], Policy] | None = None
+    files: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +106,7 @@ def apply_crop(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
 
     `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
     """
-    row, column = _axes(rows)
-    y = row + (params["y"].int()[:, None] - _whole(op))
-    at = column + 3 * (params["x"].int()[:, None] - _whole(op))
-    if op.word == "reflect":
-        channel = _channel(column)
-        y = (SIDE - 1) - ((SIDE - 1) - y.abs()).abs()
-        at = torch.where(at < 0, 2 * channel - at, at)
-        return _take(rows, y, torch.where(at > LAST, 2 * (LAST - 2 + channel) - at, at))
-    # The clamps keep the read inside the image where the mask discards what was read.
-    inside = ((y >= 0) & (y < SIDE))[:, :, None] & ((at >= 0) & (at <= LAST))[:, None, :]
-    return torch.where(inside, _take(rows, y.clamp(0, SIDE - 1), at.clamp(0, LAST)), 0)
+    return windows.cut(rows, params["y"].int(), params["x"].int(), _whole(op), op.word == "reflect")
 
 
 def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -133,10 +125,7 @@ def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 
 def apply_flip(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Mirror left and right where `flip` is set."""
-    row, column = _axes(rows)
-    mirrored = (LAST - 2) + 2 * _channel(column) - column  # 3 * (31 - x) + channel
-    # One read at a chosen column, not a choice between two reads: a fused chain of ops would be computed twice.
-    return _take(rows, row[None, :], torch.where(params["flip"][:, None], mirrored, column))
+    return windows.mirror(rows, params["flip"])
 
 
 def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -148,15 +137,20 @@ def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
     size = _whole(op)
-    row, column = _axes(rows)
-    y = row + (size // 2 - params["y"].int()[:, None])
-    at = column + 3 * (size // 2 - params["x"].int()[:, None])
-    inside = ((y >= 0) & (y < size))[:, :, None] & ((at >= 0) & (at < 3 * size))[:, None, :]
-    if op.word == "zero":
-        return torch.where(inside, 0, rows)
-    # The colours ride in one integer, a byte each: torch.tensor(fill) would be an upload, which waits.
-    packed = fill[0] | fill[1] << 8 | fill[2] << 16
-    return torch.where(inside, (packed >> (8 * _channel(column))) & 255, rows)
+    top, left = (params[axis].int() - size // 2 for axis in "yx")
+    return windows.fill_box(rows, top, left, size, size, windows.COLOURS.get(op.word, fill))
+
+
+def draw_erase(op: Op, moment: Moment) -> dict[str, np.ndarray]:
+    """The box's corner `y`, `x` and size `h`, `w`; no size in half of the images."""
+    assert op.number is not None
+    return windows.draw_erasing(op.number, len(moment.order), moment.random)
+
+
+def apply_erase(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
+    """Fill the box (Zhong et al., 2017)."""
+    top, left, height, width = (params[name].int() for name in "yxhw")
+    return windows.fill_box(rows, top, left, height, width, windows.COLOURS.get(op.word, fill))
 
 
 def draw_rotate(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -190,8 +184,9 @@ def draw_policy(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_policy(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """The policy's steps in turn, one operation of each for each image."""
     assert op.policy is not None, op
-    steps = [tuple(params[f"{name}{step}"] for name in ("code", "amount", "cosine")) for step in range(op.policy.steps)]
-    return pixels.operate(rows, steps, [op.policy.operations(step) for step in range(op.policy.steps)])
+    count = range(op.policy.steps)
+    steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in count]
+    return pixels.operate(rows, steps, [op.policy.operations(step) for step in count])
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -216,6 +211,13 @@ AUGMENTS: dict[str, Augment] = {
         words={"mean": (1, SIDE), "zero": (1, SIDE)},
         help="fill a square of NUMBER pixels around a random centre with the mean colour or black",
     ),
+    "erase": Augment(
+        draw=draw_erase,
+        apply=apply_erase,
+        number=0.33,
+        words=dict.fromkeys(("grey", "mean", "zero"), (windows.SMALLEST, 1.0)),
+        help="in half of the images fill a box of 0.02 to NUMBER of the area with mid-grey, mean colour or black",
+    ),
     "rotate": Augment(
         draw=draw_rotate,
         apply=apply_rotate,
@@ -237,6 +239,7 @@ AUGMENTS: dict[str, Augment] = {
         words={"cifar10": (0, 0)},
         help="AutoAugment's policy for CIFAR-10, or your own: autoaugment:FILE.toml",
         policy=lambda number, word: policies.read(word),
+        files=True,
     ),
     "randaugment": Augment(
         draw=draw_policy,
@@ -261,11 +264,21 @@ def parse(spec: str) -> tuple[Op, ...]:
     """The ops of a spelling such as "crop:4:zero,flip,cutout:8"; "none" or "" is no op.
 
     An item is `name[:number[:word]]` (`name[:word]` for a row that takes no number); what is left out is the row's
-    default. Raises `UsageError` with the nearest name, the allowed words or the bounds.
+    default. One mixer may stand at the end. Raises `UsageError` with the nearest name, the allowed words or the bounds.
     """
     if spec.strip() in ("", "none"):
         return ()
-    return tuple(_parse_item(item.strip()) for item in spec.split(","))
+    ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
+    before, _ = split_mixer(ops)
+    for op in before:
+        if op.name in MIXERS:
+            raise UsageError(f"augmentation {op.name!r} mixes whole batches", "write one mixer, at the list's end")
+    return ops
+
+
+def split_mixer(ops: tuple[Op, ...]) -> tuple[tuple[Op, ...], Op | None]:
+    """The ops that the loaders apply, and the mixer of the training step, if the list has one."""
+    return (ops[:-1], ops[-1]) if ops and ops[-1].name in MIXERS else (ops, None)
 
 
 def spell(ops: tuple[Op, ...]) -> str:
@@ -285,24 +298,26 @@ def _parse_item(item: str) -> Op:
         raise UsageError("an empty item in the augmentation list", "separate items by single commas: crop:4:zero,flip")
     if name == "none":
         raise UsageError("'none' beside other augmentations", "write 'none' alone, or leave it out")
-    row = pick(AUGMENTS, name, "augmentation")
+    row: Augment | Mixer = pick({**AUGMENTS, **MIXERS}, name, "augmentation")
     number = row.number
     if number is not None and rest:
         number = _parse_number(item, rest.pop(0), row)
     word = rest.pop(0) if rest else next(iter(row.words))
-    file = row.policy is not None and word.endswith(".toml")
+    file = row.files and word.endswith(".toml")
     if rest or (word not in row.words and not file):
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
+        allowed += " or a .toml file" if row.files else ""
         raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
     low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
-        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{name}:NUMBER:{word} takes {bounds}")
+        grammar = f"{name}:NUMBER:{word}".rstrip(":")
+        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
     return Op(name, number, word, row.policy(number, word) if row.policy else None)
 
 
-def _parse_number(item: str, text: str, row: Augment) -> Number:
+def _parse_number(item: str, text: str, row: Augment | Mixer) -> Number:
     kind = type(row.number)
     try:
         if "_" in text or not text.isascii():  # int() and float() take 1_6 and other scripts' digits
@@ -330,6 +345,13 @@ def draw_epoch(ops: tuple[Op, ...], n: int, epoch: int, seed: int) -> Draws:
         moment = Moment(order, epoch, _stream(seed, epoch, 1 + place), _stream(seed, EVERY_EPOCH, 1 + place))
         params.append(AUGMENTS[op.name].draw(op, moment))
     return Draws(order, tuple(params))
+
+
+def draw_mix(ops: tuple[Op, ...], n: int, epoch: int, seed: int) -> np.ndarray:
+    """What the mixer at the end of `ops` draws for the `n` positions of an epoch: [n] or [n,k], by the same rule."""
+    mixer = ops[-1]
+    assert mixer.number is not None, mixer
+    return MIXERS[mixer.name].draw(mixer.number, n, _stream(seed, epoch, len(ops)))
 
 
 def apply(ops: tuple[Op, ...], images: Tensor, params: tuple[Params, ...], fill: Fill) -> Tensor:
@@ -363,20 +385,3 @@ def _stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:
 def _whole(op: Op) -> int:
     assert isinstance(op.number, int), op
     return op.number
-
-
-def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The row numbers int32 [32] and the column numbers int32 [96] (column = 3 * x + channel)."""
-    row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)
-    return row, torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
-
-
-def _channel(column: Tensor) -> Tensor:
-    """column % 3 for columns below 256: a multiplication and a shift, since a division is not vectorised on a CPU."""
-    return column - 3 * ((column * 171) >> 9)
-
-
-def _take(rows: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """rows[i, y[i, row], at[i, column]] for all i, rows and columns; y int32 [b or 1, 32], at int32 [b or 1, 96]."""
-    sample = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    return rows[sample[:, None, None], y[:, :, None], at[:, None, :]]

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import SIDE, Draws, Fill, Op, draw_epoch
+from fastcifar.data.augment import Draws, Fill, Op, draw_epoch
 from fastcifar.data.kernel import by_step, compiled, params_by_step, plain, upload
+from fastcifar.data.pixels import SIDE
 from fastcifar.data.steps import Steps, cut
+from fastcifar.data.windows import COLOURS
 from fastcifar.device import DALI, DALI_REMEDY, optional
 from fastcifar.errors import DeviceError
 
@@ -41,50 +43,65 @@ Drawn = Mapping[str, np.ndarray]
 class Face:
     """An op in DALI's words, on images of layout CHW or HWC.
 
-    feed      (op, its draws [n]) -> what the operator is told for each image, [n] or [n,2]
-    build     (dali, images, what was fed, op, fill) -> images
+    feed        (op, its draws [n]) -> what the operator is told of each image: one or more arrays [n] or [n,2]
+    build       (dali, images, what was fed, op, fill) -> images
+    takes       how many arrays it is fed
     only_first  it has to be the list's first op
     """
 
-    feed: Callable[[Op, Drawn], np.ndarray]
+    feed: Callable[[Op, Drawn], list[np.ndarray]]
     build: Callable[[Any, Any, Any, Op, Fill], Any]
+    takes: int = 1
     only_first: bool = False
 
 
-def _window(dali: Any, images: Any, corner: Any, op: Op, fill: Fill) -> Any:
-    """The window at `corner`, black where it leaves the image."""
+def _window(dali: Any, images: Any, fed: Any, op: Op | None, fill: Fill) -> Any:
+    """The window at a corner, black where it leaves the image."""
     return dali.fn.slice(
-        images, start=corner, shape=(SIDE, SIDE), axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+        images, start=fed[0], shape=(SIDE, SIDE), axis_names="HW", out_of_bounds_policy="pad", fill_values=0
     )
 
 
-def _mirrored(dali: Any, images: Any, flip: Any, op: Op | None = None, fill: Fill = (0, 0, 0)) -> Any:
-    """Mirrored where `flip` is 1, in layout HWC: DALI turns planes into pixels in the same operator."""
+def _mirrored(dali: Any, images: Any, fed: Any, op: Op | None, fill: Fill) -> Any:
+    """Mirrored where it is told 1, in layout HWC: DALI turns planes into pixels in the same operator."""
     return dali.fn.crop_mirror_normalize(
-        images, mirror=flip, dtype=dali.types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
+        images, mirror=fed[0], dtype=dali.types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
     )
 
 
-def _erased(dali: Any, images: Any, corner: Any, op: Op, fill: Fill) -> Any:
-    """The square at `corner` filled, as far as it is inside the image."""
-    size, colour = float(_whole(op)), fill if op.word == "mean" else (0, 0, 0)
-    return dali.fn.erase(
-        images, anchor=corner, shape=(size, size), axis_names="HW", fill_value=[float(value) for value in colour]
-    )
+def _square(dali: Any, images: Any, fed: Any, op: Op, fill: Fill) -> Any:
+    """The square of the op's size at a corner filled, as far as it is inside the image."""
+    return _box(dali, images, (*fed, 2 * (float(_whole(op)),)), op, fill)
 
 
-def _corner(drawn: Drawn, less: int) -> np.ndarray:
-    return np.stack([drawn["y"], drawn["x"]], axis=1).astype(np.int32) - less
+def _box(dali: Any, images: Any, fed: Any, op: Op, fill: Fill) -> Any:
+    """The box of a corner and a size filled."""
+    colour = [float(value) for value in COLOURS.get(op.word, fill)]
+    return dali.fn.erase(images, anchor=fed[0], shape=fed[1], axis_names="HW", fill_value=colour)
 
 
-# (name, word) of an op -> its face; DALI pads with reflections only in several operators, so the source does it
+def _pairs(drawn: Drawn, names: str, less: int = 0, dtype: type = np.int32) -> np.ndarray:
+    return np.stack([drawn[name] for name in names], axis=1).astype(dtype) - dtype(less)
+
+
+# DALI pads with reflections only in several operators, so the source does it
+ZERO = Face(lambda op, drawn: [_pairs(drawn, "yx", _whole(op))], _window)
+REFLECT = Face(lambda op, drawn: [_pairs(drawn, "yx")], _window, only_first=True)
+FLIP = Face(lambda op, drawn: [drawn["flip"].astype(np.int32)], _mirrored)
+CUTOUT = Face(lambda op, drawn: [_pairs(drawn, "yx", _whole(op) // 2, np.float32)], _square)
+ERASE = Face(lambda _, drawn: [_pairs(drawn, names, dtype=np.float32) for names in ("yx", "hw")], _box, takes=2)
+
+# (name, word) of an op -> its face; DALI's rotation and policies differ from ours in a pixel here and there (LOG.md)
 FACES: dict[tuple[str, str], Face] = {
-    ("crop", "zero"): Face(lambda op, drawn: _corner(drawn, _whole(op)), _window),
-    ("crop", "reflect"): Face(lambda op, drawn: _corner(drawn, 0), _window, only_first=True),
-    ("flip", "random"): Face(lambda op, drawn: drawn["flip"].astype(np.int32), _mirrored),
-    ("flip", "alternating"): Face(lambda op, drawn: drawn["flip"].astype(np.int32), _mirrored),
-    ("cutout", "mean"): Face(lambda op, drawn: _corner(drawn, _whole(op) // 2).astype(np.float32), _erased),
-    ("cutout", "zero"): Face(lambda op, drawn: _corner(drawn, _whole(op) // 2).astype(np.float32), _erased),
+    ("crop", "zero"): ZERO,
+    ("crop", "reflect"): REFLECT,
+    ("flip", "random"): FLIP,
+    ("flip", "alternating"): FLIP,
+    ("cutout", "mean"): CUTOUT,
+    ("cutout", "zero"): CUTOUT,
+    ("erase", "grey"): ERASE,
+    ("erase", "mean"): ERASE,
+    ("erase", "zero"): ERASE,
 }
 
 
@@ -130,7 +147,7 @@ class Source:
                 del self._epochs[next(iter(self._epochs))]
             draws = draw_epoch(self.ops, self.steps.samples, epoch, self.seed)
             drawn = zip(self.inside, draws.params, strict=False)
-            fed = [FACES[op.name, op.word].feed(op, params) for op, params in drawn]
+            fed = [array for op, params in drawn for array in FACES[op.name, op.word].feed(op, params)]
             self._epochs[epoch] = draws, [self.steps.table(array) for array in (draws.order, *fed)]
         return self._epochs[epoch]
 
@@ -195,7 +212,9 @@ class Chunks:
         self._plan = _Plan(self.source, self.stride)
 
     def _build(self, plan: _Plan) -> Any:
-        dali, on_gpu, ops = self.dali, self._side is not None, self.source.inside
+        dali, on_gpu = self.dali, self._side is not None
+        faces = [(FACES[op.name, op.word], op) for op in self.source.inside]
+        takes = sum(face.takes for face, _ in faces)
         index = self.device.index if self.device.index is not None else torch.cuda.current_device() if on_gpu else None
         pipeline = dali.Pipeline(
             batch_size=self.stride * self.source.steps.share,
@@ -206,15 +225,16 @@ class Chunks:
         with _quiet(), pipeline:
             images, *fed = dali.fn.external_source(
                 plan.feed,
-                num_outputs=1 + len(ops),
-                layout=["CHW", *[""] * len(ops)],
+                num_outputs=1 + takes,
+                layout=["CHW", *[""] * takes],
                 no_copy=not on_gpu,  # every array is fresh; to a GPU they go through DALI's pinned memory
             )
             images = images.gpu() if on_gpu else images
-            for op, argument in zip(ops, fed, strict=True):
-                images = FACES[op.name, op.word].build(dali, images, argument, op, self.fill)
-            if not any(FACES[op.name, op.word].build is _mirrored for op in ops):
-                images = _mirrored(dali, images, 0)
+            for face, op in faces:
+                images = face.build(dali, images, fed[: face.takes], op, self.fill)
+                del fed[: face.takes]
+            if not any(face is FLIP for face, _ in faces):
+                images = _mirrored(dali, images, (0,), None, self.fill)
             pipeline.set_outputs(images)
             pipeline.build()
         return pipeline

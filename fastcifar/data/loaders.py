@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, parse
+from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, draw_mix, parse, split_mixer
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.kernel import by_step, compiled, params_by_step, plain, upload
 from fastcifar.data.official import Split
 from fastcifar.data.steps import cut
 from fastcifar.data.torchvision_loader import TorchvisionLoader
+from fastcifar.errors import UsageError
 
 UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
 
@@ -114,14 +115,33 @@ def batches(
     """Augmented batches of `split` for a loop of one's own, `epochs` times over, as `TensorLoader` gives them.
 
     Yields images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays after a few hundred
-    batches. Raises `UsageError` for a wrong `augment`, or a `batch_size` larger than the split.
+    batches. Raises `UsageError` for a wrong `augment`, one with a mixer, or a `batch_size` larger than the split.
     """
-    ops = parse(augment)
+    ops, mixer = split_mixer(parse(augment))
+    if mixer:
+        raise UsageError(f"batches(): {mixer.name} is applied in the training step", "leave it out, or use train()")
     loader = TensorLoader(
         split.images, split.labels, batch_size=batch_size, augment=ops, seed=seed, device=device, compile=compile
     )
     for epoch in range(epochs):
         yield from loader.batches(epoch)
+
+
+def mixed_batches(
+    loader: Loader, ops: tuple[Op, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
+) -> Iterator[tuple[Tensor, ...]]:
+    """What a training step takes: the loader's batches, and if `ops` end in a mixer what it draws for them too.
+
+    So (images, labels) or (images, labels, drawn [b] or [b,k]). `ops` is the whole list, of which a loader knows only
+    what it applies: this is the same for all of them.
+    """
+    batches = loader.batches(epoch, start_step)
+    if split_mixer(ops)[1] is None:
+        yield from batches
+        return
+    drawn = by_step(loader.steps, draw_mix(ops, loader.samples, epoch, seed), device)
+    for step, (images, labels) in enumerate(batches, start_step):
+        yield images, labels, drawn[step][: len(labels)]
 
 
 def eval_batches(

@@ -55,8 +55,8 @@ def encode(name: str, magnitude: float) -> tuple[int, int, int]:
     """The integers (code, amount, cosine) of an operation for one image.
 
     magnitude  ShearX, ShearY: pixels sideways for each pixel; TranslateX, TranslateY: whole pixels; Rotate: degrees,
-               counter-clockwise; Brightness, Contrast, Color, Sharpness: the factor less 1, from -1 to 1; Hue: turns, from
-               -0.5 to 0.5; Posterize: bits, 0 to 8; Solarize: threshold as a share of 255; none for the others
+               counter-clockwise; Brightness, Contrast, Color, Sharpness: the factor less 1, from -1 to 1; Hue: turns,
+               from -0.5 to 0.5; Posterize: bits, 0 to 8; Solarize: threshold as a share of 255; none for the others
 
     Errors: `UsageError` for an unknown name.
     """
@@ -100,18 +100,25 @@ def single(images: Tensor, name: str, magnitude: float) -> Tensor:
 
 
 def rotate(rows: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """Each image turned counter-clockwise around its centre; int32 rows [b,32,96], sine and cosine int32 [b] in `ONE`s."""
-    column = torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
-    row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)[:, None]
+    """Each image turned counter-clockwise around its centre; int32 rows [b,32,96], sine and cosine [b] in `ONE`s."""
     sine, cosine = sine[:, None, None], cosine[:, None, None]
-    x = (column * 171) >> 9  # column // 3, which a CPU would not vectorise
-    return _nearest(rows, row, x, column - 3 * x, (cosine, -sine, 0), (sine, cosine, 0))
+    return _nearest(rows, *_grid(rows), (cosine, -sine, 0), (sine, cosine, 0))
+
+
+def _grid(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [32,1], x [96], channel [96]) of rows."""
+    row = torch.arange(SIDE, dtype=torch.int32, device=rows.device)
+    column = torch.arange(3 * SIDE, dtype=torch.int32, device=rows.device)
+    x = (column * 171) >> 9  # column // 3: a CPU has no division of vectors
+    return row[:, None], x, column - 3 * x
 
 
 def _step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:
     """One step: rows int32 [b,32,96] or planes uint8 [b,3,1024] -> planes uint8 [b,3,1024]."""
-    padded = _settled(_moved(image, code, amount, cosine, names))
-    planes = padded[:, :, ABOVE : ABOVE + AREA]
+    padded = planes = image
+    if image.shape[1] != 3 or names & MOVES or "Sharpness" in names:
+        padded = _settled(_moved(image, code, amount, cosine, names))
+        planes = padded[:, :, ABOVE : ABOVE + AREA]
     values = planes.int()
     result = values
     if names & TABLED:
@@ -199,7 +206,8 @@ def _equalized(planes: Tensor, value: Tensor, high: Tensor) -> Tensor:
     """The table that makes a channel's values equally frequent, as Pillow defines it: int32 [b,3,256]."""
     counts = torch.zeros(len(planes), 3, 256, dtype=torch.int32, device=planes.device)
     one = torch.ones(1, dtype=torch.int32, device=planes.device)
-    counts = counts.scatter_add(2, planes.long(), one.expand(planes.shape))
+    # Not scatter_add, which the compiler makes atomic, one locked addition a pixel, on a CPU of several cores.
+    counts = counts.scatter_reduce(2, planes.long(), one.expand(planes.shape), "sum")
     before = counts.cumsum(2, dtype=torch.int32) - counts  # pixels of smaller values
     step = before.gather(2, high.long()) // 255
     # x // step for x <= 1026 and step <= 4 without a division, which is not vectorised

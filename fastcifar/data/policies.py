@@ -136,7 +136,7 @@ def levels(operation: str, space: Space, count: int) -> list[float]:
     first, last = (float(np.float32(end)) for end in span[:2])
     rise = float(np.float32(last - first) / np.float32(count - 1))
     near = [first + rise * i if i < count // 2 else last - rise * (count - 1 - i) for i in range(count)]
-    return np.rint(near).tolist() if operation == "Posterize" else np.float32(near).tolist()
+    return np.rint(near).tolist() if operation == "Posterize" else np.array(near, np.float32).tolist()
 
 
 def choice(operation: str, probability: float, level: int | None, space: Space, count: int) -> Choice:
@@ -169,7 +169,7 @@ def read(word: str) -> Policy:
     """AutoAugment's policy of that name, or a user's own from a TOML file, whose name ends in .toml.
 
     The file holds one list `policy` of sub-policies, each a list of [operation, probability, level], such as
-    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations that have no magnitude take no
+    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations without a magnitude take no
     level. Errors: `UsageError` that names the place.
     """
     if not word.endswith(".toml"):
@@ -222,7 +222,8 @@ def _codes(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
 def draw(policy: Policy, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """`code` uint8, `amount` and `cosine` int32 of every step, arrays [n] named by it: code0, amount0, ..."""
     codes, probability = _codes(policy)
-    drawn = {}
+    drawn: dict[str, np.ndarray] = {}
+    row = np.empty(n, np.int64)
     for step in range(policy.steps):
         place = step % codes.shape[1]
         if place == 0:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, spell
 from fastcifar.data.steps import cut
+from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.device import optional
 from fastcifar.errors import UsageError
 
@@ -38,6 +39,11 @@ class Cutout:
         return image
 
 
+def erasing(v2: Any, op: Op, colour: Fill) -> Transform:
+    """torchvision's RandomErasing with the op's largest share of the area."""
+    return v2.RandomErasing(ERASED, (SMALLEST, op.number), ASPECTS, value=colour)
+
+
 # (name, word) of an op -> what does the same to a PIL image, from torchvision.transforms.v2, the op and the mean colour
 COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(SIDE, padding=op.number),
@@ -45,6 +51,16 @@ COUNTERPARTS: dict[tuple[str, str], Callable[[Any, Any, Fill], Transform]] = {
     ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.number),
     ("cutout", "mean"): lambda _, op, fill: Cutout(op.number, fill),
     ("cutout", "zero"): lambda _, op, fill: Cutout(op.number, (0, 0, 0)),
+    ("erase", "grey"): lambda v2, op, _: erasing(v2, op, COLOURS["grey"]),
+    ("erase", "mean"): lambda v2, op, fill: erasing(v2, op, fill),
+    ("erase", "zero"): lambda v2, op, _: erasing(v2, op, COLOURS["zero"]),
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.number),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.number, op.number, op.number, op.number / 2),
+    ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.number),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.number),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.number),
+    ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from fastcifar.errors import UsageError, pick
 from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
-from fastcifar.models.resnet import ACTIVATIONS, se_resnet
+from fastcifar.models.resnet import ACTIVATIONS, fuse, se_resnet
 from fastcifar.models.speednet import speednet
 from fastcifar.recipe import option, section
 
@@ -28,6 +28,7 @@ __all__ = [
     "MODELS",
     "build",
     "check_budget",
+    "fuse",
     "largest_width",
     "layer_table",
     "macs",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, pick
+from fastcifar.models.ops import norm_relu
 
 # In place where autograd needs only the output: one activation map less to keep for each.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -51,6 +52,15 @@ class SqueezeExcitation(nn.Module):
         return x * gate
 
 
+def gate_of(seblock: nn.Module) -> tuple[Tensor, ...]:
+    """Weight and bias of the two layers of a squeeze-and-excitation, as `norm_relu` takes them; none of an identity."""
+    return tuple(seblock.parameters())
+
+
+# A map for two uses, each with its own: see `norm_relu`.
+Twice = tuple[Tensor, Tensor]
+
+
 class Style(NamedTuple):
     """What all blocks of one network share; `se_reduction` 0 means no squeeze-and-excitation in the blocks."""
 
@@ -68,6 +78,8 @@ class BasicBlock(nn.Module):
     A separable convolution keeps the name of the full one for its depthwise half; `pointwise1` and `pointwise2` follow.
     """
 
+    fused = False  # see `fuse`
+
     def __init__(self, in_channels: int, channels: int, stride: int, style: Style) -> None:
         super().__init__()
         self.conv1, self.pointwise1 = block_conv(in_channels, channels, style.kernel, stride, style.separable)
@@ -79,10 +91,14 @@ class BasicBlock(nn.Module):
         self.activation = style.activation()
         self.dropout = dropout_layer(style.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Twice) -> Tensor | Twice:
+        x, again = x if isinstance(x, tuple) else (x, x)
+        if self.fused and self.training:
+            out, _ = norm_relu(self.pointwise1(self.conv1(x)), self.bn1)
+            return norm_relu(self.pointwise2(self.conv2(out)), self.bn2, gate_of(self.seblock), self.shortcut(again))
         out = self.activation(self.bn1(self.pointwise1(self.conv1(x))))
         out = self.seblock(self.bn2(self.pointwise2(self.conv2(out))))
-        out = self.activation(out + self.shortcut(x))
+        out = self.activation(out + self.shortcut(again))
         return self.dropout(out)
 
 
@@ -91,6 +107,8 @@ class SEResNet(nn.Module):
 
     On 32x32 images the mean equals the sources' average pool (8 after three stages, 4 after four); other sizes work.
     """
+
+    fused = False  # see `fuse`
 
     def __init__(
         self,
@@ -116,9 +134,16 @@ class SEResNet(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.seblock(self.activation(self.bn1(self.conv1(images))))
-        x = self.residual_layers(x)
+        x = self.residual_layers(self.stem(images))
+        x = x[0] if isinstance(x, tuple) else x
         return self.linear(self.dropout(x.mean((2, 3))))
+
+    def stem(self, images: Tensor) -> Tensor | Twice:
+        """Images to the map of the first block."""
+        x = self.conv1(images)
+        if self.fused and self.training:
+            return norm_relu(x, self.bn1)
+        return self.seblock(self.activation(self.bn1(x)))
 
 
 def se_resnet(
@@ -167,6 +192,21 @@ def se_resnet(
         stem_se=se_reduction if in_stem else 0,
         dropout=dropout if before_linear else 0.0,
     )
+
+
+def fuse(model: nn.Module) -> None:
+    """Has `model` train through `norm_relu`: in every block, and after the stem unless an SE follows its ReLU.
+
+    Keys, weights and evaluation stay as they are. Raises UsageError for what is no SE-ResNet of ReLUs without dropout
+    in its blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
+    fits = all(isinstance(block.activation, nn.ReLU) and isinstance(block.dropout, nn.Identity) for block in blocks)
+    if not (isinstance(model, SEResNet) and fits):
+        raise UsageError("--fused-ops is for SE-ResNets of ReLUs without dropout in their blocks", "leave it out")
+    for block in blocks:
+        block.fused = True
+    model.fused = isinstance(model.seblock, nn.Identity)
 
 
 def block_conv(

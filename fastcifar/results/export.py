@@ -49,6 +49,8 @@ class Deployed(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.inputs, self.outputs = network, inputs, outputs
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1))
         self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1))
 
@@ -209,7 +211,7 @@ def example(deployed: Deployed, data: Dataset) -> Tensor:
     images = torch.from_numpy(np.array(data.test.images[:IMAGES]))
     if deployed.inputs == "uint8":
         return images.permute(0, 2, 3, 1).contiguous()
-    return images * deployed.scale + deployed.shift  # type: ignore[operator]  # a buffer is a Tensor
+    return images * deployed.scale + deployed.shift
 
 
 def largest_difference(function: Function, deployed: Deployed, images: Tensor) -> float:

@@ -21,9 +21,9 @@ from fastcifar.training.evaluate import BATCH_SIZE, COMPILE_FROM, VIEWS, fast_fo
 from fastcifar.training.parts import network, normalisation, place
 from fastcifar.training.step import Forward, forward_pass
 
-WEIGHTS = ("last", "best", "ema")
+WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # What a recipe says of the machine it was trained on and of the files of its run is nothing to the one that asks.
-FORGOTTEN = {"compile": None, "cuda_graph": None, "loader": "auto", "out": None, "tta": "none"}
+FORGOTTEN = {"compile": None, "cuda_graph": None, "fused_ops": False, "loader": "auto", "out": None, "tta": "none"}
 
 
 @dataclass
@@ -70,7 +70,7 @@ def rebuild(run: str, weights: str | None = None, arch: str | None = None, **cha
         path = checkpoint.find(run, "best")
         saved = published.load(path, arch)
     asked = {key: value for key, value in changes.items() if value is not None}
-    pick(dict.fromkeys(WEIGHTS), which, "weights")
+    pick(WEIGHTS, which, "weights")
     Recipe.checked(asked)  # so that what is wrong with a knob that was asked for is not blamed on the file
     try:
         recipe = Recipe.checked({**saved["recipe"], **FORGOTTEN, **asked})

@@ -58,28 +58,21 @@ def predict(
     first_two = submissions.first_two(header, out)
     if show is not None:
         plots.require_png(show)
-    members = [rebuild(name, weights, arch, **changes) for name in (run, *ensemble)]
+    members = _members([rebuild(name, weights, arch, **changes) for name in (run, *ensemble)])
     first = members[0]
-    for member in members:
-        if member.classes != first.classes:
-            raise CheckpointError(f"{member.checkpoint} knows other classes than {first.checkpoint}", "ask them apart")
     if not 0 <= top <= len(first.classes):
         raise UsageError(f"--top {top} of {len(first.classes)} classes", f"choose 0 to {len(first.classes)}")
     found = inputs.read(source, first.recipe.data, first.recipe.dataset)
     for member in members:
         member.hurry(len(found.ids) * len(VIEWS[first.recipe.tta]))
     prepared = time.perf_counter()
-    logits = torch.stack([_logits(member, found, console) for member in members]).mean(0)
+    likely = _likely([_logits(member, found, console) for member in members])
     done = time.perf_counter()
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError("the network gives logits that are not finite", "use --precision fp32, or other weights")
-    likely = logits.double().softmax(1).numpy()
-    labels = likely.argmax(1)
     if show is not None:
-        _picture(show, found, labels, likely, first.classes)
+        _picture(show, found, likely, first.classes)
     columns = submissions.columns(found.ids, likely, first.classes, names=names, top=top, probabilities=probabilities)
     submissions.write(out, writer(submissions.renamed(columns, first_two)))
-    counts = np.bincount(labels, minlength=len(first.classes)).tolist()
+    counts = np.bincount(likely.argmax(1), minlength=len(first.classes)).tolist()
     return {
         "out": str(out),
         "show": str(show) if show else None,
@@ -93,6 +86,23 @@ def predict(
         "counts": dict(zip(first.classes, counts, strict=True)),
         "confidence": likely.max(1).mean().item(),
     }
+
+
+def _members(members: list[Finished]) -> list[Finished]:
+    """Errors: `CheckpointError` if they do not know the same classes."""
+    for member in members:
+        if member.classes != members[0].classes:
+            problem = f"{member.checkpoint} knows other classes than {members[0].checkpoint}"
+            raise CheckpointError(problem, "ask them apart")
+    return members
+
+
+def _likely(logits: list[Tensor]) -> np.ndarray:
+    """Class probabilities [n, classes] by the mean of the logits of each member. Errors: `NonFiniteError`."""
+    mean = torch.stack(logits).double().mean(0)
+    if not torch.isfinite(mean).all():
+        raise NonFiniteError("the network gives logits that are not finite", "use --precision fp32, or other weights")
+    return mean.softmax(1).numpy()
 
 
 def _logits(member: Finished, found: Inputs, console: Console | None) -> Tensor:
@@ -121,9 +131,9 @@ def _described(member: Finished) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, found: Inputs, labels: np.ndarray, likely: np.ndarray, classes: list[str]) -> None:
+def _picture(path: Path, found: Inputs, likely: np.ndarray, classes: list[str]) -> None:
     """Images evenly spaced through the input with their labels and confidences; what is known to be wrong in red."""
-    count = len(found.ids)
+    count, labels = len(found.ids), likely.argmax(1)
     places = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(np.int64))
     truth = labels if found.labels is None else found.labels
     wrong = [bool(labels[place] != truth[place]) for place in places]

@@ -205,31 +205,6 @@ def examination(found: dict[str, Any]) -> Table:
     return _pairs("", rows)
 
 
-def bench_table(found: dict[str, Any]) -> Table:
-    """What `fastcifar bench` measured, a line for each benchmark."""
-    rows = found["results"]
-    names = ("arch", "batch_size", "precision", "loader", "augment")
-    settings = {name: row[name] for name in names for row in rows if name in row}
-    spent = {name: row[name] for name in ("setup_s", "compile_s") for row in rows if name in row}
-    title = [
-        found["device"],
-        ", ".join(f"{name} {value}" for name, value in settings.items()),
-        f"median of {len(rows[0]['trials'])} trials; {', '.join(f'{name} {spent[name]:.1f}' for name in spent)}",
-    ]
-    table = Table("what", title="\n".join(title), title_justify="left")
-    for heading in ("images/s", "lowest", "highest", "CPU us/image", "TFLOP/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        speeds = (row["images_per_s"], min(row["trials"]), max(row["trials"]))
-        table.add_row(
-            row["what"],
-            *(f"{speed:,.0f}" for speed in speeds),
-            f"{row['cpu_us_per_image']:,.1f}",
-            f"{row['tflop_per_s']:.3g}" if "tflop_per_s" in row else "-",
-        )
-    return table
-
-
 def _weightless(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network on the meta device: shapes without memory."""
     with torch.device("meta"):

@@ -110,7 +110,7 @@ def writer_for(out: Path) -> Callable[[Columns], bytes]:
     if writer is as_parquet:
         optional("pyarrow.parquet", PYARROW)
     if not out.parent.is_dir():
-        raise DiskError(f"no folder {out.parent}", "make it, or give --out in a folder that is there")
+        raise DiskError(f"cannot write {out}: no folder {out.parent}", "give --out in a folder that is there")
     return writer
 
 

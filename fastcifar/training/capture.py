@@ -186,8 +186,8 @@ def record_on_cuda(work: Replay) -> Replay:
 def by_batch_size(fast: Callable[..., None], plain: Callable[..., None], batch_size: int) -> Callable[..., None]:
     """`fast` for full batches, its plain twin for a short last one."""
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        (fast if len(labels) == batch_size else plain)(images, labels)
+    def step(images: Tensor, *others: Tensor) -> None:
+        (fast if len(images) == batch_size else plain)(images, *others)
 
     return step
 

@@ -79,7 +79,7 @@ class Optimizer:
             raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "spell it NAME or lookahead:NAME")
         self.kind = find(self.name)
         if prefix and self.kind.lookahead:
-            raise UsageError(f"{self.name} has Lookahead in it", f"--optimizer {self.name}, with --opt k=... alpha=...")
+            raise UsageError(f"{self.name} has Lookahead in it", f"--optimizer {self.name} --opt k=6")
         around = LOOKAHEAD if prefix else self.kind.lookahead
         arguments = _checked(recipe, self.name, self.kind, around)
         around = {key: arguments.pop(key, default) for key, default in around.items()}

@@ -6,28 +6,30 @@ Every name and number of the recipe is checked here, before anything is written.
 from __future__ import annotations
 
 import inspect
-import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, parse
+from fastcifar.data.augment import Fill, Op, draw_mix, parse, split_mixer
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
-from fastcifar.errors import DeviceError, pick
-from fastcifar.models import KNOBS, build, check_budget, parameters
+from fastcifar.errors import DeviceError, UsageError, pick
+from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint
+from fastcifar.training.distributed import World, world
 from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
+from fastcifar.training.randomness import random_state, seed_all, set_random_state
 from fastcifar.training.run import Clock, Progress
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.step import (
@@ -38,6 +40,7 @@ from fastcifar.training.step import (
     Step,
     forward_pass,
     loss_and_hits,
+    mixed_loss_and_hits,
     training_step,
 )
 
@@ -54,10 +57,14 @@ class Tested:
 
 @dataclass
 class Parts:
-    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n]."""
+    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
+
+    `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
+    """
 
     recipe: Recipe
     choice: Choice
+    augment: tuple[Op, ...]
     device: torch.device
     data: Dataset
     train: Split
@@ -73,6 +80,11 @@ class Parts:
     clip: Callable[[], object]
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def world(self) -> World:
+        """The processes of this run."""
+        return self.meter.world
 
     @property
     def steps(self) -> int:
@@ -91,22 +103,38 @@ class Parts:
             *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
         ]
 
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's batches from `start_step` on, as a step takes them."""
+        return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A full batch of the shapes of `batches`: black images."""
+        size = self.loader.steps.share
+        images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        _, mixer = split_mixer(self.augment)
+        drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
+        return images.contiguous(memory_format=torch.channels_last), labels, *drawn
+
+    def function(self) -> LossAndHits:
+        """What a step computes before it goes back: of mixed images, if the recipe has a mixer."""
+        _, mixer = split_mixer(self.augment)
+        if mixer:
+            return mixed_loss_and_hits(self.forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_hits(self.forward, self.recipe.label_smoothing)
+
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
         statistics = Statistics(self.model)
-        return training_step(function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics)
+        return training_step(
+            function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics, self.world
+        )
 
     def fast_step(self) -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = loss_and_hits(self.forward, self.recipe.label_smoothing)
+        function = self.function()
         plain = self.step(function)
-        batch_size = self.recipe.batch_size
-        example = (
-            torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=self.device).contiguous(
-                memory_format=torch.channels_last
-            ),
-            torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-        )
+        example = self.example()
         self.model.train()
         with self.untouched():
             fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
@@ -115,8 +143,8 @@ class Parts:
             elif self.choice.compile:
                 fast = capture.warmed(fast, example, self.tensors())
         self.inference = self.fast_inference()
-        next(self.loader.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, batch_size)
+        next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
+        return capture.by_batch_size(fast, plain, len(example[0]))
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -153,7 +181,10 @@ class Parts:
         return [*self.model.state_dict().values(), *self.optimizer.tensors(), *self.meter.tensors(), *average]
 
     def validate(self) -> dict[str, float | None]:
-        """The validation columns of metrics.csv: None without a split, or without an average."""
+        """The validation columns of metrics.csv, as rank 0 finds them: None without a split, or without an average."""
+        return self.world.told(self._validation() if self.world.leads else None)
+
+    def _validation(self) -> dict[str, float | None]:
         row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val.labels):
             scores = evaluate(self.model, self.inference, self.val, self.device)
@@ -193,7 +224,7 @@ class Parts:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums,
-            "random": random_state(self.device),
+            "random": self.world.gathered(random_state(self.device)),
             "clock": clock.state_dict(),
             **asdict(self.progress),
         }
@@ -208,7 +239,14 @@ class Parts:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load(state["meter"])
-        set_random_state(state["random"], self.device)
+        of_ranks = state["random"]
+        if len(of_ranks) != self.world.ranks:
+            warnings.warn(
+                f"the run had {len(of_ranks)} processes and goes on with {self.world.ranks}: another random state, and "
+                "statistics of BatchNorm over other shares",
+                stacklevel=2,
+            )
+        set_random_state(of_ranks[self.world.rank % len(of_ranks)], self.device)
         self.progress = Progress.of(state)
 
     def checkpoint_bytes(self) -> int:
@@ -223,20 +261,27 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     """
     if recipe.deterministic:
         deterministic_only()
-    device = torch.device(choice.device)
+    device, here = torch.device(choice.device), world()
     if device.type == "cpu":
         capture.keep_freed_memory()
     if choice.compile:
         capture.keep_compiled_code()
     ops = parse(recipe.augment)
+    pixel_ops, mixer = split_mixer(ops)
+    if mixer and recipe.batch_size < 2 * here.ranks:
+        raise UsageError(
+            f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
+        )
     pick(VIEWS, recipe.tta, "test-time augmentation")
     loader_kind = pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
     data = cifar.load(recipe.data, recipe.dataset)
-    seed_all(recipe.seed)
+    seed_all(recipe.seed)  # the same weights on every rank
     model = place(network(recipe, len(data.classes)), device)
+    if not here.leads:
+        seed_all(recipe.seed + here.rank)  # but draws of its own
     optimizer = Optimizer(model, recipe)
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
@@ -247,16 +292,19 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         train.images,
         train.labels,
         batch_size=recipe.batch_size,
-        augment=ops,
+        augment=pixel_ops,
         seed=recipe.seed,
         device=device,
         fill=mean_colour(recipe),
         drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
         **{name: value for name, value in own.items() if name in takes},
     )
     return Parts(
         recipe=recipe,
         choice=choice,
+        augment=ops,
         device=device,
         data=data,
         train=train,
@@ -265,41 +313,13 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         model=model,
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
-        meter=Meter(device),
+        meter=Meter(device, here),
         forward=forward,
         inference=forward,
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
     )
-
-
-def seed_all(seed: int) -> None:
-    """Every generator that a part may draw from: torch's on each device, and numpy's and Python's (optimizers do)."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the same generators, as values that a checkpoint may hold."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `random_state` gave; a device that the checkpoint does not know keeps its own state."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate(state["python"])
 
 
 def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:
@@ -319,6 +339,8 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network, freshly initialised. Errors: `UsageError`, also when it is over the budget."""
     model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
     check_budget(recipe.arch, model, recipe.max_params)
+    if recipe.fused_ops:
+        fuse(model)
     return model
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from fastcifar.data.cifar import Split
@@ -50,7 +50,7 @@ def measure(parts: Parts, step: Step) -> Pace:
     steps, images = [], []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
     with parts.untouched():
-        for batch in itertools.islice(itertools.cycle(parts.loader.batches(0)), STEPS):
+        for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
             started = time.perf_counter()
             step(*batch)
             parts.meter.read()
@@ -69,7 +69,8 @@ def fit_into_budget(parts: Parts, step: Step, elapsed_s: float) -> None:
     """
     if parts.recipe.time_budget is None:
         return
-    pace = measure(parts, step)
+    pace = Pace(*parts.world.told(astuple(measure(parts, step))))
+    elapsed_s = parts.world.told(elapsed_s)
     left_s = parts.recipe.time_budget * 60 * (1 - SPARE) - elapsed_s - pace.test_s(parts)
     epochs = math.floor(left_s / pace.epoch_s(parts))
     if epochs < 1:

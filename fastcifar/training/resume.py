@@ -15,6 +15,7 @@ from typing import Any
 from fastcifar.errors import CheckpointError, NonFiniteError, UsageError, UserError
 from fastcifar.recipe import Recipe, option, read_toml, section
 from fastcifar.training import checkpoint
+from fastcifar.training.distributed import World
 from fastcifar.training.parts import Parts
 from fastcifar.training.run import Clock, Progress, Run, hold, read_environment
 
@@ -64,6 +65,19 @@ class Origin:
             os.close(self.lock)
             self.lock = None
 
+    def open_together(self, parts: Parts, clock: Clock) -> Run:
+        """`open` by rank 0; the others take its state, and a run that writes nothing. Errors: those of `open`."""
+        if not parts.world.leads and self.state:
+            load(parts, self.state)
+        run = self.open(parts, clock) if parts.world.leads else None
+        folder, best = parts.world.told([str(run.folder), parts.progress.best] if run else None)
+        parts.progress.best = best
+        if parts.recipe.on_nan == "rollback":
+            state = parts.state(clock)  # of all ranks
+            if run and not run.checkpoint("last").is_file():
+                checkpoint.save(run.checkpoint("last"), state)  # what the first epoch may go back to
+        return run or Run.of_another_rank(Path(folder), self.name)
+
     @property
     def is_new(self) -> bool:
         """Whether nothing of the run was there before, but perhaps a folder."""
@@ -89,8 +103,6 @@ class Origin:
             if not run.checkpoint("best").is_file():
                 parts.progress.best = None
         run.require_space(parts.checkpoint_bytes())
-        if parts.recipe.on_nan == "rollback" and not run.checkpoint("last").is_file():
-            checkpoint.save(run.checkpoint("last"), parts.state(clock))  # what the first epoch may go back to
         return run
 
     def _copy(self, source: Path, run: Run, done: int) -> None:
@@ -130,6 +142,16 @@ def find(recipe: Recipe, name: str) -> Origin:
         *changes({**DEFAULTS, **state["recipe"]}, going_on),
     ]
     return Origin(going_on, name, state, rows=folder if is_a_run else None, lines=lines)
+
+
+def find_together(recipe: Recipe, name: str, here: World) -> Origin:
+    """`find` by rank 0, which alone reads the disk; the others start where it does. Errors: those of `find`."""
+    origin = find(recipe, name) if here.leads else Origin(recipe, name)
+    values, is_new = here.told([origin.recipe.model_dump(mode="json"), origin.is_new])
+    state = here.shown(origin.state)
+    if here.leads:
+        return origin
+    return Origin(Recipe.checked(values), name, state, folder=None if is_new else Path())
 
 
 def _automatic(recipe: Recipe, name: str) -> Origin:
@@ -267,8 +289,11 @@ def roll_back(parts: Parts, run: Run, error: NonFiniteError) -> str:
     if parts.recipe.on_nan != "rollback" or parts.progress.rollbacks == ROLLBACKS:
         raise error
     rollbacks = parts.progress.rollbacks + 1
-    load(parts, checkpoint.load(run.checkpoint("last")))
+    state = parts.world.shown(checkpoint.load(run.checkpoint("last")) if parts.world.leads else None)
+    assert state is not None
+    load(parts, state)
     parts.progress.rollbacks = parts.schedule.halvings = rollbacks
-    run.rewind(parts.progress.epoch)
+    if parts.world.leads:
+        run.rewind(parts.progress.epoch)
     where = f"back to step {parts.progress.step:,}, learning rate times {0.5**rollbacks:g}"
     return f"{error.problem}: {where} from there on (rollback {rollbacks} of {ROLLBACKS})"

@@ -30,7 +30,9 @@ from fastcifar.device import environment
 from fastcifar.errors import DiskError, Interrupted, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.distributed import World
 
+AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
 COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
@@ -137,6 +139,11 @@ class Run:
             return cls._open(folder, held, recipe, {"recipe": name, **_started()}, 0)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
+
+    @classmethod
+    def of_another_rank(cls, folder: Path, name: str) -> Run:
+        """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
+        return cls(folder, name, -1, ())
 
     @classmethod
     def reopen(cls, folder: Path, held: int, recipe: Recipe, name: str, done: int) -> Run:
@@ -301,12 +308,15 @@ class Clock:
 
 
 class Stop:
-    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once.
+
+    `caught`: the signal that this process has got. `signal`: the one that the run stops by.
+    """
 
     CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
-        self.signal = ""
+        self.caught = self.signal = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -321,9 +331,19 @@ class Stop:
             signal.signal(number, handler)
 
     def _caught(self, number: int, _: FrameType | None) -> None:
-        if self.signal == "SIGINT" and number == signal.SIGINT:
+        if self.caught == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.caught = signal.Signals(number).name
+
+    def asked(self, world: World, step: int = 0) -> str:
+        """The signal to stop by after `step`, "" if there is none.
+
+        Several ranks agree on one every AGREE_EVERY steps: none may leave while another waits for its gradients.
+        """
+        names = ["", *self.CODES]
+        if step % AGREE_EVERY == 0 or world.ranks == 1:
+            self.signal = names[world.largest(names.index(self.caught))]
+        return self.signal
 
     def interruption(self, run: Run, step: int) -> Interrupted:
         """The error that ends the process with the signal's exit code, once the checkpoint is written."""

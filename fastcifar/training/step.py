@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.data.mixers import Apply, mixed_labels
+from fastcifar.training.distributed import ALONE, World
 from fastcifar.training.optim import Ema, Optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Step = Callable[[Tensor, Tensor], None]
+Step = Callable[..., None]  # images, labels and, with a mixer, what it drew
 Forward = Callable[[Tensor], Tensor]
-LossAndHits = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LossAndHits = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Reading:
 class Meter:
     """Loss, hits and images summed on the device, and whether any step was not finite; read once in a while."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, world: World = ALONE) -> None:
+        self.world = world
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, hits, images, bad
         self.bad = torch.zeros((), device=device)  # 1 from the first step that was not finite
         self.arriving = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
@@ -55,12 +58,17 @@ class Meter:
         self.sums += torch.stack((loss.detach().double() * images, hits.double(), count, self.bad.double()))
 
     def read(self) -> Reading:
-        """The sums since the reset: the one place where the host waits for the device."""
-        return _reading(self.sums.tolist())
+        """The sums since the reset, over all ranks: the one place where the host waits for the device."""
+        sums = self.sums.clone()
+        self.world.add(sums)
+        return _reading(sums.tolist())
 
     def peek(self) -> Reading:
-        """The same some steps late, without waiting: what the last peek asked for has arrived by now."""
-        if self.sums.device.type == "cpu":
+        """The same some steps late, without waiting: what the last peek asked for has arrived by now.
+
+        Several ranks do wait: what follows from a reading, they have to do in the same step.
+        """
+        if self.sums.device.type == "cpu" or self.world.ranks > 1:
             return self.read()
         reading = _reading(self.arriving.tolist())
         self.arriving.copy_(self.sums, non_blocking=True)
@@ -107,7 +115,7 @@ class Statistics:
 def forward_pass(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
-    """uint8 images [n,3,h,w] -> float32 logits [n,classes]: normalised, cast and run in `precision`.
+    """Images [n,3,h,w] of 0..255 -> float32 logits [n,classes]: normalised, cast and run in `precision`.
 
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
@@ -135,6 +143,22 @@ def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
     return function
 
 
+def mixed_loss_and_hits(forward: Forward, label_smoothing: float, mix: Apply) -> LossAndHits:
+    """(images, labels [n], drawn) -> the same of mixed images: every label counts by its share of the image.
+
+    The loss is the sum of the labels' cross-entropies by their shares; right is the class with the largest one.
+    """
+
+    def function(images: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        images, weights = mix(images, drawn)
+        logits = forward(images)
+        shares = mixed_labels(labels, weights, logits.shape[1])
+        loss = F.cross_entropy(logits, shares, label_smoothing=label_smoothing)
+        return loss, (logits.detach().argmax(1) == shares.argmax(1)).sum()
+
+    return function
+
+
 def training_step(
     function: LossAndHits,
     optimizer: Optimizer,
@@ -143,6 +167,7 @@ def training_step(
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
     statistics: Statistics,
+    world: World = ALONE,
 ) -> Step:
     """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated.
 
@@ -153,11 +178,12 @@ def training_step(
     watched = [] if scaler.is_enabled() else optimizer.parameters
     spoilt = _spoilt if scaler.is_enabled() else _as_it_is
 
-    def step(images: Tensor, labels: Tensor) -> None:
+    def step(images: Tensor, labels: Tensor, *drawn: Tensor) -> None:
         optimizer.zero_grad()
         kept = statistics.read()
-        loss, hits = function(images, labels)
+        loss, hits = function(images, labels, *drawn)
         scaler.scale(spoilt(loss, meter.bad)).backward()
+        loss = world.average(optimizer.parameters, loss, len(labels))
         scaler.unscale_(optimizer.inner)
         meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, watched)))
         statistics.put_back(kept, meter.bad)

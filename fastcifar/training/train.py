@@ -15,6 +15,7 @@ from fastcifar.device import choose
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe, period
 from fastcifar.training import checkpoint, resume
+from fastcifar.training.distributed import joined
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import Display, say
 from fastcifar.training.rehearse import fit_into_budget
@@ -31,8 +32,8 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
     `name`: the recipe's or its file's, for tables. `console`: where progress is shown; None is quiet.
     Errors: `UserError`s with the exit code of each kind; see errors.py.
     """
-    clock = Clock()
-    with resume.find(recipe, Path(name).stem if name else "custom") as origin:
+    clock, name = Clock(), Path(name).stem if name else "custom"
+    with joined(choose(recipe).device) as here, resume.find_together(recipe, name, here) as origin:
         with clock.phase("setup"):
             parts = assemble(origin.recipe, choose(origin.recipe))
         say(console, [*origin.lines, *parts.lines(), *parts.choice.lines()])
@@ -40,23 +41,28 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
             step = parts.fast_step()
             if origin.is_new:
                 fit_into_budget(parts, step, clock.total())
-        run = origin.open(parts, clock)
+        run = origin.open_together(parts, clock)
         say(console, [f"run: {run.folder}, {parts.recipe.epochs} epochs, {parts.steps:,} steps"])
         display = Display(console, parts.steps, parts.recipe.epochs, recipe.batch_size, parts.progress.step)
         with display, Stop() as stop:
             fit(parts, step, run, clock, display, stop)
         if stop.signal:
             raise stop.interruption(run, parts.progress.step)
-        with clock.phase("eval"):
-            tested = parts.test(run.checkpoint("best"))
-        summary = summarise(parts, run, clock, tested)
-        run.finish(summary, parts.model.state_dict())
-        return summary
+        return here.told(finish(parts, run, clock) if here.leads else None)
+
+
+def finish(parts: Parts, run: Run, clock: Clock) -> dict[str, Any]:
+    """The test set, once, and what the run folder keeps of it."""
+    with clock.phase("eval"):
+        tested = parts.test(run.checkpoint("best"))
+    summary = summarise(parts, run, clock, tested)
+    run.finish(summary, parts.model.state_dict())
+    return summary
 
 
 def fit(parts: Parts, step: Step, run: Run, clock: Clock, display: Display, stop: Stop) -> None:
     """The loop: epochs until the recipe or a signal ends them. What is not finite ends it too, or turns it back."""
-    while not stop.signal and not parts.progress.over(parts.recipe):
+    while not stop.asked(parts.world) and not parts.progress.over(parts.recipe):
         try:
             run_epoch(parts, step, run, clock, display, stop)
         except NonFiniteError as error:
@@ -70,7 +76,7 @@ def run_epoch(parts: Parts, step: Step, run: Run, clock: Clock, display: Display
     every, unit = period(recipe.save_every)
     with clock.phase("train"):
         parts.model.train()
-        for batch in parts.loader.batches(progress.epoch, progress.epoch_step):
+        for batch in parts.batches(progress.epoch, progress.epoch_step):
             parts.optimizer.set_lr(parts.schedule.lr_at(progress.step))
             step(*batch)
             progress.step += 1
@@ -82,7 +88,7 @@ def run_epoch(parts: Parts, step: Step, run: Run, clock: Clock, display: Display
                 require_finite(seen, parts)
             if unit == "s" and progress.step % every == 0:
                 save(parts, run, clock, "last")
-            if stop.signal or progress.step == recipe.max_steps:
+            if stop.asked(parts.world, progress.step) or progress.step == recipe.max_steps:
                 break
         seen = parts.meter.read()
         require_finite(seen, parts)
@@ -127,7 +133,9 @@ def keep(parts: Parts, run: Run, clock: Clock, seen: Reading, validation: dict[s
 def save(parts: Parts, run: Run, clock: Clock, name: str) -> None:
     """The state of this step as checkpoint `name` ("last", "best"). Errors: `NonFiniteError`, `DiskError`."""
     require_finite(parts.meter.read(), parts)
-    checkpoint.save(run.checkpoint(name), parts.state(clock))
+    state = parts.state(clock)
+    if parts.world.leads:
+        checkpoint.save(run.checkpoint(name), state)
 
 
 def require_finite(seen: Reading, parts: Parts) -> None:

@@ -63,6 +63,8 @@ class Ranger(torch.optim.Optimizer):
             raise ValueError(f"betas are in [0, 1) (got {betas})")
         if not (eps >= 0 and n_sma_threshold > 4):
             raise ValueError(f"eps >= 0 and n_sma_threshold > 4 (got {eps} and {n_sma_threshold})")
+        if not isinstance(use_gc, bool):
+            raise ValueError(f"use_gc is true or false (got {use_gc!r})")
         own = {"betas": (beta1, beta2), "eps": eps, "n_sma_threshold": n_sma_threshold, "use_gc": use_gc}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
         for weight in _weights(self):
@@ -132,6 +134,8 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"momentum is in [0, 1) (got {momentum} and {rest_momentum})")
         if not (isinstance(ns_steps, int) and 1 <= ns_steps < 100 and rest_lr >= 0):
             raise ValueError(f"ns_steps is a whole number from 1 to 99, rest_lr >= 0 (got {ns_steps} and {rest_lr})")
+        if not all(isinstance(switch, bool) for switch in (nesterov, weight_norm, linear)):
+            raise ValueError("nesterov, weight_norm and linear are true or false")
         own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "weight_norm": weight_norm}
         rest = {"linear": linear, "rest_lr": rest_lr, "rest_momentum": rest_momentum}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, **rest})

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2.functional import erase
 
 from fastcifar.data.augment import AUGMENTS, Augment, Op, apply, draw_epoch, parse, spell
 from fastcifar.errors import UsageError
@@ -19,6 +20,7 @@ SPECS = [
     *("crop:1:zero", "crop:4:zero", "crop:16:zero", "crop:1:reflect", "crop:4:reflect", "crop:16:reflect"),
     *("flip:0.0:random", "flip:0.25:random", "flip:0.5:random", "flip:1.0:random", "flip:0.5:alternating"),
     *("cutout:1:mean", "cutout:7:mean", "cutout:8:mean", "cutout:32:mean", "cutout:8:zero", "cutout:31:zero"),
+    *("erase:0.1:grey", "erase:0.33:mean", "erase:1.0:zero"),
 ]
 ALL_SPECS = ",".join(SPECS)
 
@@ -45,11 +47,20 @@ def cutout_image(op: Op, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray
     return image
 
 
-REFERENCE = {"crop": crop_image, "flip": flip_image, "cutout": cutout_image}
+def erase_image(op: Op, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
+    """torchvision's own erasing of the box."""
+    top, left, height, width = (drawn[name] for name in "yxhw")
+    colour = torch.tensor({"mean": FILL, "grey": (128, 128, 128), "zero": (0, 0, 0)}[op.word])[:, None, None]
+    return erase(torch.from_numpy(image), top, left, height, width, colour).numpy()
+
+
+ELSEWHERE = {"rotate", "jitter", "autoaugment", "randaugment", "trivialaugment"}  # test_policies.py
+REFERENCE = {"crop": crop_image, "flip": flip_image, "cutout": cutout_image, "erase": erase_image}
 RANGES = {
     "crop": lambda op: {"y": (0, 2 * op.number), "x": (0, 2 * op.number)},
     "flip": lambda op: {"flip": (0, 1)},
     "cutout": lambda op: {"y": (0, 31), "x": (0, 31)},
+    "erase": lambda op: {"y": (0, 32), "x": (0, 32), "h": (0, 31), "w": (0, 31)},
 }
 
 
@@ -68,9 +79,9 @@ def noise(n: int, seed: int = 0) -> np.ndarray:
 
 def test_every_row_and_word_is_tested_here() -> None:
     assert {(op.name, op.word) for op in parse(ALL_SPECS)} == {
-        (n, word) for n, r in AUGMENTS.items() for word in r.words
+        (n, word) for n, r in AUGMENTS.items() for word in r.words if n not in ELSEWHERE
     }
-    assert REFERENCE.keys() == RANGES.keys() == AUGMENTS.keys()
+    assert REFERENCE.keys() == RANGES.keys() == AUGMENTS.keys() - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
@@ -78,7 +89,8 @@ def test_rows_are_complete(name: str) -> None:
     row = AUGMENTS[name]
     assert row.help
     assert "\n" not in row.help
-    assert parse(name) == (Op(name, row.number, next(iter(row.words))),)
+    (op,) = parse(name)
+    assert (op.name, op.number, op.word) == (name, row.number, next(iter(row.words)))
     for low, high in row.words.values():
         assert row.number is None or low <= row.number <= high
 
@@ -99,6 +111,9 @@ def test_canonical_spellings_come_back(spec: str) -> None:
         ("crop:4:zero,flip,cutout:8", "crop:4:zero,flip:0.5:random,cutout:8:mean"),
         ("flip, flip:1", "flip:0.5:random,flip:1.0:random"),
         ("flip:.25", "flip:0.25:random"),
+        ("rotate,jitter", "rotate:5,jitter:0.2"),
+        ("flip,erase:0.1,cutmix", "flip:0.5:random,erase:0.1:grey,cutmix:1.0"),
+        ("autoaugment,randaugment:7,trivialaugment", "autoaugment:cifar10,randaugment:7:2,trivialaugment:wide"),
     ],
 )
 def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
@@ -110,7 +125,7 @@ def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
     [
         ("flipp", "did you mean 'flip'?"),
         ("Crop", "did you mean 'crop'?"),
-        ("xyzzy:4", "choose from crop, cutout, flip"),
+        ("xyzzy:4", "choose from autoaugment, crop, cutmix, cutout, erase, flip"),
         ("crop,,flip", "empty item"),
         ("crop,", "empty item"),
         (":4", "empty item"),
@@ -129,9 +144,17 @@ def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
         ("flip:nan", "from 0.0 to 1.0"),
         ("flip:0.3:alternating", "flip:NUMBER:alternating takes 0.5"),
         ("cutout:33", "from 1 to 32"),
+        ("erase:0.01", "erase:NUMBER:grey takes from 0.02 to 1.0"),
+        ("erase:0.1:gray", "WORD one of grey, mean, zero"),
         ("crop:4:mirror", "WORD one of zero, reflect"),
         ("crop:4:", "WORD one of zero, reflect"),
         ("flip:0.5:random:3", "unexpected '3'"),
+        ("cutmx", "did you mean 'cutmix'?"),
+        ("cutmix:0", "cutmix:NUMBER takes from 0.01 to 100.0"),
+        ("mixup:nan", "mixup:NUMBER takes from 0.01 to 100.0"),
+        ("ricap:0.3:zero", "write ricap:NUMBER"),
+        ("cutmix,flip", "write one mixer, at the list's end"),
+        ("flip,mixup:0.2,cutmix", "write one mixer, at the list's end"),
     ],
 )
 def test_bad_spellings_say_what_to_do(spec: str, said: str) -> None:
@@ -166,7 +189,10 @@ def test_draws_are_of_their_type_and_within_bounds(spec: str) -> None:
         low, high = ranges[name]
         if op.name == "flip" and op.word == "random":
             low, high = int(op.number == 1), int(op.number != 0)
-        assert (int(array.min()), int(array.max())) == (low, high)  # 20,000 draws reach both ends
+        if op.name == "erase":  # how far it reaches follows from its number: test_windows.py
+            assert low <= array.min() < array.max() <= high
+        else:
+            assert (int(array.min()), int(array.max())) == (low, high)  # 20,000 draws reach both ends
 
 
 def test_draws_are_a_function_of_seed_and_epoch_alone() -> None:

@@ -73,6 +73,8 @@ def threads() -> int:
         ("cutout:7:zero,flip,crop:4:zero", 3),
         ("flip,flip:0.3,cutout:31:mean", 3),
         ("flip,crop:4:reflect,cutout", 1),
+        ("crop,flip,erase:0.4:grey,erase:1.0:mean", 4),
+        ("crop:4:zero,rotate:20,flip", 1),
         ("none", 0),
     ],
 )
@@ -86,7 +88,7 @@ def test_batches_are_the_tensor_loaders(device: str, spec: str, inside: int) -> 
 
 @pytest.mark.parametrize(("name", "word"), FACES)
 def test_every_face_is_exact_alone(name: str, word: str) -> None:
-    spec = f"{name}:{0.5 if name == 'flip' else 9}:{word}"
+    spec = f"{name}:{0.5 if name in ('flip', 'erase') else 9}:{word}"
     assert prefix(parse(spec)) == 1
     assert differing(dali(spec).batches(0), tensor(spec).batches(0)) == 0
 

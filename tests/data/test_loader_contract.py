@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.data.augment import draw_epoch, parse
-from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.augment import draw_epoch, draw_mix, parse
+from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.mixers import MIXERS
 from fastcifar.errors import UsageError
 
 N = 50
@@ -72,6 +73,32 @@ def test_ranks_interleave_to_the_batches_of_one(name: str, spec: str) -> None:
 def test_a_batch_that_cannot_be_shared_out(name: str) -> None:
     with pytest.raises(UsageError, match="--batch-size 18 cannot be shared out equally to 4 processes"):
         loader(name, 18, ranks=4)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_a_mixers_draws_come_with_the_batch(name: str, mixer: str, start_step: int) -> None:
+    ops = parse(f"flip,{mixer}")
+    it = loader(name, 20, "flip", seed=3)
+    batches = list(mixed_batches(it, ops, 1, 3, torch.device("cpu"), start_step))
+    plain = list(it.batches(1, start_step))
+    drawn = torch.from_numpy(draw_mix(ops, N, 1, 3))[20 * start_step :].split(20)
+    for (*batch, mix), without, wanted in zip(batches, plain, drawn, strict=True):
+        assert equal((batch[0], batch[1]), without)
+        assert torch.equal(mix, wanted)
+    assert all(
+        equal((a[0], a[1]), b)
+        for a, b in zip(mixed_batches(it, ops[:1], 1, 3, torch.device("cpu")), it.batches(1), strict=True)
+    )
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_mixers_draws_are_shared_out_as_the_images(name: str, mixer: str) -> None:
+    ops = parse(f"flip,{mixer}")
+    whole = list(mixed_batches(loader(name, 20, "flip"), ops, 0, 0, torch.device("cpu")))
+    for rank in range(2):
+        share = mixed_batches(loader(name, 20, "flip", rank=rank, ranks=2), ops, 0, 0, torch.device("cpu"))
+        assert all(torch.equal(mine[2], all_of_it[2][rank::2]) for mine, all_of_it in zip(share, whole, strict=True))
 
 
 def test_batches_are_uint8_channels_last_and_int64(name: str) -> None:

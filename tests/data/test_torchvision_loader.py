@@ -17,7 +17,8 @@ from PIL import Image
 
 from fastcifar.cli import _explained
 from fastcifar.data import torchvision_loader
-from fastcifar.data.augment import AUGMENTS, parse
+from fastcifar.data.augment import AUGMENTS, Op, parse, spell
+from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
@@ -67,15 +68,53 @@ def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[
     assert {0, 31} <= corners
 
 
+@pytest.mark.parametrize(("word", "colour"), [("grey", (128, 128, 128)), ("mean", FILL), ("zero", (0, 0, 0))])
+def test_erase_fills_a_box_in_half_of_the_images(word: str, colour: tuple[int, int, int]) -> None:
+    changed = 0
+    for image in draws(f"erase:0.1:{word}", 200):
+        filled = (image != IMAGES[0]).any(0)
+        changed += filled.any()
+        assert filled.sum() <= 0.11 * 1024  # sides are rounded
+        assert (image[:, filled] == np.array(colour)[:, None]).all()
+    assert 70 < changed < 130
+
+
+def test_recipe_b_is_read_by_both_loaders() -> None:
+    ops = parse("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey")
+    it = TorchvisionLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", workers=0)
+    ours = TensorLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", compile=False)
+    for (theirs, labels), (images, same) in zip(it.batches(0), ours.batches(0), strict=True):
+        assert torch.equal(labels, same)
+        for batch in (theirs, images):
+            assert (batch.dtype, batch.shape) == (torch.uint8, (20, 3, 32, 32))
+            assert not torch.equal(batch, torch.from_numpy(IMAGES[labels.numpy()]))
+
+
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> None:
     for word in AUGMENTS[name].words:
-        ops = tuple(op for op in parse(name if word == "" else f"{name}:{AUGMENTS[name].number}:{word}"))
+        ops = parse(spell((Op(name, AUGMENTS[name].number, word),)))
         if (name, word) in COUNTERPARTS:
             assert callable(transform(ops, FILL))
             continue
         with pytest.raises(UsageError, match=rf"--loader torchvision has no {name}.*use --loader tensor"):
             transform(ops, FILL)
+
+
+@pytest.mark.parametrize(
+    "spec", ["crop:4:zero,flip,rotate:5,autoaugment:cifar10", "crop:4:zero,flip,rotate:10,jitter:0.2"]
+)
+def test_both_loaders_run_the_published_recipes(spec: str) -> None:
+    """The draws differ, the counts of black pixels and the brightness do not, on average."""
+    settings = {"batch_size": 30, "augment": parse(spec), "seed": 0, "device": "cpu"}
+    images = IMAGES.repeat(20, 0)
+    loaders = (
+        TensorLoader(images, np.arange(1200), compile=False, **settings),
+        TorchvisionLoader(images, np.arange(1200), workers=0, **settings),
+    )
+    ours, theirs = (torch.cat([batch for batch, _ in it.batches(0)]).float() for it in loaders)
+    for seen in (lambda x: x.mean(), lambda x: x.std(), lambda x: (x == 0).float().mean() * 255):
+        assert abs(float(seen(ours) - seen(theirs))) < 3, (float(seen(ours)), float(seen(theirs)))
 
 
 def test_alternating_flip_is_refused_with_both_remedies() -> None:

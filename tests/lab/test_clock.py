@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,44 +13,62 @@ import torch
 
 from fastcifar.data import cifar
 from fastcifar.device import choose
-from fastcifar.errors import DataError, UsageError
+from fastcifar.errors import DataError, UsageError, UserError
 from fastcifar.lab import bench as clock
-from fastcifar.lab.bench import WHATS, Trial, bench
-from fastcifar.models import macs
+from fastcifar.lab import works
+from fastcifar.lab.bench import Trial, bench
+from fastcifar.lab.works import WHATS
+from fastcifar.models import MODELS, macs
 from fastcifar.recipe import Recipe
-from fastcifar.results.report import bench_table
+from fastcifar.training import capture
 from fastcifar.training.parts import assemble
 
-MEASURED = {"what", "batch_size", "compiled", "images_per_s", "cpu_us_per_image", "trials", "setup_s"}
+MEASURED = {"what", "batch_size", "images_per_s", "cpu_us_per_image", "trials", "peak_memory_bytes",
+            "setup_s", "compile_s"}  # fmt: skip
+COST = {"flop_per_image", "tflop_per_s", "mfu", "bytes_per_image", "gb_per_s", "mbu"}
 NAMED = {
-    "loader": {"loader", "augment", "data", "compile_s"},
-    "step": {"arch", "precision", "cuda_graph", "compile_s", "tflop_per_s"},
-    "train": {"arch", "loader", "augment", "precision", "cuda_graph", "data", "compile_s"},
+    "loader": {"loader", "augment", "data", "compiled"},
+    "step": {"arch", "precision", "compiled", "cuda_graph"} | COST,
+    "train": {"arch", "loader", "augment", "precision", "compiled", "cuda_graph", "data"} | COST,
+    "infer": {"arch", "precision", "compiled", "cuda_graph"} | COST,
+    "conv": {"arch", "precision", "conv", "calls", "direction"} | COST,
 }
+SHOWN_BY_THE_MACHINE = {"clock_mhz"}
 QUICK = 0.02  # seconds
+MOST = {"matmul_tflop_per_s": 0.5, "copy_gb_per_s": 10.0}
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring what a device could do takes seconds; test_limits.py does it."""
+    monkeypatch.setattr(clock, "limits", lambda *_: MOST)
+    monkeypatch.setitem(works.INFERENCE, "cpu", (1, 16))
 
 
 @pytest.mark.parametrize("what", WHATS)
 def test_a_row_names_what_its_figure_depends_on_and_no_more(tiny: Callable[..., Recipe], what: str) -> None:
     found = bench(tiny(), what, trials=3, trial_s=QUICK)
-    assert found.keys() == {"device", "versions", "results"}
+    assert found.keys() - {"limits"} == {"device", "versions", "results"}
+    assert ("limits" in found) == (what != "loader")
     assert json.loads(json.dumps(found)) == found
-    (row,) = found["results"]
-    assert row.keys() == MEASURED | NAMED[what]
-    assert (row["what"], row["batch_size"], row["compiled"]) == (what, 32, False)
-    assert len(row["trials"]) == 3
-    assert row["images_per_s"] == statistics.median(row["trials"])
-    assert row["cpu_us_per_image"] > 0
+    for row in found["results"]:
+        own = {"latency_ms"} if what == "infer" and row["batch_size"] == 1 else set()
+        assert row.keys() - SHOWN_BY_THE_MACHINE == MEASURED | NAMED[what] | own
+        assert row["what"] == what
+        assert len(row["trials"]) == 3
+        assert row["images_per_s"] == statistics.median(row["trials"])
+        assert row["cpu_us_per_image"] > 0
+        if what != "loader":
+            assert row["mfu"] == pytest.approx(row["flop_per_image"] * row["images_per_s"] / 0.5e12)
+            assert row["mbu"] == pytest.approx(row["bytes_per_image"] * row["images_per_s"] / 10e9)
 
 
-def test_all_measures_the_loader_the_step_and_both(tiny: Callable[..., Recipe]) -> None:
+def test_by_default_it_measures_the_loader_the_step_and_both(tiny: Callable[..., Recipe]) -> None:
     rows = bench(tiny(), trials=1, trial_s=QUICK)["results"]
     assert [row["what"] for row in rows] == ["loader", "step", "train"]
     assert "compile_s" not in rows[0]  # prepared with the step, in one
     assert rows[1]["compile_s"] == rows[2]["compile_s"]
-    assert rows[1]["tflop_per_s"] == pytest.approx(
-        6 * macs(assemble(tiny(), choose(tiny())).model) * rows[1]["images_per_s"] / 1e12
-    )
+    assert rows[1]["flop_per_image"] == 6 * macs(assemble(tiny(), choose(tiny())).model)
 
 
 def test_the_median_stands_for_trials_none_of_which_is_left_out(
@@ -62,27 +81,81 @@ def test_the_median_stands_for_trials_none_of_which_is_left_out(
     assert (row["images_per_s"], row["cpu_us_per_image"]) == (100.0, 20_000.0)
 
 
-@pytest.mark.parametrize("what", WHATS)
+def test_a_grid_measures_every_value_with_every_other_and_nothing_twice(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mini = partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 8))
+    monkeypatch.setitem(MODELS, "mini", mini)
+    monkeypatch.setitem(MODELS, "same", mini)
+    grid = {"arch": ["mini", "same"], "batch_size": ["16", "32"], "mode": ["eager"]}
+    recipe = tiny(blocks=None, channels=None)
+    rows = bench(recipe, "loader,step", trials=1, trial_s=QUICK, grid=grid)["results"]
+    assert [(row["arch"], row["batch_size"]) for row in rows if row["what"] == "step"] == [
+        ("mini", 16), ("mini", 32), ("same", 16), ("same", 32)
+    ]  # fmt: skip
+    assert [row["batch_size"] for row in rows if row["what"] == "loader"] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"mode": ["compild"]}, "did you mean 'compiled'"),
+        ({"batch_size": ["0"]}, "--batch-size should be greater than 0"),
+        ({"mode": ["captured"]}, "--cuda-graph needs CUDA"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_is_built(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, grid: clock.Grid, words: str
+) -> None:
+    monkeypatch.setattr(clock, "assemble", lambda *_: pytest.fail("built"))
+    with pytest.raises(UserError, match=words):
+        bench(tiny(), "step", grid=grid)
+
+
+@pytest.mark.parametrize("what", ["loader", "step", "train"])
 def test_work_is_endless_and_counts_its_images(tiny: Callable[..., Recipe], what: str) -> None:
     parts = assemble(tiny(val_size=0), choose(tiny()))
-    work = WHATS[what][0](parts, parts.fast_step())
-    images = [next(work) for _ in range(14)]  # two epochs of 200 images in batches of 32
+    (job,) = WHATS[what](parts, parts.fast_step())
+    images = [next(job.work) for _ in range(14)]  # two epochs of 200 images in batches of 32
     assert sum(images) == (14 * 32 if what == "step" else 400)
 
 
 def test_the_fixed_batch_moves_no_weight(tiny: Callable[..., Recipe]) -> None:
     parts = assemble(tiny(), choose(tiny()))
     before = [weight.detach().clone() for weight in parts.model.parameters()]
-    work = WHATS["step"][0](parts, parts.fast_step())
+    work = works.step_work(parts, parts.fast_step())
     for _ in range(6):
         next(work)
     assert all(torch.equal(mine, kept) for mine, kept in zip(parts.model.parameters(), before, strict=True))
     assert parts.meter.read().images == 6 * 32
 
 
+def test_inference_is_in_evaluation_mode_and_leaves_training_mode(tiny: Callable[..., Recipe]) -> None:
+    parts = assemble(tiny(), choose(tiny()))
+    before = [tensor.clone() for tensor in parts.tensors()]
+    for job in WHATS["infer"](parts, None):
+        next(job.work)
+        assert not parts.model.training
+        job.work.close()
+        assert parts.model.training
+    assert all(torch.equal(mine, kept) for mine, kept in zip(parts.tensors(), before, strict=True))
+
+
+def test_a_captured_forward_pass_equals_the_plain_one(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "record_on_cuda", lambda work: work)
+    parts = assemble(tiny(), choose(tiny()))
+    parts.model.eval()
+    first, second = (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
+    with torch.no_grad():
+        run = works.captured(parts.forward, first, parts.forward(first).clone())
+        assert torch.equal(run(second), parts.forward(second))
+
+
 def test_a_trial_beyond_an_epoch_is_of_whole_epochs(tiny: Callable[..., Recipe]) -> None:
     parts = assemble(tiny(val_size=0), choose(tiny()))
-    units = clock.fitting(WHATS["loader"][0](parts, None), parts, 0.2)
+    units = clock.fitting(works.loader_work(parts), parts, 0.2)
     assert units < 7 or units % 7 == 0
 
 
@@ -124,11 +197,3 @@ def test_a_trace_without_a_folder_is_refused_before_anything_is_built(tiny: Call
 def test_an_unknown_benchmark_names_the_nearest(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(UsageError, match="did you mean 'train'"):
         bench(tiny(), "trian")
-
-
-def test_the_table_shows_a_dash_for_what_was_not_measured(tiny: Callable[..., Recipe]) -> None:
-    table = bench_table(bench(tiny(), "loader", trials=2, trial_s=QUICK))
-    assert table.row_count == 1
-    cells = [next(iter(column.cells)) for column in table.columns]
-    assert (cells[0], cells[-1]) == ("loader", "-")
-    assert "median of 2 trials" in str(table.title)

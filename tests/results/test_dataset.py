@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import platformdirs
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from fastcifar.data import cifar
+from fastcifar.data.augment import draw_epoch, draw_mix, parse
 from fastcifar.data.cifar import NORMALISATIONS
+from fastcifar.data.mixers import MIXERS
+from fastcifar.data.policies import PLAIN
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.results import dataset, plots
@@ -84,29 +89,30 @@ def test_real_cifar10_has_its_known_statistics() -> None:
     assert (mean, std) == tuple(pytest.approx(values, abs=1e-7) for values in NORMALISATIONS["cifar10"])
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    drawn: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(plots, "image_grids", lambda *arguments: drawn.append(arguments))
+def captured(monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> tuple[dict[str, Any], list[plots.Grid]]:
+    drawn: list[list[plots.Grid]] = []
+    monkeypatch.setattr(plots, "image_grids", lambda _, grids: drawn.append(grids))
     shown = dataset.show(Recipe(data="synthetic:100", **settings), folder / "a.png", 5)
+    assert shown["blocks"] == [grid.title for grid in drawn[0]]
     return shown, drawn[0]
 
 
 def test_show_has_a_block_for_each_op_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, (_, blocks, names, columns) = captured(monkeypatch, tmp_path, augment="crop:3:zero,flip:1,cutout:6:zero")
+    shown, blocks = captured(monkeypatch, tmp_path, augment="crop:3:zero,flip:1,cutout:6:zero")
     train = cifar.load("synthetic:100").train
-    assert [title for title, _ in blocks] == [
+    assert shown["blocks"] == [
         "crop:3:zero",
         "flip:1.0:random",
         "cutout:6:zero",
         "crop:3:zero,flip:1.0:random,cutout:6:zero",
     ]
-    assert len(names) == 5
-    assert columns == ["original", "epoch 0", "epoch 1", "epoch 2", "epoch 3"]
     originals = train.images[shown["images"]].transpose(0, 2, 3, 1)
-    for _, grid in blocks:
-        assert grid.shape == (5, 5, 32, 32, 3)
-        assert np.array_equal(grid[:, 0], originals)
-    crop, flip, cutout, whole = (grid for _, grid in blocks)
+    for block in blocks:
+        assert block.rows == shown["classes"]
+        assert block.columns == ["original", "epoch 0", "epoch 1", "epoch 2", "epoch 3"]
+        assert block.images.shape == (5, 5, 32, 32, 3)
+        assert np.array_equal(block.images[:, 0], originals)
+    crop, flip, cutout, whole = (block.images for block in blocks)
     assert np.array_equal(flip[:, 2], originals[:, :, ::-1])
     # The same draws in the blocks as in the whole: the holes of the whole are those of the cutout block.
     hole = (cutout[:, 1:] == 0).all(-1)
@@ -117,15 +123,50 @@ def test_show_has_a_block_for_each_op_and_one_for_all(tmp_path: Path, monkeypatc
 
 
 def test_show_follows_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, (_, blocks, *_) = captured(monkeypatch, tmp_path)
-    again, (_, same, *_) = captured(monkeypatch, tmp_path)
+    first, blocks = captured(monkeypatch, tmp_path)
+    again, same = captured(monkeypatch, tmp_path)
     other, _ = captured(monkeypatch, tmp_path, seed=1)
     assert first == again
-    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(blocks, same, strict=True))
+    assert all(np.array_equal(a.images, b.images) for a, b in zip(blocks, same, strict=True))
     assert first["images"] != other["images"]
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "flip,flip", "crop,flip,cutout,flip"])
+def test_show_has_a_row_for_each_operation_of_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, (_, _, _, grid) = captured(monkeypatch, tmp_path, augment="flip,randaugment:9:2")
+    assert grid.title == "randaugment:9:2 by operation and magnitude"
+    rows = {name.split("\n")[0]: row for name, row in zip(grid.rows, grid.images, strict=True)}
+    assert list(rows) == sorted(PLAIN)
+    assert "Solarize\n0.7" in grid.rows
+    original = rows["Identity"][0]
+    assert any(
+        np.array_equal(original, cifar.load("synthetic:100").train.images[index].transpose(1, 2, 0))
+        for index in shown["images"]
+    )
+    assert np.array_equal(rows["Identity"][1], original)
+    assert (rows["Identity"][2:] == 255).all(), "blank where there is no magnitude"
+    picture = torch.from_numpy(original).permute(2, 0, 1)
+    assert np.array_equal(rows["Equalize"][1], v2.functional.equalize(picture).permute(1, 2, 0).numpy())
+    assert np.array_equal(
+        rows["Rotate"][1:3], np.stack([v2.functional.rotate(picture, angle).permute(1, 2, 0) for angle in (-9, 9)])
+    )
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_show_mixes_the_images_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec = f"flip:1,{name}"
+    _, (flip, mix, whole) = captured(monkeypatch, tmp_path, augment=spec)
+    for epoch in range(4):
+        order = draw_epoch((), 5, epoch, 0).order
+        drawn = torch.from_numpy(draw_mix(parse(spec), 5, epoch, 0))
+        for before, after in ((mix.images[:, 0], mix), (flip.images[:, 0, :, ::-1], whole)):
+            batch = torch.from_numpy(before[order]).permute(0, 3, 1, 2)
+            mixed = MIXERS[name].apply(batch, drawn)[0].permute(0, 2, 3, 1).float()
+            shown = after.images[:, 1 + epoch][order]
+            assert np.abs(shown - mixed.numpy()).max() <= 0.5
+            assert not np.array_equal(shown, before[order])
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "flip,flip", "crop,flip,cutout,trivialaugment,mixup"])
 def test_show_writes_a_png_and_overwrites_it(tmp_path: Path, augment: str) -> None:
     file = tmp_path / "a.png"
     file.write_text("old")
@@ -154,7 +195,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     for name, count, words in (("a.jpg", 2, r"\.png"), ("a.png", 0, "--count 0"), ("a.png", 101, "1 to 100")):
         with pytest.raises(UsageError, match=words):
             dataset.show(recipe, tmp_path / name, count)
-    with pytest.raises(DiskError, match="cannot write"):
+    with pytest.raises(DiskError, match="no folder"):
         dataset.show(recipe, tmp_path / "no" / "a.png", 2)
     assert not list(tmp_path.iterdir())
 

@@ -29,7 +29,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.parts import network
 
 DATA = "synthetic:1000"  # 200 images to test
-CPU = {"device": "cpu", "precision": "fp32"}
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +248,13 @@ def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytes
     # a GPU's choice, for a network that stays here
     on_gpu = replace(choose(Recipe(compile=True, device="cpu")), cuda_graph=True)
     monkeypatch.setattr(finished, "choose", lambda recipe: on_gpu)
-    for images, asked in ((499, {}), (500, {}), (99_999, {}), (100_000, {}), (10, {"compile": True})):
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (499, {}),
+        (500, {}),
+        (99_999, {}),
+        (100_000, {}),
+        (10, {"compile": True}),
+    ]
+    for images, asked in cases:
         finished.rebuild(runs[0], **asked).hurry(images)
     assert made == [(False, False), (False, True), (False, True), (True, True), (True, False)]

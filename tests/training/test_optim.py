@@ -284,6 +284,8 @@ def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -
         ({"optimizer": "muon", "opt": {"rest": 3}}, "did you mean 'rest_lr'"),
         ({"optimizer": "muon", "opt": {"ns_steps": 2.5}}, "ns_steps is a whole number"),
         ({"optimizer": "muon", "opt": {"momentum": 1}}, "momentum is in"),
+        ({"optimizer": "muon", "opt": {"linear": "no"}}, "linear are true or false"),
+        ({"optimizer": "ranger", "opt": {"use_gc": "no"}}, "use_gc is true or false"),
         ({"optimizer": "sgd", "opt": {"k": 3}}, "no argument 'k'"),
         ({"optimizer": "sgd", "opt": {"momentum": -1}}, "momentum"),
         ({"optimizer": "sgd", "opt": {"momentum": 0, "nesterov": True}}, "Nesterov"),

@@ -1,0 +1,179 @@
+"""The training step in its forms against the eager one, in one process: eager = compiled = captured.
+
+    python bench/equality.py [--device cuda --steps 20 --quick]
+
+ends with one JSON document, `{"device", "versions", "forms", "checks", "passed"}`, and exits 1 if a check failed. A
+form that this device does not have (a CUDA graph on a CPU) is left out, and said to be. The network is smooth (SiLU),
+for an activation within a rounding of 0 is on one side of ReLU's kink or the other; float32 is without TF32, and cuDNN
+chooses its algorithms without trying them. `--quick` takes a tiny network on synthetic images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcifar.device import choose, describe, versions
+from fastcifar.lab.bench import MODES, on_some_data
+from fastcifar.recipe import Recipe
+from fastcifar.training.parts import Parts, assemble
+from fastcifar.training.step import Step
+
+LOSSES = {"fp32": 1e-5, "bf16": 2e-2}  # how far losses may be apart, absolutely, at a small learning rate
+WEIGHTS = 1e-5  # and all weights together after a step from the same state at a large one, relative to their norm
+SMALL, LARGE = 1e-3, 0.1
+QUICK = {"arch": "resnet", "blocks": (1, 1), "channels": (8, 16), "batch_size": 32, "data": "synthetic:200"}
+Form = tuple[Parts, Step]
+Check = dict[str, Any]
+
+
+def checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
+    """Every check of every mode but eager, in float32 and bf16."""
+    found: list[Check] = []
+    for precision in LOSSES:
+        torch.compiler.reset()
+        forms = {mode: form(recipe, mode, precision) for mode in modes}
+        batches = full_batches(forms["eager"][0], steps)
+        found += equal_losses(forms, batches, precision)
+        if precision == "fp32":
+            found += equal_steps(forms, batches)
+        if forms["eager"][0].device.type == "cuda":
+            found += [asks_nothing(mode, *forms[mode]) for mode in modes]
+    return found
+
+
+def form(recipe: Recipe, mode: str, precision: str) -> Form:
+    """The parts of a run in `mode`, and its step, with its Lookahead's and meter's state as at the start."""
+    changed = Recipe.checked({**recipe.model_dump(), **MODES[mode], "precision": precision})
+    parts = assemble(changed, choose(changed))
+    return parts, parts.fast_step()
+
+
+def full_batches(parts: Parts, count: int) -> list[tuple[Tensor, ...]]:
+    """The run's first full batches, of as many epochs as it takes, in memory of their own."""
+    batches = itertools.chain.from_iterable(map(parts.batches, itertools.count()))
+    full = (batch for batch in batches if len(batch[1]) == parts.recipe.batch_size)
+    return [tuple(tensor.clone() for tensor in batch) for batch in itertools.islice(full, count)]
+
+
+def equal_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], precision: str) -> list[Check]:
+    """Every form goes its own way for all batches at a small learning rate: the losses stay together."""
+    losses = {mode: [] for mode in forms}
+    for mode, (parts, step) in forms.items():
+        parts.optimizer.set_lr(SMALL)
+        for done, batch in enumerate(batches, start=1):
+            parts.meter.reset()
+            step(*batch)
+            parts.optimizer.between_steps(done)
+            losses[mode].append(parts.meter.read().loss)
+    return [
+        verdict(
+            f"losses of {len(batches)} steps at a learning rate of {SMALL:g}, {precision}",
+            mode,
+            max(abs(mine - eager) for mine, eager in zip(losses[mode], losses["eager"], strict=True)),
+            LOSSES[precision],
+        )
+        for mode in forms
+        if mode != "eager"
+    ]
+
+
+def equal_steps(forms: dict[str, Form], batches: list[tuple[Tensor, ...]]) -> list[Check]:
+    """Every step starts from eager's own state, at a large learning rate: the weights after it are the same.
+
+    All of them together; the furthest single tensor, perhaps a bias that began at 0 and holds one rounded gradient, is
+    reported beside it.
+    """
+    eager, plain = forms["eager"]
+    together, single = ({mode: 0.0 for mode in forms if mode != "eager"} for _ in range(2))
+    for parts, _ in forms.values():
+        parts.optimizer.set_lr(LARGE)
+    for batch in batches:
+        before = [tensor.clone() for tensor in eager.tensors()]
+        plain(*batch)
+        for mode in together:
+            parts, step = forms[mode]
+            with torch.no_grad():
+                for mine, other in zip(parts.tensors(), before, strict=True):
+                    mine.copy_(other)
+            step(*batch)
+            pairs = list(zip(parts.model.parameters(), eager.model.parameters(), strict=True))
+            apart = torch.stack([(mine - other).norm() for mine, other in pairs])
+            norms = torch.stack([other.norm() for _, other in pairs])
+            together[mode] = furthest(together[mode], apart.norm() / norms.norm())
+            single[mode] = furthest(single[mode], (apart / norms)[norms > 0].max())
+    about = f"weights after each of {len(batches)} steps at a learning rate of {LARGE:g} from eager's state, fp32"
+    return [verdict(about, mode, apart, WEIGHTS) | {"largest_tensor": single[mode]} for mode, apart in together.items()]
+
+
+def furthest(so_far: float, apart: Tensor) -> float:
+    """The larger of both; a NaN is the furthest."""
+    found = apart.item()
+    return found if not found <= so_far else so_far
+
+
+def asks_nothing(mode: str, parts: Parts, step: Step) -> Check:
+    """Three batches and their steps while any wait of the host for the device is an error."""
+    batches = parts.batches(0)
+    step(*next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in itertools.islice(batches, 3):
+            step(*batch)
+        problem = ""
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    about = f"no wait for the device in a step and its batch, {parts.choice.precision}"
+    return {"check": about, "form": mode, "passed": not problem, **({"problem": problem} if problem else {})}
+
+
+def verdict(about: str, mode: str, largest: float, limit: float) -> Check:
+    """A check by how far the furthest pair is apart; a NaN fails."""
+    return {"check": about, "form": mode, "largest": largest, "limit": limit, "passed": largest <= limit}
+
+
+def exactly(work: Callable[[], list[Check]]) -> list[Check]:
+    """`work` with float32 as float32, and cuDNN's algorithms chosen without a trial."""
+    backends = torch.backends
+    before = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = backends.cudnn.benchmark = False
+    try:
+        return work()
+    finally:
+        backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark = before
+
+
+def compared(device: str, steps: int, quick: bool) -> dict[str, Any]:
+    """The document."""
+    recipe = on_some_data(Recipe.make(activation="silu", device=device, **(QUICK if quick else {})))
+    graphs = choose(recipe).device == "cuda"
+    modes = [mode for mode in MODES if graphs or not MODES[mode]["cuda_graph"]]
+    found = exactly(lambda: checks(recipe, modes, steps))
+    return {
+        "device": describe(device),
+        "versions": versions(),
+        "forms": modes,
+        "left_out": [mode for mode in MODES if mode not in modes],
+        "checks": found,
+        "passed": all(check["passed"] for check in found),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The training step in its forms against the eager one.")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="a tiny network on synthetic images")
+    arguments = parser.parse_args()
+    document = compared(arguments.device, arguments.steps, arguments.quick)
+    print(json.dumps(document))
+    sys.exit(not document["passed"])

@@ -1,0 +1,236 @@
+"""What a training step moves through memory, kernel by kernel, without a GPU: counted, not timed.
+
+    python bench/traffic.py [--arch se68 se68_block] [--batch-size 128] [--kernels] [--record]
+
+The loss is traced as `train` compiles it, its two graphs are handed to inductor as an H200's, and inductor is stopped
+once it has decided which operations share a kernel. A buffer that a kernel reads or writes counts once with its size;
+a convolution's backward reads the gradient twice, once for each of its two kernels. Caches are not modelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import results_folder
+import torch
+import torch._functorch.config as functorch
+from torch import nn
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, Scheduler
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from fastcifar.device import environment
+from fastcifar.models import build, fuse
+from fastcifar.models.resnet import BasicBlock
+from fastcifar.training.step import forward_pass, loss_and_hits
+
+GPU = torch.device("cuda", 0)
+H200 = types.SimpleNamespace(
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=141 * 10**9,
+    L2_cache_size=50 * 2**20,
+    shared_memory_per_multiprocessor=233472,
+    shared_memory_per_block_optin=232448,
+    gcnArchName="",
+)
+BANDWIDTH = 4.8e12  # bytes/s, of its data sheet
+# What inductor asks of a GPU between the traced graph and its kernels. A convolution of channels_last tensors stays so.
+ANSWERS: dict[str, Any] = {
+    "torch.cuda.is_available": lambda: True,
+    "torch.cuda.device_count": lambda: 1,
+    "torch.cuda.current_device": lambda: 0,
+    "torch.cuda.get_device_name": lambda *_: H200.name,
+    "torch.cuda.get_device_capability": lambda *_: (H200.major, H200.minor),
+    "torch.cuda.get_device_properties": lambda *_: H200,
+    "torch.cuda._exchange_device": lambda *_: 0,
+    "torch.cuda._maybe_exchange_device": lambda *_: 0,
+    "torch.cuda.get_rng_state": lambda *_: torch.empty(0),
+    "torch.cuda.set_rng_state": lambda *_: None,
+    "torch.cuda.is_current_stream_capturing": lambda *_: False,
+    "torch.cuda.synchronize": lambda *_: None,
+    "torch._C._conv_determine_backend_memory_format": lambda *_: torch.channels_last,
+}
+ANSWERS_OF_INTERFACE = {"get_device_properties": H200, "current_device": 0, "device_count": 1}
+
+
+class Scheduled(BaseException):
+    """Raised where inductor would go on to write code, and the program to run it: what was wanted is known."""
+
+
+@contextlib.contextmanager
+def as_if_on_a_gpu() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name, answer in ANSWERS.items():
+            stack.enter_context(mock.patch(name, answer))
+        for name, value in ANSWERS_OF_INTERFACE.items():
+            answer = staticmethod(lambda *_, value=value: value)
+            stack.enter_context(mock.patch.object(CudaInterface, name, answer))
+        yield
+
+
+def scheduled(graph: torch.fx.GraphModule, inputs: list[Any], found: list[dict[str, Any]], **options: Any) -> Any:
+    """An inner compiler of inductor: adds the kernels of `graph` to `found`, moved to the GPU; makes nothing."""
+    for node in graph.graph.nodes:
+        node.args = tuple(GPU if isinstance(value, torch.device) else value for value in node.args)
+        node.kwargs = {key: GPU if key == "device" else value for key, value in node.kwargs.items()}
+    graph.recompile()
+    backward = bool(options.get("is_backward"))
+
+    def stop(scheduler: Scheduler) -> None:
+        found.extend(kernel(node, backward) for node in scheduler.nodes)
+        raise Scheduled
+
+    mode = torch._guards.detect_fake_mode(inputs)
+    with as_if_on_a_gpu(), mock.patch.object(Scheduler, "codegen", stop), contextlib.suppress(Scheduled):
+        with mode:
+            moved = [
+                torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
+                if isinstance(value, torch.Tensor)
+                else value
+                for value in inputs
+            ]
+        FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*moved)
+        compile_fx_inner(graph, moved, **options)
+    return graph
+
+
+def kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
+    """What one kernel computes and the bytes it reads and writes; `kind` is convolution, op (another one from outside
+    inductor), reduction or pointwise."""
+    origins = [fx for part in node.get_nodes() if part.node is not None for fx in part.node.origins]
+    targets = {str(fx.target).removeprefix("aten.").split(".")[0] for fx in origins if fx.op == "call_function"}
+    reads = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+    writes = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+    extern = isinstance(node, ExternKernelSchedulerNode)
+    read = sum(reads.values())
+    if extern and "convolution_backward" in targets and reads:
+        read += reads[node.node.inputs[0].get_name()]
+    kind = "reduction" if node.is_reduction() else "pointwise"
+    if extern:
+        kind = "convolution" if any("convolution" in name for name in targets) else "op"
+    return {
+        "pass": "backward" if backward else "forward",
+        "kind": kind,
+        "computes": sorted(targets),
+        "read": read,
+        "written": sum(writes.values()),
+    }
+
+
+def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
+    """The kernels of forward, loss and backward of `model` on `batch_size` images in bf16, as inductor fuses them."""
+    found: list[dict[str, Any]] = []
+    device = torch.device("cpu")
+    function = loss_and_hits(forward_pass(model, (0.5,) * 3, (0.25,) * 3, "bf16", device), 0.0)
+    images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compile_fx(graph, inputs, inner_compile=lambda *args, **options: scheduled(*args, found, **options))
+        raise Scheduled
+
+    torch._C._ensureCUDADeviceGuardSet()
+    torch._dynamo.reset()
+    with functorch.patch(force_non_lazy_backward_lowering=True), contextlib.suppress(Scheduled):
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(images, labels)
+    return [row for row in found if row["read"] + row["written"]]
+
+
+def ideal(model: nn.Module) -> int:
+    """Bytes an image with every BatchNorm in two passes, fused with what surrounds it: the model of PERFORMANCE.md.
+
+    Maps in bf16. A convolution reads and writes one each, backward four; a BatchNorm reads its input twice and writes,
+    backward twice the gradient and the input, and writes; a shortcut is read once, and its gradient written and read.
+    Squeeze-and-excitation and weights cost nothing.
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal total
+        first = isinstance(module, nn.Conv2d) and module.in_channels == 3
+        if isinstance(module, nn.Conv2d) and output.shape[-1] > 1:
+            total += 2 * (inputs[0].numel() * (2 if first else 3) + output.numel() * 3)
+        elif isinstance(module, nn.BatchNorm2d):
+            total += 2 * 8 * output.numel()
+        elif isinstance(module, BasicBlock):
+            total += 2 * 3 * output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
+    """Kernels and bytes an image of `arch` by pass and kind, beside the model's bytes."""
+    with torch.device("meta"):
+        model_bytes = ideal(build(arch))
+    network = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    if fused:
+        fuse(network)
+    rows = kernels(network, batch_size)
+    for row in rows:
+        row["read"], row["written"] = (round(row[key] / batch_size) for key in ("read", "written"))
+    groups: dict[str, dict[str, int]] = {}
+    for row in rows:
+        group = groups.setdefault(f"{row['pass']} {row['kind']}", {"kernels": 0, "bytes_per_image": 0})
+        group["kernels"] += 1
+        group["bytes_per_image"] += row["read"] + row["written"]
+    total = sum(group["bytes_per_image"] for group in groups.values())
+    return {
+        "arch": arch,
+        "fused_ops": fused,
+        "batch_size": batch_size,
+        "kernels": len(rows),
+        "bytes_per_image": total,
+        "model_bytes_per_image": model_bytes,
+        "memory_seconds_per_step": total * batch_size / BANDWIDTH,
+        "groups": groups,
+        "rows": rows,
+    }
+
+
+def show(found: dict[str, Any], every_kernel: bool) -> None:
+    """The table of one measurement."""
+    print(f"{found['arch']}, fused ops {'on' if found['fused_ops'] else 'off'}, batch {found['batch_size']}, bf16")
+    for row in found["rows"] if every_kernel else ():
+        computes = ", ".join(row["computes"])[:60]
+        print(f"  {row['pass']:8} {row['kind']:11} {row['read']:>9,} read {row['written']:>9,} written  {computes}")
+    for name, group in found["groups"].items():
+        print(f"  {name:20} {group['kernels']:>4} kernels {group['bytes_per_image'] / 1e6:>6.2f} MB an image")
+    seconds = found["memory_seconds_per_step"]
+    print(f"  {'all':20} {found['kernels']:>4} kernels {found['bytes_per_image'] / 1e6:>6.2f} MB an image", end="")
+    print(f", the model {found['model_bytes_per_image'] / 1e6:.2f}; {seconds * 1e3:.2f} ms a step at 4.8 TB/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Count what a training step moves through a GPU's memory.")
+    parser.add_argument("--arch", nargs="+", default=["se68", "se68_block"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--kernels", action="store_true", help="a row for each kernel too")
+    parser.add_argument("--record", action="store_true", help="write bench/results/<UTC>_<device>_traffic")
+    arguments = parser.parse_args()
+    trials = []
+    for arch in arguments.arch:
+        for fused in (False, True):
+            trials.append(measure(arch, arguments.batch_size, fused))
+            show(trials[-1], arguments.kernels)
+    if arguments.record:
+        summary = {"what": "traffic", "for": H200.name, "bandwidth": BANDWIDTH}
+        summary["trials"] = [{key: value for key, value in trial.items() if key != "rows"} for trial in trials]
+        print(results_folder.write("traffic", environment(), summary, trials))

@@ -1,0 +1,173 @@
+"""Several processes as one run: torchrun's environment, the mean gradient, what rank 0 says; nothing for one process.
+
+Every rank computes on its share of a step; gradients are averaged over all images before they are clipped, so that all
+ranks take the same update. Running statistics of BatchNorm are each rank's own; rank 0's are evaluated and kept.
+Nothing here writes a file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastcifar.errors import DeviceError
+
+TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
+
+
+@dataclass(frozen=True)
+class World:
+    """This process, `rank` of `ranks`; the methods are for all ranks at the same time, and do nothing for one alone."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0: it alone writes, shows and evaluates."""
+        return self.rank == 0
+
+    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
+        """The mean loss over the images of all ranks; the gradients of `parameters` become means in the same way.
+
+        `loss`: this rank's mean over its `images`, which may be one more or fewer than another's. Loss and gradients
+        travel in one buffer: whatever is not finite on one rank is so on all of them.
+        """
+        if self.ranks == 1:
+            return loss
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        parts = [*gradients, loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)]
+        summed = torch.cat([part.flatten() for part in parts]).mul_(images)
+        dist.all_reduce(summed)
+        means = summed.div_(summed[-1].clone()).split([part.numel() for part in parts])
+        torch._foreach_copy_(
+            gradients, [mean.view(old.shape) for mean, old in zip(means[: len(gradients)], gradients, strict=True)]
+        )
+        return means[-2].view(())
+
+    def add(self, tensor: Tensor) -> None:
+        """`tensor` becomes its sum over the ranks."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+
+    def told(self, value: Any) -> Any:
+        """Rank 0's `value`, which JSON can hold; what the others give is not looked at."""
+        if self.ranks == 1:
+            return value
+        return json.loads(self._sent(json.dumps(value).encode() if self.leads else b"", 0))
+
+    def shown(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Rank 0's `state`, as a checkpoint can hold it, or None."""
+        if self.ranks == 1:
+            return state
+        return _unpacked(self._sent(_packed(state) if self.leads else b"", 0))
+
+    def gathered(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's `state`, by rank."""
+        if self.ranks == 1:
+            return [state]
+        return [_unpacked(self._sent(_packed(state), rank)) for rank in range(self.ranks)]
+
+    def _sent(self, content: bytes, source: int) -> bytes:
+        """The `content` of rank `source`."""
+        length = torch.tensor(len(content))
+        dist.broadcast(length, source)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(buffer, source)
+        return buffer.numpy().tobytes()
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' whole numbers: a flag that one of them raised. The host waits for all of them."""
+        if self.ranks == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+
+ALONE = World()
+
+
+def _packed(state: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _unpacked(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+def world() -> World:
+    """This process's place; alone outside of `joined`."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that sets its variables, started this process as one of several."""
+    return all(name in os.environ for name in VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """All ranks together, for as long as the context lasts; on a GPU each rank has the one of its local rank.
+
+    `device`: "cuda" or "cpu". Errors: `DeviceError` where the ranks cannot find each other, a GPU is missing, or
+    another rank ends in between.
+    """
+    if not launched() or dist.is_initialized():
+        yield world()
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise DeviceError(f"local rank {local} has no GPU: this machine has {found}", f"--nproc-per-node {found}")
+        torch.cuda.set_device(local)
+    _name_the_loopback()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise DeviceError(f"the ranks did not find each other: {_first_line(error)}", "see torchrun's output") from None
+    try:
+        yield world()
+    except RuntimeError as error:
+        if not _peer_lost(error):
+            raise
+        remedy = "see its own output, and go on with --resume auto"
+        raise DeviceError(f"another process of this run ended: {_first_line(error)}", remedy) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _name_the_loopback() -> None:
+    """Gloo looks up its own host's name; where that does not resolve, it is told to talk to itself."""
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed: torch has a class for NCCL's failures, and gloo's come as plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

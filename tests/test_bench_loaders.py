@@ -1,0 +1,100 @@
+"""The bench of the loaders: they take turns, ratios are of a round, the table is generated, decoders agree."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastcifar.data import cifar, folders
+from fastcifar.data.loaders import LOADERS
+
+SPEEDS = {"tensor": (400.0, 100.0, 300.0), "dali": (100.0, 60.0, 50.0), "torchvision": (10.0, 20.0, 10.0)}
+
+
+def script(name: str) -> ModuleType:
+    """A script of bench/; pyproject.toml puts it where imports look."""
+    return importlib.import_module(name)
+
+
+def trials(augment: str = "crop:4:zero", names: tuple[str, ...] = tuple(SPEEDS)) -> list[dict]:
+    return [
+        {"augment": augment, "name": name, "round": number, "images_per_s": SPEEDS[name][number],
+         "cpu_us_per_image": 1.0, "others_cores": 0.1}
+        for number in range(3)
+        for name in names
+    ]  # fmt: skip
+
+
+def test_ratios_are_of_a_round_and_no_trial_is_left_out() -> None:
+    found = script("loaders").summary([*trials(), *trials("rotate:5", ("tensor",))], batch_size=512)
+    assert (found["n"], found["batch_size"]) == (3, 512)
+    tensor, dali, baseline, alone = found["loaders"]
+    assert tensor["times"] == {"min": 5, "median": 30, "max": 40, "of": "torchvision"}
+    assert (dali["images_per_s"], dali["trials"]) == (60.0, [100.0, 60.0, 50.0])
+    assert baseline["times"]["median"] == 1
+    assert (alone["augment"], alone["times"]) == ("rotate:5", None)
+
+
+@pytest.mark.parametrize("results", [0, 1])
+def test_the_table_has_a_line_for_each_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: int) -> None:
+    tables, loaders = script("tables"), script("loaders")
+    monkeypatch.setattr(loaders.results_folder, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for _ in range(results):
+        found = loaders.summary(trials(), batch_size=512, workers=2)
+        loaders.results_folder.write("loaders", {"device": "a CPU"}, found, trials())
+    lines = tables.loaders().splitlines()
+    assert len(lines) == 2 + results * len(SPEEDS)
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert not results or "| 400, 100, 300 | 30.0 x torchvision |" in lines[2]
+
+
+def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    loaders = script("loaders")
+    split = cifar.load("synthetic:400", "cifar10").train
+    arguments = argparse.Namespace(batch_size=50, workers=0, rounds=2, seconds=0.02)
+    works = loaders.loaders_of("flip:0.5:alternating", split, arguments, "cpu")
+    assert set(works) == set(LOADERS) - {"torchvision"}
+    assert "no torchvision: --loader torchvision has no flip" in capsys.readouterr().out
+    works = {}
+    for name, kind in LOADERS.items():
+        own: dict[str, Any] = {} if name == "torchvision" else {"compile": False}
+        loader = kind(split.images, split.labels, batch_size=50, augment=(), seed=0, device="cpu", **own)
+        works[name] = loaders.endless(loader)
+    found = loaders.in_turn(works, arguments, torch.device("cpu"), augment="none")
+    assert [(trial["round"], trial["name"]) for trial in found] == [
+        (number, name) for number in (0, 1) for name in LOADERS
+    ]
+    assert all(trial["images"] > 0 and trial["cpu_us_per_image"] >= 0 for trial in found)
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("name", ["pillow", "dali"])
+def test_decoders_give_the_pixels_that_were_written(name: str, tmp_path: Path) -> None:
+    loaders = script("loaders")
+    pytest.importorskip("nvidia.dali", reason="DALI does not import here")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
+    files = loaders.write_folder(cifar.Split(images, np.arange(30) % 3), tmp_path, 30)
+    assert {file.parent.name for file in files} == {"class_00", "class_01", "class_02"}
+    assert np.array_equal(np.stack(list(loaders.DECODERS[name](files))), images.transpose(0, 2, 3, 1))
+
+
+def test_dali_decodes_every_kind_of_png_as_pillow_does(tmp_path: Path) -> None:
+    loaders = script("loaders")
+    pytest.importorskip("nvidia.dali", reason="DALI does not import here")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    files = [tmp_path / f"{mode}.png" for mode in ("RGB", "L", "P")]
+    for file in files:
+        image.convert(file.stem).save(file)
+    for decoded, file in zip(loaders.by_dali(files), files, strict=True):
+        assert np.array_equal(decoded, folders.decode(file)), file.name
