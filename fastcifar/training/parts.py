@@ -130,21 +130,27 @@ class Parts:
             function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics, self.world
         )
 
-    def fast_step(self) -> Step:
-        """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = self.function()
-        plain = self.step(function)
-        example = self.example()
-        self.model.train()
-        with self.untouched():
-            fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
-            if self.choice.cuda_graph:
-                fast = capture.graphed(fast, example, self.tensors())
-            elif self.choice.compile:
-                fast = capture.warmed(fast, example, self.tensors())
+    def fast_step(self, mode: str = "auto") -> Step:
+        """The step as this machine runs it fastest, compiled and captured; its state is untouched by that.
+
+        `mode`: the compiler's effort, where the recipe leaves it open.
+        """
+        fast = self.fast_block(1, mode)
         self.inference = self.fast_inference()
         next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, len(example[0]))
+        return capture.by_batch_size(fast, self.step(self.function()), self.loader.steps.share)
+
+    def fast_block(self, count: int, mode: str = "auto") -> Callable[..., None]:
+        """`count` steps on full batches as one function of all their tensors (see `capture.in_blocks`)."""
+        function, example = self.function(), self.example() * count
+        mode = mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
+        self.model.train()
+        with self.untouched():
+            step = self.step(capture.compiled(function, mode) if self.choice.compile else function)
+            block = step if count == 1 else capture.in_blocks(step, count)
+            if self.choice.cuda_graph:
+                return capture.graphed(block, example, self.tensors())
+            return capture.warmed(block, example, self.tensors()) if self.choice.compile else block
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
