@@ -14,7 +14,9 @@ import pytest
 
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
-from fastcifar.training.run import COLUMNS, SINKS, Clock, Run, Stop
+from fastcifar.training.distributed import ALONE
+from fastcifar.training.run import COLUMNS, SINKS, Clock, Run
+from fastcifar.training.signals import Stop
 
 ROW = dict.fromkeys(COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
 
@@ -96,10 +98,10 @@ def test_one_signal_is_a_flag_and_a_second_sigint_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == "SIGINT"
+        assert stop.asked(ALONE) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == "SIGTERM"
+        assert stop.asked(ALONE) == "SIGTERM"
     assert signal.getsignal(signal.SIGINT) is before
