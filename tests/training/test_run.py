@@ -39,13 +39,6 @@ def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: C
     assert sorted(folder.name for folder in folders) == ["run", "run-2", "run-3", "run-4", "run-5", "run-6"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_fault07_a_read_only_place_is_found_before_training(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(DiskError, match="cannot write the run folder"):
-        Run.create(tiny(), "x")
-
-
 def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot write the run folder"):
