@@ -80,7 +80,7 @@ def inference() -> str:
 
 
 def starts() -> str:
-    """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full one."""
+    """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full."""
     lines = [
         "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |",
         "|---|---|---|---|---|---|---|",
