@@ -79,6 +79,22 @@ def inference() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
 
 
+def starts() -> str:
+    """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full."""
+    lines = [
+        "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("cold_s"):
+        share = summary["share"]
+        lines.append(
+            f"| `{summary['arch']}`, {summary['batch_size']} | {summary['n']} | {summary['cold_s']:.1f} "
+            f"| {summary['warm_s']:.1f} | {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) "
+            f"| {environment['device']} | `{folder.name}` |"
+        )
+    return "\n".join(lines)
+
+
 def loaders() -> str:
     """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
     lines = [
@@ -155,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "inference": inference,
     "loaders": loaders,
+    "starts": starts,
     "airbench": airbench,
     "faults": faults,
 }

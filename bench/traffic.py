@@ -27,7 +27,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fastcifar.device import environment
 from fastcifar.models import build, fuse
-from fastcifar.models.resnet import BasicBlock
+from fastcifar.models.traffic import bytes_per_image
 from fastcifar.training.step import forward_pass, loss_and_hits
 
 GPU = torch.device("cuda", 0)
@@ -124,7 +124,7 @@ def kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
     return {
         "pass": "backward" if backward else "forward",
         "kind": kind,
-        "computes": sorted(targets),
+        "computes": ", ".join(sorted(targets)),
         "read": read,
         "written": sum(writes.values()),
     }
@@ -149,45 +149,18 @@ def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
     return [row for row in found if row["read"] + row["written"]]
 
 
-def ideal(model: nn.Module) -> int:
-    """Bytes an image with every BatchNorm in two passes, fused with what surrounds it: the model of PERFORMANCE.md.
-
-    Maps in bf16. A convolution reads and writes one each, backward four; a BatchNorm reads its input twice and writes,
-    backward twice the gradient and the input, and writes; a shortcut is read once, and its gradient written and read.
-    Squeeze-and-excitation and weights cost nothing.
-    """
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal total
-        first = isinstance(module, nn.Conv2d) and module.in_channels == 3
-        if isinstance(module, nn.Conv2d) and output.shape[-1] > 1:
-            total += 2 * (inputs[0].numel() * (2 if first else 3) + output.numel() * 3)
-        elif isinstance(module, nn.BatchNorm2d):
-            total += 2 * 8 * output.numel()
-        elif isinstance(module, BasicBlock):
-            total += 2 * 3 * output.numel()
-
-    hooks = [module.register_forward_hook(count) for module in model.modules()]
-    with torch.no_grad():
-        model(torch.empty(1, 3, 32, 32, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
 def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
     """Kernels and bytes an image of `arch` by pass and kind, beside the model's bytes."""
-    with torch.device("meta"):
-        model_bytes = ideal(build(arch))
     network = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    model_bytes = bytes_per_image(network, training=True)
     if fused:
         fuse(network)
     rows = kernels(network, batch_size)
-    for row in rows:
-        row["read"], row["written"] = (round(row[key] / batch_size) for key in ("read", "written"))
+    alike: dict[tuple, dict[str, Any]] = {}  # in the order of their first
     groups: dict[str, dict[str, int]] = {}
     for row in rows:
+        row |= {key: round(row[key] / batch_size) for key in ("read", "written")}
+        alike.setdefault(tuple(row.values()), {"times": 0, **row})["times"] += 1
         group = groups.setdefault(f"{row['pass']} {row['kind']}", {"kernels": 0, "bytes_per_image": 0})
         group["kernels"] += 1
         group["bytes_per_image"] += row["read"] + row["written"]
@@ -201,7 +174,7 @@ def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
         "model_bytes_per_image": model_bytes,
         "memory_seconds_per_step": total * batch_size / BANDWIDTH,
         "groups": groups,
-        "rows": rows,
+        "rows": list(alike.values()),
     }
 
 
@@ -209,8 +182,8 @@ def show(found: dict[str, Any], every_kernel: bool) -> None:
     """The table of one measurement."""
     print(f"{found['arch']}, fused ops {'on' if found['fused_ops'] else 'off'}, batch {found['batch_size']}, bf16")
     for row in found["rows"] if every_kernel else ():
-        computes = ", ".join(row["computes"])[:60]
-        print(f"  {row['pass']:8} {row['kind']:11} {row['read']:>9,} read {row['written']:>9,} written  {computes}")
+        size = f"{row['read']:>9,} read {row['written']:>9,} written"
+        print(f"  {row['times']:>3} x {row['pass']:8} {row['kind']:11} {size}  {row['computes'][:60]}")
     for name, group in found["groups"].items():
         print(f"  {name:20} {group['kernels']:>4} kernels {group['bytes_per_image'] / 1e6:>6.2f} MB an image")
     seconds = found["memory_seconds_per_step"]
@@ -222,7 +195,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Count what a training step moves through a GPU's memory.")
     parser.add_argument("--arch", nargs="+", default=["se68", "se68_block"])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--kernels", action="store_true", help="a row for each kernel too")
+    parser.add_argument("--kernels", action="store_true", help="rows of kernels too, equal ones counted")
     parser.add_argument("--record", action="store_true", help="write bench/results/<UTC>_<device>_traffic")
     arguments = parser.parse_args()
     trials = []

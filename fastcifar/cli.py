@@ -241,7 +241,7 @@ def data_show(
 def bench(
     recipe: RecipeName = None,
     what: Annotated[
-        str, typer.Option(metavar="loader,step,train,infer,conv|all", help="train is end to end")
+        str, typer.Option(metavar="loader,step,train,infer,conv,replay|all", help="train is end to end")
     ] = "loader,step,train",
     archs: Annotated[str, typer.Option(metavar="NAME,...", help="measure each of these")] = "",
     batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="measure at each of these")] = "",

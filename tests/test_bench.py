@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastcifar.device import Choice
 from fastcifar.models import MODELS
@@ -195,3 +196,25 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
     lines = tables.peers().splitlines()
     assert len(lines) == 2 + len(PEERS)
     assert all("| 1 | 10.0 | 10.0 | 1.00 | 1.00 |" in line for line in lines[2:])
+
+
+def test_traffic_is_counted_as_one_counts_by_hand() -> None:
+    """Convolution, BatchNorm, ReLU, convolution on maps of 32 KB an image: how often each kernel passes one."""
+    traffic = script("traffic")
+    layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    rows = traffic.kernels(network, batch_size=32)
+    one = 32 * 2 * 64 * 32 * 32
+    passes = [
+        (row["pass"], row["kind"], round(row["read"] / one), round(row["written"] / one))
+        for row in rows
+        if "max" not in row["computes"] and max(row["read"], row["written"]) > 0.9 * one
+    ]
+    assert passes[:4] == [
+        ("forward", "convolution", 0, 1),
+        ("forward", "reduction", 1, 0),
+        ("forward", "pointwise", 1, 1),
+        ("forward", "convolution", 1, 1),
+    ]
+    assert ("backward", "convolution", 3, 1) in passes  # the gradient for each of two kernels, and the input

@@ -73,7 +73,9 @@ def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
     columns = (at >= left[:, None]) & (at < right[:, None])
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     share = (bottom - top) * (right - left) / AREA
-    return torch.where(inside, images.roll(1, 0), images), torch.stack((1 - share, share), 1)
+    # Exact in float32 too; a choice between bytes costs a CPU several times as much (LOG.md).
+    mixed = torch.where(inside, images.roll(1, 0).float(), images.float())
+    return mixed, torch.stack((1 - share, share), 1)
 
 
 def draw_ricap(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:

@@ -29,6 +29,8 @@ Work = Generator[int]  # one unit of work each time it is asked; the number of i
 # Images of a batch of inference: the first for its latency, and among the others the fastest is looked for.
 INFERENCE = {"cuda": (1, 256, 1024, 4096), "cpu": (1, 64, 256)}
 
+STEPS_PER_REPLAY = (1, 2, 5, 10)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -91,12 +93,20 @@ def conv_jobs(parts: Parts, _: Step | None) -> Iterator[Job]:
             )
 
 
+def replay_jobs(parts: Parts, _: Step | None) -> Iterator[Job]:
+    """Several training steps a replay: what is left to gain by launching less often."""
+    for count in STEPS_PER_REPLAY:
+        named = settings(parts, "arch", "batch_size", "precision", "compiled", "cuda_graph")
+        yield Job(named | {"steps_per_replay": count}, replay_work(parts, count), *training_cost(parts), share=0.5)
+
+
 WHATS: dict[str, Callable[[Parts, Step | None], Iterator[Job]]] = {
     "loader": loader_jobs,
     "step": step_jobs,
     "train": train_jobs,
     "infer": infer_jobs,
     "conv": conv_jobs,
+    "replay": replay_jobs,
 }
 STEPPING = {"step", "train"}  # those that need the training step built
 
@@ -146,6 +156,17 @@ def step_work(parts: Parts, step: Step) -> Work:
         step(*batch)
         parts.optimizer.between_steps(done)
         yield len(batch[1])
+
+
+def replay_work(parts: Parts, count: int) -> Work:
+    """`count` steps a unit, on the loader's first batch, at a learning rate of 0."""
+    block = parts.fast_block(count)
+    batch = [tensor.clone() for tensor in next(parts.batches(0))]
+    parts.optimizer.set_lr(0.0)
+    for done in itertools.count(count, count):
+        block(*batch * count)
+        parts.optimizer.between_steps(done)
+        yield len(batch[1]) * count
 
 
 def train_work(parts: Parts, step: Step) -> Work:

@@ -127,6 +127,19 @@ def graphed(
     return run
 
 
+def in_blocks(step: Callable[..., None], count: int) -> Callable[..., None]:
+    """`count` steps as one function of the tensors of `count` batches, one batch after the other: one replay of
+    `graphed` then launches them all. What changes from step to step, such as a learning rate, has to be an input."""
+
+    def block(*tensors: Tensor) -> None:
+        size = len(tensors) // count
+        assert size * count == len(tensors), (len(tensors), count)
+        for start in range(0, len(tensors), size):
+            step(*tensors[start : start + size])
+
+    return block
+
+
 def captured_forward(
     forward: Callable[[Tensor], Tensor], example: Tensor, record: Callable[[Replay], Replay] | None = None
 ) -> Callable[[Tensor], Tensor]:

@@ -130,21 +130,27 @@ class Parts:
             function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics, self.world
         )
 
-    def fast_step(self) -> Step:
-        """The step as this machine runs it fastest, compiled and captured; its state is untouched by that."""
-        function = self.function()
-        plain = self.step(function)
-        example = self.example()
-        self.model.train()
-        with self.untouched():
-            fast = self.step(capture.compiled(function, self.recipe.compile_mode)) if self.choice.compile else plain
-            if self.choice.cuda_graph:
-                fast = capture.graphed(fast, example, self.tensors())
-            elif self.choice.compile:
-                fast = capture.warmed(fast, example, self.tensors())
+    def fast_step(self, mode: str = "auto") -> Step:
+        """The step as this machine runs it fastest, compiled and captured; its state is untouched by that.
+
+        `mode`: the compiler's effort, where the recipe leaves it open.
+        """
+        fast = self.fast_block(1, mode)
         self.inference = self.fast_inference()
         next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, plain, len(example[0]))
+        return capture.by_batch_size(fast, self.step(self.function()), self.loader.steps.share)
+
+    def fast_block(self, count: int, mode: str = "auto") -> Callable[..., None]:
+        """`count` steps on full batches as one function of all their tensors (see `capture.in_blocks`)."""
+        function, example = self.function(), self.example() * count
+        mode = mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
+        self.model.train()
+        with self.untouched():
+            step = self.step(capture.compiled(function, mode) if self.choice.compile else function)
+            block = step if count == 1 else capture.in_blocks(step, count)
+            if self.choice.cuda_graph:
+                return capture.graphed(block, example, self.tensors())
+            return capture.warmed(block, example, self.tensors()) if self.choice.compile else block
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -273,7 +279,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
             f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
         )
     pick(VIEWS, recipe.tta, "test-time augmentation")
-    loader_kind = pick(LOADERS, choice.loader, "loader")
+    pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
         network(recipe, cifar.DATASETS[recipe.dataset].classes)
@@ -286,21 +292,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
-    takes = inspect.signature(loader_kind).parameters
-    own = {"compile": choice.compile, "workers": recipe.workers}
-    loader = loader_kind(
-        train.images,
-        train.labels,
-        batch_size=recipe.batch_size,
-        augment=pixel_ops,
-        seed=recipe.seed,
-        device=device,
-        fill=mean_colour(recipe),
-        drop_last=recipe.drop_last,
-        rank=here.rank,
-        ranks=here.ranks,
-        **{name: value for name, value in own.items() if name in takes},
-    )
+    loader = loader_of(train, pixel_ops, recipe, choice, here)
     return Parts(
         recipe=recipe,
         choice=choice,
@@ -319,6 +311,26 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
+    )
+
+
+def loader_of(split: Split, ops: tuple[Op, ...], recipe: Recipe, choice: Choice, here: World) -> Loader:
+    """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
+    kind = LOADERS[choice.loader]
+    takes = inspect.signature(kind).parameters
+    own = {"compile": choice.compile, "workers": recipe.workers}
+    return kind(
+        split.images,
+        split.labels,
+        batch_size=recipe.batch_size,
+        augment=ops,
+        seed=recipe.seed,
+        device=torch.device(choice.device),
+        fill=mean_colour(recipe),
+        drop_last=recipe.drop_last,
+        rank=here.rank,
+        ranks=here.ranks,
+        **{name: value for name, value in own.items() if name in takes},
     )
 
 

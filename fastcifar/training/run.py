@@ -1,4 +1,4 @@
-"""A run folder (recipe, environment, metrics, events, summary), the sinks, the clock and the signals of one run.
+"""A run folder (recipe, environment, metrics, events, summary), the sinks and the clock of one run.
 
 A folder belongs to one process at a time, which holds a lock on it; `-2` is added to a name that is taken. Nothing
 here computes a metric.
@@ -12,27 +12,22 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcifar.device import environment
-from fastcifar.errors import DiskError, Interrupted, UsageError
+from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
-from fastcifar.training.distributed import World
 
-AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
 COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
@@ -305,49 +300,6 @@ class Clock:
         self.started -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
         self._whole_epochs = self.seconds["train"] - state["epoch"]
-
-
-class Stop:
-    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once.
-
-    `caught`: the signal that this process has got. `signal`: the one that the run stops by.
-    """
-
-    CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
-
-    def __init__(self) -> None:
-        self.caught = self.signal = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for name in self.CODES:
-                number = signal.Signals[name]
-                self._before[number] = signal.signal(number, self._caught)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _caught(self, number: int, _: FrameType | None) -> None:
-        if self.caught == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
-
-    def asked(self, world: World, step: int = 0) -> str:
-        """The signal to stop by after `step`, "" if there is none.
-
-        Several ranks agree on one every AGREE_EVERY steps: none may leave while another waits for its gradients.
-        """
-        names = ["", *self.CODES]
-        if step % AGREE_EVERY == 0 or world.ranks == 1:
-            self.signal = names[world.largest(names.index(self.caught))]
-        return self.signal
-
-    def interruption(self, run: Run, step: int) -> Interrupted:
-        """The error that ends the process with the signal's exit code, once the checkpoint is written."""
-        return Interrupted(self.signal, self.CODES[self.signal], step, str(run.checkpoint("last")))
 
 
 def hold(folder: Path) -> int:

@@ -18,8 +18,9 @@ from fastcifar.training import checkpoint, resume
 from fastcifar.training.distributed import joined
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import Display, say
-from fastcifar.training.rehearse import fit_into_budget
-from fastcifar.training.run import Clock, Run, Stop
+from fastcifar.training.rehearse import fit_into_budget, tuned
+from fastcifar.training.run import Clock, Run
+from fastcifar.training.signals import Stop
 from fastcifar.training.step import Reading, Step
 from fastcifar.training.summary import summarise
 
@@ -41,6 +42,7 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
             step = parts.fast_step()
             if origin.is_new:
                 fit_into_budget(parts, step, clock.total())
+            step = tuned(parts, step)
         run = origin.open_together(parts, clock)
         say(console, [f"run: {run.folder}, {parts.recipe.epochs} epochs, {parts.steps:,} steps"])
         display = Display(console, parts.steps, parts.recipe.epochs, recipe.batch_size, parts.progress.step)

@@ -51,6 +51,7 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     from fastcifar.training.optim import Optimizer
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

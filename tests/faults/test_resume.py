@@ -135,7 +135,7 @@ def test_fault01_every_generator_of_random_numbers_is_seeded_and_kept() -> None:
 
 
 @pytest.mark.parametrize("save_every", ["1e", "3s"])
-def test_fault02_with_average_smoothing_clipping_early_stop_and_fp16(
+def test_fault02_with_average_cutmix_smoothing_clipping_early_stop_and_fp16(
     tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], save_every: str
 ) -> None:
     values: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_fault02_with_average_smoothing_clipping_early_stop_and_fp16(
         "schedule": "plateau:1",
         "warmup_epochs": 1,
         "precision": "fp16",
-        "augment": "crop:4:zero,flip,cutout:8",
+        "augment": "crop:4:zero,flip,cutmix:1.0",
         "weights": "best",
         "save_every": save_every,
     }

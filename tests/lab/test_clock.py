@@ -32,6 +32,7 @@ NAMED = {
     "train": {"arch", "loader", "augment", "precision", "compiled", "cuda_graph", "data"} | COST,
     "infer": {"arch", "precision", "compiled", "cuda_graph"} | COST,
     "conv": {"arch", "precision", "conv", "calls", "direction"} | COST,
+    "replay": {"arch", "precision", "compiled", "cuda_graph", "steps_per_replay"} | COST,
 }
 SHOWN_BY_THE_MACHINE = {"clock_mhz"}
 QUICK = 0.02  # seconds

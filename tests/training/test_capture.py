@@ -283,3 +283,33 @@ def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "file"))
     assert capture.keep_compiled_code() is None
     assert capture.COMPILED_CODE not in os.environ
+
+
+@pytest.mark.parametrize("optimizer", ["lookahead:sgd", "muon"])
+def test_a_replay_of_several_steps_equals_them_one_by_one(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    """The learning rate of each step is an input, beside its batch; it is not what it was when the block was made."""
+    one, several = (parts_of(tiny(optimizer=optimizer, ema=0.9, dropout=0.1)) for _ in range(2))
+    rates = [torch.tensor(rate) for rate in (0.1, 0.05, 0.02, 0.01, 0.2, 0.3)]
+
+    def stepping(parts: Parts) -> Callable[..., None]:
+        plain = parts.step(parts.function())
+
+        def step(rate: torch.Tensor, *batch: torch.Tensor) -> None:
+            parts.optimizer.lr.copy_(rate)
+            plain(*batch)
+
+        return step
+
+    given = [(rate, *batch) for rate, batch in zip(rates, batches(one, 6), strict=True)]
+    single = stepping(one)
+    torch.manual_seed(1)
+    for tensors in given:
+        single(*tensors)
+    block = capture.in_blocks(stepping(several), 3)
+    example = [tensor for tensors in given[3:] for tensor in tensors]
+    replayed = graphed(block, example, several.tensors(), record=lambda work: work)
+    torch.manual_seed(1)
+    for start in (0, 3):
+        replayed(*(tensor for tensors in given[start : start + 3] for tensor in tensors))
+    assert all(torch.equal(mine, other) for mine, other in zip(several.tensors(), one.tensors(), strict=True))
+    assert one.meter.read() == several.meter.read()

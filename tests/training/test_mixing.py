@@ -65,7 +65,7 @@ def test_loss_is_the_sum_of_the_labels_losses_by_their_weights(
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixing_before_normalising_is_mixing_after(name: str) -> None:
-    """What is mixed are bytes; every recipe elsewhere mixes normalised images."""
+    """What is mixed has not been normalised; recipes elsewhere mix what has."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=random)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

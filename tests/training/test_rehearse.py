@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import rehearse
-from fastcifar.training.parts import assemble
+from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.rehearse import Pace, fit_into_budget, measure
 from fastcifar.training.train import train
 
@@ -68,3 +69,23 @@ def test_a_run_with_a_budget_ends_complete(tiny: Callable[..., Recipe], monkeypa
     assert summary["complete"]
     assert summary["epochs"] == summary["config"]["epochs"] == 3
     assert Recipe.make(str(Path(summary["run"]) / "recipe.toml")).epochs == 3
+
+
+@pytest.mark.parametrize(("step_s", "mode"), [(1.0, "max-autotune-no-cudagraphs"), (0.001, "")])
+def test_the_compiler_tries_harder_only_where_the_run_is_long_enough(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, step_s: float, mode: str
+) -> None:
+    """3 % of the expected training time against 100 s: 5,000 steps of a second, or of a millisecond."""
+    recipe = tiny(epochs=1000)
+    parts = assemble(recipe, choose(recipe))
+    tried: list[str] = []
+    monkeypatch.setattr(Parts, "fast_step", lambda _, mode: tried.append(mode))
+    monkeypatch.setattr(rehearse, "measure", lambda *_: Pace(step_s, 0.0))
+    rehearse.tuned(parts, parts.step(parts.function()))
+    assert tried == [], "a CPU has nothing to tune"
+    parts.choice = replace(parts.choice, device="cuda", compile=True)
+    rehearse.tuned(parts, parts.step(parts.function()))
+    assert tried == ([mode] if mode else [])
+    parts.recipe = parts.recipe.model_copy(update={"compile_mode": "default"})
+    rehearse.tuned(parts, parts.step(parts.function()))
+    assert len(tried) <= 1
