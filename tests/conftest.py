@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, also for what a test starts, but two for the kernels of `data`, which are compiled for them.
+
+    Networks this small are no faster on two threads, and many times slower where another process takes a core.
+    """
+    import torch
+
+    before, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    if request.path.parent.name != "data":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(before)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = asked
 
 
 @pytest.fixture

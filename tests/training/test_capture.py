@@ -100,7 +100,9 @@ def test_compiled_steps_from_eagers_own_state_equal_eager_steps(twins: tuple[Par
         assert change <= 1e-5 * torch.cat([other.flatten() for _, other in pairs]).norm()
         if eager.recipe.activation == "silu":
             for mine, other in pairs:
-                assert (mine - other).norm() <= 1e-5 * other.norm()
+                assert (
+                    mine - other
+                ).norm() <= 1e-5 * other.norm() + 1e-7  # a bias one step from 0 is a gradient's rounding
 
 
 @pytest.mark.parametrize("wrap", ["graphed", "warmed"])
