@@ -24,6 +24,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, Scheduler
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._triton import has_triton
 
 from fastcifar.device import environment
 from fastcifar.models import build, fuse
@@ -73,6 +74,8 @@ class Scheduled(BaseException):
 @contextlib.contextmanager
 def as_if_on_a_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
+        stack.callback(has_triton.cache_clear)  # torch remembers the answer, here and after
+        has_triton.cache_clear()
         for name, answer in ANSWERS.items():
             stack.enter_context(mock.patch(name, answer))
         for name, value in ANSWERS_OF_INTERFACE.items():

@@ -165,7 +165,6 @@ def export(
             raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     # One that reads a file reads it on any machine, so it is made of float32 on the CPU.
     found = rebuild(run, weights, arch, **changes, device="cpu", precision="fp32")
-    found.model.eval()
     data = cifar.load(found.recipe.data, found.recipe.dataset)
     if list(data.classes) != found.classes:
         raise DataError(

@@ -88,7 +88,7 @@ def rebuild(run: str, weights: str | None = None, arch: str | None = None, **cha
     if state is None:
         raise CheckpointError(f"{path} holds no average of the weights", "use --weights last, or train with --ema")
     checkpoint.load_weights(model, state, path)
-    forward = forward_pass(place(model, device), *normalisation(recipe), choice.precision, device)
+    forward = forward_pass(place(model, device).eval(), *normalisation(recipe), choice.precision, device)
     return Finished(
         recipe=recipe,
         choice=choice,
