@@ -81,11 +81,10 @@ def test_the_temperature_comes_from_the_validation_split(tiny: Callable[..., Rec
     data = cifar.load("synthetic:200")
     _, held_out = cifar.split(data.train.labels, 40, 0)
     found = rebuild(with_split["checkpoint"])
-    logits = predict_logits(found.model, found.forward, Split(data.train.images[held_out], np.arange(40)), found.device)
+    split = Split(data.train.images[held_out], np.arange(40))
+    logits = predict_logits(found.model, found.forward, split, found.device).double()
     labels = torch.from_numpy(data.train.labels[held_out])
-    losses = {
-        step / 50: F.cross_entropy(logits.double() / math.exp(step / 50), labels).item() for step in range(-200, 201)
-    }
+    losses = {step / 50: F.cross_entropy(logits / math.exp(step / 50), labels).item() for step in range(-200, 201)}
     best = math.exp(min(losses, key=losses.__getitem__))
     assert with_split["temperature"] == pytest.approx(best, rel=0.021), "the steps are 2 %"
     test = predict_logits(found.model, found.forward, data.test, found.device)
