@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastcifar.data import cifar
 from fastcifar.data.cifar import Dataset
 from fastcifar.device import optional
-from fastcifar.errors import DataError, DiskError, UsageError, UserError, pick
+from fastcifar.errors import DiskError, UsageError, UserError, pick
 from fastcifar.results.card import model_card
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.parts import network, normalisation
@@ -165,11 +164,7 @@ def export(
             raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     # One that reads a file reads it on any machine, so it is made of float32 on the CPU.
     found = rebuild(run, weights, arch, **changes, device="cpu", precision="fp32")
-    data = cifar.load(found.recipe.data, found.recipe.dataset)
-    if list(data.classes) != found.classes:
-        raise DataError(
-            f"{found.checkpoint} was trained on other classes than {data.source} has", "give its own data set"
-        )
+    data = found.data()
     folder = Path(run) if Path(run).is_dir() else found.checkpoint.parent
     out = out or folder / f"{found.recipe.arch}{row.suffix}"
     card = out.with_name(f"{out.name}.md")

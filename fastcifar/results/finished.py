@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastcifar.data import cifar
+from fastcifar.data.cifar import Dataset
 from fastcifar.device import Choice, choose
-from fastcifar.errors import CheckpointError, UsageError, pick
+from fastcifar.errors import CheckpointError, DataError, UsageError, pick
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint, published
 from fastcifar.training.evaluate import BATCH_SIZE, COMPILE_FROM, VIEWS, fast_forward
@@ -38,6 +40,14 @@ class Finished:
     forward: Forward
     checkpoint: Path
     weights: str  # "last", "best", "ema" or "published"
+
+    def data(self) -> Dataset:
+        """The data set of the recipe. Errors: those of `cifar.load`, `DataError` for one of other classes."""
+        found = cifar.load(self.recipe.data, self.recipe.dataset)
+        if list(found.classes) != self.classes:
+            problem = f"{self.checkpoint} was trained on other classes than {found.source} has"
+            raise DataError(problem, "give its own data set")
+        return found
 
     def hurry(self, images: int) -> None:
         """Makes `forward` as fast as `images` of them repay: compiled from COMPILE_FROM on, captured from a batch on.

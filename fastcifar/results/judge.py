@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastcifar.data import cifar
 from fastcifar.data.cifar import Split
-from fastcifar.errors import DataError, NonFiniteError
+from fastcifar.errors import NonFiniteError
 from fastcifar.results import metrics, plots
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.evaluate import VIEWS, evaluate, predict_logits, reliability, score
@@ -49,10 +48,7 @@ def judge(
     `NonFiniteError`, `DiskError`.
     """
     found = rebuild(run, weights, arch, **changes)
-    data = cifar.load(found.recipe.data, found.recipe.dataset)
-    if list(data.classes) != found.classes:
-        problem = f"{found.checkpoint} was trained on other classes than {data.source} has"
-        raise DataError(problem, "give its own data set")
+    data = found.data()
     if pictures is not None:
         plots.make_folder(pictures)
     tta, tests = found.recipe.tta, len(data.test.labels)
