@@ -25,6 +25,7 @@ from fastcifar.errors import DiskError, UsageError, UserError, pick
 from fastcifar.results.card import model_card
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.parts import network, normalisation
+from fastcifar.training.step import scale_and_shift
 
 IMAGES = 256  # that a file is compared on
 BATCH_SIZES = (1, 7, IMAGES)
@@ -50,8 +51,9 @@ class Deployed(nn.Module):
         self.network, self.inputs, self.outputs = network, inputs, outputs
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1))
+        scale, shift = scale_and_shift(mean, std)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.inputs == "uint8":

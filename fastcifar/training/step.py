@@ -112,6 +112,13 @@ class Statistics:
         torch._foreach_copy_(self.live, parts)
 
 
+def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """What normalises pixels 0..255: `pixels * scale + shift`, each [1,3,1,1]. `mean`, `std`: of pixels in [0, 1]."""
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
+
+
 def forward_pass(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
@@ -120,8 +127,7 @@ def forward_pass(
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
     dtype = DTYPES[precision]
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
+    scale, shift = (part.to(device) for part in scale_and_shift(mean, std))
 
     def forward(images: Tensor) -> Tensor:
         normalised = (images * scale + shift).to(dtype)
