@@ -118,8 +118,8 @@ def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pyte
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
     choice = Choice("cpu", "fp32", "tensor", False, False)
     monkeypatch.setattr(loops, "choose", lambda _: choice)
-    loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip", "synthetic:80", "cpu"))
-    drops_the_short_batch = name in loops.CROP_FLIP_ONLY
+    loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
+    drops_the_short_batch = name in loops.ON_DEVICE
     assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_the_short_batch else [32, 32, 16, 32])
 
 

@@ -1,7 +1,7 @@
 """Images a second of the training loops of loops.py on this machine, in turn, each in a process of its own.
 
-    python bench/peers/run.py [--arch se68 --batch-size 128 --augment crop-flip|a --data PATH --steps 8 --rounds 3]
-                              [--loops NAME,NAME --airbench CHECKOUT]
+    python bench/peers/run.py [--arch se68 --batch-size 128 --augment crop-flip|crop-flip-cutout|a --data PATH]
+                              [--steps 8 --rounds 3 --loops NAME,NAME --airbench CHECKOUT]
 
 writes bench/results/<UTC>_<device>_peers-<arch>/{env,summary}.json and trials.jsonl. A trial is the `--steps` steps
 after the warm-up of one process; building, compiling and warming up are its `prepare_s`. Each is kept with the cores
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import airbench
 import results_folder
 import torch
-from loops import AUGMENTATIONS, CROP_FLIP_ONLY, LOOPS, Setting
+from loops import AUGMENTATIONS, LOOPS, ON_DEVICE, THEIRS, Setting
 
 from fastcifar.device import choose, environment
 from fastcifar.lab.bench import cpu_seconds, on_some_data, timed
@@ -140,7 +140,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training loops on the same network and images.")
     parser.add_argument("--arch", default="se68")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--augment", choices=AUGMENTATIONS, default="crop-flip")
+    parser.add_argument("--augment", choices=AUGMENTATIONS, default="crop-flip-cutout")
     parser.add_argument("--data", help="as `fastcifar train` takes it; default: what it would find, else synthetic")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--loops", default="", help=f"some of {','.join(LOOPS)}; default: all that know --augment")
@@ -158,7 +158,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one(arguments.child, arguments)))
         return
-    names = [name for name in LOOPS if arguments.augment == "crop-flip" or name not in CROP_FLIP_ONLY]
+    names = [name for name in LOOPS if arguments.augment in THEIRS or name not in ON_DEVICE]
     if arguments.loops:
         names = arguments.loops.split(",")
     data = on_some_data(Recipe(data=arguments.data)).data
@@ -170,7 +170,7 @@ def main() -> None:
         trials,
         arch=arguments.arch,
         batch_size=arguments.batch_size,
-        augment=AUGMENTATIONS[arguments.augment][0],
+        augment=AUGMENTATIONS[arguments.augment].spelling,
         data="synthetic" if str(data).startswith("synthetic") else "cifar10",
         steps=arguments.steps,
         warm_up=WARM_UP,
