@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from fastcifar.data.augment import parse, split_mixer
 from fastcifar.data.mixers import MIXERS
@@ -61,7 +62,11 @@ def test_a_shipped_recipe_builds_under_the_budget_and_assembles(name: str) -> No
     assert mixer is None or mixer.name in MIXERS
     assert bool(pixel_ops) == (recipe.augment != "none")
     optimizer = Optimizer(small(recipe.arch), recipe)
+    for weight in optimizer.parameters:
+        weight.grad = torch.ones_like(weight)
     clipper(recipe.clip, optimizer.parameters)()
+    largest = max(float(weight.grad.max()) for weight in optimizer.parameters if weight.grad is not None)
+    assert largest == pytest.approx(1.0 if recipe.clip == "none" else 0.1)
     schedule = Schedule(recipe, steps_per_epoch=10)
     peak = max(schedule.lr_at(step) for step in range(10 * recipe.epochs))
     assert peak == pytest.approx(recipe.lr, rel=0.05)
