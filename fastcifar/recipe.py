@@ -140,6 +140,7 @@ class Recipe(BaseModel):
         description="auto (the newest unfinished run of this recipe), a run folder or a checkpoint; more --epochs: the "
         "schedule is computed anew over the new length, from the current step on",
     )
+    track: str = Field(default="none", description="also log to tensorboard, mlflow, or both with a comma between")
     on_nan: Literal["stop", "rollback"] = Field(
         default="stop", description="not finite: stop, or go back to the last checkpoint at half the learning rate"
     )

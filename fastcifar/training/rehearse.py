@@ -18,6 +18,7 @@ from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.models import macs, parameters
 from fastcifar.recipe import Recipe
+from fastcifar.training import trackers
 from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.run import Clock
@@ -105,6 +106,7 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
     if recipe.resume:
         raise UsageError("--dry-run starts nothing, so it resumes nothing", "leave --resume out")
     clock = Clock()
+    trackers.require(recipe)
     with clock.phase("setup"):
         parts = assemble(recipe, choose(recipe))
     with clock.phase("compile"):
