@@ -25,10 +25,11 @@ from fastcifar.errors import DiskError, UsageError, pick
 from fastcifar.recipe import Recipe, read_toml
 from fastcifar.training.rows import csv_rows
 from fastcifar.training.run import hold, read_environment
+from fastcifar.training.trackers import ARTIFACTS
 
 RECIPE, TRIALS, SUMMARY = "recipe.toml", "trials.jsonl", "summary.json"
 # What a run and a sweep are made of, beside files of these kinds that other commands put there. More is not ours.
-FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots", "mlflow-artifacts"}}
+FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots", ARTIFACTS}}
 SUFFIXES = {".toml", ".json", ".jsonl", ".csv", ".safetensors", ".onnx", ".data", ".pt2", ".pt", ".md", ".html", ".png"}
 SUFFIXES |= {".tex", ".db", ".log", ".lock", ".tmp"}
 
@@ -49,7 +50,7 @@ def below(folder: Path) -> Iterator[Path]:
     for path in inside:
         if kind(path):
             yield path
-        elif not path.name.startswith("."):
+        elif path.name != ARTIFACTS and not path.name.startswith("."):  # which holds copies of recipes
             yield from below(path)
 
 
@@ -136,19 +137,22 @@ SORTED_BY: dict[str, Callable[[Any], str]] = {
     "test_acc": "{:.2%}".format,
     "seconds": "{:,.0f}".format,
     "bytes": lambda count: f"{count / 1e6:,.1f} MB",
-    "date": str,
+    "date": lambda started: started[:10],
 }
 
 
 def runs_table(entries: Sequence[Entry]) -> Table:
     """The entries as `runs ls` shows them."""
-    table = Table(box=None)
-    shown = [name for name in SORTED_BY if name != "kind"]
-    for name in shown:
-        is_figure = name in ("epochs", "val_acc", "test_acc", "seconds", "bytes")
-        table.add_column("size" if name == "bytes" else name, justify="right" if is_figure else "left", overflow="fold")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in ("name", "state", "arch, recipe"):
+        table.add_column(heading, overflow="fold", min_width=8)
+    figures = {"epochs": "epochs", "val_acc": "val", "test_acc": "test", "seconds": "seconds", "bytes": "size"}
+    for heading in (*figures.values(), "date"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in entries:
-        table.add_row(*("-" if row[name] is None else SORTED_BY[name](row[name]) for name in shown))
+        shown = {name: "-" if row[name] is None else spell(row[name]) for name, spell in SORTED_BY.items()}
+        cells = (shown[name] for name in (*figures, "date"))
+        table.add_row(shown["name"], shown["state"], f"{shown['arch']}, {shown['recipe']}", *cells)
     return table
 
 
@@ -157,9 +161,9 @@ def chosen(
 ) -> list[Entry]:
     """What `runs rm` would remove of `paths`: all of them; or, of them and of runs in them, only some.
 
-    `unfinished`: those interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc; one
-    without a val_acc stays. `checkpoints`: only folders that have some. Errors: `UsageError` for what is no run or
-    sweep, or is running, or holds what is not ours.
+    `unfinished`: those interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc;
+    sweeps stay, and runs without a val_acc. `checkpoints`: only folders that have some.
+    Errors: `UsageError` for what is no run or sweep, or is running, or holds what is not ours.
     """
     filtered = unfinished or keep_best is not None
     folders = [found for path in paths for found in ([path] if kind(path) or not filtered else below(path))]
@@ -167,7 +171,8 @@ def chosen(
         _refuse_others(path)
     entries = [entry(path) for path in dict.fromkeys(folders)]
     if filtered:
-        ranked = [row for row in entries if row["state"] == "finished" and row["val_acc"] is not None]
+        finished = [row for row in entries if (row["kind"], row["state"]) == ("run", "finished")]
+        ranked = [row for row in finished if row["val_acc"] is not None]
         ranked.sort(key=lambda row: -row["val_acc"])
         beaten = ranked[keep_best:] if keep_best is not None else []
         stopped = [row for row in entries if unfinished and row["state"] in ("interrupted", "damaged")]
@@ -197,8 +202,8 @@ def remove(entries: Sequence[Entry], checkpoints: bool = False) -> None:
     """
     folders = [Path(row["name"]) for row in entries]
     with ExitStack() as locks:
-        for folder in [*folders, *(run for folder in folders if kind(folder) == "sweep" for run in below(folder))]:
-            locks.callback(os.close, hold(folder))
+        for run in [*folders, *(run for sweep in folders if kind(sweep) == "sweep" for run in below(sweep))]:
+            locks.callback(os.close, hold(run))
         for folder in folders:
             _refuse_others(folder)
             for doomed in _checkpoints(folder) if checkpoints else [folder]:
@@ -239,7 +244,7 @@ def _strangers(folder: Path, of: str) -> Iterator[Path]:
             yield path
         elif path.name == "runs":
             for run in os.scandir(path):
-                if run.is_dir(follow_symlinks=False) and run.name not in FOLDERS[of]:
+                if run.is_dir(follow_symlinks=False) and run.name != ARTIFACTS:
                     yield from _strangers(Path(run.path), "run")
 
 

@@ -61,6 +61,7 @@ def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
 
     return write
 
+
 # name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
 # one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
 SINKS: dict[str, Callable[[Path, int], Callable[[Row], None]]] = {

@@ -54,7 +54,9 @@ def written(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
         return events, list(csv.DictReader(file))
 
 
-def assert_the_same_rows(folder: Path, found: dict[str, list[tuple[int, float]]], rounded: Callable[[Any], Any]) -> None:
+def assert_the_same_rows(
+    folder: Path, found: dict[str, list[tuple[int, float]]], rounded: Callable[[Any], Any]
+) -> None:
     """`found`: of each column (step, value) as a tracker's reader gives them; `rounded`: as the tracker keeps a value."""
     events, table = written(folder)
     assert len(events) == len(table) > 0
@@ -76,7 +78,9 @@ def tensorboard_rows(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
     """How often a scalar and step stands in the event files, whatever a reader makes of that."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
-    events = [event for file in (folder / "tensorboard").iterdir() for event in loader.EventFileLoader(str(file)).Load()]
+    events = [
+        event for file in (folder / "tensorboard").iterdir() for event in loader.EventFileLoader(str(file)).Load()
+    ]
     return Counter((value.tag, event.step) for event in events for value in event.summary.value if value.tag in COLUMNS)
 
 
