@@ -25,6 +25,7 @@ from fastcifar.training.run import Run
 from fastcifar.training.train import train
 
 Make = Callable[..., Recipe]
+Points = dict[str, list[tuple[int, float]]]
 
 
 @pytest.fixture
@@ -54,10 +55,8 @@ def written(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
         return events, list(csv.DictReader(file))
 
 
-def assert_the_same_rows(
-    folder: Path, found: dict[str, list[tuple[int, float]]], rounded: Callable[[Any], Any]
-) -> None:
-    """`found`: of each column (step, value) as a tracker's reader gives them; `rounded`: as the tracker keeps a value."""
+def assert_the_same_rows(folder: Path, found: Points, rounded: Callable[[Any], Any]) -> None:
+    """`found`: of each column (step, value) as a tracker's reader gives them; `rounded`: as the tracker keeps them."""
     events, table = written(folder)
     assert len(events) == len(table) > 0
     for name in COLUMNS:
@@ -67,7 +66,7 @@ def assert_the_same_rows(
         assert [value for _, value in found.get(name, [])] == pytest.approx(printed, rel=1e-5), name
 
 
-def tensorboard_rows(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def tensorboard_rows(folder: Path) -> Points:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     reader = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
@@ -108,7 +107,7 @@ def test_mlflow_reads_back_every_metric_of_an_interrupted_run(
     run, values = tmp_path / "run", {"track": "mlflow", "epochs": 2}
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
-    def found() -> tuple[str, Any, dict[str, list[tuple[int, float]]]]:
+    def found() -> tuple[str, Any, Points]:
         run_id = json.loads((run / "mlflow.json").read_text())["run_id"]
         histories = {name: client.get_metric_history(run_id, name) for name in COLUMNS}
         return run_id, client.get_run(run_id), {
@@ -172,7 +171,7 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
         flush(self)
 
     monkeypatch.setattr(tensorboard.SummaryWriter, "flush", full)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="the run goes on") as caught:
         summary = train(tiny(epochs=3, track="tensorboard"))
     assert [str(warning.message).split(";")[0] for warning in caught] == [
         "tensorboard failed (OSError: [Errno 28] No space left on device)"
