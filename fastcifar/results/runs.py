@@ -238,7 +238,7 @@ def _strangers(folder: Path, of: str) -> Iterator[Path]:
     for item in os.scandir(folder):
         path = Path(item.path)
         if not item.is_dir(follow_symlinks=False):
-            if path.suffix not in SUFFIXES:
+            if path.suffix not in SUFFIXES and path.name != "error.txt":  # a failed trial's traceback
                 yield path
         elif path.name not in FOLDERS[of]:
             yield path

@@ -212,11 +212,11 @@ def store(runs: Path) -> str:
 
 
 def _library() -> Any:
-    """MLflow, which shall neither report to its makers nor tell a person of each table that it makes."""
+    """MLflow, which shall not report to its makers, nor log each table that it makes, or an error that we tell of."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = optional("mlflow", MLFLOW)
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return mlflow
 
 

@@ -181,6 +181,18 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
     assert set(raw_counts(tmp_path / "run").values()) == {1}
 
 
+def test_rows_that_a_rollback_takes_back_are_gone(tiny: Make, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    run = Run.create(tiny(track="tensorboard"), "name")
+    for epoch, loss in ((0, 2.0), (1, 3.0), (2, 9.0)):
+        run.log(dict.fromkeys(COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
+    run.rewind(1)
+    run.log(dict.fromkeys(COLUMNS, 0.5) | {"epoch": 1, "train_loss": 1.5})
+    assert tensorboard_rows(run.folder)["train_loss"] == [(0, 2.0), (1, 1.5)]
+    assert_the_same_rows(run.folder, tensorboard_rows(run.folder), np.float32)
+    assert set(raw_counts(run.folder).values()) == {1}
+
+
 def test_a_tracker_that_begins_late_gets_the_rows_before_too(tiny: Make, tmp_path: Path) -> None:
     train(tiny(epochs=1))
     train(tiny(epochs=2, resume=str(tmp_path / "run"), track="tensorboard"))
