@@ -37,8 +37,11 @@ Entry = dict[str, Any]
 
 
 def kind(folder: Path) -> str | None:
-    """ "sweep", "run" or None, for what is neither."""
-    return "sweep" if (folder / TRIALS).is_file() else "run" if (folder / RECIPE).is_file() else None
+    """ "sweep", "run" or None, for what is neither, though it may hold a file of the same name."""
+    if (folder / TRIALS).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
+        return "sweep"
+    begun = (folder / RECIPE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
+    return "run" if begun else None
 
 
 def below(folder: Path) -> Iterator[Path]:
@@ -169,7 +172,8 @@ def chosen(
     folders = [found for path in paths for found in ([path] if kind(path) or not filtered else below(path))]
     for path in folders:
         _refuse_others(path)
-    entries = [entry(path) for path in dict.fromkeys(folders)]
+    places = {path.resolve(): path for path in folders}  # each once, and not what goes with another
+    entries = [entry(path) for place, path in places.items() if not places.keys() & set(place.parents)]
     if filtered:
         finished = [row for row in entries if (row["kind"], row["state"]) == ("run", "finished")]
         ranked = [row for row in finished if row["val_acc"] is not None]

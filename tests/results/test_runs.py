@@ -133,15 +133,18 @@ def test_they_are_sorted_by_any_column(runs: Path) -> None:
 
 
 def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
-    remove(chosen([runs / "good", runs / "ablation"]))
+    remove(chosen([runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]))
     assert not (runs / "good").exists()
     assert not (runs / "ablation").exists()
     assert states(runs).keys() == {"fair", "stopped", "torn"}
     assert (runs / "holiday" / "photo.jpg").read_bytes() == b"photo"
 
 
-@pytest.mark.parametrize("what", ["holiday", "2026", "good/checkpoints", "nowhere", "elsewhere", ""])
+@pytest.mark.parametrize("what", ["holiday", "2026", "good/checkpoints", "nowhere", "elsewhere", "", "mine", "bench"])
 def test_what_is_no_run_is_not_removed(runs: Path, tmp_path: Path, what: str) -> None:
+    for name, file in (("mine", "recipe.toml"), ("bench", "trials.jsonl")):  # as recipes and measurements are kept
+        (runs / name).mkdir()
+        (runs / name / file).write_text("lr = 0.1\n")
     (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError):
