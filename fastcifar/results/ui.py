@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from fastcifar.errors import UsageError, pick
+from fastcifar.results.runs import kind
 from fastcifar.training.trackers import DATABASE, MLFLOW, TENSORBOARD, store
 
 HOST = "127.0.0.1"  # of this machine alone: neither page asks who is there
@@ -67,13 +68,16 @@ PAGES: dict[str, Page] = {
 
 
 def show(runs: Path, name: str, port: int | None, announce: Callable[[dict[str, str]], None]) -> None:
-    """Serves the page `name` over the folder `runs` until it is interrupted; `auto`: the first that has a run there.
+    """Serves the page `name` over the folder `runs`, or over a sweep's, until it is interrupted.
+
+    `auto`: the first page that has a run there.
 
     `port`: default the server's usual one. `announce`: called with the `page` and its `url` once it answers. Errors:
     `UsageError` where the page is not installed, has nothing to show, cannot have the port or ends by itself.
     """
     if not runs.is_dir():
         raise UsageError(f"there is no folder {runs}", "give the folder of your runs")
+    runs = runs / "runs" if kind(runs) == "sweep" else runs
     name = _first(runs) if name == "auto" else name
     page = pick(PAGES, name, "page")
     if importlib.util.find_spec(page.module) is None:

@@ -29,6 +29,7 @@ TENSORBOARD = "pip install 'tensorboard>=2.18,<3'"
 MLFLOW = "pip install 'mlflow>=3,<4'"
 DATABASE, ARTIFACTS, RUN_ID = "mlflow.db", "mlflow-artifacts", "mlflow.json"
 EXPERIMENT = "fastcifar"
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its page shows curves then, not agents
 # what of summary.json stands beside the rows, and what of a run folder is small enough to be copied
 FINAL = ("test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc")
 COPIED = ("recipe.toml", "env.json", "metrics.csv", "summary.json")
@@ -228,7 +229,7 @@ def _connected(runs: Path) -> tuple[Any, str]:
         if found := client.get_experiment_by_name(EXPERIMENT):
             return client, found.experiment_id
         location = None if "MLFLOW_TRACKING_URI" in os.environ else (runs / ARTIFACTS).resolve().as_uri()
-        return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+        return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TRAINING)
 
 
 @contextmanager

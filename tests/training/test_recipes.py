@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,30 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "coconut": ("coconut_leaky", SGD, 0.05, 128, "none", B, "kuangliu", 200, 200, 5e-4),
     **{f"res512{of}": (f"res512{of}", SGD, 0.1, 128, "none", CROP, "cifar10", 200, 200, 0.0) for of in "abcd"},
 }
+
+
+# in percent, as the sources' tables have them
+ACCURACY = {
+    "row1": 95.81,
+    "row2": 96.28,
+    "row3": 96.48,
+    "row4": 96.23,
+    "row5": 95.67,
+    "row6": 91.82,
+    "row7": 95.80,
+    "efficient": 96.04,
+    "mini": 85.39,
+    "coconut": 95.49,
+}
+
+
+@pytest.mark.parametrize("name", ACCURACY)
+def test_the_published_accuracy_stands_beside_the_recipe(name: str) -> None:
+    figure = f"{ACCURACY[name]:.2f} %"
+    assert f"published as {figure}" in shipped()[name].read_text(encoding="utf-8").splitlines()[0]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+    assert row.endswith(f"| {figure} |")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
