@@ -276,7 +276,7 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_on: str, bias_lr: float = 1.0, head_lr: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer that cover every trainable parameter exactly once, weights first.
+    """Groups for a torch optimizer that cover every trainable parameter exactly once.
 
     `decay_on`: "all", or "weights" to leave biases and normalisation (parameters of one dimension) undecayed.
     `bias_lr`, `head_lr`: multiples of the learning rate, for these and for the last linear layer's weight. They leave
