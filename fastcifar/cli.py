@@ -272,6 +272,31 @@ def bench(
 
 
 @app.command()
+@knobs(Recipe.model_fields)
+def speedrun(
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="94|95|96|96.5", help="percent to reach; default 94")
+    ] = None,
+    recipe: RecipeName = None,
+    n: Annotated[int, typer.Option("--n", metavar="INT", min=1, help="runs, of the seeds from --seed on")] = 1,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="test|val", help="what is evaluated; default test, after all images")
+    ] = None,
+    append: Annotated[Path | None, typer.Option("--append", metavar="DIR", help="go on with an earlier result")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Train n times by the clock, evaluate outside of it, and say how often and how fast a target is reached."""
+    from fastcifar.lab.speedrun import speedrun as run
+    from fastcifar.results.benchmarks import speedrun_table
+
+    console = Console(stderr=as_json)
+    found = run(target, recipe, n, on, append, console, **knobs)
+    print(json.dumps(found)) if as_json else console.print(speedrun_table(found))
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a submission, or what `bench --json` printed")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],

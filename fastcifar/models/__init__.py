@@ -20,6 +20,7 @@ from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
 from fastcifar.models.resnet import ACTIVATIONS, fuse, se_resnet
 from fastcifar.models.speednet import speednet
+from fastcifar.models.whitened import whitened
 from fastcifar.recipe import option, section
 
 __all__ = [
@@ -65,6 +66,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     # For short schedules: pools early, no shortcuts.
     "speednet": speednet,
+    # For the shortest: a stem that whitens. Each the widest of its shape, or nearly, that the budget allows.
+    "speed94": whitened,
+    "speed95": partial(whitened, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
+    "speed96": partial(whitened, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
     # The baseline, over the budget.
     "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }

@@ -40,7 +40,7 @@ FREE: dict[str, str] = {
     **dict.fromkeys(section("machine"), "sums may round otherwise: the same run, no longer bit for bit"),
 }
 # with --time-budget these were made to fit, so that the command says something else than the run's recipe
-FITTED = ("epochs", "warmup_epochs", "schedule_epochs")
+FITTED = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
 
 
 @dataclass
