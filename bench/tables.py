@@ -148,11 +148,11 @@ def speedruns() -> str:
     for folder, summary, environment in recorded("flops_to_target"):
         plain, views = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
+        cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
         lines.append(
-            f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {summary['n']} | {plain} "
-            f"| {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} "
-            f"| {', '.join(f'{value:.0f}' for value in summary['cold_start_s']) or '-'} | {summary['flops'] / 1e15:.4f} "
-            f"| {environment['device']} | `{folder.name}` |"
+            f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {summary['n']} "
+            f"| {plain} | {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
+            f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
 
