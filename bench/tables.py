@@ -138,6 +138,33 @@ def airbench() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
 
 
+def speedruns() -> str:
+    """Every recorded speedrun: accuracy without and with views, the share of runs over the target, seconds, PFLOP."""
+    lines = [
+        "| recipe | parameters | target | n | accuracy, mean ± std | with views | of them over the target "
+        "| seconds, mean ± std | from a cold start, s | training PFLOP | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("flops_to_target"):
+        plain, views = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
+        best = summary["acc_tta"] or summary["acc"] or {"share": 0}
+        lines.append(
+            f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {summary['n']} | {plain} "
+            f"| {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} "
+            f"| {', '.join(f'{value:.0f}' for value in summary['cold_start_s']) or '-'} | {summary['flops'] / 1e15:.4f} "
+            f"| {environment['device']} | `{folder.name}` |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+
+
+def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
+    """`93.99 ± 0.12 %`, without the deviation where there was one run, or a dash where nothing was measured."""
+    if figure is None:
+        return "-"
+    spread = "" if figure["std"] is None else f" ± {unit * figure['std']:.{decimals}f}"
+    return f"{unit * figure['mean']:.{decimals}f}{spread}{sign}"
+
+
 def faults() -> str:
     """Every recorded soak and fuzzing: how much was tried, and what came of it."""
     lines = ["| what | tried | what came of it | seconds | device | result |", "|---|---|---|---|---|---|"]
@@ -173,6 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loaders": loaders,
     "starts": starts,
     "airbench": airbench,
+    "speedruns": speedruns,
     "faults": faults,
 }
 

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.device import Choice
+from fastcifar.lab.tally import Tally
 from fastcifar.models import MODELS
+from fastcifar.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,6 +198,26 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
     lines = tables.peers().splitlines()
     assert len(lines) == 2 + len(PEERS)
     assert all("| 1 | 10.0 | 10.0 | 1.00 | 1.00 |" in line for line in lines[2:])
+
+
+def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder as `speedrun` leaves it: two runs, one of them over the target; then one run without views."""
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.speedruns() == "(None recorded yet.)"
+    times = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0, "refused": None}
+    for name, views in (("a", [0.939, 0.941]), ("b", [None])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
+        document = {"target": "94", "recipe": "small", "on": "test", "config": Recipe().model_dump(mode="json")}
+        tally = Tally(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
+        for seed, accuracy in enumerate(views):
+            tally.add({**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2})
+    first, second = tables.speedruns().splitlines()[2:]
+    assert first == (
+        "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 | 0.2000 | a CPU | `a` |"
+    )
+    assert "| 1 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
 
 
 def test_traffic_is_counted_as_one_counts_by_hand() -> None:

@@ -97,7 +97,7 @@ def speedrun(
             trial = {**timed(parts, step, cold=recipe is recipes[0]), **graded(parts, plan.on)}
             tally.add({"seed": recipe.seed, "flops": flops, "build_s": build_s, **trial})
             say(console, [told(tally.trials[-1])])
-        return tally.summary()
+        return {"folder": str(tally.folder), **tally.summary()}
 
 
 def planned(
@@ -217,7 +217,7 @@ def operations(recipe: Recipe, num_classes: int, images: int) -> int:
     computed (meta device). The optimizer's are left out, and those of evaluation.
     """
     with torch.device("meta"):
-        model = network(recipe, num_classes)
+        model = network(recipe.model_copy(update={"fused_ops": False}), num_classes)  # the same operations
     epochs = [recipe.size_at(epoch) for epoch in range(recipe.epochs)]
     of_image: dict[int, float] = {}
     for size in dict.fromkeys(epochs):

@@ -119,7 +119,6 @@ class Tally:
         reached = best is not None and best["mean"] >= target
         config = self.document["config"]
         return {
-            "folder": str(self.folder),
             "target": target,
             "recipe": self.document["recipe"],
             "on": self.document["on"],

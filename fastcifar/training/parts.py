@@ -305,6 +305,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     started = time.perf_counter()
     loader = loader_of(train, pixel_ops, recipe, choice, here)
     first_look(model, train, recipe)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was sent is there
     prepare_s = time.perf_counter() - started
     return Parts(
         recipe=recipe,
