@@ -285,6 +285,31 @@ def compare(
 
 
 @app.command()
+@knobs(("data", "device", "precision"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run folders, sweeps, or both")],
+    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="to print it in")] = "terminal",
+    sort: Annotated[str | None, typer.Option(metavar="COLUMN", help="by its heading, figures from the largest")] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="add the accuracy on the validation split")] = False,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw accuracy, loss, throughput, classes")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write it all as one page, offline")] = None,
+    mistakes: Annotated[int, typer.Option(min=0, help="ask the networks anew: confusion, so many mistakes")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
+    from fastcifar.results.ablation import report as tabulate
+
+    asked = {"validation": validation, "plots": plots, "html": html, "mistakes": mistakes}
+    found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **knobs)
+    if as_json or isinstance(shown, str):
+        print(json.dumps(found) if as_json else shown)
+    else:
+        Console().print(shown)
+
+
+@app.command()
 @knobs(section("machine"))
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
