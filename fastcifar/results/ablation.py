@@ -26,14 +26,17 @@ from fastcifar.results import pictures
 from fastcifar.results.mistakes import Mistakes, look
 from fastcifar.results.page import prepare_page, write_page
 from fastcifar.results.plots import make_folder
-from fastcifar.results.records import one_line, read
+from fastcifar.results.records import breakable, one_line, read
 from fastcifar.results.seeds import VALIDATION, Row, Spread, rows, varying
 
 MEANING = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ by the seed alone"
 NOT_AVERAGED = "not in the means"
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"} | {
-    letter: f"\\{letter}" for letter in "&%$#_{}"
-}
+WIDEST = 16  # letters of a knob in the terminal's table; what is longer is said above it
+LATEX = (
+    {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ KNOBS = {
     "blocks": Column(_blocks, is_knob=True),
     "optimizer": _knob("optimizer"),
     "lr": _knob("lr"),
-    "augmentation": _knob("augment"),
+    "augment": _knob("augment"),
     "clip": _knob("clip"),
     "batch": _knob("batch_size"),
 }
@@ -169,33 +172,40 @@ def tabulate(found: Sequence[Row], sort: str | None = None, validation: bool = F
 
 
 def terminal(table: Ablation) -> RenderableType:
-    """What all rows share in one line, the rest as a table, and the runs that are not averaged."""
+    """What all rows share in one line, the rest as a table, and the runs that are not averaged.
+
+    On a narrow terminal the knobs come first, in a table of their own.
+    """
     texts = [table.texts(row) for row in table.rows]
-    shared = {
-        heading: texts[0][heading]
-        for heading, column in table.columns.items()
-        if column.is_knob and len({text[heading] for text in texts}) == 1
-    }
-    notes = any(text["notes"] for text in texts)
-    shown = [heading for heading in texts[0] if heading not in shared and (heading != "notes" or notes)]
-    drawn = Table(box=None)
-    for heading in shown:
-        drawn.add_column(heading, justify="left" if heading in ("row", "of", "notes") else "right", overflow="fold")
-    for text in texts:
-        drawn.add_row(*(Text(_breakable(text[heading])) for heading in shown))
-    common = Text("; ".join(f"{heading} {text}" for heading, text in shared.items()))
-    parts: list[RenderableType] = [common, "", drawn, "", Text(MEANING)]
+    knobs = [heading for heading, column in table.columns.items() if column.is_knob]
+    shared = {name: texts[0][name] for name in [*knobs, "of", "notes"] if len({text[name] for text in texts}) == 1}
+    shown = [heading for heading in texts[0] if heading not in shared]
+    long = dict.fromkeys(text[name] for text in texts for name in knobs if name in shown and len(text[name]) > WIDEST)
+    letters = {text: f"({chr(ord('a') + place)})" for place, text in zip(range(26), long, strict=False)}
+
+    def drawn(headings: Sequence[str]) -> Table:
+        made = Table(box=None)
+        for heading in headings:
+            is_text = heading in ("row", "of", "notes")
+            made.add_column(heading, justify="left" if is_text else "right", no_wrap=heading in MEASURED)
+        for text in texts:
+            made.add_row(*(Text(letters.get(text[heading], text[heading]), overflow="fold") for heading in headings))
+        return made
+
+    results = [heading for heading in shown if heading not in knobs]
+    fits = Console(width=10_000).measure(drawn(shown)).maximum <= Console().width
+    tables = (
+        [drawn(shown)] if fits else [drawn(["row", *(name for name in shown if name in knobs)]), "", drawn(results)]
+    )
+    said = [f"{name}: {breakable(text)}" for name, text in shared.items() if text]
+    said += [f"{letter}: {breakable(text)}" for text, letter in letters.items()]
+    parts: list[RenderableType] = [Text("; ".join(said)), "", *tables, "", Text(MEANING)]
     if left_out := table.left_out():
         others = Table(*left_out[0], box=None, title=NOT_AVERAGED, title_justify="left")
         for record in left_out:
-            others.add_row(*map(Text, record.values()))
+            others.add_row(*(Text(text, overflow="fold") for text in record.values()))
         parts += ["", others]
     return Group(*parts)
-
-
-def _breakable(text: str) -> str:
-    """A list of augmentations may go on in the next line."""
-    return re.sub(r",(?=\S)", ", ", text)
 
 
 def markdown(table: Ablation) -> str:
@@ -243,7 +253,7 @@ def latex(table: Ablation) -> str:
             r"\toprule",
             line([*texts[0]]),
             r"\midrule",
-            *(line([_breakable(cell) for cell in text.values()]) for text in texts),
+            *(line([breakable(cell) for cell in text.values()]) for text in texts),
             r"\bottomrule",
             r"\end{tabular}",
             *left_out,

@@ -24,6 +24,7 @@ from fastcifar.errors import DiskError, UsageError
 from fastcifar.results.mistakes import Mistakes
 from fastcifar.results.pictures import CHARTS, lines
 from fastcifar.results.plots import Line
+from fastcifar.results.records import breakable
 from fastcifar.results.seeds import Row
 from fastcifar.training.checkpoint import write_atomically
 
@@ -92,7 +93,7 @@ def _cells(texts: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, tup
     found = {}
     for heading, text in texts.items():
         value = values[heading.removesuffix(" %")]
-        found[heading] = (text, value if _is_number(value) else None)
+        found[heading] = (text, value) if _is_number(value) else (breakable(text), None)
     return found
 
 
@@ -173,13 +174,12 @@ def confusion_figure(found: Mistakes) -> dict[str, Any]:
 
 
 def _classes(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of each class its mean test accuracy in each row; nothing where no row knows it."""
+    """Of each class its mean test accuracy in each row, and the range of all; nothing where no row knows it."""
     by_row = {row.name: shares for row in rows if (shares := row.per_class())}
     names = dict.fromkeys(name for shares in by_row.values() for name in shares)
-    return {
-        "rows": list(by_row),
-        "accuracies": {name: [shares.get(name) for shares in by_row.values()] for name in names},
-    }
+    known = [share for shares in by_row.values() for share in shares.values()]
+    accuracies = {name: [shares.get(name) for shares in by_row.values()] for name in names}
+    return {"rows": list(by_row), "accuracies": accuracies, "low": min(known, default=0), "high": max(known, default=1)}
 
 
 def _pictures(found: Mistakes) -> list[tuple[str, str]]:
@@ -198,6 +198,8 @@ def _machines(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
     """(device, versions) -> how many of the runs say so."""
     found: dict[tuple[str, str], int] = {}
     for record in (record for row in rows for record in row.records):
+        if not record.environment:
+            continue
         versions = record.environment.get("versions")
         known = versions if isinstance(versions, dict) else {}
         said = ", ".join(f"{name} {known[name]}" for name in NAMED if name in known)

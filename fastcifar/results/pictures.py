@@ -16,8 +16,9 @@ from fastcifar.results.mistakes import Mistakes
 from fastcifar.results.plots import Line
 from fastcifar.results.seeds import Row
 
-# Okabe and Ito's colours, which every eye tells apart, without yellow and black; after the last they begin again
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+# Okabe and Ito's colours, which every eye tells apart, without yellow and black, and three more for longer tables; they
+# are seen on white and on black, and after the last they begin again.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080", "#8c6bb1", "#a6761d")
 
 
 @dataclass(frozen=True)

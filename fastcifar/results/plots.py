@@ -220,7 +220,9 @@ def line_chart(path: Path, title: str, reading: str, lines: Sequence[Line]) -> N
             low, high = ([y + sign * std for y, std in zip(line.y, line.std, strict=True)] for sign in (-1, 1))
             axis.fill_between(line.x, low, high, color=line.colour, alpha=0.15, linewidth=0)
         if line.marked is not None:
-            axis.plot(line.x[line.marked], line.y[line.marked], "o", color=line.colour, markersize=5)
+            axis.plot(
+                line.x[line.marked], line.y[line.marked], "o", color=line.colour, markersize=6, markeredgecolor="white"
+            )
     names = dict.fromkeys((line.name, line.colour) for line in lines)
     for name, colour in names:
         axis.plot([], [], color=colour, linewidth=2, label=_wrapped(name))
@@ -240,10 +242,10 @@ def fractions(path: Path, title: str, rows: Mapping[str, Mapping[str, float]]) -
     values = np.array([[100 * row.get(name, np.nan) for name in classes] for row in rows.values()])
     figure = _figure((2.6 + (0.6 if few else 0.12) * len(classes), 1.3 + 0.32 * len(rows)))
     axis = figure.subplots()
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    shade = axis.imshow(values, cmap="Blues", aspect="auto")
     if few:
         for (row, column), value in np.ndenumerate(values):
-            colour = "white" if value > 60 else INK
+            colour = "white" if shade.norm(value) > 0.6 else INK
             axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
     axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK)
     axis.set_xticks(range(len(classes)), classes, fontsize=7 if few else 4, rotation=30 if few else 90, ha="right")

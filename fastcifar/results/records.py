@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -207,6 +208,11 @@ def _trial(sweep: Path, trial: Trial) -> Record:
 def one_line(text: object) -> str:
     """`text` as it may stand in a table: nothing but printable characters and single spaces."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def breakable(text: str) -> str:
+    """A list of names, such as augmentations, with spaces where it may go on in the next line."""
+    return re.sub(r",(?=[a-z])", ", ", text)
 
 
 def _problem(error: ValidationError | OSError) -> str:
