@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from fastcifar.results import pictures
 from fastcifar.results.mistakes import Mistakes, look
 from fastcifar.results.page import prepare_page, write_page
 from fastcifar.results.plots import make_folder
-from fastcifar.results.records import breakable, one_line, read
+from fastcifar.results.records import breakable, one_line, read, spelt
 from fastcifar.results.seeds import VALIDATION, Row, Spread, rows, varying
 
 MEANING = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ by the seed alone"
@@ -328,17 +327,6 @@ def _runs(row: Row) -> list[dict[str, Any]]:
         }
         for record in row.records
     ]
-
-
-def spelt(value: Any) -> str:
-    """A knob's value as the command line spells it; a dash for none."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
 
 
 def _percents(spread: Spread | None) -> str:

@@ -29,6 +29,7 @@ from fastcifar.results.seeds import Row
 from fastcifar.training.checkpoint import write_atomically
 
 REMEDY = "pip install 'fastcifar[html]'"
+FEW = 15  # epochs, and classes, that there is room to name each of
 NAMED = ("torch", "nvidia-dali-cuda120", "fastcifar")  # versions that figures depend on most
 
 Texts = Sequence[Mapping[str, str]]
@@ -107,9 +108,14 @@ def chart_figure(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     data = [trace for line in lines(chart, rows) for trace in _traces(line)]
     named = set()
     for trace in data:  # one entry in the legend for each row; a click on it hides all that belongs to it
-        trace["showlegend"] = trace["mode"] == "lines" and "fill" not in trace and trace["legendgroup"] not in named
+        trace["showlegend"] = (
+            trace["mode"].startswith("lines") and "fill" not in trace and trace["legendgroup"] not in named
+        )
         named |= {trace["legendgroup"]} if trace["showlegend"] else set()
-    return {"data": data, "layout": {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": chart.title}}}}
+    longest = max((trace["x"][-1] for trace in data if "fill" not in trace), default=0)
+    whole = {"dtick": 1} if longest <= FEW else {"tickformat": "d"}  # there is no half an epoch
+    axes = {"xaxis": {"title": {"text": "epoch"}, **whole}, "yaxis": {"title": {"text": chart.title}}}
+    return {"data": data, "layout": axes}
 
 
 def _traces(line: Line) -> list[dict[str, Any]]:
@@ -120,7 +126,7 @@ def _traces(line: Line) -> list[dict[str, Any]]:
         **shared,
         "x": line.x,
         "y": line.y,
-        "mode": "lines",
+        "mode": "lines" if len(line.x) > 1 else "lines+markers",
         "line": {
             "color": line.colour,
             "width": 1.2 if line.is_dashed else 2,
@@ -146,7 +152,7 @@ def confusion_figure(found: Mistakes) -> dict[str, Any]:
     """The mean confusion matrix as plotly's figure; the shade is the root of the share of the row, as in `plots`."""
     totals = found.confusion.sum(1, keepdims=True).clip(1)
     names = [html.escape(name) for name in found.classes]
-    few = len(names) <= 20
+    few = len(names) <= FEW
     trace = {
         "type": "heatmap",
         "x": names,
@@ -156,8 +162,7 @@ def confusion_figure(found: Mistakes) -> dict[str, Any]:
         "zmax": 1,
         "text": [[f"{count:.4g}" for count in row] for row in found.confusion],
         **({"texttemplate": "%{text}"} if few else {}),
-        "colorscale": "Blues",
-        "reversescale": False,
+        "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
         "showscale": False,
         "hovertemplate": "%{text} of %{y} called %{x}<extra></extra>",
     }

@@ -66,7 +66,7 @@ def lines(chart: Chart, rows: Sequence[Row]) -> list[Line]:
                     is_dashed=place > 0,
                     x=curve.epochs,
                     y=[scale * mean for mean in curve.mean],
-                    std=[scale * std for std in curve.std] if curve.std else None,
+                    std=[scale * std for std in curve.std] if curve.std and place == 0 else None,
                     marked=curve.epochs.index(best) if best in curve.epochs else None,
                 )
             )

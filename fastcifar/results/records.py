@@ -23,7 +23,8 @@ from fastcifar.recipe import Recipe, read_toml
 from fastcifar.training.run import COLUMNS, csv_rows, read_environment
 
 TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
-WHERE = ("out", "resume", "save_every")  # knobs of where a run is kept, not of what it is
+UNNAMED = "custom"  # what `train` calls a recipe of options alone
+WHERE = ("out", "resume", "save_every", "track")  # knobs of where a run is kept and followed, not of what it is
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -112,11 +113,12 @@ def _run(path: Path) -> Record:
 def read_run(folder: Path) -> Record:
     """The record of a run folder, whatever state it is in."""
     environment = read_environment(folder)
-    name = one_line(environment.get("recipe", "")) or folder.name
     try:
         knobs = _knobs(folder)
     except UsageError as error:
-        return Record(folder, str(folder), name, {}, None, "damaged", one_line(error), environment=environment)
+        return Record(folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment)
+    recipe = one_line(environment.get("recipe", ""))
+    name = knobs["arch"] if recipe in ("", UNNAMED) else recipe
     alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *WHERE)}
     record = Record(
         folder,
@@ -213,6 +215,17 @@ def one_line(text: object) -> str:
 def breakable(text: str) -> str:
     """A list of names, such as augmentations, with spaces where it may go on in the next line."""
     return re.sub(r",(?=[a-z])", ", ", text)
+
+
+def spelt(value: Any) -> str:
+    """A knob's value as the command line spells it; a dash for none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
 
 
 def _problem(error: ValidationError | OSError) -> str:

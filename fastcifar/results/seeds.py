@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastcifar.results.records import WHERE, Record
+from fastcifar.results.records import WHERE, Record, spelt
 
 MetricRow = dict[str, float | None]
 TEST, VALIDATION = "test", "validation"
@@ -153,7 +153,8 @@ def varying(found: Sequence[Row]) -> list[str]:
 def _told_apart(row: Row, found: Sequence[Row]) -> str:
     """The row's name and the knobs that tell it from the rows of that name."""
     namesakes = [other for other in found if other.name == row.name]
-    told = ", ".join(f"{knob}={row.knobs.get(knob)}" for knob in varying(namesakes))
+    known = [(knob, row.knobs.get(knob)) for knob in varying(namesakes)]
+    told = " ".join(f"{knob}={spelt(value)}" for knob, value in known if value is not None)
     return f"{row.name} {told}" if told else f"{row.name} ({namesakes.index(row) + 1})"
 
 

@@ -155,7 +155,7 @@ def test_networks_asked_again_agree_with_their_summaries(
 
     document, _ = report(folders, html=tmp_path / "a.html", plots=tmp_path / "plots", mistakes=4)
     names = {Path(file).name for file in document["written"]}
-    assert {"confusion-1-custom.png", "mistakes-1-custom.png"} <= names
+    assert {"confusion-1-resnet.png", "mistakes-1-resnet.png"} <= names
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert len(page.loaded) == len(found.images)
     assert all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
