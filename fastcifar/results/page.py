@@ -23,7 +23,7 @@ from fastcifar.device import optional
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.results.mistakes import Mistakes
 from fastcifar.results.pictures import CHARTS, lines
-from fastcifar.results.plots import Line
+from fastcifar.results.plots import Line, counted
 from fastcifar.results.records import breakable
 from fastcifar.results.seeds import Row
 from fastcifar.training.checkpoint import write_atomically
@@ -160,14 +160,14 @@ def confusion_figure(found: Mistakes) -> dict[str, Any]:
         "z": np.sqrt(found.confusion / totals).round(4).tolist(),
         "zmin": 0,
         "zmax": 1,
-        "text": [[f"{count:.4g}" for count in row] for row in found.confusion],
+        "text": [[counted(count) for count in row] for row in found.confusion],
         **({"texttemplate": "%{text}"} if few else {}),
-        "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
+        "colorscale": [[0, "#f7fbff"], [0.5, "#9ecae1"], [1, "#08519c"]],
         "showscale": False,
         "hovertemplate": "%{text} of %{y} called %{x}<extra></extra>",
     }
     axes = {
-        "xaxis": {"title": {"text": "the network says"}, "side": "top", "constrain": "domain"},
+        "xaxis": {"title": {"text": "the network says"}, "side": "top", "tickangle": -40, "constrain": "domain"},
         "yaxis": {
             "title": {"text": "the label is"},
             "autorange": "reversed",

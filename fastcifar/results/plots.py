@@ -179,8 +179,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     if few:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.3 else INK if count else GREY
-            text = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+            axis.text(column, row, counted(count), ha="center", va="center", fontsize=7, color=colour)
     size = 8 if few else 4
     turned: dict[str, Any] = {"rotation": 45, "ha": "left"} if few else {"rotation": 90}
     axis.set_xticks(range(len(classes)), classes, fontsize=size, **turned)
@@ -253,6 +252,11 @@ def fractions(path: Path, title: str, rows: Mapping[str, Mapping[str, float]]) -
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     _write(figure, path)
+
+
+def counted(count: float) -> str:
+    """A count, or a mean of counts to one decimal."""
+    return f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
 
 
 def short(value: float) -> str:

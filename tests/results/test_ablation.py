@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,27 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
             read([path])
     with pytest.raises(CheckpointError, match="nothing to report"):
         read([write_trials(tmp_path / "sweep", [])])
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "fastcifar", "report", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
+
+
+def test_the_command_prints_one_document_or_one_line_and_a_code(tmp_path: Path, folders: list[Path]) -> None:
+    (folders[1] / "summary.json").write_text("{")
+    run = command(*(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
+    assert (run.returncode, run.stdout.count("\n")) == (0, 1), run.stderr
+    found = json.loads(run.stdout)
+    assert [(row["row"], row["n"]) for row in found["rows"]] == [("mine lr=0.1", 2), ("mine lr=0.01", 1)]
+    assert {run["state"] for run in found["rows"][0]["runs"]} == {"done", "damaged", "unfinished"}
+    for arguments, code, words in (
+        (("s1",), 4, "nothing to report: s1: summary.json: Invalid JSON"),
+        (("s0", "--format", "markdwon"), 2, "did you mean 'markdown'?"),
+    ):
+        run = command(*arguments, cwd=tmp_path)
+        assert (run.returncode, run.stdout, run.stderr.count("\n")) == (code, "", 1), run.stderr
+        assert words in run.stderr
 
 
 def test_plots_and_document(tmp_path: Path, folders: list[Path]) -> None:
