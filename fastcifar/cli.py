@@ -103,7 +103,7 @@ def train(
 
     A recipe's values come first, then the options given here; the rest are the defaults.
     """
-    from fastcifar.results.report import rehearsal_table, summary_table
+    from fastcifar.results.tables import rehearsal_table, summary_table
     from fastcifar.training.rehearse import rehearse
     from fastcifar.training.train import train as run
 
@@ -130,7 +130,7 @@ def evaluate(
 ) -> None:
     """Measure a run, a checkpoint or a source project's published weights on the test set."""
     from fastcifar.results.judge import judge
-    from fastcifar.results.report import scores_table
+    from fastcifar.results.tables import scores_table
 
     console, asked = Console(stderr=as_json), {"pictures": plots, "shifted": shifted, "corruptions": corruptions}
     scores = judge(run, arch=arch, console=console, **asked, **knobs)
@@ -160,7 +160,7 @@ def predict(
 ) -> None:
     """Label images with a run, a checkpoint or several, and write them as a file."""
     from fastcifar.results.predict import predict as label
-    from fastcifar.results.report import predictions_table
+    from fastcifar.results.tables import predictions_table
 
     console = Console(stderr=as_json)
     asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
@@ -183,7 +183,7 @@ def export(
 ) -> None:
     """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
     from fastcifar.results.export import export as write
-    from fastcifar.results.report import export_table
+    from fastcifar.results.tables import export_table
 
     found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
     print(json.dumps(found)) if as_json else Console().print(export_table(found))
@@ -199,7 +199,7 @@ def models(
     **knobs: Any,
 ) -> None:
     """List the architectures, print one's layers, or fit one to a budget."""
-    from fastcifar.results.report import fitted, layers, listing
+    from fastcifar.results.tables import fitted, layers, listing
 
     given = Recipe.make(**{**knobs, "arch": name or knobs["arch"]})
     if budget is not None:
@@ -214,7 +214,7 @@ def models(
 def data_verify(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Read every file anew and say what was found, where, whether it is official, and what is in it."""
     from fastcifar.results.dataset import verify
-    from fastcifar.results.report import data_table
+    from fastcifar.results.tables import data_table
 
     found = verify(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(data_table(found))
@@ -299,7 +299,7 @@ def report(
     **knobs: Any,
 ) -> None:
     """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
-    from fastcifar.results.ablation import report as tabulate
+    from fastcifar.results.report import report as tabulate
 
     asked = {"validation": validation, "plots": plots, "html": html, "mistakes": mistakes}
     found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **knobs)
@@ -314,7 +314,7 @@ def report(
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
     from fastcifar.device import examine
-    from fastcifar.results.report import examination
+    from fastcifar.results.tables import examination
 
     found = examine(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(examination(found))

@@ -169,7 +169,8 @@ def confusion_figure(found: Mistakes) -> dict[str, Any]:
     axes = {
         "xaxis": {"title": {"text": "the network says"}, "side": "top", "tickangle": -40, "constrain": "domain"},
         "yaxis": {
-            "title": {"text": "the label is"},
+            "title": {"text": "the label is", "standoff": 16},
+            "automargin": True,
             "autorange": "reversed",
             "scaleanchor": "x",
             "constrain": "domain",

@@ -15,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.results.ablation import FORMATS, Ablation, report, tabulate
+from fastcifar.results.ablation import Ablation, tabulate
+from fastcifar.results.formats import FORMATS
 from fastcifar.results.records import read
+from fastcifar.results.report import report
 from fastcifar.results.seeds import rows
 from tests.results.run_folders import write_run, write_trials
 

@@ -15,9 +15,10 @@ import pytest
 
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.results.ablation import report, tabulate
+from fastcifar.results.ablation import tabulate
 from fastcifar.results.mistakes import look, surest_mistakes
 from fastcifar.results.records import read
+from fastcifar.results.report import report
 from fastcifar.results.seeds import rows
 from fastcifar.training.train import train
 from tests.results.run_folders import write_run, write_trials
