@@ -7,7 +7,7 @@ No statistics here, and no network is built.
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
 import sys
 import warnings
@@ -23,11 +23,13 @@ from fastcifar.recipe import Recipe, read_toml
 from fastcifar.training.run import COLUMNS, csv_rows, read_environment
 
 TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
+MOST = 1e30  # of any metric; a mean of more might not be a number
 UNNAMED = "custom"  # what `train` calls a recipe of options alone
 WHERE = ("out", "resume", "save_every", "track")  # knobs of where a run is kept and followed, not of what it is
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class Summary(BaseModel):
@@ -50,13 +52,13 @@ class Summary(BaseModel):
 class Trial(BaseModel):
     """A line of a sweep's trials.jsonl."""
 
-    trial: str
+    trial: Name
     label: str
     knobs: dict[str, Any] = {}
     seed: int | None = None
     state: Literal["running", "done", "failed", "pruned"]
     reason: str | None = None
-    run: str | None = None
+    run: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read(paths: Iterable[Path]) -> list[Record]:
     """
     found: dict[Path, Record] = {}
     for path in paths:
-        for record in read_sweep(path) if (path / TRIALS).is_file() else [_run(path)]:
+        for record in read_sweep(path) if os.path.isfile(path / TRIALS) else [_run(path)]:
             place = record.folder.resolve()
             if place not in found or record.group.startswith("sweep"):
                 found[place] = record
@@ -104,8 +106,8 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 
 def _run(path: Path) -> Record:
-    if not any((path / name).is_file() for name in (RECIPE, SUMMARY, METRICS)):
-        problem = f"{path} is neither a run folder nor a sweep" if path.is_dir() else f"there is no folder {path}"
+    if not any(os.path.isfile(path / name) for name in (RECIPE, SUMMARY, METRICS)):
+        problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
         raise CheckpointError(problem, f"give folders that hold {RECIPE} or {TRIALS}")
     return read_run(path)
 
@@ -157,7 +159,7 @@ def _knobs(folder: Path) -> dict[str, Any]:
 
 
 def _epochs(folder: Path) -> list[dict[str, float | None]]:
-    """The whole rows of metrics.csv as numbers; what is no finite number is None."""
+    """The whole rows of metrics.csv as numbers; what is no number that can be is None."""
     try:
         rows = csv_rows(folder / METRICS, sys.maxsize)
     except OSError:
@@ -170,7 +172,7 @@ def _number(cell: str) -> float | None:
         value = float(cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < MOST else None
 
 
 def read_sweep(folder: Path) -> list[Record]:
@@ -196,7 +198,7 @@ def _trial(sweep: Path, trial: Trial) -> Record:
     folder = sweep / (trial.run or f"runs/{trial.trial}")
     label = one_line(trial.label)
     named: dict[str, Any] = {"group": f"sweep {sweep.resolve()} {trial.label}", "name": label}
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike pathlib it takes any name
         record = replace(read_run(folder), **named)
     else:
         reason = "in training, or stopped" if trial.state == "running" else "its run folder is gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -211,11 +212,16 @@ def test_metrics_that_are_damaged_cost_the_curves_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path):
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / ("a" * 300)):
         with pytest.raises(CheckpointError, match=r"recipe\.toml or trials\.jsonl"):
             read([path])
-    with pytest.raises(CheckpointError, match="nothing to report"):
-        read([write_trials(tmp_path / "sweep", [])])
+    odd = [{"trial": name, "label": "odd", "state": "done"} for name in ("a\0b", "a" * 300, "../../..", "")]
+    for trials in ([], odd):
+        with (
+            pytest.warns(UserWarning, match="2 of its lines") if trials else contextlib.nullcontext(),
+            pytest.raises(CheckpointError, match="nothing to report"),
+        ):
+            read([write_trials(tmp_path / "sweep", trials)])
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
