@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from fastcifar.errors import pick
@@ -159,7 +160,7 @@ def _count(value: int | None) -> str:
 
 
 def _time(seconds: float | None) -> str:
+    """Hours, minutes and seconds; of a run of less than ten seconds their tenths."""
     if seconds is None:
         return "-"
-    unit, length = next((pair for pair in (("h", 3600), ("min", 60)) if seconds >= 2 * pair[1]), ("s", 1))
-    return f"{seconds / length:.1f} {unit}"
+    return str(timedelta(seconds=round(seconds))) if round(seconds) >= 10 else f"{seconds:.1f} s"

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.recipe import Recipe, read_toml
-from fastcifar.training.run import COLUMNS, csv_rows, read_environment
+from fastcifar.training.rows import COLUMNS, csv_rows
+from fastcifar.training.run import read_environment
 
 TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
 MOST = 1e30  # of any metric; a mean of more might not be a number

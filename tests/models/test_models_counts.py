@@ -25,9 +25,13 @@ PUBLISHED: dict[str, tuple[int, float | None]] = {
     "coconut_2452": (4_924_170, 281.29),
     "coconut_sep": (3_562_858, 259.40),
     "coconut_over": (5_237_546, 299.15),
+    "res512a": (4_903_242, None),
+    "res512b": (4_912_698, None),
+    "res512c": (4_437_066, None),
     "res512d": (4_903_242, None),
     "resnet18": (11_173_962, 555.42),
     "speednet": (1_078_298, None),
+    "speed94": (1_971_352, None),
 }
 
 

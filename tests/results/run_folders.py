@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.recipe import Recipe
-from fastcifar.training.run import COLUMNS
+from fastcifar.training.rows import COLUMNS
 
 CLASSES = ("cat", "dog")
 
