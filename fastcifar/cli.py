@@ -1,20 +1,13 @@
 """The front door: commands of a few lines. No logic, and no torch until a command runs.
 
-Options are generated from the fields of `Recipe`. Whatever a user can get wrong ends as one line with the remedy and
-the exit code of errors.py; the traceback comes only with --debug. With --json the last line of stdout is one document.
+Options are generated from the fields of `Recipe` (options.py); how a command ends is ending.py's. With --json the last
+line of stdout is one document.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import signal
-import sys
-import types
-import typing
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +15,9 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import UserError, out_of_memory
-from fastcifar.recipe import SECTIONS, Recipe, option, section
+from fastcifar.ending import run_to_the_end
+from fastcifar.options import Debug, DryRun, Json, RecipeName, knobs
+from fastcifar.recipe import Recipe, section
 
 app = typer.Typer(
     help="Train networks on CIFAR fast, under a parameter budget, and tell the truth about it.",
@@ -36,51 +30,6 @@ data_app = typer.Typer(help="Check a data set, or look at what an augmentation d
 app.add_typer(data_app, name="data")
 runs_app = typer.Typer(help="List run folders and sweeps, or remove some.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
-
-SIGINT, SIGTERM = 130, 143  # the exit codes
-BY_NAME = inspect.Parameter.KEYWORD_ONLY
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
-
-
-def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
-        added = [_parameter(name) for name in names]
-        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
-        return command
-
-    return decorate
-
-
-def _parameter(name: str) -> inspect.Parameter:
-    field = Recipe.model_fields[name]
-    spelling, panel = option(name), next(title for title in SECTIONS if name in section(title)).capitalize()
-    default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
-    boolean = bool in (field.annotation, *typing.get_args(field.annotation))
-    if boolean and field.default is None:
-        spelling = f"{spelling}/--no-{name.replace('_', '-')}"
-    shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
-    info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
-    kind = bool if boolean else list[str] if name == "opt" else str
-    return inspect.Parameter(name, BY_NAME, default=None, annotation=Annotated[kind | None, info])
-
-
-def _metavar(field: Any) -> str:
-    """The values as the help shows them: the choices, or the type."""
-    kinds = [field.annotation, *typing.get_args(field.annotation)]
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal:
-            return "|".join(typing.get_args(kind))
-    named = {int: "INT", float: "FLOAT", str: "TEXT", dict: "KEY=VALUE"}
-    found = [named[kind] for kind in [*kinds, *map(typing.get_origin, kinds)] if kind in named]
-    return found[0] if found else "INT,INT,..."
 
 
 def _version(wanted: bool) -> None:
@@ -400,48 +349,5 @@ def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
 
 
 def main() -> None:
-    """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
-    warnings.showwarning = _warned
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        code = app(standalone_mode=False)
-        if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped by SIGINT", SIGINT))
-    except BrokenPipeError:
-        sys.exit(141)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        sys.exit(_explained(error))
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _terminated(*_: Any) -> None:
-    """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
-    sys.exit(_fail("stopped by SIGTERM", SIGTERM))
-
-
-def _warned(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as one line like an error's, without a place in the source."""
-    kind = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
-
-
-def _explained(error: Exception) -> int:
-    """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
-    if isinstance(error, UserError):
-        return _fail(str(error), error.exit_code)
-    if type(error).__name__ == "Abort":  # and how older ones do
-        return _fail("stopped by SIGINT", SIGINT)
-    if short := out_of_memory(error):
-        return _fail(str(short), short.exit_code)
-    if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
-        return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
-    raise error
-
-
-def _fail(line: str, code: int) -> int:
-    print(f"fastcifar: {line}", file=sys.stderr)
-    return code
+    """The entry point."""
+    run_to_the_end(app)
