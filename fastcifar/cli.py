@@ -54,7 +54,7 @@ def train(
 
     A recipe's values come first, then the options given here; the rest are the defaults.
     """
-    from fastcifar.results.report import rehearsal_table, summary_table
+    from fastcifar.results.tables import rehearsal_table, summary_table
     from fastcifar.training.rehearse import rehearse
     from fastcifar.training.train import train as run
 
@@ -81,7 +81,7 @@ def evaluate(
 ) -> None:
     """Measure a run, a checkpoint or a source project's published weights on the test set."""
     from fastcifar.results.judge import judge
-    from fastcifar.results.report import scores_table
+    from fastcifar.results.tables import scores_table
 
     console, asked = Console(stderr=as_json), {"pictures": plots, "shifted": shifted, "corruptions": corruptions}
     scores = judge(run, arch=arch, console=console, **asked, **knobs)
@@ -111,7 +111,7 @@ def predict(
 ) -> None:
     """Label images with a run, a checkpoint or several, and write them as a file."""
     from fastcifar.results.predict import predict as label
-    from fastcifar.results.report import predictions_table
+    from fastcifar.results.tables import predictions_table
 
     console = Console(stderr=as_json)
     asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
@@ -134,7 +134,7 @@ def export(
 ) -> None:
     """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
     from fastcifar.results.export import export as write
-    from fastcifar.results.report import export_table
+    from fastcifar.results.tables import export_table
 
     found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
     print(json.dumps(found)) if as_json else Console().print(export_table(found))
@@ -150,7 +150,7 @@ def models(
     **knobs: Any,
 ) -> None:
     """List the architectures, print one's layers, or fit one to a budget."""
-    from fastcifar.results.report import fitted, layers, listing
+    from fastcifar.results.tables import fitted, layers, listing
 
     given = Recipe.make(**{**knobs, "arch": name or knobs["arch"]})
     if budget is not None:
@@ -165,7 +165,7 @@ def models(
 def data_verify(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Read every file anew and say what was found, where, whether it is official, and what is in it."""
     from fastcifar.results.dataset import verify
-    from fastcifar.results.report import data_table
+    from fastcifar.results.tables import data_table
 
     found = verify(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(data_table(found))
@@ -313,11 +313,36 @@ def ui(
 
 
 @app.command()
+@knobs(("data", "device", "precision"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run folders, sweeps, or both")],
+    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="to print it in")] = "terminal",
+    sort: Annotated[str | None, typer.Option(metavar="COLUMN", help="by its heading, figures from the largest")] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="add the accuracy on the validation split")] = False,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw accuracy, loss, throughput, classes")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write it all as one page, offline")] = None,
+    mistakes: Annotated[int, typer.Option(min=0, help="ask the networks anew: confusion, so many mistakes")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
+    from fastcifar.results.report import report as tabulate
+
+    asked = {"validation": validation, "plots": plots, "html": html, "mistakes": mistakes}
+    found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **knobs)
+    if as_json or isinstance(shown, str):
+        print(json.dumps(found) if as_json else shown)
+    else:
+        Console().print(shown)
+
+
+@app.command()
 @knobs(section("machine"))
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
     from fastcifar.device import examine
-    from fastcifar.results.report import examination
+    from fastcifar.results.tables import examination
 
     found = examine(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(examination(found))
