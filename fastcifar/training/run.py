@@ -14,9 +14,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,12 @@ COLUMNS: tuple[str, ...] = (
 )
 
 Row = dict[str, Any]
+# a function of each epoch's row; a reason that it returns ends the run
+Sink = Callable[[Row], str | None]
+Sinks = Sequence[Sink]
 
 
-def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
+def csv_sink(folder: Path, done: int = 0) -> Sink:
     """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
@@ -62,7 +65,7 @@ def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     return write
 
 
-def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
+def events_sink(folder: Path, done: int = 0) -> Sink:
     """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
     path = folder / "events.jsonl"
     write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
@@ -109,7 +112,7 @@ def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
 
 # name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
 # one row
-SINKS: dict[str, Callable[[Path, int], Callable[[Row], None]]] = {"csv": csv_sink, "events": events_sink}
+SINKS: dict[str, Callable[[Path, int], Sink]] = {"csv": csv_sink, "events": events_sink}
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Run:
     folder: Path
     name: str
     lock: int
-    sinks: tuple[Callable[[Row], None], ...]
+    sinks: tuple[Sink, ...]
 
     @classmethod
     def create(cls, recipe: Recipe, name: str) -> Run:
@@ -191,11 +194,14 @@ class Run:
     def _failed(self, error: OSError) -> DiskError:
         return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
 
-    def log(self, row: Row) -> None:
-        """One epoch's row to every sink. Errors: `DiskError`."""
+    def also(self, sinks: Sinks) -> Run:
+        """The same run with more sinks, after its own."""
+        return replace(self, sinks=(*self.sinks, *sinks))
+
+    def log(self, row: Row) -> str:
+        """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""
         try:
-            for write in self.sinks:
-                write(row)
+            return next(filter(None, [write(row) for write in self.sinks]), "")
         except OSError as error:
             raise self._failed(error) from None
 
@@ -247,7 +253,9 @@ class Progress:
         return is_best
 
     def over(self, recipe: Recipe) -> str:
-        """Why a run by `recipe` has nothing more to train ("max_steps", "patience", "epochs"), or ""."""
+        """Why a run by `recipe` is over ("max_steps", "patience", "epochs", or a sink's reason), or ""."""
+        if self.stop_reason:
+            return self.stop_reason
         if recipe.max_steps and self.step >= recipe.max_steps:
             return "max_steps"
         if recipe.patience and self.epochs_since_best >= recipe.patience:
@@ -331,6 +339,15 @@ def read_environment(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("recipe"), str) else {}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run's folder; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _started() -> dict[str, Any]:
