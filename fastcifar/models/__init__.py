@@ -48,8 +48,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_sep": partial(coconut, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
     # As its README describes it, which names no activation: over the budget.
     "coconut_over": partial(coconut, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
-    # Its README gives 512 last channels, LeakyReLU and one dropout layer; the exact widths are unknown and these are
-    # ours, and so is the probability: ResNet-10, the standard shape that ends in 512 channels under five million.
+    # The fourth source's README names five architectures, and of them 512 last channels, LeakyReLU and one dropout layer;
+    # the exact widths are unknown. These four are our readings: ResNet-10, the standard shape that ends in 512 channels
+    # under five million; deeper with narrower stages; three stages, whose last maps are larger; and the first with
+    # LeakyReLU and a dropout of a probability that is ours too.
+    "res512a": partial(se_resnet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
+    "res512b": partial(se_resnet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
+    "res512c": partial(se_resnet, blocks=(4, 4, 1), channels=(64, 128, 512)),
     "res512d": partial(
         se_resnet,
         blocks=(1, 1, 1, 1),
