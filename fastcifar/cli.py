@@ -299,7 +299,7 @@ def sweep(
         how = How(jobs, cpus, trials_per_gpu, address)
         found = go_through(source, out, on, how, seeds, retry_failed, console, **knobs)
     print(json.dumps(found)) if as_json else console.print(plan_table(found) if dry_run else sweep_table(found))
-    raise typer.Exit(bool(not dry_run and found["counts"]["failed"]))
+    raise typer.Exit(int(not dry_run and found["counts"]["failed"] > 0))
 
 
 @app.command()

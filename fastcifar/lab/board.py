@@ -48,9 +48,7 @@ class Board:
             return
         (row,) = self.ledger.rows([told.trial.key])
         over = sum(self.ledger.state(key) not in ("running", "waiting") for key in wanted)
-        figures = [
-            f"{name} {_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))
-        ]
+        figures = [f"{name} {_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
         seconds = [f"{row['seconds']:.0f} s"] if row["seconds"] else []
         what = f"{told.state}: {told.reason}" if told.reason else told.state
         said = ", ".join([what, *figures, *seconds])
@@ -80,10 +78,8 @@ def plan_table(found: dict[str, Any]) -> Group:
     for row in found["trials"]:
         steps = "-" if row["steps"] is None else f"{row['steps']:,}"
         table.add_row(escape(row["label"]), row["state"], str(row["seed"]), str(row["epochs"]), steps)
-    known = [
-        row["steps"] for row in found["trials"] if row["steps"] is not None and row["state"] not in ("done", "pruned")
-    ]
-    return Group(table, f"{found['sweep']}: {found['n']} trials, {sum(known):,} steps to go; nothing was written")
+    steps = "" if found["steps"] is None else f", {found['steps']:,} steps to go at most"
+    return Group(table, f"{found['sweep']}: {found['n']} trials{steps}; nothing was written")
 
 
 def trials_table(rows: list[dict[str, Any]], epochs: dict[str, str] | None = None) -> Table:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -60,7 +60,8 @@ class Told:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-Runner = Callable[[Iterator[Trial]], Iterator[Told]]
+Events = Generator[Told, None, None]
+Runner = Callable[[Iterator[Trial]], Events]
 
 
 def in_process(how: How) -> Runner:
@@ -87,17 +88,20 @@ def on_ray(how: How) -> Runner:
     or on a file system that the machines share. Errors: `UsageError` without Ray, `DeviceError` without the cluster.
     """
     ray = optional("ray", RAY_REMEDY)
-    asked: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report itself to its makers
+    asked: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if how.address == "local":
+        cores = how.jobs and how.jobs * (how.cpus or 1)
+        asked |= {"num_cpus": cores, "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        if how.address == "local":
-            ray.init("local", num_cpus=how.jobs and how.jobs * (how.cpus or 1), include_dashboard=False, **asked)
-        else:
-            ray.init(how.address, **asked)
+        ray.init(how.address, **asked)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DeviceError(
             f"--address {how.address}: {reason}", "start one by `ray start`, or --address local"
         ) from None
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, with another exit code
     return partial(_tasks, ray=ray, how=how)
 
 
@@ -164,7 +168,7 @@ def _threads(how: How, at_a_time: int) -> int:
     return how.cpus or max(1, torch.get_num_threads() // at_a_time)
 
 
-def _one_by_one(trials: Iterator[Trial]) -> Iterator[Told]:
+def _one_by_one(trials: Iterator[Trial]) -> Events:
     from fastcifar.lab.bench import forget
 
     for trial in trials:
@@ -173,7 +177,7 @@ def _one_by_one(trials: Iterator[Trial]) -> Iterator[Told]:
         forget()
 
 
-def _side_by_side(trials: Iterator[Trial], slots: Sequence[dict[str, str]], how: How) -> Iterator[Told]:
+def _side_by_side(trials: Iterator[Trial], slots: Sequence[dict[str, str]], how: How) -> Events:
     """A process for each trial, forked from a server that has imported torch. `slots`: the environment of each place.
 
     A process that dies is its trial's failure alone.
@@ -251,7 +255,7 @@ def _visible_gpus() -> list[str]:
     return found
 
 
-def _tasks(trials: Iterator[Trial], ray: Any, how: How) -> Iterator[Told]:
+def _tasks(trials: Iterator[Trial], ray: Any, how: How) -> Events:
     """As many tasks at a time as the cluster has room for, whose size is read anew as they end."""
     task = ray.remote(max_retries=RETRIES, retry_exceptions=[Interrupted])(_task)
     pending: dict[Any, Trial] = {}

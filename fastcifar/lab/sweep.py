@@ -96,9 +96,10 @@ def planned(
 
 
 def plan(source: str, out: Path | None = None, seeds: str | None = None, **flags: Any) -> dict[str, Any]:
-    """What `sweep` would run: `{"sweep", "trials": [{"trial", "label", "seed", "knobs", "state", "epochs", "steps"}]}`.
+    """What `sweep` would run: `{"sweep", "n", "steps", "trials": [{"trial", "label", "seed", "knobs", "state", ...}]}`.
 
-    `steps` is None where the data set is not here. Of a [study] the ends of its ranges, and `n`. Nothing is written.
+    `n`: trials. `steps`: training steps still to go, at most; None where the data set is not here. Of a [study] the
+    trials are the ends of its ranges. Nothing is written.
     """
     _, folder, trials, study = planned(source, out, seeds, flags)
     ledger = Ledger(folder)
@@ -114,7 +115,9 @@ def plan(source: str, out: Path | None = None, seeds: str | None = None, **flags
         }
         for trial in (study.corners() if study else trials)
     ]
-    return {"sweep": str(folder), "n": study.draws.n if study else len(trials), "trials": listed}
+    steps = [row["steps"] for row in listed if row["state"] not in OVER]
+    known = None if None in steps else max(steps, default=0) * study.draws.n if study else sum(steps)
+    return {"sweep": str(folder), "n": study.draws.n if study else len(trials), "steps": known, "trials": listed}
 
 
 def document(folder: Path, ledger: Ledger, wanted: Iterable[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ OF_THE_SWEEP = {
     "out": "every trial has a folder of its own; give the sweep's --out",
     "resume": "a sweep goes on by itself",
 }
-NO_EXPERIMENT = ("out", "resume", "save_every")  # knobs that a trial's key does not depend on
+NO_EXPERIMENT = ("out", "resume", "save_every", "track")  # knobs that a trial's key does not depend on
 
 # kind of range -> its value at u, uniform in [0, 1); `ends`: the lowest and the highest, or the choices
 RANGES: dict[str, Callable[[float, Sequence[Any]], Any]] = {
