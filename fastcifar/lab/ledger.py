@@ -30,9 +30,9 @@ class Ledger:
         self.folder, self.path = folder, folder / FILE
         self.lines: dict[str, Line] = {}
         self._scores: dict[str, Line] = {}
-        text = self.path.read_text("utf-8", "replace") if self.path.is_file() else ""
-        self._cut = bool(text) and not text.endswith("\n")
-        for line in text.splitlines():
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        self._whole = content.rfind(b"\n") + 1  # bytes; what is after them was cut short, and goes with the next line
+        for line in content[: self._whole].decode("utf-8", "replace").splitlines():
             try:
                 found = json.loads(line)
                 self.lines[found["trial"]] = found
@@ -87,11 +87,12 @@ class Ledger:
 
     def _add(self, line: Line) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._cut + json.dumps(line) + "\n")
+            with self.path.open("ab") as file:
+                file.truncate(self._whole)
+                file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+                self._whole = file.tell()
         except OSError as error:
             raise DiskError(f"cannot write {self.path}: {error.strerror}", "give another --out DIR") from None
-        self._cut = False
         self.lines[line["trial"]] = line
