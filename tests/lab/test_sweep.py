@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastcifar.errors import UsageError
 from fastcifar.lab.sweep import plan, sweep
 from fastcifar.training.run import hold
 from tests.faults import children
-from tests.lab.sweeps import GRID, assert_equal_sweeps, file, lines, states
+from tests.lab.sweeps import assert_equal_sweeps, file, lines, states
 from tests.test_cli import fastcifar
 
 
@@ -25,7 +26,9 @@ def test_fault01_a_sweep_killed_at_a_third_goes_on_and_repeats_no_run(tmp_path: 
 
     def in_the_third() -> bool:
         found = [key for key, state in states(killed).items() if state == "running"]
-        return len(states(killed)) == 3 and any((killed / "runs" / key / "checkpoints/last.pt").is_file() for key in found)
+        return len(states(killed)) == 3 and any(
+            (killed / "runs" / key / "checkpoints/last.pt").is_file() for key in found
+        )
 
     children.wait_for(in_the_third)
     os.kill(process.pid, signal.SIGKILL)
@@ -97,7 +100,10 @@ def test_what_is_nobodys_mistake_fails_its_trial_alone_and_leaves_its_traceback(
 
     monkeypatch.setattr(loop, "finish", broken)
     found = sweep(file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out")
-    assert [(row["state"], row["reason"]) for row in found["trials"]] == [("failed", "RuntimeError: a bug"), ("done", None)]
+    assert [(row["state"], row["reason"]) for row in found["trials"]] == [
+        ("failed", "RuntimeError: a bug"),
+        ("done", None),
+    ]
     assert "in broken" in (tmp_path / "out" / found["trials"][0]["run"] / "error.txt").read_text()
 
 
@@ -164,27 +170,35 @@ def test_fault23_a_sweep_that_runs_is_not_run_twice(tmp_path: Path) -> None:
 
 
 def test_the_command_ends_with_one_document_and_1_where_a_trial_failed(tmp_path: Path) -> None:
-    file(tmp_path, GRID)
-    planned = fastcifar("sweep", "tiny.toml", "--dry-run", "--seeds", "1", cwd=tmp_path)
-    assert (planned.returncode, planned.stderr) == (0, "")
-    assert "sweeps/tiny: 3 trials, 30 steps to go at most" in planned.stdout
-    few = ("--max-steps", "2", "--seeds", "1")
-    run = fastcifar("sweep", "tiny.toml", *few, "--json", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    file(tmp_path, "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n")
+    run = fastcifar("sweep", "tiny.toml", "--max-steps", "2", "--seeds", "1", "--json", cwd=tmp_path)
+    assert run.returncode == 1
     assert run.stdout.count("\n") == 1
     found = json.loads(run.stdout)
-    assert (found["sweep"], found["counts"]["done"], len(found["trials"])) == ("sweeps/tiny", 3, 3)
-    assert "3 of 3  lr=0.005, seed 0: done, val" in run.stderr
-    failing = fastcifar("sweep", "tiny.toml", *few, "--batch-size", "400", cwd=tmp_path)
-    assert failing.returncode == 1
-    assert "sweeps/tiny: 3 failed" in failing.stdout
-    wrong = fastcifar("sweep", "tiny.toml", "--lr", "1", cwd=tmp_path)
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert (found["sweep"], found["counts"]["done"], found["counts"]["failed"]) == ("sweeps/tiny", 1, 1)
+    assert "1 of 2  good, seed 0: done, val" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--dry-run", "--seeds", "1"), 0, "3 trials, 30 steps to go at most; nothing was written"),
+        (("--lr", "1"), 2, "fastcifar: --lr: lr is an axis of this sweep; leave it out, or change the file"),
+        (("--on", "gpus"), 8, "fastcifar: --on gpus: no CUDA device is visible; use --on processes"),
+    ],
+)
+def test_the_command_without_a_run(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+    source, out = file(tmp_path), tmp_path / "out"
+    command = children.start(children.fastcifar, tmp_path / "log", 0, "sweep", source, "--out", str(out), *arguments)
+    assert children.ended(command) == code
+    assert words in " ".join((tmp_path / "log").read_text().split())
+    assert not out.exists()
 
 
 def test_the_live_table_shows_how_far_trials_are(tmp_path: Path) -> None:
-    terminal = Console(force_terminal=True, record=True, width=100, file=(tmp_path / "screen").open("w"))
-    sweep(file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out", console=terminal)
-    terminal.file.close()
-    screen = (tmp_path / "screen").read_text()
-    assert "2 of 2 over" in screen
+    with (tmp_path / "screen").open("w") as screen:
+        terminal = Console(force_terminal=True, width=100, file=screen)
+        sweep(file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out", console=terminal)
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", (tmp_path / "screen").read_text())
+    assert "2 of 2 over, 0 running" in shown
+    assert re.search(r"lr=0.1 +1 +done +\d+\.\d\d % +\d+\.\d\d %", shown)
