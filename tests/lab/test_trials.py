@@ -1,4 +1,4 @@
-"""A sweep file becomes its trials: how many, under which names, by which recipes; or is refused before anything runs."""
+"""A sweep file becomes its trials: how many, under which names, by which recipes; or is refused beforehand."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ def test_fault04_the_first_of_its_name_is_whole_wherever_the_process_dies(
         left[0] -= 1
         replace(*given)
 
+    survived = 0
     for survived in range(4):
         with monkeypatch.context() as patch:
             left[0] = survived
