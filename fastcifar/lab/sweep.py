@@ -205,6 +205,5 @@ def _note(ledger: Ledger, folder: Path, told: Told) -> None:
     run = folder / "runs" / told.trial.key
     for name, content in told.files.items():
         run.mkdir(parents=True, exist_ok=True)
-        if not (run / name).is_file():
-            (run / name).write_bytes(content)
+        write_atomically(run / name, content)
     ledger.note(told.trial, told.state, told.reason, told.summary)

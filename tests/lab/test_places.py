@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import torch
 
 from fastcifar.errors import UsageError
 from fastcifar.lab import places
-from fastcifar.lab.places import How, gpus
+from fastcifar.lab.places import Events, How, Runner, Told, gpus
 from fastcifar.lab.sweep import sweep
+from fastcifar.lab.trials import Trial
 from tests.faults import children
-from tests.lab.sweeps import assert_equal_sweeps, file, lines, states
+from tests.faults.runs import rows
+from tests.lab.sweeps import assert_equal_sweeps, file, lines, states, table
 
 FEW = "[grid]\nlr = [0.1, 0.02]\n"
 
@@ -96,6 +100,25 @@ def test_a_rays_task_has_its_share_of_a_gpu_where_there_is_any() -> None:
     assert places._share(cluster, How(cpus=4)) == ({"num_cpus": 4, "num_gpus": 1.0}, 2)
     assert places._share({"CPU": 8.0}, How(cpus=3)) == ({"num_cpus": 3}, 2)
     assert places._share({"CPU": 8.0}, How(jobs=5)) == ({"num_cpus": 1}, 5)
+
+
+def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(how: How) -> Runner:
+        def run(trials: Iterator[Trial]) -> Events:
+            for trial in trials:
+                there = trial.recipe.model_copy(update={"out": str(tmp_path / "there" / trial.key)})
+                yield Told(trial, "running")
+                yield replace(places._task(replace(trial, recipe=there), 1, "another host"), trial=trial)
+
+        return run
+
+    monkeypatch.setitem(places.PLACES, "elsewhere", elsewhere)
+    source = file(tmp_path, FEW)
+    found, other = sweep(source, tmp_path / "home", "elsewhere"), sweep(source, tmp_path / "one")
+    assert found["counts"]["done"] == 4
+    assert table(tmp_path / "home") == table(tmp_path / "one")
+    for row in other["trials"]:
+        assert rows(tmp_path / "home" / row["run"]) == rows(tmp_path / "one" / row["run"])
 
 
 def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> None:
