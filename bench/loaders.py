@@ -38,7 +38,7 @@ from fastcifar.errors import UserError
 from fastcifar.lab.bench import cpu_seconds, on_some_data, timed
 from fastcifar.recipe import Recipe
 from fastcifar.training.capture import keep_compiled_code, keep_freed_memory
-from fastcifar.training.parts import mean_colour
+from fastcifar.training.images import mean_colour
 
 LISTS = (
     "crop:4:zero,flip",

@@ -34,6 +34,8 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+runs_app = typer.Typer(help="List run folders and sweeps, or remove some.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
 
 SIGINT, SIGTERM = 130, 143  # the exit codes
 BY_NAME = inspect.Parameter.KEYWORD_ONLY
@@ -270,6 +272,31 @@ def bench(
 
 
 @app.command()
+@knobs(Recipe.model_fields)
+def speedrun(
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="94|95|96|96.5", help="percent to reach; default 94")
+    ] = None,
+    recipe: RecipeName = None,
+    n: Annotated[int, typer.Option("--n", metavar="INT", min=1, help="runs, of the seeds from --seed on")] = 1,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="test|val", help="what is evaluated; default test, after all images")
+    ] = None,
+    append: Annotated[Path | None, typer.Option("--append", metavar="DIR", help="go on with an earlier result")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Train n times by the clock, evaluate outside of it, and say how often and how fast a target is reached."""
+    from fastcifar.lab.speedrun import speedrun as run
+    from fastcifar.results.benchmarks import speedrun_table
+
+    console = Console(stderr=as_json)
+    found = run(target, recipe, n, on, append, console, **knobs)
+    print(json.dumps(found)) if as_json else console.print(speedrun_table(found))
+
+
+@app.command()
 @knobs(name for name in Recipe.model_fields if name not in ("seed", "out", "resume"))
 def sweep(
     source: Annotated[str, typer.Argument(metavar="FILE|NAME", help="sweep file, shipped sweep, or a sweep's folder")],
@@ -304,17 +331,69 @@ def sweep(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="a submission, or what `bench --json` printed, as a file")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a submission, or what `bench --json` printed")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare two submissions label by label, or two measurements row by row."""
+    """Compare two runs, two submissions label by label, or two measurements row by row."""
     from fastcifar.results.compare import COMPARERS
     from fastcifar.results.compare import compare as pair
 
     found = pair(a, b)
     print(json.dumps(found)) if as_json else Console().print(COMPARERS[found["kind"]].table(found))
+
+
+@runs_app.command("ls")
+def runs_ls(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to look, at any depth")] = Path("runs"),
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="largest last; name, val_acc, bytes, ...")] = "date",
+    reverse: Annotated[bool, typer.Option("--reverse", help="largest first")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List run folders and sweeps: state, epochs, accuracies, seconds, size, date."""
+    from fastcifar.results.runs import listed, runs_table
+
+    found = listed(folder, sort, reverse)
+    print(json.dumps(found)) if as_json else Console().print(runs_table(found))
+
+
+@runs_app.command("rm")
+def runs_rm(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, sweeps; with a filter folders of them")],
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="only what was interrupted or is damaged")] = False,
+    keep_best: Annotated[int | None, typer.Option(min=0, help="only finished runs, but the best by val_acc")] = None,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="only their checkpoints")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove run folders and sweeps, or their checkpoints; it asks first, and removes nothing that is not theirs."""
+    from fastcifar.results.runs import chosen, confirm, remove
+
+    console, found = Console(stderr=as_json), chosen(paths, unfinished, keep_best, checkpoints)
+    if found and not yes:
+        confirm(found, checkpoints, console)
+    remove(found, checkpoints)
+    print(json.dumps(found)) if as_json else console.print(f"removed {len(found)}")
+
+
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of your runs")] = Path("runs"),
+    page: Annotated[str, typer.Option("--with", metavar="auto|mlflow|tensorboard")] = "auto",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: 5000 for mlflow, 6006")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve MLflow's or TensorBoard's own page over tracked runs (`train --track`), until Ctrl-C."""
+    from fastcifar.results.ui import show
+
+    def announce(found: dict[str, str]) -> None:
+        print(json.dumps(found) if as_json else f"{found['page']}: {found['url']}  (Ctrl-C ends it)", flush=True)
+
+    show(folder, page, port, announce)
 
 
 @app.command()

@@ -54,9 +54,15 @@ def _period(value: str) -> str:
     return value
 
 
+def _image_size(value: str) -> str:
+    image_sizes(value)
+    return value
+
+
 Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_integers)]
 Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 Period = Annotated[str, AfterValidator(_period)]
+ImageSize = Annotated[str, AfterValidator(_image_size)]
 
 
 class Recipe(BaseModel):
@@ -103,6 +109,9 @@ class Recipe(BaseModel):
         description="ordered list of name[:number[:word]], or none",
     )
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
+    image_size: ImageSize = Field(
+        default="32", description="pixels a side of training images, SIZE:EPOCHS,...,SIZE such as 24:3,28:2,32"
+    )
 
     # the optimisation
     epochs: int = Field(default=200, gt=0, le=100_000, description="passes over the training images")
@@ -116,6 +125,10 @@ class Recipe(BaseModel):
         default="all", description="decay every parameter, or not biases and norms"
     )
     opt: Arguments = Field(default_factory=dict, description="optimizer argument key=value, repeated")
+    bias_lr: float = Field(
+        default=1.0, gt=0, le=1e5, description="learning rate of biases and norms, times that of the weights"
+    )
+    head_lr: float = Field(default=1.0, gt=0, le=1e5, description="the same of the last linear layer's weight")
     schedule: str = Field(default="cosine", description="shape of the learning rate over the run, name[:number]")
     schedule_epochs: float | None = Field(default=None, gt=0, description="length of the schedule; default: the epochs")
     warmup_epochs: float = Field(
@@ -140,6 +153,7 @@ class Recipe(BaseModel):
         description="auto (the newest unfinished run of this recipe), a run folder or a checkpoint; more --epochs: the "
         "schedule is computed anew over the new length, from the current step on",
     )
+    track: str = Field(default="none", description="also log to tensorboard, mlflow, or both with a comma between")
     on_nan: Literal["stop", "rollback"] = Field(
         default="stop", description="not finite: stop, or go back to the last checkpoint at half the learning rate"
     )
@@ -163,7 +177,16 @@ class Recipe(BaseModel):
             raise ValueError("--patience needs a validation split to watch; set --val-size")
         if self.ema == 0 and self.weights == "ema":
             raise ValueError("--weights ema needs an average; set --ema, such as 0.999")
+        if (before := sum(epochs or 0 for _, epochs in image_sizes(self.image_size))) >= self.epochs:
+            raise ValueError(f"--image-size {self.image_size} needs more --epochs: {before} go before its last size")
         return self
+
+    def size_at(self, epoch: int) -> int:
+        """Pixels a side of the training images of `epoch`, from 0."""
+        sizes, left = image_sizes(self.image_size), epoch
+        while sizes[0][1] is not None and left >= sizes[0][1]:
+            left -= sizes.pop(0)[1] or 0
+        return sizes[0][0]
 
     @classmethod
     def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
@@ -202,6 +225,22 @@ def period(text: str) -> tuple[int, str]:
     if unit not in ("s", "e") or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 10**9:
         raise ValueError("should be a number of steps or epochs, such as 500s or 1e")
     return int(number), unit
+
+
+def image_sizes(text: str) -> list[tuple[int, int | None]]:
+    """`24:3,28:2,32` as [(24, 3), (28, 2), (32, None)]: pixels a side for so many epochs, the last for all the rest.
+
+    Errors: `ValueError`.
+    """
+    *before, last = text.split(",")
+    try:
+        stages = [part.split(":") for part in before]
+        sizes = [*((int(size), int(epochs)) for size, epochs in stages), (int(last), None)]
+    except ValueError:
+        sizes = []
+    if not sizes or any(not (16 <= size <= 64 and (epochs is None or epochs > 0)) for size, epochs in sizes):
+        raise ValueError("should be sizes from 16 to 64, each but the last with its whole epochs, such as 24:3,28:2,32")
+    return sizes
 
 
 # section -> its first field; a section goes on to the next one's first

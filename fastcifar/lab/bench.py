@@ -132,12 +132,13 @@ def over(recipe: Recipe, grid: Grid) -> list[Recipe]:
 
 
 def on_some_data(recipe: Recipe) -> Recipe:
-    """`recipe` without a validation split, which nothing here reads; on synthetic images where there is no data set.
+    """`recipe` without a validation split, which nothing here reads, and with one size of image, to which the costs of
+    `works` belong; on synthetic images where there is no data set.
 
     A data set that is named, by the recipe or by FASTCIFAR_DATA, has to be there: only the absence of any is made up
     for, and never by a download.
     """
-    recipe = recipe.model_copy(update={"val_size": 0, "weights": "last"})
+    recipe = recipe.model_copy(update={"val_size": 0, "weights": "last", "image_size": "32"})
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
         return recipe
     try:

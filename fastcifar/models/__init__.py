@@ -20,6 +20,7 @@ from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
 from fastcifar.models.resnet import ACTIVATIONS, fuse, se_resnet
 from fastcifar.models.speednet import speednet
+from fastcifar.models.whitened import whitened
 from fastcifar.recipe import option, section
 
 __all__ = [
@@ -48,10 +49,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_sep": partial(coconut, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
     # As its README describes it, which names no activation: over the budget.
     "coconut_over": partial(coconut, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
-    # The fourth source's README names five architectures, and of them 512 last channels, LeakyReLU and one dropout layer;
-    # the exact widths are unknown. These four are our readings: ResNet-10, the standard shape that ends in 512 channels
-    # under five million; deeper with narrower stages; three stages, whose last maps are larger; and the first with
-    # LeakyReLU and a dropout of a probability that is ours too.
+    # The fourth source's README names five architectures, and of them 512 last channels, LeakyReLU and one dropout
+    # layer; the exact widths are unknown. These four are our readings: ResNet-10, the standard shape that ends in 512
+    # channels under five million; deeper with narrower stages; three stages, whose last maps are larger; and the first
+    # with LeakyReLU and a dropout of a probability that is ours too.
     "res512a": partial(se_resnet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
     "res512b": partial(se_resnet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
     "res512c": partial(se_resnet, blocks=(4, 4, 1), channels=(64, 128, 512)),
@@ -65,6 +66,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     # For short schedules: pools early, no shortcuts.
     "speednet": speednet,
+    # For the shortest: a stem that whitens. Each the widest of its shape, or nearly, that the budget allows.
+    "speed94": whitened,
+    "speed95": partial(whitened, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
+    "speed96": partial(whitened, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
     # The baseline, over the budget.
     "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }

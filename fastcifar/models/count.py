@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of trainable parameters; tied ones count once."""
+    """The number of trainable parameters, the only ones that count anywhere here; tied ones count once.
+
+    Frozen ones do not: filters that are computed from the images (`whitened`), BatchNorm's scales where they stay 1.
+    """
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

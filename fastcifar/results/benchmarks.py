@@ -1,4 +1,4 @@
-"""What `fastcifar bench` measured, for people: the table, the panels of the chart, and two measurements compared.
+"""What `bench` and `speedrun` measured, for people: tables, the panels of the chart, and two measurements compared.
 
 A document is what `bench --json` ends with. Nothing here measures; a figure that is not there is a dash.
 """
@@ -178,3 +178,33 @@ def compared_table(found: dict[str, Any]) -> Group:
         for row in rows
     ]
     return Group(*differ, "images/s, medians", table, *alone)
+
+
+def speedrun_table(found: dict[str, Any]) -> Group:
+    """A line for each figure of a speedrun's summary: mean, deviation, error of the mean, share over the target."""
+    table = Table("", box=None, title_justify="left")
+    for heading in ("mean", "std", "std. error", f"over {100 * found['target']:g} %", "each seed"):
+        table.add_column(heading, justify="right")
+    units = {
+        "acc": ("accuracy, %", 100),
+        "acc_tta": (f"with {found['tta']}, %", 100),
+        "seconds": ("seconds", 1),
+        "train_s": ("  training", 1),
+        "prepare_s": ("  preparing", 1),
+        "build_s": ("building, free", 1),
+    }
+    for name, (heading, unit) in units.items():
+        if figure := found[name]:
+            values = [figure["mean"], figure["std"], figure["stderr"]]
+            cells = ["-" if value is None else f"{unit * value:.2f}" for value in values]
+            share = f"{100 * figure['share']:.0f} %" if "share" in figure else ""
+            table.add_row(heading, *cells, share, ", ".join(f"{unit * value:.2f}" for value in figure["trials"]))
+    cold = "".join(
+        f", {value:.1f} s from the start of a process to the end of its first run" for value in found["cold_start_s"]
+    )
+    lines = [
+        f"{found['recipe']} on the {'test set' if found['on'] == 'test' else 'validation split'}: {found['n']} runs of "
+        f"{found['epochs']} epochs, {found['flops'] / 1e15:.3f} PFLOP each{cold}",
+        *([f"{found['refused']} of them do not count; see trials.jsonl"] if found["refused"] else []),
+    ]
+    return Group(*lines, table, f"result: {found['folder']}")

@@ -16,7 +16,7 @@ from fastcifar.models import macs, parameters
 from fastcifar.recipe import section
 from fastcifar.results.finished import Finished
 from fastcifar.training.checkpoint import write_atomically
-from fastcifar.training.parts import normalisation, normalisation_name
+from fastcifar.training.images import normalisation, normalisation_name
 
 INPUT = {
     "uint8": "`images`: uint8 [n, 32, 32, 3], RGB; normalised inside",

@@ -1,6 +1,6 @@
-"""`fastcifar compare A B`: two files of one kind, compared as that kind is. A kind is a row of COMPARERS.
+"""`fastcifar compare A B`: two runs, or two files of one kind, compared as that kind is. A kind is a row of COMPARERS.
 
-The kind is told from the file itself, never from its name. Nothing here measures.
+The kind is told from what is there, never from its name. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Group
 from fastcifar.errors import DataError, UsageError
 from fastcifar.results import submissions
 from fastcifar.results.benchmarks import compare_benchmarks, compared_table, read_benchmark
+from fastcifar.results.differences import compare_runs, differences_table, read_run
 from fastcifar.results.report import comparison_table
 
 
@@ -41,7 +42,9 @@ def benchmark(path: Path) -> dict[str, Any] | None:
 
 
 def submission(path: Path) -> Path | None:
-    """The path of what is no JSON: what it is instead, its comparison says."""
+    """The path of a file that is no JSON: what it is instead, its comparison says."""
+    if path.is_dir():
+        return None
     try:
         return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
     except OSError:
@@ -49,6 +52,7 @@ def submission(path: Path) -> Path | None:
 
 
 COMPARERS: dict[str, Comparer] = {
+    "run": Comparer(read_run, compare_runs, differences_table),
     "benchmark": Comparer(benchmark, compare_benchmarks, compared_table),
     "submission": Comparer(submission, submissions.compare, comparison_table),
 }
@@ -75,5 +79,5 @@ def recognised(path: Path) -> tuple[str, Any]:
         if content is not None:
             return kind, content
     raise UsageError(
-        f"{path} is no {' or '.join(COMPARERS)}", "give what `bench --json` printed, or a CSV of `predict`"
+        f"{path} is no {' or '.join(COMPARERS)}", "give run folders, what `bench --json` printed, or CSVs of `predict`"
     )

@@ -21,7 +21,7 @@ from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.results import plots
 from fastcifar.results.plots import Grid
-from fastcifar.training.parts import mean_colour
+from fastcifar.training.images import mean_colour
 
 DRAWS = 4  # columns after the original: four epochs
 MOST = 100  # images of one picture

@@ -24,7 +24,8 @@ from fastcifar.device import optional
 from fastcifar.errors import DiskError, UsageError, UserError, pick
 from fastcifar.results.card import model_card
 from fastcifar.results.finished import Finished, rebuild
-from fastcifar.training.parts import network, normalisation
+from fastcifar.training.images import normalisation
+from fastcifar.training.parts import network
 from fastcifar.training.step import scale_and_shift
 
 IMAGES = 256  # that a file is compared on

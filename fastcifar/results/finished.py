@@ -20,7 +20,8 @@ from fastcifar.errors import CheckpointError, DataError, UsageError, pick
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture, checkpoint, published
 from fastcifar.training.evaluate import BATCH_SIZE, COMPILE_FROM, VIEWS, fast_forward
-from fastcifar.training.parts import network, normalisation, place
+from fastcifar.training.images import normalisation
+from fastcifar.training.parts import network, place
 from fastcifar.training.step import Forward, forward_pass
 
 WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))

@@ -18,7 +18,7 @@ from fastcifar.errors import NonFiniteError
 from fastcifar.results import metrics, plots
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.evaluate import VIEWS, evaluate, predict_logits, reliability, score
-from fastcifar.training.parts import normalisation_name, split_off
+from fastcifar.training.images import normalisation_name, split_off
 
 if TYPE_CHECKING:
     from fastcifar.results.robustness import Beyond

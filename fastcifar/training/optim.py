@@ -60,12 +60,15 @@ OWN_SCHEDULE = {
     *(f"dadapt{of}" for of in ("adagrad", "adam", "adan", "lion", "sgd")),
 }
 LOOKAHEAD = {"k": 5, "alpha": 0.5}
+TIMES = "times"  # of a group: its learning rate over the optimizer's, where that is not 1
 # set by a knob of their own, or by the machine
 NOT_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
 
 
 class Optimizer:
     """A torch optimizer whose learning rate is one device tensor, with Lookahead's slow weights around it.
+
+    A group whose rate is a multiple of it (`bias_lr`, `head_lr`) has a tensor of its own, filled with it.
 
     `lookahead:NAME` (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow; `k` and
     `alpha` are then Lookahead's, also where the inner optimizer has arguments of these names.
@@ -85,7 +88,12 @@ class Optimizer:
         around = {key: arguments.pop(key, default) for key, default in around.items()}
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
-        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_on)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_on, recipe.bias_lr, recipe.head_lr)
+        self.multiples = {group[TIMES]: self.lr * group[TIMES] for group in groups if TIMES in group}
+        for group in groups:
+            if TIMES in group:
+                own = self.multiples[group[TIMES]]
+                group["lr"] = own if self.kind.capturable else recipe.lr * group[TIMES]
         self.inner = self._made(groups, {**self.kind.defaults, **arguments}, recipe)
         k, alpha = around.get("k", 0), around.get("alpha", 1.0)
         if around and not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
@@ -150,18 +158,20 @@ class Optimizer:
             torch._foreach_add_(weights, moved)
 
     def set_lr(self, lr: float) -> None:
-        """Fills the device tensor: no synchronisation, no recompilation, valid for a captured graph."""
+        """Fills the device tensors: no synchronisation, no recompilation, valid for a captured graph."""
         self.lr.fill_(lr)
+        for times, rate in self.multiples.items():
+            rate.fill_(lr * times)
         if not self.kind.capturable:
             for group in self.inner.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get(TIMES, 1.0)
 
     def tensors(self) -> list[Tensor]:
         """Everything a step or `between_steps` changes, but for the weights themselves.
 
         Of an optimizer that is not capturable only what its steps have created so far.
         """
-        return [*_tensors(self.inner), *self.slow, self.lr]
+        return [*_tensors(self.inner), *self.slow, self.lr, *self.multiples.values()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"inner": self.inner.state_dict(), "slow": self.slow, "lr": self.lr}
@@ -179,6 +189,8 @@ class Optimizer:
         for mine, saved in zip(self.slow, state["slow"], strict=True):
             mine.copy_(saved)
         self.lr.copy_(state["lr"])
+        for times, rate in self.multiples.items():
+            rate.copy_(state["lr"] * times)
 
 
 def find(name: str) -> Kind:
@@ -261,20 +273,32 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_on: str) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_on: str, bias_lr: float = 1.0, head_lr: float = 1.0
+) -> list[dict[str, Any]]:
     """Groups for a torch optimizer that cover every trainable parameter exactly once.
 
     `decay_on`: "all", or "weights" to leave biases and normalisation (parameters of one dimension) undecayed.
+    `bias_lr`, `head_lr`: multiples of the learning rate, for these and for the last linear layer's weight. They leave
+    the decay of a step as it is: a group's `weight_decay` is divided by its multiple.
+    Errors: `UsageError` for a `head_lr` without a linear layer.
     """
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    if head_lr != 1 and not linear:
+        raise UsageError(f"--head-lr {head_lr:g}: the network has no linear layer", "leave it out")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if decay_on == "all":
-        return [{"params": weights, "weight_decay": weight_decay}]
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight in weights:
+        is_bias = weight.ndim <= 1
+        times = bias_lr if is_bias else head_lr if linear and weight is linear[-1] else 1.0
+        share = 0.0 if is_bias and decay_on == "weights" else 1.0
+        found.setdefault((times, share), []).append(weight)
     groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+        {"params": params, "weight_decay": weight_decay * share / times, **({TIMES: times} if times != 1 else {})}
+        for (times, share), params in sorted(found.items(), key=lambda item: item[1][0].ndim <= 1)
     ]
     assert sum(len(group["params"]) for group in groups) == len(weights)
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def clipper(spec: str, parameters: list[nn.Parameter]) -> Callable[[], object]:

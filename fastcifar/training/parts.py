@@ -5,7 +5,7 @@ Every name and number of the recipe is checked here, before anything is written.
 
 from __future__ import annotations
 
-import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, Op, draw_mix, parse, split_mixer
+from fastcifar.data.augment import SIDE, Op, draw_mix, parse, split_mixer
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, UsageError, pick
 from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, image_sizes
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.distributed import World, world
 from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
+from fastcifar.training.images import loader_of, normalisation, normalised, split_off
 from fastcifar.training.optim import OPTIMIZERS, Ema, Optimizer, clipper
 from fastcifar.training.randomness import random_state, seed_all, set_random_state
 from fastcifar.training.run import Clock, Progress
@@ -41,8 +42,11 @@ from fastcifar.training.step import (
     forward_pass,
     loss_and_hits,
     mixed_loss_and_hits,
+    resized,
     training_step,
 )
+
+FIRST = 5000  # training images that a network may start from
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Parts:
     schedule: Schedule
     clip: Callable[[], object]
     scaler: torch.amp.GradScaler
+    prepare_s: float = 0.0  # of what needed the training images: the loader's copy of them, the network's start
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -110,18 +115,19 @@ class Parts:
     def example(self) -> tuple[Tensor, ...]:
         """A full batch of the shapes of `batches`: black images."""
         size = self.loader.steps.share
-        images = torch.zeros(size, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        images = torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(size, dtype=torch.int64, device=self.device)
         _, mixer = split_mixer(self.augment)
         drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
         return images.contiguous(memory_format=torch.channels_last), labels, *drawn
 
-    def function(self) -> LossAndHits:
-        """What a step computes before it goes back: of mixed images, if the recipe has a mixer."""
+    def function(self, size: int = SIDE) -> LossAndHits:
+        """What a step computes before it goes back: of mixed images, if the recipe has a mixer, resized to `size`."""
         _, mixer = split_mixer(self.augment)
+        forward = self.forward if size == SIDE else resized(self.forward, size)
         if mixer:
-            return mixed_loss_and_hits(self.forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
-        return loss_and_hits(self.forward, self.recipe.label_smoothing)
+            return mixed_loss_and_hits(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_hits(forward, self.recipe.label_smoothing)
 
     def step(self, function: LossAndHits) -> Step:
         """The training step around `function`, which is compiled or not."""
@@ -133,16 +139,20 @@ class Parts:
     def fast_step(self, mode: str = "auto") -> Step:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that.
 
-        `mode`: the compiler's effort, where the recipe leaves it open.
+        Of each size of image one, made here, of which a call takes that of the running epoch. `mode`: the compiler's
+        effort, where the recipe leaves it open.
         """
-        fast = self.fast_block(1, mode)
+        sizes = dict.fromkeys(size for size, _ in image_sizes(self.recipe.image_size))
+        fast = {size: self.fast_block(1, mode, size) for size in sizes}
         self.inference = self.fast_inference()
         next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
-        return capture.by_batch_size(fast, self.step(self.function()), self.loader.steps.share)
+        share = self.loader.steps.share
+        steps = {size: capture.by_batch_size(fast[size], self.step(self.function(size)), share) for size in sizes}
+        return lambda *batch: steps[self.recipe.size_at(self.progress.epoch)](*batch)
 
-    def fast_block(self, count: int, mode: str = "auto") -> Callable[..., None]:
+    def fast_block(self, count: int, mode: str = "auto", size: int = SIDE) -> Callable[..., None]:
         """`count` steps on full batches as one function of all their tensors (see `capture.in_blocks`)."""
-        function, example = self.function(), self.example() * count
+        function, example = self.function(size), self.example() * count
         mode = mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
         self.model.train()
         with self.untouched():
@@ -292,7 +302,10 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     choice = settled(choice, recipe, optimizer)
     forward = forward_pass(model, mean, std, choice.precision, device)
     train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
+    started = time.perf_counter()
     loader = loader_of(train, pixel_ops, recipe, choice, here)
+    first_look(model, train, recipe)
+    prepare_s = time.perf_counter() - started
     return Parts(
         recipe=recipe,
         choice=choice,
@@ -311,27 +324,15 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         schedule=Schedule(recipe, loader.steps_per_epoch),
         clip=clipper(recipe.clip, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
+        prepare_s=prepare_s,
     )
 
 
-def loader_of(split: Split, ops: tuple[Op, ...], recipe: Recipe, choice: Choice, here: World) -> Loader:
-    """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
-    kind = LOADERS[choice.loader]
-    takes = inspect.signature(kind).parameters
-    own = {"compile": choice.compile, "workers": recipe.workers}
-    return kind(
-        split.images,
-        split.labels,
-        batch_size=recipe.batch_size,
-        augment=ops,
-        seed=recipe.seed,
-        device=torch.device(choice.device),
-        fill=mean_colour(recipe),
-        drop_last=recipe.drop_last,
-        rank=here.rank,
-        ranks=here.ranks,
-        **{name: value for name, value in own.items() if name in takes},
-    )
+def first_look(model: nn.Module, train: Split, recipe: Recipe) -> None:
+    """Shows the first training images to a network that starts from them (it has `start_from`); to no other."""
+    if start_from := getattr(model, "start_from", None):
+        few = Split(train.images[:FIRST], train.labels[:FIRST])
+        start_from(normalised(few, recipe, next(model.parameters()).device))
 
 
 def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:
@@ -359,32 +360,3 @@ def network(recipe: Recipe, num_classes: int) -> nn.Module:
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` on the device, its convolutions channels_last."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-
-
-def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
-    return cifar.normalisation(normalisation_name(recipe))
-
-
-def normalisation_name(recipe: Recipe) -> str:
-    """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
-    if recipe.normalise != "auto":
-        return recipe.normalise
-    return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
-
-
-def mean_colour(recipe: Recipe) -> Fill:
-    """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
-    red, green, blue = (round(255 * value) for value in normalisation(recipe)[0])
-    return red, green, blue
-
-
-def split_off(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
-    """The training images without the validation split, and the split."""
-    if val_size == 0:
-        return train, Split(train.images[:0], train.labels[:0])
-    train_index, val_index = cifar.split(train.labels, val_size, val_seed)
-    return (
-        Split(train.images[train_index], train.labels[train_index]),
-        Split(train.images[val_index], train.labels[val_index]),
-    )

@@ -17,7 +17,8 @@ from fastcifar.data.cifar import Split
 from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.models import macs, parameters
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, image_sizes
+from fastcifar.training import trackers
 from fastcifar.training.evaluate import BATCH_SIZE, predict_logits
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.run import Clock
@@ -34,7 +35,7 @@ GAIN, EXTRA_COMPILE_S = 0.03, 100
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a training step, and of the evaluation of one image."""
+    """Seconds of a training step, the mean over the epochs' sizes of image, and of the evaluation of one image."""
 
     step_s: float
     image_s: float
@@ -50,19 +51,29 @@ class Pace:
 
 def measure(parts: Parts, step: Step) -> Pace:
     """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
-    steps, images = [], []
+    images = []
     few = Split(parts.train.images[:BATCH_SIZE], parts.train.labels[:BATCH_SIZE])
+    sizes = [parts.recipe.size_at(epoch) for epoch in range(parts.recipe.epochs)]
     with parts.untouched():
-        for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
-            started = time.perf_counter()
-            step(*batch)
-            parts.meter.read()
-            steps.append(time.perf_counter() - started)
+        step_s = {size: _step_s(parts, step, sizes.index(size)) for size in dict.fromkeys(sizes)}
         for _ in range(3):
             started = time.perf_counter()
             predict_logits(parts.model, parts.inference, few, parts.device)
             images.append((time.perf_counter() - started) / len(few.labels))
-    return Pace(statistics.median(steps[1:]), statistics.median(images[1:]))
+    return Pace(statistics.fmean(step_s[size] for size in sizes), statistics.median(images[1:]))
+
+
+def _step_s(parts: Parts, step: Step, epoch: int) -> float:
+    """Seconds of a step as it is in `epoch`: the median over the run's first batches."""
+    running, seconds = parts.progress.epoch, []
+    parts.progress.epoch = epoch
+    for batch in itertools.islice(itertools.cycle(parts.batches(0)), STEPS):
+        started = time.perf_counter()
+        step(*batch)
+        parts.meter.read()
+        seconds.append(time.perf_counter() - started)
+    parts.progress.epoch = running
+    return statistics.median(seconds[1:])
 
 
 def tuned(parts: Parts, step: Step) -> Step:
@@ -91,9 +102,19 @@ def fit_into_budget(parts: Parts, step: Step, elapsed_s: float) -> None:
         raise UsageError(problem, f"give {math.ceil(needed)} minutes or more, or a smaller network")
     share = epochs / parts.recipe.epochs  # of warm-up and schedule too: the shape stays the recipe's
     length = parts.recipe.schedule_epochs
-    changes = {"warmup_epochs": parts.recipe.warmup_epochs * share, "schedule_epochs": length and length * share}
+    changes = {
+        "warmup_epochs": parts.recipe.warmup_epochs * share,
+        "schedule_epochs": length and length * share,
+        "image_size": shortened(parts.recipe.image_size, share),
+    }
     parts.recipe = parts.recipe.model_copy(update={"epochs": epochs, **changes})
     parts.schedule = Schedule(parts.recipe, parts.loader.steps_per_epoch)
+
+
+def shortened(sizes: str, share: float) -> str:
+    """`image_size` for `share` of the epochs: whole ones, rounded down, so that none are missing at the full size."""
+    kept = [(size, epochs and math.floor(epochs * share)) for size, epochs in image_sizes(sizes)]
+    return ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in kept if epochs != 0)
 
 
 def rehearse(recipe: Recipe) -> dict[str, Any]:
@@ -105,6 +126,7 @@ def rehearse(recipe: Recipe) -> dict[str, Any]:
     if recipe.resume:
         raise UsageError("--dry-run starts nothing, so it resumes nothing", "leave --resume out")
     clock = Clock()
+    trackers.require(recipe)
     with clock.phase("setup"):
         parts = assemble(recipe, choose(recipe))
     with clock.phase("compile"):

@@ -7,14 +7,15 @@ Nothing is trained here, and nothing is written before everything is known to fi
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastcifar.errors import CheckpointError, NonFiniteError, UsageError, UserError
+from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
 from fastcifar.recipe import Recipe, option, read_toml, section
-from fastcifar.training import checkpoint
+from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
 from fastcifar.training.parts import Parts
 from fastcifar.training.run import Clock, Progress, Run, Sinks, hold, read_environment
@@ -33,17 +34,18 @@ FREE: dict[str, str] = {
     "out": "another folder: the run goes on there, and the old one stays as it is",
     "resume": "",
     "save_every": "",
+    "track": "a tracker that is new gets the rows before too",
     "on_nan": "",
     "deterministic": "sums may round otherwise",
     **dict.fromkeys(section("machine"), "sums may round otherwise: the same run, no longer bit for bit"),
 }
 # with --time-budget these were made to fit, so that the command says something else than the run's recipe
-FITTED = ("epochs", "warmup_epochs", "schedule_epochs")
+FITTED = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
 
 
 @dataclass
 class Origin:
-    """Where a run starts. A context: the lock on its folder is let go at the end.
+    """Where a run starts. A context: at its end the run is closed, and the lock on its folder let go.
 
     `recipe`: what to train by. `state`: the checkpoint to go on from, None from the beginning. `folder`: the run
     folder to go on in, None for a new one. `rows`: the folder whose rows and best weights are copied into a new one.
@@ -56,11 +58,16 @@ class Origin:
     rows: Path | None = None
     lock: int | None = None
     lines: list[str] = field(default_factory=list)
+    run: Run | None = None
 
     def __enter__(self) -> Origin:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self.run:
+            stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt | SystemExit)
+            for tracker in self.run.trackers:
+                tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
@@ -102,6 +109,7 @@ class Origin:
                 self._copy(self.rows, run, done)
             if not run.checkpoint("best").is_file():
                 parts.progress.best = None
+        self.run = run
         run.require_space(parts.checkpoint_bytes())
         return run
 
@@ -146,7 +154,11 @@ def find(recipe: Recipe, name: str) -> Origin:
 
 def find_together(recipe: Recipe, name: str, here: World) -> Origin:
     """`find` by rank 0, which alone reads the disk; the others start where it does. Errors: those of `find`."""
-    origin = find(recipe, name) if here.leads else Origin(recipe, name)
+    with ExitStack() as undo:
+        origin = undo.enter_context(find(recipe, name) if here.leads else Origin(recipe, name))
+        if here.leads:
+            trackers.require(origin.recipe)
+        undo.pop_all()
     values, is_new = here.told([origin.recipe.model_dump(mode="json"), origin.is_new])
     state = here.shown(origin.state)
     if here.leads:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,9 @@ from fastcifar.device import environment
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.rows import COLUMNS, Row, csv_rows, event_lines
+from fastcifar.training.trackers import Tracker, asked
 
-COLUMNS: tuple[str, ...] = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_acc",
-    "val_loss",
-    "val_acc",
-    "ema_val_acc",
-    "images_per_s",
-    "seconds",
-)
-
-Row = dict[str, Any]
 # a function of each epoch's row; a reason that it returns ends the run
 Sink = Callable[[Row], str | None]
 Sinks = Sequence[Sink]
@@ -77,42 +66,15 @@ def events_sink(folder: Path, done: int = 0) -> Sink:
     return write
 
 
-def csv_rows(path: Path, done: int) -> list[Row]:
-    """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
-    try:
-        return [
-            {name: row[name] for name in COLUMNS} for row in csv.DictReader(_lines(path)) if _kept(row, done, COLUMNS)
-        ]
-    except csv.Error:
-        return []
-
-
-def event_lines(path: Path, done: int) -> list[str]:
-    """The whole lines of an events.jsonl's first `done` epochs."""
-
-    def parsed(line: str) -> Any:
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-
-    return [line for line in _lines(path) if _kept(parsed(line), done, ("epoch",))]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
-
-
-def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
-    try:
-        return int(row["epoch"]) < done and all(row[name] is not None for name in columns)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-
-
 # name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
-# one row
-SINKS: dict[str, Callable[[Path, int], Sink]] = {"csv": csv_sink, "events": events_sink}
+# one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
+SINKS: dict[str, Callable[[Path, int], Sink]] = {
+    "csv": csv_sink,
+    "events": events_sink,
+    "tensorboard": partial(Tracker, "tensorboard"),
+    "mlflow": partial(Tracker, "mlflow"),
+}
+FILES = ("csv", "events")
 
 
 @dataclass(frozen=True)
@@ -163,14 +125,21 @@ class Run:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
         write_atomically(folder / "env.json", (json.dumps(environment_now, indent=1) + "\n").encode())
-        sinks = tuple(open_sink(folder, done) for open_sink in SINKS.values())
+        sinks = tuple(SINKS[name](folder, done) for name in (*FILES, *asked(recipe.track)))
         return cls(folder, environment_now["recipe"], held, sinks)
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Those of the sinks that follow the run elsewhere; see `Tracker`."""
+        return [sink for sink in self.sinks if isinstance(sink, Tracker)]
 
     def rewind(self, done: int) -> None:
         """Removes the rows after the first `done` epochs. Errors: `DiskError`."""
         try:
-            for open_sink in SINKS.values():
-                open_sink(self.folder, done)
+            for name in FILES:
+                SINKS[name](self.folder, done)
+            for tracker in self.trackers:
+                tracker.reopen(done)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -216,6 +185,8 @@ class Run:
             write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         except OSError as error:
             raise self._failed(error) from None
+        for tracker in self.trackers:
+            tracker.finish(summary)
 
 
 @dataclass

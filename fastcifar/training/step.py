@@ -138,6 +138,16 @@ def forward_pass(
     return forward
 
 
+def resized(forward: Forward, size: int) -> Forward:
+    """`forward` of the images as `size` pixels a side: bilinear, antialiased where they shrink."""
+
+    def smaller(images: Tensor) -> Tensor:
+        images = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+        return forward(images.contiguous(memory_format=torch.channels_last))
+
+    return smaller
+
+
 def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
     """(images, labels [n]) -> (mean cross-entropy, how many labels were right): what is compiled."""
 

@@ -25,7 +25,8 @@ from fastcifar.device import choose
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.parts import assemble, normalisation
+from fastcifar.training.images import normalisation
+from fastcifar.training.parts import assemble
 from fastcifar.training.run import Clock
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")

@@ -313,3 +313,13 @@ def test_a_time_budget_fits_once(tiny: Make, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(CheckpointError, match=r"--time-budget 0\.75, not 9"):
         train(Recipe(resume=str(tmp_path / "run"), time_budget=9.0))
     assert train(Recipe(resume=str(tmp_path / "run"), epochs=4))["epochs"] == 4
+
+
+def test_fault01_with_a_stem_from_the_images_sizes_and_rates_of_groups(
+    tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path]
+) -> None:
+    """A whitening stem is loaded, not made again; an epoch goes on in the size that it began with."""
+    values: dict[str, Any] = {"arch": "speed94", "image_size": "16:1,32", "optimizer": "muon", "lr": 0.05}
+    values |= {"bias_lr": 4.0, "head_lr": 9.0, "opt": {"weight_norm": True}, "activation": "gelu", "ema": 0.9}
+    train(tiny(**values))
+    assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")

@@ -31,6 +31,7 @@ PUBLISHED: dict[str, tuple[int, float | None]] = {
     "res512d": (4_903_242, None),
     "resnet18": (11_173_962, 555.42),
     "speednet": (1_078_298, None),
+    "speed94": (1_971_352, None),
 }
 
 

@@ -19,7 +19,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.results import export as room
 from fastcifar.results.export import FORMATS, Deployed, example, export
 from fastcifar.results.finished import rebuild
-from fastcifar.training.parts import normalisation
+from fastcifar.training.images import normalisation
 from fastcifar.training.train import train
 
 

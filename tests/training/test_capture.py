@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from fastcifar.device import choose
 from fastcifar.errors import DeviceError
+from fastcifar.models.speednet import largest
 from fastcifar.recipe import Recipe
 from fastcifar.training import capture
 from fastcifar.training.capture import by_batch_size, captured_forward, compiled, filled, graphed, warmed
@@ -315,3 +316,19 @@ def test_a_replay_of_several_steps_equals_them_one_by_one(tiny: Callable[..., Re
         replayed(*(tensor for tensors in given[start : start + 3] for tensor in tensors))
     assert all(torch.equal(mine, other) for mine, other in zip(several.tensors(), one.tensors(), strict=True))
     assert one.meter.read() == several.meter.read()
+
+
+def test_the_maximum_of_a_smooth_activation_goes_back_in_bf16() -> None:
+    """Compiled, the gradient of `amax` is 0 / 0 here: the activation, computed anew, no longer equals its maximum."""
+    images = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def gradient(function: Callable) -> torch.Tensor:
+        leaf = images.detach().requires_grad_()
+        function(leaf).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return largest(torch.nn.functional.silu(x)).float().sum()
+
+    torch.testing.assert_close(gradient(compiled(function)), gradient(function), rtol=0, atol=0)

@@ -19,6 +19,7 @@ from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE, Ema, Optimizer, clipper, library, parameter_groups
 from fastcifar.training.schedule import SCHEDULES, Schedule
+from fastcifar.training.update_rules import Muon
 
 OFF = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -359,6 +360,98 @@ def test_groups_cover_every_parameter_once() -> None:
     assert plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert len(parameter_groups(model, 0.1, "all")) == 1
+
+
+def network_with_a_head() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(6, 6), nn.Linear(6, 4))
+    model[1].weight.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
+def test_groups_of_rates_cover_every_trainable_parameter_once() -> None:
+    model = network_with_a_head()
+    rest, head, biases = parameter_groups(model, 0.1, "all", bias_lr=4.0, head_lr=0.5)
+    assert [weight.ndim for weight in rest["params"]] == [4, 2]
+    assert head["params"] == [model[3].weight]
+    assert biases["params"] == [model[0].bias, model[1].bias, model[2].bias, model[3].bias]
+    assert [group.get("times", 1.0) for group in (rest, head, biases)] == [1.0, 0.5, 4.0]
+    assert [group["weight_decay"] for group in (rest, head, biases)] == [0.1, 0.2, 0.025]
+    assert [len(group["params"]) for group in parameter_groups(model, 0.1, "weights", 4.0, 4.0)] == [2, 1, 4]
+    with pytest.raises(UsageError, match="--head-lr 2: the network has no linear layer"):
+        parameter_groups(network(), 0.1, "all", head_lr=2.0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "lion"])
+def test_groups_of_rates_equal_a_plain_optimizer_with_groups(name: str) -> None:
+    """With decay: divided by the multiple of the rate, a decoupled one shrinks each group by lr * decay a step."""
+    ours, theirs = network_with_a_head(), network_with_a_head()
+    optimizer = Optimizer(ours, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr=4.0, head_lr=0.5))
+    build = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam,
+             "rmsprop": torch.optim.RMSprop, "lion": pytorch_optimizer.Lion}[name]  # fmt: skip
+    plain = [weight for weight in theirs.parameters() if weight.requires_grad]
+    parts = [
+        ([weight for weight in plain if weight.ndim > 1 and weight is not theirs[3].weight], 1.0),
+        ([theirs[3].weight], 0.5),
+        ([weight for weight in plain if weight.ndim == 1], 4.0),
+    ]
+    groups = [{"params": weights, "lr": 0.01 * times, "weight_decay": 1e-2 / times} for weights, times in parts]
+    reference = build(groups, lr=0.01, **({"momentum": 0.9} if name == "sgd" else {}))
+    for step in range(10):
+        optimizer.set_lr(0.01 / (step + 1))
+        for group, (_, times) in zip(reference.param_groups, parts, strict=True):
+            group["lr"] = 0.01 / (step + 1) * times
+        set_gradients([ours, theirs], step)
+        optimizer.step(SCALER, OFF)
+        reference.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_and_sgd_of_two_rates_in_one_optimizer() -> None:
+    """The recipe of the speed networks: filters by Muon, biases and head by Nesterov SGD at rates of their own."""
+    opt = {"momentum": 0.6, "ns_steps": 3, "weight_norm": True, "rest_lr": 50.0, "rest_momentum": 0.85}
+    ours, theirs = network_with_a_head(), network_with_a_head()
+    recipe = Recipe(optimizer="muon", lr=0.24, weight_decay=0, head_lr=12.0, opt=opt)
+    optimizer = Optimizer(ours, recipe)
+    head = theirs[3].weight
+    others = [
+        weight for weight in theirs.parameters() if weight.requires_grad and weight.ndim < 4 and weight is not head
+    ]
+    filters = Muon([theirs[0].weight], lr=0.24, momentum=0.6, ns_steps=3, weight_norm=True)
+    rest = torch.optim.SGD(
+        [{"params": others, "lr": 12.0}, {"params": [head], "lr": 144.0}], momentum=0.85, nesterov=True
+    )
+    for step in range(10):
+        share = 1 - step / 10
+        optimizer.set_lr(0.24 * share)
+        filters.param_groups[0]["lr"] = 0.24 * share
+        for group, lr in zip(rest.param_groups, (12.0, 144.0), strict=True):
+            group["lr"] = lr * share
+        set_gradients([ours, theirs], step)
+        optimizer.step(SCALER, OFF)
+        filters.step()
+        rest.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lookahead:sgd", "muon", "ranger", "lookahead:lion"])
+def test_groups_of_rates_are_resumed(name: str) -> None:
+    values = {"optimizer": name, "bias_lr": 3.0, "decay_on": "weights"}
+    whole, _ = trained(values, range(12))
+    _, saved = trained(values, range(6))
+    resumed, _ = trained(values, range(6, 12), resume=saved)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_at_a_multiple_of_one_groups_and_state_are_as_without() -> None:
+    model = network_with_a_head()
+    (group,) = parameter_groups(model, 0.1, "all")
+    assert group.keys() == {"params", "weight_decay"}
+    assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
+    assert not Optimizer(model, Recipe(optimizer="sgd")).multiples
 
 
 def test_clip() -> None:

@@ -22,7 +22,7 @@ from fastcifar.models import MODELS, build
 from fastcifar.recipe import Recipe
 from fastcifar.results.judge import judge
 from fastcifar.training import checkpoint, published
-from fastcifar.training.parts import normalisation, normalisation_name
+from fastcifar.training.images import normalisation, normalisation_name
 from fastcifar.training.train import train
 from tests.models.reference import FORWARDS
 

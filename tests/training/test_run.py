@@ -15,7 +15,7 @@ import pytest
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import ALONE
-from fastcifar.training.run import COLUMNS, SINKS, Clock, Run
+from fastcifar.training.run import COLUMNS, FILES, SINKS, Clock, Run
 from fastcifar.training.signals import Stop
 
 ROW = dict.fromkeys(COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
@@ -45,8 +45,8 @@ def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], 
         Run.create(tiny(out=str(tmp_path / "file" / "run")), "x")
 
 
-@pytest.mark.parametrize("name", SINKS)
-def test_sinks_write_a_row_each(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_get_a_row_each(name: str, tmp_path: Path) -> None:
     write = SINKS[name](tmp_path, 0)
     write(ROW)
     write({**ROW, "epoch": 1})

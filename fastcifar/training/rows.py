@@ -1,0 +1,59 @@
+"""The rows of a run: a row an epoch, in metrics.csv and in events.jsonl, and what of these files can be read.
+
+It reads, and believes nothing: a dying process may have left a file cut short. `run.py` writes them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+COLUMNS: tuple[str, ...] = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_acc",
+    "val_loss",
+    "val_acc",
+    "ema_val_acc",
+    "images_per_s",
+    "seconds",
+)
+
+Row = dict[str, Any]
+
+
+def csv_rows(path: Path, done: int) -> list[Row]:
+    """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
+    try:
+        return [
+            {name: row[name] for name in COLUMNS} for row in csv.DictReader(_lines(path)) if _kept(row, done, COLUMNS)
+        ]
+    except csv.Error:
+        return []
+
+
+def event_lines(path: Path, done: int) -> list[str]:
+    """The whole lines of an events.jsonl's first `done` epochs."""
+
+    def parsed(line: str) -> Any:
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+
+    return [line for line in _lines(path) if _kept(parsed(line), done, ("epoch",))]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
+
+
+def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
+    try:
+        return int(row["epoch"]) < done and all(row[name] is not None for name in columns)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False

@@ -1,0 +1,294 @@
+"""Experiment trackers that follow a run: TensorBoard's event files, MLflow's data base.
+
+Opening one brings it to the rows that the run has done, whatever it held before: nothing is missing and nothing is
+there twice, also after an interruption. A tracker that fails costs a run one warning. Both libraries are imported only
+where a recipe asks for them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcifar.device import optional
+from fastcifar.errors import UsageError, pick
+from fastcifar.recipe import Recipe
+from fastcifar.training.rows import Row, event_lines
+
+TENSORBOARD = "pip install 'tensorboard>=2.18,<3'"
+MLFLOW = "pip install 'mlflow>=3,<4'"
+DATABASE, ARTIFACTS, RUN_ID = "mlflow.db", "mlflow-artifacts", "mlflow.json"
+EXPERIMENT = "fastcifar"
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its page shows curves then, not agents
+# what of summary.json stands beside the rows, and what of a run folder is small enough to be copied
+FINAL = ("test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc")
+COPIED = ("recipe.toml", "env.json", "metrics.csv", "summary.json")
+
+
+@dataclass(frozen=True)
+class Log:
+    """A run in a tracker. `write`: a row. `finish`: once, the summary. `close`: last, "FINISHED", "KILLED" by a signal
+    or "FAILED"."""
+
+    write: Callable[[Row], None]
+    finish: Callable[[dict[str, Any]], None]
+    close: Callable[[str], None]
+
+
+class Tracker:
+    """A sink that cannot end a training: it fails with one warning, and is tried once more when the run ends.
+
+    It is opened with the rows of events.jsonl, so that what it missed is made up for then, or by a resumed run.
+    """
+
+    def __init__(self, name: str, folder: Path, done: int = 0) -> None:
+        self.name, self.folder = name, folder
+        self.log: Log | None = None
+        self.has_failed = False
+        self.reopen(done)
+
+    def __call__(self, row: Row) -> None:
+        if log := self.log:
+            self._try(lambda: log.write(row))
+
+    def reopen(self, done: int) -> None:
+        """Brings it to the rows of the first `done` epochs, and no others."""
+        lines = event_lines(self.folder / "events.jsonl", done)
+        rows = [json.loads(line) for line in lines]
+
+        def open_log() -> None:
+            self.log = TRACKERS[self.name].open(self.folder, rows)
+
+        self._try(open_log)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The summary, and before it what a tracker that failed has missed."""
+        if self.log is None:
+            self.reopen(summary["epochs"])
+        if log := self.log:
+            self._try(lambda: log.finish(summary))
+
+    def close(self, status: str) -> None:
+        """Last of all: "FINISHED", "KILLED" by a signal, or "FAILED"."""
+        if log := self.log:
+            self._try(lambda: log.close(status))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a data base, a disk or a server, through somebody else's library
+            self.log = None
+            if not self.has_failed:
+                told = "the run goes on; what is missing follows at its end, or when it is resumed"
+                warnings.warn(f"{self.name} failed ({_reason(error)}); {told}", stacklevel=2)
+            self.has_failed = True
+
+
+def tensorboard_log(folder: Path, rows: list[Row]) -> Log:
+    """Event files in `folder`/tensorboard: a scalar a column, its step the epoch; the recipe as hyperparameters.
+
+    They are written anew from `rows`, and the old ones removed. `purge_step`: who reads while we do so forgets them.
+    """
+    library = optional("torch.utils.tensorboard", TENSORBOARD)
+    from torch.utils.tensorboard.summary import hparams
+
+    place = folder / "tensorboard"
+    stale = list(place.glob("events.out.tfevents.*"))
+    writer = library.SummaryWriter(str(place), purge_step=0)
+    experiment, start, end = hparams(_knobs(folder), dict.fromkeys(("val_acc", "test_acc"), 0))
+    for part in (experiment, start):
+        writer.file_writer.add_summary(part)
+
+    def write(row: Row) -> None:
+        for name, value in _metrics(row).items():
+            writer.add_scalar(name, value, row["epoch"], row.get("time"))
+        writer.flush()
+
+    def finish(summary: dict[str, Any]) -> None:
+        for name, value in _final(summary).items():
+            writer.add_scalar(name, value, summary["epochs"] - 1)
+        writer.add_text("summary", f"```\n{json.dumps(summary, indent=1)}\n```", summary["epochs"] - 1)
+        writer.file_writer.add_summary(end)
+        writer.flush()
+
+    for row in rows:
+        write(row)
+    for file in stale:
+        file.unlink()
+    return Log(write, finish, lambda _: writer.close())
+
+
+def mlflow_log(folder: Path, rows: list[Row]) -> Log:
+    """A run in MLflow's data base beside `folder` (see `store`): a metric a column, its step the epoch.
+
+    Its id is kept in `folder`, and the same run goes on. Only one with other epochs than those of `rows` cannot: MLflow
+    takes nothing back, so it is deleted (MLflow keeps it in its trash) and written anew.
+    """
+    client, experiment = _connected(folder.parent)
+    run_id = _continued(client, folder, {row["epoch"] for row in rows})
+    if run_id is None:
+        made = client.create_run(experiment, run_name=folder.name, tags={"fastcifar.folder": str(folder.resolve())})
+        run_id = made.info.run_id
+        (folder / RUN_ID).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
+    client.update_run(run_id, status="RUNNING")
+    _log_parameters(client, run_id, _knobs(folder))
+    from mlflow.entities import Metric
+
+    def log(values: dict[str, float], epoch: int, at: float) -> None:
+        client.log_batch(run_id, [Metric(name, value, int(at * 1000), epoch) for name, value in values.items()])
+
+    def write(row: Row) -> None:
+        log(_metrics(row), row["epoch"], row.get("time", time.time()))
+
+    def finish(summary: dict[str, Any]) -> None:
+        log(_final(summary), summary["epochs"] - 1, time.time())
+        for name in COPIED:
+            client.log_artifact(run_id, str(folder / name))
+
+    logged = _epochs(client, run_id)
+    for row in rows:
+        if row["epoch"] not in logged:
+            write(row)
+    return Log(write, finish, lambda status: client.set_terminated(run_id, status))
+
+
+def _require_tensorboard(runs: Path) -> None:
+    optional("torch.utils.tensorboard", TENSORBOARD)
+
+
+def _require_mlflow(runs: Path) -> None:
+    _library()
+    if not runs.is_dir():  # as for a first run; then there is nothing yet that could be wrong
+        return
+    if "MLFLOW_TRACKING_URI" in os.environ or (runs / DATABASE).exists():
+        try:
+            _connected(runs)
+        except Exception as error:
+            problem = f"MLflow cannot use {store(runs)}: {_reason(error)}"
+            raise UsageError(problem, "repair it or move it away, or leave --track mlflow out") from None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of TRACKERS. `open`: of a run folder with its recipe.toml, and the rows it has done. `require`: tries
+    whether it would work for runs in a folder, and raises `UsageError` with the remedy if not."""
+
+    open: Callable[[Path, list[Row]], Log]
+    require: Callable[[Path], None]
+
+
+TRACKERS: dict[str, Kind] = {
+    "tensorboard": Kind(tensorboard_log, _require_tensorboard),
+    "mlflow": Kind(mlflow_log, _require_mlflow),
+}
+
+
+def asked(track: str) -> list[str]:
+    """The names in `track`: "none", "mlflow" or "tensorboard,mlflow". Errors: `UsageError`."""
+    names = [name.strip() for name in track.split(",")] if track != "none" else []
+    for name in names:
+        pick(TRACKERS, name, "tracker")
+    return list(dict.fromkeys(names))
+
+
+def require(recipe: Recipe) -> None:
+    """Tries the trackers of `recipe`, before anything is written. Errors: `UsageError` with what to install."""
+    for name in asked(recipe.track):
+        TRACKERS[name].require(Path(recipe.out).parent if recipe.out else Path("runs"))
+
+
+def store(runs: Path) -> str:
+    """MLflow's tracking store for runs in the folder `runs`: MLFLOW_TRACKING_URI, or a SQLite file in the folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / DATABASE).resolve()}"
+
+
+def _library() -> Any:
+    """MLflow, which shall not report to its makers, nor log each table that it makes, or an error that we tell of."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = optional("mlflow", MLFLOW)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return mlflow
+
+
+def _connected(runs: Path) -> tuple[Any, str]:
+    """A client of `store`, and the id of our experiment there; both made if need be."""
+    mlflow = _library()
+    with _alone(runs):  # two processes that found one data base would both make its tables
+        client = mlflow.MlflowClient(store(runs))
+        if found := client.get_experiment_by_name(EXPERIMENT):
+            return client, found.experiment_id
+        location = None if "MLFLOW_TRACKING_URI" in os.environ else (runs / ARTIFACTS).resolve().as_uri()
+        return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TRAINING)
+
+
+@contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """Holds a lock on the folder `runs`, where its file system has locks."""
+    held = os.open(runs, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _continued(client: Any, folder: Path, epochs: set[int]) -> str | None:
+    """The id of the MLflow run of `folder`, if it can go on after `epochs`."""
+    try:
+        run_id = json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"]
+        is_there = client.get_run(run_id).info.lifecycle_stage == "active"
+    except Exception:  # no such file, or MLflow's word for no such run in this data base
+        return None
+    if is_there and _epochs(client, run_id) <= epochs:
+        return run_id
+    if is_there:
+        client.delete_run(run_id)
+    return None
+
+
+def _epochs(client: Any, run_id: str) -> set[int]:
+    """The epochs that an MLflow run has: `epoch` is one of the metrics."""
+    return {metric.step for metric in client.get_metric_history(run_id, "epoch")}
+
+
+def _log_parameters(client: Any, run_id: str, knobs: dict[str, Any]) -> None:
+    """The knobs as parameters, which MLflow lets nobody change; what a resumed run changed is a tag."""
+    from mlflow.entities import Param, RunTag
+
+    there = client.get_run(run_id).data.params
+    spelt = {name: str(value) for name, value in knobs.items()}
+    new = [Param(name, value) for name, value in spelt.items() if not there]
+    changed = [RunTag(f"resumed.{name}", value) for name, value in spelt.items() if there.get(name, value) != value]
+    client.log_batch(run_id, params=new, tags=changed)
+
+
+def _knobs(folder: Path) -> dict[str, Any]:
+    """The recipe of a run folder as trackers take it: numbers, switches and text."""
+    knobs = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in knobs.items()}
+
+
+def _metrics(row: Row) -> dict[str, float]:
+    """The columns of a row that were measured."""
+    return {name: value for name, value in row.items() if name != "time" and value is not None}
+
+
+def _final(summary: dict[str, Any]) -> dict[str, float]:
+    return {name: summary[name] for name in FINAL if summary[name] is not None}
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
