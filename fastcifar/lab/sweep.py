@@ -26,10 +26,12 @@ from fastcifar.lab.places import PLACES, How, Told
 from fastcifar.lab.study import Study
 from fastcifar.lab.trials import COPY, Asked, Trial, expand, read
 from fastcifar.recipe import Recipe
+from fastcifar.training import trackers
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.evaluate import VIEWS
+from fastcifar.training.images import normalisation
 from fastcifar.training.optim import Optimizer, clipper
-from fastcifar.training.parts import network, normalisation
+from fastcifar.training.parts import network
 from fastcifar.training.progress import say
 from fastcifar.training.run import hold
 from fastcifar.training.schedule import Schedule
@@ -138,6 +140,7 @@ def check(trials: Iterable[Trial]) -> None:
             parse(recipe.augment)
             normalisation(recipe)
             pick(VIEWS, recipe.tta, "test-time augmentation")
+            trackers.require(recipe)
             Schedule(recipe, 1)
             clipper(recipe.clip, [])
             Optimizer(network(recipe, cifar.DATASETS[recipe.dataset].classes), recipe)
