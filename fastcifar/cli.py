@@ -246,6 +246,39 @@ def speedrun(
 
 
 @app.command()
+@knobs(name for name in Recipe.model_fields if name not in ("seed", "out", "resume"))
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="FILE|NAME", help="sweep file, shipped sweep, or a sweep's folder")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="its folder; default: sweeps/NAME")] = None,
+    on: Annotated[str, typer.Option("--on", metavar="process|processes|gpus|ray", help="where trials run")] = "process",
+    seeds: Annotated[str | None, typer.Option(metavar="INT|INT,...", help="how many, or which")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="trials at a time; default: as there is room")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="threads of a trial; default: the cores shared out")] = None,
+    trials_per_gpu: Annotated[int, typer.Option(min=1, help="that share a GPU")] = 1,
+    address: Annotated[str, typer.Option(metavar="auto|local|HOST:PORT", help="of the Ray cluster")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try failed trials again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials and their steps")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Run the trials of a file: a grid, a list, random points or a study, times seeds. The same command goes on."""
+    from fastcifar.lab.board import plan_table, sweep_table
+    from fastcifar.lab.places import How
+    from fastcifar.lab.sweep import plan
+    from fastcifar.lab.sweep import sweep as go_through
+
+    console = Console(stderr=as_json)
+    if dry_run:
+        found = plan(source, out, seeds, **knobs)
+    else:
+        how = How(jobs, cpus, trials_per_gpu, address)
+        found = go_through(source, out, on, how, seeds, retry_failed, console, **knobs)
+    print(json.dumps(found)) if as_json else console.print(plan_table(found) if dry_run else sweep_table(found))
+    raise typer.Exit(int(not dry_run and found["counts"]["failed"] > 0))
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a submission, or what `bench --json` printed")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],

@@ -31,6 +31,7 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
         ("train", "--help"),
         ("models", "--help"),
         ("data", "show", "--help"),
+        ("sweep", "--help"),
         ("--version",),
         ("train", "--lrr", "1"),
     ],
