@@ -1,20 +1,13 @@
 """The front door: commands of a few lines. No logic, and no torch until a command runs.
 
-Options are generated from the fields of `Recipe`. Whatever a user can get wrong ends as one line with the remedy and
-the exit code of errors.py; the traceback comes only with --debug. With --json the last line of stdout is one document.
+Options are generated from the fields of `Recipe` (options.py); how a command ends is ending.py's. With --json the last
+line of stdout is one document.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import signal
-import sys
-import types
-import typing
-import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +15,9 @@ import typer
 from rich.console import Console
 
 from fastcifar import __version__
-from fastcifar.errors import UserError, out_of_memory
-from fastcifar.recipe import SECTIONS, Recipe, option, section
+from fastcifar.ending import run_to_the_end
+from fastcifar.options import Debug, DryRun, Json, RecipeName, knobs
+from fastcifar.recipe import Recipe, section
 
 app = typer.Typer(
     help="Train networks on CIFAR fast, under a parameter budget, and tell the truth about it.",
@@ -36,51 +30,6 @@ data_app = typer.Typer(help="Check a data set, or look at what an augmentation d
 app.add_typer(data_app, name="data")
 runs_app = typer.Typer(help="List run folders and sweeps, or remove some.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
-
-SIGINT, SIGTERM = 130, 143  # the exit codes
-BY_NAME = inspect.Parameter.KEYWORD_ONLY
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
-
-
-def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
-        added = [_parameter(name) for name in names]
-        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
-        return command
-
-    return decorate
-
-
-def _parameter(name: str) -> inspect.Parameter:
-    field = Recipe.model_fields[name]
-    spelling, panel = option(name), next(title for title in SECTIONS if name in section(title)).capitalize()
-    default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
-    boolean = bool in (field.annotation, *typing.get_args(field.annotation))
-    if boolean and field.default is None:
-        spelling = f"{spelling}/--no-{name.replace('_', '-')}"
-    shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
-    info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
-    kind = bool if boolean else list[str] if name == "opt" else str
-    return inspect.Parameter(name, BY_NAME, default=None, annotation=Annotated[kind | None, info])
-
-
-def _metavar(field: Any) -> str:
-    """The values as the help shows them: the choices, or the type."""
-    kinds = [field.annotation, *typing.get_args(field.annotation)]
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal:
-            return "|".join(typing.get_args(kind))
-    named = {int: "INT", float: "FLOAT", str: "TEXT", dict: "KEY=VALUE"}
-    found = [named[kind] for kind in [*kinds, *map(typing.get_origin, kinds)] if kind in named]
-    return found[0] if found else "INT,INT,..."
 
 
 def _version(wanted: bool) -> None:
@@ -105,7 +54,7 @@ def train(
 
     A recipe's values come first, then the options given here; the rest are the defaults.
     """
-    from fastcifar.results.report import rehearsal_table, summary_table
+    from fastcifar.results.tables import rehearsal_table, summary_table
     from fastcifar.training.rehearse import rehearse
     from fastcifar.training.train import train as run
 
@@ -132,7 +81,7 @@ def evaluate(
 ) -> None:
     """Measure a run, a checkpoint or a source project's published weights on the test set."""
     from fastcifar.results.judge import judge
-    from fastcifar.results.report import scores_table
+    from fastcifar.results.tables import scores_table
 
     console, asked = Console(stderr=as_json), {"pictures": plots, "shifted": shifted, "corruptions": corruptions}
     scores = judge(run, arch=arch, console=console, **asked, **knobs)
@@ -162,7 +111,7 @@ def predict(
 ) -> None:
     """Label images with a run, a checkpoint or several, and write them as a file."""
     from fastcifar.results.predict import predict as label
-    from fastcifar.results.report import predictions_table
+    from fastcifar.results.tables import predictions_table
 
     console = Console(stderr=as_json)
     asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
@@ -185,7 +134,7 @@ def export(
 ) -> None:
     """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
     from fastcifar.results.export import export as write
-    from fastcifar.results.report import export_table
+    from fastcifar.results.tables import export_table
 
     found = write(run, format, out, inputs, outputs, arch=arch, **knobs)
     print(json.dumps(found)) if as_json else Console().print(export_table(found))
@@ -201,7 +150,7 @@ def models(
     **knobs: Any,
 ) -> None:
     """List the architectures, print one's layers, or fit one to a budget."""
-    from fastcifar.results.report import fitted, layers, listing
+    from fastcifar.results.tables import fitted, layers, listing
 
     given = Recipe.make(**{**knobs, "arch": name or knobs["arch"]})
     if budget is not None:
@@ -216,7 +165,7 @@ def models(
 def data_verify(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Read every file anew and say what was found, where, whether it is official, and what is in it."""
     from fastcifar.results.dataset import verify
-    from fastcifar.results.report import data_table
+    from fastcifar.results.tables import data_table
 
     found = verify(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(data_table(found))
@@ -297,6 +246,39 @@ def speedrun(
 
 
 @app.command()
+@knobs(name for name in Recipe.model_fields if name not in ("seed", "out", "resume"))
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="FILE|NAME", help="sweep file, shipped sweep, or a sweep's folder")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="its folder; default: sweeps/NAME")] = None,
+    on: Annotated[str, typer.Option("--on", metavar="process|processes|gpus|ray", help="where trials run")] = "process",
+    seeds: Annotated[str | None, typer.Option(metavar="INT|INT,...", help="how many, or which")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="trials at a time; default: as there is room")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="threads of a trial; default: the cores shared out")] = None,
+    trials_per_gpu: Annotated[int, typer.Option(min=1, help="that share a GPU")] = 1,
+    address: Annotated[str, typer.Option(metavar="auto|local|HOST:PORT", help="of the Ray cluster")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try failed trials again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials and their steps")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Run the trials of a file: a grid, a list, random points or a study, times seeds. The same command goes on."""
+    from fastcifar.lab.board import plan_table, sweep_table
+    from fastcifar.lab.places import How
+    from fastcifar.lab.sweep import plan
+    from fastcifar.lab.sweep import sweep as go_through
+
+    console = Console(stderr=as_json)
+    if dry_run:
+        found = plan(source, out, seeds, **knobs)
+    else:
+        how = How(jobs, cpus, trials_per_gpu, address)
+        found = go_through(source, out, on, how, seeds, retry_failed, console, **knobs)
+    print(json.dumps(found)) if as_json else console.print(plan_table(found) if dry_run else sweep_table(found))
+    raise typer.Exit(int(not dry_run and found["counts"]["failed"] > 0))
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a submission, or what `bench --json` printed")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
@@ -364,59 +346,41 @@ def ui(
 
 
 @app.command()
+@knobs(("data", "device", "precision"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run folders, sweeps, or both")],
+    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="to print it in")] = "terminal",
+    sort: Annotated[str | None, typer.Option(metavar="COLUMN", help="by its heading, figures from the largest")] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="add the accuracy on the validation split")] = False,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw accuracy, loss, throughput, classes")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write it all as one page, offline")] = None,
+    mistakes: Annotated[int, typer.Option(min=0, help="ask the networks anew: confusion, so many mistakes")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+    **knobs: Any,
+) -> None:
+    """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
+    from fastcifar.results.report import report as tabulate
+
+    asked = {"validation": validation, "plots": plots, "html": html, "mistakes": mistakes}
+    found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **knobs)
+    if as_json or isinstance(shown, str):
+        print(json.dumps(found) if as_json else shown)
+    else:
+        Console().print(shown)
+
+
+@app.command()
 @knobs(section("machine"))
 def doctor(as_json: Json = False, debug: Debug = False, **knobs: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
     from fastcifar.device import examine
-    from fastcifar.results.report import examination
+    from fastcifar.results.tables import examination
 
     found = examine(Recipe.make(**knobs))
     print(json.dumps(found)) if as_json else Console().print(examination(found))
 
 
 def main() -> None:
-    """The entry point: runs the command and turns what a user got wrong into one line and an exit code."""
-    warnings.showwarning = _warned
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        code = app(standalone_mode=False)
-        if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped by SIGINT", SIGINT))
-    except BrokenPipeError:
-        sys.exit(141)
-    except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        sys.exit(_explained(error))
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _terminated(*_: Any) -> None:
-    """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
-    sys.exit(_fail("stopped by SIGTERM", SIGTERM))
-
-
-def _warned(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as one line like an error's, without a place in the source."""
-    kind = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
-
-
-def _explained(error: Exception) -> int:
-    """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
-    if isinstance(error, UserError):
-        return _fail(str(error), error.exit_code)
-    if type(error).__name__ == "Abort":  # and how older ones do
-        return _fail("stopped by SIGINT", SIGINT)
-    if short := out_of_memory(error):
-        return _fail(str(short), short.exit_code)
-    if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
-        return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
-    raise error
-
-
-def _fail(line: str, code: int) -> int:
-    print(f"fastcifar: {line}", file=sys.stderr)
-    return code
+    """The entry point."""
+    run_to_the_end(app)

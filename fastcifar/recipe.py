@@ -215,7 +215,7 @@ class Recipe(BaseModel):
 
     def to_toml(self) -> str:
         """The recipe as a file that `make` reads back: every knob that is set, by name."""
-        return "".join(f"{name} = {_toml(value)}\n" for name, value in self.model_dump(mode="json").items()
+        return "".join(f"{name} = {toml_value(value)}\n" for name, value in self.model_dump(mode="json").items()
                        if value is not None)  # fmt: skip
 
 
@@ -288,8 +288,10 @@ def _explain(problem: Any) -> str:
     return f"{name} {message} (got {problem['input']!r})"
 
 
-def _toml(value: Any) -> str:
-    """A flat value in TOML's spelling: JSON's, but that TOML has no surrogate pairs and escapes DEL."""
+def toml_value(value: Any) -> str:
+    """A value in TOML's spelling: JSON's, but that TOML has no surrogate pairs and escapes DEL."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -31,6 +31,7 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
         ("train", "--help"),
         ("models", "--help"),
         ("data", "show", "--help"),
+        ("sweep", "--help"),
         ("--version",),
         ("train", "--lrr", "1"),
     ],
@@ -203,7 +204,7 @@ def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
 
 
 def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
-    code = "import warnings, fastcifar.cli as cli\nwarnings.showwarning = cli._warned\nwarnings.warn('odd')"
+    code = "import warnings, fastcifar.ending as ending\nwarnings.showwarning = ending.warned\nwarnings.warn('odd')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stderr == "fastcifar: warning: odd\n"
 

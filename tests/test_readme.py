@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from fastcifar.cli import app
+from fastcifar.lab.places import PLACES
+from fastcifar.lab.trials import expand, read, shipped
 from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE
 from fastcifar.training.schedule import SCHEDULES
 
@@ -49,6 +51,18 @@ def test_every_command_is_in_the_table() -> None:
 def test_the_shipped_recipes_are_named() -> None:
     for path in (ROOT / "fastcifar" / "recipes").glob("*.toml"):
         assert f"`{path.stem}`" in TEXT or f"--recipe {path.stem}" in TEXT
+
+
+def test_the_sweeps_file_is_one_and_the_shipped_ones_are_named(tmp_path: Path) -> None:
+    part = TEXT.split("## Sweeps")[1].split("\n## ")[0]
+    first, study = re.findall(r"```toml\n(.*?)```", part, re.DOTALL)
+    (tmp_path / "first.toml").write_text(first)
+    assert len(expand(*read(str(tmp_path / "first.toml")))) == 2 * 2 * 10 * 3
+    (tmp_path / "study.toml").write_text(study)
+    asked, _ = read(str(tmp_path / "study.toml"))
+    assert asked.study is not None
+    assert asked.study.ranges.keys() == {"lr", "optimizer"}
+    assert all(f"`{name}`" in part for name in (*shipped(), *PLACES))
 
 
 def test_the_optimizers_and_schedules_are_those_of_the_tables() -> None:

@@ -36,7 +36,7 @@ HOLE = 8  # pixels of a side
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One augmentation as fastcifar spells it and as torchvision does: of a PIL image, then of its normalised tensor."""
+    """One augmentation as fastcifar spells it and as torchvision does: of a PIL image, then of its tensor."""
 
     spelling: str
     of_image: Callable[[], list[Callable]]

@@ -16,7 +16,7 @@ from fastcifar.errors import DataError, UsageError
 from fastcifar.results import submissions
 from fastcifar.results.benchmarks import compare_benchmarks, compared_table, read_benchmark
 from fastcifar.results.differences import compare_runs, differences_table, read_run
-from fastcifar.results.report import comparison_table
+from fastcifar.results.tables import comparison_table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`fastcifar data`: what a data set holds, and what an augmentation list does to its images.
 
-It measures and arranges; `report` words it and `plots` draws it.
+It measures and arranges; `tables` words it and `plots` draws it.
 """
 
 from __future__ import annotations

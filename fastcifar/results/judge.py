@@ -1,6 +1,6 @@
 """`fastcifar eval`: a finished run, rebuilt from its checkpoint alone and measured on the test set.
 
-It measures and says by what; the network comes from `finished`, the figures from `metrics`, the table from `report`.
+It measures and says by what; the network comes from `finished`, the figures from `metrics`, the table from `tables`.
 """
 
 from __future__ import annotations

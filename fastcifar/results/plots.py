@@ -161,18 +161,14 @@ def reliability_diagram(path: Path, curves: Mapping[str, Sequence[tuple[int, flo
     below.set_xlabel("confidence", fontsize=8, color=INK)
     below.set_ylabel("share of images", fontsize=8, color=INK)
     for axis in (above, below):
-        axis.grid(color=GREY, linewidth=0.5, alpha=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=7, color=GREY, labelcolor=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(GREY)
+        _plain(axis)
     _write(figure, path)
 
 
 def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Writes counts int [classes, classes], rows labels and columns predictions, to `path`. Errors: as `image_grids`.
+    """Writes counts [classes, classes], rows labels and columns predictions, or means of them, to `path`.
 
-    The shade is the root of the share of the row: a linear one would not show the mistakes.
+    The shade is the root of the share of the row: a linear one would not show the mistakes. Errors: as `image_grids`.
     """
     few = len(classes) <= MOST_NUMBERED
     side = 1.6 + 0.5 * len(classes) if few else 11
@@ -183,7 +179,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     if few:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.3 else INK if count else GREY
-            axis.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7, color=colour)
+            axis.text(column, row, counted(count), ha="center", va="center", fontsize=7, color=colour)
     size = 8 if few else 4
     turned: dict[str, Any] = {"rotation": 45, "ha": "left"} if few else {"rotation": 90}
     axis.set_xticks(range(len(classes)), classes, fontsize=size, **turned)
@@ -193,6 +189,74 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     axis.set_ylabel("the label is", fontsize=8, color=INK)
     axis.spines[:].set_visible(False)
     _write(figure, path)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: x and y, in y's unit the standard deviation `std`, and the place in them of a point to mark.
+
+    Lines of one `name` share a colour and an entry in the legend; `what` tells them apart.
+    """
+
+    name: str
+    what: str
+    colour: str
+    is_dashed: bool
+    x: list[int]
+    y: list[float]
+    std: list[float] | None
+    marked: int | None
+
+
+def line_chart(path: Path, title: str, reading: str, lines: Sequence[Line]) -> None:
+    """Writes lines over the epochs to `path`, under their title and how they are read. Errors: as `image_grids`."""
+    figure = _figure((WIDTH, 4.2))
+    axis = figure.subplots()
+    for line in lines:
+        look = {"color": line.colour, "linewidth": 1 if line.is_dashed else 1.5}
+        axis.plot(line.x, line.y, "--" if line.is_dashed else "-", **look, marker="." if len(line.x) == 1 else "")
+        if line.std:
+            low, high = ([y + sign * std for y, std in zip(line.y, line.std, strict=True)] for sign in (-1, 1))
+            axis.fill_between(line.x, low, high, color=line.colour, alpha=0.15, linewidth=0)
+        if line.marked is not None:
+            axis.plot(
+                line.x[line.marked], line.y[line.marked], "o", color=line.colour, markersize=6, markeredgecolor="white"
+            )
+    names = dict.fromkeys((line.name, line.colour) for line in lines)
+    for name, colour in names:
+        axis.plot([], [], color=colour, linewidth=2, label=_wrapped(name))
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK)
+    axis.set_xlabel(f"epoch   ({reading})" if reading else "epoch", fontsize=7, color=INK)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_formatter(lambda value, _: short(value))
+    _plain(axis)
+    _write(figure, path)
+
+
+def fractions(path: Path, title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Writes fractions, row name -> class -> fraction, as shaded cells to `path`. Errors: as `image_grids`."""
+    classes = list(dict.fromkeys(name for row in rows.values() for name in row))
+    few = len(classes) <= MOST_NUMBERED
+    values = np.array([[100 * row.get(name, np.nan) for name in classes] for row in rows.values()])
+    figure = _figure((2.6 + (0.6 if few else 0.12) * len(classes), 1.3 + 0.32 * len(rows)))
+    axis = figure.subplots()
+    shade = axis.imshow(values, cmap="Blues", aspect="auto")
+    if few:
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if shade.norm(value) > 0.6 else INK
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK)
+    axis.set_xticks(range(len(classes)), classes, fontsize=7 if few else 4, rotation=30 if few else 90, ha="right")
+    axis.set_yticks(range(len(rows)), [_wrapped(name) for name in rows], fontsize=7)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    _write(figure, path)
+
+
+def counted(count: float) -> str:
+    """A count, or a mean of counts to one decimal."""
+    return f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
 
 
 def short(value: float) -> str:
@@ -216,6 +280,20 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make the folder {path}: {error.strerror}", "give another folder") from None
+
+
+def _wrapped(name: str) -> str:
+    """A name as a few short lines; a dollar in it begins no formula."""
+    return "\n".join(textwrap.wrap(name, 34)).replace("$", r"\$")
+
+
+def _plain(axis: Any) -> None:
+    """A light grid behind, and no box around."""
+    axis.grid(color=GREY, linewidth=0.5, alpha=0.5)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=7, color=GREY, labelcolor=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
 
 
 def _figure(size: tuple[float, float]) -> Any:

@@ -43,13 +43,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
     previous = path.with_suffix(".previous.pt")
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     try:
+        if not path.exists():  # killed before the manifest knows of it, it would count as damaged, with none before it
+            _write_manifest(path.parent, {**read_manifest(path.parent), path.name: entry})
         write_atomically(path, content, previous)
         manifest = read_manifest(path.parent)
         if path.name in manifest and previous.exists():
             manifest[previous.name] = manifest[path.name]
-        manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_atomically(path.parent / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_manifest(path.parent, {**manifest, path.name: entry})
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         problem = f"cannot write {path} ({len(content):,} bytes, {free:,} are free): {error.strerror}"
@@ -165,6 +167,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     entries = manifest.items() if isinstance(manifest, dict) else ()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
+
+
+def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def find(run_or_file: str, which: str = "last") -> Path:

@@ -18,7 +18,7 @@ from fastcifar.recipe import Recipe, option, read_toml, section
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
 from fastcifar.training.parts import Parts
-from fastcifar.training.run import Clock, Progress, Run, hold, read_environment
+from fastcifar.training.run import Clock, Progress, Run, Sinks, hold, read_environment
 
 DEFAULTS = Recipe().model_dump(mode="json")
 ROLLBACKS = 3  # and then a run that is not finite stops after all
@@ -72,8 +72,8 @@ class Origin:
             os.close(self.lock)
             self.lock = None
 
-    def open_together(self, parts: Parts, clock: Clock) -> Run:
-        """`open` by rank 0; the others take its state, and a run that writes nothing. Errors: those of `open`."""
+    def open_together(self, parts: Parts, clock: Clock, sinks: Sinks = ()) -> Run:
+        """`open` by rank 0, with more `sinks`; the others take its state, write nothing. Errors: those of `open`."""
         if not parts.world.leads and self.state:
             load(parts, self.state)
         run = self.open(parts, clock) if parts.world.leads else None
@@ -83,7 +83,7 @@ class Origin:
             state = parts.state(clock)  # of all ranks
             if run and not run.checkpoint("last").is_file():
                 checkpoint.save(run.checkpoint("last"), state)  # what the first epoch may go back to
-        return run or Run.of_another_rank(Path(folder), self.name)
+        return run.also(sinks) if run else Run.of_another_rank(Path(folder), self.name)
 
     @property
     def is_new(self) -> bool:

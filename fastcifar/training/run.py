@@ -14,9 +14,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,12 @@ from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.rows import COLUMNS, Row, csv_rows, event_lines
 from fastcifar.training.trackers import Tracker, asked
 
+# a function of each epoch's row; a reason that it returns ends the run
+Sink = Callable[[Row], str | None]
+Sinks = Sequence[Sink]
 
-def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
+
+def csv_sink(folder: Path, done: int = 0) -> Sink:
     """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
@@ -50,7 +54,7 @@ def csv_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
     return write
 
 
-def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
+def events_sink(folder: Path, done: int = 0) -> Sink:
     """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
     path = folder / "events.jsonl"
     write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
@@ -64,7 +68,7 @@ def events_sink(folder: Path, done: int = 0) -> Callable[[Row], None]:
 
 # name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
 # one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
-SINKS: dict[str, Callable[[Path, int], Callable[[Row], None]]] = {
+SINKS: dict[str, Callable[[Path, int], Sink]] = {
     "csv": csv_sink,
     "events": events_sink,
     "tensorboard": partial(Tracker, "tensorboard"),
@@ -80,7 +84,7 @@ class Run:
     folder: Path
     name: str
     lock: int
-    sinks: tuple[Callable[[Row], None], ...]
+    sinks: tuple[Sink, ...]
 
     @classmethod
     def create(cls, recipe: Recipe, name: str) -> Run:
@@ -159,11 +163,14 @@ class Run:
     def _failed(self, error: OSError) -> DiskError:
         return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
 
-    def log(self, row: Row) -> None:
-        """One epoch's row to every sink. Errors: `DiskError`."""
+    def also(self, sinks: Sinks) -> Run:
+        """The same run with more sinks, after its own."""
+        return replace(self, sinks=(*self.sinks, *sinks))
+
+    def log(self, row: Row) -> str:
+        """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""
         try:
-            for write in self.sinks:
-                write(row)
+            return next(filter(None, [write(row) for write in self.sinks]), "")
         except OSError as error:
             raise self._failed(error) from None
 
@@ -217,7 +224,9 @@ class Progress:
         return is_best
 
     def over(self, recipe: Recipe) -> str:
-        """Why a run by `recipe` has nothing more to train ("max_steps", "patience", "epochs"), or ""."""
+        """Why a run by `recipe` is over ("max_steps", "patience", "epochs", or a sink's reason), or ""."""
+        if self.stop_reason:
+            return self.stop_reason
         if recipe.max_steps and self.step >= recipe.max_steps:
             return "max_steps"
         if recipe.patience and self.epochs_since_best >= recipe.patience:
@@ -301,6 +310,15 @@ def read_environment(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("recipe"), str) else {}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run's folder; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _started() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastcifar.training.distributed import joined
 from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.progress import Display, say
 from fastcifar.training.rehearse import fit_into_budget, tuned
-from fastcifar.training.run import Clock, Run
+from fastcifar.training.run import Clock, Run, Sinks
 from fastcifar.training.signals import Stop
 from fastcifar.training.step import Reading, Step
 from fastcifar.training.summary import summarise
@@ -27,10 +27,11 @@ from fastcifar.training.summary import summarise
 PEEK_EVERY = 10  # steps between two looks at the meter
 
 
-def train(recipe: Recipe, name: str | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, name: str | None = None, console: Console | None = None, sinks: Sinks = ()) -> dict[str, Any]:
     """Trains by `recipe`, tests once, and returns the summary that the run folder keeps.
 
-    `name`: the recipe's or its file's, for tables. `console`: where progress is shown; None is quiet.
+    `name`: the recipe's or its file's, for tables. `console`: where progress is shown; None is quiet. `sinks`: take
+    each epoch's row, beside SINKS; a reason that one returns ends the run.
     Errors: `UserError`s with the exit code of each kind; see errors.py.
     """
     clock, name = Clock(), Path(name).stem if name else "custom"
@@ -43,7 +44,7 @@ def train(recipe: Recipe, name: str | None = None, console: Console | None = Non
             if origin.is_new:
                 fit_into_budget(parts, step, clock.total())
             step = tuned(parts, step)
-        run = origin.open_together(parts, clock)
+        run = origin.open_together(parts, clock, sinks)
         say(console, [f"run: {run.folder}, {parts.recipe.epochs} epochs, {parts.steps:,} steps"])
         display = Display(console, parts.steps, parts.recipe.epochs, recipe.batch_size, parts.progress.step)
         with display, Stop() as stop:
@@ -111,7 +112,7 @@ def run_epoch(parts: Parts, step: Step, run: Run, clock: Clock, display: Display
         "images_per_s": seen.images / clock.epoch_s(),
         "seconds": clock.total(),
     }
-    run.log(row)
+    progress.stop_reason = parts.world.told(run.log(row))
     display.epoch(row)
     keep(parts, run, clock, seen, validation)
 

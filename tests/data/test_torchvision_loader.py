@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcifar.cli import _explained
 from fastcifar.data import torchvision_loader
 from fastcifar.data.augment import AUGMENTS, Op, parse, spell
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
+from fastcifar.ending import explained
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train
@@ -153,7 +153,7 @@ def test_fault24_a_worker_that_dies_ends_the_run(
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         train(tiny(loader="torchvision", workers=2))
     assert time.perf_counter() - started < 30
-    assert _explained(caught.value) == 6
+    assert explained(caught.value) == 6
     assert capsys.readouterr().err.endswith("use fewer --workers, or --loader tensor\n")
 
 

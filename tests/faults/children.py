@@ -13,7 +13,7 @@ from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 # with what a first run would import for two seconds; none of it computes, so no threads are forked
-SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.results.report"])
+SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.results.tables"])
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
         "--batch-size", "32", "--dropout", "0.1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip

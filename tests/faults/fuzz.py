@@ -33,6 +33,9 @@ from fastcifar.data.official import DATASETS, Official, Packing
 from fastcifar.data.unpickle import loads
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
+from fastcifar.results import records, seeds
+from fastcifar.results.ablation import tabulate
+from fastcifar.results.formats import FORMATS
 from fastcifar.training import checkpoint, run
 
 ROWS = 20  # of a batch, in stand-ins for the official files
@@ -132,8 +135,32 @@ def image(kind: str) -> bytes:
     return file.getvalue()
 
 
+def in_a_report(name: str) -> Callable[[Path, bytes], Any]:
+    """The file `name` of a run in a sweep, or of the sweep, read and written in every format of a report."""
+
+    def reader(folder: Path, blob: bytes) -> Any:
+        within = folder / "runs" / "t0"
+        within.mkdir(parents=True, exist_ok=True)
+        for file, content in REPORTED.items():
+            place = folder if file == "trials.jsonl" else within
+            (place / file).write_bytes(blob if file == name else content)
+        table = tabulate(seeds.rows(records.read([folder])))
+        return [write(table) for write in FORMATS.values()]
+
+    return reader
+
+
 STATE = {"recipe": {"arch": "x"}, "model": {"weight": torch.arange(6.0)}, "step": 3, "more": [None, True, (1, "a")]}
 CSV = ",".join(run.COLUMNS) + "\n" + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
+SUMMARY = {"params": 5266, "steps": 270, "weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
+           "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
+TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
+REPORTED = {
+    "recipe.toml": b"lr = 0.1\nblocks = [4, 4, 3]\nepochs = 3\n",
+    "metrics.csv": CSV.encode(),
+    "summary.json": json.dumps(SUMMARY).encode(),
+    "trials.jsonl": json.dumps(TRIAL).encode() + b"\n",
+}
 # reader -> honest inputs, and what reads one (given a folder of its own)
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "pickle": ([pickle.dumps({b"a": np.arange(9), "b": [1, (2.5, None, "x")]}, p) for p in range(6)],
@@ -152,6 +179,7 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run.csv_rows(path, 2))),
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
                      in_a_file("events.jsonl", lambda path: run.event_lines(path, 2))),
+    **{f"{name} of a report": ([content], in_a_report(name)) for name, content in REPORTED.items()},
     "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\nopt = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
                     in_a_file("a.toml", lambda path: Recipe.make(str(path)))),
 }  # fmt: skip

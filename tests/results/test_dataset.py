@@ -22,7 +22,7 @@ from fastcifar.data.policies import PLAIN
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.results import dataset, plots
-from fastcifar.results.report import data_table
+from fastcifar.results.tables import data_table
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.results import finished
 from fastcifar.results.predict import predict
-from fastcifar.results.report import predictions_table
+from fastcifar.results.tables import predictions_table
 from fastcifar.training import checkpoint
 from fastcifar.training.parts import network
 

@@ -22,7 +22,7 @@ from fastcifar.results import robustness
 from fastcifar.results.corruptions import CORRUPTIONS, SEVERITIES
 from fastcifar.results.finished import rebuild
 from fastcifar.results.judge import judge
-from fastcifar.results.report import scores_table
+from fastcifar.results.tables import scores_table
 from fastcifar.training.evaluate import predict_logits
 from fastcifar.training.train import train
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastcifar.errors import DataError, DiskError, UsageError
-from fastcifar.results.report import comparison_table
 from fastcifar.results.submissions import WRITERS, columns, compare, first_two, read, renamed, write, writer_for
+from fastcifar.results.tables import comparison_table
 
 CLASSES = ["airplane", "cat", "dog, small"]
 LIKELY = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])

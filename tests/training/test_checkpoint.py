@@ -36,6 +36,37 @@ def test_round_trip_with_manifest_and_previous(path: Path) -> None:
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["last.previous.pt", "last.pt", "manifest.json"]
 
 
+def test_fault04_the_first_of_its_name_is_whole_wherever_the_process_dies(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(path.with_name("best.pt"), state(1.0))  # so that there is a manifest, which does not know `last`
+    replace, left = os.replace, [0]
+
+    def dying(*given: Any) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(*given)
+
+    survived = 0
+    for survived in range(4):
+        with monkeypatch.context() as patch:
+            left[0] = survived
+            patch.setattr(os, "replace", dying)
+            try:
+                checkpoint.save(path, state(2.0))
+            except KeyboardInterrupt:
+                assert survived < 3
+        if path.exists():
+            assert torch.equal(checkpoint.load(path)["model"]["weight"], torch.full((3, 2), 2.0))
+            path.unlink()
+        else:
+            assert survived < 2
+        (path.parent / "manifest.json").unlink()
+        checkpoint.save(path.with_name("best.pt"), state(1.0))
+    assert survived == 3
+
+
 def test_mode_follows_the_umask(path: Path) -> None:
     before = os.umask(0o027)
     try:

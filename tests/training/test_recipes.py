@@ -13,8 +13,9 @@ from fastcifar.data.augment import parse, split_mixer
 from fastcifar.data.mixers import MIXERS
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, shipped
+from fastcifar.training.images import normalisation_name
 from fastcifar.training.optim import Optimizer, clipper
-from fastcifar.training.parts import network, normalisation_name
+from fastcifar.training.parts import network
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.update_rules import Ranger
 from tests.models.networks import on_meta, small

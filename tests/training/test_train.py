@@ -22,6 +22,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.parts import Parts
 from fastcifar.training.schedule import Schedule
 from fastcifar.training.train import train
+from tests.faults.runs import assert_equal_runs
 
 KEYS = {
     "run", "arch", "params", "macs", "recipe", "config", "seed", "epochs", "steps", "device", "loader", "compiled",
@@ -205,3 +206,19 @@ def test_fault15_what_is_wrong_is_found_before_anything_is_written(
 def test_accuracies_of_an_untrained_network_are_chance(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=1, lr=1e-6))
     assert summary["test_loss"] == pytest.approx(math.log(10), abs=0.5)
+
+
+def test_a_sinks_reason_ends_the_run_which_may_go_on(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(tiny(epochs=4))
+    seen: list[int] = []
+
+    def enough(row: dict[str, Any]) -> str | None:
+        seen.append(row["epoch"])
+        return "enough" if row["epoch"] == 1 else None
+
+    asked = {"epochs": 4, "out": str(tmp_path / "ended")}
+    ended = train(tiny(**asked), sinks=[enough])
+    assert (ended["epochs"], ended["stop_reason"], ended["complete"], seen) == (2, "enough", False, [0, 1])
+    assert ended["test_acc"] is not None
+    train(tiny(**asked, resume="auto"))
+    assert_equal_runs(tmp_path / "ended", tmp_path / "run")

@@ -1,0 +1,59 @@
+"""Recipe fields as command line options, and the options that every command has. No torch, no logic of a command.
+
+An option's name, help, choices and default come from the field: a knob that is added to `Recipe` is an option at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+
+from fastcifar.recipe import SECTIONS, Recipe, option, section
+
+BY_NAME = inspect.Parameter.KEYWORD_ONLY
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
+
+
+def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+        added = [_parameter(name) for name in names]
+        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+        return command
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field = Recipe.model_fields[name]
+    spelling, panel = option(name), next(title for title in SECTIONS if name in section(title)).capitalize()
+    default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
+    boolean = bool in (field.annotation, *typing.get_args(field.annotation))
+    if boolean and field.default is None:
+        spelling = f"{spelling}/--no-{name.replace('_', '-')}"
+    shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
+    info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
+    kind = bool if boolean else list[str] if name == "opt" else str
+    return inspect.Parameter(name, BY_NAME, default=None, annotation=Annotated[kind | None, info])
+
+
+def _metavar(field: Any) -> str:
+    """The values as the help shows them: the choices, or the type."""
+    kinds = [field.annotation, *typing.get_args(field.annotation)]
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return "|".join(typing.get_args(kind))
+    named = {int: "INT", float: "FLOAT", str: "TEXT", dict: "KEY=VALUE"}
+    found = [named[kind] for kind in [*kinds, *map(typing.get_origin, kinds)] if kind in named]
+    return found[0] if found else "INT,INT,..."
