@@ -23,7 +23,7 @@ from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import Choice, deterministic_only
 from fastcifar.errors import DeviceError, UsageError, pick
-from fastcifar.models import KNOBS, build, check_budget, fuse, parameters
+from fastcifar.models import KNOBS, build, check_budget, fuse, macs, parameters
 from fastcifar.recipe import Recipe, image_sizes
 from fastcifar.training import capture, checkpoint
 from fastcifar.training.distributed import World, world
@@ -292,7 +292,7 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     pick(LOADERS, choice.loader, "loader")
     mean, std = normalisation(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
-        network(recipe, cifar.DATASETS[recipe.dataset].classes)
+        require_sizes(network(recipe, cifar.DATASETS[recipe.dataset].classes), recipe)
     data = cifar.load(recipe.data, recipe.dataset)
     seed_all(recipe.seed)  # the same weights on every rank
     model = place(network(recipe, len(data.classes)), device)
@@ -328,6 +328,18 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
         scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
         prepare_s=prepare_s,
     )
+
+
+def require_sizes(model: nn.Module, recipe: Recipe) -> None:
+    """Errors: `UsageError` where the network does not take images of each size of the recipe."""
+    for size in {size for size, _ in image_sizes(recipe.image_size)} - {SIDE}:
+        try:
+            macs(model, (3, size, size))
+        except RuntimeError:
+            raise UsageError(
+                f"--image-size {recipe.image_size}: {recipe.arch} takes no images of {size}x{size}",
+                "leave that size out",
+            ) from None
 
 
 def first_look(model: nn.Module, train: Split, recipe: Recipe) -> None:

@@ -50,6 +50,13 @@ def test_fault15_wrong_sizes(text: str, epochs: int, words: str) -> None:
         Recipe.make(image_size=text, epochs=epochs)
 
 
+def test_fault15_a_network_that_takes_no_such_size(tiny: Callable[..., Recipe]) -> None:
+    deep = {"arch": "speed94", "blocks": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+    parts_of(tiny(**deep))
+    with pytest.raises(UsageError, match="--image-size 16:1,32: speed94 takes no images of 16x16"):
+        parts_of(tiny(**deep, image_size="16:1,32"))
+
+
 @pytest.mark.parametrize("size", [16, 24, 28, 48])
 def test_images_are_resized_as_pillow_does_it(size: int) -> None:
     """Pillow's bilinear filter of a float image, which is antialiased where it shrinks."""
