@@ -22,12 +22,14 @@ def write(
     environment: Mapping[str, Any],
     summary: Mapping[str, Any],
     trials: Iterable[Mapping[str, Any]],
+    folder: Path | None = None,
     **documents: Mapping[str, Any],
 ) -> Path:
-    """Makes the folder and returns it. `documents`: name -> what NAME.json holds beside the summary."""
+    """Makes the folder and returns it; `folder` is written anew. `documents`: name -> what NAME.json holds beside."""
     device = re.sub(r"[^A-Za-z0-9]+", "-", environment["device"]).strip("-").lower()
-    folder = RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
-    folder.mkdir(parents=True)
+    again = folder is not None
+    folder = folder or RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
+    folder.mkdir(parents=True, exist_ok=again)
     kept = {key: value for key, value in environment.items() if key != "command"}  # it names the machine's folders
     for name, document in {"env": kept, "summary": summary, **documents}.items():
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -157,7 +157,30 @@ Training small proxy...
 @pytest.mark.parametrize("seconds", ["time_seconds", "total_time_seconds"])
 def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(seconds: str) -> None:
     found = list(script("airbench").finished_runs(iter(TABLE.format(seconds=seconds).splitlines())))
-    assert found == [{"accuracy": 0.9404, "own_s": 2.5}, {"accuracy": 0.9398, "own_s": 2.55}]
+    assert [run["accuracy"] for run in found] == [0.9404, 0.9398]
+    assert [run["own_s"] for run in found] == [2.5, 2.55]
+    assert [run["without_tta"] for run in found] == [0.9310, 0.9320]
+
+
+def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path) -> None:
+    speedruns = script("speedruns")
+    port = tmp_path / "port.py"
+    one_run = "".join(
+        line for line in TABLE.format(seconds="time_seconds").splitlines(True) if "       1  |" not in line
+    )
+    port.write_text(f"import sys; assert sys.argv[1] == '7'; print('flops 4.5e14')\nprint({one_run!r})\n")
+    theirs = speedruns.watched("peer", 0, 7, lambda: speedruns.their_run(port, 7, tmp_path))
+    assert [theirs[key] for key in speedruns.FIGURES] == [2.5, 0.9404, 0.9310, 4.5e14]
+    ours = {**theirs, "who": "ours", "seconds": 2.0, "acc_tta": 0.95}
+    found = speedruns.summary(
+        [ours, theirs, {**theirs, "round": 1}, {**ours, "round": 1, "seconds": 1.0}], "94", "port.py"
+    )
+    assert found["ours"]["seconds"] == [2.0, 1.0]
+    assert found["seconds_over_peer"] == {"min": 0.4, "median": pytest.approx(0.6), "max": 0.8}
+    assert found["mean_acc_tta"] == {"ours": pytest.approx(0.95), "peer": pytest.approx(0.9404)}
+    port.write_text("print('broken')\n")
+    with pytest.raises(SystemExit, match="broken"):
+        speedruns.their_run(port, 7, tmp_path)
 
 
 def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(tmp_path: Path) -> None:

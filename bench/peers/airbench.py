@@ -64,7 +64,7 @@ def time_script(script: Path, folder: Path, runs: int) -> list[dict[str, Any]]:
 
 
 def finished_runs(lines: Iterator[str]) -> Iterator[dict[str, float]]:
-    """`accuracy` and `own_s` of each run in the tables that a script prints, but for its warm-up's.
+    """`accuracy`, `without_tta` and `own_s` of each run in the tables that a script prints, but for its warm-up's.
 
     A table's head names the columns; the first row of a run has its name in the first, the last one ends with the
     accuracy and the seconds.
@@ -82,7 +82,8 @@ def finished_runs(lines: Iterator[str]) -> Iterator[dict[str, float]]:
         name = row.get("run") or name
         if row.get(ACCURACY) and name != "warmup":
             own = next(row[column] for column in OWN_SECONDS if column in row)
-            yield {"accuracy": float(row[ACCURACY]), "own_s": float(own)}
+            plain = float(row.get("val_acc") or "nan")
+            yield {"accuracy": float(row[ACCURACY]), "without_tta": plain, "own_s": float(own)}
 
 
 def write_images(folder: Path, data: str | None) -> None:
