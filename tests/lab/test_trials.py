@@ -162,7 +162,7 @@ def test_a_sweep_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_shipped_sweeps() -> None:
     counts = {name: len(expand(*read(name))) for name in shipped()}
-    assert counts == {"rows": 7 * 3, "res512-activations": 5 * 3, "res512-optimizers": 8 * 3}
+    assert counts == {"rows": 7 * 3, "rows-small": 7 * 3, "res512-activations": 5 * 3, "res512-optimizers": 8 * 3}
     rows = expand(*read("rows"))
     for number in range(7):
         assert rows[number].label == rows[number].name == f"row{number + 1}"
