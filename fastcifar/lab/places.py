@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.device import optional
+from fastcifar.ending import warned
 from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, out_of_memory
 from fastcifar.lab.trials import Trial
 
@@ -229,6 +231,7 @@ def _child(trial: Trial, slot: dict[str, str], threads: int, sender: Connection)
 
     os.environ.update(slot)
     torch.set_num_threads(threads)
+    warnings.showwarning = warned
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         told = attempt(trial)
