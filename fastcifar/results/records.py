@@ -227,7 +227,7 @@ def spelt(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     if isinstance(value, dict):
-        return json.dumps(value)
+        return ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items()) or "-"
     return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
 
 
