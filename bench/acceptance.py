@@ -137,6 +137,27 @@ def train(setting: Setting) -> Part:
     yield fastcifar("train", *wanted, fine={STOPPED: "stopped by the limit; call the part again to go on"})
 
 
+def speedruns(setting: Setting) -> Part:
+    """Time to each accuracy: seeds in one process; a target is a command, so that a limit costs one of them."""
+    for target, n in {"94": 10, "95": 5, "96": 3}.items():
+        folder = setting.out / f"speed{target}"
+        out = ("--append" if folder.exists() else "--out", str(folder))  # called again, it adds the next seeds
+        tiny = (
+            "--data",
+            "synthetic:600",
+            "--width",
+            "0.05",
+            "--epochs",
+            "1",
+            "--image-size",
+            "32",
+            "--batch-size",
+            "100",
+        )
+        sizes = (*tiny, "--no-compile", "--n", "2") if setting.quick else ("--n", str(n))
+        yield fastcifar(f"speedrun-{target}", "speedrun", "--target", target, "--device", setting.device, *out, *sizes)
+
+
 def profile(setting: Setting) -> Part:
     """A trace of the step as it runs fastest, and what it spent its time on."""
     trace = setting.out / "step.trace.json"
@@ -157,6 +178,7 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "peers": peers,
     "airbench": airbench,
     "train": train,
+    "speedruns": speedruns,
     "profile": profile,
 }
 
