@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from fastcifar.device import result_name
 
 RESULTS = Path(os.environ.get("FASTCIFAR_BENCH_RESULTS") or Path(__file__).parent / "results")
 
@@ -26,9 +26,8 @@ def write(
     **documents: Mapping[str, Any],
 ) -> Path:
     """Makes the folder and returns it; `folder` is written anew. `documents`: name -> what NAME.json holds beside."""
-    device = re.sub(r"[^A-Za-z0-9]+", "-", environment["device"]).strip("-").lower()
     again = folder is not None
-    folder = folder or RESULTS / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{what}"
+    folder = folder or RESULTS / result_name(environment["device"], what)
     folder.mkdir(parents=True, exist_ok=again)
     kept = {key: value for key, value in environment.items() if key != "command"}  # it names the machine's folders
     for name, document in {"env": kept, "summary": summary, **documents}.items():

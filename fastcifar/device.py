@@ -12,9 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -183,6 +185,12 @@ def _cpu_name() -> str:
             return next(named, "").partition(":")[2].strip() or platform.machine()
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def result_name(device: str, what: str) -> str:
+    """The name of a result's folder, <UTC>_<device>_<what>. `device`: in words."""
+    spelt = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{spelt}_{what}"
 
 
 def environment() -> dict[str, Any]:

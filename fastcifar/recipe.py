@@ -199,6 +199,14 @@ class Recipe(BaseModel):
         return cls.checked(values)
 
     @classmethod
+    def known(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe of a run that another version may have made: keys that this one lacks are left out.
+
+        Errors: `UsageError`.
+        """
+        return cls.checked({name: value for name, value in values.items() if name in cls.model_fields})
+
+    @classmethod
     def checked(cls, values: dict[str, Any]) -> Recipe:
         """`values` validated; every error one line. Errors: `UsageError`."""
         for key in values:
@@ -273,8 +281,13 @@ def read_toml(source: str) -> dict[str, Any]:
     path = shipped().get(source) or Path(source)
     if not path.is_file():
         raise UsageError(f"no recipe {source!r}", f"{nearest(source, list(shipped()))} or give a TOML file")
+    return parsed_toml(path)
+
+
+def parsed_toml(path: Path | str) -> dict[str, Any]:
+    """What is in a TOML file. Errors: `UsageError`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} is not a readable TOML file: {error}") from None
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,8 +96,8 @@ def children_seconds() -> float:
 def summary(trials: list[dict[str, Any]], target: str, script: str) -> dict[str, Any]:
     """Both sides' figures by round, and ours over theirs."""
     sides = {
-        who: {key: [trial[key] for trial in trials if trial["who"] == side] for key in FIGURES}
-        for who, side in (("ours", "ours"), ("peer", "peer"))
+        who: {key: [trial[key] for trial in trials if trial["who"] == who] for key in FIGURES}
+        for who in ("ours", "peer")
     }
     return {
         "what": "training to an accuracy, ours and a peer's in turn",
@@ -105,15 +106,11 @@ def summary(trials: list[dict[str, Any]], target: str, script: str) -> dict[str,
         "peer_script": script,
         "n": len(sides["ours"]["seconds"]),
         **sides,
-        "mean_acc_tta": {who: mean(side["acc_tta"]) for who, side in sides.items()},
-        "mean_acc": {who: mean(side["acc"]) for who, side in sides.items()},
+        "mean_acc_tta": {who: statistics.fmean(side["acc_tta"]) for who, side in sides.items()},
+        "mean_acc": {who: statistics.fmean(side["acc"]) for who, side in sides.items()},
         "seconds_over_peer": ratio(sides["ours"]["seconds"], sides["peer"]["seconds"]),
         "others_cores": max(trial["others_cores"] for trial in trials),
     }
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def main() -> None:

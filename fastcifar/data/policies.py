@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from fastcifar.data.pixels import ONE, SIDE, UNIT, encode
 from fastcifar.errors import UsageError, pick
+from fastcifar.recipe import parsed_toml
 
 # operation -> its magnitudes at the first and the last level, and whether its sign is a coin's; None: it has none
 Space = Mapping[str, tuple[float, float, bool] | None]
@@ -174,13 +174,9 @@ def read(word: str) -> Policy:
     """
     if not word.endswith(".toml"):
         return auto(pick(POLICIES, word, "policy"))
-    path = Path(word)
-    if not path.is_file():
+    if not Path(word).is_file():
         raise UsageError(f"no policy file {word}", f"write a TOML file, or one of {', '.join(POLICIES)}")
-    try:
-        held = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{word} is not a readable TOML file: {error}") from None
+    held = parsed_toml(word)
     rows = held.get("policy")
     if held.keys() != {"policy"} or not isinstance(rows, list) or not rows:
         raise UsageError(f"{word} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")

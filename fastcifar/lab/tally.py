@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastcifar.device import describe, environment
+from fastcifar.device import describe, environment, result_name
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
@@ -54,8 +53,7 @@ class Tally:
 
         Errors: `UsageError` for a folder that is there already, `DiskError`.
         """
-        device = re.sub(r"[^A-Za-z0-9]+", "-", describe(document["config"]["device"])).strip("-").lower()
-        named = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{device}_{document['recipe']}"
+        named = result_name(describe(document["config"]["device"]), document["recipe"])
         folder = append or Path(out or Path("speedruns") / named)
         try:
             if not append:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import UsageError, nearest, pick
-from fastcifar.recipe import Recipe, option, read_toml, toml_value
+from fastcifar.recipe import Recipe, option, parsed_toml, read_toml, toml_value
 
 COPY = "sweep.toml"  # in a sweep's folder: what was asked
 OF_THE_SWEEP = {
@@ -152,10 +151,7 @@ def read(source: str, seeds: str | None = None, flags: Mapping[str, Any] | None 
     path = path / COPY if path.is_dir() else path
     if not path.is_file():
         raise UsageError(f"no sweep {source!r}", f"{nearest(source, list(shipped()))} or give a TOML file")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is not a readable TOML file: {error}") from None
+    values = parsed_toml(path)
     known = [field.alias or name for name, field in Asked.model_fields.items()]
     for name in values:
         if name not in known:

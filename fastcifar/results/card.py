@@ -17,6 +17,7 @@ from fastcifar.recipe import section
 from fastcifar.results.finished import Finished
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.images import normalisation, normalisation_name
+from fastcifar.training.run import read_summary
 
 INPUT = {
     "uint8": "`images`: uint8 [n, 32, 32, 3], RGB; normalised inside",
@@ -84,10 +85,7 @@ def _training(found: Finished) -> list[str]:
 
 
 def _measured(found: Finished, folder: Path) -> list[str]:
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = {}
+    summary = read_summary(folder)
     if summary.get("weights") != found.weights:
         return [f"- the test set has not met these weights ({found.weights}) in this run; see `fastcifar eval`"]
     right = f"{summary['correct']:,} of {summary['total']:,}"

@@ -36,9 +36,7 @@ def read_run(path: Path) -> Document | None:
     """
     if not (path / "recipe.toml").is_file():
         return None
-    knobs = Recipe.checked(
-        {name: value for name, value in read_toml(str(path / "recipe.toml")).items() if name in Recipe.model_fields}
-    ).model_dump(mode="json")
+    knobs = Recipe.known(read_toml(str(path / "recipe.toml"))).model_dump(mode="json")
     rows = csv_rows(path / "metrics.csv", sys.maxsize)
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

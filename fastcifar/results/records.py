@@ -155,8 +155,7 @@ def _knobs(folder: Path) -> dict[str, Any]:
     if not (folder / RECIPE).is_file():
         raise UsageError(f"no {RECIPE}")
     values = read_toml(str(folder / RECIPE))
-    known = {name: value for name, value in values.items() if name in Recipe.model_fields}
-    return {**json.loads(json.dumps(values, default=str)), **Recipe.checked(known).model_dump(mode="json")}
+    return {**json.loads(json.dumps(values, default=str)), **Recipe.known(values).model_dump(mode="json")}
 
 
 def _epochs(folder: Path) -> list[dict[str, float | None]]:

@@ -24,7 +24,7 @@ from rich.table import Table
 from fastcifar.errors import DiskError, UsageError, pick
 from fastcifar.recipe import Recipe, read_toml
 from fastcifar.training.rows import csv_rows
-from fastcifar.training.run import hold, read_environment
+from fastcifar.training.run import hold, read_environment, read_summary
 from fastcifar.training.trackers import ARTIFACTS
 
 RECIPE, TRIALS, SUMMARY = "recipe.toml", "trials.jsonl", "summary.json"
@@ -77,12 +77,12 @@ def entry(folder: Path) -> Entry:
 
 
 def _run(folder: Path) -> Entry:
-    summary, environment = _json(folder / SUMMARY), read_environment(folder)
+    summary, environment = read_summary(folder), read_environment(folder)
     rows = csv_rows(folder / "metrics.csv", sys.maxsize)
     last = rows[-1] if rows else {}
     try:
         knobs = read_toml(str(folder / RECIPE))
-        Recipe.checked({name: value for name, value in knobs.items() if name in Recipe.model_fields})
+        Recipe.known(knobs)
         state = "interrupted"
     except UsageError:
         knobs, state = {}, "damaged"
@@ -283,13 +283,6 @@ def size(folder: Path) -> int:
 
 def _written(path: Path) -> str:
     return time.strftime("%FT%TZ", time.gmtime(path.stat().st_mtime))
-
-
-def _json(path: Path) -> Entry:
-    try:
-        return _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _parsed(text: str) -> Entry:

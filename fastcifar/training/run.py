@@ -305,18 +305,19 @@ def hold(folder: Path) -> int:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """env.json of a run folder; empty where there is none that can be read."""
-    try:
-        found = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("recipe"), str) else {}
+    found = _document(folder / "env.json")
+    return found if isinstance(found.get("recipe"), str) else {}
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a finished run's folder; empty where there is none that can be read."""
+    return _document(folder / "summary.json")
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
