@@ -5,7 +5,8 @@
 SCRIPT trains in cifar10-airbench's way and prints its tables: `python SCRIPT SEED` for one run, on the images in its
 folder as that project keeps them, with a line `flops N` for the operations of a run where it knows them. The port of a
 script to a machine without CUDA is such a one; none is kept here. Both train on all images and meet the test set at
-their end. Seconds are training alone, by each one's own clock: compiled before, evaluated after. Writes
+their end. Seconds are training alone, by each one's own clock: compiled before, evaluated after
+(cifar10-airbench's own scripts time the evaluation with views too; a port must leave it out). Writes
 bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl, anew after every round.
 """
 
