@@ -201,6 +201,26 @@ def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(t
             airbench.measured(tmp_path, [wrong], "synthetic:50", runs=1, starts=1)
 
 
+def test_the_loops_are_kept_when_a_published_script_ends_early_and_a_missing_one_is_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, airbench, rounds = script("run"), script("airbench"), []
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "trials_of_loops", lambda *_: rounds.append(0) or list(trials))
+    monkeypatch.setattr(airbench, "needs_cuda", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", "synthetic:50", "--airbench", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no airbench94_muon\.py"):
+        run.main()
+    assert not rounds
+    for name in airbench.SCRIPTS:
+        (tmp_path / name).write_text("print('no table')\n")
+    with pytest.raises(SystemExit, match="ended after 0 of 3 runs: no table"):
+        run.main()
+    (folder,) = (tmp_path / "results").iterdir()
+    assert tuple(json.loads((folder / "summary.json").read_text())["loops"]) == PEERS
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_published_scripts_need_cuda_and_say_so_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]
