@@ -93,7 +93,7 @@ def loaders(setting: Setting) -> Part:
         )
         yield Command(made.name, made.arguments, {NEEDS_CUDA: "the loader is not available here"})
     if (ROOT / "bench" / "loaders.py").is_file() and not setting.quick:
-        yield script("loaders.txt", "loaders.py", "--rounds", "3")
+        yield script("loaders.txt", "loaders.py", "--device", setting.device, "--rounds", "3")
 
 
 def benches(setting: Setting) -> Part:
@@ -200,12 +200,16 @@ def by_kernel(events: list[dict[str, Any]], category: str, most: int = 40) -> st
 
 
 def run_part(name: str, setting: Setting, limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """The part's commands until one fails or the limit is reached; the result is written to NAME.json."""
+    """The part's commands, also after one that failed, until less than GRACE_S is left of the limit, in which none
+    could be ended in peace; the result is written to NAME.part.json. A part that was cut short has not passed."""
     started, done = time.perf_counter(), []
     problem = ""
     try:
         for command in PARTS[name](setting):
             left_s = limit_s - (time.perf_counter() - started)
+            if left_s <= GRACE_S:
+                problem = f"no time was left for {command.name}"
+                break
             done.append(run_command(command, setting.out, left_s))
             print(f"{name}: {command.name}, exit code {done[-1]['exit_code']}, {done[-1]['seconds']:.1f} s", flush=True)
     except (OSError, ValueError, KeyError) as error:  # what a failed command has not written
@@ -229,7 +233,7 @@ def run_command(command: Command, out: Path, limit_s: float) -> dict[str, Any]:
             start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(max(limit_s - GRACE_S, 1))
+            code = process.wait(limit_s - GRACE_S)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             try:
@@ -252,7 +256,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("acceptance"), help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the parts run")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="of a part")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT_S,
+        metavar="SECONDS",
+        help="of a part",
+    )
     parser.add_argument("--airbench", type=Path, metavar="CHECKOUT", help="of KellerJordan/cifar10-airbench")
     arguments = parser.parse_args()
     for name in arguments.parts:

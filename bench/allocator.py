@@ -57,7 +57,9 @@ def main() -> None:
     command = [sys.executable, __file__, "--arch", arguments.arch, "--batch-size", str(arguments.batch_size)]
     for number in range(arguments.rounds):
         for kind in ("plain", "keep"):
-            run = subprocess.run([*command, "--child", kind], capture_output=True, text=True, check=True)
+            run = subprocess.run([*command, "--child", kind], stdout=subprocess.PIPE, text=True, check=False)
+            if run.returncode:
+                raise SystemExit(f"{kind} failed with exit code {run.returncode}: no result")
             trials.append({"round": number, "kind": kind, "step_s": float(run.stdout.split()[-1])})
             print(trials[-1], flush=True)
     paired = [plain["step_s"] / keep["step_s"] for plain, keep in zip(trials[::2], trials[1::2], strict=True)]
@@ -68,7 +70,7 @@ def main() -> None:
         "n": arguments.rounds,
         "speedup": {"min": min(paired), "median": statistics.median(paired), "max": max(paired)},
     }
-    folder = results_folder.write(f"allocator-{arguments.arch}", environment(), summary, trials)
+    folder = results_folder.write(f"allocator-{arguments.arch}", environment("cpu"), summary, trials)
     print(folder, json.dumps(summary["speedup"]))
 
 

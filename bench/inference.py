@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from loops import WORKERS
 from PIL import Image
-from run import QUIET, busy_seconds, ratio, wait_for_quiet
+from run import busy_seconds, ratio, trials_of_loops, wait_for_quiet
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -147,19 +146,11 @@ def main() -> None:
         print(json.dumps(one(arguments.child, arguments.arch, arguments.folder, arguments.wait)))
         return
     data = on_some_data(Recipe(data=arguments.data)).data
-    trials: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), arguments.arch, arguments.images, data)
         command = [sys.executable, __file__, "--folder", folder, "--arch", arguments.arch]
         command += ["--wait", str(arguments.wait)]
-        for number in range(arguments.rounds):
-            for name in LOOPS:
-                for _ in range(arguments.attempts):
-                    run = subprocess.run([*command, "--child", name], stdout=subprocess.PIPE, text=True, check=True)
-                    trials.append({"round": number, "loop": name, **json.loads(run.stdout.splitlines()[-1])})
-                    print(trials[-1], flush=True)
-                    if trials[-1]["others_cores"] < QUIET:
-                        break
+        trials = trials_of_loops(list(LOOPS), command, arguments.rounds, arguments.attempts)
     found = summary(
         trials,
         arch=arguments.arch,
@@ -167,7 +158,7 @@ def main() -> None:
         batch_size=BATCH_SIZE,
         data="synthetic" if str(data).startswith("synthetic") else "cifar10",
     )
-    print(results_folder.write(f"inference-{arguments.arch}", environment(), found, trials))
+    print(results_folder.write(f"inference-{arguments.arch}", environment("auto"), found, trials))
     print(json.dumps({name: loop["times_source_loop"] for name, loop in found["inference"].items()}))
 
 

@@ -219,7 +219,7 @@ def main() -> None:
     )
     print(table(summary(trials[-len(DECODERS) * arguments.rounds :])))
     if not arguments.dry:
-        print(results_folder.write("loaders", environment(), found, trials))
+        print(results_folder.write("loaders", environment(device.type), found, trials))
 
 
 def table(found: dict[str, Any]) -> str:

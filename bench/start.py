@@ -73,7 +73,7 @@ def main() -> None:
         "warm_s": statistics.median(trial["warm_s"] for trial in trials),
         "share": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)},
     }
-    folder = results_folder.write(f"start-{arguments.arch}", environment(), summary, trials)
+    folder = results_folder.write(f"start-{arguments.arch}", environment("auto"), summary, trials)
     print(folder, json.dumps(summary["share"]))
 
 

@@ -139,21 +139,47 @@ def airbench() -> str:
 
 
 def speedruns() -> str:
-    """Every recorded speedrun: accuracy without and with views, the share of runs over the target, seconds, PFLOP."""
+    """Every recorded speedrun on the test set: accuracy without and with views, share over the target, seconds."""
     lines = [
         "| recipe | parameters | target | n | accuracy, mean ± std | with views | of them over the target "
-        "| seconds, mean ± std | from a cold start, s | training PFLOP | device | result |",
+        "| seconds, mean ± std | from the start of the process, s | training PFLOP | device | result |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for folder, summary, environment in recorded("flops_to_target"):
+        if summary["on"] != "test":
+            continue  # a split that chose something proves nothing
         plain, views = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
         cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
+        n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
         lines.append(
-            f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {summary['n']} "
+            f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
             f"| {plain} | {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
             f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
+    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+
+
+def pairs() -> str:
+    """Every recorded speedrun beside a peer's script: both sides' means and seconds, and ours over theirs."""
+    lines = [
+        "| target | side | n | accuracy with views, mean | without | seconds, mean | each round "
+        "| over the peer's, by round | training PFLOP | cores that others used, at most | device | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder, summary, environment in recorded("peer_script"):
+        for side, name in (("ours", summary["recipe"]), ("peer", summary["peer_script"])):
+            found = summary[side]
+            share = summary["seconds_over_peer"]
+            ratio = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if side == "ours" else ""
+            flops = "-" if None in found["flops"] else f"{statistics.fmean(found['flops']) / 1e15:.4f}"
+            lines.append(
+                f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
+                f"| {100 * summary['mean_acc_tta'][side]:.2f} % | {100 * summary['mean_acc'][side]:.2f} % "
+                f"| {statistics.fmean(found['seconds']):.1f} "
+                f"| {', '.join(f'{value:.1f}' for value in found['seconds'])} | {ratio} | {flops} "
+                f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+            )
     return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
 
 
@@ -201,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts": starts,
     "airbench": airbench,
     "speedruns": speedruns,
+    "pairs": pairs,
     "faults": faults,
 }
 

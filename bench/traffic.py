@@ -209,4 +209,4 @@ if __name__ == "__main__":
     if arguments.record:
         summary = {"what": "traffic", "for": H200.name, "bandwidth": BANDWIDTH}
         summary["trials"] = [{key: value for key, value in trial.items() if key != "rows"} for trial in trials]
-        print(results_folder.write("traffic", environment(), summary, trials))
+        print(results_folder.write("traffic", environment("cpu"), summary, trials))

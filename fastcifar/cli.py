@@ -270,7 +270,7 @@ def sweep(
 
     console = Console(stderr=as_json)
     if dry_run:
-        found = plan(source, out, seeds, **knobs)
+        found = plan(source, out, on, seeds, **knobs)
     else:
         how = How(jobs, cpus, trials_per_gpu, address)
         found = go_through(source, out, on, how, seeds, retry_failed, console, **knobs)

@@ -193,16 +193,19 @@ def result_name(device: str, what: str) -> str:
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{spelt}_{what}"
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beside its recipe: versions, device, platform (for env.json)."""
+def environment(device: str) -> dict[str, Any]:
+    """What a result on `device` ("auto", "cuda", "cpu") depends on beside its recipe: versions, device, platform (for
+    env.json). Of the kernel its version alone: what its builder called it says more of the machine than a result needs.
+    """
     import torch
 
-    cuda = torch.cuda.is_available()
+    cuda = device != "cpu" and torch.cuda.is_available()
+    release = re.match(r"\d+(\.\d+)?", platform.release())
     return {
         "versions": versions(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": describe(),
+        "platform": "-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
+        "device": describe(device),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_bf16": sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
@@ -246,7 +249,7 @@ def optional(module: str, remedy: str, kind: type[UserError] = UsageError) -> Mo
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:
-    """Everything `doctor` shows: `environment()`, imports tried, and what `train` would choose and why."""
+    """Everything `doctor` shows: `environment`, imports tried, and what `train` would choose and why."""
     imports = {}
     for module in PROBED:
         works, reason = probe_import(module)
@@ -255,7 +258,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         choice: dict[str, Any] = {"chosen": choose(recipe).lines()}
     except (DeviceError, UsageError) as error:
         choice = {"chosen": [], "error": str(error)}
-    return {**environment(), "imports": imports, **choice}
+    return {**environment(recipe.device), "imports": imports, **choice}
 
 
 def _spell(value: Any) -> str:

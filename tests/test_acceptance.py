@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -55,7 +56,8 @@ def test_a_part_whose_command_fails_or_runs_too_long_has_failed(
 ) -> None:
     acceptance = script("acceptance")
     quick = acceptance.Setting(tmp_path, "cpu", True)
-    codes = {"fails": "raise SystemExit(3)", "sleeps": "import time; time.sleep(600)", "stops": "raise SystemExit(8)"}
+    sleep = "import time; time.sleep(600)"
+    codes = {"fails": "raise SystemExit(3)", "stops": "raise SystemExit(8)", "sleeps": sleep, "never": sleep}
 
     def part(_: object) -> object:
         for name, code in codes.items():
@@ -63,12 +65,20 @@ def test_a_part_whose_command_fails_or_runs_too_long_has_failed(
 
     monkeypatch.setattr(acceptance, "GRACE_S", 0.5)
     monkeypatch.setitem(acceptance.PARTS, "mine", part)
-    found = acceptance.run_part("mine", quick, limit_s=3)
-    assert [command["exit_code"] for command in found["commands"]] == [3, -15, 8]
-    assert [command["passed"] for command in found["commands"]] == [False, False, True]
-    assert found["commands"][2]["note"] == "as it should"
+    found = acceptance.run_part("mine", quick, limit_s=5)
+    assert [command["exit_code"] for command in found["commands"]] == [3, 8, -15]
+    assert [command["passed"] for command in found["commands"]] == [False, True, False]
+    assert found["commands"][1]["note"] == "as it should"
     assert not found["passed"]
+    assert found["problem"] == "no time was left for never"
+    assert found["seconds"] < 5 + acceptance.GRACE_S
     assert json.loads((tmp_path / "mine.part.json").read_text()) == found
+
+
+def test_the_script_lists_every_part() -> None:
+    listed = re.search(r"gpu_acceptance \[(.+)\]", (ROOT / "scripts" / "gpu_acceptance").read_text())
+    assert listed is not None
+    assert listed[1].split() == list(script("acceptance").PARTS)
 
 
 def test_kernels_are_summed_by_name_and_the_longest_comes_first() -> None:

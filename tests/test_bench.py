@@ -162,7 +162,7 @@ def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(secon
     assert [run["without_tta"] for run in found] == [0.9310, 0.9320]
 
 
-def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path) -> None:
+def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speedruns = script("speedruns")
     port = tmp_path / "port.py"
     one_run = "".join(
@@ -178,9 +178,19 @@ def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path) -> None:
     assert found["ours"]["seconds"] == [2.0, 1.0]
     assert found["seconds_over_peer"] == {"min": 0.4, "median": pytest.approx(0.6), "max": 0.8}
     assert found["mean_acc_tta"] == {"ours": pytest.approx(0.95), "peer": pytest.approx(0.9404)}
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(speedruns.results_folder, "RESULTS", tmp_path / "results")
+    assert tables.pairs() == "(None recorded yet.)"
+    speedruns.results_folder.write("speed94", {"device": "a CPU"}, found, [])
+    mine, others = tables.pairs().splitlines()[2:]
+    assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | 0.4500 |" in mine
+    assert "| 94 % | peer, `port.py` | 2 | 94.04 % | 93.10 % | 2.5 | 2.5, 2.5 |  | 0.4500 |" in others
     port.write_text("print('broken')\n")
     with pytest.raises(SystemExit, match="broken"):
         speedruns.their_run(port, 7, tmp_path)
+    with pytest.raises(SystemExit, match="our run of seed 7 ended with exit code 3: no result"):
+        speedruns.our_run("94", 7, str(tmp_path / "nowhere"), tmp_path)
 
 
 def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(tmp_path: Path) -> None:
@@ -199,6 +209,26 @@ def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(t
     for wrong, words in (("short.py", "no table"), ("none.py", "no none.py")):
         with pytest.raises(SystemExit, match=words):
             airbench.measured(tmp_path, [wrong], "synthetic:50", runs=1, starts=1)
+
+
+def test_the_loops_are_kept_when_a_published_script_ends_early_and_a_missing_one_is_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, airbench, rounds = script("run"), script("airbench"), []
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "trials_of_loops", lambda *_: rounds.append(0) or list(trials))
+    monkeypatch.setattr(airbench, "needs_cuda", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", "synthetic:50", "--airbench", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no airbench94_muon\.py"):
+        run.main()
+    assert not rounds
+    for name in airbench.SCRIPTS:
+        (tmp_path / name).write_text("print('no table')\n")
+    with pytest.raises(SystemExit, match="ended after 0 of 3 runs: no table"):
+        run.main()
+    (folder,) = (tmp_path / "results").iterdir()
+    assert tuple(json.loads((folder / "summary.json").read_text())["loops"]) == PEERS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -224,24 +254,27 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
 
 
 def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a folder as `speedrun` leaves it: two runs, one of them over the target; then one run without views."""
+    """Of a folder as `speedrun` leaves it: two runs, one of them over the target; one run without views, and one that
+    does not count; one on the validation split, which is no result."""
     tables = script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.speedruns() == "(None recorded yet.)"
     times = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0, "refused": None}
-    for name, views in (("a", [0.939, 0.941]), ("b", [None])):
+    for name, views, on in (("a", [0.939, 0.941], "test"), ("b", [None], "test"), ("c", [0.95], "val")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
-        document = {"target": "94", "recipe": "small", "on": "test", "config": Recipe().model_dump(mode="json")}
+        document = {"target": "94", "recipe": "small", "on": on, "config": Recipe().model_dump(mode="json")}
         tally = Tally(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
         for seed, accuracy in enumerate(views):
             tally.add({**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2})
+        if name == "b":
+            tally.add({**tally.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
     first, second = tables.speedruns().splitlines()[2:]
     assert first == (
         "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 "
         "| 0.2000 | a CPU | `a` |"
     )
-    assert "| 1 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
+    assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
 
 
 def test_traffic_is_counted_as_one_counts_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 from types import SimpleNamespace
@@ -110,3 +111,14 @@ def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPat
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["python"] == sys.version.split()[0]
     assert any(line.startswith("precision: ") for line in found["chosen"])
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_the_environment_is_of_the_chosen_device_and_names_no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "6.18.44-someone-v657")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_000)
+    of_cpu, of_gpu = device.environment("cpu"), device.environment("auto")
+    assert of_cpu["device"] == device.describe("cpu") != "a GPU"
+    assert (of_cpu["cuda"], of_cpu["cudnn"]) == (None, None)
+    assert (of_gpu["device"], of_gpu["cudnn"]) == ("a GPU", 90_000)
+    assert of_cpu["platform"] == f"{platform.system()}-6.18-{platform.machine()}"

@@ -158,6 +158,11 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one(arguments.child, arguments)))
         return
+    scripts = list(airbench.SCRIPTS) if arguments.airbench else []
+    if why := airbench.needs_cuda() if scripts else "":
+        print(why, file=sys.stderr)
+        scripts = []
+    airbench.require(arguments.airbench, scripts)
     names = [name for name in LOOPS if arguments.augment in THEIRS or name not in ON_DEVICE]
     if arguments.loops:
         names = arguments.loops.split(",")
@@ -175,13 +180,13 @@ def main() -> None:
         steps=arguments.steps,
         warm_up=WARM_UP,
     )
-    if arguments.airbench and airbench.needs_cuda():
-        print(airbench.needs_cuda(), file=sys.stderr)
-    elif arguments.airbench:
-        theirs = airbench.measured(arguments.airbench, list(airbench.SCRIPTS), data)
+    what, machine = f"peers-{arguments.arch}", environment(arguments.device)
+    folder = results_folder.write(what, machine, found, trials)
+    print(folder)
+    if scripts:  # one may end early, and the loops are kept
+        theirs = airbench.measured(arguments.airbench, scripts, data)
         found["scripts"] = airbench.summary(theirs)["scripts"]
-        trials += theirs
-    print(results_folder.write(f"peers-{arguments.arch}", environment(), found, trials))
+        results_folder.write(what, machine, found, trials + theirs, folder=folder)
     print(table(found))
 
 

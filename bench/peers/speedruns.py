@@ -37,7 +37,7 @@ FIGURES = ("seconds", "acc_tta", "acc", "flops")
 
 
 def our_run(target: str, seed: int, data: str | None, place: Path) -> dict[str, Any]:
-    """The trial that `fastcifar speedrun` keeps of one run."""
+    """The trial that `fastcifar speedrun` keeps of one run. Errors: SystemExit if it ends otherwise or is refused."""
     out = place / f"ours-{seed}"
     command = [
         sys.executable,
@@ -51,7 +51,9 @@ def our_run(target: str, seed: int, data: str | None, place: Path) -> dict[str, 
         "--out",
         str(out),
     ]
-    subprocess.run([*command, *(("--data", data) if data else ())], check=True)
+    done = subprocess.run([*command, *(("--data", data) if data else ())], check=False)
+    if done.returncode:
+        raise SystemExit(f"our run of seed {seed} ended with exit code {done.returncode}: no result")
     trial = json.loads((out / "trials.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if trial["refused"]:
         raise SystemExit(f"our run of seed {seed} does not count: {trial['refused']}")
@@ -136,7 +138,7 @@ def main() -> None:
             for who in sorted(runs, reverse=number % 2 == 0):  # who begins, alternates
                 trials.append(watched(who, number, seed, runs[who]))
             found = summary(trials, arguments.target, arguments.script.name)
-            folder = results_folder.write(f"speed{arguments.target}", environment(), found, trials, folder=folder)
+            folder = results_folder.write(f"speed{arguments.target}", environment("auto"), found, trials, folder=folder)
     print(folder)
     print(json.dumps(found, indent=1))
 

@@ -308,7 +308,9 @@ def _parse_item(item: str) -> Op:
         grammar = name + (":NUMBER" if row.number is not None else "") + (":WORD" if "" not in row.words else "")
         allowed = f", WORD one of {', '.join(row.words)}" if "" not in row.words else ""
         allowed += " or a .toml file" if row.files else ""
-        raise UsageError(f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed}")
+        raise UsageError(
+            f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed} ({row.help})"
+        )
     low, high = row.words[next(iter(row.words)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"

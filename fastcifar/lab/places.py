@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -23,8 +24,9 @@ from typing import Any
 
 from fastcifar.device import optional
 from fastcifar.ending import warned
-from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, out_of_memory
+from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, out_of_memory, pick
 from fastcifar.lab.trials import Trial
+from fastcifar.recipe import option
 
 RETRIES = 3  # of a Ray task whose worker died
 SAVING_S = 30  # a trial that was told to stop writes a checkpoint; and so may one of a sweep that was killed
@@ -115,6 +117,22 @@ PLACES: dict[str, Callable[[How], Runner]] = {
     "gpus": gpus,
     "ray": on_ray,
 }
+# field of How -> the places that have it
+HAVING = {
+    "jobs": ("processes", "gpus", "ray"),
+    "cpus": ("processes", "gpus", "ray"),
+    "trials_per_gpu": ("gpus", "ray"),
+    "address": ("ray",),
+}
+
+
+def place(on: str, how: How) -> Runner:
+    """What runs trials `on` a row of PLACES. Errors: `UsageError` for what the place does not have, and its own."""
+    made = pick(PLACES, on, "place")
+    for name, having in HAVING.items():
+        if on not in having and getattr(how, name) != getattr(How(), name):
+            raise UsageError(f"{option(name)}: --on {on} has none", f"leave it out, or use --on {' or '.join(having)}")
+    return made(how)
 
 
 def attempt(trial: Trial) -> Told:
@@ -139,11 +157,11 @@ def attempt(trial: Trial) -> Told:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """One line; of what is nobody's mistake, the traceback too, as error.txt in the run folder."""
+    """One line; of what is nobody's mistake, the traceback too, as error.txt in the run folder if it can be written."""
     known = error if isinstance(error, UserError) else out_of_memory(error)
     if known:
         return str(known)
-    if folder.is_dir():
+    with suppress(OSError):
         (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
@@ -259,12 +277,19 @@ def _visible_gpus() -> list[str]:
 
 
 def _tasks(trials: Iterator[Trial], ray: Any, how: How) -> Events:
-    """As many tasks at a time as the cluster has room for, whose size is read anew as they end."""
+    """As many tasks at a time as the cluster has room for, whose size is read anew as they end.
+
+    Errors: `UsageError` for a cluster that has room for none, which Ray would wait for without end.
+    """
     task = ray.remote(max_retries=RETRIES, retry_exceptions=[Interrupted])(_task)
     pending: dict[Any, Trial] = {}
     try:
         while True:
-            share, room = _share(ray.cluster_resources(), how)
+            cluster = ray.cluster_resources()
+            share, room = _share(cluster, how)
+            if not room and not pending:
+                wanted = f"a trial takes {share['num_cpus']} cores, and the cluster has {cluster.get('CPU', 0):g}"
+                raise UsageError(f"--on ray: {wanted}", "give fewer --cpus")
             while len(pending) < room and (trial := next(trials, None)):
                 pending[task.options(**share).remote(_absolute(trial), how.cpus or 1, socket.gethostname())] = trial
                 yield Told(trial, "running")
@@ -292,7 +317,7 @@ def _share(resources: dict[str, float], how: How) -> tuple[dict[str, float], int
     if resources.get("GPU"):
         share["num_gpus"] = 1 / how.trials_per_gpu
         room = min(room, int(resources["GPU"]) * how.trials_per_gpu)
-    return share, max(1, min(room, how.jobs or room))
+    return share, min(room, how.jobs or room)
 
 
 def _task(trial: Trial, threads: int, sweeps_host: str) -> Told:

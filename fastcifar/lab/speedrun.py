@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcifar.device import choose
+from fastcifar.device import choose, environment
 from fastcifar.errors import UsageError, pick
 from fastcifar.lab.bench import synchronise
 from fastcifar.lab.tally import Tally
@@ -73,29 +73,32 @@ def speedrun(
     `target` (94) decides the recipe where none is named. `on`: "test" (default), after training on all images unless
     `val_size` is given, or "val". `append`: a folder of earlier trials, whose recipe it takes and whose seeds it goes
     on from. `knobs`: of the recipe, those that are not None. Errors: those of `train`, and `UsageError` for another
-    recipe than the folder's or one that ends early.
+    recipe or clock than the folder's, and for a recipe that ends early.
     """
     found = Tally.read(append) if append else None
     plan = planned(found.document if found else {}, target, name, on, knobs)
     first = knobs.get("seed")
     first = int(first) if first is not None else found.next_seed if found else plan.recipe.seed
     recipes = [plan.recipe.model_copy(update={"seed": first + index}) for index in range(n)]
+    choice, seeds = choose(plan.recipe), [recipe.seed for recipe in recipes]
+    chosen = {name: getattr(choice, name) for name in ("device", "precision", "loader")} | {"compiled": choice.compile}
+    machine = {**environment(choice.device), "chosen": chosen}
     if found:
-        found.require_same(plan.document(), [recipe.seed for recipe in recipes])
+        found.require_same(plan.document(), machine, seeds)
     started = time.perf_counter()
-    parts = assemble(recipes[0], choose(plan.recipe))
+    parts = assemble(recipes[0], choice)
     say(console, [*parts.lines(), *parts.choice.lines()])
     flops = operations(plan.recipe, len(parts.data.classes), images(parts))
     about = {"params": parameters(parts.model), "macs": macs(parts.model), "images": images(parts), "flops": flops}
-    with Tally.open(append, plan.recipe.out, plan.document(), about) as tally:
-        say(console, [f"trials: {tally.folder}"])
+    with Tally.open(append, plan.recipe.out, plan.document(), about, machine, seeds) as tally:
+        say(console, [f"trials: {tally.folder}", f"evaluation: {SPLITS[plan.on]}"])
         step = parts.fast_step()
         build_s = time.perf_counter() - started - parts.prepare_s
         for recipe in recipes:
             if recipe is not recipes[0]:
                 build_s = following(parts, recipe)
             trial = {**timed(parts, step, cold=recipe is recipes[0]), **graded(parts, plan.on)}
-            tally.add({"seed": recipe.seed, "flops": flops, "build_s": build_s, **trial})
+            tally.add({"seed": recipe.seed, **chosen, "flops": flops, "build_s": build_s, **trial})
             say(console, [told(tally.trials[-1])])
         return {"folder": str(tally.folder), **tally.summary()}
 

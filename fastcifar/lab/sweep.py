@@ -18,11 +18,13 @@ from rich.console import Console
 
 from fastcifar.data import cifar
 from fastcifar.data.augment import parse
+from fastcifar.data.loaders import LOADERS
 from fastcifar.data.steps import cut
-from fastcifar.errors import DataError, DiskError, UsageError, UserError, pick
+from fastcifar.device import choose
+from fastcifar.errors import DiskError, UsageError, UserError, pick
 from fastcifar.lab.board import Board
 from fastcifar.lab.ledger import OVER, STATES, Ledger
-from fastcifar.lab.places import PLACES, How, Told
+from fastcifar.lab.places import How, Told, place
 from fastcifar.lab.study import Study
 from fastcifar.lab.trials import COPY, Asked, Trial, expand, read
 from fastcifar.recipe import Recipe
@@ -31,7 +33,7 @@ from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.images import normalisation
 from fastcifar.training.optim import Optimizer, clipper
-from fastcifar.training.parts import network
+from fastcifar.training.parts import network, require_sizes, settled
 from fastcifar.training.progress import say
 from fastcifar.training.run import hold
 from fastcifar.training.schedule import Schedule
@@ -55,11 +57,11 @@ def sweep(
     flags          knobs above every recipe of the sweep
     Errors: `UserError`s, before anything is written; `Interrupted` and KeyboardInterrupt leave a sweep that goes on.
     """
-    asked, folder, trials, study = planned(source, out, seeds, flags)
+    asked, folder, trials, study = planned(source, out, on, seeds, flags)
     if study and retry_failed:
         raise UsageError("a [study] does not try a point again", "leave --retry-failed out: it goes on to others")
     say(console, alike(trials))
-    run = pick(PLACES, on, "place")(how or How())
+    run = place(on, how or How())
     with _held(folder):
         ledger = Ledger(folder)
         if study:
@@ -83,27 +85,29 @@ def sweep(
 
 
 def planned(
-    source: str, out: Path | None, seeds: str | None, flags: dict[str, Any]
+    source: str, out: Path | None, on: str, seeds: str | None, flags: dict[str, Any]
 ) -> tuple[Asked, Path, list[Trial], Study | None]:
     """What is asked, the sweep's folder, and its trials, all checked; of a study none yet, for it chooses later."""
     asked, name = read(source, seeds, flags)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
     if asked.study:
         study = Study(asked, name, folder)
-        check(study.corners())
+        check(study.corners(), on)
         return asked, folder, [], study
     trials = [trial.within(folder) for trial in expand(asked, name)]
-    check(trials)
+    check(trials, on)
     return asked, folder, trials, None
 
 
-def plan(source: str, out: Path | None = None, seeds: str | None = None, **flags: Any) -> dict[str, Any]:
+def plan(
+    source: str, out: Path | None = None, on: str = "process", seeds: str | None = None, **flags: Any
+) -> dict[str, Any]:
     """What `sweep` would run: `{"sweep", "n", "steps", "trials": [{"trial", "label", "seed", "knobs", "state", ...}]}`.
 
-    `n`: trials. `steps`: training steps still to go, at most; None where the data set is not here. Of a [study] the
-    trials are the ends of its ranges. Nothing is written.
+    `n`: trials. `steps`: training steps still to go, at most; None where the data set is not here, or where a trial
+    would fail by it. Of a [study] the trials are the ends of its ranges. Nothing is written.
     """
-    _, folder, trials, study = planned(source, out, seeds, flags)
+    _, folder, trials, study = planned(source, out, on, seeds, flags)
     ledger = Ledger(folder)
     listed = [
         {
@@ -129,8 +133,9 @@ def document(folder: Path, ledger: Ledger, wanted: Iterable[str]) -> dict[str, A
     return {"sweep": str(folder), "counts": {state: counts[state] for state in STATES}, "trials": rows}
 
 
-def check(trials: Iterable[Trial]) -> None:
-    """Everything in the trials' recipes that is a name in a table, looked up; a label's first trial stands for all.
+def check(trials: Iterable[Trial], on: str) -> None:
+    """Everything in the trials' recipes that is a name in a table, looked up, and that this machine has what they ask
+    for, unless they run `on` others; one trial of a label stands for all, which differ by the seed.
 
     Errors: `UserError` with the label.
     """
@@ -140,10 +145,15 @@ def check(trials: Iterable[Trial]) -> None:
             parse(recipe.augment)
             normalisation(recipe)
             pick(VIEWS, recipe.tta, "test-time augmentation")
+            pick({"auto": None, **LOADERS}, recipe.loader, "loader")
             trackers.require(recipe)
             Schedule(recipe, 1)
             clipper(recipe.clip, [])
-            Optimizer(network(recipe, cifar.DATASETS[recipe.dataset].classes), recipe)
+            model = network(recipe, cifar.DATASETS[recipe.dataset].classes)
+            require_sizes(model, recipe)
+            optimizer = Optimizer(model, recipe)
+            if on != "ray":
+                settled(choose(recipe), recipe, optimizer)
         except UserError as error:
             raise type(error)(f"{trial.label}: {error.problem}", error.remedy) from None
 
@@ -158,12 +168,13 @@ def alike(trials: Sequence[Trial]) -> list[str]:
 
 
 def steps_of(recipe: Recipe) -> int | None:
-    """Training steps of a run by `recipe`; None without its data set, which is not downloaded for this."""
+    """Training steps of a run by `recipe`; None without its data set, which is not downloaded for this, or where the
+    data set cannot be cut as the recipe wants it: the run will say so."""
     try:
         images = len(cifar.load(recipe.data, recipe.dataset, download=False).train.labels)
-    except DataError:
+        steps = recipe.epochs * cut(images - recipe.val_size, recipe.batch_size, recipe.drop_last).per_epoch
+    except UserError:
         return None
-    steps = recipe.epochs * cut(images - recipe.val_size, recipe.batch_size, recipe.drop_last).per_epoch
     return min(steps, recipe.max_steps or steps)
 
 
@@ -204,9 +215,15 @@ def _begin(folder: Path, asked: Asked, ledger: Ledger, trials: list[Trial], retr
 
 
 def _note(ledger: Ledger, folder: Path, told: Told) -> None:
-    """One event into the ledger; of a run on another machine's disk the small files are kept here."""
+    """One event into the ledger; of a run on another machine's disk the small files are kept here.
+
+    Errors: `DiskError`.
+    """
     run = folder / "runs" / told.trial.key
-    for name, content in told.files.items():
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / name, content)
+    try:
+        for name, content in told.files.items():
+            run.mkdir(parents=True, exist_ok=True)
+            write_atomically(run / name, content)
+    except OSError as error:
+        raise DiskError(f"cannot write {run}: {error.strerror}", "free some space; the same command goes on") from None
     ledger.note(told.trial, told.state, told.reason, told.summary)

@@ -16,23 +16,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastcifar.device import describe, environment, result_name
-from fastcifar.errors import DiskError, UsageError
+from fastcifar.device import result_name
+from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.run import hold
 
 FIGURES = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
+NO_CLOCK = ("pydantic", "typer")  # packages that no second depends on
 
 
 @dataclass
 class Tally:
     """A folder and its trials, oldest first. `document`: what is run (target, recipe, on, config). `about`: params,
-    macs, images and flops of a run. A context, in which the folder is this process's own."""
+    macs, images and flops of a run. `environment`: what env.json says, with what was `chosen` on that machine. A
+    context, in which the folder is this process's own."""
 
     folder: Path
     document: dict[str, Any]
     about: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
     lock: int | None = None
 
@@ -42,19 +45,28 @@ class Tally:
         try:
             document = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
             about = document.pop("about")
+            there = (folder / "env.json").is_file()
+            environment = json.loads((folder / "env.json").read_text(encoding="utf-8")) if there else {}
             lines = (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"{folder} holds no trials: {type(error).__name__}", "give a speedrun's folder") from None
-        return cls(folder, document, about, [trial for line in lines if (trial := _parsed(line))])
+        return cls(folder, document, about, environment, [trial for line in lines if (trial := _parsed(line))])
 
     @classmethod
-    def open(cls, append: Path | None, out: str | None, document: dict[str, Any], about: dict[str, Any]) -> Tally:
-        """The folder `append` goes on; else a new one, `out` or speedruns/<UTC>_<device>_<recipe>.
+    def open(
+        cls,
+        append: Path | None,
+        out: str | None,
+        document: dict[str, Any],
+        about: dict[str, Any],
+        environment: dict[str, Any],
+        seeds: Sequence[int],
+    ) -> Tally:
+        """The folder `append` goes on with `seeds`; else a new one, `out` or speedruns/<UTC>_<device>_<recipe>.
 
-        Errors: `UsageError` for a folder that is there already, `DiskError`.
+        Errors: `UsageError` for a folder that is there already, and those of `require_same`; `DiskError`.
         """
-        named = result_name(describe(document["config"]["device"]), document["recipe"])
-        folder = append or Path(out or Path("speedruns") / named)
+        folder = append or Path(out or Path("speedruns") / result_name(environment["device"], document["recipe"]))
         try:
             if not append:
                 folder.mkdir(parents=True)
@@ -63,12 +75,16 @@ class Tally:
         except OSError as error:
             raise DiskError(f"cannot make {folder}: {error.strerror}", "give --out DIR") from None
         lock = hold(folder)
-        trials = cls.read(folder) if append else cls(folder, document, about)
-        if trials.about != about:
+        try:
+            trials = cls.read(folder) if append else cls(folder, document, about, environment)
+            trials.require_same(document, environment, seeds)  # also of what was added until it was locked
+            if trials.about != about:
+                raise UsageError(f"{folder} is of {trials.about}, not {about}", "give --data as it was")
+            trials._write_all(environment)
+        except UserError:
             os.close(lock)
-            raise UsageError(f"{folder} is of {trials.about}, not {about}", "give --data as it was")
+            raise
         trials.lock = lock
-        trials._write_all()
         return trials
 
     def __enter__(self) -> Tally:
@@ -84,14 +100,19 @@ class Tally:
         """The seed after those that are there."""
         return max((trial["seed"] for trial in self.trials), default=-1) + 1
 
-    def require_same(self, document: dict[str, Any], seeds: Sequence[int]) -> None:
-        """Errors: `UsageError` that names what differs, or a seed that is there already."""
+    def require_same(self, document: dict[str, Any], environment: dict[str, Any], seeds: Sequence[int]) -> None:
+        """Errors: `UsageError` that names what differs of the recipe or the clock, or a seed that is there already."""
         defaults = Recipe().model_dump(mode="json")  # of knobs that there were not yet when the folder was made
         mine, other = ({**defaults, **of, **of["config"], "config": None} for of in (self.document, document))
         differing = [key for key in other if other[key] != mine.get(key)]
         if differing:
             listed = ", ".join(f"{key} {mine.get(key)}, not {other[key]}" for key in differing)
             raise UsageError(f"{self.folder} is of another recipe: {listed}", "give --out for a result of its own")
+        then, now = of_the_clock(self.environment), of_the_clock(environment)
+        differing = [name for name in then if name in now and then[name] != now[name]]
+        if differing:
+            listed = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
+            raise UsageError(f"{self.folder} is of another clock: {listed}", "give --out for a result of its own")
         there = {trial["seed"] for trial in self.trials} & set(seeds)
         if there:
             raise UsageError(f"{self.folder} has seed {min(there)} already", f"begin at --seed {self.next_seed}")
@@ -105,7 +126,8 @@ class Tally:
     def summary(self) -> dict[str, Any]:
         """Of every trial: the figures' mean, standard deviation and standard error, and the share over the target.
 
-        A refused trial counts among the runs, as one that missed the target, and has no other figure.
+        A refused trial counts among the runs, as one that missed the target, and is in no mean: where there is one,
+        the target is not reached.
         """
         counted = [trial for trial in self.trials if not trial["refused"]]
         target = float(self.document["target"]) / 100
@@ -114,7 +136,7 @@ class Tally:
             if found := figures[name]:
                 found["share"] = sum(value >= target for value in found["trials"]) / len(self.trials)
         best = figures["acc_tta"] or figures["acc"]
-        reached = best is not None and best["mean"] >= target
+        reached = best is not None and best["mean"] >= target and len(counted) == len(self.trials)
         config = self.document["config"]
         return {
             "target": target,
@@ -131,8 +153,8 @@ class Tally:
             "flops_to_target": self.about["flops"] if reached else None,
         }
 
-    def _write_all(self) -> None:
-        now = {**environment(), "started": time.strftime("%FT%TZ", time.gmtime())}
+    def _write_all(self, environment: dict[str, Any]) -> None:
+        now = {**environment, "started": time.strftime("%FT%TZ", time.gmtime())}
         files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.about}}
         if not (self.folder / "env.json").exists():
             files["env.json"] = now
@@ -145,6 +167,13 @@ class Tally:
                 write_atomically(self.folder / name, content.encode())
         except OSError as error:
             raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
+
+
+def of_the_clock(environment: dict[str, Any]) -> dict[str, Any]:
+    """What of an env.json seconds depend on: versions, what was chosen, and the device with its threads."""
+    versions = {name: found for name, found in environment.get("versions", {}).items() if name not in NO_CLOCK}
+    machine = {name: environment[name] for name in ("device", "threads", "cuda", "cudnn") if name in environment}
+    return {**versions, **environment.get("chosen", {}), **machine}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import UsageError, nearest, pick
 from fastcifar.recipe import Recipe, option, parsed_toml, read_toml, toml_value
@@ -50,6 +50,14 @@ def _seeds(value: Any) -> Any:
     return range(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else value
 
 
+def _row(value: dict[str, Any]) -> dict[str, Any]:
+    """A row of [[list]], whose label and recipe are text."""
+    for name in ("label", "recipe"):
+        if not isinstance(value.get(name, ""), str):
+            raise ValueError(f"{name} should be text")
+    return value
+
+
 class Draws(BaseModel):
     """[random]: `n` points, drawn from a range for each other key. Range: `lr.log = [0.01, 1.0]`, a row of RANGES."""
 
@@ -81,7 +89,7 @@ class Asked(BaseModel):
     ] = (0,)
     base: dict[str, Any] = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    rows: list[dict[str, Any]] = Field(default=[], alias="list")
+    rows: list[Annotated[dict[str, Any], AfterValidator(_row)]] = Field(default=[], alias="list")
     random: Draws | None = None
     study: StudyDraws | None = None
 

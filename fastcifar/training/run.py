@@ -96,7 +96,7 @@ class Run:
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
             folder, held = _claim(wanted)
-            return cls._open(folder, held, recipe, {"recipe": name, **_started()}, 0)
+            return cls._open(folder, held, recipe, {"recipe": name, **_started(recipe)}, 0)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
 
@@ -111,8 +111,8 @@ class Run:
 
         Errors: `DiskError` when it cannot be written.
         """
-        environment_then = read_environment(folder) or {"recipe": name, **_started()}
-        environment_then["resumed"] = [*environment_then.get("resumed", []), _started()]
+        environment_then = read_environment(folder) or {"recipe": name, **_started(recipe)}
+        environment_then["resumed"] = [*environment_then.get("resumed", []), _started(recipe)]
         try:
             for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
                 stale.unlink(missing_ok=True)
@@ -322,8 +322,8 @@ def _document(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _started() -> dict[str, Any]:
-    return {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment()}
+def _started(recipe: Recipe) -> dict[str, Any]:
+    return {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment(recipe.device)}
 
 
 def _claim(wanted: Path) -> tuple[Path, int]:

@@ -87,8 +87,10 @@ def test_every_row_and_word_is_tested_here() -> None:
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_rows_are_complete(name: str) -> None:
     row = AUGMENTS[name]
-    assert row.help
-    assert "\n" not in row.help
+    with pytest.raises(UsageError) as error:
+        parse(f"{name}:{'' if row.number is None else f'{row.number}:'}nonsense")
+    assert str(error.value).endswith(f" ({row.help})")
+    assert "\n" not in str(error.value)
     (op,) = parse(name)
     assert (op.name, op.number, op.word) == (name, row.number, next(iter(row.words)))
     for low, high in row.words.values():
@@ -173,7 +175,7 @@ def test_rows_without_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch) -> Non
     assert spell(parse("policy,policy:imagenet,rotate,rotate:9")) == "policy:cifar10,policy:imagenet,rotate:5,rotate:9"
     with pytest.raises(UsageError, match="write policy:WORD, WORD one of cifar10, imagenet"):
         parse("policy:3")
-    with pytest.raises(UsageError, match=r"write rotate:NUMBER$"):
+    with pytest.raises(UsageError, match=r"write rotate:NUMBER \(rotate\)$"):
         parse("rotate:5:zero")
 
 

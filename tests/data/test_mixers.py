@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision.transforms import v2
 
 from fastcifar.data.augment import draw_mix, parse, spell, split_mixer
 from fastcifar.data.mixers import MIXERS, mixed_labels
+from fastcifar.errors import UsageError
 
 CLASSES = 7
 B = 48
@@ -34,7 +37,8 @@ def mixed(spec: str, images: Tensor, labels: Tensor, draws: np.ndarray) -> tuple
 @pytest.mark.parametrize("name", MIXERS)
 def test_rows_are_complete_and_draw_by_position(name: str) -> None:
     row = MIXERS[name]
-    assert "\n" not in row.help
+    with pytest.raises(UsageError, match=f"write {name}:NUMBER {re.escape(f'({row.help})')}$"):
+        parse(f"{name}:1:nonsense")
     (op,) = parse(name)
     assert (op.name, op.number) == (name, row.number)
     assert parse(spell(parse(f"crop,{name}"))) == parse(f"crop,{name}")

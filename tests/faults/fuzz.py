@@ -246,7 +246,7 @@ def main() -> None:
         "readers": len(READERS),
         **total,
     }
-    print(results_folder.write("fuzz-readers", environment(), summary, trials))
+    print(results_folder.write("fuzz-readers", environment("cpu"), summary, trials))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main() -> None:
         "variants": {name: " ".join(knobs) for name, knobs in VARIANTS.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
-    print(results_folder.write("soak", environment(), summary, trials))
+    print(results_folder.write("soak", environment("cpu"), summary, trials))
 
 
 if __name__ == "__main__":

@@ -154,10 +154,14 @@ def test_a_captured_forward_pass_equals_the_plain_one(
         assert torch.equal(run(second), parts.forward(second))
 
 
-def test_a_trial_beyond_an_epoch_is_of_whole_epochs(tiny: Callable[..., Recipe]) -> None:
+@pytest.mark.parametrize(("unit_s", "units"), [(0.05, 4), (0.001, 29 * 7), (0.025, 7)])
+def test_a_trial_beyond_an_epoch_is_of_whole_epochs(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, unit_s: float, units: int
+) -> None:
+    """Of 0.2 seconds: 4 units, 200 and 8, where an epoch has 7."""
     parts = assemble(tiny(val_size=0), choose(tiny()))
-    units = clock.fitting(works.loader_work(parts), parts, 0.2)
-    assert units < 7 or units % 7 == 0
+    monkeypatch.setattr(clock, "timed", lambda _, units, device: Trial(units, units * unit_s, 0.0))
+    assert clock.fitting(works.loader_work(parts), parts, 0.2) == units
 
 
 def test_without_a_data_set_it_measures_on_synthetic_images_and_says_so(

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcifar.errors import UsageError
+from fastcifar.errors import DiskError, UsageError
 from fastcifar.lab import places
 from fastcifar.lab.places import Events, How, Runner, Told, gpus
-from fastcifar.lab.sweep import sweep
+from fastcifar.lab.sweep import planned, sweep
 from fastcifar.lab.trials import Trial
 from tests.faults import children
 from tests.faults.runs import rows
@@ -102,6 +102,47 @@ def test_a_rays_task_has_its_share_of_a_gpu_where_there_is_any() -> None:
     assert places._share({"CPU": 8.0}, How(jobs=5)) == ({"num_cpus": 1}, 5)
 
 
+def test_fault24_a_cluster_without_room_for_a_trial_is_not_waited_for(tmp_path: Path) -> None:
+    class Cluster:
+        """As much of Ray as is asked before the first task."""
+
+        ended = 0
+
+        def remote(self, **_: object) -> object:
+            return lambda task: task
+
+        def cluster_resources(self) -> dict[str, float]:
+            return {"CPU": 2.0}
+
+        def shutdown(self) -> None:
+            self.ended += 1
+
+    cluster, trials = Cluster(), iter(planned(file(tmp_path), None, "ray", None, {})[2])
+    with pytest.raises(UsageError, match="a trial takes 4 cores, and the cluster has 2; give fewer --cpus"):
+        next(places._tasks(trials, cluster, How(cpus=4, jobs=1)))
+    assert cluster.ended == 1
+
+
+@pytest.mark.parametrize(
+    ("on", "how", "words"),
+    [
+        ("process", How(jobs=2), "--jobs: --on process has none; leave it out, or use --on processes or gpus or ray"),
+        ("process", How(cpus=1), "--cpus: --on process has none"),
+        ("processes", How(trials_per_gpu=2), "--trials-per-gpu: --on processes has none"),
+        ("gpus", How(address="local"), "--address: --on gpus has none; leave it out, or use --on ray"),
+    ],
+)
+def test_fault15_what_a_place_does_not_have_is_refused(tmp_path: Path, on: str, how: How, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        sweep(file(tmp_path), tmp_path / "out", on, how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fault07_a_reason_stands_where_its_traceback_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "error.txt").mkdir()
+    assert places._reason(RuntimeError("a bug\nin two lines"), tmp_path) == "RuntimeError: a bug"
+
+
 def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(how: How) -> Runner:
         def run(trials: Iterator[Trial]) -> Events:
@@ -119,6 +160,10 @@ def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monke
     assert table(tmp_path / "home") == table(tmp_path / "one")
     for row in other["trials"]:
         assert rows(tmp_path / "home" / row["run"]) == rows(tmp_path / "one" / row["run"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "runs").write_text("in the way")
+    with pytest.raises(DiskError, match=r"cannot write .*full/runs"):  # fault07
+        sweep(source, tmp_path / "full", "elsewhere")
 
 
 def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from fastcifar.device import choose
@@ -54,18 +55,20 @@ def test_each_run_is_the_one_that_train_would_be(tiny: Make, file: Any, tmp_path
     trials = [json.loads(line) for line in (tmp_path / "timed" / "trials.jsonl").read_text().splitlines()]
     assert found["seeds"] == [trial["seed"] for trial in trials] == [4, 5, 6]
     assert len({trial["sha256"] for trial in trials}) == 3
-    for trial in trials[1:]:  # the first is not copied into anything
+    for trial in trials:
         summary = train(tiny(**values, seed=trial["seed"], out=str(tmp_path / f"run-{trial['seed']}")))
         saved = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
         weights = saved["ema"] if values.get("weights") == "ema" else saved["model"]
-        assert fingerprint(weights) == trial["sha256"]
+        assert fingerprint(weights) == trial["sha256"], trial["seed"]
         assert (trial["steps"], trial["refused"]) == (summary["steps"], None)
         assert saved["step"] == trial["steps"]
 
 
 def test_the_folder_the_summary_and_the_table(file: Any, tmp_path: Path) -> None:
     folder = tmp_path / "timed"
-    found = speedrun(target="95", name=file(), n=2, out=str(folder))
+    told = Console(record=True, width=200)
+    found = speedrun(target="95", name=file(), n=2, out=str(folder), console=told)
+    assert "evaluation: the test set, once a run" in told.export_text()
     assert {path.name for path in folder.iterdir()} == {"recipe.json", "env.json", "trials.jsonl", "summary.json"}
     assert {"folder": str(folder), **json.loads((folder / "summary.json").read_text())} == found
     assert (found["target"], found["recipe"], found["on"], found["tta"]) == (0.95, "small", "test", "6view")
@@ -100,10 +103,38 @@ def test_a_folder_goes_on_with_its_own_recipe_and_no_other(file: Any, tmp_path: 
     for asked, words in cases:
         with pytest.raises(UsageError, match=words):
             speedrun(append=folder, **asked)
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["chosen"].items() <= json.loads((folder / "trials.jsonl").read_text().splitlines()[0]).items()
+    for change, words in (
+        ({"device": "a GPU"}, "another clock: device a GPU, not "),
+        ({"versions": {**environment["versions"], "torch": "2.0", "typer": "0"}}, "another clock: torch 2.0, not "),
+        ({"chosen": {**environment["chosen"], "compiled": True}}, "another clock: compiled True, not False"),
+    ):
+        (folder / "env.json").write_text(json.dumps({**environment, **change}))
+        with pytest.raises(UsageError, match=words):
+            speedrun(append=folder)
     with pytest.raises(UsageError, match=f"--append {folder}"):
         speedrun(name=name, out=str(folder))
     with pytest.raises(UsageError, match="holds no trials"):
         speedrun(append=tmp_path)
+
+
+def test_a_seed_that_another_process_added_meanwhile_is_not_counted_twice(
+    file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "timed"
+    speedrun(name=file(), out=str(folder))
+    assembled = harness.assemble
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(harness, "assemble", assembled)
+        speedrun(append=folder)
+        return assembled(*given)
+
+    monkeypatch.setattr(harness, "assemble", meanwhile)
+    with pytest.raises(UsageError, match="has seed 1 already; begin at --seed 2"):
+        speedrun(append=folder)
+    assert speedrun(append=folder)["seeds"] == [0, 1, 2], "its lock was given up"
 
 
 def test_killed_between_two_trials_it_keeps_the_first_and_goes_on(
@@ -168,6 +199,7 @@ def test_the_summarys_arithmetic(tmp_path: Path) -> None:
     tally.add({**tally.trials[-1], "seed": 4, "refused": "it was not finite"})
     found = tally.summary()
     assert (found["n"], found["refused"], found["acc_tta"]["share"]) == (5, 1, 0.6)
+    assert (found["reached"], found["flops_to_target"]) == (False, None), "a run that does not count is a miss"
     assert found["acc_tta"]["mean"] == statistics.fmean(accuracies)
     assert spread([1.0]) == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
     assert spread([1.0, None]) is spread([]) is None

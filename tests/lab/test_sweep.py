@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from fastcifar.errors import UsageError
+from fastcifar.errors import DeviceError, UsageError
 from fastcifar.lab.sweep import plan, sweep
 from fastcifar.training.run import hold
 from tests.faults import children
@@ -141,9 +142,30 @@ def test_a_plan_counts_the_steps_and_writes_nothing(tmp_path: Path) -> None:
     assert found["steps"] == 3 * 3
 
 
+def test_a_plan_knows_no_steps_of_a_trial_that_will_fail(tmp_path: Path) -> None:
+    source = file(tmp_path, "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n")
+    found = plan(source, tmp_path / "out", seeds="1")
+    assert [(row["label"], row["steps"]) for row in found["trials"]] == [("good", 10), ("bad", None)]
+    assert found["steps"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fault17_what_this_machine_lacks_is_found_before_anything_runs_but_another_may_have_it(tmp_path: Path) -> None:
+    source = file(tmp_path, "[grid]\ncuda_graph = [false, true]\n")
+    with pytest.raises(DeviceError, match="cuda_graph=True: --cuda-graph needs CUDA"):
+        sweep(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert plan(source, tmp_path / "out", "ray")["n"] == 4
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ("[grid]\nloader = ['tensor', 'tensro']\n", "loader=tensro: unknown loader 'tensro'; did you mean 'tensor'?"),
+        (
+            "[[list]]\narch = 'speed94'\nblocks = [1, 1, 1, 1]\nchannels = [8, 8, 8, 8]\nimage_size = '16:1,32'\n",
+            "speed94 takes no images of 16x16",
+        ),
         ("[grid]\nlr = [0.1]\nschedule = ['cosine', 'cosin']\n", "lr=0.1, schedule=cosin: unknown schedule 'cosin'"),
         ("[grid]\noptimizer = ['sgd', 'adamv']\n", "optimizer=adamv: unknown optimizer 'adamv'"),
         ("[[list]]\narch = 'se86'\n", "arch=se86: unknown architecture 'se86'; did you mean 'se68'?"),

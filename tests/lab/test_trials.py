@@ -131,6 +131,8 @@ def test_the_copy_in_the_sweeps_folder_asks_for_the_same(tmp_path: Path) -> None
         ("[grid]\nactivaton = ['relu']", "unknown recipe key 'activaton'; did you mean 'activation'?"),
         ("[grid]\nactivation = ['relu', 'rely']", "activation=rely: --activation should be 'relu'"),
         ("[grid]\nlr = []", "grid.lr "),
+        ("[[list]]\nlabel = 1", "list.0 label should be text (got {'label': 1})"),
+        ("[[list]]\nlr = 0.1\n[[list]]\nrecipe = 1", "list.1 recipe should be text (got {'recipe': 1})"),
         ("[[list]]\nlr = 0.1\n[[list]]\nlr = -1", "lr=-1: --lr should be greater than 0"),
         ("[[list]]\nlr = 0.1\n[[list]]\nlr = 0.1", "two rows of [[list]] are called 'lr=0.1'"),
         ("[[list]]\nrecipe = 'row11'", "no recipe 'row11'; did you mean"),

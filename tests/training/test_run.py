@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastcifar.device import describe
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import ALONE
@@ -21,11 +23,16 @@ from fastcifar.training.signals import Stop
 ROW = dict.fromkeys(COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
 
 
-def test_a_run_folder_holds_recipe_and_environment(tiny: Callable[..., Recipe]) -> None:
+def test_a_run_folder_holds_recipe_and_environment(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is there, and not what trains
     run = Run.create(recipe, "name")
     assert Recipe.make(str(run.folder / "recipe.toml")) == recipe
-    assert json.loads((run.folder / "env.json").read_text())["versions"]["torch"]
+    environment = json.loads((run.folder / "env.json").read_text())
+    assert environment["versions"]["torch"]
+    assert environment["device"] == describe("cpu")
 
 
 def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: Callable[..., Recipe]) -> None:
