@@ -53,6 +53,7 @@ def form(recipe: Recipe, mode: str, precision: str) -> Form:
     """The parts of a run in `mode`, and its step, with its Lookahead's and meter's state as at the start."""
     changed = Recipe.checked({**recipe.model_dump(), **MODES[mode], "precision": precision})
     parts = assemble(changed, choose(changed))
+    torch.backends.cudnn.benchmark = False  # a run has it on
     return parts, parts.fast_step()
 
 
@@ -142,19 +143,21 @@ def verdict(about: str, mode: str, largest: float, limit: float) -> Check:
 
 
 def exactly(work: Callable[[], list[Check]]) -> list[Check]:
-    """`work` with float32 as float32, and cuDNN's algorithms chosen without a trial."""
+    """`work` with float32 as float32, and cuDNN's algorithms deterministic and chosen without a trial."""
     backends = torch.backends
-    before = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark
-    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = backends.cudnn.benchmark = False
+    cudnn, matmul = backends.cudnn, backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = False
+    cudnn.deterministic = True
     try:
         return work()
     finally:
-        backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, backends.cudnn.benchmark = before
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
 
 
 def compared(device: str, steps: int, quick: bool) -> dict[str, Any]:
     """The document."""
-    recipe = on_some_data(Recipe.make(activation="silu", device=device, **(QUICK if quick else {})))
+    recipe = on_some_data(Recipe.make(activation="silu", device=device, loader="tensor", **(QUICK if quick else {})))
     graphs = choose(recipe).device == "cuda"
     modes = [mode for mode in MODES if graphs or not MODES[mode]["cuda_graph"]]
     found = exactly(lambda: checks(recipe, modes, steps))

@@ -177,8 +177,9 @@ def rows(parts: Parts, wanted: Wanted, known: Sequence[dict[str, Any]]) -> Itera
     """A row for each thing wanted of `parts`, as soon as it is measured."""
     parts.model.train()
     started = time.perf_counter()
+    forget_peak(parts.device)
     step = parts.fast_step() if STEPPING & set(wanted.names) else None
-    step_s = time.perf_counter() - started
+    step_s, step_peak = time.perf_counter() - started, peak_memory(parts.device)
     for name in wanted.names:
         jobs = list(WHATS[name](parts, step))
         for job in jobs:
@@ -189,6 +190,8 @@ def rows(parts: Parts, wanted: Wanted, known: Sequence[dict[str, Any]]) -> Itera
             measured, first_s = clocked(job, parts, wanted, trace)
             if name != "loader" or step is None:  # it was prepared with the step
                 measured["compile_s"] = step_s if name in STEPPING else first_s
+            if name in STEPPING and parts.choice.cuda_graph:  # a replay takes none: it was taken by the capture
+                measured["peak_memory_bytes"] = max(step_peak, measured["peak_memory_bytes"])
             yield named | measured
 
 
@@ -196,8 +199,7 @@ def clocked(job: Job, parts: Parts, wanted: Wanted, trace: Path | None) -> tuple
     """The measured part of a row, and the seconds of its first unit of work. The run's state is left as it was."""
     with untouched(parts.tensors(), parts.device), closing(job.work) as work:
         parts.meter.reset()
-        if parts.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(parts.device)
+        forget_peak(parts.device)
         started = time.perf_counter()
         next(work)
         synchronise(parts.device)
@@ -272,6 +274,12 @@ def timed(work: Iterator[int], units: int, device: torch.device) -> Trial:
     clock, cpu = Stopwatch(device), cpu_seconds()
     images = sum(itertools.islice(work, units))
     return Trial(images, clock.seconds(), cpu_seconds() - cpu)
+
+
+def forget_peak(device: torch.device) -> None:
+    """`peak_memory` on a GPU begins anew; a process has but one peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def synchronise(device: torch.device) -> None:

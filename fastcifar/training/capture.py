@@ -7,9 +7,11 @@ runs leave weights, buffers, optimizer and random state exactly as they were.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ Replay = Callable[[], object]
 MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 WARM_UPS = 3
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
+_recorded: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -189,11 +192,29 @@ def warm_up(work: Replay, device: torch.device) -> None:
 
 
 def record_on_cuda(work: Replay) -> Replay:
-    """`work` captured as a CUDA graph; other threads may go on allocating (`thread_local`)."""
+    """`work` captured as a CUDA graph; other threads may go on allocating (`thread_local`).
+
+    Nothing is collected meanwhile: what an old cycle holds of the device may not be freed by a capturing thread.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+    _recorded.add(graph)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    finally:
+        gc.enable()
     return graph.replay
+
+
+def forget_recorded() -> None:
+    """Gives up every CUDA graph of this process; none may be replayed afterwards.
+
+    NCCL waits for the graphs that hold its collectives before it ends, and a traceback may keep them alive.
+    """
+    for graph in _recorded:
+        graph.reset()
 
 
 def by_batch_size(fast: Callable[..., None], plain: Callable[..., None], batch_size: int) -> Callable[..., None]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcifar.errors import DeviceError
+from fastcifar.training import capture
 
 TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
@@ -151,6 +152,7 @@ def joined(device: str) -> Iterator[World]:
         remedy = "see its own output, and go on with --resume auto"
         raise DeviceError(f"another process of this run ended: {_first_line(error)}", remedy) from None
     finally:
+        capture.forget_recorded()
         dist.destroy_process_group()
 
 

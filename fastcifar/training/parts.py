@@ -112,9 +112,9 @@ class Parts:
         """The epoch's batches from `start_step` on, as a step takes them."""
         return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
 
-    def example(self) -> tuple[Tensor, ...]:
-        """A full batch of the shapes of `batches`: black images."""
-        size = self.loader.steps.share
+    def example(self, size: int | None = None) -> tuple[Tensor, ...]:
+        """A batch of the shapes of `batches`, full unless its `size` is given: black images."""
+        size = size or self.loader.steps.share
         images = torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(size, dtype=torch.int64, device=self.device)
         _, mixer = split_mixer(self.augment)
@@ -144,10 +144,11 @@ class Parts:
         """
         sizes = dict.fromkeys(size for size, _ in image_sizes(self.recipe.image_size))
         fast = {size: self.fast_block(1, mode, size) for size in sizes}
+        last = {size: self.last_step(size) for size in sizes}
         self.inference = self.fast_inference()
         next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
         share = self.loader.steps.share
-        steps = {size: capture.by_batch_size(fast[size], self.step(self.function(size)), share) for size in sizes}
+        steps = {size: capture.by_batch_size(fast[size], last[size], share) for size in sizes}
         return lambda *batch: steps[self.recipe.size_at(self.progress.epoch)](*batch)
 
     def fast_block(self, count: int, mode: str = "auto", size: int = SIDE) -> Callable[..., None]:
@@ -161,6 +162,17 @@ class Parts:
             if self.choice.cuda_graph:
                 return capture.graphed(block, example, self.tensors())
             return capture.warmed(block, example, self.tensors()) if self.choice.compile else block
+
+    def last_step(self, size: int = SIDE) -> Step:
+        """The step of an epoch's last batch, which may be short: once an epoch repays no compilation, but it is
+        captured where the others are."""
+        step = self.step(self.function(size))
+        count = self.loader.steps.count(self.loader.steps_per_epoch - 1)
+        if not self.choice.cuda_graph or count == self.loader.steps.share:
+            return step
+        self.model.train()
+        with self.untouched():
+            return capture.graphed(step, self.example(count), self.tensors())
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -277,6 +289,8 @@ def assemble(recipe: Recipe, choice: Choice) -> Parts:
     """
     if recipe.deterministic:
         deterministic_only()
+    else:
+        torch.backends.cudnn.benchmark = True  # a run has few shapes, and each is met thousands of times
     device, here = torch.device(choice.device), world()
     if device.type == "cpu":
         capture.keep_freed_memory()

@@ -215,7 +215,7 @@ def training_step(
 def not_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """float32 scalar on the device: 1 if the loss or any gradient holds a NaN or an infinity, else 0."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
-    largest = nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss.detach())
     return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()
 
 

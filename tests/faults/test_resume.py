@@ -111,7 +111,7 @@ def test_fault21_deterministic_algorithms_alone(tiny: Make, tmp_path: Path, monk
 def test_fault01_in_a_cuda_graph(
     tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], values: dict[str, Any]
 ) -> None:
-    values = {"device": "cuda", "cuda_graph": True, "deterministic": True, "dropout": 0.1, **values}
+    values = {"device": "cuda", "cuda_graph": True, "deterministic": True, "dropout": 0.1, "loader": "tensor", **values}
     train(tiny(**values))
     assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")
 

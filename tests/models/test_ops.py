@@ -154,7 +154,11 @@ def test_what_cannot_be_fused_is_refused(knobs: dict) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("faster", [lambda forward: forward, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "faster",
+    [lambda forward: forward, lambda forward: compiled(lambda images: forward(images))],
+    ids=["eager", "compiled"],
+)
 @pytest.mark.parametrize("se", ["none", "stem", "block"])
 def test_a_fused_network_on_a_gpu(se: str, faster: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)

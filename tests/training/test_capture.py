@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import inspect
 import os
 import platform
@@ -151,6 +153,44 @@ def test_warm_up_leaves_state_that_only_python_knows(
     )
 
 
+def test_the_last_short_step_is_captured_too(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+    monkeypatch.setattr(capture, "compiled", lambda function, mode: function)
+    monkeypatch.setattr(capture, "record_on_cuda", lambda work: recorded.append(work) or work)
+    plain_parts, parts = (parts_of(tiny(ema=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
+    assert plain_parts.loader.steps.count(plain_parts.loader.steps_per_epoch - 1) not in (0, 32)
+    parts.choice = replace(parts.choice, cuda_graph=True, compile=False)
+    plain, captured = plain_parts.step(plain_parts.function()), parts.fast_step()
+    assert len(recorded) == 3  # a full step, the last one, and evaluation
+    for batch in plain_parts.batches(0):
+        for run in (plain, captured):
+            run(*batch)
+    for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_graphs_are_recorded_without_the_collector_and_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        held = True
+
+        def replay(self) -> None:
+            assert self.held
+
+        def reset(self) -> None:
+            self.held = False
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    collecting = []
+    replay = capture.record_on_cuda(lambda: collecting.append(gc.isenabled()))
+    assert collecting == [False]
+    assert gc.isenabled()
+    replay()
+    capture.forget_recorded()
+    with pytest.raises(AssertionError):
+        replay()
+
+
 def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(optimizer="lookahead:lion")
     on = replace(choose(recipe), cuda_graph=True)
@@ -224,8 +264,10 @@ def test_a_captured_forward_equals_the_plain_one(tiny: Callable[..., Recipe]) ->
 
 
 @pytest.mark.gpu
-def test_a_forward_in_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe]) -> None:
-    captured_equals_plain(parts_of(tiny(device="cuda")), None, 1e-4)
+def test_a_forward_in_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of(tiny(device="cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    captured_equals_plain(parts, None, 1e-4)
 
 
 def test_each_compiled_function_has_variants_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,11 +285,15 @@ def test_each_compiled_function_has_variants_of_its_own(monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
-def test_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], optimizer: str) -> None:
+def test_a_cuda_graph_equals_eager(
+    tiny: Callable[..., Recipe], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     has_eps = "eps" in inspect.signature(find(optimizer.rpartition(":")[2]).build).parameters
     opt = {"eps": 1e-3} if has_eps else {}  # a gradient of noise alone would else be a whole step
-    recipe = tiny(device="cuda", ema=0.9, lr=1e-3, optimizer=optimizer, opt=opt)
+    recipe = tiny(device="cuda", loader="tensor", ema=0.9, lr=1e-3, optimizer=optimizer, opt=opt)
     plain_parts, parts = parts_of(recipe), parts_of(recipe)
+    for setting, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
+        monkeypatch.setattr(torch.backends.cudnn, setting, value)
     plain = plain_parts.step(loss_and_hits(plain_parts.forward, 0.0))
     captured = graphed(parts.step(loss_and_hits(parts.forward, 0.0)), batches(parts, 1)[0], parts.tensors())
     for done, (images, labels) in enumerate(batches(parts, 20), start=1):

@@ -111,3 +111,7 @@ def test_not_finite_sees_loss_and_gradients() -> None:
     assert not_finite(torch.tensor(1.0), [weight]).item() == 1
     weight.grad = torch.zeros(3)
     assert not_finite(torch.tensor(math.nan), [weight]).item() == 1
+
+
+def test_not_finite_without_gradients_stays_on_the_device_of_the_loss() -> None:
+    assert not_finite(torch.zeros((), device="meta"), []).device.type == "meta"
