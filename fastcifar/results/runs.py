@@ -170,7 +170,7 @@ def chosen(
     """
     filtered = unfinished or keep_best is not None
     folders = [found for path in paths for found in ([path] if kind(path) or not filtered else below(path))]
-    for path in folders:
+    for path in [] if filtered else folders:
         _refuse_others(path)
     places = {path.resolve(): path for path in folders}  # each once, and not what goes with another
     entries = [entry(path) for place, path in places.items() if not places.keys() & set(place.parents)]
@@ -181,6 +181,8 @@ def chosen(
         beaten = ranked[keep_best:] if keep_best is not None else []
         stopped = [row for row in runs if unfinished and row["state"] in ("interrupted", "damaged")]
         entries = [row for row in entries if row in beaten or row in stopped]
+        for row in entries:
+            _refuse_others(Path(row["name"]))
     for row in entries:
         if row["state"] == "running":
             raise UsageError(f"{row['name']} is being trained by another process", "stop it first")

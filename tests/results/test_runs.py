@@ -204,6 +204,10 @@ def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: C
     assert names(unfinished=True) == {"stopped", "torn"}
     assert names(keep_best=1) == {"good", "fair"}
     assert names(keep_best=1, unfinished=True) == {"good", "fair", "stopped", "torn"}
+    (runs / "good" / "notes.md").write_text("mine")  # which is in the way of what would remove it, and of nothing else
+    assert names(unfinished=True) == {"stopped", "torn"}
+    with pytest.raises(UsageError, match=r"notes\.md is not of a run"):
+        names(keep_best=1)
 
 
 def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:
