@@ -311,7 +311,7 @@ def runs_ls(
 @runs_app.command("rm")
 def runs_rm(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, sweeps; with a filter folders of them")],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="only what was interrupted or is damaged")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="only runs interrupted or damaged")] = False,
     keep_best: Annotated[int | None, typer.Option(min=0, help="only finished runs, but the best by val_acc")] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="only their checkpoints")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,

@@ -251,6 +251,9 @@ def image_sizes(text: str) -> list[tuple[int, int | None]]:
     return sizes
 
 
+# knobs of where a run is kept and followed, which say nothing of what it is
+WHERE_KEPT = ("out", "resume", "save_every", "track")
+
 # section -> its first field; a section goes on to the next one's first
 SECTIONS = {"network": "arch", "data": "data", "optimisation": "epochs", "run": "seed", "machine": "device"}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from fastcifar.errors import DiskError
 from fastcifar.lab.trials import Trial
+from fastcifar.results.records import TRIALS, read_trials
 from fastcifar.training.run import read_summary
 
-FILE = "trials.jsonl"
 STATES = ("running", "done", "pruned", "failed")
 OVER = ("done", "pruned")
 LEFT = " (no longer asked for)"
@@ -27,17 +27,10 @@ class Ledger:
     """The ledger of the sweep in `folder`. `lines`: trial -> its last line, in the order of their first."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / FILE
-        self.lines: dict[str, Line] = {}
+        self.folder, self.path = folder, folder / TRIALS
         self._scores: dict[str, Line] = {}
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        self._whole = content.rfind(b"\n") + 1  # bytes; what is after them was cut short, and goes with the next line
-        for line in content[: self._whole].decode("utf-8", "replace").splitlines():
-            try:
-                found = json.loads(line)
-                self.lines[found["trial"]] = found
-            except (ValueError, KeyError, TypeError):
-                continue
+        found, self._whole = read_trials(self.path)  # bytes; what is after them goes with the next line
+        self.lines = {key: trial.model_dump() for key, trial in found.items()}
 
     def state(self, key: str) -> str:
         """One of STATES, or "waiting"."""

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import UsageError, nearest, pick
-from fastcifar.recipe import Recipe, option, parsed_toml, read_toml, toml_value
+from fastcifar.recipe import WHERE_KEPT, Recipe, option, parsed_toml, read_toml, toml_value
 
 COPY = "sweep.toml"  # in a sweep's folder: what was asked
 OF_THE_SWEEP = {
@@ -27,7 +27,6 @@ OF_THE_SWEEP = {
     "out": "every trial has a folder of its own; give the sweep's --out",
     "resume": "a sweep goes on by itself",
 }
-NO_EXPERIMENT = ("out", "resume", "save_every", "track")  # knobs that a trial's key does not depend on
 
 # kind of range -> its value at u, uniform in [0, 1); `ends`: the lowest and the highest, or the choices
 RANGES: dict[str, Callable[[float, Sequence[Any]], Any]] = {
@@ -251,8 +250,8 @@ def made(
 
 
 def _key(label: str, recipe: Recipe) -> str:
-    """`relu-s0-1a2b3c4d`: label and seed to read, and a hash of the knobs that are not at their defaults."""
-    experiment = {name: value for name, value in recipe.differing().items() if name not in NO_EXPERIMENT}
+    """`relu-s0-1a2b3c4d`: label and seed to read, and a hash of the knobs of the experiment not at their defaults."""
+    experiment = {name: value for name, value in recipe.differing().items() if name not in WHERE_KEPT}
     told = json.dumps([label, experiment], sort_keys=True)
     slug = re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:60]
     return f"{slug}-s{recipe.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"

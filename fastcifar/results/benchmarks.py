@@ -115,9 +115,13 @@ def read_benchmark(text: str) -> dict[str, Any] | None:
         except ValueError:
             continue
         rows = found.get("results") if isinstance(found, dict) else None
-        if isinstance(rows, list) and rows and all({"what", "images_per_s", "trials"} <= row.keys() for row in rows):
+        if isinstance(rows, list) and rows and all(map(_is_measured, rows)):
             return found
     return None
+
+
+def _is_measured(row: Any) -> bool:
+    return isinstance(row, dict) and {"what", "images_per_s", "trials"} <= row.keys()
 
 
 def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,10 @@ def _measured(found: Finished, folder: Path) -> list[str]:
     summary = read_summary(folder)
     if summary.get("weights") != found.weights:
         return [f"- the test set has not met these weights ({found.weights}) in this run; see `fastcifar eval`"]
+    trained = found.recipe.model_copy(update={"normalise": summary["config"]["normalise"]})
+    if normalisation(trained) != normalisation(found.recipe):
+        known = normalisation_name(trained)
+        return [f"- not measured with this normalisation, only with `{known}`; see `fastcifar eval`"]
     right = f"{summary['correct']:,} of {summary['total']:,}"
     return [
         f"- test accuracy {100 * summary['test_acc']:.2f} %, {right}, n = 1 seed",

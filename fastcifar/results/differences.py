@@ -16,11 +16,10 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError
-from fastcifar.recipe import Recipe, option, read_toml
+from fastcifar.recipe import WHERE_KEPT, Recipe, option, read_toml
 from fastcifar.training.rows import COLUMNS, csv_rows
 from fastcifar.training.run import read_environment
 
-PLACE = ("out", "resume")  # knobs of where a run is kept
 CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
 SPEED = ("images_per_s", "seconds")  # columns that differ even where nothing else does
 Z = 1.96  # standard errors that 95 % of the differences by chance are within
@@ -59,7 +58,7 @@ def compare_runs(a: Document, b: Document) -> Document:
     mine, other = a["curves"], b["curves"]
     both = min(len(mine["epoch"]), len(other["epoch"]))
     return {
-        "recipe": _differing(a["knobs"], b["knobs"], PLACE),
+        "recipe": _differing(a["knobs"], b["knobs"], WHERE_KEPT),
         "environment": _differing(a["environment"], b["environment"]),
         "epochs": [len(mine["epoch"]), len(other["epoch"])],
         "equal_epochs": both,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.cifar import Dataset
 from fastcifar.device import optional
-from fastcifar.errors import DiskError, UsageError, UserError, pick
+from fastcifar.errors import DiskError, UsageError, UserError, out_of_memory, pick
 from fastcifar.results.card import model_card
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.images import normalisation
@@ -70,7 +70,6 @@ class Format:
     suffix: str
     write: Callable[[Deployed, Tensor, Path], None]
     load: Callable[[Path, Deployed, Finished], Function]
-    help: str
 
 
 def write_onnx(deployed: Deployed, images: Tensor, path: Path) -> None:
@@ -135,10 +134,10 @@ def load_safetensors(path: Path, deployed: Deployed, found: Finished) -> Functio
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", write_onnx, load_onnx, "for ONNX Runtime and what reads its files"),
-    "pt2": Format(".pt2", write_pt2, load_pt2, "torch.export: a program that torch loads without our code"),
-    "aoti": Format(".aoti.pt2", write_aoti, load_aoti, "torch's ahead-of-time compiled code, for machines like this"),
-    "safetensors": Format(".safetensors", write_safetensors, load_safetensors, "the weights alone, by name"),
+    "onnx": Format(".onnx", write_onnx, load_onnx),
+    "pt2": Format(".pt2", write_pt2, load_pt2),
+    "aoti": Format(".aoti.pt2", write_aoti, load_aoti),
+    "safetensors": Format(".safetensors", write_safetensors, load_safetensors),
 }
 
 
@@ -159,7 +158,7 @@ def export(
     inputs, outputs  what goes in and comes out, see `Deployed`
     weights, arch, changes: as for `rebuild`
     Returns `file`, `card`, `bytes`, `sha256`, `difference` (the largest, absolute), `images`, `batch_sizes`.
-    Errors: `UsageError`, `CheckpointError`, `DataError`; `UserError` if the file computes something else.
+    Errors: `UsageError`, `CheckpointError`, `DataError`; `UserError` if it cannot be made, or computes something else.
     """
     row = pick(FORMATS, format, "format")
     for value, allowed, name in ((inputs, INPUTS, "--input"), (outputs, OUTPUTS, "--output")):
@@ -192,8 +191,17 @@ def write_compared(row: Format, out: Path, deployed: Deployed, images: Tensor, f
     quiet = warnings.catch_warnings(action="ignore")  # what the exporters warn of is theirs; what counts is compared
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as beside, torch.no_grad(), quiet:
         made = Path(beside) / f"made{row.suffix}"
-        row.write(deployed, images, made)
-        difference = largest_difference(row.load(made, deployed, found), deployed, images)
+        try:
+            row.write(deployed, images, made)
+            difference = largest_difference(row.load(made, deployed, found), deployed, images)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # exporters, compilers and runtimes have no class of errors in common
+            if out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")
+            problem = f"{out} cannot be made: {type(error).__name__}: {reason}"
+            raise UserError(problem, "give another --format; `fastcifar doctor` knows the compiler") from error
         if not difference <= TOLERANCE:
             raise UserError(
                 f"{out} would differ from the network by {difference:.2g} and was not kept",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def predict(
     first = members[0]
     if not 0 <= top <= len(first.classes):
         raise UsageError(f"--top {top} of {len(first.classes)} classes", f"choose 0 to {len(first.classes)}")
+    asked: dict[str, Any] = {"names": names, "top": top, "probabilities": probabilities}
+    columns = partial(submissions.columns, classes=first.classes, first_two=first_two, **asked)
+    columns([], np.empty((0, len(first.classes))))  # names that clash are refused before the network runs
     found = inputs.read(source, first.recipe.data, first.recipe.dataset)
     for member in members:
         member.hurry(len(found.ids) * len(VIEWS[first.recipe.tta]))
@@ -70,8 +74,7 @@ def predict(
     done = time.perf_counter()
     if show is not None:
         _picture(show, found, likely, first.classes)
-    columns = submissions.columns(found.ids, likely, first.classes, names=names, top=top, probabilities=probabilities)
-    submissions.write(out, writer(submissions.renamed(columns, first_two)))
+    submissions.write(out, writer(columns(found.ids, likely)))
     counts = np.bincount(likely.argmax(1), minlength=len(first.classes)).tolist()
     return {
         "out": str(out),

@@ -19,14 +19,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.recipe import Recipe, read_toml
+from fastcifar.recipe import WHERE_KEPT, Recipe, read_toml
 from fastcifar.training.rows import COLUMNS, csv_rows
 from fastcifar.training.run import read_environment
 
 TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
 MOST = 1e30  # of any metric; a mean of more might not be a number
 UNNAMED = "custom"  # what `train` calls a recipe of options alone
-WHERE = ("out", "resume", "save_every", "track")  # knobs of where a run is kept and followed, not of what it is
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
@@ -60,6 +59,7 @@ class Trial(BaseModel):
     state: Literal["running", "done", "failed", "pruned"]
     reason: str | None = None
     run: Name | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> Record:
         return Record(folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment)
     recipe = one_line(environment.get("recipe", ""))
     name = knobs["arch"] if recipe in ("", UNNAMED) else recipe
-    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *WHERE)}
+    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *WHERE_KEPT)}
     record = Record(
         folder,
         json.dumps(alike, sort_keys=True),
@@ -176,13 +176,25 @@ def _number(cell: str) -> float | None:
 
 
 def read_sweep(folder: Path) -> list[Record]:
-    """The trials of a sweep; of each the last line that was written stands. Errors: `CheckpointError`."""
+    """The trials of a sweep. Errors: `CheckpointError`."""
+    return [_trial(folder, trial) for trial in read_trials(folder / TRIALS)[0].values()]
+
+
+def read_trials(path: Path) -> tuple[dict[str, Trial], int]:
+    """The last line of each trial in a sweep's ledger, in the order of their first, and the bytes of its whole lines.
+
+    What comes after those was cut short by the end of a process, and counts as none; a whole line that is no trial's is
+    left out, with a warning. No file is no trials. Errors: `CheckpointError`.
+    """
     try:
-        lines = (folder / TRIALS).read_text("utf-8", "replace").split("\n")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}, 0
     except OSError as error:
-        raise CheckpointError(f"cannot read {folder / TRIALS}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    whole = content.rfind(b"\n") + 1
     trials, unreadable = {}, 0
-    for line in filter(str.strip, lines):
+    for line in filter(bytes.strip, content[:whole].split(b"\n")):
         try:
             trial = Trial.model_validate_json(line)
         except ValidationError:
@@ -190,8 +202,8 @@ def read_sweep(folder: Path) -> list[Record]:
         else:
             trials[trial.trial] = trial
     if unreadable:
-        warnings.warn(f"{folder / TRIALS}: {unreadable} of its lines cannot be read and are left out", stacklevel=2)
-    return [_trial(folder, trial) for trial in trials.values()]
+        warnings.warn(f"{path}: {unreadable} of its lines cannot be read and are left out", stacklevel=2)
+    return trials, whole
 
 
 def _trial(sweep: Path, trial: Trial) -> Record:

@@ -7,13 +7,14 @@ lies in may be anybody's. Nothing here reads a checkpoint.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, pick
 from fastcifar.recipe import Recipe, read_toml
+from fastcifar.results.records import RECIPE, SUMMARY, TRIALS, read_trials
 from fastcifar.training.rows import csv_rows
 from fastcifar.training.run import hold, read_environment, read_summary
-from fastcifar.training.trackers import ARTIFACTS
+from fastcifar.training.trackers import ARTIFACTS, DATABASE, RUN_ID
 
-RECIPE, TRIALS, SUMMARY = "recipe.toml", "trials.jsonl", "summary.json"
-# What a run and a sweep are made of, beside files of these kinds that other commands put there. More is not ours.
-FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots", ARTIFACTS}}
-SUFFIXES = {".toml", ".json", ".jsonl", ".csv", ".safetensors", ".onnx", ".data", ".pt2", ".pt", ".md", ".html", ".png"}
-SUFFIXES |= {".tex", ".db", ".log", ".lock", ".tmp"}
+# What a run, a sweep and a sweep's `runs` consist of, exported files and their cards included. More is not ours.
+FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots"}, "runs": {ARTIFACTS}}
+EXPORTED = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
+FILES = {
+    "run": (RECIPE, "env.json", "metrics.csv", "events.jsonl", SUMMARY, RUN_ID, "error.txt", ".*.tmp", *EXPORTED),
+    "sweep": ("sweep.toml", TRIALS, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
+    "runs": (f"{DATABASE}*",),  # and what SQLite puts beside it
+}
 
 Entry = dict[str, Any]
 
@@ -103,16 +108,11 @@ def _run(folder: Path) -> Entry:
 
 
 def _sweep(folder: Path) -> Entry:
-    states: dict[str, str] = {}
-    for line in (folder / TRIALS).read_text("utf-8", "replace").splitlines():
-        trial = _parsed(line)
-        if {"trial", "state"} <= trial.keys():
-            states[str(trial["trial"])] = str(trial["state"])
     runs = [entry(path) for path in below(folder)]
-    counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
+    counts = Counter(trial.state for trial in read_trials(folder / TRIALS)[0].values())
     if locked(folder) or any(run["state"] == "running" for run in runs):
         state = "running"
-    elif not states:
+    elif not counts:
         state = "damaged"
     else:
         state = "interrupted" if "running" in counts else "finished"
@@ -124,7 +124,7 @@ def _sweep(folder: Path) -> Entry:
         "val_acc": max((run["val_acc"] for run in runs if run["val_acc"] is not None), default=None),
         "seconds": sum(run["seconds"] or 0 for run in runs),
         "date": min((run["date"] for run in runs), default=_written(folder / TRIALS)),
-        "trials": counts,
+        "trials": dict(counts),
     }
 
 
@@ -164,23 +164,25 @@ def chosen(
 ) -> list[Entry]:
     """What `runs rm` would remove of `paths`: all of them; or, of them and of runs in them, only some.
 
-    `unfinished`: those interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc;
-    sweeps stay, and runs without a val_acc. `checkpoints`: only folders that have some.
+    `unfinished`: runs interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc; those
+    without one stay, and with either of these sweeps do. `checkpoints`: only folders that have some.
     Errors: `UsageError` for what is no run or sweep, or is running, or holds what is not ours.
     """
     filtered = unfinished or keep_best is not None
     folders = [found for path in paths for found in ([path] if kind(path) or not filtered else below(path))]
-    for path in folders:
+    for path in [] if filtered else folders:
         _refuse_others(path)
     places = {path.resolve(): path for path in folders}  # each once, and not what goes with another
     entries = [entry(path) for place, path in places.items() if not places.keys() & set(place.parents)]
     if filtered:
-        finished = [row for row in entries if (row["kind"], row["state"]) == ("run", "finished")]
-        ranked = [row for row in finished if row["val_acc"] is not None]
+        runs = [row for row in entries if row["kind"] == "run"]
+        ranked = [row for row in runs if row["state"] == "finished" and row["val_acc"] is not None]
         ranked.sort(key=lambda row: -row["val_acc"])
         beaten = ranked[keep_best:] if keep_best is not None else []
-        stopped = [row for row in entries if unfinished and row["state"] in ("interrupted", "damaged")]
+        stopped = [row for row in runs if unfinished and row["state"] in ("interrupted", "damaged")]
         entries = [row for row in entries if row in beaten or row in stopped]
+        for row in entries:
+            _refuse_others(Path(row["name"]))
     for row in entries:
         if row["state"] == "running":
             raise UsageError(f"{row['name']} is being trained by another process", "stop it first")
@@ -242,14 +244,14 @@ def _strangers(folder: Path, of: str) -> Iterator[Path]:
     for item in os.scandir(folder):
         path = Path(item.path)
         if not item.is_dir(follow_symlinks=False):
-            if path.suffix not in SUFFIXES and path.name != "error.txt":  # a failed trial's traceback
+            if not any(fnmatchcase(path.name, pattern) for pattern in FILES[of]):
                 yield path
+        elif of == "runs" and path.name not in FOLDERS[of]:
+            yield from _strangers(path, "run")
         elif path.name not in FOLDERS[of]:
             yield path
         elif path.name == "runs":
-            for run in os.scandir(path):
-                if run.is_dir(follow_symlinks=False) and run.name != ARTIFACTS:
-                    yield from _strangers(Path(run.path), "run")
+            yield from _strangers(path, "runs")
 
 
 def locked(folder: Path) -> bool:
@@ -283,14 +285,6 @@ def size(folder: Path) -> int:
 
 def _written(path: Path) -> str:
     return time.strftime("%FT%TZ", time.gmtime(path.stat().st_mtime))
-
-
-def _parsed(text: str) -> Entry:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _json_of(document: Entry, key: str) -> Entry:

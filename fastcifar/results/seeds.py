@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastcifar.results.records import WHERE, Record, spelt
+from fastcifar.recipe import WHERE_KEPT
+from fastcifar.results.records import Record, spelt
 
 MetricRow = dict[str, float | None]
 TEST, VALIDATION = "test", "validation"
@@ -139,23 +140,25 @@ def rows(records: Sequence[Record]) -> list[Row]:
     for record in records:
         groups.setdefault(record.group, []).append(record)
     found = [Row(members[0].name, members) for members in groups.values()]
-    counts = Counter(row.name for row in found)
-    return [Row(_told_apart(row, found), row.records) if counts[row.name] > 1 else row for row in found]
+    names = [_told_apart(row, found) for row in found]
+    numbered = [f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)]
+    return [
+        Row(number if names.count(name) > 1 else name, row.records)
+        for row, name, number in zip(found, names, numbered, strict=True)
+    ]
 
 
 def varying(found: Sequence[Row]) -> list[str]:
     """The knobs that differ between rows, without the seed and where runs are kept."""
-    names = dict.fromkeys(name for row in found for name in row.knobs if name not in ("seed", *WHERE))
+    names = dict.fromkeys(name for row in found for name in row.knobs if name not in ("seed", *WHERE_KEPT))
     values = {name: {json.dumps(row.knobs.get(name), sort_keys=True) for row in found} for name in names}
     return [name for name in names if len(values[name]) > 1]
 
 
 def _told_apart(row: Row, found: Sequence[Row]) -> str:
-    """The row's name and the knobs that tell it from the rows of that name."""
-    namesakes = [other for other in found if other.name == row.name]
-    known = [(knob, row.knobs.get(knob)) for knob in varying(namesakes)]
-    told = " ".join(f"{knob}={spelt(value)}" for knob, value in known if value is not None)
-    return f"{row.name} {told}" if told else f"{row.name} ({namesakes.index(row) + 1})"
+    """The row's name and the knobs that tell it from the rows of that name, where there are any."""
+    known = [(knob, row.knobs.get(knob)) for knob in varying([other for other in found if other.name == row.name])]
+    return " ".join([row.name, *(f"{knob}={spelt(value)}" for knob, value in known if value is not None)])
 
 
 def _accuracy(record: Record, split: str) -> float | None:

@@ -30,15 +30,16 @@ def columns(
     ids: Sequence[int] | Sequence[str],
     likely: np.ndarray,
     classes: Sequence[str],
+    first_two: tuple[str, str] = HEADER,
     *,
     names: bool = False,
     top: int = 0,
     probabilities: bool = False,
 ) -> dict[str, Sequence[Any]]:
-    """ID and Labels, and then what else was asked for, of images with the class probabilities `likely` [n, classes].
+    """Ids and labels, and then what else was asked for, of images with the class probabilities `likely` [n, classes].
 
-    `names`: class names instead of numbers. `top`: top_1, top_1_probability, ... of so many best classes.
-    `probabilities`: a column for every class.
+    `first_two`: the names of these columns. `names`: class names instead of numbers. `top`: top_1, top_1_probability,
+    ... of so many best classes. `probabilities`: a column for every class. Errors: `UsageError` for a name twice.
     """
 
     def spelt(labels: np.ndarray) -> list[Any]:
@@ -46,13 +47,16 @@ def columns(
 
     best = np.argsort(-likely, axis=1, kind="stable")
     rounded = likely.round(DIGITS)
-    found: dict[str, Sequence[Any]] = {HEADER[0]: ids, HEADER[1]: spelt(best[:, 0])}
+    found: list[tuple[str, Sequence[Any]]] = [(first_two[0], ids), (first_two[1], spelt(best[:, 0]))]
     for rank in range(top):
-        found[f"top_{rank + 1}"] = spelt(best[:, rank])
-        found[f"top_{rank + 1}_probability"] = np.take_along_axis(rounded, best[:, rank : rank + 1], 1)[:, 0].tolist()
+        of_rank = np.take_along_axis(rounded, best[:, rank : rank + 1], 1)[:, 0].tolist()
+        found += [(f"top_{rank + 1}", spelt(best[:, rank])), (f"top_{rank + 1}_probability", of_rank)]
     if probabilities:
-        found |= {name: rounded[:, label].tolist() for label, name in enumerate(classes)}
-    return found
+        found += [(name, rounded[:, label].tolist()) for label, name in enumerate(classes)]
+    name, count = Counter(name for name, _ in found).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{count} columns would be called {name!r}", "give another --header ID,LABEL")
+    return dict(found)
 
 
 def first_two(header: str | None, out: Path) -> tuple[str, str]:
@@ -65,11 +69,6 @@ def first_two(header: str | None, out: Path) -> tuple[str, str]:
     if out.suffix.lower() != ".csv":
         raise UsageError(f"--header is for a .csv, and --out is {out}", "leave it out")
     return found[0], found[1]
-
-
-def renamed(columns: Columns, names: tuple[str, str]) -> Columns:
-    """`columns` with other names for the first two."""
-    return dict(zip((*names, *list(columns)[2:]), columns.values(), strict=True))
 
 
 def as_csv(columns: Columns) -> bytes:

@@ -21,7 +21,7 @@ from typing import IO
 
 from fastcifar.errors import UsageError, pick
 from fastcifar.results.runs import kind
-from fastcifar.training.trackers import DATABASE, MLFLOW, TENSORBOARD, store
+from fastcifar.training.trackers import DATABASE, MLFLOW, TENSORBOARD, store, tracking_uri
 
 HOST = "127.0.0.1"  # of this machine alone: neither page asks who is there
 START_S, STOP_S = 120, 10  # MLflow imports for seconds, and makes its tables first
@@ -54,7 +54,7 @@ PAGES: dict[str, Page] = {
         remedy=MLFLOW,
         port=5000,
         command=_mlflow,
-        has=lambda runs: (runs / DATABASE).is_file() or "MLFLOW_TRACKING_URI" in os.environ,
+        has=lambda runs: (runs / DATABASE).is_file() or tracking_uri() is not None,
         environment={"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     ),
     "tensorboard": Page(
@@ -80,6 +80,8 @@ def show(runs: Path, name: str, port: int | None, announce: Callable[[dict[str, 
     runs = runs / "runs" if kind(runs) == "sweep" else runs
     name = _first(runs) if name == "auto" else name
     page = pick(PAGES, name, "page")
+    if not page.has(runs):
+        raise UsageError(f"{name} has followed no run in {runs}", f"train with --track {name}")
     if importlib.util.find_spec(page.module) is None:
         raise UsageError(f"{page.module} is not installed", page.remedy)
     port = page.port if port is None else port

@@ -134,15 +134,15 @@ def find(recipe: Recipe, name: str) -> Origin:
         return Origin(recipe, name)
     if recipe.resume == "auto":
         return _automatic(recipe, name)
-    path = Path(recipe.resume)
-    if path.is_dir():
-        return _in_place(recipe, name, path)
+    asked = Path(recipe.resume)
+    if asked.is_dir() and (recipe.out is None or Path(recipe.out).resolve() == asked.resolve()):
+        return _in_place(recipe, name, asked)
+    path = checkpoint.find(recipe.resume)
     if not path.exists():
         raise CheckpointError(f"no run or checkpoint {path}", "give a run folder, a .pt file or auto")
     folder = path.parent.parent
     is_a_run = path.parent.name == "checkpoints" and (folder / "recipe.toml").is_file()
-    if is_a_run and path.name == "last.pt":
-        return _in_place(recipe, name, folder)
+    name = read_environment(folder).get("recipe", name) if is_a_run else name
     state = resumable(checkpoint.load(path), path)
     going_on = continuation(recipe, {**DEFAULTS, **state["recipe"]}, path, state["epoch"])
     lines = [

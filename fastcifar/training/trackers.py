@@ -170,7 +170,7 @@ def _require_mlflow(runs: Path) -> None:
     _library()
     if not runs.is_dir():  # as for a first run; then there is nothing yet that could be wrong
         return
-    if "MLFLOW_TRACKING_URI" in os.environ or (runs / DATABASE).exists():
+    if tracking_uri() or (runs / DATABASE).exists():
         try:
             _connected(runs)
         except Exception as error:
@@ -207,9 +207,14 @@ def require(recipe: Recipe) -> None:
         TRACKERS[name].require(Path(recipe.out).parent if recipe.out else Path("runs"))
 
 
+def tracking_uri() -> str | None:
+    """Where MLFLOW_TRACKING_URI says that MLflow keeps its runs; None where it is empty or not set."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def store(runs: Path) -> str:
     """MLflow's tracking store for runs in the folder `runs`: MLFLOW_TRACKING_URI, or a SQLite file in the folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / DATABASE).resolve()}"
+    return tracking_uri() or f"sqlite:///{(runs / DATABASE).resolve()}"
 
 
 def _library() -> Any:
@@ -228,7 +233,7 @@ def _connected(runs: Path) -> tuple[Any, str]:
         client = mlflow.MlflowClient(store(runs))
         if found := client.get_experiment_by_name(EXPERIMENT):
             return client, found.experiment_id
-        location = None if "MLFLOW_TRACKING_URI" in os.environ else (runs / ARTIFACTS).resolve().as_uri()
+        location = None if tracking_uri() else (runs / ARTIFACTS).resolve().as_uri()
         return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TRAINING)
 
 
@@ -245,11 +250,20 @@ def _alone(runs: Path) -> Iterator[None]:
 
 
 def _continued(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """The id of the MLflow run of `folder`, if it can go on after `epochs`."""
+    """The id of the MLflow run of `folder`, if there is one that can go on after `epochs`.
+
+    Any error of MLflow's but "no such run" is raised: a data base that is busy may have the run.
+    """
+    from mlflow.exceptions import MlflowException
+
     try:
         run_id = json.loads((folder / RUN_ID).read_text(encoding="utf-8"))["run_id"]
         is_there = client.get_run(run_id).info.lifecycle_stage == "active"
-    except Exception:  # no such file, or MLflow's word for no such run in this data base
+    except (FileNotFoundError, json.JSONDecodeError):  # none yet, or cut short when a process was killed
+        return None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
     if is_there and _epochs(client, run_id) <= epochs:
         return run_id

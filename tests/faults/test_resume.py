@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from fastcifar.errors import CheckpointError, Interrupted, UsageError
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, option, section
 from fastcifar.training import resume
 from fastcifar.training.checkpoint import read
 from fastcifar.training.optim import OPTIMIZERS, Optimizer
@@ -217,6 +218,20 @@ def test_fault01_from_a_checkpoint_file_in_a_new_folder(tiny: Make, tmp_path: Pa
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(("source", "out", "made"), [("", "fork", "fork"), ("checkpoints/last.pt", None, "cut-2")])
+def test_fault01_a_run_goes_on_in_another_folder_and_stays_as_it_is(
+    tiny: Make, tmp_path: Path, source: str, out: str | None, made: str
+) -> None:
+    train(tiny(epochs=3), "mine")
+    cut = tmp_path / "cut"
+    train(tiny(epochs=3, out=str(cut), max_steps=7), "mine")
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    found = train(Recipe.make(resume=str(cut / source), out=out and str(tmp_path / out)))
+    assert (found["run"], found["recipe"]) == (str(tmp_path / made), "mine")
+    assert_equal_runs(tmp_path / made, tmp_path / "run")
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+
+
 def test_fault16_what_is_another_run_is_refused_with_all_that_differs(tiny: Make, tmp_path: Path) -> None:
     train(tiny(max_steps=3))
     other = {"channels": (8, 32), "optimizer": "adamw", "batch_size": 16, "lr": 0.2}
@@ -255,6 +270,9 @@ def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make
 def test_fault16_every_free_knob_is_one(tiny: Make) -> None:
     assert resume.FREE.keys() <= Recipe.model_fields.keys()
     assert not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.FREE.keys()
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(--[\w-]+)`", readme.split("Free to differ are ")[1].split("and what the machine is")[0])
+    assert set(named) == {option(name) for name in resume.FREE.keys() - {"resume", *section("machine")}}
 
 
 def test_auto_takes_the_newest_unfinished_run_of_the_recipe(

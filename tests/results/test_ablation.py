@@ -16,13 +16,16 @@ import pytest
 from rich.console import Console
 
 from fastcifar.errors import CheckpointError, UsageError
+from fastcifar.lab.ledger import Ledger
 from fastcifar.results.ablation import Ablation, tabulate
 from fastcifar.results.formats import FORMATS
 from fastcifar.results.records import read
 from fastcifar.results.report import report
+from fastcifar.results.runs import listed
 from fastcifar.results.seeds import rows
 from tests.results.run_folders import write_run, write_trials
 
+SCORED = {"val_acc": 0.5, "test_acc": 0.5}
 NASTY = r"50% & $x_1^2$ #{a}\b | *c* <script>alert(1)</script> [d] ~e"
 
 
@@ -101,7 +104,7 @@ def sweep(folder: Path, label: str = "fast") -> Path:
     trials += [{"trial": f"t{seed}", "label": label, "seed": seed, "state": "done"} for seed in (0, 1, 2)]
     trials.append({"trial": "t2", "label": label, "seed": 2, "state": "failed", "reason": "the loss is\nnot finite"})
     trials.append({"trial": "t3", "label": label, "seed": 3, "state": "pruned", "reason": "below the median"})
-    return write_trials(folder, trials, tail='{"trial": "t0", "lab')
+    return write_trials(folder, trials, tail='{"trial": "t0", "lab\n{"trial": "t0", "lab')
 
 
 def test_a_sweeps_last_lines_stand_and_its_losses_are_named(tmp_path: Path) -> None:
@@ -119,6 +122,29 @@ def test_a_sweeps_last_lines_stand_and_its_losses_are_named(tmp_path: Path) -> N
         ("4", "unfinished", "after 1 of 2 epochs: in training, or stopped"),
         ("5", "unfinished", "in training, or stopped"),
     }
+
+
+def test_rows_of_one_label_and_the_same_knobs_are_counted(tmp_path: Path) -> None:
+    folders = [write_trials(tmp_path / name, [{"trial": "t", "label": "fast", "state": "done"}]) for name in "abc"]
+    for folder, lr in zip(folders, (0.1, 0.1, 0.2), strict=True):
+        write_run(folder / "runs" / "t", (0.5,), lr=lr)
+    assert [row.name for row in rows(read(folders))] == ["fast lr=0.1 (1)", "fast lr=0.1 (2)", "fast lr=0.2"]
+
+
+def test_a_line_without_its_end_counts_as_none_for_every_reader(tmp_path: Path) -> None:
+    """It was cut short, though what is there of it may look whole; the sweep takes it for none and writes over it."""
+    line = {"trial": "t", "label": "fast", "seed": 0, "state": "failed", "reason": "it broke", "run": "runs/t"}
+    folder = write_trials(tmp_path / "sweep", [line], tail=json.dumps({**line, "state": "done"}))
+    write_run(folder / "runs" / "t", (0.5,))
+    (record,) = read([folder])
+    assert (record.state, record.reason) == ("failed", "it broke")
+    (entry,) = listed(tmp_path)
+    assert entry["trials"] == {"failed": 1}
+    assert Ledger(folder).state("t") == "failed"
+    with (folder / "trials.jsonl").open("a") as file:
+        file.write('\n[1]\n{"trial": "t"}\n')
+    with pytest.warns(UserWarning, match="2 of its lines cannot be read"):
+        assert Ledger(folder).rows(["t"]) == [{**line, "knobs": {}, "state": "done", "seconds": None} | SCORED]
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")

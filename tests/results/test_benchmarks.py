@@ -92,7 +92,10 @@ def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_p
         assert words in text, words
 
 
-@pytest.mark.parametrize("content", [None, "<html>", '{"results": []}', "[1, 2]", '{"results": [{"what": "step"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, "<html>", '{"results": []}', '{"results": [1]}', "[1, 2]", '{"results": [{"what": "step"}]}'],
+)
 def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> None:
     good = tmp_path / "good.json"
     good.write_text(json.dumps(document(row("loader", 5000.0))))

@@ -37,7 +37,7 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
 
 def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, opt={"nesterov": True})
-    b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b")
+    b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every="5e", track="mlflow")
     found = compare(a, b)
     assert (found["kind"], found["a"], found["b"]) == ("run", str(a), str(b))
     assert found["recipe"] == {"lr": [0.1, 0.2], "opt": [{"nesterov": True}, {}], "seed": [0, 3]}

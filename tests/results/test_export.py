@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config
 from typer.testing import CliRunner
 
 from fastcifar.cli import app
@@ -86,6 +87,15 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_an_exporter_cannot_do_is_one_line(run: Path, tmp_path: Path) -> None:
+    none = config.patch("cpp.cxx", (None, "/nowhere/g++"))
+    with none, pytest.raises(UserError, match=r"a\.pt2 cannot be made: \w+: .*No working C\+\+ compiler") as caught:
+        export(str(run), "aoti", tmp_path / "a.pt2")
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_card_tells_what_the_run_recorded(run: Path) -> None:
     found = export(str(run), "safetensors")
     assert Path(found["file"]) == run / "resnet.safetensors"
@@ -103,6 +113,10 @@ def test_the_card_tells_what_the_run_recorded(run: Path) -> None:
         assert expected in card, expected
     other = export(str(run / "checkpoints" / "last.pt"), "safetensors", run / "x.safetensors", arch="resnet")
     assert "has not met these weights" in Path(other["card"]).read_text(encoding="utf-8")
+    other = export(str(run), "safetensors", run / "y.safetensors", normalise="kuangliu")
+    card = Path(other["card"]).read_text(encoding="utf-8")
+    assert "not measured with this normalisation, only with `cifar10`" in card
+    assert "test accuracy" not in card
 
 
 def test_published_weights_are_exported_and_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, t
         ({"show": Path("no/such/a.png")}, DiskError, "no folder"),
         ({"top": 11}, UsageError, "choose 0 to 10"),
         ({"header": "id"}, UsageError, "two columns"),
+        ({"header": "id,cat", "probabilities": True}, UsageError, "2 columns would be called 'cat'"),
         ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
         ({"weights": "lats"}, UsageError, "did you mean 'last'"),
         ({"weights": "ema"}, CheckpointError, "no average"),

@@ -15,6 +15,7 @@ import pytest
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
+from fastcifar.results.export import FORMATS
 from fastcifar.results.runs import chosen, listed, remove, runs_table, size
 from fastcifar.training.rows import COLUMNS
 from fastcifar.training.train import train
@@ -40,7 +41,7 @@ def make_run(folder: Path, rows: int = 2, val_acc: float = 0.5, done: bool = Tru
 def make_sweep(folder: Path, **states: str) -> Path:
     folder.mkdir()
     (folder / "sweep.toml").write_text("")
-    trials = [{"trial": name, "state": state, "run": f"runs/{name}"} for name, state in states.items()]
+    trials = [{"trial": name, "label": "x", "state": state, "run": f"runs/{name}"} for name, state in states.items()]
     begun = [{**trial, "state": "running"} for trial in trials]
     (folder / "trials.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*begun, *trials]))
     for name, state in states.items():
@@ -133,6 +134,10 @@ def test_they_are_sorted_by_any_column(runs: Path) -> None:
 
 
 def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
+    own = [f"good/se68{row.suffix}" for row in FORMATS.values()]
+    own += [*(f"{name}.md" for name in own), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
+    for name in (*own, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
+        (runs / name).write_text("ours")
     remove(chosen([runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]))
     assert not (runs / "good").exists()
     assert not (runs / "ablation").exists()
@@ -152,7 +157,10 @@ def test_what_is_no_run_is_not_removed(runs: Path, tmp_path: Path, what: str) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("stranger", ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes"])
+@pytest.mark.parametrize(
+    "stranger",
+    ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "mine.csv", "some.toml"],
+)
 def test_a_folder_that_holds_more_than_a_run_is_not_removed(runs: Path, stranger: str) -> None:
     for folder in (runs / "good", runs / "ablation" / "runs" / "a"):
         (folder / stranger).parent.mkdir(exist_ok=True)
@@ -161,6 +169,12 @@ def test_a_folder_that_holds_more_than_a_run_is_not_removed(runs: Path, stranger
         with pytest.raises(UsageError, match=stranger.partition("/")[0]):
             remove(chosen([path]))
     assert (runs / "good" / stranger).read_text() == (runs / "ablation" / "runs" / "a" / stranger).read_text() == "mine"
+
+
+def test_a_sweep_whose_folder_of_runs_holds_more_is_not_removed(runs: Path) -> None:
+    (runs / "ablation" / "runs" / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.md is not of"):
+        chosen([runs / "ablation"])
 
 
 def test_a_run_in_training_is_not_removed_nor_a_sweep_around_it(runs: Path, training: Callable[[Path], None]) -> None:
@@ -179,13 +193,21 @@ def test_a_run_in_training_is_not_removed_nor_a_sweep_around_it(runs: Path, trai
 def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: Callable[[Path], None]) -> None:
     make_run(runs / "best", val_acc=0.95)
     training(make_run(runs / "busy", done=False))
+    half = make_sweep(runs / "half", c="done", d="running")
 
-    def names(**how: Any) -> set[str]:
-        return {Path(row["name"]).name for row in chosen([runs], **how)}
+    def names(folder: Path = runs, **how: Any) -> set[str]:
+        return {Path(row["name"]).name for row in chosen([folder], **how)}
 
+    assert states(runs)["half"] == "interrupted"
+    assert names(half, unfinished=True) == set()  # it would take the finished run with it
+    assert names(half / "runs", unfinished=True) == {"d"}
     assert names(unfinished=True) == {"stopped", "torn"}
     assert names(keep_best=1) == {"good", "fair"}
     assert names(keep_best=1, unfinished=True) == {"good", "fair", "stopped", "torn"}
+    (runs / "good" / "notes.md").write_text("mine")  # which is in the way of what would remove it, and of nothing else
+    assert names(unfinished=True) == {"stopped", "torn"}
+    with pytest.raises(UsageError, match=r"notes\.md is not of a run"):
+        names(keep_best=1)
 
 
 def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastcifar.errors import DataError, DiskError, UsageError
-from fastcifar.results.submissions import WRITERS, columns, compare, first_two, read, renamed, write, writer_for
+from fastcifar.results.submissions import WRITERS, columns, compare, first_two, read, write, writer_for
 from fastcifar.results.tables import comparison_table
 
 CLASSES = ["airplane", "cat", "dog, small"]
@@ -32,7 +32,13 @@ def test_columns_by_hand() -> None:
         "cat": [0.5, 0.0],
         "dog, small": [0.3, 0.876543],
     }
-    assert list(renamed(named, ("id", "label")))[:3] == ["id", "label", "top_1"]
+    assert list(columns([9, 4], LIKELY, CLASSES, ("id", "label"), top=1))[:3] == ["id", "label", "top_1"]
+
+
+@pytest.mark.parametrize(("header", "twice"), [(("id", "cat"), "cat"), (("top_1", "label"), "top_1")])
+def test_no_column_replaces_another(header: tuple[str, str], twice: str) -> None:
+    with pytest.raises(UsageError, match=f"2 columns would be called '{twice}'"):
+        columns([9, 4], LIKELY, CLASSES, header, top=1, probabilities=True)
 
 
 def test_csv_and_json_lines_are_read_back(tmp_path: Path) -> None:

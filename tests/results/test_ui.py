@@ -22,6 +22,17 @@ from fastcifar.results.ui import PAGES, show
 from fastcifar.training.train import train
 
 
+@pytest.fixture
+def followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that both trackers have followed a run in, as far as one can see without them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "followed"
+    (folder / "run" / "tensorboard").mkdir(parents=True)
+    for name in ("mlflow.db", "run/tensorboard/events.out.tfevents.1"):
+        (folder / name).write_text("")
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -71,10 +82,12 @@ def test_tensorboard_shows_a_run_until_it_is_ended(tiny: Callable[..., Recipe], 
         time.sleep(0.05)
 
 
-def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_what_cannot_be_shown_is_refused_in_one_line(
+    tmp_path: Path, followed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
 
-    def refused(name: str, port: int | None, folder: Path = tmp_path) -> str:
+    def refused(name: str, port: int | None, folder: Path = followed) -> str:
         with pytest.raises(UsageError) as caught:
             show(folder, name, port, print)
         assert caught.value.exit_code == 2
@@ -82,7 +95,11 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path: Path, monkeypatch
         return str(caught.value)
 
     assert "there is no folder" in refused("auto", None, tmp_path / "nowhere")
-    assert "train with --track" in refused("auto", None)
+    assert "train with --track" in refused("auto", None, tmp_path / "empty")
+    for name in PAGES:
+        assert f"train with --track {name}" in refused(name, None, tmp_path / "empty")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as not set
+    assert "mlflow has followed no run" in refused("mlflow", None, tmp_path / "empty")
     assert "did you mean 'mlflow'" in refused("mlflo", None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -93,20 +110,17 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path: Path, monkeypatch
         assert page.remedy in refused(name, None)
 
 
-def test_the_page_of_what_is_there_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
-    (tmp_path / "run" / "tensorboard" / "events.out.tfevents.1").write_text("")
-    assert [name for name, page in PAGES.items() if page.has(tmp_path)] == ["tensorboard"]
-    (tmp_path / "mlflow.db").write_text("")
-    assert [name for name, page in PAGES.items() if page.has(tmp_path)] == ["mlflow", "tensorboard"]
-    assert f"sqlite:///{tmp_path / 'mlflow.db'}" in PAGES["mlflow"].command(tmp_path, 5000)
+def test_the_page_of_what_is_there_is_chosen(followed: Path) -> None:
+    assert [name for name, page in PAGES.items() if page.has(followed)] == ["mlflow", "tensorboard"]
+    assert f"sqlite:///{followed / 'mlflow.db'}" in PAGES["mlflow"].command(followed, 5000)
+    (followed / "mlflow.db").unlink()
+    assert [name for name, page in PAGES.items() if page.has(followed)] == ["tensorboard"]
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
 
 
-def test_a_server_that_ends_by_itself_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ends_by_itself_says_why(followed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = PAGES["tensorboard"]
     code = "import sys; sys.exit('the page fell over')"
     monkeypatch.setitem(PAGES, "tensorboard", type(broken)(**{**vars(broken), "command": lambda *_: ["-c", code]}))
     with pytest.raises(UsageError, match="the page fell over"):
-        show(tmp_path, "tensorboard", free_port(), print)
+        show(followed, "tensorboard", free_port(), print)

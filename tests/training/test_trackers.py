@@ -145,6 +145,38 @@ def test_mlflow_reads_back_every_metric_of_an_interrupted_run(
     assert not (tmp_path / "bad" / "run").exists()
 
 
+def test_a_data_base_that_is_busy_is_no_reason_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("mlflow.exceptions")
+    busy = exceptions.MlflowException("database is locked")
+    gone = exceptions.MlflowException("no such run", error_code=exceptions.RESOURCE_DOES_NOT_EXIST)
+    asked = []
+
+    class Client:
+        def get_run(self, run_id: str) -> None:
+            asked.append(run_id)
+            raise error
+
+    error = busy
+    assert trackers._continued(Client(), tmp_path, set()) is None
+    (tmp_path / "mlflow.json").write_text('{"run_')
+    assert trackers._continued(Client(), tmp_path, set()) is None
+    (tmp_path / "mlflow.json").write_text('{"run_id": "one"}')
+    with pytest.raises(exceptions.MlflowException, match="locked"):
+        trackers._continued(Client(), tmp_path, set())
+    error = gone
+    assert trackers._continued(Client(), tmp_path, set()) is None
+    assert asked == ["one", "one"]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_empty_address_of_mlflow_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
+    assert trackers.tracking_uri() is None
+    assert trackers.store(tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may leave the machine."""
