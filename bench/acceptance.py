@@ -256,13 +256,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("acceptance"), help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the parts run")
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=LIMIT_S,
-        metavar="SECONDS",
-        help="of a part",
-    )
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="of a part")
     parser.add_argument("--airbench", type=Path, metavar="CHECKOUT", help="of KellerJordan/cifar10-airbench")
     arguments = parser.parse_args()
     for name in arguments.parts:
