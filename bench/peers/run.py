@@ -158,7 +158,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one(arguments.child, arguments)))
         return
-    scripts = list(airbench.SCRIPTS) if arguments.airbench else []
+    scripts: list[str] = list(airbench.SCRIPTS) if arguments.airbench else []
     if why := airbench.needs_cuda() if scripts else "":
         print(why, file=sys.stderr)
         scripts = []
