@@ -142,19 +142,8 @@ def speedruns(setting: Setting) -> Part:
     for target, n in {"94": 10, "95": 5, "96": 3}.items():
         folder = setting.out / f"speed{target}"
         out = ("--append" if folder.exists() else "--out", str(folder))  # called again, it adds the next seeds
-        tiny = (
-            "--data",
-            "synthetic:600",
-            "--width",
-            "0.05",
-            "--epochs",
-            "1",
-            "--image-size",
-            "32",
-            "--batch-size",
-            "100",
-        )
-        sizes = (*tiny, "--no-compile", "--n", "2") if setting.quick else ("--n", str(n))
+        tiny = "--data synthetic:600 --width 0.05 --epochs 1 --image-size 32 --batch-size 100 --no-compile --n 2"
+        sizes = tiny.split() if setting.quick else ("--n", str(n))
         yield fastcifar(f"speedrun-{target}", "speedrun", "--target", target, "--device", setting.device, *out, *sizes)
 
 

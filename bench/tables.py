@@ -23,95 +23,101 @@ RESULTS = ROOT / "bench" / "results"
 
 def accuracy() -> str:
     """Every recorded training result: mean and standard deviation over seeds, with n."""
-    lines = [
+    heading = (
         "| recipe | parameters | epochs | n | test accuracy, mean ± std | each seed "
-        "| training PFLOP | seconds, start to end | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| training PFLOP | seconds, start to end | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("test_acc"):
         tested = summary["test_acc"]
         spread = "" if tested["std"] is None else f" ± {100 * tested['std']:.2f}"
         seconds = summary["seconds_total"]
-        lines.append(
+        rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {summary['epochs']} | {summary['n']} "
             f"| {100 * tested['mean']:.2f}{spread} % | {', '.join(f'{100 * value:.2f}' for value in tested['trials'])} "
             f"| {summary['train_flops'] / 1e15:.3f} | {min(seconds):.0f}-{max(seconds):.0f} "
             f"| {environment['device']}, {summary['precision']} | `{folder.name}` |"
         )
-    return "\n".join(lines)
+    return table(heading, rows)
 
 
 def peers() -> str:
     """Every recorded comparison of training loops: the median of each, and its ratios to two others, with n."""
-    lines = [
+    heading = (
         "| network, batch, augmentation | loop | n | images/s, median | each round | times the source's loop "
-        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("loops"):
         for loop, found in summary["loops"].items():
-            lines.append(
+            rows.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
                 f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
                 f"| {times(found, 'source_loop')} | {times(found, 'plain_compile')} "
                 f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return "\n".join(lines)
+    return table(heading, rows)
 
 
 def inference() -> str:
     """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
-    lines = [
+    heading = (
         "| network, images | loop | n | images/s, median | each round | times the source's loop "
-        "| seconds before it | cores that others used, at most | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| seconds before it | cores that others used, at most | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("inference"):
         for loop, found in summary["inference"].items():
-            lines.append(
+            rows.append(
                 f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
                 f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
                 f"| {found['times_source_loop']['median']:.2f} "
                 f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
                 f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
-    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+    return table(heading, rows)
 
 
 def starts() -> str:
     """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full."""
-    lines = [
-        "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heading = (
+        "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("cold_s"):
         share = summary["share"]
-        lines.append(
+        rows.append(
             f"| `{summary['arch']}`, {summary['batch_size']} | {summary['n']} | {summary['cold_s']:.1f} "
             f"| {summary['warm_s']:.1f} | {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) "
             f"| {environment['device']} | `{folder.name}` |"
         )
-    return "\n".join(lines)
+    return table(heading, rows)
 
 
 def loaders() -> str:
     """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
-    lines = [
+    heading = (
         "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
-        "| cores that others used, at most | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| cores that others used, at most | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("loaders"):
         for row in summary["loaders"]:
             times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
-            lines.append(
+            rows.append(
                 f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
                 f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
                 f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return "\n".join(lines)
+    return table(heading, rows)
+
+
+def table(heading: str, rows: list[str], none: str = "(None recorded yet.)") -> str:
+    """The rows under their heading, or `none`."""
+    rule = "|" + "---|" * (heading.count("|") - 1)
+    return "\n".join([heading, rule, *rows]) if rows else none
 
 
 def times(loop: dict[str, Any], other: str) -> str:
@@ -122,29 +128,29 @@ def times(loop: dict[str, Any], other: str) -> str:
 
 def airbench() -> str:
     """Every recorded start of cifar10-airbench's scripts: accuracy, and the seconds by their rule and by ours."""
-    lines = [
+    heading = (
         "| script | n | accuracy, mean | seconds by its own rule, mean | by ours, cold start | warm start "
-        "| device | result |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        "| device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("scripts"):
         for script, found in summary["scripts"].items():
             ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
-            lines.append(
+            rows.append(
                 f"| `{script}` | {len(found['accuracy'])} | {100 * statistics.fmean(found['accuracy']):.2f} % "
                 f"| {statistics.fmean(found['own_s']):.2f} | {' | '.join(ours)} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet: they need CUDA.)"
+    return table(heading, rows, "(None recorded yet: they need CUDA.)")
 
 
 def speedruns() -> str:
     """Every recorded speedrun on the test set: accuracy without and with views, share over the target, seconds."""
-    lines = [
+    heading = (
         "| recipe | parameters | target | n | accuracy, mean ± std | with views | of them over the target "
-        "| seconds, mean ± std | from the start of the process, s | training PFLOP | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| seconds, mean ± std | from the start of the process, s | training PFLOP | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("flops_to_target"):
         if summary["on"] != "test":
             continue  # a split that chose something proves nothing
@@ -152,35 +158,35 @@ def speedruns() -> str:
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
         cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
-        lines.append(
+        rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
             f"| {plain} | {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
             f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
-    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+    return table(heading, rows)
 
 
 def pairs() -> str:
     """Every recorded speedrun beside a peer's script: both sides' means and seconds, and ours over theirs."""
-    lines = [
+    heading = (
         "| target | side | n | accuracy with views, mean | without | seconds, mean | each round "
-        "| over the peer's, by round | training PFLOP | cores that others used, at most | device | result |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| over the peer's, by round | training PFLOP | cores that others used, at most | device | result |"
+    )
+    rows = []
     for folder, summary, environment in recorded("peer_script"):
         for side, name in (("ours", summary["recipe"]), ("peer", summary["peer_script"])):
             found = summary[side]
             share = summary["seconds_over_peer"]
             ratio = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if side == "ours" else ""
             flops = "-" if None in found["flops"] else f"{statistics.fmean(found['flops']) / 1e15:.4f}"
-            lines.append(
+            rows.append(
                 f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
                 f"| {100 * summary['mean_acc_tta'][side]:.2f} % | {100 * summary['mean_acc'][side]:.2f} % "
                 f"| {statistics.fmean(found['seconds']):.1f} "
                 f"| {', '.join(f'{value:.1f}' for value in found['seconds'])} | {ratio} | {flops} "
                 f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
-    return "\n".join(lines) if len(lines) > 2 else "(None recorded yet.)"
+    return table(heading, rows)
 
 
 def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
@@ -193,7 +199,8 @@ def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign
 
 def faults() -> str:
     """Every recorded soak and fuzzing: how much was tried, and what came of it."""
-    lines = ["| what | tried | what came of it | seconds | device | result |", "|---|---|---|---|---|---|"]
+    heading = "| what | tried | what came of it | seconds | device | result |"
+    rows = []
     for folder, summary, environment in recorded("what"):
         if summary["what"] == "soak":
             signals = ", ".join(f"{count} {name}" for name, count in sorted(summary["by_signal"].items()))
@@ -204,11 +211,11 @@ def faults() -> str:
             found = f"{summary['refused']:,} refused in one line, {summary['read']:,} read; nothing else"
         else:
             continue
-        lines.append(
+        rows.append(
             f"| {summary['what']} | {tried} | {found} | {summary['seconds']:,.0f} "
             f"| {environment['device']} | `{folder.name}` |"
         )
-    return "\n".join(lines)
+    return table(heading, rows)
 
 
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
@@ -235,10 +242,10 @@ TABLES: dict[str, Callable[[], str]] = {
 def renewed(text: str) -> str:
     """The README's text with every table generated anew."""
 
-    def table(match: re.Match[str]) -> str:
+    def anew(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", anew, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

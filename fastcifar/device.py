@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from fastcifar import __version__
-from fastcifar.errors import DeviceError, UsageError, UserError
+from fastcifar.errors import DeviceError, UsageError, UserError, first_line
 from fastcifar.recipe import Recipe
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
@@ -244,8 +244,8 @@ def optional(module: str, remedy: str, kind: type[UserError] = UsageError) -> Mo
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken build raises anything: torchvision beside another torch a RuntimeError
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise kind(f"{module} cannot be imported ({type(error).__name__}: {reason})", remedy) from None
+        problem = f"{module} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        raise kind(problem, remedy) from None
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:

@@ -98,6 +98,11 @@ def out_of_memory(error: BaseException) -> MemoryShortError | None:
     return MemoryShortError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
 
 
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """The first line of an error's message, or `otherwise` where it has none."""
+    return next(iter(str(error).strip().splitlines()), otherwise)
+
+
 def _available_bytes() -> list[int]:
     """What the host could still give; nothing where it does not say."""
     with contextlib.suppress(OSError, ValueError):

@@ -39,19 +39,9 @@ FIGURES = ("seconds", "acc_tta", "acc", "flops")
 def our_run(target: str, seed: int, data: str | None, place: Path) -> dict[str, Any]:
     """The trial that `fastcifar speedrun` keeps of one run. Errors: SystemExit if it ends otherwise or is refused."""
     out = place / f"ours-{seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "fastcifar",
-        "speedrun",
-        "--target",
-        target,
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run([*command, *(("--data", data) if data else ())], check=False)
+    command = [sys.executable, "-m", "fastcifar", "speedrun", "--target", target, "--seed", str(seed)]
+    command += ["--out", str(out), *(("--data", data) if data else ())]
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise SystemExit(f"our run of seed {seed} ended with exit code {done.returncode}: no result")
     trial = json.loads((out / "trials.jsonl").read_text(encoding="utf-8").splitlines()[-1])

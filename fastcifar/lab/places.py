@@ -24,7 +24,7 @@ from typing import Any
 
 from fastcifar.device import optional
 from fastcifar.ending import warned
-from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, out_of_memory, pick
+from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, first_line, out_of_memory, pick
 from fastcifar.lab.trials import Trial
 from fastcifar.recipe import option
 
@@ -101,7 +101,7 @@ def on_ray(how: How) -> Runner:
     try:
         ray.init(how.address, **asked)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error, type(error).__name__)
         raise DeviceError(
             f"--address {how.address}: {reason}", "start one by `ray start`, or --address local"
         ) from None
@@ -163,7 +163,7 @@ def _reason(error: Exception, folder: Path) -> str:
         return str(known)
     with suppress(OSError):
         (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _until_free(folder: Path) -> None:

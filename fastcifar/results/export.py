@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.cifar import Dataset
 from fastcifar.device import optional
-from fastcifar.errors import DiskError, UsageError, UserError, out_of_memory, pick
+from fastcifar.errors import DiskError, UsageError, UserError, first_line, out_of_memory, pick
 from fastcifar.results.card import model_card
 from fastcifar.results.finished import Finished, rebuild
 from fastcifar.training.images import normalisation
@@ -199,8 +199,7 @@ def write_compared(row: Format, out: Path, deployed: Deployed, images: Tensor, f
         except Exception as error:  # exporters, compilers and runtimes have no class of errors in common
             if out_of_memory(error):
                 raise
-            reason = next(iter(str(error).strip().splitlines()), "")
-            problem = f"{out} cannot be made: {type(error).__name__}: {reason}"
+            problem = f"{out} cannot be made: {type(error).__name__}: {first_line(error)}"
             raise UserError(problem, "give another --format; `fastcifar doctor` knows the compiler") from error
         if not difference <= TOLERANCE:
             raise UserError(

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, pick
 from fastcifar.recipe import Recipe, read_toml
-from fastcifar.results.records import RECIPE, SUMMARY, TRIALS, read_trials
+from fastcifar.results.records import METRICS, RECIPE, SUMMARY, TRIALS, read_trials
 from fastcifar.training.rows import csv_rows
 from fastcifar.training.run import hold, read_environment, read_summary
 from fastcifar.training.trackers import ARTIFACTS, DATABASE, RUN_ID
@@ -33,7 +33,7 @@ from fastcifar.training.trackers import ARTIFACTS, DATABASE, RUN_ID
 FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots"}, "runs": {ARTIFACTS}}
 EXPORTED = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
 FILES = {
-    "run": (RECIPE, "env.json", "metrics.csv", "events.jsonl", SUMMARY, RUN_ID, "error.txt", ".*.tmp", *EXPORTED),
+    "run": (RECIPE, "env.json", METRICS, "events.jsonl", SUMMARY, RUN_ID, "error.txt", ".*.tmp", *EXPORTED),
     "sweep": ("sweep.toml", TRIALS, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
     "runs": (f"{DATABASE}*",),  # and what SQLite puts beside it
 }

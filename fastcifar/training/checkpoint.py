@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_line
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -132,7 +132,7 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
     if refused:
         return f"it asks for {refused[1]}, which no checkpoint needs"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error, type(error).__name__)
 
 
 class _NumpyDtype:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcifar.errors import DeviceError
+from fastcifar.errors import DeviceError, first_line
 from fastcifar.training import capture
 
 TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
@@ -143,14 +143,18 @@ def joined(device: str) -> Iterator[World]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise DeviceError(f"the ranks did not find each other: {_first_line(error)}", "see torchrun's output") from None
+        raise DeviceError(
+            f"the ranks did not find each other: {first_line(error, type(error).__name__)}", "see torchrun's output"
+        ) from None
     try:
         yield world()
     except RuntimeError as error:
         if not _peer_lost(error):
             raise
         remedy = "see its own output, and go on with --resume auto"
-        raise DeviceError(f"another process of this run ended: {_first_line(error)}", remedy) from None
+        raise DeviceError(
+            f"another process of this run ended: {first_line(error, type(error).__name__)}", remedy
+        ) from None
     finally:
         capture.forget_recorded()
         dist.destroy_process_group()
@@ -169,7 +173,3 @@ def _peer_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.device import optional
-from fastcifar.errors import UsageError, pick
+from fastcifar.errors import UsageError, first_line, pick
 from fastcifar.recipe import Recipe
 from fastcifar.training.rows import Row, event_lines
 
@@ -304,5 +304,5 @@ def _final(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _reason(error: Exception) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
+    first = first_line(error)
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
