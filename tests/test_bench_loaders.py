@@ -44,18 +44,17 @@ def test_ratios_are_of_a_round_and_no_trial_is_left_out() -> None:
     assert (alone["augment"], alone["times"]) == ("rotate:5", None)
 
 
-@pytest.mark.parametrize("results", [0, 1])
-def test_the_table_has_a_line_for_each_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: int) -> None:
+def test_the_table_has_a_line_for_each_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, loaders = script("tables"), script("loaders")
     monkeypatch.setattr(loaders.results_folder, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for _ in range(results):
-        found = loaders.summary(trials(), batch_size=512, workers=2)
-        loaders.results_folder.write("loaders", {"device": "a CPU"}, found, trials())
+    assert tables.loaders() == "(None recorded yet.)"
+    found = loaders.summary(trials(), batch_size=512, workers=2)
+    loaders.results_folder.write("loaders", {"device": "a CPU"}, found, trials())
     lines = tables.loaders().splitlines()
-    assert len(lines) == 2 + results * len(SPEEDS)
+    assert len(lines) == 2 + len(SPEEDS)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
-    assert not results or "| 400, 100, 300 | 30.0 x torchvision |" in lines[2]
+    assert "| 400, 100, 300 | 30.0 x torchvision |" in lines[2]
 
 
 def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
