@@ -176,7 +176,7 @@ def following(parts: Parts, recipe: Recipe) -> float:
     parts.recipe, parts.loader, parts.schedule = fresh.recipe, fresh.loader, fresh.schedule
     parts.prepare_s = fresh.prepare_s
     parts.load(state)
-    next(parts.batches(0))  # the loader starts, as it does in `fast_step`
+    parts.start_loader()  # as in `fast_step`
     return time.perf_counter() - started - parts.prepare_s
 
 

@@ -112,6 +112,14 @@ class Parts:
         """The epoch's batches from `start_step` on, as a step takes them."""
         return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
 
+    def start_loader(self) -> None:
+        """One batch of the loader, so that its kernel is compiled and its threads run.
+
+        The last batch of an epoch: one that is left before its end would end DALI's threads again.
+        """
+        for _ in self.batches(0, self.loader.steps_per_epoch - 1):
+            pass
+
     def example(self, size: int | None = None) -> tuple[Tensor, ...]:
         """A batch of the shapes of `batches`, full unless its `size` is given: black images."""
         size = size or self.loader.steps.share
@@ -146,7 +154,7 @@ class Parts:
         fast = {size: self.fast_block(1, mode, size) for size in sizes}
         last = {size: self.last_step(size) for size in sizes}
         self.inference = self.fast_inference()
-        next(self.batches(0))  # the loader compiles its kernel too, and starts after the capture
+        self.start_loader()  # after the capture
         share = self.loader.steps.share
         steps = {size: capture.by_batch_size(fast[size], last[size], share) for size in sizes}
         return lambda *batch: steps[self.recipe.size_at(self.progress.epoch)](*batch)

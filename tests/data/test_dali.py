@@ -18,7 +18,7 @@ import torch
 
 from fastcifar.data import cifar
 from fastcifar.data.augment import parse
-from fastcifar.data.dali import FACES, DaliLoader, prefix, reflected
+from fastcifar.data.dali import FACES, Chunks, DaliLoader, prefix, reflected
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
@@ -212,6 +212,13 @@ def test_a_run_equals_the_tensor_loaders(tiny: Callable[..., Recipe]) -> None:
     plain, other = train(tiny()), train(tiny(loader="dali"))
     assert (plain["loader"], other["loader"]) == ("tensor", "dali")
     assert (other["test_loss"], other["val_acc"]) == (plain["test_loss"], plain["val_acc"])
+
+
+def test_a_run_starts_dali_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], Chunks._build
+    monkeypatch.setattr(Chunks, "_build", lambda self, plan: built.append(plan) or build(self, plan))
+    train(tiny(loader="dali", epochs=2))
+    assert len(built) == 1
 
 
 @pytest.mark.gpu
