@@ -136,9 +136,10 @@ def airbench() -> str:
     for folder, summary, environment in recorded("scripts"):
         for script, found in summary["scripts"].items():
             ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
+            own = found["own_s"]
             rows.append(
                 f"| `{script}` | {len(found['accuracy'])} | {100 * statistics.fmean(found['accuracy']):.2f} % "
-                f"| {statistics.fmean(found['own_s']):.2f} | {' | '.join(ours)} "
+                f"| {f'{statistics.fmean(own):.2f}' if own else '-'} | {' | '.join(ours)} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
     return table(heading, rows, "(None recorded yet: they need CUDA.)")

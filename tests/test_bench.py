@@ -160,6 +160,24 @@ def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(secon
     assert [run["accuracy"] for run in found] == [0.9404, 0.9398]
     assert [run["own_s"] for run in found] == [2.5, 2.55]
     assert [run["without_tta"] for run in found] == [0.9310, 0.9320]
+    assert all(run["compiled"] for run in found)
+
+
+def test_seconds_with_compilation_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    airbench, tables = script("airbench"), script("tables")
+    table = TABLE.format(seconds="time_seconds").replace("warmup", "     0")
+    runs = [{**run, "since_start_s": 9.0} for run in airbench.finished_runs(iter(table.splitlines()))]
+    assert [run["compiled"] for run in runs] == [False, True, True]
+    found = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs}])
+    figures = found["scripts"]["a.py"]
+    assert (len(figures["accuracy"]), figures["own_compiling_s"]) == (3, [runs[0]["own_s"]])
+    assert (figures["own_s"], figures["cold_s"], figures["warm_s"]) == ([2.5, 2.55], [9.0], [])
+    assert "2.52" in airbench.table(found)
+    alone = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs[:1]}])
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(airbench.results_folder, "RESULTS", tmp_path)
+    airbench.results_folder.write("airbench", {"device": "a CPU"}, alone, [])
+    assert "| - | 9.0 | - | a CPU |" in tables.airbench()
 
 
 def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
