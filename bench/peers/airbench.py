@@ -4,10 +4,10 @@
 
 Their rule is the seconds that a script prints itself: training and, at its end, the evaluation with views, without
 imports and data; airbench94_muon.py compiles in a warm-up that it leaves out, and of a script without one the first run
-of a start, which compiles inside its clock, is kept apart. Ours is the wall clock from
-the start of the process to the printed accuracy of its first run: imports, compilation, data and all; the first start
-of a script finds empty compile caches, the next ones full ones. None of its code is here: a script is started as it is,
-in a folder of its own with the images as it keeps them, and stopped after `--runs` of its many runs.
+of a start, which compiles inside its clock, is kept apart. Ours is the wall clock from the start of the process to the
+printed accuracy of its first run: imports, compilation, data and all; the first start of a script finds empty compile
+caches, the next ones full ones. None of its code is here: a script is started as it is, in a folder of its own with the
+images as it keeps them, and stopped after `--runs` of its many runs.
 """
 
 from __future__ import annotations
