@@ -23,12 +23,12 @@ def one(arch: str, batch_size: int, keep: bool) -> float:
     """Median seconds of a compiled step on synthetic images, in this process."""
     from fastcifar.device import choose
     from fastcifar.recipe import Recipe
-    from fastcifar.training import capture, parts
+    from fastcifar.training import cuda_graph, trainer
 
     if not keep:
-        capture.keep_freed_memory = lambda: False
+        cuda_graph.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
-    run = parts.assemble(recipe, choose(recipe))
+    run = trainer.assemble(recipe, choose(recipe))
     step = run.fast_step()
     seconds = []
     for epoch in range(STEPS):

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcifar.benchmark.bench import MODES, on_some_data
 from fastcifar.device import choose, describe, versions
-from fastcifar.lab.bench import MODES, on_some_data
 from fastcifar.recipe import Recipe
-from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.step import Step
+from fastcifar.training.trainer import Parts, assemble
 
 LOSSES = {"fp32": 1e-5, "bf16": 2e-2}  # how far losses may be apart, absolutely, at a small learning rate
 WEIGHTS = 1e-5  # and all weights together after a step from the same state at a large one, relative to their norm

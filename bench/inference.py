@@ -33,12 +33,12 @@ from run import busy_seconds, ratio, trials_of_loops, wait_for_quiet
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from fastcifar.benchmark.bench import cpu_seconds, on_some_data
 from fastcifar.data.cifar import DATASETS, load, normalisation
 from fastcifar.device import choose, environment
-from fastcifar.lab.bench import cpu_seconds, on_some_data
+from fastcifar.evaluation.predict import predict
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
-from fastcifar.results.predict import predict
 from fastcifar.training import checkpoint
 
 BATCH_SIZE = 128  # of the source

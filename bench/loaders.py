@@ -30,15 +30,15 @@ import torch
 from PIL import Image
 from run import busy_seconds, ratio
 
-from fastcifar.data import cifar, folders
+from fastcifar.benchmark.bench import cpu_seconds, on_some_data, timed
+from fastcifar.data import cifar, class_folders
 from fastcifar.data.augment import parse, spell
 from fastcifar.data.loaders import LOADERS
 from fastcifar.device import choose, environment
 from fastcifar.errors import UserError
-from fastcifar.lab.bench import cpu_seconds, on_some_data, timed
 from fastcifar.recipe import Recipe
-from fastcifar.training.capture import keep_compiled_code, keep_freed_memory
-from fastcifar.training.images import mean_colour
+from fastcifar.training.build_data import mean_colour
+from fastcifar.training.cuda_graph import keep_compiled_code, keep_freed_memory
 
 LISTS = (
     "crop:4:zero,flip",
@@ -118,7 +118,7 @@ def write_folder(split: cifar.Split, folder: Path, count: int) -> list[Path]:
 
 def by_pillow(files: list[Path]) -> Iterator[np.ndarray]:
     """The files as the package reads class folders: uint8 [32,32,3] each."""
-    return map(folders.decode, files)
+    return map(class_folders.decode, files)
 
 
 def by_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:

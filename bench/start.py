@@ -24,10 +24,10 @@ def first_step(arch: str, batch_size: int) -> None:
     """Everything that `train` does before its second step, but for the run folder."""
     from fastcifar.device import choose
     from fastcifar.recipe import Recipe
-    from fastcifar.training import parts
+    from fastcifar.training import trainer
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
-    run = parts.assemble(recipe, choose(recipe))
+    run = trainer.assemble(recipe, choose(recipe))
     step = run.fast_step()
     step(*next(run.batches(0)))
     assert run.meter.read().images == batch_size

@@ -28,7 +28,7 @@ from torch.utils._triton import has_triton
 
 from fastcifar.device import environment
 from fastcifar.models import build, fuse
-from fastcifar.models.traffic import bytes_per_image
+from fastcifar.models.memory_traffic import bytes_per_image
 from fastcifar.training.step import forward_pass, loss_and_hits
 
 GPU = torch.device("cuda", 0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastcifar._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fastcifar.data.cifar import load
     from fastcifar.data.loaders import batches
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from fastcifar.recipe import Recipe
     from fastcifar.training.train import train
 
-__version__ = "0.1.0"
 __all__ = ["MODELS", "Recipe", "batches", "load", "train"]
 
 _ROOMS = {

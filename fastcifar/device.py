@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from fastcifar import __version__
+from fastcifar._version import __version__
 from fastcifar.errors import DeviceError, UsageError, UserError, first_line
 from fastcifar.recipe import Recipe
 

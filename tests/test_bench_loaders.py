@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcifar.data import cifar, folders
+from fastcifar.data import cifar, class_folders
 from fastcifar.data.loaders import LOADERS
 
 SPEEDS = {"tensor": (400.0, 100.0, 300.0), "dali": (100.0, 60.0, 50.0), "torchvision": (10.0, 20.0, 10.0)}
@@ -96,4 +96,4 @@ def test_dali_decodes_every_kind_of_png_as_pillow_does(tmp_path: Path) -> None:
     for file in files:
         image.convert(file.stem).save(file)
     for decoded, file in zip(loaders.by_dali(files), files, strict=True):
-        assert np.array_equal(decoded, folders.decode(file)), file.name
+        assert np.array_equal(decoded, class_folders.decode(file)), file.name

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastcifar.cli import app
-from fastcifar.lab.places import PLACES
-from fastcifar.lab.trials import expand, read, shipped
-from fastcifar.training.optim import OPTIMIZERS, OWN_SCHEDULE
-from fastcifar.training.schedule import SCHEDULES
+from fastcifar.cli.app import app
+from fastcifar.sweep.executors import PLACES
+from fastcifar.sweep.sweep_spec import expand, read, shipped
+from fastcifar.training.lr_schedule import SCHEDULES
+from fastcifar.training.optimizers import OPTIMIZERS, OWN_SCHEDULE
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

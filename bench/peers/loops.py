@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from fastcifar.benchmark.workloads import train_work
 from fastcifar.data.cifar import load, normalisation
 from fastcifar.device import choose
-from fastcifar.lab.works import train_work
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
-from fastcifar.training.parts import assemble
+from fastcifar.training.trainer import assemble
 
 WORKERS, EPOCHS = 2, 200
 

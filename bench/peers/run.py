@@ -30,8 +30,8 @@ import results_folder
 import torch
 from loops import AUGMENTATIONS, LOOPS, ON_DEVICE, THEIRS, Setting
 
+from fastcifar.benchmark.bench import cpu_seconds, on_some_data, timed
 from fastcifar.device import choose, environment
-from fastcifar.lab.bench import cpu_seconds, on_some_data, timed
 from fastcifar.recipe import Recipe
 
 WARM_UP = 2  # steps: the first compiles, the second finds its memory

@@ -30,8 +30,8 @@ import airbench
 import results_folder
 from run import busy_seconds, ratio
 
+from fastcifar.benchmark.speedrun import TARGETS
 from fastcifar.device import environment
-from fastcifar.lab.speedrun import TARGETS
 
 FIGURES = ("seconds", "acc_tta", "acc", "flops")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcifar.data.official import AGAIN, PIXELS, Member, Official, Packing
+from fastcifar.data.cifar_files import AGAIN, PIXELS, Member, Official, Packing
 from fastcifar.errors import DataError
 
 # Protocol 0 spells a byte in up to four characters; file names and labels take the rest.

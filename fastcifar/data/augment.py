@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data import pixels, policies, windows
+from fastcifar.data import crop_flip_erase, image_ops, policies
+from fastcifar.data.image_ops import SIDE
 from fastcifar.data.mixers import MIXERS, Mixer
-from fastcifar.data.pixels import SIDE
 from fastcifar.data.policies import Policy
 from fastcifar.errors import UsageError, pick
 
@@ -106,7 +106,7 @@ def apply_crop(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
 
     `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
     """
-    return windows.cut(rows, params["y"].int(), params["x"].int(), _whole(op), op.word == "reflect")
+    return crop_flip_erase.cut(rows, params["y"].int(), params["x"].int(), _whole(op), op.word == "reflect")
 
 
 def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -125,7 +125,7 @@ def draw_flip(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 
 def apply_flip(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Mirror left and right where `flip` is set."""
-    return windows.mirror(rows, params["flip"])
+    return crop_flip_erase.mirror(rows, params["flip"])
 
 
 def draw_cutout(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -138,19 +138,19 @@ def apply_cutout(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
     size = _whole(op)
     top, left = (params[axis].int() - size // 2 for axis in "yx")
-    return windows.fill_box(rows, top, left, size, size, windows.COLOURS.get(op.word, fill))
+    return crop_flip_erase.fill_box(rows, top, left, size, size, crop_flip_erase.COLOURS.get(op.word, fill))
 
 
 def draw_erase(op: Op, moment: Moment) -> dict[str, np.ndarray]:
     """The box's corner `y`, `x` and size `h`, `w`; no size in half of the images."""
     assert op.number is not None
-    return windows.draw_erasing(op.number, len(moment.order), moment.random)
+    return crop_flip_erase.draw_erasing(op.number, len(moment.order), moment.random)
 
 
 def apply_erase(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Fill the box (Zhong et al., 2017)."""
     top, left, height, width = (params[name].int() for name in "yxhw")
-    return windows.fill_box(rows, top, left, height, width, windows.COLOURS.get(op.word, fill))
+    return crop_flip_erase.fill_box(rows, top, left, height, width, crop_flip_erase.COLOURS.get(op.word, fill))
 
 
 def draw_rotate(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -160,7 +160,7 @@ def draw_rotate(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 
 def apply_rotate(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Turned around the centre, the nearest pixel, black outside."""
-    return pixels.rotate(rows, params["sine"], params["cosine"])
+    return image_ops.rotate(rows, params["sine"], params["cosine"])
 
 
 def draw_jitter(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -172,7 +172,7 @@ def draw_jitter(op: Op, moment: Moment) -> dict[str, np.ndarray]:
 def apply_jitter(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     """Brightness, contrast, saturation and hue, each once."""
     steps = [(params[f"code{step}"], params[f"amount{step}"], None) for step in range(4)]
-    return pixels.operate(rows, steps, [policies.JITTER] * 4)
+    return image_ops.operate(rows, steps, [policies.JITTER] * 4)
 
 
 def draw_policy(op: Op, moment: Moment) -> dict[str, np.ndarray]:
@@ -186,7 +186,7 @@ def apply_policy(op: Op, rows: Tensor, params: Params, fill: Fill) -> Tensor:
     assert op.policy is not None, op
     count = range(op.policy.steps)
     steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in count]
-    return pixels.operate(rows, steps, [op.policy.operations(step) for step in count])
+    return image_ops.operate(rows, steps, [op.policy.operations(step) for step in count])
 
 
 AUGMENTS: dict[str, Augment] = {
@@ -215,7 +215,7 @@ AUGMENTS: dict[str, Augment] = {
         draw=draw_erase,
         apply=apply_erase,
         number=0.33,
-        words=dict.fromkeys(("grey", "mean", "zero"), (windows.SMALLEST, 1.0)),
+        words=dict.fromkeys(("grey", "mean", "zero"), (crop_flip_erase.SMALLEST, 1.0)),
         help="in half of the images fill a box of 0.02 to NUMBER of the area with mid-grey, mean colour or black",
     ),
     "rotate": Augment(

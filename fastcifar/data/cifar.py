@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from fastcifar.data import archive, cache_folder, folders
+from fastcifar.data import archive, class_folders, dataset_cache
+from fastcifar.data.cifar_files import DATASETS, Dataset, Official, Split, read
 from fastcifar.data.download import ELSEWHERE, fetch
-from fastcifar.data.official import DATASETS, Dataset, Official, Split, read
 from fastcifar.errors import DataError, UsageError, pick
 
 __all__ = ["DATASETS", "NORMALISATIONS", "Dataset", "Split", "load", "normalisation", "split", "statistics"]
@@ -118,10 +118,10 @@ def load(
     folder = cache if cache is not None else Path(platformdirs.user_cache_dir("fastcifar"))
     data = data or os.environ.get("FASTCIFAR_DATA")
     if data and data.split(":")[0] == "synthetic":
-        return folders.synthetic(data, dataset, row.classes, row.names)
+        return class_folders.synthetic(data, dataset, row.classes, row.names)
     try:
         found = _find(Path(data).expanduser(), dataset, row) if data else _in_cache(folder, dataset, row, download)
-        loaded, notes = cache_folder.through(folder, dataset, found.path, found.files(), found.read, fresh)
+        loaded, notes = dataset_cache.through(folder, dataset, found.path, found.files(), found.read, fresh)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", ELSEWHERE) from None
     splits, classes, official, note = loaded
@@ -178,8 +178,8 @@ def _recognise(path: Path, row: Official) -> _Found | None:
         return _Found(
             "class folders of images",
             path.resolve(),
-            lambda: folders.image_files(path),
-            lambda: folders.read(path, row.names),
+            lambda: class_folders.image_files(path),
+            lambda: class_folders.read(path, row.names),
         )
     return None
 

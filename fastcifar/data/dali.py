@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.augment import Draws, Fill, Op, draw_epoch
-from fastcifar.data.kernel import by_step, compiled, params_by_step, plain, upload
-from fastcifar.data.pixels import SIDE
-from fastcifar.data.steps import Steps, cut
-from fastcifar.data.windows import COLOURS
+from fastcifar.data.batch_slicing import Steps, cut
+from fastcifar.data.compiled_augment import by_step, compiled, params_by_step, plain, upload
+from fastcifar.data.crop_flip_erase import COLOURS
+from fastcifar.data.image_ops import SIDE
 from fastcifar.device import DALI, DALI_REMEDY, optional
 from fastcifar.errors import DeviceError
 

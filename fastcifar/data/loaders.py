@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, draw_mix, parse, split_mixer
+from fastcifar.data.batch_slicing import cut
+from fastcifar.data.cifar_files import Split
+from fastcifar.data.compiled_augment import by_step, compiled, params_by_step, plain, upload
 from fastcifar.data.dali import DaliLoader
-from fastcifar.data.kernel import by_step, compiled, params_by_step, plain, upload
-from fastcifar.data.official import Split
-from fastcifar.data.steps import cut
 from fastcifar.data.torchvision_loader import TorchvisionLoader
 from fastcifar.errors import UsageError
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.pixels import AREA, SIDE
+from fastcifar.data.image_ops import AREA, SIDE
 
 Draw = Callable[[float, int, np.random.Generator], np.ndarray]
 Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.data.pixels import ONE, SIDE, UNIT, encode
+from fastcifar.data.image_ops import ONE, SIDE, UNIT, encode
 from fastcifar.errors import UsageError, pick
 from fastcifar.recipe import parsed_toml
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, spell
-from fastcifar.data.steps import cut
-from fastcifar.data.windows import ASPECTS, COLOURS, ERASED, SMALLEST
+from fastcifar.data.batch_slicing import cut
+from fastcifar.data.crop_flip_erase import ASPECTS, COLOURS, ERASED, SMALLEST
 from fastcifar.device import optional
 from fastcifar.errors import UsageError
 

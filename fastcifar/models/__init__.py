@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from fastcifar.errors import UsageError, pick
+from fastcifar.models.airbench_net import whitened
 from fastcifar.models.coconut import coconut
 from fastcifar.models.count import layer_table, macs, parameters
 from fastcifar.models.resnet import ACTIVATIONS, fuse, se_resnet
-from fastcifar.models.speednet import speednet
-from fastcifar.models.whitened import whitened
+from fastcifar.models.small_convnet import speednet
 from fastcifar.recipe import option, section
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, pick
-from fastcifar.models.ops import norm_relu
+from fastcifar.models.fused_ops import norm_relu
 
 # In place where autograd needs only the output: one activation map less to keep for each.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

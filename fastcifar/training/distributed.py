@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcifar.errors import DeviceError, first_line
-from fastcifar.training import capture
+from fastcifar.training import cuda_graph
 
 TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
@@ -156,7 +156,7 @@ def joined(device: str) -> Iterator[World]:
             f"another process of this run ended: {first_line(error, type(error).__name__)}", remedy
         ) from None
     finally:
-        capture.forget_recorded()
+        cuda_graph.forget_recorded()
         dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import eval_batches
 from fastcifar.errors import pick
-from fastcifar.training import capture
+from fastcifar.training.cuda_graph import captured_forward, compiled, filled
 from fastcifar.training.step import Forward
 
 BATCH_SIZE = 500
@@ -94,13 +94,13 @@ def fast_forward(
         return forward
     example = torch.zeros(BATCH_SIZE, 3, 32, 32, dtype=torch.uint8, device=device)
     example = example.contiguous(memory_format=torch.channels_last)
-    fast = capture.compiled(forward, mode) if compile else forward
+    fast = compiled(forward, mode) if compile else forward
     with evaluating(model):
         if cuda_graph:
-            fast = capture.captured_forward(fast, example)
+            fast = captured_forward(fast, example)
         else:
             fast(example)
-    return capture.filled(fast, BATCH_SIZE)
+    return filled(fast, BATCH_SIZE)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, Usage
 from fastcifar.recipe import Recipe, option, read_toml, section
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
-from fastcifar.training.parts import Parts
-from fastcifar.training.run import Clock, Progress, Run, Sinks, hold, read_environment
+from fastcifar.training.run_dir import Clock, Progress, Run, Sinks, hold, read_environment
+from fastcifar.training.trainer import Parts
 
 DEFAULTS = Recipe().model_dump(mode="json")
 ROLLBACKS = 3  # and then a run that is not finite stops after all

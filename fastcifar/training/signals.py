@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fastcifar.errors import Interrupted
 from fastcifar.training.distributed import World
-from fastcifar.training.run import Run
+from fastcifar.training.run_dir import Run
 
 AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
 

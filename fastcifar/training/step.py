@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.mixers import Apply, mixed_labels
 from fastcifar.training.distributed import ALONE, World
-from fastcifar.training.optim import Ema, Optimizer
+from fastcifar.training.optimizers import Ema, Optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

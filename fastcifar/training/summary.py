@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fastcifar.models import macs, parameters
-from fastcifar.training.parts import Parts, Tested
-from fastcifar.training.run import Clock, Run
+from fastcifar.training.run_dir import Clock, Run
+from fastcifar.training.trainer import Parts, Tested
 
 
 def summarise(parts: Parts, run: Run, clock: Clock, tested: Tested) -> dict[str, Any]:

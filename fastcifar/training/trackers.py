@@ -23,7 +23,7 @@ from typing import Any
 from fastcifar.device import optional
 from fastcifar.errors import UsageError, first_line, pick
 from fastcifar.recipe import Recipe
-from fastcifar.training.rows import Row, event_lines
+from fastcifar.training.metrics_file import Row, event_lines
 
 TENSORBOARD = "pip install 'tensorboard>=2.18,<3'"
 MLFLOW = "pip install 'mlflow>=3,<4'"

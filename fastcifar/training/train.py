@@ -16,13 +16,13 @@ from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe, period
 from fastcifar.training import checkpoint, resume
 from fastcifar.training.distributed import joined
-from fastcifar.training.parts import Parts, assemble
+from fastcifar.training.dry_run import fit_into_budget, tuned
 from fastcifar.training.progress import Display, say
-from fastcifar.training.rehearse import fit_into_budget, tuned
-from fastcifar.training.run import Clock, Run, Sinks
+from fastcifar.training.run_dir import Clock, Run, Sinks
 from fastcifar.training.signals import Stop
 from fastcifar.training.step import Reading, Step
 from fastcifar.training.summary import summarise
+from fastcifar.training.trainer import Parts, assemble
 
 PEEK_EVERY = 10  # steps between two looks at the meter
 

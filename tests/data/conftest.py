@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar.data import official
-from fastcifar.data.official import DATASETS, Batch, Official, Packing, Split
+from fastcifar.data import cifar_files
+from fastcifar.data.cifar_files import DATASETS, Batch, Official, Packing, Split
 
 
 def md5(blob: bytes) -> str:
@@ -90,8 +90,8 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     python = dataclasses.replace(python, meta_md5=md5((made.python / python.meta).read_bytes()))
     planar = images.reshape(-1, 3, 32, 32)
     content = {
-        "train": official.content_digest(Split(planar[:100], labels[:100])),
-        "test": official.content_digest(Split(planar[100:], labels[100:])),
+        "train": cifar_files.content_digest(Split(planar[:100], labels[:100])),
+        "test": cifar_files.content_digest(Split(planar[100:], labels[100:])),
     }
     row = dataclasses.replace(row, python=python, binary=with_md5s(row.binary, made.binary), content=content)
     monkeypatch.setitem(DATASETS, "cifar10", row)

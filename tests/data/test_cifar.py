@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcifar.data import cache_folder, cifar
+from fastcifar.data import cifar, dataset_cache
 from fastcifar.errors import DataError, UsageError
 
 
@@ -496,7 +496,7 @@ def test_losing_the_race_for_an_entry_is_no_failure(tiny_cifar, cache: Path, mon
             shutil.copytree(path, target)
         return rename(path, target)
 
-    monkeypatch.setattr(cache_folder.Path, "rename", late)
+    monkeypatch.setattr(dataset_cache.Path, "rename", late)
     assert same(quiet(tiny_cifar.python, cache), tiny_cifar.images, tiny_cifar.labels)
     assert entries(cache) == [raced[0].name]
 

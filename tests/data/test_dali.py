@@ -231,7 +231,7 @@ def test_a_run_on_the_gpu_captures_its_step_before_dali_starts(tiny: Callable[..
 
 @pytest.mark.gpu
 def test_a_capture_while_dali_runs() -> None:
-    from fastcifar.training.capture import record_on_cuda
+    from fastcifar.training.cuda_graph import record_on_cuda
 
     ours = dali(device="cuda", chunk=20)
     it = ours.batches(0)

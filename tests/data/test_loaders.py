@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.data import kernel, loaders
+from fastcifar.data import compiled_augment, loaders
 from fastcifar.data.augment import apply, draw_epoch, parse
 from fastcifar.data.loaders import LOADERS, TensorLoader, eval_batches
 from fastcifar.errors import UsageError
@@ -158,7 +158,7 @@ def test_evaluation_is_the_set_in_order(batch_size: int) -> None:
 def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
     from torch._inductor import metrics
 
-    kernel.compiled.cache_clear()
+    compiled_augment.compiled.cache_clear()
     metrics.reset()
     it, plain = loader(30, LONG_SPEC, compile=True), loader(30, LONG_SPEC)
     next(it.batches(0))
@@ -181,9 +181,9 @@ def test_many_settings_in_one_process_stay_compiled(monkeypatch: pytest.MonkeyPa
         return compile_with_inductor(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    kernel.compiled.cache_clear()
+    compiled_augment.compiled.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=2):
         for spec, batch_size in (("crop:1", 20), ("crop:1", 40), ("crop:2", 20), ("crop:3", 20), ("flip", 20)):
             images, _ = next(loader(batch_size, spec, compile=True).batches(0))
             assert torch.equal(images, next(loader(batch_size, spec).batches(0))[0])
-    kernel.compiled.cache_clear()  # these are not the real thing: leave none behind
+    compiled_augment.compiled.cache_clear()  # these are not the real thing: leave none behind

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pixels import PICTURES, oracle
+from test_image_ops import PICTURES, oracle
 from torchvision.transforms import v2
 
 from fastcifar.data import policies
 from fastcifar.data.augment import Op, apply, draw_epoch, parse, spell
-from fastcifar.data.pixels import CODES, ONE, UNIT, encode
+from fastcifar.data.image_ops import CODES, ONE, UNIT, encode
 from fastcifar.data.policies import AUTO, CIFAR10, JITTER, PLAIN, WIDE, Policy, levels
 from fastcifar.errors import UsageError
 

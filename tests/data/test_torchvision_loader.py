@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastcifar.cli.exit import explained
 from fastcifar.data import torchvision_loader
 from fastcifar.data.augment import AUGMENTS, Op, parse, spell
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
-from fastcifar.ending import explained
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train

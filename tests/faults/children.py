@@ -13,7 +13,7 @@ from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 # with what a first run would import for two seconds; none of it computes, so no threads are forked
-SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.results.tables"])
+SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.cli.tables"])
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
         "--batch-size", "32", "--dropout", "0.1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
@@ -47,8 +47,8 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     """The command line, with stdout and stderr in the file `output`; each training step takes `pause_s` longer."""
     import torch
 
-    from fastcifar import cli
-    from fastcifar.training.optim import Optimizer
+    from fastcifar.cli import app
+    from fastcifar.training.optimizers import Optimizer
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
@@ -64,7 +64,7 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
 
     Optimizer.between_steps = slower  # type: ignore[method-assign]
     try:
-        cli.main()
+        app.main()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

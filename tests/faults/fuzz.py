@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.data import archive, folders, official
-from fastcifar.data.official import DATASETS, Official, Packing
-from fastcifar.data.unpickle import loads
+from fastcifar.data import archive, cifar_files, class_folders
+from fastcifar.data.cifar_files import DATASETS, Official, Packing
+from fastcifar.data.safe_pickle import loads
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
-from fastcifar.results import records, seeds
-from fastcifar.results.ablation import tabulate
-from fastcifar.results.formats import FORMATS
-from fastcifar.training import checkpoint, run
+from fastcifar.reporting import aggregate, records
+from fastcifar.reporting.table import tabulate
+from fastcifar.reporting.table_formats import FORMATS
+from fastcifar.training import checkpoint, run_dir
 
 ROWS = 20  # of a batch, in stand-ins for the official files
 SLOWEST_S = 5.0
@@ -111,13 +111,13 @@ def saved(*values: Any) -> list[bytes]:
 
 def read_batch(folder: Path, blob: bytes) -> Any:
     images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    official._python_batch(ROW, ROW.python.batches[0], blob, "batch", images, labels, official=False)
+    cifar_files._python_batch(ROW, ROW.python.batches[0], blob, "batch", images, labels, official=False)
     return labels
 
 
 def read_binary(folder: Path, blob: bytes) -> Any:
     images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    official._binary_batch(ROW, ROW.binary.batches[0], blob, "batch", images, labels)
+    cifar_files._binary_batch(ROW, ROW.binary.batches[0], blob, "batch", images, labels)
     return labels
 
 
@@ -144,14 +144,14 @@ def in_a_report(name: str) -> Callable[[Path, bytes], Any]:
         for file, content in REPORTED.items():
             place = folder if file == "trials.jsonl" else within
             (place / file).write_bytes(blob if file == name else content)
-        table = tabulate(seeds.rows(records.read([folder])))
+        table = tabulate(aggregate.rows(records.read([folder])))
         return [write(table) for write in FORMATS.values()]
 
     return reader
 
 
 STATE = {"recipe": {"arch": "x"}, "model": {"weight": torch.arange(6.0)}, "step": 3, "more": [None, True, (1, "a")]}
-CSV = ",".join(run.COLUMNS) + "\n" + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
+CSV = ",".join(run_dir.COLUMNS) + "\n" + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
 SUMMARY = {"params": 5266, "steps": 270, "weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
            "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
@@ -169,16 +169,16 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "binary batch": ([bytes([3, *([7] * 3072)]) * ROWS, bytes(3073 * ROWS)], read_binary),
     "archive": ([packed({"data_batch_1": batch(2), "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
                 in_a_file("a.tar.gz", lambda path: list(archive.tar_members(path, ROW)))),
-    "image": ([image(kind) for kind in ("PNG", "BMP", "JPEG", "GIF", "TIFF")], in_a_file("a.png", folders.decode)),
+    "image": ([image(kind) for kind in ("PNG", "BMP", "JPEG", "GIF", "TIFF")], in_a_file("a.png", class_folders.decode)),
     "checkpoint": (saved(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
                    in_a_file("a.pt", lambda path: checkpoint.read(path, anyones=True))),
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],
                  in_a_file("manifest.json", lambda path: checkpoint.read_manifest(path.parent))),
     "env.json": ([b'{"recipe": "quick", "resumed": []}'],
-                 in_a_file("env.json", lambda path: run.read_environment(path.parent))),
-    "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run.csv_rows(path, 2))),
+                 in_a_file("env.json", lambda path: run_dir.read_environment(path.parent))),
+    "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run_dir.csv_rows(path, 2))),
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
-                     in_a_file("events.jsonl", lambda path: run.event_lines(path, 2))),
+                     in_a_file("events.jsonl", lambda path: run_dir.event_lines(path, 2))),
     **{f"{name} of a report": ([content], in_a_report(name)) for name, content in REPORTED.items()},
     "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\nopt = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
                     in_a_file("a.toml", lambda path: Recipe.make(str(path)))),

@@ -16,7 +16,7 @@ import torch
 
 from fastcifar.errors import DiskError, out_of_memory
 from fastcifar.recipe import Recipe
-from fastcifar.training import parts
+from fastcifar.training import trainer
 from fastcifar.training.train import train
 from tests.faults.runs import last
 
@@ -61,7 +61,7 @@ def test_fault07_a_read_only_place_is_found_before_training(
 ) -> None:
     train(tiny(max_steps=3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(parts.Parts, "validate", lambda self: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.Parts, "validate", lambda self: pytest.fail("it trained"))
     with nobody(tmp_path / "run"):
         for asked in (Recipe(resume=str(tmp_path / "run")), tiny(out=str(tmp_path / "run" / "new"))):
             with pytest.raises(DiskError, match=r"cannot write the run folder .*run.*: Permission denied") as caught:
@@ -73,7 +73,7 @@ def test_fault07_a_read_only_place_is_found_before_training(
 def test_fault07_too_little_space_is_found_before_training(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts.Parts, "validate", lambda self: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.Parts, "validate", lambda self: pytest.fail("it trained"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"a checkpoint needs \d\d,\d{3} bytes, and 1,000 are free in .*run"):
@@ -105,7 +105,7 @@ def test_fault07_the_estimate_of_a_checkpoint_is_near(tiny: Make, tmp_path: Path
     recipe = tiny(ema=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size
-    assert 0.7 * size < parts.assemble(recipe, choose(recipe)).checkpoint_bytes() < size
+    assert 0.7 * size < trainer.assemble(recipe, choose(recipe)).checkpoint_bytes() < size
 
 
 def test_memory_that_is_not_there_is_told_with_numbers() -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from fastcifar.device import choose
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
-from fastcifar.training import parts
-from fastcifar.training.parts import Parts, assemble
+from fastcifar.training import trainer
 from fastcifar.training.step import loss_and_hits
 from fastcifar.training.train import train
+from fastcifar.training.trainer import Parts, assemble
 from tests.faults.runs import assert_same, last, rows, summary
 
 Make = Callable[..., Recipe]
@@ -66,7 +66,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], Poison]:
             return poison.parts
 
         monkeypatch.setattr("fastcifar.training.train.assemble", assembled)
-        monkeypatch.setattr(parts, "loss_and_hits", poison)
+        monkeypatch.setattr(trainer, "loss_and_hits", poison)
         return poison
 
     return put

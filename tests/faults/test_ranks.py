@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 from fastcifar.data import cifar
 from fastcifar.data.augment import parse
+from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
-from fastcifar.data.official import Split
 from fastcifar.device import choose
 from fastcifar.models import build
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.images import normalisation
-from fastcifar.training.parts import assemble
-from fastcifar.training.run import Clock
+from fastcifar.training.build_data import normalisation
+from fastcifar.training.run_dir import Clock
+from fastcifar.training.trainer import assemble
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")

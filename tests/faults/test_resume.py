@@ -21,10 +21,10 @@ from fastcifar.errors import CheckpointError, Interrupted, UsageError
 from fastcifar.recipe import Recipe, option, section
 from fastcifar.training import resume
 from fastcifar.training.checkpoint import read
-from fastcifar.training.optim import OPTIMIZERS, Optimizer
-from fastcifar.training.parts import random_state, seed_all, set_random_state
-from fastcifar.training.run import hold
+from fastcifar.training.optimizers import OPTIMIZERS, Optimizer
+from fastcifar.training.run_dir import hold
 from fastcifar.training.train import train
+from fastcifar.training.trainer import random_state, seed_all, set_random_state
 from tests.faults.runs import assert_equal_runs, last, rows, summary
 
 Make = Callable[..., Recipe]
@@ -319,10 +319,10 @@ def test_fault23_a_run_that_is_being_trained_is_not_resumed(tiny: Make, tmp_path
 
 
 def test_a_time_budget_fits_once(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcifar.training import rehearse
-    from fastcifar.training.rehearse import Pace
+    from fastcifar.training import dry_run
+    from fastcifar.training.dry_run import Pace
 
-    monkeypatch.setattr(rehearse, "measure", lambda parts, step: Pace(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure", lambda parts, step: Pace(2.0, 0.05))
     budget = {"time_budget": 0.75, "epochs": 200, "warmup_epochs": 20}
     train(tiny(**budget))
     train(tiny(**budget, max_steps=7, out=str(tmp_path / "cut")))

@@ -27,8 +27,8 @@ from fastcifar.training.evaluate import (
     score,
     seen,
 )
-from fastcifar.training.parts import assemble
 from fastcifar.training.train import train
+from fastcifar.training.trainer import assemble
 
 
 def test_scores_by_hand() -> None:
@@ -160,8 +160,8 @@ def test_training_compiles_its_evaluations_where_they_repay_it(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[bool] = []
-    monkeypatch.setattr("fastcifar.training.parts.COMPILE_FROM", 400)
-    monkeypatch.setattr("fastcifar.training.parts.fast_forward", lambda *args: made.append(args[3]) or args[1])
+    monkeypatch.setattr("fastcifar.training.trainer.COMPILE_FROM", 400)
+    monkeypatch.setattr("fastcifar.training.trainer.fast_forward", lambda *args: made.append(args[3]) or args[1])
     # each epoch 40 images, twice with an average; at the end 40, and 40 for the average and for each of two views
     for enough, extra in ((9, {}), (4, {"ema": 0.9}), (7, {"tta": "flip"})):
         for epochs in (enough - 1, enough):

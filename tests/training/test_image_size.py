@@ -15,10 +15,10 @@ from torch import Tensor
 from fastcifar.device import choose
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe, image_sizes, shipped
-from fastcifar.training import capture, rehearse
-from fastcifar.training.parts import Parts, assemble
-from fastcifar.training.rehearse import Pace, fit_into_budget, measure
+from fastcifar.training import cuda_graph, dry_run
+from fastcifar.training.dry_run import Pace, fit_into_budget, measure
 from fastcifar.training.step import loss_and_hits, resized
+from fastcifar.training.trainer import Parts, assemble
 
 
 def parts_of(recipe: Recipe) -> Parts:
@@ -84,7 +84,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
         prepared.append(len(prepared))
         return function
 
-    monkeypatch.setattr(capture, "compiled", recorded)
+    monkeypatch.setattr(cuda_graph, "compiled", recorded)
     step = parts.fast_step()
     assert len(prepared) == 3
     assert [size for size, _ in taken] == [24, 28, 32]  # the warm-up of each
@@ -105,7 +105,7 @@ def test_a_compiled_small_size_equals_the_plain_one() -> None:
     images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
     images = images.contiguous(memory_format=torch.channels_last)
     expected, _ = function(images, labels)
-    found, _ = capture.compiled(function)(images, labels)
+    found, _ = cuda_graph.compiled(function)(images, labels)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 ) -> None:
     parts = parts_of(tiny(image_size="24:3,32", epochs=4))
     seconds = {24: 1.0, 32: 5.0}
-    monkeypatch.setattr(rehearse, "_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
+    monkeypatch.setattr(dry_run, "_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
     pace = measure(parts, parts.fast_step())
     assert pace.step_s == 2.0
     assert parts.progress.epoch == 0
@@ -123,7 +123,7 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 def test_a_budget_shortens_the_stages_with_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rehearse, "measure", lambda parts, step: Pace(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure", lambda parts, step: Pace(2.0, 0.05))
     parts = parts_of(tiny(time_budget=1.0, epochs=16, image_size="16:3,24:8,32"))
     fit_into_budget(parts, parts.fast_step(), elapsed_s=7.0)
     assert (parts.recipe.epochs, parts.recipe.image_size) == (4, "24:2,32")

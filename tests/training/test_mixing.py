@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+from fastcifar.benchmark.bench import bench
+from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import batches
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.official import Split
 from fastcifar.device import choose
 from fastcifar.errors import UsageError
-from fastcifar.lab.bench import bench
 from fastcifar.recipe import Recipe
-from fastcifar.training.capture import by_batch_size, compiled, graphed
-from fastcifar.training.parts import Parts, assemble
-from fastcifar.training.rehearse import rehearse
+from fastcifar.training.cuda_graph import by_batch_size, compiled, graphed
+from fastcifar.training.dry_run import rehearse
 from fastcifar.training.step import forward_pass, mixed_loss_and_hits
 from fastcifar.training.train import train
+from fastcifar.training.trainer import Parts, assemble
 
 
 def parts_of(recipe: Recipe) -> Parts:

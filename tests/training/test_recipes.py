@@ -13,11 +13,11 @@ from fastcifar.data.augment import parse, split_mixer
 from fastcifar.data.mixers import MIXERS
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, shipped
-from fastcifar.training.images import normalisation_name
-from fastcifar.training.optim import Optimizer, clipper
-from fastcifar.training.parts import network
-from fastcifar.training.schedule import Schedule
-from fastcifar.training.update_rules import Ranger
+from fastcifar.training.build_data import normalisation_name
+from fastcifar.training.lr_schedule import Schedule
+from fastcifar.training.optimizer_classes import Ranger
+from fastcifar.training.optimizers import Optimizer, clipper
+from fastcifar.training.trainer import network
 from tests.models.networks import on_meta, small
 
 A = "crop:4:zero,flip,rotate:5,autoaugment:cifar10"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from fastcifar.device import choose
 from fastcifar.recipe import Recipe
-from fastcifar.training.parts import Parts, assemble
 from fastcifar.training.step import Meter, forward_pass, loss_and_hits, not_finite
+from fastcifar.training.trainer import Parts, assemble
 
 CPU = torch.device("cpu")
 

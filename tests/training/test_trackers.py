@@ -19,9 +19,9 @@ import pytest
 from fastcifar.errors import Interrupted, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trackers
-from fastcifar.training.optim import Optimizer
-from fastcifar.training.rows import COLUMNS
-from fastcifar.training.run import Run
+from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.training.optimizers import Optimizer
+from fastcifar.training.run_dir import Run
 from fastcifar.training.train import train
 
 Make = Callable[..., Recipe]

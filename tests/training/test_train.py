@@ -19,9 +19,9 @@ from fastcifar.errors import Interrupted, NonFiniteError, UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.parts import Parts
-from fastcifar.training.schedule import Schedule
+from fastcifar.training.lr_schedule import Schedule
 from fastcifar.training.train import train
+from fastcifar.training.trainer import Parts
 from tests.faults.runs import assert_equal_runs
 
 KEYS = {
@@ -124,16 +124,16 @@ def test_weights_ema_tests_the_average(tiny: Callable[..., Recipe]) -> None:
 
 
 def test_the_test_set_is_read_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastcifar.training import parts
+    from fastcifar.training import trainer
 
     seen: list[int] = []
-    evaluate = parts.evaluate
+    evaluate = trainer.evaluate
 
     def counted(model: Any, forward: Any, split: Any, device: Any) -> Any:
         seen.append(len(split.labels))
         return evaluate(model, forward, split, device)
 
-    monkeypatch.setattr(parts, "evaluate", counted)
+    monkeypatch.setattr(trainer, "evaluate", counted)
     train(tiny(epochs=3))
     assert seen == [40, 40, 40, 40]  # three validations of 40 images and one test of 40
     seen.clear()

@@ -1,0 +1,197 @@
+"""The result folder of a speedrun: `recipe.json`, `env.json`, `trials.jsonl`, `summary.json`; its arithmetic.
+
+A trial is on the disk as soon as it ends, and the summary is made anew from all of them. Nothing is run or timed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastcifar.device import result_name
+from fastcifar.errors import DiskError, UsageError, UserError
+from fastcifar.recipe import Recipe
+from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.run_dir import hold
+
+FIGURES = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
+NO_CLOCK = ("pydantic", "typer")  # packages that no second depends on
+
+
+@dataclass
+class Tally:
+    """A folder and its trials, oldest first. `document`: what is run (target, recipe, on, config). `about`: params,
+    macs, images and flops of a run. `environment`: what env.json says, with what was `chosen` on that machine. A
+    context, in which the folder is this process's own."""
+
+    folder: Path
+    document: dict[str, Any]
+    about: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    lock: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Tally:
+        """What is in a folder; a line that a dying process cut short is not a trial. Errors: `UsageError`."""
+        try:
+            document = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+            about = document.pop("about")
+            there = (folder / "env.json").is_file()
+            environment = json.loads((folder / "env.json").read_text(encoding="utf-8")) if there else {}
+            lines = (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UsageError(f"{folder} holds no trials: {type(error).__name__}", "give a speedrun's folder") from None
+        return cls(folder, document, about, environment, [trial for line in lines if (trial := _parsed(line))])
+
+    @classmethod
+    def open(
+        cls,
+        append: Path | None,
+        out: str | None,
+        document: dict[str, Any],
+        about: dict[str, Any],
+        environment: dict[str, Any],
+        seeds: Sequence[int],
+    ) -> Tally:
+        """The folder `append` goes on with `seeds`; else a new one, `out` or speedruns/<UTC>_<device>_<recipe>.
+
+        Errors: `UsageError` for a folder that is there already, and those of `require_same`; `DiskError`.
+        """
+        folder = append or Path(out or Path("speedruns") / result_name(environment["device"], document["recipe"]))
+        try:
+            if not append:
+                folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UsageError(f"{folder} is there already", f"--append {folder} adds to it") from None
+        except OSError as error:
+            raise DiskError(f"cannot make {folder}: {error.strerror}", "give --out DIR") from None
+        lock = hold(folder)
+        try:
+            trials = cls.read(folder) if append else cls(folder, document, about, environment)
+            trials.require_same(document, environment, seeds)  # also of what was added until it was locked
+            if trials.about != about:
+                raise UsageError(f"{folder} is of {trials.about}, not {about}", "give --data as it was")
+            trials._write_all(environment)
+        except UserError:
+            os.close(lock)
+            raise
+        trials.lock = lock
+        return trials
+
+    def __enter__(self) -> Tally:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    @property
+    def next_seed(self) -> int:
+        """The seed after those that are there."""
+        return max((trial["seed"] for trial in self.trials), default=-1) + 1
+
+    def require_same(self, document: dict[str, Any], environment: dict[str, Any], seeds: Sequence[int]) -> None:
+        """Errors: `UsageError` that names what differs of the recipe or the clock, or a seed that is there already."""
+        defaults = Recipe().model_dump(mode="json")  # of knobs that there were not yet when the folder was made
+        mine, other = ({**defaults, **of, **of["config"], "config": None} for of in (self.document, document))
+        differing = [key for key in other if other[key] != mine.get(key)]
+        if differing:
+            listed = ", ".join(f"{key} {mine.get(key)}, not {other[key]}" for key in differing)
+            raise UsageError(f"{self.folder} is of another recipe: {listed}", "give --out for a result of its own")
+        then, now = of_the_clock(self.environment), of_the_clock(environment)
+        differing = [name for name in then if name in now and then[name] != now[name]]
+        if differing:
+            listed = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
+            raise UsageError(f"{self.folder} is of another clock: {listed}", "give --out for a result of its own")
+        there = {trial["seed"] for trial in self.trials} & set(seeds)
+        if there:
+            raise UsageError(f"{self.folder} has seed {min(there)} already", f"begin at --seed {self.next_seed}")
+
+    def add(self, trial: dict[str, Any]) -> None:
+        """Keeps a trial, and the summary with it. Errors: `DiskError`."""
+        self.trials.append(trial)
+        self._write({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
+        self._write({"summary.json": json.dumps(self.summary(), indent=1) + "\n"})
+
+    def summary(self) -> dict[str, Any]:
+        """Of every trial: the figures' mean, standard deviation and standard error, and the share over the target.
+
+        A refused trial counts among the runs, as one that missed the target, and is in no mean: where there is one,
+        the target is not reached.
+        """
+        counted = [trial for trial in self.trials if not trial["refused"]]
+        target = float(self.document["target"]) / 100
+        figures = {name: spread([trial[name] for trial in counted]) for name in FIGURES}
+        for name in ("acc", "acc_tta"):
+            if found := figures[name]:
+                found["share"] = sum(value >= target for value in found["trials"]) / len(self.trials)
+        best = figures["acc_tta"] or figures["acc"]
+        reached = best is not None and best["mean"] >= target and len(counted) == len(self.trials)
+        config = self.document["config"]
+        return {
+            "target": target,
+            "recipe": self.document["recipe"],
+            "on": self.document["on"],
+            **{name: config[name] for name in ("arch", "epochs", "tta", "weights")},
+            **self.about,
+            "n": len(self.trials),
+            "refused": len(self.trials) - len(counted),
+            "seeds": [trial["seed"] for trial in self.trials],
+            **figures,
+            "cold_start_s": [trial["cold_start_s"] for trial in self.trials if trial["cold_start_s"] is not None],
+            "reached": reached,
+            "flops_to_target": self.about["flops"] if reached else None,
+        }
+
+    def _write_all(self, environment: dict[str, Any]) -> None:
+        now = {**environment, "started": time.strftime("%FT%TZ", time.gmtime())}
+        files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.about}}
+        if not (self.folder / "env.json").exists():
+            files["env.json"] = now
+        self._write({name: json.dumps(content, indent=1) + "\n" for name, content in files.items()})
+        self._write({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
+
+    def _write(self, files: dict[str, str]) -> None:
+        try:
+            for name, content in files.items():
+                write_atomically(self.folder / name, content.encode())
+        except OSError as error:
+            raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
+
+
+def of_the_clock(environment: dict[str, Any]) -> dict[str, Any]:
+    """What of an env.json seconds depend on: versions, what was chosen, and the device with its threads."""
+    versions = {name: found for name, found in environment.get("versions", {}).items() if name not in NO_CLOCK}
+    machine = {name: environment[name] for name in ("device", "threads", "cuda", "cudnn") if name in environment}
+    return {**versions, **environment.get("chosen", {}), **machine}
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """`mean`, `std` (of a sample), `stderr` of the mean and the values as `trials`; None where one is missing.
+
+    One value has no deviation.
+    """
+    found = [value for value in values if value is not None]
+    if not found or len(found) < len(values):
+        return None
+    std = statistics.stdev(found) if len(found) > 1 else None
+    stderr = None if std is None else std / math.sqrt(len(found))
+    return {"mean": statistics.fmean(found), "std": std, "stderr": stderr, "trials": found}
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "seed" in found else None

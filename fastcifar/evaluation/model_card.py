@@ -1,0 +1,104 @@
+"""The model card beside an exported file: what it is, what it was trained on, how good it was measured to be.
+
+A figure that was not measured is said to be so; nothing is copied from anywhere but the run's own records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fastcifar._version import __version__
+from fastcifar.data.cifar import Dataset, Split
+from fastcifar.evaluation.load_run import Finished
+from fastcifar.models import macs, parameters
+from fastcifar.recipe import section
+from fastcifar.training.build_data import normalisation, normalisation_name
+from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.run_dir import read_summary
+
+INPUT = {
+    "uint8": "`images`: uint8 [n, 32, 32, 3], RGB; normalised inside",
+    "normalised": "`images`: float32 [n, 3, 32, 32], RGB in [0, 1], minus the mean, divided by the standard deviation",
+}
+
+
+def model_card(path: Path, file: Path, found: Finished, data: Dataset, folder: Path, made: dict[str, Any]) -> str:
+    """Writes the card of `file` to `path` and returns the file's SHA-256.
+
+    `folder`: the run's, whose summary.json is read if it is there. `made`: format, inputs, outputs, difference, images.
+    """
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    recipe = found.recipe
+    mean, std = normalisation(recipe)
+    sections = {
+        f"{recipe.arch} on {recipe.dataset}": [
+            f"- file: `{file.name}` ({made['format']}), {file.stat().st_size:,} bytes, sha256 `{digest}`",
+            f"- network: {parameters(found.model):,} trainable parameters, {macs(found.model) / 1e6:.2f} M "
+            "multiply-accumulates an image (convolutions and linear layers)",
+            f"- in: {INPUT[made['inputs']]}",
+            f"- out: {made['outputs']}, float32 [n, {len(found.classes)}], in the order {', '.join(found.classes)}",
+            f"- normalisation: `{normalisation_name(recipe)}`, mean {_triple(mean)}, std {_triple(std)} of pixels in "
+            "[0, 1]",
+            f"- compared with the network in float32 on {made['images']} test images: largest absolute difference "
+            f"{made['difference']:.2g}",
+            f"- weights: {found.weights}, from `{found.checkpoint.name}`; made by fastcifar {__version__}",
+        ],
+        "Data": [
+            f"- {data.name}, {'the official files' if data.official else 'not the official files'}: {data.kind}",
+            *(f"- {name}: {_split(split)}" for name, split in (("train", data.train), ("test", data.test))),
+            f"- held out of training to choose by: {recipe.val_size:,} images, `val_seed` {recipe.val_seed}",
+        ],
+        "Training": _training(found),
+        "Measured": _measured(found, folder),
+        "Limits": [
+            "- It knows these classes only, and says one of them of any image. Images are 32 x 32; a larger one has to "
+            "be resized first, and then looks unlike those it was trained on.",
+            "- Photographs of CIFAR's kind only: with noise, blur, other cameras or drawings it is right less often.",
+            "- One run, one seed: another seed's accuracy differs by a few tenths of a point.",
+        ],
+    }
+    text = "\n".join(f"{'#' if title == next(iter(sections)) else '##'} {title}\n\n" + "\n".join(lines) + "\n"
+                     for title, lines in sections.items())  # fmt: skip
+    write_atomically(path, text.encode())
+    return digest
+
+
+def _split(split: Split) -> str:
+    """Size and content: MD5s of the pixels and the labels as they are in memory, planar uint8 and int64."""
+    pixels, labels = (hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest() for array in vars(split).values())
+    return f"{len(split.labels):,} images, MD5 of the pixels `{pixels}`, of the labels `{labels}`"
+
+
+def _training(found: Finished) -> list[str]:
+    if found.weights == "published":
+        return ["- by the project that published the weights; nothing of it is known here"]
+    elsewhere = ("data", "out", *section("machine"))  # of the run's place, and of this file's making
+    knobs = {name: value for name, value in found.recipe.differing().items() if name not in elsewhere}
+    return [
+        f"- seed {found.recipe.seed}, {found.recipe.epochs} epochs, {found.recipe.optimizer}, augmentation "
+        f"`{found.recipe.augment}`",
+        f"- recipe, where it differs from the defaults: `{json.dumps(knobs)}`",
+    ]
+
+
+def _measured(found: Finished, folder: Path) -> list[str]:
+    summary = read_summary(folder)
+    if summary.get("weights") != found.weights:
+        return [f"- the test set has not met these weights ({found.weights}) in this run; see `fastcifar eval`"]
+    trained = found.recipe.model_copy(update={"normalise": summary["config"]["normalise"]})
+    if normalisation(trained) != normalisation(found.recipe):
+        known = normalisation_name(trained)
+        return [f"- not measured with this normalisation, only with `{known}`; see `fastcifar eval`"]
+    right = f"{summary['correct']:,} of {summary['total']:,}"
+    return [
+        f"- test accuracy {100 * summary['test_acc']:.2f} %, {right}, n = 1 seed",
+        f"- test loss {summary['test_loss']:.4f} nats, expected calibration error {summary['ece']:.4f} (15 bins)",
+        f"- complete: {'yes' if summary['complete'] else 'no'}, stopped by {summary['stop_reason']}",
+    ]
+
+
+def _triple(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"

@@ -1,1 +1,0 @@
-"""Many runs, measured: the clock of the loader, the step and both together."""

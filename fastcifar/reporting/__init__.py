@@ -1,0 +1,1 @@
+"""Many runs: records, aggregation over seeds, tables, plots, HTML."""

@@ -1,0 +1,83 @@
+"""`fastcifar compare A B`: two runs, or two files of one kind, compared as that kind is. A kind is a row of COMPARERS.
+
+The kind is told from what is there, never from its name. Nothing here measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+from fastcifar.cli.tables import comparison_table
+from fastcifar.errors import DataError, UsageError
+from fastcifar.evaluation import prediction_files
+from fastcifar.reporting.benchmark_tables import compare_benchmarks, compared_table, read_benchmark
+from fastcifar.reporting.compare_runs import compare_runs, differences_table, read_run
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """How one kind is compared.
+
+    read     a path -> its content, or None if it is not of this kind
+    compare  two contents -> the document of --json
+    table    that document -> what a person sees
+    """
+
+    read: Callable[[Path], Any]
+    compare: Callable[[Any, Any], dict[str, Any]]
+    table: Callable[[dict[str, Any]], Group]
+
+
+def benchmark(path: Path) -> dict[str, Any] | None:
+    """The document of a file that `bench --json` was written to."""
+    try:
+        return read_benchmark(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def submission(path: Path) -> Path | None:
+    """The path of a file that is no JSON: what it is instead, its comparison says."""
+    if path.is_dir():
+        return None
+    try:
+        return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
+    except OSError:
+        return path
+
+
+COMPARERS: dict[str, Comparer] = {
+    "run": Comparer(read_run, compare_runs, differences_table),
+    "benchmark": Comparer(benchmark, compare_benchmarks, compared_table),
+    "submission": Comparer(submission, prediction_files.compare, comparison_table),
+}
+
+
+def compare(a: Path, b: Path) -> dict[str, Any]:
+    """`{"kind", "a", "b"}` and what the kind's comparer found.
+
+    Errors: `UsageError` unless both are of one kind, and the kind's own.
+    """
+    found = [recognised(path) for path in (a, b)]
+    (kind, mine), (other_kind, other) = found
+    if kind != other_kind:
+        raise UsageError(f"{a} is a {kind} and {b} is a {other_kind}", "give two of one kind")
+    return {"kind": kind, "a": str(a), "b": str(b), **COMPARERS[kind].compare(mine, other)}
+
+
+def recognised(path: Path) -> tuple[str, Any]:
+    """The kind of `path` and its content. Errors: `DataError` for what is not there, `UsageError` for no kind."""
+    if not path.exists():
+        raise DataError(f"there is no {path}", "check the path")
+    for kind, comparer in COMPARERS.items():
+        content = comparer.read(path)
+        if content is not None:
+            return kind, content
+    raise UsageError(
+        f"{path} is no {' or '.join(COMPARERS)}", "give run folders, what `bench --json` printed, or CSVs of `predict`"
+    )

@@ -1,0 +1,249 @@
+"""Run folders and sweeps as records: what was asked of a run, what came of it, and why if nothing did.
+
+It reads, and believes nothing: a folder that is damaged or not finished is a record that says so, never a traceback.
+No statistics here, and no network is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastcifar.errors import CheckpointError, UsageError
+from fastcifar.recipe import WHERE_KEPT, Recipe, read_toml
+from fastcifar.training.metrics_file import COLUMNS, csv_rows
+from fastcifar.training.run_dir import read_environment
+
+TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
+MOST = 1e30  # of any metric; a mean of more might not be a number
+UNNAMED = "custom"  # what `train` calls a recipe of options alone
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class Summary(BaseModel):
+    """What a report needs of summary.json; whatever else is there is left alone."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    params: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    weights: Literal["last", "best", "ema"]
+    val_acc: Fraction | None = None
+    best_val_acc: Fraction | None = None
+    test_acc: Fraction | None = None
+    per_class: dict[str, Fraction | None] = {}
+    seconds: dict[str, Seconds] = {}
+    stop_reason: str
+    complete: bool
+
+
+class Trial(BaseModel):
+    """A line of a sweep's trials.jsonl."""
+
+    trial: Name
+    label: str
+    knobs: dict[str, Any] = {}
+    seed: int | None = None
+    state: Literal["running", "done", "failed", "pruned"]
+    reason: str | None = None
+    run: Name | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, or a trial that came to none.
+
+    group: what it shares with the runs that differ from it by the seed alone. name: of that, for people.
+    knobs: its recipe's; of a trial without a run folder, those that the sweep varies. epochs: the rows of metrics.csv,
+    None where nothing was measured. state: "done" runs were tested as their recipe asks; reason: why others were not.
+    """
+
+    folder: Path
+    group: str
+    name: str
+    knobs: dict[str, Any]
+    seed: int | None
+    state: Literal["done", "unfinished", "failed", "pruned", "damaged"]
+    reason: str = ""
+    summary: Summary | None = None
+    epochs: list[dict[str, float | None]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """The device it ran on, in words; "" if the folder does not say."""
+        return one_line(self.environment.get("device", ""))
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """The runs in `paths`, run folders and sweeps, in order; what is named twice is there once.
+
+    Errors: `CheckpointError` for a path that is neither, and where nothing at all could be read.
+    """
+    found: dict[Path, Record] = {}
+    for path in paths:
+        for record in read_sweep(path) if os.path.isfile(path / TRIALS) else [_run(path)]:
+            place = record.folder.resolve()
+            if place not in found or record.group.startswith("sweep"):
+                found[place] = record
+    records = list(found.values())
+    if all(record.state == "damaged" for record in records):
+        listed = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "they hold no trial"
+        raise CheckpointError(f"nothing to report: {listed}")
+    return records
+
+
+def _run(path: Path) -> Record:
+    if not any(os.path.isfile(path / name) for name in (RECIPE, SUMMARY, METRICS)):
+        problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
+        raise CheckpointError(problem, f"give folders that hold {RECIPE} or {TRIALS}")
+    return read_run(path)
+
+
+def read_run(folder: Path) -> Record:
+    """The record of a run folder, whatever state it is in."""
+    environment = read_environment(folder)
+    try:
+        knobs = _knobs(folder)
+    except UsageError as error:
+        return Record(folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment)
+    recipe = one_line(environment.get("recipe", ""))
+    name = knobs["arch"] if recipe in ("", UNNAMED) else recipe
+    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *WHERE_KEPT)}
+    record = Record(
+        folder,
+        json.dumps(alike, sort_keys=True),
+        name,
+        knobs,
+        knobs["seed"],
+        "unfinished",
+        epochs=_epochs(folder),
+        environment=environment,
+    )
+    if not (folder / SUMMARY).exists():
+        reason = f"after {len(record.epochs)} of {knobs['epochs']} epochs: in training, or stopped"
+        return replace(record, reason=reason)
+    try:
+        summary = Summary.model_validate_json((folder / SUMMARY).read_bytes())
+    except (ValidationError, OSError) as error:
+        return replace(record, state="damaged", reason=f"{SUMMARY}: {_problem(error)}")
+    if not summary.complete and summary.stop_reason != "max_steps":  # which is a knob: all of it that was asked for
+        return replace(record, reason=f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps")
+    if not record.epochs:
+        warnings.warn(f"{folder / METRICS} has no row that can be read; its curves are left out", stacklevel=2)
+    return replace(record, state="done", summary=summary)
+
+
+def _knobs(folder: Path) -> dict[str, Any]:
+    """The recipe's knobs, checked; one that this version does not know is kept, one that the file lacks is the default.
+
+    Errors: `UsageError`.
+    """
+    if not (folder / RECIPE).is_file():
+        raise UsageError(f"no {RECIPE}")
+    values = read_toml(str(folder / RECIPE))
+    return {**json.loads(json.dumps(values, default=str)), **Recipe.known(values).model_dump(mode="json")}
+
+
+def _epochs(folder: Path) -> list[dict[str, float | None]]:
+    """The whole rows of metrics.csv as numbers; what is no number that can be is None."""
+    try:
+        rows = csv_rows(folder / METRICS, sys.maxsize)
+    except OSError:
+        return []
+    return [{name: _number(row[name]) for name in COLUMNS} for row in rows]
+
+
+def _number(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if abs(value) < MOST else None
+
+
+def read_sweep(folder: Path) -> list[Record]:
+    """The trials of a sweep. Errors: `CheckpointError`."""
+    return [_trial(folder, trial) for trial in read_trials(folder / TRIALS)[0].values()]
+
+
+def read_trials(path: Path) -> tuple[dict[str, Trial], int]:
+    """The last line of each trial in a sweep's ledger, in the order of their first, and the bytes of its whole lines.
+
+    What comes after those was cut short by the end of a process, and counts as none; a whole line that is no trial's is
+    left out, with a warning. No file is no trials. Errors: `CheckpointError`.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}, 0
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    whole = content.rfind(b"\n") + 1
+    trials, unreadable = {}, 0
+    for line in filter(bytes.strip, content[:whole].split(b"\n")):
+        try:
+            trial = Trial.model_validate_json(line)
+        except ValidationError:
+            unreadable += 1
+        else:
+            trials[trial.trial] = trial
+    if unreadable:
+        warnings.warn(f"{path}: {unreadable} of its lines cannot be read and are left out", stacklevel=2)
+    return trials, whole
+
+
+def _trial(sweep: Path, trial: Trial) -> Record:
+    folder = sweep / (trial.run or f"runs/{trial.trial}")
+    label = one_line(trial.label)
+    named: dict[str, Any] = {"group": f"sweep {sweep.resolve()} {trial.label}", "name": label}
+    if os.path.isdir(folder):  # unlike pathlib it takes any name
+        record = replace(read_run(folder), **named)
+    else:
+        reason = "in training, or stopped" if trial.state == "running" else "its run folder is gone"
+        state = "unfinished" if trial.state == "running" else "damaged"
+        record = Record(folder, knobs=trial.knobs, seed=trial.seed, state=state, reason=reason, **named)
+    if trial.state in ("failed", "pruned"):
+        return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason was given"), summary=None)
+    return record
+
+
+def one_line(text: object) -> str:
+    """`text` as it may stand in a table: nothing but printable characters and single spaces."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def breakable(text: str) -> str:
+    """A list of names, such as augmentations, with spaces where it may go on in the next line."""
+    return re.sub(r",(?=[a-z])", ", ", text)
+
+
+def spelt(value: Any) -> str:
+    """A knob's value as the command line spells it; a dash for none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items()) or "-"
+    return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
+
+
+def _problem(error: ValidationError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror}"
+    first = error.errors()[0]
+    return one_line(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))

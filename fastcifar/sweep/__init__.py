@@ -1,0 +1,1 @@
+"""Many trials: sweep files, executors, Optuna studies, the trial log."""

@@ -1,0 +1,343 @@
+"""A run folder (recipe, environment, metrics, events, summary), the sinks and the clock of one run.
+
+A folder belongs to one process at a time, which holds a lock on it; `-2` is added to a name that is taken. Nothing
+here computes a metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastcifar.device import environment
+from fastcifar.errors import DiskError, UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.training.checkpoint import write_atomically
+from fastcifar.training.metrics_file import COLUMNS, Row, csv_rows, event_lines
+from fastcifar.training.trackers import Tracker, asked
+
+# a function of each epoch's row; a reason that it returns ends the run
+Sink = Callable[[Row], str | None]
+Sinks = Sequence[Sink]
+
+
+def csv_sink(folder: Path, done: int = 0) -> Sink:
+    """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
+    path = folder / "metrics.csv"
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(csv_rows(path, done))
+    write_atomically(path, table.getvalue().encode())
+
+    def write(row: Row) -> None:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({name: _cell(row.get(name)) for name in COLUMNS})
+            file.flush()
+            os.fsync(file.fileno())
+
+    return write
+
+
+def events_sink(folder: Path, done: int = 0) -> Sink:
+    """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
+    path = folder / "events.jsonl"
+    write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
+
+    def write(row: Row) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+
+    return write
+
+
+# name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
+# one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
+SINKS: dict[str, Callable[[Path, int], Sink]] = {
+    "csv": csv_sink,
+    "events": events_sink,
+    "tensorboard": partial(Tracker, "tensorboard"),
+    "mlflow": partial(Tracker, "mlflow"),
+}
+FILES = ("csv", "events")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that is this process's own for as long as `lock` is open. `name`: the recipe's, for tables."""
+
+    folder: Path
+    name: str
+    lock: int
+    sinks: tuple[Sink, ...]
+
+    @classmethod
+    def create(cls, recipe: Recipe, name: str) -> Run:
+        """Makes the folder (`--out`, else runs/ARCH-`name`-...), with recipe.toml and env.json in it.
+
+        Errors: `DiskError` when the folder cannot be made or written: before training, not after.
+        """
+        named = f"{recipe.arch}-{name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        wanted = Path(recipe.out) if recipe.out else Path("runs") / named
+        try:
+            folder, held = _claim(wanted)
+            return cls._open(folder, held, recipe, {"recipe": name, **_started(recipe)}, 0)
+        except OSError as error:
+            raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
+
+    @classmethod
+    def of_another_rank(cls, folder: Path, name: str) -> Run:
+        """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
+        return cls(folder, name, -1, ())
+
+    @classmethod
+    def reopen(cls, folder: Path, held: int, recipe: Recipe, name: str, done: int) -> Run:
+        """The folder of a run that stopped, `held` by `lock`: rows after its first `done` epochs and its summary go.
+
+        Errors: `DiskError` when it cannot be written.
+        """
+        environment_then = read_environment(folder) or {"recipe": name, **_started(recipe)}
+        environment_then["resumed"] = [*environment_then.get("resumed", []), _started(recipe)]
+        try:
+            for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
+                stale.unlink(missing_ok=True)
+            return cls._open(folder, held, recipe, environment_then, done)
+        except OSError as error:
+            raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", "give --out DIR") from None
+
+    @classmethod
+    def _open(cls, folder: Path, held: int, recipe: Recipe, environment_now: dict[str, Any], done: int) -> Run:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
+        write_atomically(folder / "env.json", (json.dumps(environment_now, indent=1) + "\n").encode())
+        sinks = tuple(SINKS[name](folder, done) for name in (*FILES, *asked(recipe.track)))
+        return cls(folder, environment_now["recipe"], held, sinks)
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Those of the sinks that follow the run elsewhere; see `Tracker`."""
+        return [sink for sink in self.sinks if isinstance(sink, Tracker)]
+
+    def rewind(self, done: int) -> None:
+        """Removes the rows after the first `done` epochs. Errors: `DiskError`."""
+        try:
+            for name in FILES:
+                SINKS[name](self.folder, done)
+            for tracker in self.trackers:
+                tracker.reopen(done)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def take_rows(self, source: Path, done: int) -> None:
+        """The rows of the first `done` epochs in the run folder `source`, here. Errors: `DiskError`."""
+        try:
+            for name in ("metrics.csv", "events.jsonl"):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, self.folder / name)
+        except OSError as error:
+            raise self._failed(error) from None
+        self.rewind(done)
+
+    def require_space(self, needed: int) -> None:
+        """Errors: `DiskError` if a checkpoint of `needed` bytes does not fit beside what is there."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            problem = f"a checkpoint needs {needed:,} bytes, and {free:,} are free in {self.folder}"
+            raise DiskError(problem, "free some space, or give --out")
+
+    def _failed(self, error: OSError) -> DiskError:
+        return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
+
+    def also(self, sinks: Sinks) -> Run:
+        """The same run with more sinks, after its own."""
+        return replace(self, sinks=(*self.sinks, *sinks))
+
+    def log(self, row: Row) -> str:
+        """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""
+        try:
+            return next(filter(None, [write(row) for write in self.sinks]), "")
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / f"{name}.pt"
+
+    def finish(self, summary: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """summary.json, and the weights that met the test set as weights.safetensors. Errors: `DiskError`."""
+        try:
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            save_file(contiguous, self.folder / "weights.safetensors", {"arch": str(summary["arch"])})
+            write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        except OSError as error:
+            raise self._failed(error) from None
+        for tracker in self.trackers:
+            tracker.finish(summary)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: whole epochs, steps in all and in the running epoch, images of whole epochs, the last and
+    the best val_acc with the epochs since, and how often it was rolled back."""
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    images: int = 0
+    val_acc: float | None = None
+    best: float | None = None
+    epochs_since_best: int = 0
+    rollbacks: int = 0
+    stop_reason: str = ""
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """The progress in a checkpoint; the reason why it stopped is not carried on."""
+        return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
+
+    def after_epoch(self, images: int, val_acc: float | None, is_whole: bool) -> bool:
+        """Counts an epoch of so many `images`; whether its `val_acc` is the best.
+
+        One that `max_steps` cut is best only where there is none: a run that goes on in it knows nothing of this one.
+        """
+        self.epoch, self.images, self.val_acc = self.epoch + 1, self.images + images, val_acc
+        self.epoch_step = 0 if is_whole else self.epoch_step
+        is_best = val_acc is not None and (self.best is None or (is_whole and val_acc > self.best))
+        if is_best:
+            self.best, self.epochs_since_best = val_acc, 0
+        else:
+            self.epochs_since_best += 1
+        return is_best
+
+    def over(self, recipe: Recipe) -> str:
+        """Why a run by `recipe` is over ("max_steps", "patience", "epochs", or a sink's reason), or ""."""
+        if self.stop_reason:
+            return self.stop_reason
+        if recipe.max_steps and self.step >= recipe.max_steps:
+            return "max_steps"
+        if recipe.patience and self.epochs_since_best >= recipe.patience:
+            return "patience"
+        return "epochs" if self.epoch >= recipe.epochs else ""
+
+
+class Clock:
+    """Seconds of a run by phase ("setup", "compile", "train", "eval"), and in all since it was made.
+
+    A run that is resumed goes on from the seconds in its checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {"setup": 0.0, "compile": 0.0, "train": 0.0, "eval": 0.0}
+        self._running: tuple[str, float] | None = None
+        self._whole_epochs = 0.0  # of "train"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._running = (name, time.perf_counter())
+        try:
+            yield
+        finally:
+            self.seconds, self._running = self.so_far(), None
+
+    def so_far(self) -> dict[str, float]:
+        """The seconds of each phase, the running one's included."""
+        if self._running is None:
+            return dict(self.seconds)
+        name, started = self._running
+        return {**self.seconds, name: self.seconds[name] + time.perf_counter() - started}
+
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+    def epoch_s(self) -> float:
+        """Seconds of training since the last epoch ended."""
+        return self.so_far()["train"] - self._whole_epochs
+
+    def end_epoch(self) -> None:
+        self._whole_epochs = self.so_far()["train"]
+
+    def state_dict(self) -> dict[str, float]:
+        return {**self.so_far(), "epoch": self.epoch_s(), "total": self.total()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Adds the seconds of the processes before this one."""
+        self.started -= state["total"]
+        self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
+        self._whole_epochs = self.seconds["train"] - state["epoch"]
+
+
+def hold(folder: Path) -> int:
+    """Locks a run folder for this process until the handle that it returns is closed, or the process ends.
+
+    Errors: `UsageError` if another process holds it, `DiskError` if it cannot be read. Where the file system has no
+    locks there is none.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DiskError(f"cannot read the run folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UsageError(
+            f"{folder} is being trained by another process", "wait for it, or give another --out"
+        ) from None
+    except OSError:
+        pass
+    return held
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json of a run folder; empty where there is none that can be read."""
+    found = _document(folder / "env.json")
+    return found if isinstance(found.get("recipe"), str) else {}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run's folder; empty where there is none that can be read."""
+    return _document(folder / "summary.json")
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _started(recipe: Recipe) -> dict[str, Any]:
+    return {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment(recipe.device)}
+
+
+def _claim(wanted: Path) -> tuple[Path, int]:
+    """`wanted`, or with -2, -3, ... the first that no other run has, locked; `mkdir` decides between two processes."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir()
+            return folder, hold(folder)
+        except (FileExistsError, UsageError):  # or a process that resumes was quicker to lock it
+            number += 1
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,0 +1,226 @@
+"""The front door, as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastcifar.recipe import Recipe, option
+
+TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
+        "--batch-size", "32", "--epochs", "1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
+
+
+def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastcifar", *arguments]
+    plain = {key: value for key, value in os.environ.items() if key not in ("FASTCIFAR_DATA", "FORCE_COLOR")}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env={**plain, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("models", "--help"),
+        ("data", "show", "--help"),
+        ("sweep", "--help"),
+        ("--version",),
+        ("train", "--lrr", "1"),
+    ],
+)
+def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom fastcifar.cli.app import main\n"
+        f"sys.argv = ['fastcifar', *{arguments!r}]\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'nvidia.dali', 'matplotlib', 'torchvision', 'pytorch_optimizer'} & sys.modules.keys()\n"
+        "    assert not heavy, heavy\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "Assertion" not in run.stderr, run.stderr
+    assert run.returncode == (2 if "--lrr" in arguments else 0), run.stderr
+
+
+def test_train_help_lists_every_knob() -> None:
+    text = fastcifar("train", "--help", COLUMNS="200").stdout
+    for name in Recipe.model_fields:
+        assert option(name) in text, name
+    assert "--no-compile" in text
+    assert "--no-cuda-graph" in text
+
+
+def test_train_ends_with_one_json_document(tmp_path: Path) -> None:
+    run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads(run.stdout.strip().splitlines()[-1])
+    assert run.stdout.count("\n") == 1
+    assert summary["steps"] == 5
+    assert (tmp_path / summary["run"] / "summary.json").is_file()
+    assert "epoch 1/1" in run.stderr
+    judged = fastcifar("eval", summary["run"], "--json", cwd=tmp_path)
+    scores = json.loads(judged.stdout)
+    assert scores["test_acc"] == summary["test_acc"]
+    assert scores["correct"] == round(scores["test_acc"] * scores["total"])
+    assert scores["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+
+
+def test_train_prints_a_table_and_a_quiet_log(tmp_path: Path) -> None:
+    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "mine.toml"), cwd=tmp_path)
+    assert run.returncode == 2
+    (tmp_path / "mine.toml").write_text("lr = 0.05\nclip = 'none'\n")
+    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "mine.toml"), "--lr", "0.02", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for words in ("lr=0.02", "clip=none", "parameters", "test accuracy", "epoch 1/1", "device: cpu"):
+        assert words in run.stdout, words
+    assert "\r" not in run.stdout
+
+
+EXPECTED = {
+    "se68": 4697742,
+    "se55": 4994878,
+    "se68_block": 4733610,
+    "se68_none": 4697162,
+    "coconut_leaky": 4773354,
+    "coconut_se": 4973226,
+    "coconut_2452": 4924170,
+    "coconut_sep": 3562858,
+}
+
+
+def test_fault22_models_json_has_the_published_counts() -> None:
+    rows = json.loads(fastcifar("models", "--json").stdout)
+    found = {row["name"]: row["params"] for row in rows}
+    assert found.items() >= EXPECTED.items()
+    assert {row["name"]: row["macs"] for row in rows}["se68"] == pytest.approx(798.69e6, rel=1e-5)
+
+
+def test_models_prints_layers_and_fits_a_budget() -> None:
+    layers = fastcifar("models", "se68", COLUMNS="120").stdout
+    assert "4,697,742" in layers
+    assert "seblock.conv1" in layers
+    fitted = json.loads(fastcifar("models", "--budget", "5e6", "--arch", "se68", "--json").stdout)
+    assert 4_697_742 < fitted["params"] <= 5_000_000
+    assert json.loads(fastcifar("models", "--json", "--arch", "resnet", "--se", "block").stdout)["params"] == 4733610
+
+
+def test_doctor_says_what_train_would_choose() -> None:
+    found = json.loads(fastcifar("doctor", "--device", "cpu", "--json").stdout)
+    assert found["imports"].keys() == {"torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib"}
+    assert "device: cpu (asked for)" in found["chosen"]
+
+
+def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
+    tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
+    chart = ("--chart", "a.png")
+    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1
+    (row,) = json.loads(run.stdout)["results"]
+    assert (row["what"], row["data"]) == ("loader", "synthetic:200")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "a.json").write_text(run.stdout)
+    pair = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
+    assert [(row["what"], row["ratio"], row["overlap"]) for row in pair["rows"]] == [("loader", 1.0, True)]
+    wrong = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--lr", "-1"), 2, "--lr should be greater than 0"),
+        (("--arch", "se86"), 2, "did you mean 'se68'?"),
+        (("--batch-size", "100000"), 2, "--batch-size 100000 is larger"),
+        (("--batchsize", "3"), 2, "--batch-size"),
+        (("--recipe", "quik"), 2, "did you mean 'quick'?"),
+        (("--data", "no/such/place"), 3, "no/such/place"),
+        (("--cuda-graph",), 8, "--cuda-graph needs CUDA"),
+        (("--dataset", "cifar1000"), 2, "'cifar10' or 'cifar100'"),
+        (("--blocks", "1,1,1"), 2, "--channels"),
+        (("--max-params", "1000"), 2, "over the budget of 1,000"),
+    ],
+)
+def test_fault15_bad_input_is_one_line_a_code_and_nothing_written(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    run = fastcifar("train", *TINY, *arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (code, "")
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert words in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_fault17_cuda_without_cuda(tmp_path: Path) -> None:
+    run = fastcifar("train", *TINY, "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 8
+    assert "use --device cpu" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_data_verify_and_show(tmp_path: Path) -> None:
+    found = json.loads(fastcifar("data", "verify", "--data", "synthetic:100", "--json", cwd=tmp_path).stdout)
+    assert (found["kind"], found["splits"]["train"]["shape"]) == ("synthetic images", [100, 3, 32, 32])
+    table = fastcifar("data", "verify", "--data", "synthetic:100", cwd=tmp_path, COLUMNS="120").stdout
+    for words in ("synthetic:100", "100 x 3 x 32 x 32, uint8", "airplane", "mean of training"):
+        assert words in table, words
+    missing = fastcifar("data", "verify", "--data", "no/such/place", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (3, "", 1)
+    shown = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flip:1", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, "wrote a.png\n"), shown.stderr
+    wrong = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_eval_errors(tmp_path: Path) -> None:
+    missing = fastcifar("eval", "no-run", cwd=tmp_path)
+    assert (missing.returncode, missing.stderr.count("\n")) == (4, 1)
+    (tmp_path / "last.pt").write_text("<html>")
+    damaged = fastcifar("eval", "last.pt", cwd=tmp_path)
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (4, 1)
+
+
+def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
+    trained = json.loads(fastcifar("train", *TINY, "--json", cwd=tmp_path).stdout.strip().splitlines()[-1])
+    run = fastcifar("predict", trained["run"], "data:test", "--out", "a.csv", "--tta", "flip", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1
+    found = json.loads(run.stdout)
+    assert (found["images"], found["tta"], found["out"]) == (40, "flip", "a.csv")
+    table = fastcifar("compare", "a.csv", "a.csv", cwd=tmp_path).stdout
+    assert "0 of 40 labels" in table
+    (tmp_path / "in.pkl").write_bytes(b"<html>")
+    wrong = fastcifar("predict", trained["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (3, "", 1)
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
+    code = "import warnings, fastcifar.cli.exit as ending\nwarnings.showwarning = ending.warned\nwarnings.warn('odd')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stderr == "fastcifar: warning: odd\n"
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_the_loop_is_one_line_and_its_exit_code(name: str, exit_code: int) -> None:
+    code = (
+        "import os, signal, sys, time, fastcifar.device as device, fastcifar.cli.app as cli\n"
+        f"def interrupted(recipe): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
+        "device.examine = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (exit_code, "", f"fastcifar: stopped by {name}\n")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    run = fastcifar("train", *TINY, "--arch", "se86", "--debug", cwd=tmp_path)
+    assert "Traceback" in run.stderr
+    assert run.returncode != 0

@@ -1,0 +1,261 @@
+"""`predict`: the same images in every layout get the same labels, and these are what a plain forward pass gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastcifar.cli.tables import predictions_table
+from fastcifar.data import cifar
+from fastcifar.device import choose
+from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
+from fastcifar.evaluation import load_run
+from fastcifar.evaluation.predict import predict
+from fastcifar.models import build
+from fastcifar.recipe import Recipe
+from fastcifar.training import checkpoint
+from fastcifar.training.trainer import network
+
+DATA = "synthetic:1000"  # 200 images to test
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return cifar.load(DATA).test.images
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[str]:
+    """Two networks that tell the images apart: statistics of the images themselves, a steep and even last layer."""
+    recipe = Recipe.make(arch="resnet", blocks=(1, 1), channels=(8, 16), data=DATA, val_size=40, device="cpu")
+    folder = tmp_path_factory.mktemp("runs")
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = network(recipe, 10)
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.momentum = None  # the statistics of the one batch below
+        with torch.no_grad():
+            model(normalised(images))
+            last = model.get_submodule("linear")
+            assert isinstance(last, nn.Linear)
+            last.weight *= 30
+            last.bias -= model.eval()(normalised(images)).mean(0)
+        paths.append(folder / f"{seed}.pt")
+        names = list(cifar.load(DATA).classes)
+        state = {"recipe": recipe.model_dump(mode="json"), "classes": names, "model": model.state_dict(), "ema": None}
+        checkpoint.save(paths[-1], state)
+    return [str(path) for path in paths]
+
+
+def normalised(images: np.ndarray) -> Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in cifar.NORMALISATIONS["cifar10"])
+    return (torch.from_numpy(images).float() / 255 - mean) / std
+
+
+def plain_logits(run: str, images: np.ndarray) -> Tensor:
+    """Of an independent forward pass: whole, NCHW, in float32."""
+    saved = checkpoint.load(Path(run))
+    model = network(Recipe.checked(saved["recipe"]), 10)
+    model.load_state_dict(saved["model"])
+    with torch.no_grad():
+        return model.eval()(normalised(images))
+
+
+def labels_of(path: Path) -> dict[int, int]:
+    rows = list(csv.reader(path.read_text().splitlines()))
+    return {int(key): int(label) for key, label in rows[1:]}
+
+
+def write_pickle(path: Path, images: np.ndarray, ids: list[int], key: Callable[[str], Any] = str) -> str:
+    path.write_bytes(pickle.dumps({key("data"): images, key("ids"): ids}, protocol=2))
+    return str(path)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "out").mkdir()
+    yield tmp_path / "out" / "a.csv"
+    assert not list(tmp_path.glob("out/.*")), "a temporary file was left"
+
+
+def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
+    runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
+) -> None:
+    ids = np.random.default_rng(0).permutation(5000)[:200].tolist()
+    wanted = dict(zip(ids, plain_logits(runs[0], images).argmax(1).tolist(), strict=True))
+    assert len(set(wanted.values())) >= 5, "labels that could not tell a scrambled image"
+    shuffled = np.random.default_rng(1).permutation(200)
+    for layout in (images.reshape(200, 3072), images.transpose(0, 2, 3, 1), images):
+        for key in (str, str.encode):
+            for order in (np.arange(200), shuffled):
+                source = write_pickle(tmp_path / "in", layout[order], [ids[place] for place in order], key)
+                predict(runs[0], source, out, **CPU)
+                assert labels_of(out) == wanted
+                assert list(labels_of(out)) == [ids[place] for place in order]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": np.zeros((4, 3072), np.float32), "ids": [1, 2, 3, 4]},
+        {"data": np.full((4, 32, 32, 3), np.nan), "ids": [1, 2, 3, 4]},
+        {"data": np.zeros((4, 28, 28, 3), np.uint8), "ids": [1, 2, 3, 4]},
+        {"data": np.zeros((4, 3, 32), np.uint8), "ids": [1, 2, 3, 4]},
+        {"data": np.zeros((4, 3072), np.uint8), b"data": np.ones((4, 3072), np.uint8), "ids": [1, 2, 3, 4]},
+        {"data": np.zeros((4, 3072), np.uint8), "ids": [1, 2, 2, 4]},
+        {"data": np.zeros((4, 3072), np.uint8), "ids": [1, 2, 3]},
+        {"data": np.zeros((4, 3072), np.uint8)},
+        {"ids": [1, 2, 3, 4]},
+        np.zeros((4, 3072), np.uint8),
+        b"<html>404</html>",
+    ],
+    ids=["float", "nan", "28x28", "ambiguous", "data twice", "id twice", "id missing", "no ids", "no data", "array",
+         "html"],
+)  # fmt: skip
+def test_fault13_a_malformed_input_writes_nothing(runs: list[str], tmp_path: Path, out: Path, content: Any) -> None:
+    (tmp_path / "in.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(DataError) as caught:
+        predict(runs[0], str(tmp_path / "in.pkl"), out, show=out.with_suffix(".png"), **CPU)
+    assert caught.value.exit_code == 3
+    assert not list(out.parent.iterdir())
+
+
+def test_fault13_a_submission_is_what_kaggle_takes(
+    runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
+) -> None:
+    ids = list(range(199, -1, -1))
+    source = write_pickle(tmp_path / "in.pkl", images, ids)
+    found = predict(runs[0], source, out, **CPU)
+    lines = out.read_text().split("\n")
+    assert (lines[0], len(lines), lines[-1]) == ("ID,Labels", 202, "")
+    assert [line.split(",")[0] for line in lines[1:-1]] == [str(value) for value in ids]
+    assert {line.split(",")[1] for line in lines[1:-1]} <= set("0123456789")
+    assert sum(found["counts"].values()) == found["images"] == 200
+    assert found["images_per_s"] == pytest.approx(200 / found["seconds"]["predict"])
+    assert predictions_table(found)
+    predict(runs[0], source, out, header="id,label", names=True, **CPU)
+    assert out.read_text().startswith("id,label\n199,")
+    assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load(DATA).classes)
+
+
+def test_the_mean_of_the_logits_over_views_and_networks(runs: list[str], images: np.ndarray, out: Path) -> None:
+    out = out.with_suffix(".jsonl")
+    mirrored = np.ascontiguousarray(images[..., ::-1])
+    logits = sum(plain_logits(run, seen) for run in runs for seen in (images, mirrored)) / 4
+    assert isinstance(logits, Tensor)
+    found = predict(runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top=3, probabilities=True, **CPU)
+    assert [member["checkpoint"] for member in found["members"]] == runs
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    classes = list(cifar.load(DATA).classes)
+    likely = torch.tensor([[row[name] for name in classes] for row in rows])
+    torch.testing.assert_close(likely, logits.softmax(1), rtol=1e-3, atol=1e-4)
+    assert [row["Labels"] for row in rows] == likely.argmax(1).tolist()
+    for row, probabilities in zip(rows, likely, strict=True):
+        best = probabilities.topk(3)
+        assert [row[f"top_{rank}_probability"] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
+        assert [row[classes[row[f"top_{rank}"]]] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
+
+
+def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        Image.fromarray(images[number].transpose(1, 2, 0)).save(tmp_path / "in" / f"{number}.png")
+    predict(runs[0], str(tmp_path / "in"), out, show=out.with_suffix(".png"), **CPU)
+    assert labels_of(out) == dict(enumerate(plain_logits(runs[0], images[:9]).argmax(1).tolist()))
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.width > 9 * 100
+    predict(runs[0], "data:test", out, show=out.with_suffix(".png"), **CPU)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "words"),
+    [
+        ({"out": Path("a.txt")}, UsageError, "end it in .csv"),
+        ({"out": Path("no/a.csv")}, DiskError, "no folder"),
+        ({"show": Path("a.jpg")}, UsageError, "ends in .png"),
+        ({"show": Path("no/such/a.png")}, DiskError, "no folder"),
+        ({"top": 11}, UsageError, "choose 0 to 10"),
+        ({"header": "id"}, UsageError, "two columns"),
+        ({"header": "id,cat", "probabilities": True}, UsageError, "2 columns would be called 'cat'"),
+        ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
+        ({"weights": "lats"}, UsageError, "did you mean 'last'"),
+        ({"weights": "ema"}, CheckpointError, "no average"),
+        ({"precision": "fp33"}, UsageError, "--precision"),
+        ({"ensemble": ["no.pt"]}, CheckpointError, "no checkpoint no.pt"),
+        ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    runs: list[str],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any],
+    kind: type[UserError],
+    words: str,
+) -> None:
+    monkeypatch.chdir(out.parent)
+    options: dict[str, Any] = {"out": Path("a.csv"), **CPU, **asked}
+    with pytest.raises(kind, match=re.escape(words)):
+        predict(runs[0], "data:test", **options)
+    assert not list(out.parent.iterdir())
+
+
+def test_logits_that_are_not_finite_are_no_labels(runs: list[str], tmp_path: Path, out: Path) -> None:
+    saved = checkpoint.load(Path(runs[0]))
+    saved["model"]["linear.bias"][3] = torch.nan
+    torch.save(saved, tmp_path / "nan.pt")
+    with pytest.raises(NonFiniteError):
+        predict(str(tmp_path / "nan.pt"), "data:test", out, **CPU)
+    assert not list(out.parent.iterdir())
+
+
+def test_members_know_the_same_classes(runs: list[str], tmp_path: Path, out: Path) -> None:
+    saved = checkpoint.load(Path(runs[0]))
+    torch.save({**saved, "classes": [*saved["classes"][::-1]]}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="other classes"):
+        predict(runs[0], "data:test", out, ensemble=[str(tmp_path / "other.pt")], **CPU)
+
+
+def test_published_weights(tmp_path: Path, out: Path) -> None:
+    torch.manual_seed(0)
+    state = {f"module.{key}": value for key, value in build("se55").state_dict().items()}
+    torch.save({"net": state, "acc": 95.8, "epoch": 1}, tmp_path / "ckpt.pth")
+    file = str(tmp_path / "ckpt.pth")
+    found = predict(file, "data:test", out, arch="se55", data="synthetic:20", **CPU)
+    assert (found["members"][0]["weights"], found["images"]) == ("published", 10)
+    with pytest.raises(CheckpointError, match="lacks residual_layers"):
+        predict(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
+    with pytest.raises(CheckpointError, match="give --arch se55"):
+        predict(file, "data:test", out, data="synthetic:20", **CPU)
+
+
+def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(load_run, "fast_forward", lambda *args: made.append(args[3:5]) or args[1])
+    # a GPU's choice, for a network that stays here
+    on_gpu = replace(choose(Recipe(compile=True, device="cpu")), cuda_graph=True)
+    monkeypatch.setattr(load_run, "choose", lambda recipe: on_gpu)
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (499, {}),
+        (500, {}),
+        (99_999, {}),
+        (100_000, {}),
+        (10, {"compile": True}),
+    ]
+    for images, asked in cases:
+        load_run.rebuild(runs[0], **asked).hurry(images)
+    assert made == [(False, False), (False, True), (False, True), (True, True), (True, False)]

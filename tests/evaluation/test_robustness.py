@@ -1,0 +1,136 @@
+"""What `eval` measures beyond accuracy, on a whole run: corruptions, CIFAR-10.1, temperature, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+
+from fastcifar.cli.tables import scores_table
+from fastcifar.data import cifar
+from fastcifar.data.cifar import Split
+from fastcifar.errors import DataError, DiskError
+from fastcifar.evaluation import robustness
+from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from fastcifar.evaluation.evaluate_run import judge
+from fastcifar.evaluation.load_run import rebuild
+from fastcifar.recipe import Recipe
+from fastcifar.training.evaluate import predict_logits
+from fastcifar.training.train import train
+
+CLASSES = list(cifar.load("synthetic:100").classes)
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Recipe]) -> str:
+    return train(tiny())["run"]
+
+
+def written(folder: Path, images: np.ndarray, labels: np.ndarray, version: str = "v6") -> Path:
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"cifar10.1_{version}_data.npy", images)
+    np.save(folder / f"cifar10.1_{version}_labels.npy", labels)
+    return folder
+
+
+def test_one_evaluation_says_it_all(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"same": lambda images, severity, generator: images, "noise": CORRUPTIONS["gaussian_noise"]}
+    monkeypatch.setattr(robustness, "CORRUPTIONS", rows)
+    test = cifar.load("synthetic:200").test
+    folder = written(tmp_path / "shifted", test.images.transpose(0, 2, 3, 1), test.labels.astype(np.int32))
+    pictures = tmp_path / "plots" / "deep"
+    scores = judge(run, pictures=pictures, shifted=folder, corruptions=True)
+    assert json.loads(json.dumps(scores, allow_nan=False))["plots"] == str(pictures)
+    assert scores["precision"] == "fp32", "that of the arithmetic keeps its name"
+    assert scores["recall_per_class"] == scores["per_class"]
+    assert np.trace(scores["confusion"]) == scores["correct"]
+    assert np.sum(scores["confusion"]) == scores["total"]
+    low, high = scores["test_acc_interval"]
+    assert low < scores["test_acc"] < high
+    # the test set itself, as files of another layout, and under a corruption that leaves it alone
+    shifted, corrupted = scores["shifted"], scores["corruptions"]
+    assert (shifted["name"], shifted["acc"], shifted["loss"]) == (
+        "cifar10.1_v6",
+        scores["test_acc"],
+        scores["test_loss"],
+    )
+    assert corrupted["acc"]["same"] == [scores["test_acc"]] * len(SEVERITIES)
+    assert corrupted["mean_acc"] == pytest.approx(np.mean(list(corrupted["acc"].values())))
+    for name in ("reliability.png", "confusion.png"):
+        assert min(Image.open(pictures / name).size) > 500
+    console = Console(width=120, record=True, file=(tmp_path / "table").open("w"))
+    console.print(scores_table(scores))
+    text = console.export_text()
+    assert all(word in text for word in ("F1", "cifar10.1_v6", "noise", "Brier", CLASSES[9]))
+
+
+def test_the_temperature_comes_from_the_validation_split(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    with_split = judge(train(tiny())["run"])
+    without = judge(train(tiny(val_size=0, out=str(tmp_path / "all")))["run"])
+    assert without["temperature"] is without["ece_scaled"] is without["loss_scaled"] is None
+    assert without["temperature_missing"] == "the run had no validation split"
+    assert without["shifted"] is without["corruptions"] is without["plots"] is None
+    data = cifar.load("synthetic:200")
+    _, held_out = cifar.split(data.train.labels, 40, 0)
+    found = rebuild(with_split["checkpoint"])
+    split = Split(data.train.images[held_out], np.arange(40))
+    logits = predict_logits(found.model, found.forward, split, found.device).double()
+    labels = torch.from_numpy(data.train.labels[held_out])
+    losses = {step / 50: F.cross_entropy(logits / math.exp(step / 50), labels).item() for step in range(-200, 201)}
+    best = math.exp(min(losses, key=losses.__getitem__))
+    assert with_split["temperature"] == pytest.approx(best, rel=0.021), "the steps are 2 %"
+    test = predict_logits(found.model, found.forward, data.test, found.device)
+    scaled = F.cross_entropy(test / with_split["temperature"], torch.from_numpy(data.test.labels)).item()
+    assert with_split["loss_scaled"] == pytest.approx(scaled, rel=1e-5)
+
+
+def test_a_shifted_set_that_is_not_one_is_refused(tmp_path: Path) -> None:
+    images, labels = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
+    name, split = robustness.shifted_set(written(tmp_path / "good", images, labels, "v4"), CLASSES)
+    assert (name, split.images.shape, split.labels.dtype) == ("cifar10.1_v4", (20, 3, 32, 32), np.int64)
+    for folder, bad_images, bad_labels, message in (
+        ("floats", images.astype(np.float32), labels, "expected uint8"),
+        ("planar", images.transpose(0, 3, 1, 2), labels, "expected uint8"),
+        ("none", images[:0], labels[:0], "expected uint8"),
+        ("fewer", images, labels[:19], "expected 20 whole numbers"),
+        ("fractions", images, labels / 2, "expected 20 whole numbers"),
+        ("eleven", images, labels + 1, "labels from 1 to 10"),
+        ("below", images, labels - 1, "labels from -1 to 8"),
+        ("objects", images, np.array([{}] * 20), "cannot read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            robustness.shifted_set(written(tmp_path / folder, bad_images, bad_labels), CLASSES)
+    with pytest.raises(DataError, match=r"no cifar10.1_v6_data.npy"):
+        robustness.shifted_set(tmp_path, CLASSES)
+    (tmp_path / "good" / "cifar10.1_v4_labels.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match="cannot read"):
+        robustness.shifted_set(tmp_path / "good", CLASSES)
+    with pytest.raises(DataError, match="the run has others"):
+        robustness.shifted_set(tmp_path / "good", CLASSES[::-1])
+    assert DataError.exit_code == 3
+
+
+def test_a_folder_that_cannot_be_made_is_named(run: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot make the folder"):
+        judge(run, pictures=tmp_path / "file" / "plots")
+
+
+@pytest.mark.gpu
+def test_corruptions_without_randomness_are_the_same_on_a_gpu() -> None:
+    images = torch.from_numpy(cifar.load("synthetic:100").test.images)
+    for name in ("gaussian_blur", "defocus_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate",
+                 "jpeg_compression"):  # fmt: skip
+        here, there = (
+            robustness.corrupted(images.to(device), CORRUPTIONS[name], 4, torch.Generator(device).manual_seed(0)).cpu()
+            for device in ("cpu", "cuda")
+        )
+        assert (here != there).double().mean() < 1e-4, name

@@ -1,0 +1,297 @@
+"""The fused operators against float64: their plain forms here, their kernels under Triton's interpreter, and compiled
+for GPUs that are not there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcifar.errors import UsageError
+from fastcifar.models import build, fuse, fused_ops
+from fastcifar.training.cuda_graph import compiled
+
+BIT = 2.0**-7  # of bf16: twice the largest relative error of one rounding
+
+
+def a_map(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0) -> Tensor:
+    return (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def distance(mine: Tensor | None, truth: Tensor | None) -> float:
+    """Norm of the difference over the norm of the truth."""
+    assert mine is not None
+    assert truth is not None
+    return ((mine.double() - truth).norm() / truth.double().norm()).item()
+
+
+def layers(gated: bool) -> nn.ModuleDict:
+    """A BatchNorm of 24 channels, and the two layers of an SE whose hidden units are all awake."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(24)
+    nn.init.uniform_(bn.weight, 0.5, 1.5)
+    nn.init.normal_(bn.bias)
+    if not gated:
+        return nn.ModuleDict({"bn": bn})
+    down, up = nn.Conv2d(24, 3, 1), nn.Conv2d(3, 24, 1)
+    nn.init.constant_(down.bias, 3.0)  # type: ignore[arg-type]  # a convolution with a bias has one
+    return nn.ModuleDict({"bn": bn, "down": down, "up": up})
+
+
+def truth(of: nn.ModuleDict, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """What a block writes: BatchNorm, SE, addition, ReLU, each in PyTorch's words."""
+    y = of["bn"](x)
+    if "down" in of:
+        y = y * of["up"](F.relu(of["down"](y.mean((2, 3), keepdim=True)))).sigmoid()
+    return F.relu(y if shortcut is None else y + shortcut)
+
+
+def distances(
+    gated: bool, added: bool, uses: int, dtype: torch.dtype, norm_relu=fused_ops.norm_relu
+) -> dict[str, float]:
+    """How far output, gradients and running statistics are from float64."""
+    mine, exact = (made := layers(gated)), copy.deepcopy(made).double()
+    shape = (6, 24, 5, 7)
+    maps = [a_map(*shape, dtype=dtype, offset=1.0).requires_grad_() for _ in range(1 + added)]
+    doubles = [value.detach().double().requires_grad_() for value in maps]
+    gradients = [a_map(*shape, dtype=dtype) for _ in range(uses)]
+    gate = (
+        tuple(mine[name].get_parameter(part) for name in ("down", "up") for part in ("weight", "bias")) if gated else ()
+    )
+    outputs = norm_relu(maps[0], mine["bn"], gate, maps[1] if added else None)
+    y = truth(exact, doubles[0], doubles[1] if added else None)
+    torch.autograd.backward(list(outputs[:uses]), gradients)
+    y.backward(sum(gradient.double() for gradient in gradients))
+    pairs = {"y": (outputs[0], y)}
+    pairs |= {f"gradient of map {i}": (a.grad, b.grad) for i, (a, b) in enumerate(zip(maps, doubles, strict=True))}
+    pairs |= {name: (weight.grad, exact.get_parameter(name).grad) for name, weight in mine.named_parameters()}
+    pairs |= {name: (value, exact.get_buffer(name)) for name, value in mine.named_buffers()}
+    return {name: distance(value, other) for name, (value, other) in pairs.items()}
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_relu_equals_float64(gated: bool, added: bool, uses: int) -> None:
+    exact = distances(gated, added, uses, torch.float32)
+    assert max(exact.values()) < 1e-5, exact
+    rounded = distances(gated, added, uses, torch.bfloat16)
+    assert max(rounded.values()) < BIT, rounded
+
+
+def test_norm_relu_compiles_as_one_graph() -> None:
+    found = distances(True, True, 2, torch.float32, compiled(fused_ops.norm_relu))
+    assert max(found.values()) < 1e-5, found
+
+
+def test_a_nan_is_not_hidden() -> None:
+    x = a_map(2, 8, 4, 4)
+    x[0, 3, 1, 1] = torch.nan
+    y, _ = fused_ops.norm_relu(x, nn.BatchNorm2d(8))
+    assert y[:, 3].isnan().all()
+
+
+def networks(se: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """The same small SE-ResNet plain and fused, with BatchNorms that are not at their start."""
+    torch.manual_seed(0)
+    plain = build("resnet", blocks=(2, 1), channels=(16, 24), se=se, se_reduction=4).to(device)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.5)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    return tuple(network.to(memory_format=torch.channels_last) for network in (plain, fused))  # type: ignore[call-overload]
+
+
+def training_pass(network: nn.Module, images: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
+    """Logits, all gradients in a row and the running statistics, after a training step's forward and backward.
+
+    All in a row: a ReLU's input within a rounding of 0 is on one side or the other, which single biases show.
+    """
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        logits = network(images.to(precision))
+    F.cross_entropy(logits, torch.arange(len(images), device=images.device) % 10).backward()
+    gradients = [weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]
+    return {"logits": logits, "gradients": torch.cat(gradients), **dict(network.named_buffers())}
+
+
+def compare_networks(se: str, device: str, faster: Callable[[Callable], Callable]) -> None:
+    """The fused network, its forward made `faster`, against the plain one in float64."""
+    images = a_map(32, 3, 32, 32).to(device)
+    exact = training_pass(networks(se, device)[0].double(), images, torch.float64)
+    for precision, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.02)):
+        fused = networks(se, device)[1]
+        fused.forward = faster(fused.forward)
+        apart = {name: distance(value, exact[name]) for name, value in training_pass(fused, images, precision).items()}
+        assert max(apart.values()) < limit, (precision, apart)
+
+
+@pytest.mark.parametrize("se", ["none", "stem", "block"])
+def test_a_fused_network_is_the_same_network(se: str) -> None:
+    compare_networks(se, "cpu", lambda forward: forward)
+    plain, fused = networks(se)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    images = a_map(2, 3, 8, 8)
+    assert torch.equal(fused.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("knobs", [{"activation": "silu"}, {"dropout": 0.1}])
+def test_what_cannot_be_fused_is_refused(knobs: dict) -> None:
+    for network in (build("resnet", **knobs), build("speednet")):
+        with pytest.raises(UsageError, match="--fused-ops"):
+            fuse(network)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "faster",
+    [lambda forward: forward, lambda forward: compiled(lambda images: forward(images))],
+    ids=["eager", "compiled"],
+)
+@pytest.mark.parametrize("se", ["none", "stem", "block"])
+def test_a_fused_network_on_a_gpu(se: str, faster: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    compare_networks(se, "cuda", faster)
+
+
+@pytest.mark.gpu
+def test_the_passes_on_a_gpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, chunk, shared in (
+            ((3, 24, 5, 7), 16, False),
+            ((2, 70, 9, 3), 32, True),
+            ((4, 64, 32, 32), 128, False),
+        ):
+            for name, choices in calls(dtype, shape, shared, chunk).items():
+                for arguments in choices:
+                    moved = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
+                    mine, plain = getattr(fused_ops, name)(*moved), getattr(fused_ops, name)(*arguments)
+                    for a, b in zip(
+                        *(pair if isinstance(pair, tuple) else (pair,) for pair in (mine, plain)), strict=True
+                    ):
+                        assert (a.cpu() - b).abs().max() / b.abs().max() < (BIT if dtype == torch.bfloat16 else 1e-5), (
+                            name
+                        )
+
+
+def calls(dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, chunk: int) -> dict[str, list[tuple]]:
+    """For each pass, arguments it can have. `shared`: all images share the factors of the channels."""
+    torch.manual_seed(0)
+    x, y, gradient, second = (a_map(*shape, dtype=dtype, offset=0.5) for _ in range(4))
+    scale, shift = (torch.randn(1 if shared else shape[0], shape[1]) for _ in range(2))
+    slope, offset = (torch.randn(shape[:2]) for _ in range(2))
+    return {
+        "moments": [(x, chunk)],
+        "scale_add_relu": [(x, scale, shift, None), (x, scale, shift, y)],
+        "gradient_before_relu": [(gradient, None, x, y, chunk), (gradient, second, x, y, chunk)],
+        "gradient_sums": [(gradient, x, scale, shift, chunk)],
+        "gradient_map": [(gradient, x, scale, None, slope, offset), (gradient, x, scale, shift, slope, offset)],
+    }
+
+
+@pytest.mark.parametrize("name", calls(torch.float32, (1, 1, 1, 1), True, 1))
+def test_the_compiler_is_told_the_truth(name: str) -> None:
+    for arguments in calls(torch.bfloat16, (3, 24, 5, 7), False, 16)[name]:
+        torch.library.opcheck(getattr(fused_ops, name), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def compare_kernels() -> dict[str, float]:
+    """Each pass by kernel and plain, the largest difference over the largest value: for Triton's interpreter."""
+    from fastcifar.models import triton_kernels
+
+    worst: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, chunk, shared in (((2, 24, 5, 7), 16, False), ((2, 70, 3, 5), 16, True)):
+            for name, choices in calls(dtype, shape, shared, chunk).items():
+                for arguments in choices:
+                    pairs = [getattr(room, name)(*arguments) for room in (triton_kernels, fused_ops)]
+                    mine, plain = (pair if isinstance(pair, tuple) else (pair,) for pair in pairs)
+                    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, plain, strict=True))
+                    key = f"{name} {str(dtype).removeprefix('torch.')}"
+                    worst[key] = max(worst.get(key, 0.0), error)
+    return worst
+
+
+def test_kernels_equal_their_plain_forms() -> None:
+    """float32 to rounding, bf16 to one bit: the interpreter cuts off where a GPU rounds."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import json; from tests.models.test_fused_ops import *; print(json.dumps(compare_kernels()))",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    worst = json.loads(run.stdout.splitlines()[-1])
+    assert len(worst) == 10
+    for name, error in worst.items():
+        assert error < (BIT if "bfloat16" in name else 1e-5), worst
+
+
+FLOATS = ("means", "squares", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
+OPTIONAL = {"scale_add_relu_kernel": "shortcut_ptr", "gradient_before_relu_kernel": "second_ptr"}
+OPTIONAL |= {"gradient_map_kernel": "shift_ptr"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> None:
+    """Compiled for A100 and H100/H200 without one: nothing spilt to local memory, 16 bytes to a load."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from fastcifar.models import triton_kernels
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton carries no cuobjdump")
+    forms = [(kernel, None) for kernel in triton_kernels.KERNELS]
+    forms += [(kernel, OPTIONAL[kernel.__name__]) for kernel in triton_kernels.KERNELS if kernel.__name__ in OPTIONAL]
+    for kernel, left_out in forms:
+        made = compile_kernel(kernel, {"P": 1024, "C": 64, **triton_kernels.blocks(64, 128)}, left_out, capability)
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(made.asm["cubin"])
+        command = [tool, "--dump-resource-usage", binary]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        form = kernel.__name__ + (f" without {left_out}" if left_out else "")
+        print(f"sm_{capability} {form}: {used}, {made.metadata.shared} bytes shared")
+        assert (used["STACK"], used["LOCAL"]) == ("0", "0"), used
+        assert int(used["REG"]) <= 128  # two programs of 8 warps to a multiprocessor's 65,536 registers
+        assert "ld.global.v4" in made.asm["ptx"]
+
+
+def compile_kernel(kernel: Any, sizes: dict[str, int], left_out: str | None, capability: int) -> Any:
+    """`kernel` for maps in bf16, everything aligned, without the optional pointer `left_out`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastcifar.models.triton_kernels import WARPS
+
+    constants: dict[str, int | None] = {**sizes, **({left_out: None} if left_out else {})}
+    signature = {}
+    for name in kernel.arg_names:
+        pointer = "*fp32" if name.removesuffix("_ptr") in FLOATS else "*bf16"
+        signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else "i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    with warnings.catch_warnings(action="ignore"):  # of defaults that a later Triton will change
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})

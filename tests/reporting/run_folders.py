@@ -1,0 +1,50 @@
+"""Run folders and sweeps as training leaves them, written by hand: every figure in them is the test's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcifar.recipe import Recipe
+from fastcifar.training.metrics_file import COLUMNS
+
+CLASSES = ("cat", "dog")
+
+
+def write_run(
+    folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "mine", seconds: float = 60.0,
+    finished: bool = True, device: str = "a chip", steps: int = 100, stop_reason: str = "epochs", **knobs: Any,
+) -> Path:  # fmt: skip
+    """A run of as many epochs as `val_accs`; without `finished` one that a signal stopped."""
+    folder.mkdir(parents=True)
+    recipe = Recipe.make(**{"epochs": len(val_accs), **knobs})
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    versions = {"torch": "2.11.0", "fastcifar": "0.1"}
+    (folder / "env.json").write_text(json.dumps({"recipe": name, "device": device, "versions": versions}))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for epoch, val_acc in enumerate(val_accs):
+            row = {"epoch": epoch, "step": epoch + 1, "lr": 0.1, "val_acc": val_acc, "val_loss": 2 - val_acc}
+            row |= {"train_acc": val_acc + 0.01, "train_loss": 1.9 - val_acc, "images_per_s": 1000 + epoch}
+            writer.writerow(dict.fromkeys(COLUMNS, "") | row | {"seconds": 1})
+    if finished:
+        summary = {
+            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps, "weights": recipe.weights,
+            "val_acc": val_accs[-1], "best_val_acc": max(val_accs), "test_acc": test_acc,
+            "per_class": dict.fromkeys(CLASSES, test_acc), "seconds": {"train": seconds - 1, "total": seconds},
+            "stop_reason": stop_reason, "complete": stop_reason != "max_steps",
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def write_trials(folder: Path, trials: Sequence[dict[str, Any]], tail: str = "") -> Path:
+    """A sweep's trials.jsonl; `tail`: what a killed process left behind it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [{"knobs": {}, "seed": 0, "reason": None, "run": f"runs/{trial['trial']}", **trial} for trial in trials]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in made) + tail)
+    return folder

@@ -1,0 +1,111 @@
+"""Two runs compared: by hand-made folders whose differences are known, and by one that was trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcifar.errors import DataError, UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.reporting.compare import compare
+from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.training.train import train
+
+
+def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **knobs: Any) -> Path:
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(Recipe.make(**knobs).to_toml())
+    versions = {"torch": "2.15" if test_acc else "2.14", "numpy": "2.0"}
+    environment = {"recipe": "mine", "started": folder.name, "command": [folder.name], "device": "a CPU"}
+    (folder / "env.json").write_text(json.dumps({**environment, "versions": versions}))
+    rows = [dict.fromkeys(COLUMNS, "0.5") | {"epoch": str(i), "val_acc": str(v)} for i, v in enumerate(val_acc)]
+    rows = [{**row, "ema_val_acc": "", "seconds": folder.name} for row in rows]
+    lines = [",".join(row[name] for name in COLUMNS) for row in rows]
+    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+    if test_acc is not None:
+        (folder / "summary.json").write_text(
+            json.dumps({"test_acc": test_acc, "total": 10_000, "val_acc": val_acc[-1]})
+        )
+    return folder
+
+
+def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, opt={"nesterov": True})
+    b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every="5e", track="mlflow")
+    found = compare(a, b)
+    assert (found["kind"], found["a"], found["b"]) == ("run", str(a), str(b))
+    assert found["recipe"] == {"lr": [0.1, 0.2], "opt": [{"nesterov": True}, {}], "seed": [0, 3]}
+    assert found["environment"] == {"versions.torch": ["2.14", "2.15"]}
+    assert (found["epochs"], found["equal_epochs"]) == ([3, 2], 2)
+    assert found["curves"]["val_acc"] == {"final": [0.5, 0.4], "best": [0.6, 0.4], "at_equal_epochs": [0.6, 0.4]}
+    assert found["curves"]["ema_val_acc"] == {
+        "final": [None, None],
+        "best": [None, None],
+        "at_equal_epochs": [None, None],
+    }
+    assert found["first_difference"] == {"epoch": 1, "columns": ["val_acc"]}
+    assert found["accuracy"]["measured"] == "val_acc"  # a was not tested
+    assert found["accuracy"]["n"] == [5000, 5000]
+
+
+@pytest.mark.parametrize(("other", "within"), [(0.9, True), (0.9080, True), (0.9085, False), (0.89, False)])
+def test_an_accuracy_is_judged_by_the_binomial_noise(tmp_path: Path, other: float, within: bool) -> None:
+    """At 0.90 of 10,000 each, the standard error of the difference is 0.00424, and 95 % are within 0.0083."""
+    pair = [make_run(tmp_path / name, [0.9], acc) for name, acc in (("a", 0.9), ("b", other))]
+    accuracy = compare(*pair)["accuracy"]
+    assert (accuracy["measured"], accuracy["n"]) == ("test_acc", [10_000, 10_000])
+    assert accuracy["difference"] == pytest.approx(other - 0.9)
+    assert accuracy["standard_error"] == pytest.approx(0.00424, abs=1.5e-4)
+    assert accuracy["within_noise"] is within
+
+
+def test_what_was_not_measured_is_not_compared(tmp_path: Path) -> None:
+    pair = [make_run(tmp_path / name, [], val_size=0) for name in "ab"]
+    found = compare(*pair)
+    assert (found["accuracy"], found["first_difference"], found["epochs"]) == (None, None, [0, 0])
+
+
+def test_damaged_runs_and_mixed_pairs_are_refused(tmp_path: Path) -> None:
+    a, b = (make_run(tmp_path / name, [0.1]) for name in "ab")
+    (b / "summary.json").write_text("{")
+    with pytest.raises(DataError, match=r"summary\.json cannot be read"):
+        compare(a, b)
+    (tmp_path / "labels.csv").write_text("ID,Labels\n1,2\n")
+    with pytest.raises(UsageError, match=r"is a run and .* is a submission"):
+        compare(a, tmp_path / "labels.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="is no run or benchmark or submission"):
+        compare(a, tmp_path / "empty")
+    (b / "recipe.toml").write_text("lr = -1\n")
+    with pytest.raises(UsageError, match="--lr"):
+        compare(a, b)
+
+
+def test_the_command_on_runs_that_were_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        train(tiny(out=str(tmp_path / name), seed=seed))
+
+    def fastcifar(*arguments: str) -> str:
+        command = [sys.executable, "-m", "fastcifar", "compare", *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+        return run.stdout
+
+    found = json.loads(fastcifar("a", "b", "--json"))
+    assert found["recipe"] == {"seed": [0, 1]}
+    assert found["environment"] == {}
+    assert found["first_difference"]["epoch"] == 0
+    assert found["accuracy"]["n"] == [40, 40]
+    table = fastcifar("a", "again")
+    for words in (
+        "the same recipe and environment",
+        "do not differ in the 2",
+        "+0.00 points",
+        "within the noise of 40",
+    ):
+        assert words in table, words

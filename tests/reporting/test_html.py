@@ -1,0 +1,218 @@
+"""The page as an HTML parser, plotly's own schema and a browser read it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastcifar.errors import DiskError, UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.reporting.aggregate import rows
+from fastcifar.reporting.misclassified import look, surest_mistakes
+from fastcifar.reporting.records import read
+from fastcifar.reporting.report import report
+from fastcifar.reporting.table import tabulate
+from fastcifar.training.train import train
+from tests.reporting.run_folders import write_run, write_trials
+
+EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
+VOID = {"meta", "img", "br", "link", "input"}
+OFFLINE = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+           "--disable-component-update", "--disable-sync"]  # fmt: skip
+LOADING = ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
+
+
+class Page(HTMLParser):
+    """Whether tags are balanced, what is loaded, the cells of tables, and the text of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.handlers: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.code: list[str] = []
+        self.policy = ""
+        self._table: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.loaded += [found[name] for name in LOADING if name in found]
+        self.handlers += [name for name in found if name.startswith("on")]
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"]
+        if tag == "table":
+            self._table = self.tables[found["id"]] = []
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("th", "td"):
+            self._table[-1].append("")
+        elif tag in ("script", "style"):
+            self.code.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            self.code[-1] += data
+        elif {"td", "th"} & set(self.open):
+            self._table[-1][-1] += data
+
+
+@pytest.fixture
+def plotly() -> Any:
+    return pytest.importorskip("plotly", reason="plotly is not installed")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two rows of two seeds, one of them with an evil label, and a trial that failed with an evil reason."""
+    folder, trials = tmp_path / "sweep", []
+    for label, lr in (("plain", 0.1), (EVIL, 0.2)):
+        for seed in (0, 1):
+            name = f"{lr}-{seed}"
+            write_run(folder / "runs" / name, (0.4, 0.9 - lr, 0.5 + seed / 10), 0.7 + lr + seed / 20, seed=seed, lr=lr)
+            trials.append({"trial": name, "label": label, "seed": seed, "state": "done"})
+    trials.append({"trial": "x", "label": "plain", "seed": 2, "state": "failed", "reason": EVIL})
+    return write_trials(folder, trials)
+
+
+def test_the_page_is_whole_escaped_and_alone(tmp_path: Path, sweep: Path, plotly: Any) -> None:
+    path = tmp_path / "page.html"
+    document, _ = report([sweep], html=path)
+    assert document["written"] == [str(path)]
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 6e6
+    page = Page(text)
+    table = tabulate(rows(read([sweep])))
+    shown = [list(table.texts(table.rows[0])), *(list(table.texts(row).values()) for row in table.rows)]
+    assert [[_plain(cell) for cell in row] for row in page.tables["results"]] == [
+        [_plain(cell) for cell in row] for row in shown
+    ]
+    assert page.tables["left-out"][1][3] == EVIL
+    assert page.tables["classes"][1:] == [[name, "82.5", "92.5"] for name in ("cat", "dog")]
+    assert page.tables["machines"][1] == ["a chip", "torch 2.11.0, fastcifar 0.1", "4"]
+
+    assert "<script>window.evil" not in text
+    assert page.handlers == []
+    assert page.loaded == []
+    assert page.policy.startswith("default-src 'none'; script-src 'unsafe-inline';")
+    own = [code for code in page.code if len(code) < 1e6]
+    assert len(own) == len(page.code) - 1 == 3
+    for code in own:
+        assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|import\(|WebSocket", code)
+
+    figures = json.loads(page.code[2])
+    assert list(figures) == ["accuracy", "loss", "throughput"]
+    for figure in figures.values():
+        plotly.graph_objects.Figure(figure)  # raises at what plotly.js would pass over
+    lines = [trace for trace in figures["accuracy"]["data"] if trace["mode"] == "lines" and "fill" not in trace]
+    assert lines[0]["x"] == [1, 2, 3]
+    assert lines[0]["y"] == pytest.approx([40, 80, 55])
+    (best,) = (trace for trace in figures["loss"]["data"] if trace["mode"] == "markers" and trace["name"] == "plain")
+    assert best["x"] == [2]
+    assert not any("<" in trace["name"] for trace in figures["accuracy"]["data"])
+
+
+def _plain(text: str) -> str:
+    return re.sub(r",\s*", ", ", text)
+
+
+def test_mistakes_are_the_surest_errors() -> None:
+    likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
+    assert surest_mistakes(likely, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
+    assert surest_mistakes(likely, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
+    assert surest_mistakes(likely, likely.argmax(1), 5).tolist() == []
+
+
+def test_networks_asked_again_agree_with_their_summaries(
+    tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any
+) -> None:
+    summaries = [train(tiny(seed=seed, out=str(tmp_path / f"s{seed}"))) for seed in (0, 1)]
+    folders = [Path(summary["run"]) for summary in summaries]
+    (row,) = rows(read(folders))
+    found = look(row, 4)
+    assert found.networks == 2
+    assert found.confusion.sum() == summaries[0]["total"]
+    assert found.confusion.trace() == np.mean([summary["correct"] for summary in summaries])
+    assert all(found.said != found.labels)
+    assert list(found.sure) == sorted(found.sure, reverse=True)
+
+    document, _ = report(folders, html=tmp_path / "a.html", plots=tmp_path / "plots", mistakes=4)
+    names = {Path(file).name for file in document["written"]}
+    assert {"confusion-1-resnet.png", "mistakes-1-resnet.png"} <= names
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert len(page.loaded) == len(found.images)
+    assert all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
+    figures = json.loads(page.code[2])
+    plotly.graph_objects.Figure(figures["confusion-0"])
+
+
+def test_a_page_that_cannot_be_written_is_found_first(
+    tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"\.html"):
+        report([sweep], html=tmp_path / "page.txt")
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(UsageError, match=r"fastcifar\[html\]"):
+        report([sweep], html=tmp_path / "page.html")
+    monkeypatch.undo()
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    with pytest.raises(DiskError, match="no folder"):
+        report([sweep], html=tmp_path / "none" / "page.html")
+
+
+def test_in_a_browser_headings_sort_and_curves_zoom(tmp_path: Path, sweep: Path, plotly: Any) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    report([sweep], html=tmp_path / "page.html")
+    asked, errors = [], []
+    with sync_api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=OFFLINE)
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_selector("#accuracy .nsewdrag")
+        first = "document.querySelector('#results tbody td').textContent"
+        assert page.evaluate(first) == "plain"
+        page.click("#results th:has-text('accuracy')")
+        assert page.evaluate(first) == "plain"
+        page.click("#results th:has-text('accuracy')")
+        assert page.evaluate(first) == EVIL.replace(",", ", ")
+        assert page.get_attribute("#results th:has-text('accuracy')", "aria-sort") == "descending"
+
+        extent = "document.getElementById('accuracy').layout.xaxis.range"
+        before = page.evaluate(extent)
+        page.locator("#accuracy").scroll_into_view_if_needed()
+        box = page.locator("#accuracy .nsewdrag").first.bounding_box()
+        assert box
+        for place, act in ((0.3, page.mouse.down), (0.6, page.mouse.up)):
+            page.mouse.move(box["x"] + place * box["width"], box["y"] + place * box["height"], steps=5)
+            act()
+        page.wait_for_function(f"JSON.stringify({extent}) !== '{json.dumps(before, separators=(',', ':'))}'")
+        after = page.evaluate(extent)
+        assert before[0] < after[0] < after[1] < before[1]
+        assert page.evaluate("window.evil") is None
+        browser.close()
+    assert asked == [(tmp_path / "page.html").as_uri()]
+    assert errors == []

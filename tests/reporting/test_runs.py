@@ -1,0 +1,245 @@
+"""Run folders listed by their state, and removed only where they are surely ours."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastcifar.errors import UsageError
+from fastcifar.evaluation.export import FORMATS
+from fastcifar.recipe import Recipe
+from fastcifar.reporting.runs import chosen, listed, remove, runs_table, size
+from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.training.train import train
+
+STARTED = "2026-11-0{}T10:00:00Z"
+
+
+def make_run(folder: Path, rows: int = 2, val_acc: float = 0.5, done: bool = True, day: int = 1, **knobs: Any) -> Path:
+    """A run folder by hand, finished or not."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.pt").write_bytes(b"x" * 1000)
+    (folder / "recipe.toml").write_text(Recipe.make(epochs=3, **knobs).to_toml())
+    (folder / "env.json").write_text(json.dumps({"recipe": "mine", "started": STARTED.format(day)}))
+    values = dict.fromkeys(COLUMNS, "0.25") | {"val_acc": str(val_acc), "seconds": "60"}
+    lines = [",".join(str(epoch) if name == "epoch" else values[name] for name in COLUMNS) for epoch in range(rows)]
+    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+    if done:
+        summary = {"epochs": rows, "val_acc": val_acc, "test_acc": val_acc - 0.01, "seconds": {"total": 61.5}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def make_sweep(folder: Path, **states: str) -> Path:
+    folder.mkdir()
+    (folder / "sweep.toml").write_text("")
+    trials = [{"trial": name, "label": "x", "state": state, "run": f"runs/{name}"} for name, state in states.items()]
+    begun = [{**trial, "state": "running"} for trial in trials]
+    (folder / "trials.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*begun, *trials]))
+    for name, state in states.items():
+        make_run(folder / "runs" / name, done=state == "done")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two finished runs, one of them deeper, one interrupted, one damaged, a sweep, and what is none of these."""
+    folder = tmp_path / "runs"
+    make_run(folder / "good", val_acc=0.9, day=3)
+    make_run(folder / "2026" / "fair", val_acc=0.7, day=1, arch="se55")
+    make_run(folder / "stopped", rows=1, val_acc=0.3, done=False, day=2)
+    (make_run(folder / "torn", day=4) / "summary.json").write_text('{"epochs": 2, "val_a')
+    make_sweep(folder / "ablation", a="done", b="failed")
+    (folder / "holiday").mkdir()
+    (folder / "holiday" / "photo.jpg").write_bytes(b"photo")
+    return folder
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Another process that holds the lock of a run folder."""
+    processes = []
+
+    def start(folder: Path) -> None:
+        code = "import fcntl, os, sys\nheld = os.open(sys.argv[1], os.O_RDONLY)\nfcntl.flock(held, fcntl.LOCK_EX)\n"
+        code += "print('held', flush=True)\nsys.stdin.read()"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+
+    yield start
+    for process in processes:
+        process.communicate()
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {Path(row["name"]).name: row["state"] for row in listed(folder)}
+
+
+def test_runs_and_sweeps_are_found_at_any_depth_with_their_states(
+    runs: Path, training: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
+    assert states(runs) == {
+        "good": "finished",
+        "fair": "finished",
+        "stopped": "interrupted",
+        "torn": "damaged",
+        "ablation": "finished",
+    }
+    training(runs / "stopped")
+    assert states(runs)["stopped"] == "running"
+    assert states(runs / "ablation") == {"a": "finished", "b": "interrupted"}
+    assert states(runs / "good") == {"good": "finished"}
+    held = os.open(runs / "good", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking has left no lock
+    os.close(held)
+
+
+def test_an_entry_says_what_the_folder_holds(runs: Path) -> None:
+    by_name = {Path(row["name"]).name: row for row in listed(runs)}
+    good = by_name["good"]
+    assert (good["arch"], good["recipe"], good["epochs"], good["seconds"]) == ("se68", "mine", 2, 61.5)
+    assert (good["val_acc"], good["test_acc"], good["date"]) == (0.9, 0.89, STARTED.format(3))
+    assert good["bytes"] == sum(path.stat().st_size for path in (runs / "good").rglob("*") if path.is_file())
+    stopped = by_name["stopped"]
+    assert (stopped["epochs"], stopped["val_acc"], stopped["test_acc"], stopped["seconds"]) == (1, 0.3, None, 60)
+    sweep = by_name["ablation"]
+    assert (sweep["kind"], sweep["trials"], sweep["val_acc"]) == ("sweep", {"done": 1, "failed": 1}, 0.5)
+    assert runs_table(listed(runs)).row_count == 5
+
+
+def test_they_are_sorted_by_any_column(runs: Path) -> None:
+    def names(*how: Any) -> list[str]:
+        return [Path(row["name"]).name for row in listed(runs, *how)]
+
+    assert [name for name in names("date") if name != "ablation"] == ["fair", "stopped", "good", "torn"]
+    assert names("val_acc")[-2:] == ["fair", "good"]
+    assert names("val_acc", True)[:2] == ["good", "fair"]
+    assert set(names("test_acc")[:3]) == {"stopped", "ablation", "torn"}  # not measured: first
+    with pytest.raises(UsageError, match="did you mean 'val_acc'"):
+        listed(runs, "val_ac")
+    with pytest.raises(UsageError, match="there is no folder"):
+        listed(runs / "nowhere")
+
+
+def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
+    own = [f"good/se68{row.suffix}" for row in FORMATS.values()]
+    own += [*(f"{name}.md" for name in own), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
+    for name in (*own, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
+        (runs / name).write_text("ours")
+    remove(chosen([runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]))
+    assert not (runs / "good").exists()
+    assert not (runs / "ablation").exists()
+    assert states(runs).keys() == {"fair", "stopped", "torn"}
+    assert (runs / "holiday" / "photo.jpg").read_bytes() == b"photo"
+
+
+@pytest.mark.parametrize("what", ["holiday", "2026", "good/checkpoints", "nowhere", "elsewhere", "", "mine", "bench"])
+def test_what_is_no_run_is_not_removed(runs: Path, tmp_path: Path, what: str) -> None:
+    for name, file in (("mine", "recipe.toml"), ("bench", "trials.jsonl")):  # as recipes and measurements are kept
+        (runs / name).mkdir()
+        (runs / name / file).write_text("lr = 0.1\n")
+    (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError):
+        remove(chosen([runs / "good", runs / what]))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "mine.csv", "some.toml"],
+)
+def test_a_folder_that_holds_more_than_a_run_is_not_removed(runs: Path, stranger: str) -> None:
+    for folder in (runs / "good", runs / "ablation" / "runs" / "a"):
+        (folder / stranger).parent.mkdir(exist_ok=True)
+        (folder / stranger).write_text("mine")
+    for path in (runs / "good", runs / "ablation"):
+        with pytest.raises(UsageError, match=stranger.partition("/")[0]):
+            remove(chosen([path]))
+    assert (runs / "good" / stranger).read_text() == (runs / "ablation" / "runs" / "a" / stranger).read_text() == "mine"
+
+
+def test_a_sweep_whose_folder_of_runs_holds_more_is_not_removed(runs: Path) -> None:
+    (runs / "ablation" / "runs" / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.md is not of"):
+        chosen([runs / "ablation"])
+
+
+def test_a_run_in_training_is_not_removed_nor_a_sweep_around_it(runs: Path, training: Callable[[Path], None]) -> None:
+    training(runs / "stopped")
+    training(runs / "ablation" / "runs" / "b")
+    entries = chosen([runs / "good"])
+    for path in (runs / "stopped", runs / "ablation"):
+        with pytest.raises(UsageError, match="being trained"):
+            chosen([runs / "good", path])
+    entries.append({"name": str(runs / "stopped")})  # begun after the choice
+    with pytest.raises(UsageError, match="being trained"):
+        remove(entries)
+    assert states(runs).keys() == {"good", "fair", "stopped", "torn", "ablation"}
+
+
+def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: Callable[[Path], None]) -> None:
+    make_run(runs / "best", val_acc=0.95)
+    training(make_run(runs / "busy", done=False))
+    half = make_sweep(runs / "half", c="done", d="running")
+
+    def names(folder: Path = runs, **how: Any) -> set[str]:
+        return {Path(row["name"]).name for row in chosen([folder], **how)}
+
+    assert states(runs)["half"] == "interrupted"
+    assert names(half, unfinished=True) == set()  # it would take the finished run with it
+    assert names(half / "runs", unfinished=True) == {"d"}
+    assert names(unfinished=True) == {"stopped", "torn"}
+    assert names(keep_best=1) == {"good", "fair"}
+    assert names(keep_best=1, unfinished=True) == {"good", "fair", "stopped", "torn"}
+    (runs / "good" / "notes.md").write_text("mine")  # which is in the way of what would remove it, and of nothing else
+    assert names(unfinished=True) == {"stopped", "torn"}
+    with pytest.raises(UsageError, match=r"notes\.md is not of a run"):
+        names(keep_best=1)
+
+
+def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    (runs / "good" / "checkpoints").rename(kept)
+    (runs / "good" / "checkpoints").symlink_to(kept)
+    with pytest.raises(UsageError, match="checkpoints"):  # a link is not a run's own
+        chosen([runs / "good"], checkpoints=True)
+    entries = chosen([runs / "stopped", runs / "ablation"], checkpoints=True)
+    assert [row["bytes"] for row in entries] == [1000, 2000]
+    remove(entries, checkpoints=True)
+    assert not list(runs.rglob("ablation/**/last.pt"))
+    assert states(runs)["stopped"] == "interrupted"
+    assert (kept / "last.pt").is_file()
+    assert not chosen([runs / "stopped"], checkpoints=True)
+
+
+def test_the_commands_on_a_run_that_was_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    summary = train(tiny(out=str(tmp_path / "runs" / "real")), "quick")
+
+    def fastcifar(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastcifar", "runs", *arguments]
+        run = {"capture_output": True, "text": True, "timeout": 60, "check": False, "cwd": tmp_path}
+        return subprocess.run(command, stdin=subprocess.DEVNULL, **run)  # type: ignore[call-overload]
+
+    (row,) = json.loads(fastcifar("ls", "--json").stdout)
+    assert (row["name"], row["state"], row["recipe"]) == ("runs/real", "finished", "quick")
+    assert (row["test_acc"], row["bytes"]) == (summary["test_acc"], size(tmp_path / "runs" / "real"))
+    unasked = fastcifar("rm", "runs/real")
+    assert (unasked.returncode, unasked.stderr) == (2, "fastcifar: 1 to remove, and nobody to ask; give --yes\n")
+    assert (tmp_path / "runs" / "real").is_dir()
+    removed = fastcifar("rm", "runs/real", "--yes", "--json")
+    assert removed.returncode == 0, removed.stderr
+    assert [row["name"] for row in json.loads(removed.stdout)] == ["runs/real"]
+    assert not (tmp_path / "runs" / "real").exists()

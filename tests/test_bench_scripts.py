@@ -1,0 +1,317 @@
+"""The README's tables are generated from recorded results, and current."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastcifar.benchmark.speedrun_results import Tally
+from fastcifar.device import Choice
+from fastcifar.models import MODELS
+from fastcifar.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """A script of bench/ or bench/peers/; pyproject.toml puts both where imports look."""
+    return importlib.import_module(name)
+
+
+def test_readme_tables_are_current() -> None:
+    text, tables = (ROOT / "README.md").read_text(encoding="utf-8"), script("tables")
+    for name in tables.TABLES:
+        assert f"<!-- table: {name} -->" in text
+    assert tables.renewed(text) == text
+
+
+def test_results_hold_no_path_of_a_machine() -> None:
+    files = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert "/tmp" not in text, path
+        assert "/work" not in text, path
+
+
+def trial(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
+    names = ("arch", "recipe", "device", "precision", "weights", "run", "stop_reason")
+    figures = {"params": 10, "macs": 100, "epochs": 2, "images_trained": 1000, "test_acc": accuracy, "complete": True}
+    absent = dict.fromkeys(("test_acc_ema", "val_acc"))
+    config = {"lr": 0.1, "seed": seed, "out": "here", "data": "there"}
+    return {**dict.fromkeys(names, "x"), **figures, **absent, "test_loss": 1.0, "images_per_s": 5.0, "seed": seed,
+            "config": config, "seconds": {"total": 9.0}, **changes}  # fmt: skip
+
+
+def write(folder: Path, document: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(document))
+    (folder / "env.json").write_text(json.dumps({"device": "a CPU, 2 cores", "command": ["here"]}))
+    return folder
+
+
+def test_record_keeps_every_trial_and_their_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = script("record")
+    monkeypatch.setattr(record.results_folder, "RESULTS", tmp_path / "results")
+    runs = [write(tmp_path / f"run{seed}", trial(seed, accuracy)) for seed, accuracy in ((0, 0.8), (1, 0.9))]
+    folder = record.record("quick", runs)
+    assert folder.name.endswith("Z_a-cpu-2-cores_quick")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["n"], summary["seeds"]) == (2, [0, 1])
+    assert summary["test_acc"]["mean"] == pytest.approx(0.85)
+    assert summary["test_acc"]["std"] == pytest.approx(0.0707, abs=1e-3)
+    assert summary["train_flops"] == 6 * 100 * 1000
+    assert "val_acc" not in summary
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert [entry["test_acc"] for entry in trials] == [0.8, 0.9]
+    assert "out" not in trials[0]["config"]
+    assert "command" not in json.loads((folder / "env.json").read_text())
+
+
+def test_record_refuses_cut_runs_and_other_recipes(tmp_path: Path) -> None:
+    record = script("record")
+    whole = write(tmp_path / "whole", trial(0, 0.8))
+    cut = write(tmp_path / "cut", trial(1, 0.8, complete=False))
+    other = write(tmp_path / "other", trial(1, 0.8, config={"lr": 0.2}))
+    for wrong in (cut, other):
+        with pytest.raises(SystemExit):
+            record.record("quick", [whole, wrong])
+
+
+PEERS = ("source_loop", "eager_bf16", "plain_compile", "ours")
+FIGURES = {"cpu_us_per_image": 1.0, "prepare_s": 2.0, "others_cores": 0.5}
+
+
+def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
+    speeds = {
+        "source_loop": (10, 20, 40),
+        "eager_bf16": (40, 40, 40),
+        "plain_compile": (50, 40, 20),
+        "ours": (60, 60, 80),
+    }
+    trials = [
+        {"round": number, "loop": name, "images_per_s": speeds[name][number], **FIGURES}
+        for number in range(3)
+        for name in PEERS
+    ]
+    disturbed = {**trials[3], "images_per_s": 1}
+    found = script("run").summary([disturbed, *trials], arch="se68")
+    assert (found["n"], found["arch"], tuple(found["loops"])) == (3, "se68", PEERS)
+    assert found["loops"]["ours"]["trials"] == [60, 60, 80]
+    assert found["loops"]["ours"]["images_per_s"] == 60
+    assert found["loops"]["ours"]["times_source_loop"] == {"min": 2, "median": 3, "max": 6}
+    assert found["loops"]["ours"]["times_plain_compile"] == {"min": 1.2, "median": 1.5, "max": 4}
+    assert found["loops"]["source_loop"]["times_source_loop"]["median"] == 1
+
+
+@pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "airbench_style", "ours"])
+def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = script("loops")
+    monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
+    choice = Choice("cpu", "fp32", "tensor", False, False)
+    monkeypatch.setattr(loops, "choose", lambda _: choice)
+    loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
+    drops_the_short_batch = name in loops.ON_DEVICE
+    assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_the_short_batch else [32, 32, 16, 32])
+
+
+def test_the_device_resident_peer_crops_and_flips_as_torchvision_could() -> None:
+    loops = script("loops")
+    padded = F.pad(torch.arange(3 * 32 * 32.0).view(1, 3, 32, 32) + 1, (4, 4, 4, 4)).expand(400, -1, -1, -1)
+    crops = [padded[0, :, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+    windows = {crop.contiguous().numpy().tobytes() for crop in crops}
+    flipped = {crop.flip(2).contiguous().numpy().tobytes() for crop in crops}
+    found = {made.contiguous().numpy().tobytes() for made in loops.crop_and_flip(padded)}
+    assert found <= windows | flipped
+    assert len(found) > 100
+    assert found & windows
+    assert found & flipped
+
+
+# As cifar10-airbench's scripts print: a warm-up on random labels, then two runs; one script calls its column otherwise.
+TABLE = """
+-----------------------------------------------------------------------
+|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  {seconds}  |
+-----------------------------------------------------------------------
+|  warmup  |      0  |     0.1000  |   0.1010  |               |        0.9000  |
+|          |   eval  |     0.1000  |   0.1010  |       0.0990  |        1.5000  |
+-----------------------------------------------------------------------
+Training small proxy...
+|       0  |      0  |     0.6000  |   0.6100  |               |        0.3000  |
+|          |   eval  |     0.9000  |   0.9310  |       0.9404  |        2.5000  |
+-----------------------------------------------------------------------
+|       1  |   eval  |     0.9000  |   0.9320  |       0.9398  |        2.5500  |
+"""
+
+
+@pytest.mark.parametrize("seconds", ["time_seconds", "total_time_seconds"])
+def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(seconds: str) -> None:
+    found = list(script("airbench").finished_runs(iter(TABLE.format(seconds=seconds).splitlines())))
+    assert [run["accuracy"] for run in found] == [0.9404, 0.9398]
+    assert [run["own_s"] for run in found] == [2.5, 2.55]
+    assert [run["without_tta"] for run in found] == [0.9310, 0.9320]
+    assert all(run["compiled"] for run in found)
+
+
+def test_seconds_with_compilation_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    airbench, tables = script("airbench"), script("tables")
+    table = TABLE.format(seconds="time_seconds").replace("warmup", "     0")
+    runs = [{**run, "since_start_s": 9.0} for run in airbench.finished_runs(iter(table.splitlines()))]
+    assert [run["compiled"] for run in runs] == [False, True, True]
+    found = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs}])
+    figures = found["scripts"]["a.py"]
+    assert (len(figures["accuracy"]), figures["own_compiling_s"]) == (3, [runs[0]["own_s"]])
+    assert (figures["own_s"], figures["cold_s"], figures["warm_s"]) == ([2.5, 2.55], [9.0], [])
+    assert "2.52" in airbench.table(found)
+    alone = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs[:1]}])
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(airbench.results_folder, "RESULTS", tmp_path)
+    airbench.results_folder.write("airbench", {"device": "a CPU"}, alone, [])
+    assert "| - | 9.0 | - | a CPU |" in tables.airbench()
+
+
+def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speedruns = script("speedruns")
+    port = tmp_path / "port.py"
+    one_run = "".join(
+        line for line in TABLE.format(seconds="time_seconds").splitlines(True) if "       1  |" not in line
+    )
+    port.write_text(f"import sys; assert sys.argv[1] == '7'; print('flops 4.5e14')\nprint({one_run!r})\n")
+    theirs = speedruns.watched("peer", 0, 7, lambda: speedruns.their_run(port, 7, tmp_path))
+    assert [theirs[key] for key in speedruns.FIGURES] == [2.5, 0.9404, 0.9310, 4.5e14]
+    ours = {**theirs, "who": "ours", "seconds": 2.0, "acc_tta": 0.95}
+    found = speedruns.summary(
+        [ours, theirs, {**theirs, "round": 1}, {**ours, "round": 1, "seconds": 1.0}], "94", "port.py"
+    )
+    assert found["ours"]["seconds"] == [2.0, 1.0]
+    assert found["seconds_over_peer"] == {"min": 0.4, "median": pytest.approx(0.6), "max": 0.8}
+    assert found["mean_acc_tta"] == {"ours": pytest.approx(0.95), "peer": pytest.approx(0.9404)}
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(speedruns.results_folder, "RESULTS", tmp_path / "results")
+    assert tables.pairs() == "(None recorded yet.)"
+    speedruns.results_folder.write("speed94", {"device": "a CPU"}, found, [])
+    mine, others = tables.pairs().splitlines()[2:]
+    assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | 0.4500 |" in mine
+    assert "| 94 % | peer, `port.py` | 2 | 94.04 % | 93.10 % | 2.5 | 2.5, 2.5 |  | 0.4500 |" in others
+    port.write_text("print('broken')\n")
+    with pytest.raises(SystemExit, match="broken"):
+        speedruns.their_run(port, 7, tmp_path)
+    with pytest.raises(SystemExit, match="our run of seed 7 ended with exit code 3: no result"):
+        speedruns.our_run("94", 7, str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(tmp_path: Path) -> None:
+    airbench = script("airbench")
+    sleeps = (
+        f"import time, os; assert os.path.exists('cifar10/test.pt'); print({TABLE.format(seconds='time_seconds')!r})\n"
+    )
+    (tmp_path / "script.py").write_text(sleeps + "time.sleep(600)\n")
+    (tmp_path / "short.py").write_text("print('no table')\n")
+    trials = airbench.measured(tmp_path, ["script.py"], "synthetic:50", runs=2, starts=2)
+    assert [(trial["start"], len(trial["runs"])) for trial in trials] == [("cold", 2), ("warm", 2)]
+    assert all(0 < trial["runs"][0]["since_start_s"] < 60 for trial in trials)
+    found = airbench.summary(trials)["scripts"]["script.py"]
+    assert found["own_s"] == [2.5, 2.55] * 2
+    assert (len(found["cold_s"]), len(found["warm_s"])) == (1, 1)
+    for wrong, words in (("short.py", "no table"), ("none.py", "no none.py")):
+        with pytest.raises(SystemExit, match=words):
+            airbench.measured(tmp_path, [wrong], "synthetic:50", runs=1, starts=1)
+
+
+def test_the_loops_are_kept_when_a_published_script_ends_early_and_a_missing_one_is_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, airbench, rounds = script("run"), script("airbench"), []
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "trials_of_loops", lambda *_: rounds.append(0) or list(trials))
+    monkeypatch.setattr(airbench, "needs_cuda", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", "synthetic:50", "--airbench", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no airbench94_muon\.py"):
+        run.main()
+    assert not rounds
+    for name in airbench.SCRIPTS:
+        (tmp_path / name).write_text("print('no table')\n")
+    with pytest.raises(SystemExit, match="ended after 0 of 3 runs: no table"):
+        run.main()
+    (folder,) = (tmp_path / "results").iterdir()
+    assert tuple(json.loads((folder / "summary.json").read_text())["loops"]) == PEERS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_published_scripts_need_cuda_and_say_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (8, "", 1)
+    assert "needs CUDA" in run.stderr
+
+
+def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, run = script("tables"), script("run")
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    summary = run.summary(trials, arch="se68", batch_size=128, augment="none")
+    summary["scripts"] = {"a.py": {"accuracy": [0.94, 0.95], "own_s": [2.0, 3.0], "cold_s": [30.0], "warm_s": []}}
+    run.results_folder.write("peers-se68", {"device": "a CPU"}, summary, trials)
+    assert "| `a.py` | 2 | 94.50 % | 2.50 | 30.0 | - | a CPU |" in tables.airbench()
+    lines = tables.peers().splitlines()
+    assert len(lines) == 2 + len(PEERS)
+    assert all("| 1 | 10.0 | 10.0 | 1.00 | 1.00 |" in line for line in lines[2:])
+
+
+def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder as `speedrun` leaves it: two runs, one of them over the target; one run without views, and one that
+    does not count; one on the validation split, which is no result."""
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.speedruns() == "(None recorded yet.)"
+    times = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0, "refused": None}
+    for name, views, on in (("a", [0.939, 0.941], "test"), ("b", [None], "test"), ("c", [0.95], "val")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
+        document = {"target": "94", "recipe": "small", "on": on, "config": Recipe().model_dump(mode="json")}
+        tally = Tally(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
+        for seed, accuracy in enumerate(views):
+            tally.add({**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2})
+        if name == "b":
+            tally.add({**tally.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
+    first, second = tables.speedruns().splitlines()[2:]
+    assert first == (
+        "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 "
+        "| 0.2000 | a CPU | `a` |"
+    )
+    assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
+
+
+def test_traffic_is_counted_as_one_counts_by_hand() -> None:
+    """Convolution, BatchNorm, ReLU, convolution on maps of 32 KB an image: how often each kernel passes one."""
+    traffic = script("traffic")
+    layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    rows = traffic.kernels(network, batch_size=32)
+    one = 32 * 2 * 64 * 32 * 32
+    passes = [
+        (row["pass"], row["kind"], round(row["read"] / one), round(row["written"] / one))
+        for row in rows
+        if "max" not in row["computes"] and max(row["read"], row["written"]) > 0.9 * one
+    ]
+    assert passes[:4] == [
+        ("forward", "convolution", 0, 1),
+        ("forward", "reduction", 1, 0),
+        ("forward", "pointwise", 1, 1),
+        ("forward", "convolution", 1, 1),
+    ]
+    assert ("backward", "convolution", 3, 1) in passes  # the gradient for each of two kernels, and the input

@@ -1,0 +1,159 @@
+"""Schedules against torch's own, where the definitions coincide; the floor, the warm-up, plateau's memory."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from fastcifar.errors import UsageError
+from fastcifar.recipe import Recipe
+from fastcifar.training.lr_schedule import SCHEDULES, Schedule
+
+STEPS = 40  # 10 epochs of 4 steps
+
+
+def schedule(spec: str, **values: Any) -> Schedule:
+    return Schedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}), 4)
+
+
+def rates_of(made: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
+    """The learning rate of `STEPS` steps by one of torch's schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    theirs, rates = made(optimizer), []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    return rates
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, rising: float) -> lr_scheduler.OneCycleLR:
+    """torch's phases end at steps, the last at STEPS; `rising` is the share of the STEPS + 1 steps before the fall."""
+    return lr_scheduler.OneCycleLR(optimizer, 0.4, STEPS + 1, pct_start=rising, cycle_momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "lr_min", "made"),
+    [
+        ("constant", 0.0, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+        ("cosine", 0.01, lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01)),
+        ("cosine_restarts", 0.01, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, STEPS // 4, eta_min=0.01)),
+        ("cosine_restarts:2", 0.0, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, STEPS // 2)),
+        ("linear", 0.0, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, STEPS)),
+        ("triangular", 0.01, lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.4, 10, 30, cycle_momentum=False)),
+        ("one_cycle:0.25", 0.0, lambda o: one_cycle(o, 11 / 41)),
+        ("one_cycle", 0.0, lambda o: one_cycle(o, 13 / 41)),
+        ("multi_step", 0.0, lambda o: lr_scheduler.MultiStepLR(o, [STEPS // 2, STEPS * 3 // 4], 0.1)),
+        ("multi_step:0.3", 0.0, lambda o: lr_scheduler.MultiStepLR(o, [STEPS // 2, STEPS * 3 // 4], 0.3)),
+        ("exponential", 0.0, lambda o: lr_scheduler.ExponentialLR(o, 0.01 ** (1 / STEPS))),
+    ],
+)  # fmt: skip
+def test_equals_torch(spec: str, lr_min: float, made: Callable) -> None:
+    ours = schedule(spec, lr_min=lr_min)
+    assert [ours.lr_at(step) for step in range(STEPS)] == pytest.approx(rates_of(made), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_plateau_equals_torch(patience: int) -> None:
+    losses = [1.0, 0.8, 0.9, 0.79999, 0.85, 0.7, 0.7, 0.7, 0.7, math.nan, 0.6, 0.61, 0.62, 0.63, 0.64]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    theirs = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience)
+    ours = schedule(f"plateau:{patience}", epochs=20)
+    for epoch, loss in enumerate(losses):
+        assert ours.lr_at(4 * epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=2e-8)
+        theirs.step(loss)
+        ours.after_epoch(loss)
+    assert ours.lr_at(60) < 0.4
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> None:
+    losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.8, 0.81, 0.82, 0.83, 0.84]
+    spec = f"{name}:2" if SCHEDULES[name].watches else name
+    whole, first, second = (schedule(spec, warmup_epochs=1) for _ in range(3))
+    rates = []
+    for epoch, loss in enumerate(losses):
+        rates += [whole.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        whole.after_epoch(loss)
+    resumed = []
+    for epoch, loss in enumerate(losses):
+        if epoch == 5:
+            file = io.BytesIO()
+            torch.save(first.state_dict(), file)
+            file.seek(0)
+            second.load_state_dict(torch.load(file, weights_only=True))
+        part = first if epoch < 5 else second
+        resumed += [part.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        part.after_epoch(loss)
+    assert resumed == rates
+    if SCHEDULES[name].watches:
+        assert len(set(rates[4:])) == 3
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_stay_between_the_floor_and_the_peak(name: str) -> None:
+    made = schedule(name, lr_min=0.01)
+    rates = [made.lr_at(step) for step in range(STEPS + 20)]
+    assert all(0.01 - 1e-12 <= rate <= 0.4 + 1e-12 for rate in rates)
+    assert len(set(rates[STEPS:])) == 1  # after its end it stays where it is
+    made.after_epoch(None if not SCHEDULES[name].watches else 1.0)
+    assert made.lr_at(3) == rates[3]
+
+
+def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
+    made = Schedule(Recipe(lr=0.1, lr_min=0.01, epochs=21, schedule_epochs=20), 10)
+    rates = [made.lr_at(step) for step in range(210)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0.055)
+    assert rates[200:] == [pytest.approx(0.01)] * 10
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
+
+
+def test_a_schedule_longer_than_the_run_is_cut() -> None:
+    assert Schedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1).lr_at(29) == pytest.approx(0.095, abs=2e-4)
+
+
+def test_warm_up_rises_linearly_to_the_peak() -> None:
+    lr_at = Schedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5).lr_at
+    assert [lr_at(step) for step in range(10)] == pytest.approx([0.4 * (step + 1) / 11 for step in range(10)])
+    assert lr_at(10) == pytest.approx(0.4)
+    assert lr_at(11) < 0.4
+
+
+@pytest.mark.parametrize("cycles", [3, 7, 11])
+def test_every_restart_is_at_the_peak(cycles: int) -> None:
+    made = Schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
+    assert [made.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("cosin", "did you mean 'cosine'"),
+        ("multistep", "did you mean 'multi_step'"),
+        ("cosine:3", "takes no number"),
+        ("cosine_restarts:2.5", "a whole number from 1 to 1000; such as cosine_restarts:4"),
+        ("triangular:1", "from 0.001 to 0.999"),
+        ("one_cycle:", "is not a number"),
+        ("multi_step:nan", "is not a number"),
+        ("exponential:x", "'x' is not a number"),
+        ("plateau:-1", "a whole number"),
+    ],
+)
+def test_fault15_wrong_schedules(spec: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        schedule(spec)
+
+
+def test_schedules_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match="not shorter"):
+        schedule("cosine", epochs=2, warmup_epochs=2)
+    with pytest.raises(UsageError, match="--val-size"):
+        schedule("plateau", val_size=0)

@@ -1,0 +1,218 @@
+"""Checkpoints of the source projects: read strictly, named, and worth what an independent computation says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcifar.data import cifar
+from fastcifar.errors import CheckpointError, UsageError
+from fastcifar.evaluation.evaluate_run import judge
+from fastcifar.models import MODELS, build
+from fastcifar.recipe import Recipe
+from fastcifar.training import checkpoint, source_checkpoints
+from fastcifar.training.build_data import normalisation, normalisation_name
+from fastcifar.training.train import train
+from tests.models.reference import FORWARDS
+
+# As the sources write them, digit for digit.
+PER_PIXEL = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
+PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+SMALL = "synthetic:100"  # 20 images to test
+
+
+def weights_of(arch: str) -> dict[str, Tensor]:
+    """Random weights and statistics, near what the images have: else every image has nearly the same logits."""
+    torch.manual_seed(5)
+    model = build(arch)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the statistics of the one batch below
+    with torch.no_grad():
+        model((torch.from_numpy(cifar.load(SMALL).test.images).float() / 255 - 0.5) / 0.25)
+        for norm in norms:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean += 0.3 * norm.running_var.sqrt() * torch.randn_like(norm.bias)
+            norm.running_var *= torch.rand_like(norm.bias) + 0.5
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+        model.get_submodule("linear").weight *= 5  # type: ignore[operator]
+    return model.state_dict()
+
+
+def saved(folder: Path, **content: Any) -> str:
+    torch.save(content, folder / "ckpt.pth")
+    return str(folder / "ckpt.pth")
+
+
+def loss_by_hand(arch: str, state: dict[str, Tensor], normalise: tuple[tuple[float, ...], tuple[float, ...]]) -> float:
+    test = cifar.load(SMALL).test
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalise)
+    images = (torch.from_numpy(test.images).float() / 255 - mean) / std
+    with torch.no_grad():
+        return F.cross_entropy(FORWARDS[arch](state, images).double(), torch.from_numpy(test.labels)).item()
+
+
+@pytest.mark.parametrize(
+    ("arch", "normalise", "prefix"),
+    [
+        ("se68", PER_PIXEL, "module."),
+        ("coconut_leaky", PER_IMAGE, "module."),
+        ("coconut_se", PER_IMAGE, ""),
+        ("coconut_sep", PER_IMAGE, ""),
+    ],
+)
+def test_the_loss_is_that_of_an_independent_computation(
+    tmp_path: Path, arch: str, normalise: tuple[tuple[float, ...], tuple[float, ...]], prefix: str
+) -> None:
+    state = weights_of(arch)
+    net = OrderedDict((prefix + key, value) for key, value in state.items())
+    file = saved(tmp_path, net=net, acc=np.float64(95.49), epoch=173, optimizer=optimizer_state())
+    scores = judge(file, arch=arch, data=SMALL, device="cpu", precision="fp32")
+    assert scores["test_loss"] == pytest.approx(loss_by_hand(arch, state, normalise), rel=1e-4)
+    assert (scores["arch"], scores["total"], scores["weights"]) == (arch, 20, "published")
+    other = PER_IMAGE if normalise is PER_PIXEL else PER_PIXEL
+    assert scores["test_loss"] != pytest.approx(loss_by_hand(arch, state, other), rel=1e-3)
+
+
+def optimizer_state() -> dict[str, Any]:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_normalise_can_be_said(tmp_path: Path) -> None:
+    state = weights_of("coconut_leaky")
+    file = saved(tmp_path, net=state, acc=95.49, epoch=3)
+    scores = judge(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalise="cifar10")
+    assert scores["normalise"] == "cifar10"
+    assert scores["test_loss"] == pytest.approx(loss_by_hand("coconut_leaky", state, PER_PIXEL), rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
+    assert normalisation(Recipe(arch=arch)) == (PER_IMAGE if arch.startswith("coconut") else PER_PIXEL)
+    assert normalisation_name(Recipe(arch=arch, dataset="cifar100")) == "cifar100"
+    assert normalisation_name(Recipe(arch=arch, normalise="0.5:0.25")) == "0.5:0.25"
+
+
+@pytest.mark.parametrize(
+    "acc", [95.49, 95, np.float64(95.49), np.float32(95.5), np.int64(95), np.bool_(True), torch.tensor(95.49)]
+)
+def test_numpy_scalars_come_as_plain_numbers(tmp_path: Path, acc: Any) -> None:
+    torch.save({"net": {}, "acc": acc}, tmp_path / "f.pt")
+    read = checkpoint.load(tmp_path / "f.pt", anyones=True)["acc"]
+    assert read == acc
+    assert not isinstance(read, np.generic)
+
+
+class Scalar:
+    """Pickles as numpy's scalar function called with whatever arguments."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return np.float64(1).__reduce__()[0], self.arguments
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch sentinel",)
+
+
+@pytest.mark.parametrize(
+    "acc",
+    [
+        Evil(),
+        argparse.Namespace(lr=0.1),
+        Scalar(np.dtype("O"), Evil()),
+        Scalar(np.dtype("O"), b"12345678"),
+        Scalar(np.dtype("V8"), b"12345678"),
+        Scalar(np.dtype("f8"), b"1234"),
+        Scalar(np.dtype(">f8"), b"12345678"),
+        Scalar(np.dtype("U1000000"), b""),
+        Scalar(1, 2),
+        np.arange(3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_fault09_nothing_but_numbers_comes_with_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acc: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = saved(tmp_path, net=weights_of("se68_none"), acc=acc)
+    with pytest.raises(CheckpointError) as caught:
+        judge(file, arch="se68_none", data=SMALL)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize(("value", "name"), [(Evil(), "posix.system"), (argparse.Namespace(), "argparse.Namespace")])
+def test_a_refused_name_is_said(tmp_path: Path, value: object, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"it asks for {name}, which no checkpoint needs"):
+        checkpoint.load(Path(saved(tmp_path, net=value)), anyones=True)
+
+
+def test_a_pickle_that_torch_did_not_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": Evil()}, protocol=2))
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "f.pt", anyones=True)
+
+
+def test_without_arch_the_rows_that_fit_are_named(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        states = {arch: build(arch).state_dict() for arch in MODELS}
+    assert source_checkpoints.fitting(states["coconut_sep"]) == ["coconut_sep"]
+    assert source_checkpoints.fitting({f"module.{key}": value for key, value in states["se55"].items()}) == ["se55"]
+    assert source_checkpoints.fitting(states["se68_none"]) == ["resnet", "se68_none"]
+    assert source_checkpoints.fitting({"weight": torch.ones(2)}) == []
+    torch.save(build("se55").state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(CheckpointError, match="does not say which network its weights are of; give --arch se55"):
+        judge(str(tmp_path / "bare.pth"), data=SMALL)
+    with pytest.raises(CheckpointError, match="give --arch NAME, though no row"):
+        judge(saved(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
+
+
+def test_a_bare_state_dict_will_do(tmp_path: Path) -> None:
+    torch.save(weights_of("se55"), tmp_path / "bare.pth")
+    assert judge(str(tmp_path / "bare.pth"), arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    file = saved(tmp_path, net=build("se55").state_dict(), acc=1.0, epoch=1)
+    with pytest.raises(CheckpointError, match=r"lacks residual_layers\.0\.2\.bn1.*is it another architecture"):
+        judge(file, arch="se68", data=SMALL)
+    with pytest.raises(UsageError, match="did you mean 'se68'"):
+        judge(file, arch="se86", data=SMALL)
+    for content in ({"net": [1, 2]}, {"net": {}}, {"net": {"weight": 3}}, {"acc": 1.0}):
+        with pytest.raises(CheckpointError, match="holds no weights"):
+            judge(saved(tmp_path, **content), arch="se68", data=SMALL)
+
+
+def test_fault22_the_budget_holds_for_published_files_too(tmp_path: Path) -> None:
+    file = saved(tmp_path, net=weights_of("coconut_over"), acc=1.0, epoch=1)
+    with pytest.raises(UsageError, match="--max-params 5237546"):
+        judge(file, arch="coconut_over", data=SMALL, device="cpu")
+    assert judge(file, arch="coconut_over", data=SMALL, device="cpu", max_params=5_237_546)["total"] == 20
+
+
+def test_a_file_of_ours_knows_its_own(tiny: Callable[..., Recipe]) -> None:
+    run = train(tiny(max_steps=1))["run"]
+    assert judge(run, arch="resnet")["weights"] == "last"
+    with pytest.raises(CheckpointError, match="holds resnet, not se68; leave --arch out"):
+        judge(run, arch="se68")
