@@ -1,11 +1,18 @@
-"""The training step in its forms against the eager one, in one process: eager = compiled = captured.
+"""Two comparisons: the training step in its forms against the eager one, and this working tree against an older commit.
 
     python bench/equality.py [--device cuda --steps 20 --quick]
+    python bench/equality.py --against COMMIT
 
-ends with one JSON document, `{"device", "versions", "forms", "checks", "passed"}`, and exits 1 if a check failed. A
-form that this device does not have (a CUDA graph on a CPU) is left out, and said to be. The network is smooth (SiLU),
+The first runs in one process: eager = compiled = CUDA graph. It ends with one JSON document, `{"device", "versions",
+"forms", "checks", "passed"}`, and exits 1 if a check failed. A form that this device does not have (a CUDA graph on a
+CPU) is left out, and said to be. The network is smooth (SiLU),
 for an activation within a rounding of 0 is on one side of ReLU's kink or the other; float32 is without TF32, and cuDNN
 chooses its algorithms without trying them. `--quick` takes a tiny network on synthetic images.
+
+The second checks COMMIT out into a temporary git worktree, runs the cases of `commit_equality.py` with both trees
+through the command line (CPU, one thread, float32, no compilation) and compares SHA-256 digests: of every network's
+input (the augmented, normalized images), of the logits, of the weights, average and optimizer state in the last
+checkpoint, and of what `eval` and `predict` report. It prints a Markdown table and ends with one JSON document.
 """
 
 from __future__ import annotations
@@ -13,8 +20,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,12 +182,55 @@ def compared(device: str, steps: int, quick: bool) -> dict[str, Any]:
     }
 
 
+def against(commit: str) -> dict[str, Any]:
+    """The document of `--against`: every digest of this working tree equal to that of `commit`, or not."""
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        older = Path(temporary) / "older"
+        subprocess.run(["git", "worktree", "add", "--detach", str(older), commit], cwd=root, check=True)
+        try:
+            trees = {"before": older, "after": root}
+            digests = {name: run_cases(tree, Path(temporary) / name) for name, tree in trees.items()}
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(older)], cwd=root, check=True)
+    before, after = digests["before"], digests["after"]
+    rows = [
+        {"case": case, **{what: value == after.get(case, {}).get(what) for what, value in found.items()}}
+        for case, found in before.items()
+    ]
+    same = before.keys() == after.keys() and all(value for row in rows for value in row.values())
+    return {"commit": commit, "device": describe("cpu"), "versions": versions(), "checks": rows, "passed": same}
+
+
+def run_cases(tree: Path, folder: Path) -> dict[str, dict[str, str]]:
+    """What `commit_equality.py` of this tree prints, with the package of `tree`."""
+    script = Path(__file__).with_name("commit_equality.py")
+    alone = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(folder)]
+    run = subprocess.run(command, env={**os.environ, **alone}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The checks of `--against` as a table: a case per row, a digest per column."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    spell = {True: "equal", False: "DIFFERS", None: ""}
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row["case"], *(spell[row.get(name)] for name in columns[1:])] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The training step in its forms against the eager one.")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="a tiny network on synthetic images")
+    parser.add_argument("--against", metavar="COMMIT", help="compare this working tree with an older commit instead")
     arguments = parser.parse_args()
-    document = compared(arguments.device, arguments.steps, arguments.quick)
+    if arguments.against:
+        document = against(arguments.against)
+        print(markdown(document["checks"]))
+    else:
+        document = compared(arguments.device, arguments.steps, arguments.quick)
     print(json.dumps(document))
     sys.exit(not document["passed"])
