@@ -21,15 +21,15 @@ STEPS, WARM_UP = 36, 6
 
 def one(arch: str, batch_size: int, keep: bool) -> float:
     """Median seconds of a compiled step on synthetic images, in this process."""
-    from fastcifar.device import choose
+    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import cuda_graph, trainer
 
     if not keep:
         cuda_graph.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
-    run = trainer.assemble(recipe, choose(recipe))
-    step = run.fast_step()
+    run = trainer.build_trainer(recipe, choose_execution(recipe))
+    step = run.build_train_step()
     seconds = []
     for epoch in range(STEPS):
         for batch in run.batches(epoch):
@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.child:
         print(one(arguments.arch, arguments.batch_size, arguments.child == "keep"))
         return
-    from fastcifar.device import environment
+    from fastcifar.device import collect_environment
 
     trials = []
     command = [sys.executable, __file__, "--arch", arguments.arch, "--batch-size", str(arguments.batch_size)]
@@ -70,7 +70,7 @@ def main() -> None:
         "n": arguments.rounds,
         "speedup": {"min": min(paired), "median": statistics.median(paired), "max": max(paired)},
     }
-    folder = results_folder.write(f"allocator-{arguments.arch}", environment("cpu"), summary, trials)
+    folder = results_folder.write(f"allocator-{arguments.arch}", collect_environment("cpu"), summary, trials)
     print(folder, json.dumps(summary["speedup"]))
 
 

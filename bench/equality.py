@@ -31,17 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcifar.benchmark.bench import MODES, on_some_data
-from fastcifar.device import choose, describe, versions
+from fastcifar.benchmark.bench import EXECUTION_MODES, prepare_bench_recipe
+from fastcifar.device import choose_execution, describe_device, package_versions
 from fastcifar.recipe import Recipe
-from fastcifar.training.step import Step
-from fastcifar.training.trainer import Parts, assemble
+from fastcifar.training.step import TrainStep
+from fastcifar.training.trainer import Trainer, build_trainer
 
 LOSSES = {"fp32": 1e-5, "bf16": 2e-2}  # how far losses may be apart, absolutely, at a small learning rate
 WEIGHTS = 1e-5  # and all weights together after a step from the same state at a large one, relative to their norm
 SMALL, LARGE = 1e-3, 0.1
 QUICK = {"arch": "resnet", "blocks": (1, 1), "channels": (8, 16), "batch_size": 32, "data": "synthetic:200"}
-Form = tuple[Parts, Step]
+Form = tuple[Trainer, TrainStep]
 Check = dict[str, Any]
 
 
@@ -62,13 +62,13 @@ def checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
 
 def form(recipe: Recipe, mode: str, precision: str) -> Form:
     """The parts of a run in `mode`, and its step, with its Lookahead's and meter's state as at the start."""
-    changed = Recipe.checked({**recipe.model_dump(), **MODES[mode], "precision": precision})
-    parts = assemble(changed, choose(changed))
+    changed = Recipe.from_dict({**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
+    parts = build_trainer(changed, choose_execution(changed))
     torch.backends.cudnn.benchmark = False  # a run has it on
-    return parts, parts.fast_step()
+    return parts, parts.build_train_step()
 
 
-def full_batches(parts: Parts, count: int) -> list[tuple[Tensor, ...]]:
+def full_batches(parts: Trainer, count: int) -> list[tuple[Tensor, ...]]:
     """The run's first full batches, of as many epochs as it takes, in memory of their own."""
     batches = itertools.chain.from_iterable(map(parts.batches, itertools.count()))
     full = (batch for batch in batches if len(batch[1]) == parts.recipe.batch_size)
@@ -83,8 +83,8 @@ def equal_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], prec
         for done, batch in enumerate(batches, start=1):
             parts.meter.reset()
             step(*batch)
-            parts.optimizer.between_steps(done)
-            losses[mode].append(parts.meter.read().loss)
+            parts.optimizer.after_step(done)
+            losses[mode].append(parts.meter.compute().loss)
     return [
         verdict(
             f"losses of {len(batches)} steps at a learning rate of {SMALL:g}, {precision}",
@@ -108,12 +108,12 @@ def equal_steps(forms: dict[str, Form], batches: list[tuple[Tensor, ...]]) -> li
     for parts, _ in forms.values():
         parts.optimizer.set_lr(LARGE)
     for batch in batches:
-        before = [tensor.clone() for tensor in eager.tensors()]
+        before = [tensor.clone() for tensor in eager.state_tensors()]
         plain(*batch)
         for mode in together:
             parts, step = forms[mode]
             with torch.no_grad():
-                for mine, other in zip(parts.tensors(), before, strict=True):
+                for mine, other in zip(parts.state_tensors(), before, strict=True):
                     mine.copy_(other)
             step(*batch)
             pairs = list(zip(parts.model.parameters(), eager.model.parameters(), strict=True))
@@ -131,7 +131,7 @@ def furthest(so_far: float, apart: Tensor) -> float:
     return found if not found <= so_far else so_far
 
 
-def asks_nothing(mode: str, parts: Parts, step: Step) -> Check:
+def asks_nothing(mode: str, parts: Trainer, step: TrainStep) -> Check:
     """Three batches and their steps while any wait of the host for the device is an error."""
     batches = parts.batches(0)
     step(*next(batches))
@@ -144,7 +144,7 @@ def asks_nothing(mode: str, parts: Parts, step: Step) -> Check:
         problem = str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    about = f"no wait for the device in a step and its batch, {parts.choice.precision}"
+    about = f"no wait for the device in a step and its batch, {parts.execution.precision}"
     return {"check": about, "form": mode, "passed": not problem, **({"problem": problem} if problem else {})}
 
 
@@ -168,15 +168,17 @@ def exactly(work: Callable[[], list[Check]]) -> list[Check]:
 
 def compared(device: str, steps: int, quick: bool) -> dict[str, Any]:
     """The document."""
-    recipe = on_some_data(Recipe.make(activation="silu", device=device, loader="tensor", **(QUICK if quick else {})))
-    graphs = choose(recipe).device == "cuda"
-    modes = [mode for mode in MODES if graphs or not MODES[mode]["cuda_graph"]]
+    recipe = prepare_bench_recipe(
+        Recipe.make(activation="silu", device=device, loader="tensor", **(QUICK if quick else {}))
+    )
+    graphs = choose_execution(recipe).device == "cuda"
+    modes = [mode for mode in EXECUTION_MODES if graphs or not EXECUTION_MODES[mode]["cuda_graph"]]
     found = exactly(lambda: checks(recipe, modes, steps))
     return {
-        "device": describe(device),
-        "versions": versions(),
+        "device": describe_device(device),
+        "versions": package_versions(),
         "forms": modes,
-        "left_out": [mode for mode in MODES if mode not in modes],
+        "left_out": [mode for mode in EXECUTION_MODES if mode not in modes],
         "checks": found,
         "passed": all(check["passed"] for check in found),
     }
@@ -199,7 +201,13 @@ def against(commit: str) -> dict[str, Any]:
         for case, found in before.items()
     ]
     same = before.keys() == after.keys() and all(value for row in rows for value in row.values())
-    return {"commit": commit, "device": describe("cpu"), "versions": versions(), "checks": rows, "passed": same}
+    return {
+        "commit": commit,
+        "device": describe_device("cpu"),
+        "versions": package_versions(),
+        "checks": rows,
+        "passed": same,
+    }
 
 
 def run_cases(tree: Path, folder: Path) -> dict[str, dict[str, str]]:

@@ -33,11 +33,11 @@ from run import busy_seconds, ratio, trials_of_loops, wait_for_quiet
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastcifar.benchmark.bench import cpu_seconds, on_some_data
-from fastcifar.data.cifar import DATASETS, load, normalisation
-from fastcifar.device import choose, environment
-from fastcifar.evaluation.predict import predict
-from fastcifar.models import build
+from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe
+from fastcifar.data.cifar import DATASETS, load_dataset, parse_normalization
+from fastcifar.device import choose_execution, collect_environment
+from fastcifar.evaluation.predict import predict_to_file
+from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 
@@ -50,7 +50,9 @@ class Images(Dataset):
     def __init__(self, folder: Path) -> None:
         self.images = np.load(folder / "images.npy").transpose(0, 2, 3, 1).copy()
         self.labels = np.load(folder / "labels.npy").tolist()
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*normalisation("cifar10"))])
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(*parse_normalization("cifar10"))]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,9 +63,9 @@ class Images(Dataset):
 
 def source_loop(arch: str, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
-    device = choose(Recipe()).device
-    model = build(arch).to(device)
-    model.load_state_dict(checkpoint.load(folder / "network.pt")["model"])
+    device = choose_execution(Recipe()).device
+    model = build_model(arch).to(device)
+    model.load_state_dict(checkpoint.load_checkpoint(folder / "network.pt")["model"])
     batches = DataLoader(Images(folder), BATCH_SIZE, shuffle=False, num_workers=WORKERS)
     model.eval()
     prepared = time.perf_counter()
@@ -80,7 +82,7 @@ def source_loop(arch: str, folder: Path) -> dict[str, float]:
 
 
 def ours(arch: str, folder: Path, **knobs: Any) -> dict[str, float]:
-    found = predict(str(folder / "network.pt"), str(folder / "images.npy"), folder / "labels.csv", **knobs)
+    found = predict_to_file(str(folder / "network.pt"), str(folder / "images.npy"), folder / "labels.csv", **knobs)
     seconds = found["seconds"]
     return {"images": found["images"], "seconds": seconds["predict"], "prepare_s": seconds["prepare"]}
 
@@ -106,9 +108,9 @@ def prepare(folder: Path, arch: str, count: int, data: str | None) -> None:
     """A checkpoint of random weights, and the first `count` test images, as files."""
     torch.manual_seed(0)
     recipe = Recipe(arch=arch, normalise="cifar10")
-    state = {"recipe": recipe.model_dump(mode="json"), "classes": list(DATASETS["cifar10"].names)}
-    checkpoint.save(folder / "network.pt", {**state, "model": build(arch).state_dict(), "ema": None})
-    test = load(data, download=False).test
+    state = {"recipe": recipe.model_dump(mode="json"), "classes": list(DATASETS["cifar10"].class_names)}
+    checkpoint.save_checkpoint(folder / "network.pt", {**state, "model": build_model(arch).state_dict(), "ema": None})
+    test = load_dataset(data, download=False).test
     np.save(folder / "images.npy", test.images[:count])
     np.save(folder / "labels.npy", test.labels[:count])
 
@@ -145,7 +147,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one(arguments.child, arguments.arch, arguments.folder, arguments.wait)))
         return
-    data = on_some_data(Recipe(data=arguments.data)).data
+    data = prepare_bench_recipe(Recipe(data=arguments.data)).data
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), arguments.arch, arguments.images, data)
         command = [sys.executable, __file__, "--folder", folder, "--arch", arguments.arch]
@@ -158,7 +160,7 @@ def main() -> None:
         batch_size=BATCH_SIZE,
         data="synthetic" if str(data).startswith("synthetic") else "cifar10",
     )
-    print(results_folder.write(f"inference-{arguments.arch}", environment("auto"), found, trials))
+    print(results_folder.write(f"inference-{arguments.arch}", collect_environment("auto"), found, trials))
     print(json.dumps({name: loop["times_source_loop"] for name, loop in found["inference"].items()}))
 
 

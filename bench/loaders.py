@@ -30,15 +30,15 @@ import torch
 from PIL import Image
 from run import busy_seconds, ratio
 
-from fastcifar.benchmark.bench import cpu_seconds, on_some_data, timed
+from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_units
 from fastcifar.data import cifar, class_folders
-from fastcifar.data.augment import parse, spell
+from fastcifar.data.augment import format_augment, parse_augment
 from fastcifar.data.loaders import LOADERS
-from fastcifar.device import choose, environment
+from fastcifar.device import choose_execution, collect_environment
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
-from fastcifar.training.build_data import mean_colour
-from fastcifar.training.cuda_graph import keep_compiled_code, keep_freed_memory
+from fastcifar.training.build_data import mean_color
+from fastcifar.training.cuda_graph import enable_compile_cache, keep_freed_memory
 
 LISTS = (
     "crop:4:zero,flip",
@@ -69,8 +69,8 @@ def loaders_of(spec: str, split: cifar.Split, arguments: argparse.Namespace, dev
         own = {"workers": arguments.workers} if "workers" in takes else {}
         try:
             loader = kind(
-                split.images, split.labels, batch_size=arguments.batch_size, augment=parse(spec), seed=0,
-                device=device, fill=mean_colour(Recipe()), **own,
+                split.images, split.labels, batch_size=arguments.batch_size, augment=parse_augment(spec), seed=0,
+                device=device, fill=mean_color(Recipe()), **own,
             )  # fmt: skip
         except UserError as error:
             print(f"{spec}: no {name}: {error}", flush=True)
@@ -81,9 +81,9 @@ def loaders_of(spec: str, split: cifar.Split, arguments: argparse.Namespace, dev
 
 def fitting(work: Work, seconds: float, device: torch.device) -> int:
     """How many units of `work` take about `seconds`, after the first ones, which compile and start what is needed."""
-    timed(work, 2, device)
+    time_units(work, 2, device)
     units = 4
-    while (trial := timed(work, units, device)).seconds < seconds / 8:
+    while (trial := time_units(work, units, device)).seconds < seconds / 8:
         units *= 2
     return max(1, round(units * seconds / trial.seconds))
 
@@ -94,9 +94,9 @@ def in_turn(works: dict[str, Work], arguments: argparse.Namespace, device: torch
     trials = []
     for number in range(arguments.rounds):
         for name, work in works.items():
-            timed(work, max(AHEAD, 2 * arguments.workers + 2), device)
+            time_units(work, max(AHEAD, 2 * arguments.workers + 2), device)
             busy = busy_seconds()
-            trial = timed(work, units[name], device)
+            trial = time_units(work, units[name], device)
             trials.append({
                 **what, "name": name, "round": number, "images": trial.images, "seconds": trial.seconds,
                 "images_per_s": trial.images_per_s, "cpu_us_per_image": trial.cpu_us_per_image,
@@ -118,7 +118,7 @@ def write_folder(split: cifar.Split, folder: Path, count: int) -> list[Path]:
 
 def by_pillow(files: list[Path]) -> Iterator[np.ndarray]:
     """The files as the package reads class folders: uint8 [32,32,3] each."""
-    return map(class_folders.decode, files)
+    return map(class_folders.decode_image, files)
 
 
 def by_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:
@@ -196,17 +196,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of the torchvision loader")
     parser.add_argument("--dry", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    recipe = on_some_data(Recipe(data=arguments.data, device=arguments.device))
-    device = torch.device(choose(recipe).device)
+    recipe = prepare_bench_recipe(Recipe(data=arguments.data, device=arguments.device))
+    device = torch.device(choose_execution(recipe).device)
     if device.type == "cpu":
         keep_freed_memory()
-    keep_compiled_code()
+    enable_compile_cache()
     with warnings.catch_warnings(action="ignore"):
-        data = cifar.load(recipe.data, recipe.dataset)
+        data = cifar.load_dataset(recipe.data, recipe.dataset)
     trials: list[dict] = []
     for spec in arguments.augment or LISTS:
         works = loaders_of(spec, data.train, arguments, str(device))
-        trials += in_turn(works, arguments, device, augment=spell(parse(spec)))
+        trials += in_turn(works, arguments, device, augment=format_augment(parse_augment(spec)))
         print(table(summary(trials[-len(works) * arguments.rounds :])), flush=True)
         del works
     trials += decoders(data.train, arguments)
@@ -219,7 +219,7 @@ def main() -> None:
     )
     print(table(summary(trials[-len(DECODERS) * arguments.rounds :])))
     if not arguments.dry:
-        print(results_folder.write("loaders", environment(device.type), found, trials))
+        print(results_folder.write("loaders", collect_environment(device.type), found, trials))
 
 
 def table(found: dict[str, Any]) -> str:

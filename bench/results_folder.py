@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcifar.device import result_name
+from fastcifar.device import result_folder_name
 
 RESULTS = Path(os.environ.get("FASTCIFAR_BENCH_RESULTS") or Path(__file__).parent / "results")
 
@@ -27,7 +27,7 @@ def write(
 ) -> Path:
     """Makes the folder and returns it; `folder` is written anew. `documents`: name -> what NAME.json holds beside."""
     again = folder is not None
-    folder = folder or RESULTS / result_name(environment["device"], what)
+    folder = folder or RESULTS / result_folder_name(environment["device"], what)
     folder.mkdir(parents=True, exist_ok=again)
     kept = {key: value for key, value in environment.items() if key != "command"}  # it names the machine's folders
     for name, document in {"env": kept, "summary": summary, **documents}.items():

@@ -22,15 +22,15 @@ import results_folder
 
 def first_step(arch: str, batch_size: int) -> None:
     """Everything that `train` does before its second step, but for the run folder."""
-    from fastcifar.device import choose
+    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import trainer
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
-    run = trainer.assemble(recipe, choose(recipe))
-    step = run.fast_step()
+    run = trainer.build_trainer(recipe, choose_execution(recipe))
+    step = run.build_train_step()
     step(*next(run.batches(0)))
-    assert run.meter.read().images == batch_size
+    assert run.meter.compute().images == batch_size
 
 
 def seconds(command: list[str], cache: str) -> float:
@@ -55,7 +55,7 @@ def main() -> None:
         first_step(arguments.arch, arguments.batch_size)
         print("done", flush=True)
         return
-    from fastcifar.device import environment
+    from fastcifar.device import collect_environment
 
     command = [sys.executable, __file__, "--child", "--arch", arguments.arch, "--batch-size", str(arguments.batch_size)]
     trials = []
@@ -73,7 +73,7 @@ def main() -> None:
         "warm_s": statistics.median(trial["warm_s"] for trial in trials),
         "share": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)},
     }
-    folder = results_folder.write(f"start-{arguments.arch}", environment("auto"), summary, trials)
+    folder = results_folder.write(f"start-{arguments.arch}", collect_environment("auto"), summary, trials)
     print(folder, json.dumps(summary["share"]))
 
 

@@ -26,10 +26,10 @@ from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNo
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._triton import has_triton
 
-from fastcifar.device import environment
-from fastcifar.models import build, fuse
-from fastcifar.models.memory_traffic import bytes_per_image
-from fastcifar.training.step import forward_pass, loss_and_hits
+from fastcifar.device import collect_environment
+from fastcifar.models import build_model, enable_fused_ops
+from fastcifar.models.memory_traffic import feature_map_bytes_per_image
+from fastcifar.training.step import build_forward, loss_and_correct
 
 GPU = torch.device("cuda", 0)
 H200 = types.SimpleNamespace(
@@ -137,7 +137,7 @@ def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
     """The kernels of forward, loss and backward of `model` on `batch_size` images in bf16, as inductor fuses them."""
     found: list[dict[str, Any]] = []
     device = torch.device("cpu")
-    function = loss_and_hits(forward_pass(model, (0.5,) * 3, (0.25,) * 3, "bf16", device), 0.0)
+    function = loss_and_correct(build_forward(model, (0.5,) * 3, (0.25,) * 3, "bf16", device), 0.0)
     images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -154,10 +154,10 @@ def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
 
 def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
     """Kernels and bytes an image of `arch` by pass and kind, beside the model's bytes."""
-    network = build(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    model_bytes = bytes_per_image(network, training=True)
+    network = build_model(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    model_bytes = feature_map_bytes_per_image(network, training=True)
     if fused:
-        fuse(network)
+        enable_fused_ops(network)
     rows = kernels(network, batch_size)
     alike: dict[tuple, dict[str, Any]] = {}  # in the order of their first
     groups: dict[str, dict[str, int]] = {}
@@ -209,4 +209,4 @@ if __name__ == "__main__":
     if arguments.record:
         summary = {"what": "traffic", "for": H200.name, "bandwidth": BANDWIDTH}
         summary["trials"] = [{key: value for key, value in trial.items() if key != "rows"} for trial in trials]
-        print(results_folder.write("traffic", environment("cpu"), summary, trials))
+        print(results_folder.write("traffic", collect_environment("cpu"), summary, trials))

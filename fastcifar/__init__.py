@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from fastcifar._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fastcifar.data.cifar import load
+    from fastcifar.data.cifar import load_dataset
     from fastcifar.data.loaders import batches
     from fastcifar.models import MODELS
     from fastcifar.recipe import Recipe
     from fastcifar.training.train import train
 
-__all__ = ["MODELS", "Recipe", "batches", "load", "train"]
+__all__ = ["MODELS", "Recipe", "batches", "load_dataset", "train"]
 
-_ROOMS = {
+_LAZY_EXPORTS = {
     "MODELS": "fastcifar.models",
     "Recipe": "fastcifar.recipe",
     "batches": "fastcifar.data.loaders",
@@ -29,8 +29,8 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'fastcifar' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_ROOMS[name]), name)
+    return getattr(import_module(_LAZY_EXPORTS[name]), name)

@@ -22,17 +22,26 @@ from types import ModuleType
 from typing import Any
 
 from fastcifar._version import __version__
-from fastcifar.errors import DeviceError, UsageError, UserError, first_line
+from fastcifar.errors import DeviceError, UsageError, UserError, first_message_line
 from fastcifar.recipe import Recipe
 
-PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
-DALI = "nvidia.dali"
+VERSIONED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda120",
+    "pytorch_optimizer",
+    "numpy",
+    "pydantic",
+    "typer",
+)
+DALI_MODULE = "nvidia.dali"
 DALI_REMEDY = "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3'"
-PROBED = ("torchvision", DALI, "pytorch_optimizer", "matplotlib")
+PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExecutionPlan:
     """What a run will use. `device` is "cuda" or "cpu"; `reasons` says why, by the knob's name."""
 
     device: str
@@ -42,22 +51,22 @@ class Choice:
     cuda_graph: bool
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """`device: cpu (no CUDA device is visible)`, a line for each knob."""
         values = {name: getattr(self, name) for name in ("device", "precision", "loader", "compile", "cuda_graph")}
-        return [f"{name}: {_spell(value)} ({self.reasons[name]})" for name, value in values.items()]
+        return [f"{name}: {_format_setting(value)} ({self.reasons[name]})" for name, value in values.items()]
 
 
-def choose(recipe: Recipe) -> Choice:
+def choose_execution(recipe: Recipe) -> ExecutionPlan:
     """The device, precision, loader, compile and graph for `recipe` on this machine.
 
     Errors: `DeviceError` for what was asked for and is not there, with the remedy.
     """
-    device, why_device = _device(recipe.device)
-    precision, why_precision = _precision(recipe.precision, device)
-    loader, why_loader = _loader(recipe.loader, device)
-    compiled, why_compile = _compile(recipe.compile, device)
-    graph, why_graph = _graph(recipe.cuda_graph, device)
+    device, why_device = _choose_device(recipe.device)
+    precision, why_precision = _choose_precision(recipe.precision, device)
+    loader, why_loader = _choose_loader(recipe.loader, device)
+    compiled, why_compile = _choose_compile(recipe.compile, device)
+    graph, why_graph = _choose_cuda_graph(recipe.cuda_graph, device)
     _check_fused_ops(recipe.fused_ops, device)
     reasons = {
         "device": why_device,
@@ -66,25 +75,25 @@ def choose(recipe: Recipe) -> Choice:
         "compile": why_compile,
         "cuda_graph": why_graph,
     }
-    return Choice(device, precision, loader, compiled, graph, reasons)
+    return ExecutionPlan(device, precision, loader, compiled, graph, reasons)
 
 
-def _device(asked: str) -> tuple[str, str]:
+def _choose_device(requested: str) -> tuple[str, str]:
     import torch
 
     visible = torch.cuda.is_available()
-    if asked == "cuda" and not visible:
+    if requested == "cuda" and not visible:
         raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
-    if asked != "auto":
-        return asked, "asked for"
+    if requested != "auto":
+        return requested, "asked for"
     return ("cuda", torch.cuda.get_device_name()) if visible else ("cpu", "no CUDA device is visible")
 
 
-def _precision(asked: str, device: str) -> tuple[str, str]:
+def _choose_precision(requested: str, device: str) -> tuple[str, str]:
     import torch
 
-    if asked != "auto":
-        return asked, "asked for"
+    if requested != "auto":
+        return requested, "asked for"
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major >= 8:
@@ -98,25 +107,25 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
     return "fp32", "this CPU has neither AMX nor AVX-512 bf16"
 
 
-def _loader(asked: str, device: str) -> tuple[str, str]:
-    if asked == "torchvision":
-        return asked, "asked for: the baseline, one image at a time in worker processes"
-    if asked == "dali":
-        optional(DALI, DALI_REMEDY, DeviceError)
-    if asked != "auto":
-        return asked, "asked for"
+def _choose_loader(requested: str, device: str) -> tuple[str, str]:
+    if requested == "torchvision":
+        return requested, "asked for: the baseline, one image at a time in worker processes"
+    if requested == "dali":
+        import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
+    if requested != "auto":
+        return requested, "asked for"
     if device == "cpu":
         return "tensor", "one compiled kernel a batch, the least work for a CPU"
     try:
-        version = optional(DALI, DALI_REMEDY, DeviceError).__version__
+        version = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError).__version__
     except DeviceError as error:
         return "tensor", f"{error.problem}; the data set stays on the device"
     return "dali", f"DALI {version} augments on the GPU, ahead of the step"
 
 
-def _compile(asked: bool | None, device: str) -> tuple[bool, str]:
-    if asked is not None:
-        return asked, "asked for"
+def _choose_compile(requested: bool | None, device: str) -> tuple[bool, str]:
+    if requested is not None:
+        return requested, "asked for"
     if device == "cpu":
         compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), "")
         if not compiler:
@@ -129,18 +138,18 @@ def _compile(asked: bool | None, device: str) -> tuple[bool, str]:
     return True, f"triton {triton.__version__}"
 
 
-def _graph(asked: bool | None, device: str) -> tuple[bool, str]:
-    if asked and device != "cuda":
+def _choose_cuda_graph(requested: bool | None, device: str) -> tuple[bool, str]:
+    if requested and device != "cuda":
         raise DeviceError("--cuda-graph needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
-    if asked is not None:
-        return asked, "asked for"
+    if requested is not None:
+        return requested, "asked for"
     return device == "cuda", "one replay a step" if device == "cuda" else "CUDA only"
 
 
-def _check_fused_ops(asked: bool, device: str) -> None:
-    if asked and device != "cuda":
+def _check_fused_ops(requested: bool, device: str) -> None:
+    if requested and device != "cuda":
         raise DeviceError("--fused-ops needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
-    if asked and not importlib.util.find_spec("triton"):
+    if requested and not importlib.util.find_spec("triton"):
         raise DeviceError("--fused-ops needs Triton, and it is not installed", "leave it out, or install triton")
 
 
@@ -155,7 +164,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def deterministic_only() -> None:
+def enable_deterministic_algorithms() -> None:
     """Has torch use deterministic algorithms alone, for the whole process; what has none raises.
 
     cuBLAS reads its variable when it starts: nothing may have used the GPU before.
@@ -168,7 +177,7 @@ def deterministic_only() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def describe(device: str = "auto") -> str:
+def describe_device(device: str = "auto") -> str:
     """The device in words: the GPU's name, or the CPU's model and cores. "auto" is the GPU if there is one."""
     import torch
 
@@ -187,13 +196,13 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def result_name(device: str, what: str) -> str:
+def result_folder_name(device: str, label: str) -> str:
     """The name of a result's folder, <UTC>_<device>_<what>. `device`: in words."""
     spelt = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{spelt}_{what}"
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{spelt}_{label}"
 
 
-def environment(device: str) -> dict[str, Any]:
+def collect_environment(device: str) -> dict[str, Any]:
     """What a result on `device` ("auto", "cuda", "cpu") depends on beside its recipe: versions, device, platform (for
     env.json). Of the kernel its version alone: what its builder called it says more of the machine than a result needs.
     """
@@ -202,10 +211,10 @@ def environment(device: str) -> dict[str, Any]:
     cuda = device != "cpu" and torch.cuda.is_available()
     release = re.match(r"\d+(\.\d+)?", platform.release())
     return {
-        "versions": versions(),
+        "versions": package_versions(),
         "python": platform.python_version(),
         "platform": "-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
-        "device": describe(device),
+        "device": describe_device(device),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_bf16": sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
@@ -215,12 +224,12 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """The installed versions of what the figures depend on; "missing" where a package is not installed."""
-    return {"fastcifar": __version__, **{name: _version(name) for name in PACKAGES}}
+    return {"fastcifar": __version__, **{name: _package_version(name) for name in VERSIONED_PACKAGES}}
 
 
-def _version(package: str) -> str:
+def _package_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -239,27 +248,27 @@ def probe_import(module: str) -> tuple[bool, str]:
     return run.returncode == 0, "" if run.returncode == 0 else (lines[-1] if lines else f"exit {run.returncode}")
 
 
-def optional(module: str, remedy: str, kind: type[UserError] = UsageError) -> ModuleType:
+def import_optional(module: str, remedy: str, error_type: type[UserError] = UsageError) -> ModuleType:
     """The library `module`, which only some features need. Errors: `kind` if it is missing or does not import."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken build raises anything: torchvision beside another torch a RuntimeError
-        problem = f"{module} cannot be imported ({type(error).__name__}: {first_line(error)})"
-        raise kind(problem, remedy) from None
+        problem = f"{module} cannot be imported ({type(error).__name__}: {first_message_line(error)})"
+        raise error_type(problem, remedy) from None
 
 
-def examine(recipe: Recipe) -> dict[str, Any]:
+def collect_diagnostics(recipe: Recipe) -> dict[str, Any]:
     """Everything `doctor` shows: `environment`, imports tried, and what `train` would choose and why."""
     imports = {}
-    for module in PROBED:
+    for module in PROBED_MODULES:
         works, reason = probe_import(module)
         imports[module] = "works" if works else reason
     try:
-        choice: dict[str, Any] = {"chosen": choose(recipe).lines()}
+        choice: dict[str, Any] = {"chosen": choose_execution(recipe).format_lines()}
     except (DeviceError, UsageError) as error:
         choice = {"chosen": [], "error": str(error)}
-    return {**environment(recipe.device), "imports": imports, **choice}
+    return {**collect_environment(recipe.device), "imports": imports, **choice}
 
 
-def _spell(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     return ("off", "on")[value] if isinstance(value, bool) else str(value)

@@ -51,7 +51,7 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
-class MemoryShortError(UserError):
+class InsufficientMemoryError(UserError):
     """Out of host or device memory."""
 
     exit_code = 6
@@ -77,7 +77,7 @@ class Interrupted(UserError):
         super().__init__(f"stopped by {signal} after step {step}", f"the checkpoint is {checkpoint}")
 
 
-def out_of_memory(error: BaseException) -> MemoryShortError | None:
+def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     """What an allocation that failed says to the user, with its numbers; None for another error.
 
     It knows torch's errors by their names and words, on a GPU, in the host's memory and in a loader's worker.
@@ -86,21 +86,21 @@ def out_of_memory(error: BaseException) -> MemoryShortError | None:
     remedy = "use a smaller --batch-size or --width"
     if type(error).__name__ == "OutOfMemoryError":
         numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
-        return MemoryShortError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
+        return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
     if text.startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        return MemoryShortError(
+        return InsufficientMemoryError(
             "a worker process of the loader died", "memory may be short: use fewer --workers, or --loader tensor"
         )
     if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
         return None
     asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
     free = "".join(f", {available:,} bytes are available" for available in _available_bytes())
-    return MemoryShortError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
+    return InsufficientMemoryError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
 
 
-def first_line(error: BaseException, otherwise: str = "") -> str:
+def first_message_line(error: BaseException, default: str = "") -> str:
     """The first line of an error's message, or `otherwise` where it has none."""
-    return next(iter(str(error).strip().splitlines()), otherwise)
+    return next(iter(str(error).strip().splitlines()), default)
 
 
 def _available_bytes() -> list[int]:
@@ -110,17 +110,17 @@ def _available_bytes() -> list[int]:
     return []
 
 
-def pick(table: Mapping[str, T], name: str, what: str) -> T:
+def lookup(table: Mapping[str, T], name: str, noun: str) -> T:
     """The row `name` of `table`; otherwise a `UsageError` that names the nearest row.
 
     `what` is the singular noun for the message, such as "architecture".
     """
     if name in table:
         return table[name]
-    raise UsageError(f"unknown {what} {name!r}", nearest(name, table))
+    raise UsageError(f"unknown {noun} {name!r}", suggest_name(name, table))
 
 
-def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
+def suggest_name(name: str, known: Mapping[str, object] | list[str]) -> str:
     """The remedy for a misspelt name: the closest known one, or the list of all."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

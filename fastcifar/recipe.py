@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fastcifar.errors import UsageError, nearest
+from fastcifar.errors import UsageError, suggest_name
 
 
-def _integers(value: Any) -> Any:
+def _split_integers(value: Any) -> Any:
     """`"4,4,3"` as the command line spells it, `[4, 4, 3]` as a file does."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-def _arguments(value: Any) -> Any:
+def _parse_key_values(value: Any) -> Any:
     """`["nesterov=true", "momentum=0.95"]` as the command line spells it, a table as a file does."""
     if isinstance(value, str):
         value = [value]
@@ -35,11 +35,11 @@ def _arguments(value: Any) -> Any:
         key, separator, text = str(item).partition("=")
         if not separator or not key.strip():
             raise ValueError(f"{item!r} is not key=value")
-        arguments[key.strip()] = _literal(text)
+        arguments[key.strip()] = _parse_literal(text)
     return arguments
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     """`0.9`, `true`, `[0.9, 0.99]` or `None` as values, anything else as the text itself."""
     for read in (json.loads, ast.literal_eval):
         try:
@@ -49,20 +49,20 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _period(value: str) -> str:
-    period(value)
+def _check_period(value: str) -> str:
+    parse_period(value)
     return value
 
 
-def _image_size(value: str) -> str:
-    image_sizes(value)
+def _check_image_sizes(value: str) -> str:
+    parse_image_sizes(value)
     return value
 
 
-Integers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_integers)]
-Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
-Period = Annotated[str, AfterValidator(_period)]
-ImageSize = Annotated[str, AfterValidator(_image_size)]
+PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
+KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
+PeriodSpec = Annotated[str, AfterValidator(_check_period)]
+ImageSizeSpec = Annotated[str, AfterValidator(_check_image_sizes)]
 
 
 class Recipe(BaseModel):
@@ -76,8 +76,8 @@ class Recipe(BaseModel):
     # the network
     arch: str = Field(default="se68", description="architecture, a row of `fastcifar models`")
     width: float | None = Field(default=None, gt=0, le=16, description="multiplier of the channels")
-    blocks: Integers | None = Field(default=None, description="blocks in each stage, such as 4,4,3")
-    channels: Integers | None = Field(default=None, description="channels of each stage, such as 64,128,256")
+    blocks: PositiveIntegers | None = Field(default=None, description="blocks in each stage, such as 4,4,3")
+    channels: PositiveIntegers | None = Field(default=None, description="channels of each stage, such as 64,128,256")
     kernel: int | None = Field(default=None, ge=1, le=11, description="kernel of the block convolutions, odd")
     shortcut_kernel: int | None = Field(
         default=None, ge=1, le=11, description="kernel of the projection shortcuts, odd"
@@ -109,7 +109,7 @@ class Recipe(BaseModel):
         description="ordered list of name[:number[:word]], or none",
     )
     drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
-    image_size: ImageSize = Field(
+    image_size: ImageSizeSpec = Field(
         default="32", description="pixels a side of training images, SIZE:EPOCHS,...,SIZE such as 24:3,28:2,32"
     )
 
@@ -124,7 +124,7 @@ class Recipe(BaseModel):
     decay_on: Literal["all", "weights"] = Field(
         default="all", description="decay every parameter, or not biases and norms"
     )
-    opt: Arguments = Field(default_factory=dict, description="optimizer argument key=value, repeated")
+    opt: KeyValues = Field(default_factory=dict, description="optimizer argument key=value, repeated")
     bias_lr: float = Field(
         default=1.0, gt=0, le=1e5, description="learning rate of biases and norms, times that of the weights"
     )
@@ -147,7 +147,7 @@ class Recipe(BaseModel):
     weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
     tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = Field(default=None, description="run folder; default: runs/<name>")
-    save_every: Period = Field(default="1e", description="checkpoint every so many steps, 500s, or epochs, 1e")
+    save_every: PeriodSpec = Field(default="1e", description="checkpoint every so many steps, 500s, or epochs, 1e")
     resume: str | None = Field(
         default=None,
         description="auto (the newest unfinished run of this recipe), a run folder or a checkpoint; more --epochs: the "
@@ -170,20 +170,20 @@ class Recipe(BaseModel):
     fused_ops: bool = Field(default=False, description="CUDA: BatchNorm, SE, shortcut and ReLU by our own kernels")
 
     @model_validator(mode="after")
-    def _agree(self) -> Recipe:
+    def _check_consistency(self) -> Recipe:
         if self.val_size == 0 and self.weights == "best":
             raise ValueError("--weights best needs a validation split to choose by; set --val-size")
         if self.val_size == 0 and self.patience:
             raise ValueError("--patience needs a validation split to watch; set --val-size")
         if self.ema == 0 and self.weights == "ema":
             raise ValueError("--weights ema needs an average; set --ema, such as 0.999")
-        if (before := sum(epochs or 0 for _, epochs in image_sizes(self.image_size))) >= self.epochs:
+        if (before := sum(epochs or 0 for _, epochs in parse_image_sizes(self.image_size))) >= self.epochs:
             raise ValueError(f"--image-size {self.image_size} needs more --epochs: {before} go before its last size")
         return self
 
-    def size_at(self, epoch: int) -> int:
+    def image_size_at(self, epoch: int) -> int:
         """Pixels a side of the training images of `epoch`, from 0."""
-        sizes, left = image_sizes(self.image_size), epoch
+        sizes, left = parse_image_sizes(self.image_size), epoch
         while sizes[0][1] is not None and left >= sizes[0][1]:
             left -= sizes.pop(0)[1] or 0
         return sizes[0][0]
@@ -194,40 +194,40 @@ class Recipe(BaseModel):
 
         Errors: `UsageError` that names the option, and the nearest name for an unknown key.
         """
-        values = read_toml(source) if source else {}
+        values = load_recipe_values(source) if source else {}
         values.update({name: value for name, value in overrides.items() if value is not None})
-        return cls.checked(values)
+        return cls.from_dict(values)
 
     @classmethod
-    def known(cls, values: dict[str, Any]) -> Recipe:
+    def from_saved(cls, values: dict[str, Any]) -> Recipe:
         """The recipe of a run that another version may have made: keys that this one lacks are left out.
 
         Errors: `UsageError`.
         """
-        return cls.checked({name: value for name, value in values.items() if name in cls.model_fields})
+        return cls.from_dict({name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod
-    def checked(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """`values` validated; every error one line. Errors: `UsageError`."""
         for key in values:
             if key not in cls.model_fields:
-                raise UsageError(f"unknown recipe key {key!r}", nearest(key, cls.model_fields))
+                raise UsageError(f"unknown recipe key {key!r}", suggest_name(key, cls.model_fields))
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError("; ".join(_explain(problem) for problem in error.errors())) from None
+            raise UsageError("; ".join(_format_validation_error(problem) for problem in error.errors())) from None
 
-    def differing(self) -> dict[str, Any]:
+    def non_default_options(self) -> dict[str, Any]:
         """The knobs that are not at their defaults, as plain values for TOML, JSON and tables."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value != _DEFAULTS[name]}
 
     def to_toml(self) -> str:
         """The recipe as a file that `make` reads back: every knob that is set, by name."""
-        return "".join(f"{name} = {toml_value(value)}\n" for name, value in self.model_dump(mode="json").items()
+        return "".join(f"{name} = {format_toml_value(value)}\n" for name, value in self.model_dump(mode="json").items()
                        if value is not None)  # fmt: skip
 
 
-def period(text: str) -> tuple[int, str]:
+def parse_period(text: str) -> tuple[int, str]:
     """`500s` as (500, "s") for steps, `1e` as (1, "e") for epochs. Errors: `ValueError`."""
     number, unit = text[:-1], text[-1:]
     if unit not in ("s", "e") or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 10**9:
@@ -235,7 +235,7 @@ def period(text: str) -> tuple[int, str]:
     return int(number), unit
 
 
-def image_sizes(text: str) -> list[tuple[int, int | None]]:
+def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
     """`24:3,28:2,32` as [(24, 3), (28, 2), (32, None)]: pixels a side for so many epochs, the last for all the rest.
 
     Errors: `ValueError`.
@@ -252,42 +252,44 @@ def image_sizes(text: str) -> list[tuple[int, int | None]]:
 
 
 # knobs of where a run is kept and followed, which say nothing of what it is
-WHERE_KEPT = ("out", "resume", "save_every", "track")
+OUTPUT_OPTIONS = ("out", "resume", "save_every", "track")
 
 # section -> its first field; a section goes on to the next one's first
-SECTIONS = {"network": "arch", "data": "data", "optimisation": "epochs", "run": "seed", "machine": "device"}
+SECTION_FIRST_FIELDS = {"network": "arch", "data": "data", "optimisation": "epochs", "run": "seed", "machine": "device"}
 
 _DEFAULTS = Recipe().model_dump(mode="json")
 
 
-def section(name: str) -> tuple[str, ...]:
+def section_fields(name: str) -> tuple[str, ...]:
     """The fields of a section of the recipe, in order."""
-    fields, starts = list(Recipe.model_fields), [*SECTIONS.values()]
-    first = starts.index(SECTIONS[name])
+    fields, starts = list(Recipe.model_fields), [*SECTION_FIRST_FIELDS.values()]
+    first = starts.index(SECTION_FIRST_FIELDS[name])
     end = fields.index(starts[first + 1]) if first + 1 < len(starts) else len(fields)
     return tuple(fields[fields.index(starts[first]) : end])
 
 
-def option(name: str) -> str:
+def option_flag(name: str) -> str:
     """A field's name as the command line spells it: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
-def shipped() -> dict[str, Path]:
+def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package: name -> TOML file."""
     folder = Path(str(resources.files("fastcifar"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read_toml(source: str) -> dict[str, Any]:
+def load_recipe_values(source: str) -> dict[str, Any]:
     """The knobs of a shipped recipe, by name, or of a TOML file. Errors: `UsageError`."""
-    path = shipped().get(source) or Path(source)
+    path = shipped_recipes().get(source) or Path(source)
     if not path.is_file():
-        raise UsageError(f"no recipe {source!r}", f"{nearest(source, list(shipped()))} or give a TOML file")
-    return parsed_toml(path)
+        raise UsageError(
+            f"no recipe {source!r}", f"{suggest_name(source, list(shipped_recipes()))} or give a TOML file"
+        )
+    return load_toml(path)
 
 
-def parsed_toml(path: Path | str) -> dict[str, Any]:
+def load_toml(path: Path | str) -> dict[str, Any]:
     """What is in a TOML file. Errors: `UsageError`."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -295,19 +297,19 @@ def parsed_toml(path: Path | str) -> dict[str, Any]:
         raise UsageError(f"{path} is not a readable TOML file: {error}") from None
 
 
-def _explain(problem: Any) -> str:
+def _format_validation_error(problem: Any) -> str:
     """One of pydantic's errors as `--lr: Input should be greater than 0 (got -1)`."""
     message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     if not problem["loc"]:
         return message
-    name = option(str(problem["loc"][0]))
+    name = option_flag(str(problem["loc"][0]))
     return f"{name} {message} (got {problem['input']!r})"
 
 
-def toml_value(value: Any) -> str:
+def format_toml_value(value: Any) -> str:
     """A value in TOML's spelling: JSON's, but that TOML has no surrogate pairs and escapes DEL."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)} = {format_toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
+        return "[" + ", ".join(map(format_toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

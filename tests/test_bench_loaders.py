@@ -59,7 +59,7 @@ def test_the_table_has_a_line_for_each_loader(tmp_path: Path, monkeypatch: pytes
 
 def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
     loaders = script("loaders")
-    split = cifar.load("synthetic:400", "cifar10").train
+    split = cifar.load_dataset("synthetic:400", "cifar10").train
     arguments = argparse.Namespace(batch_size=50, workers=0, rounds=2, seconds=0.02)
     works = loaders.loaders_of("flip:0.5:alternating", split, arguments, "cpu")
     assert set(works) == set(LOADERS) - {"torchvision"}
@@ -96,4 +96,4 @@ def test_dali_decodes_every_kind_of_png_as_pillow_does(tmp_path: Path) -> None:
     for file in files:
         image.convert(file.stem).save(file)
     for decoded, file in zip(loaders.by_dali(files), files, strict=True):
-        assert np.array_equal(decoded, class_folders.decode(file)), file.name
+        assert np.array_equal(decoded, class_folders.decode_image(file)), file.name

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcifar.benchmark.speedrun_results import Tally
-from fastcifar.device import Choice
+from fastcifar.benchmark.speedrun_results import SpeedrunResults
+from fastcifar.device import ExecutionPlan
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 
@@ -118,7 +118,7 @@ def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
 def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = script("loops")
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
-    choice = Choice("cpu", "fp32", "tensor", False, False)
+    choice = ExecutionPlan("cpu", "fp32", "tensor", False, False)
     monkeypatch.setattr(loops, "choose", lambda _: choice)
     loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
     drops_the_short_batch = name in loops.ON_DEVICE
@@ -282,11 +282,13 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
         document = {"target": "94", "recipe": "small", "on": on, "config": Recipe().model_dump(mode="json")}
-        tally = Tally(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
+        tally = SpeedrunResults(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
         for seed, accuracy in enumerate(views):
-            tally.add({**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2})
+            tally.add_trial(
+                {**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2}
+            )
         if name == "b":
-            tally.add({**tally.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
+            tally.add_trial({**tally.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
     first, second = tables.speedruns().splitlines()[2:]
     assert first == (
         "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 "

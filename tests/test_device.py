@@ -19,17 +19,17 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is
 
 @NO_CUDA
 def test_a_machine_without_a_gpu() -> None:
-    choice = device.choose(Recipe())
+    choice = device.choose_execution(Recipe())
     assert (choice.device, choice.loader, choice.cuda_graph) == ("cpu", "tensor", False)
-    assert len(choice.lines()) == 5
-    assert all(line.endswith(")") for line in choice.lines())
+    assert len(choice.format_lines()) == 5
+    assert all(line.endswith(")") for line in choice.format_lines())
 
 
 @NO_CUDA
 @pytest.mark.parametrize(("flag", "precision"), [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
 def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch, flag: str, precision: str) -> None:
     monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({flag}))
-    choice = device.choose(Recipe())
+    choice = device.choose_execution(Recipe())
     assert choice.precision == precision
     assert "CPU" in choice.reasons["precision"]
 
@@ -41,17 +41,17 @@ def test_precision_follows_the_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    choice = device.choose(Recipe())
+    choice = device.choose_execution(Recipe())
     assert (choice.device, choice.precision, choice.cuda_graph) == ("cuda", precision, True)
 
 
 @NO_CUDA
 def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    choice = device.choose(Recipe())
+    choice = device.choose_execution(Recipe())
     assert not choice.compile
     assert "install g++" in choice.reasons["compile"]
-    assert device.choose(Recipe(compile=True)).compile
+    assert device.choose_execution(Recipe(compile=True)).compile
 
 
 @NO_CUDA
@@ -60,7 +60,7 @@ def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatc
 )
 def test_fault17_what_is_not_there(values: dict) -> None:
     with pytest.raises(DeviceError) as caught:
-        device.choose(Recipe.make(**values))
+        device.choose_execution(Recipe.make(**values))
     assert caught.value.exit_code == 8
     assert caught.value.remedy
 
@@ -74,25 +74,25 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("a_gpu")
 def test_the_loader_of_a_gpu_is_dali_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, device.DALI, SimpleNamespace(__version__="2.x"))  # type: ignore[arg-type]
-    choice = device.choose(Recipe())
+    monkeypatch.setitem(sys.modules, device.DALI_MODULE, SimpleNamespace(__version__="2.x"))  # type: ignore[arg-type]
+    choice = device.choose_execution(Recipe())
     assert (choice.loader, "DALI 2.x" in choice.reasons["loader"]) == ("dali", True)
-    assert device.choose(Recipe(device="cpu")).loader == "tensor"
-    monkeypatch.setitem(sys.modules, device.DALI, None)
-    choice = device.choose(Recipe())
+    assert device.choose_execution(Recipe(device="cpu")).loader == "tensor"
+    monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
+    choice = device.choose_execution(Recipe())
     assert (choice.loader, "nvidia.dali cannot be imported" in choice.reasons["loader"]) == ("tensor", True)
 
 
 def test_fault17_dali_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, device.DALI, None)
+    monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
     with pytest.raises(DeviceError, match=r"nvidia.dali cannot be imported .*; use --loader tensor, or on Linux") as it:
-        device.choose(Recipe(device="cpu", loader="dali"))
+        device.choose_execution(Recipe(device="cpu", loader="dali"))
     assert it.value.exit_code == 8
-    assert device.choose(Recipe(device="cpu")).loader == "tensor"
+    assert device.choose_execution(Recipe(device="cpu")).loader == "tensor"
 
 
 def test_asked_for_is_given_and_said() -> None:
-    choice = device.choose(Recipe.make(device="cpu", precision="fp32", compile=False, loader="tensor"))
+    choice = device.choose_execution(Recipe.make(device="cpu", precision="fp32", compile=False, loader="tensor"))
     assert (choice.precision, choice.compile) == ("fp32", False)
     assert choice.reasons["precision"] == "asked for"
 
@@ -106,7 +106,7 @@ def test_fault18_a_broken_import_is_reported_not_raised() -> None:
 
 def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PROBED", ("json",))
-    found = device.examine(Recipe())
+    found = device.collect_diagnostics(Recipe())
     assert found["imports"] == {"json": "works"}
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["python"] == sys.version.split()[0]
@@ -117,8 +117,8 @@ def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPat
 def test_the_environment_is_of_the_chosen_device_and_names_no_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "release", lambda: "6.18.44-someone-v657")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_000)
-    of_cpu, of_gpu = device.environment("cpu"), device.environment("auto")
-    assert of_cpu["device"] == device.describe("cpu") != "a GPU"
+    of_cpu, of_gpu = device.collect_environment("cpu"), device.collect_environment("auto")
+    assert of_cpu["device"] == device.describe_device("cpu") != "a GPU"
     assert (of_cpu["cuda"], of_cpu["cudnn"]) == (None, None)
     assert (of_gpu["device"], of_gpu["cudnn"]) == ("a GPU", 90_000)
     assert of_cpu["platform"] == f"{platform.system()}-6.18-{platform.machine()}"

@@ -31,7 +31,7 @@ def test_message_is_the_problem_and_the_remedy() -> None:
 )  # fmt: skip
 def test_pick_names_the_nearest(name: str, remedy: str) -> None:
     with pytest.raises(errors.UsageError) as caught:
-        errors.pick({"se68": 1, "coconut": 2}, name, "architecture")
+        errors.lookup({"se68": 1, "coconut": 2}, name, "architecture")
     assert caught.value.problem == f"unknown architecture {name!r}"
     assert caught.value.remedy == remedy
-    assert errors.pick({"se68": 1}, "se68", "architecture") == 1
+    assert errors.lookup({"se68": 1}, "se68", "architecture") == 1

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from fastcifar.cli.app import app
-from fastcifar.sweep.executors import PLACES
-from fastcifar.sweep.sweep_spec import expand, read, shipped
+from fastcifar.sweep.executors import EXECUTORS
+from fastcifar.sweep.sweep_spec import expand_trials, read_sweep_spec, shipped_sweeps
 from fastcifar.training.lr_schedule import SCHEDULES
-from fastcifar.training.optimizers import OPTIMIZERS, OWN_SCHEDULE
+from fastcifar.training.optimizers import OPTIMIZERS, SELF_SCHEDULED_OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,24 +57,24 @@ def test_the_sweeps_file_is_one_and_the_shipped_ones_are_named(tmp_path: Path) -
     part = TEXT.split("## Sweeps")[1].split("\n## ")[0]
     first, study = re.findall(r"```toml\n(.*?)```", part, re.DOTALL)
     (tmp_path / "first.toml").write_text(first)
-    assert len(expand(*read(str(tmp_path / "first.toml")))) == 2 * 2 * 10 * 3
+    assert len(expand_trials(*read_sweep_spec(str(tmp_path / "first.toml")))) == 2 * 2 * 10 * 3
     (tmp_path / "study.toml").write_text(study)
-    asked, _ = read(str(tmp_path / "study.toml"))
+    asked, _ = read_sweep_spec(str(tmp_path / "study.toml"))
     assert asked.study is not None
     assert asked.study.ranges.keys() == {"lr", "optimizer"}
-    assert all(f"`{name}`" in part for name in (*shipped(), *PLACES))
+    assert all(f"`{name}`" in part for name in (*shipped_sweeps(), *EXECUTORS))
 
 
 def test_the_optimizers_and_schedules_are_those_of_the_tables() -> None:
     part = TEXT.split("## Optimizers and schedules")[1].split("\n## ")[0]
     yes = {True: "yes", False: "no"}
     for name, kind in OPTIMIZERS.items():
-        row = f"| `{name}` | {yes[kind.fused]} | {yes[kind.capturable]} | {yes[kind.own_schedule]} |"
+        row = f"| `{name}` | {yes[kind.fused]} | {yes[kind.capturable]} | {yes[kind.self_scheduled]} |"
         assert row in part, row
     other = part.split("| any other of")[1].splitlines()[0]
     named = set(re.findall(r"`(\w+)(?:\.\.\.)?`", other.split("|")[3]))
-    assert {next(name for name in named if own.startswith(name)) for own in OWN_SCHEDULE} == named
+    assert {next(name for name in named if own.startswith(name)) for own in SELF_SCHEDULED_OPTIMIZERS} == named
     schedules = part.split("| schedule |")[1]
     assert re.findall(r"`(\w+)(?::[\d.]+)?`", schedules) == list(SCHEDULES)
     for name, shape in SCHEDULES.items():
-        assert shape.number is None or f"`{name}:{shape.number:g}`" in schedules
+        assert shape.default_arg is None or f"`{name}:{shape.default_arg:g}`" in schedules

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
-from fastcifar.recipe import SECTIONS, Recipe, option, read_toml, section, shipped
+from fastcifar.recipe import (
+    SECTION_FIRST_FIELDS,
+    Recipe,
+    load_recipe_values,
+    option_flag,
+    section_fields,
+    shipped_recipes,
+)
 
 
 def test_defaults_are_row_3_made_honest() -> None:
@@ -49,13 +56,13 @@ VALUES = st.builds(
 
 @given(VALUES)
 def test_toml_round_trip(values: dict) -> None:
-    recipe = Recipe.checked({key: value for key, value in values.items() if value is not None})
-    assert Recipe.checked(tomllib.loads(recipe.to_toml())) == recipe
+    recipe = Recipe.from_dict({key: value for key, value in values.items() if value is not None})
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
 
 
 def test_differing_lists_only_what_differs() -> None:
-    assert Recipe.make(lr=0.2, arch="se68").differing() == {"lr": 0.2}
-    assert Recipe().differing() == {}
+    assert Recipe.make(lr=0.2, arch="se68").non_default_options() == {"lr": 0.2}
+    assert Recipe().non_default_options() == {}
 
 
 @pytest.mark.parametrize(
@@ -96,17 +103,17 @@ def test_fault15_wrong_files(tmp_path: Path) -> None:
         Recipe.make(str(misspelt))
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_valid_and_list_only_what_differs(name: str) -> None:
-    assert Recipe.make(name).differing().keys() == read_toml(name).keys()
+    assert Recipe.make(name).non_default_options().keys() == load_recipe_values(name).keys()
 
 
 def test_sections_cover_every_field_once() -> None:
-    fields = [field for name in SECTIONS for field in section(name)]
+    fields = [field for name in SECTION_FIRST_FIELDS for field in section_fields(name)]
     assert fields == list(Recipe.model_fields)
 
 
 def test_every_field_has_help() -> None:
     for name, field in Recipe.model_fields.items():
         assert field.description, name
-    assert option("batch_size") == "--batch-size"
+    assert option_flag("batch_size") == "--batch-size"

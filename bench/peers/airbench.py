@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import results_folder
 import torch
 
-from fastcifar.data.cifar import load
-from fastcifar.device import environment
+from fastcifar.data.cifar import load_dataset
+from fastcifar.device import collect_environment
 
 SCRIPTS = ("airbench94_muon.py", "airbench96_faster.py")
 ACCURACY, OWN_SECONDS = "tta_val_acc", ("time_seconds", "total_time_seconds")  # columns of the tables they print
@@ -94,7 +94,7 @@ def finished_runs(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def write_images(folder: Path, data: str | None) -> None:
     """The data set as the scripts keep it, so that they download nothing: `cifar10/{train,test}.pt`."""
-    found = load(data, download=False)
+    found = load_dataset(data, download=False)
     (folder / "cifar10").mkdir()
     for name, split in (("train", found.train), ("test", found.test)):
         images = torch.from_numpy(split.images.transpose(0, 2, 3, 1).copy())
@@ -168,7 +168,7 @@ def main() -> None:
     scripts = arguments.scripts.split(",")
     trials = measured(arguments.checkout, scripts, arguments.data, arguments.runs, arguments.starts)
     found = summary(trials)
-    print(results_folder.write("airbench", environment("cuda"), found, trials))
+    print(results_folder.write("airbench", collect_environment("cuda"), found, trials))
     print(table(found))
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastcifar.benchmark.workloads import train_work
-from fastcifar.data.cifar import load, normalisation
-from fastcifar.device import choose
-from fastcifar.models import build
+from fastcifar.benchmark.workloads import train_workload
+from fastcifar.data.cifar import load_dataset, parse_normalization
+from fastcifar.device import choose_execution
+from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
-from fastcifar.training.trainer import assemble
+from fastcifar.training.trainer import build_trainer
 
 WORKERS, EPOCHS = 2, 200
 
@@ -79,7 +79,7 @@ class Images(Dataset):
     """The training images as torchvision's CIFAR10 gives them, which refuses files in another order than published."""
 
     def __init__(self, data: str | None, transform: Callable[[Image.Image], Tensor]) -> None:
-        train = load(data, download=False).train
+        train = load_dataset(data, download=False).train
         self.images = np.ascontiguousarray(train.images.transpose(0, 2, 3, 1))
         self.labels = train.labels.tolist()
         self.transform = transform
@@ -116,8 +116,8 @@ def ours(setting: Setting) -> Iterator[int]:
         device=setting.device,  # type: ignore[arg-type]
         val_size=0,
     )
-    parts = assemble(recipe, choose(recipe))
-    yield from train_work(parts, parts.fast_step())
+    parts = build_trainer(recipe, choose_execution(recipe))
+    yield from train_workload(parts, parts.build_train_step())
 
 
 def airbench_style(setting: Setting) -> Iterator[int]:
@@ -176,8 +176,8 @@ def train_on_device(setting: Setting, model: nn.Module) -> Iterator[int]:
 
 def resident(setting: Setting) -> tuple[Tensor, Tensor]:
     """The whole training set on the device: bf16 images [n,3,40,40], normalised, four zeros around; labels [n]."""
-    train = load(setting.data, download=False).train
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation("cifar10"))
+    train = load_dataset(setting.data, download=False).train
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in parse_normalization("cifar10"))
     parts = torch.from_numpy(np.ascontiguousarray(train.images)).split(5000)
     normalised = torch.cat([((part / 255 - mean) / std).to(torch.bfloat16) for part in parts])
     padded = F.pad(normalised.to(setting.device), (4, 4, 4, 4))
@@ -208,12 +208,12 @@ def cut_out(images: Tensor) -> Tensor:
 
 def network(setting: Setting) -> nn.Module:
     torch.manual_seed(0)
-    return build(setting.arch).to(setting.device)
+    return build_model(setting.arch).to(setting.device)
 
 
 def train(setting: Setting, model: nn.Module, bf16: bool) -> Iterator[int]:
     """The loop that the first three share."""
-    normalise = transforms.Normalize(*normalisation("cifar10"))
+    normalise = transforms.Normalize(*parse_normalization("cifar10"))
     ops = AUGMENTATIONS[setting.augment]
     transform = transforms.Compose([*ops.of_image(), transforms.ToTensor(), normalise, *ops.of_tensor()])
     batches = DataLoader(Images(setting.data, transform), setting.batch_size, shuffle=True, num_workers=WORKERS)

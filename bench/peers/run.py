@@ -30,8 +30,8 @@ import results_folder
 import torch
 from loops import AUGMENTATIONS, LOOPS, ON_DEVICE, THEIRS, Setting
 
-from fastcifar.benchmark.bench import cpu_seconds, on_some_data, timed
-from fastcifar.device import choose, environment
+from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_units
+from fastcifar.device import choose_execution, collect_environment
 from fastcifar.recipe import Recipe
 
 WARM_UP = 2  # steps: the first compiles, the second finds its memory
@@ -41,7 +41,7 @@ LOOK_S, QUIET = 1.5, 0.1  # seconds of one look at the other processes, and how 
 
 def one(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """A trial of the loop `name`, in this process."""
-    device = choose(Recipe(device=arguments.device)).device
+    device = choose_execution(Recipe(device=arguments.device)).device
     started = time.perf_counter()
     loop = LOOPS[name](Setting(arguments.arch, arguments.batch_size, arguments.augment, arguments.data, device))
     for _ in range(WARM_UP):
@@ -49,7 +49,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     prepare_s = time.perf_counter() - started
     wait_for_quiet(arguments.wait)
     busy = busy_seconds()
-    trial = timed(loop, arguments.steps, torch.device(device))
+    trial = time_units(loop, arguments.steps, torch.device(device))
     return {
         "prepare_s": prepare_s,
         "images": trial.images,
@@ -166,7 +166,7 @@ def main() -> None:
     names = [name for name in LOOPS if arguments.augment in THEIRS or name not in ON_DEVICE]
     if arguments.loops:
         names = arguments.loops.split(",")
-    data = on_some_data(Recipe(data=arguments.data)).data
+    data = prepare_bench_recipe(Recipe(data=arguments.data)).data
     command = [sys.executable, __file__, *("--data", data) * bool(data), "--steps", str(arguments.steps)]
     command += ["--wait", str(arguments.wait), "--device", arguments.device]
     command += ["--arch", arguments.arch, "--batch-size", str(arguments.batch_size), "--augment", arguments.augment]
@@ -180,7 +180,7 @@ def main() -> None:
         steps=arguments.steps,
         warm_up=WARM_UP,
     )
-    what, machine = f"peers-{arguments.arch}", environment(arguments.device)
+    what, machine = f"peers-{arguments.arch}", collect_environment(arguments.device)
     folder = results_folder.write(what, machine, found, trials)
     print(folder)
     if scripts:  # one may end early, and the loops are kept

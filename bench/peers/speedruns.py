@@ -30,8 +30,8 @@ import airbench
 import results_folder
 from run import busy_seconds, ratio
 
-from fastcifar.benchmark.speedrun import TARGETS
-from fastcifar.device import environment
+from fastcifar.benchmark.speedrun import TARGET_RECIPES
+from fastcifar.device import collect_environment
 
 FIGURES = ("seconds", "acc_tta", "acc", "flops")
 
@@ -95,7 +95,7 @@ def summary(trials: list[dict[str, Any]], target: str, script: str) -> dict[str,
     return {
         "what": "training to an accuracy, ours and a peer's in turn",
         "target": float(target) / 100,
-        "recipe": TARGETS[target],
+        "recipe": TARGET_RECIPES[target],
         "peer_script": script,
         "n": len(sides["ours"]["seconds"]),
         **sides,
@@ -109,7 +109,7 @@ def summary(trials: list[dict[str, Any]], target: str, script: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description="A speedrun of ours and a peer's run, in turn.")
     parser.add_argument("script", type=Path, help="as cifar10-airbench's, with the seed as its argument")
-    parser.add_argument("--target", choices=TARGETS, default="94")
+    parser.add_argument("--target", choices=TARGET_RECIPES, default="94")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the first round; the next one's is one more")
     parser.add_argument("--data", help="as `fastcifar train` takes it")
@@ -128,7 +128,9 @@ def main() -> None:
             for who in sorted(runs, reverse=number % 2 == 0):  # who begins, alternates
                 trials.append(watched(who, number, seed, runs[who]))
             found = summary(trials, arguments.target, arguments.script.name)
-            folder = results_folder.write(f"speed{arguments.target}", environment("auto"), found, trials, folder=folder)
+            folder = results_folder.write(
+                f"speed{arguments.target}", collect_environment("auto"), found, trials, folder=folder
+            )
     print(folder)
     print(json.dumps(found, indent=1))
 

@@ -26,36 +26,36 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from fastcifar.benchmark.roofline import Stopwatch, limits, state
-from fastcifar.benchmark.workloads import STEPPING, WHATS, Job
+from fastcifar.benchmark.roofline import DeviceTimer, measure_roofline, read_device_state
+from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, BenchmarkCase
 from fastcifar.data import cifar
-from fastcifar.device import Choice, choose, describe, versions
-from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, pick
-from fastcifar.plotting import short
+from fastcifar.device import ExecutionPlan, choose_execution, describe_device, package_versions
+from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
+from fastcifar.plotting import format_short_number
 from fastcifar.recipe import Recipe
-from fastcifar.training.cuda_graph import untouched
-from fastcifar.training.progress import say
-from fastcifar.training.summary import peak_memory
-from fastcifar.training.trainer import Parts, assemble
+from fastcifar.training.cuda_graph import preserve_state
+from fastcifar.training.progress import print_lines
+from fastcifar.training.summary import peak_memory_bytes
+from fastcifar.training.trainer import Trainer, build_trainer
 
-DEFAULT = "loader,step,train"  # on two cores under three minutes
-TRIAL_S = 2.0  # seconds that a trial should take
-WARM_UP = 3  # units of work before the first trial
-PROFILED = 3  # units of work in a trace
+DEFAULT_BENCHMARKS = "loader,step,train"  # on two cores under three minutes
+DEFAULT_TRIAL_S = 2.0  # seconds that a trial should take
+WARM_UP_UNITS = 3  # units of work before the first trial
+PROFILED_UNITS = 3  # units of work in a trace
 
 # name -> the machine's knobs that it stands for
-MODES: dict[str, dict[str, bool]] = {
+EXECUTION_MODES: dict[str, dict[str, bool]] = {
     "eager": {"compile": False, "cuda_graph": False},
     "compiled": {"compile": True, "cuda_graph": False},
     "captured": {"compile": True, "cuda_graph": True},
 }
 
 
-Grid = Mapping[str, Sequence[str]]  # "arch", "batch_size" and "mode" (a row of MODES) -> the values to go through
+BenchGrid = Mapping[str, Sequence[str]]  # "arch", "batch_size" and "mode" (a row of MODES) -> the values to go through
 
 
 @dataclass(frozen=True)
-class Trial:
+class TimedTrial:
     """One timed stretch of work: its images, its seconds on the device, and those of all threads together."""
 
     images: int
@@ -73,12 +73,12 @@ class Trial:
 
 def bench(
     recipe: Recipe,
-    what: str = DEFAULT,
+    what: str = DEFAULT_BENCHMARKS,
     trials: int = 5,
     trace: Path | None = None,
     console: Console | None = None,
-    trial_s: float = TRIAL_S,
-    grid: Grid | None = None,
+    trial_s: float = DEFAULT_TRIAL_S,
+    grid: BenchGrid | None = None,
 ) -> dict[str, Any]:
     """Measures `recipe` on this machine: `{"device", "versions", "limits", "results"}`, rows of what was asked.
 
@@ -89,49 +89,49 @@ def bench(
     Errors: `UserError`s as for a run; without a data set it warns and takes synthetic images.
     """
     assert trials > 0, trials
-    names = list(WHATS) if what == "all" else what.split(",")
+    names = list(BENCHMARKS) if what == "all" else what.split(",")
     for name in names:
-        pick({**WHATS, "all": WHATS["train"]}, name, "benchmark")
+        lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: no folder {trace.absolute().parent}", "make it first")
-    points = over(on_some_data(recipe), grid or {})
-    choices = [choose(point) for point in points]
+    points = expand_grid(prepare_bench_recipe(recipe), grid or {})
+    choices = [choose_execution(point) for point in points]
     results: list[dict[str, Any]] = []
     for point, choice in zip(points, choices, strict=True):
-        wanted = Wanted(names, trials, trial_s, trace if point is points[-1] else None)
-        results += at(point, choice, wanted, results, console)
+        wanted = MeasurementOptions(names, trials, trial_s, trace if point is points[-1] else None)
+        results += measure_point(point, choice, wanted, results, console)
         if point is not points[-1]:
-            forget()
+            reset_compiler_and_memory()
     device = torch.device(choices[0].device)
     precisions = dict.fromkeys(row["precision"] for row in results if "precision" in row)
-    found = {precision: limits(device, precision) for precision in precisions}
-    results = [row | shares(row, found) for row in results]
-    about = {"device": describe(device.type), "versions": {**versions(), **runtime(device)}}
+    found = {precision: measure_roofline(device, precision) for precision in precisions}
+    results = [row | compute_utilization(row, found) for row in results]
+    about = {"device": describe_device(device.type), "versions": {**package_versions(), **runtime_versions(device)}}
     return {**about, **({"limits": found} if found else {}), "results": results}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MeasurementOptions:
     """What is to be measured at each point of a grid; `trace`: the file, at its last point."""
 
-    names: list[str]
+    benchmarks: list[str]
     trials: int
     trial_s: float
     trace: Path | None
 
 
-def over(recipe: Recipe, grid: Grid) -> list[Recipe]:
+def expand_grid(recipe: Recipe, grid: BenchGrid) -> list[Recipe]:
     """`recipe` at every point of `grid`. Errors: `UsageError` for a value that a knob or MODES does not have."""
     axes = [[(axis, value) for value in values] for axis, values in grid.items() if values]
     points = []
     for point in itertools.product(*axes):
         changes: dict[str, Any] = dict(point)
-        changes |= pick(MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
-        points.append(Recipe.checked({**recipe.model_dump(), **changes}))
+        changes |= lookup(EXECUTION_MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
+        points.append(Recipe.from_dict({**recipe.model_dump(), **changes}))
     return points
 
 
-def on_some_data(recipe: Recipe) -> Recipe:
+def prepare_bench_recipe(recipe: Recipe) -> Recipe:
     """`recipe` without a validation split, which nothing here reads, and with one size of image, to which the costs of
     `works` belong; on synthetic images where there is no data set.
 
@@ -143,14 +143,14 @@ def on_some_data(recipe: Recipe) -> Recipe:
         return recipe
     try:
         with warnings.catch_warnings(action="ignore"):  # `assemble` loads it too, and warns
-            cifar.load(None, recipe.dataset, download=False)
+            cifar.load_dataset(None, recipe.dataset, download=False)
     except DataError as error:
         warnings.warn(f"{error.problem}: measuring on synthetic images", UserWarning, stacklevel=2)
         return recipe.model_copy(update={"data": "synthetic"})
     return recipe
 
 
-def forget() -> None:
+def reset_compiler_and_memory() -> None:
     """The last point's memory, and its compiled code: a compiler keeps only so many variants of one function."""
     torch.compiler.reset()
     gc.collect()
@@ -158,63 +158,75 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def at(
-    recipe: Recipe, choice: Choice, wanted: Wanted, known: Sequence[dict[str, Any]], console: Console | None
+def measure_point(
+    recipe: Recipe,
+    execution: ExecutionPlan,
+    options: MeasurementOptions,
+    known_rows: Sequence[dict[str, Any]],
+    console: Console | None,
 ) -> list[dict[str, Any]]:
     """The rows of one point of the grid, without those that are `known` from another."""
     started = time.perf_counter()
-    parts = assemble(recipe, choice)
+    parts = build_trainer(recipe, execution)
     setup_s = time.perf_counter() - started
-    say(console, [*parts.lines(), *parts.choice.lines(), "preparing (compilation, warm-up) ..."])
+    print_lines(
+        console, [*parts.summary_lines(), *parts.execution.format_lines(), "preparing (compilation, warm-up) ..."]
+    )
     found = []
-    for row in rows(parts, wanted, known):
+    for row in measure_benchmarks(parts, options, known_rows):
         found.append(row | {"setup_s": setup_s})
-        say(console, [told(row)])
+        print_lines(console, [format_bench_row(row)])
     return found
 
 
-def rows(parts: Parts, wanted: Wanted, known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def measure_benchmarks(
+    trainer: Trainer, options: MeasurementOptions, known_rows: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """A row for each thing wanted of `parts`, as soon as it is measured."""
-    parts.model.train()
+    trainer.model.train()
     started = time.perf_counter()
-    forget_peak(parts.device)
-    step = parts.fast_step() if STEPPING & set(wanted.names) else None
-    step_s, step_peak = time.perf_counter() - started, peak_memory(parts.device)
-    for name in wanted.names:
-        jobs = list(WHATS[name](parts, step))
+    reset_peak_memory(trainer.device)
+    step = trainer.build_train_step() if STEP_BENCHMARKS & set(options.benchmarks) else None
+    step_s, step_peak = time.perf_counter() - started, peak_memory_bytes(trainer.device)
+    for name in options.benchmarks:
+        jobs = list(BENCHMARKS[name](trainer, step))
         for job in jobs:
-            named = {"what": name, **job.named}
-            if any(named.items() <= row.items() for row in known):
+            named = {"what": name, **job.settings}
+            if any(named.items() <= row.items() for row in known_rows):
                 continue  # it does not depend on what differs: a loader has no network
-            trace = wanted.trace if name == wanted.names[-1] and job is jobs[-1] else None
-            measured, first_s = clocked(job, parts, wanted, trace)
+            trace = options.trace if name == options.benchmarks[-1] and job is jobs[-1] else None
+            measured, first_s = measure_case(job, trainer, options, trace)
             if name != "loader" or step is None:  # it was prepared with the step
-                measured["compile_s"] = step_s if name in STEPPING else first_s
-            if name in STEPPING and parts.choice.cuda_graph:  # a replay takes none: it was taken by the capture
+                measured["compile_s"] = step_s if name in STEP_BENCHMARKS else first_s
+            if (
+                name in STEP_BENCHMARKS and trainer.execution.cuda_graph
+            ):  # a replay takes none: it was taken by the capture
                 measured["peak_memory_bytes"] = max(step_peak, measured["peak_memory_bytes"])
             yield named | measured
 
 
-def clocked(job: Job, parts: Parts, wanted: Wanted, trace: Path | None) -> tuple[dict[str, Any], float]:
+def measure_case(
+    case: BenchmarkCase, trainer: Trainer, options: MeasurementOptions, trace_file: Path | None
+) -> tuple[dict[str, Any], float]:
     """The measured part of a row, and the seconds of its first unit of work. The run's state is left as it was."""
-    with untouched(parts.tensors(), parts.device), closing(job.work) as work:
-        parts.meter.reset()
-        forget_peak(parts.device)
+    with preserve_state(trainer.state_tensors(), trainer.device), closing(case.workload) as work:
+        trainer.meter.reset()
+        reset_peak_memory(trainer.device)
         started = time.perf_counter()
         next(work)
-        synchronise(parts.device)
+        synchronize(trainer.device)
         first_s = time.perf_counter() - started
-        trials = measure(work, wanted.trials, parts, wanted.trial_s * job.share)
-        peak = peak_memory(parts.device)
-        doing = state(parts.device, lambda: next(work))
-        if trace:
-            write_trace(work, trace, parts.device)
-        if not parts.meter.read().finite:
+        trials = run_trials(work, options.trials, trainer, options.trial_s * case.trial_s_factor)
+        peak = peak_memory_bytes(trainer.device)
+        doing = read_device_state(trainer.device, lambda: next(work))
+        if trace_file:
+            write_trace(work, trace_file, trainer.device)
+        if not trainer.meter.compute().is_finite:
             raise NonFiniteError("the loss or a gradient was not finite in a trial", "use --precision fp32")
-    return figures(job, trials) | {"peak_memory_bytes": peak} | doing, first_s
+    return summarize_trials(case, trials) | {"peak_memory_bytes": peak} | doing, first_s
 
 
-def figures(job: Job, trials: list[Trial]) -> dict[str, Any]:
+def summarize_trials(case: BenchmarkCase, trials: list[TimedTrial]) -> dict[str, Any]:
     """The median of the trials, every trial in images/s, and what the costs of an image make of it."""
     speed = statistics.median(trial.images_per_s for trial in trials)
     found: dict[str, Any] = {
@@ -222,67 +234,67 @@ def figures(job: Job, trials: list[Trial]) -> dict[str, Any]:
         "cpu_us_per_image": statistics.median(trial.cpu_us_per_image for trial in trials),
         "trials": [trial.images_per_s for trial in trials],
     }
-    if job.latency:
+    if case.reports_latency:
         found["latency_ms"] = 1e3 / speed
-    if job.flop:
-        found |= {"flop_per_image": job.flop, "tflop_per_s": job.flop * speed / 1e12}
-    if job.bytes:
-        found |= {"bytes_per_image": job.bytes, "gb_per_s": job.bytes * speed / 1e9}
+    if case.flop_per_image:
+        found |= {"flop_per_image": case.flop_per_image, "tflop_per_s": case.flop_per_image * speed / 1e12}
+    if case.bytes_per_image:
+        found |= {"bytes_per_image": case.bytes_per_image, "gb_per_s": case.bytes_per_image * speed / 1e9}
     return found
 
 
-def shares(row: dict[str, Any], found: dict[str, dict[str, float]]) -> dict[str, float]:
+def compute_utilization(row: dict[str, Any], rooflines: dict[str, dict[str, float]]) -> dict[str, float]:
     """A row's shares of what the device was measured to reach: `mfu` of its matrix product, `mbu` of its copy."""
     of = {"mfu": ("tflop_per_s", "matmul_tflop_per_s"), "mbu": ("gb_per_s", "copy_gb_per_s")}
     return {
-        name: row[reached] / found[row["precision"]][most] for name, (reached, most) in of.items() if reached in row
+        name: row[reached] / rooflines[row["precision"]][most] for name, (reached, most) in of.items() if reached in row
     }
 
 
-def told(row: dict[str, Any]) -> str:
+def format_bench_row(row: dict[str, Any]) -> str:
     """A row as progress: `step (se68, 128): 170 images/s`."""
     about = ", ".join(str(row[name]) for name in ("arch", "batch_size", "conv", "direction") if name in row)
-    return f"{row['what']} ({about}): {short(row['images_per_s'])} images/s"
+    return f"{row['what']} ({about}): {format_short_number(row['images_per_s'])} images/s"
 
 
-def runtime(device: torch.device) -> dict[str, str]:
+def runtime_versions(device: torch.device) -> dict[str, str]:
     """Versions that no package has: Python's, and on a GPU those of CUDA and cuDNN."""
     gpu = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return {"python": platform.python_version(), **(gpu if device.type == "cuda" else {})}
 
 
-def measure(work: Iterator[int], trials: int, parts: Parts, trial_s: float) -> list[Trial]:
+def run_trials(workload: Iterator[int], trials: int, trainer: Trainer, trial_s: float) -> list[TimedTrial]:
     """`trials` equal stretches of `work`, each of about `trial_s` seconds, after a warm-up."""
-    for _ in range(WARM_UP):
-        next(work)
-    units = fitting(work, parts, trial_s)
-    return [timed(work, units, parts.device) for _ in range(trials)]
+    for _ in range(WARM_UP_UNITS):
+        next(workload)
+    units = calibrate_units(workload, trainer, trial_s)
+    return [time_units(workload, units, trainer.device) for _ in range(trials)]
 
 
-def fitting(work: Iterator[int], parts: Parts, trial_s: float) -> int:
+def calibrate_units(workload: Iterator[int], trainer: Trainer, trial_s: float) -> int:
     """How many units of `work` take about `trial_s` seconds; beyond an epoch whole epochs, so that trials are equal."""
     units = 1
-    while (seconds := timed(work, units, parts.device).seconds) < trial_s / 10:
+    while (seconds := time_units(workload, units, trainer.device).seconds) < trial_s / 10:
         units *= 2
     units = math.ceil(units * trial_s / seconds)
-    epoch = parts.loader.steps_per_epoch
+    epoch = trainer.loader.steps_per_epoch
     return units if units < epoch else round(units / epoch) * epoch
 
 
-def timed(work: Iterator[int], units: int, device: torch.device) -> Trial:
+def time_units(workload: Iterator[int], units: int, device: torch.device) -> TimedTrial:
     """`units` of `work` by the clock, from an idle device to an idle device."""
-    clock, cpu = Stopwatch(device), cpu_seconds()
-    images = sum(itertools.islice(work, units))
-    return Trial(images, clock.seconds(), cpu_seconds() - cpu)
+    clock, cpu = DeviceTimer(device), cpu_seconds()
+    images = sum(itertools.islice(workload, units))
+    return TimedTrial(images, clock.elapsed_s(), cpu_seconds() - cpu)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """`peak_memory` on a GPU begins anew; a process has but one peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until the device has nothing left to do; a CPU never has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -299,12 +311,12 @@ def cpu_seconds() -> float:
     return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def write_trace(work: Iterator[int], file: Path, device: torch.device) -> None:
+def write_trace(workload: Iterator[int], file: Path, device: torch.device) -> None:
     """A few units of `work` as a chrome trace (open it in Perfetto). Errors: `DiskError`."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as seen:
-        sum(itertools.islice(work, PROFILED))
-        synchronise(device)
+        sum(itertools.islice(workload, PROFILED_UNITS))
+        synchronize(device)
     try:
         seen.export_chrome_trace(str(file))
     except (OSError, RuntimeError) as error:

@@ -16,31 +16,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastcifar.device import result_name
+from fastcifar.device import result_folder_name
 from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
-from fastcifar.training.run_dir import hold
+from fastcifar.training.run_dir import lock_folder
 
-FIGURES = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
-NO_CLOCK = ("pydantic", "typer")  # packages that no second depends on
+TRIAL_METRICS = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
+UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that no second depends on
 
 
 @dataclass
-class Tally:
+class SpeedrunResults:
     """A folder and its trials, oldest first. `document`: what is run (target, recipe, on, config). `about`: params,
     macs, images and flops of a run. `environment`: what env.json says, with what was `chosen` on that machine. A
     context, in which the folder is this process's own."""
 
     folder: Path
     document: dict[str, Any]
-    about: dict[str, Any]
+    run_stats: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
-    lock: int | None = None
+    lock_fd: int | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Tally:
+    def read(cls, folder: Path) -> SpeedrunResults:
         """What is in a folder; a line that a dying process cut short is not a trial. Errors: `UsageError`."""
         try:
             document = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ class Tally:
             lines = (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"{folder} holds no trials: {type(error).__name__}", "give a speedrun's folder") from None
-        return cls(folder, document, about, environment, [trial for line in lines if (trial := _parsed(line))])
+        return cls(folder, document, about, environment, [trial for line in lines if (trial := _parse_trial(line))])
 
     @classmethod
     def open(
@@ -58,15 +58,17 @@ class Tally:
         append: Path | None,
         out: str | None,
         document: dict[str, Any],
-        about: dict[str, Any],
+        run_stats: dict[str, Any],
         environment: dict[str, Any],
         seeds: Sequence[int],
-    ) -> Tally:
+    ) -> SpeedrunResults:
         """The folder `append` goes on with `seeds`; else a new one, `out` or speedruns/<UTC>_<device>_<recipe>.
 
         Errors: `UsageError` for a folder that is there already, and those of `require_same`; `DiskError`.
         """
-        folder = append or Path(out or Path("speedruns") / result_name(environment["device"], document["recipe"]))
+        folder = append or Path(
+            out or Path("speedruns") / result_folder_name(environment["device"], document["recipe"])
+        )
         try:
             if not append:
                 folder.mkdir(parents=True)
@@ -74,33 +76,33 @@ class Tally:
             raise UsageError(f"{folder} is there already", f"--append {folder} adds to it") from None
         except OSError as error:
             raise DiskError(f"cannot make {folder}: {error.strerror}", "give --out DIR") from None
-        lock = hold(folder)
+        lock = lock_folder(folder)
         try:
-            trials = cls.read(folder) if append else cls(folder, document, about, environment)
-            trials.require_same(document, environment, seeds)  # also of what was added until it was locked
-            if trials.about != about:
-                raise UsageError(f"{folder} is of {trials.about}, not {about}", "give --data as it was")
+            trials = cls.read(folder) if append else cls(folder, document, run_stats, environment)
+            trials.require_compatible(document, environment, seeds)  # also of what was added until it was locked
+            if trials.run_stats != run_stats:
+                raise UsageError(f"{folder} is of {trials.run_stats}, not {run_stats}", "give --data as it was")
             trials._write_all(environment)
         except UserError:
             os.close(lock)
             raise
-        trials.lock = lock
+        trials.lock_fd = lock
         return trials
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> SpeedrunResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if self.lock_fd is not None:
+            os.close(self.lock_fd)
+            self.lock_fd = None
 
     @property
     def next_seed(self) -> int:
         """The seed after those that are there."""
         return max((trial["seed"] for trial in self.trials), default=-1) + 1
 
-    def require_same(self, document: dict[str, Any], environment: dict[str, Any], seeds: Sequence[int]) -> None:
+    def require_compatible(self, document: dict[str, Any], environment: dict[str, Any], seeds: Sequence[int]) -> None:
         """Errors: `UsageError` that names what differs of the recipe or the clock, or a seed that is there already."""
         defaults = Recipe().model_dump(mode="json")  # of knobs that there were not yet when the folder was made
         mine, other = ({**defaults, **of, **of["config"], "config": None} for of in (self.document, document))
@@ -108,7 +110,7 @@ class Tally:
         if differing:
             listed = ", ".join(f"{key} {mine.get(key)}, not {other[key]}" for key in differing)
             raise UsageError(f"{self.folder} is of another recipe: {listed}", "give --out for a result of its own")
-        then, now = of_the_clock(self.environment), of_the_clock(environment)
+        then, now = timing_environment(self.environment), timing_environment(environment)
         differing = [name for name in then if name in now and then[name] != now[name]]
         if differing:
             listed = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
@@ -117,11 +119,11 @@ class Tally:
         if there:
             raise UsageError(f"{self.folder} has seed {min(there)} already", f"begin at --seed {self.next_seed}")
 
-    def add(self, trial: dict[str, Any]) -> None:
+    def add_trial(self, trial: dict[str, Any]) -> None:
         """Keeps a trial, and the summary with it. Errors: `DiskError`."""
         self.trials.append(trial)
-        self._write({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
-        self._write({"summary.json": json.dumps(self.summary(), indent=1) + "\n"})
+        self._write_files({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
+        self._write_files({"summary.json": json.dumps(self.summary(), indent=1) + "\n"})
 
     def summary(self) -> dict[str, Any]:
         """Of every trial: the figures' mean, standard deviation and standard error, and the share over the target.
@@ -131,7 +133,7 @@ class Tally:
         """
         counted = [trial for trial in self.trials if not trial["refused"]]
         target = float(self.document["target"]) / 100
-        figures = {name: spread([trial[name] for trial in counted]) for name in FIGURES}
+        figures = {name: sample_statistics([trial[name] for trial in counted]) for name in TRIAL_METRICS}
         for name in ("acc", "acc_tta"):
             if found := figures[name]:
                 found["share"] = sum(value >= target for value in found["trials"]) / len(self.trials)
@@ -143,25 +145,25 @@ class Tally:
             "recipe": self.document["recipe"],
             "on": self.document["on"],
             **{name: config[name] for name in ("arch", "epochs", "tta", "weights")},
-            **self.about,
+            **self.run_stats,
             "n": len(self.trials),
             "refused": len(self.trials) - len(counted),
             "seeds": [trial["seed"] for trial in self.trials],
             **figures,
             "cold_start_s": [trial["cold_start_s"] for trial in self.trials if trial["cold_start_s"] is not None],
             "reached": reached,
-            "flops_to_target": self.about["flops"] if reached else None,
+            "flops_to_target": self.run_stats["flops"] if reached else None,
         }
 
     def _write_all(self, environment: dict[str, Any]) -> None:
         now = {**environment, "started": time.strftime("%FT%TZ", time.gmtime())}
-        files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.about}}
+        files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.run_stats}}
         if not (self.folder / "env.json").exists():
             files["env.json"] = now
-        self._write({name: json.dumps(content, indent=1) + "\n" for name, content in files.items()})
-        self._write({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
+        self._write_files({name: json.dumps(content, indent=1) + "\n" for name, content in files.items()})
+        self._write_files({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
 
-    def _write(self, files: dict[str, str]) -> None:
+    def _write_files(self, files: dict[str, str]) -> None:
         try:
             for name, content in files.items():
                 write_atomically(self.folder / name, content.encode())
@@ -169,14 +171,14 @@ class Tally:
             raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
 
 
-def of_the_clock(environment: dict[str, Any]) -> dict[str, Any]:
+def timing_environment(environment: dict[str, Any]) -> dict[str, Any]:
     """What of an env.json seconds depend on: versions, what was chosen, and the device with its threads."""
-    versions = {name: found for name, found in environment.get("versions", {}).items() if name not in NO_CLOCK}
+    versions = {name: found for name, found in environment.get("versions", {}).items() if name not in UNTIMED_PACKAGES}
     machine = {name: environment[name] for name in ("device", "threads", "cuda", "cudnn") if name in environment}
     return {**versions, **environment.get("chosen", {}), **machine}
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+def sample_statistics(values: Sequence[float | None]) -> dict[str, Any] | None:
     """`mean`, `std` (of a sample), `stderr` of the mean and the values as `trials`; None where one is missing.
 
     One value has no deviation.
@@ -189,7 +191,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"mean": statistics.fmean(found), "std": std, "stderr": stderr, "trials": found}
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parse_trial(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
     except ValueError:

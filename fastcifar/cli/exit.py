@@ -12,54 +12,54 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastcifar.errors import UserError, out_of_memory
+from fastcifar.errors import UserError, as_memory_error
 
-SIGINT, SIGTERM = 130, 143  # the exit codes
+SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 143  # the exit codes
 
 
-def run_to_the_end(app: Callable[..., object]) -> NoReturn:
+def run_cli(app: Callable[..., object]) -> NoReturn:
     """Runs the command of sys.argv and turns what a user got wrong into one line and an exit code."""
-    warnings.showwarning = warned
-    signal.signal(signal.SIGTERM, terminated)
+    warnings.showwarning = print_warning
+    signal.signal(signal.SIGTERM, handle_sigterm)
     try:
         code = app(standalone_mode=False)
-        if code == SIGINT:  # how Typer passes on a KeyboardInterrupt
+        if code == SIGINT_EXIT_CODE:  # how Typer passes on a KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped by SIGINT", SIGINT))
+        sys.exit(_print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(explained(error))
+        sys.exit(report_error(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def terminated(*_: Any) -> None:
+def handle_sigterm(*_: Any) -> None:
     """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
-    sys.exit(_fail("stopped by SIGTERM", SIGTERM))
+    sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE))
 
 
-def warned(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """A warning as one line like an error's, without a place in the source."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
     print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
 
-def explained(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
     if isinstance(error, UserError):
-        return _fail(str(error), error.exit_code)
+        return _print_error(str(error), error.exit_code)
     if type(error).__name__ == "Abort":  # and how older ones do
-        return _fail("stopped by SIGINT", SIGINT)
-    if short := out_of_memory(error):
-        return _fail(str(short), short.exit_code)
+        return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
+    if short := as_memory_error(error):
+        return _print_error(str(short), short.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
-        return _fail(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+        return _print_error(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error
 
 
-def _fail(line: str, code: int) -> int:
-    print(f"fastcifar: {line}", file=sys.stderr)
-    return code
+def _print_error(message: str, exit_code: int) -> int:
+    print(f"fastcifar: {message}", file=sys.stderr)
+    return exit_code

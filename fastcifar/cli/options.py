@@ -12,22 +12,22 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcifar.recipe import SECTIONS, Recipe, option, section
+from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, option_flag, section_fields
 
-BY_NAME = inspect.Parameter.KEYWORD_ONLY
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
 
 
-def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def recipe_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
-        added = [_parameter(name) for name in names]
+        added = [_option_parameter(name) for name in names]
         command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
         return command
@@ -35,9 +35,12 @@ def knobs(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _option_parameter(name: str) -> inspect.Parameter:
     field = Recipe.model_fields[name]
-    spelling, panel = option(name), next(title for title in SECTIONS if name in section(title)).capitalize()
+    spelling, panel = (
+        option_flag(name),
+        next(title for title in SECTION_FIRST_FIELDS if name in section_fields(title)).capitalize(),
+    )
     default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
     boolean = bool in (field.annotation, *typing.get_args(field.annotation))
     if boolean and field.default is None:
@@ -45,7 +48,7 @@ def _parameter(name: str) -> inspect.Parameter:
     shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
     info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
     kind = bool if boolean else list[str] if name == "opt" else str
-    return inspect.Parameter(name, BY_NAME, default=None, annotation=Annotated[kind | None, info])
+    return inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
 def _metavar(field: Any) -> str:

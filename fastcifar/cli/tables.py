@@ -12,15 +12,23 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from fastcifar.models import KNOBS, MODELS, build, largest_width, layer_table, macs, parameters
+from fastcifar.models import (
+    MODEL_OPTIONS,
+    MODELS,
+    build_model,
+    count_macs,
+    count_parameters,
+    layer_table,
+    max_width_within_budget,
+)
 from fastcifar.recipe import Recipe
 
-MOST_PAIRS = 15  # of labels in the table of a comparison
-MOST_CLASSES = 10  # in the table of scores
+MAX_LABEL_PAIRS = 15  # of labels in the table of a comparison
+MAX_CLASS_ROWS = 10  # in the table of scores
 
 
 @dataclass(frozen=True)
-class Found:
+class TableAndDocument:
     """The same answer twice: `table` for a terminal, `document` for --json."""
 
     table: Table
@@ -34,45 +42,45 @@ def summary_table(summary: dict[str, Any]) -> Table:
     rows = {
         "run": summary["run"],
         "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:.1f} M MACs",
-        "test accuracy": f"{_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
+        "test accuracy": f"{_format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
         f"weights {summary['weights']})",
-        "  averaged weights": _percent(summary["test_acc_ema"]),
-        **_over_views(summary["config"]["tta"], summary["test_acc_tta"]),
+        "  averaged weights": _format_percent(summary["test_acc_ema"]),
+        **_tta_row(summary["config"]["tta"], summary["test_acc_tta"]),
         "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
-        "validation accuracy": f"{_percent(summary['val_acc'])}, best {_percent(summary['best_val_acc'])}",
-        "hardest class": _hardest(summary["per_class"]),
+        "validation accuracy": f"{_format_percent(summary['val_acc'])}, best {_format_percent(summary['best_val_acc'])}",
+        "hardest class": _format_hardest_class(summary["per_class"]),
         "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
         "images/s in training": f"{summary['images_per_s']:,.0f}",
         "seconds": spent,
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
     }
-    return _pairs("", rows)
+    return _key_value_table("", rows)
 
 
-def export_table(found: dict[str, Any]) -> Table:
+def export_table(result: dict[str, Any]) -> Table:
     """What was written and how it was checked. `found`: as `export` returns it."""
-    sizes = ", ".join(map(str, found["batch_sizes"]))
+    sizes = ", ".join(map(str, result["batch_sizes"]))
     rows = {
-        "file": f"{found['file']}, {found['bytes']:,} bytes",
-        "model card": found["card"],
-        "sha256": found["sha256"],
-        "largest difference": f"{found['difference']:.2g}, on {found['images']} test images in batches of {sizes}",
+        "file": f"{result['file']}, {result['bytes']:,} bytes",
+        "model card": result["card"],
+        "sha256": result["sha256"],
+        "largest difference": f"{result['difference']:.2g}, on {result['images']} test images in batches of {sizes}",
     }
-    return _pairs("", rows)
+    return _key_value_table("", rows)
 
 
-def rehearsal_table(found: dict[str, Any]) -> Table:
+def dry_run_table(result: dict[str, Any]) -> Table:
     """What `--dry-run` found. `found`: as `rehearse` returns it."""
-    seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in found["seconds"].items())
+    seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in result["seconds"].items())
     rows = {
-        **dict(line.split(": ", 1) for line in found["chosen"]),
-        "epochs, steps": f"{found['epochs']}, {found['steps']:,}",
-        "images/s in training": f"{found['images_per_s']:,.0f}",
+        **dict(line.split(": ", 1) for line in result["chosen"]),
+        "epochs, steps": f"{result['epochs']}, {result['steps']:,}",
+        "images/s in training": f"{result['images_per_s']:,.0f}",
         "expected seconds": seconds,
-        "peak memory": f"{found['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
         "written": "nothing",
     }
-    return _pairs("", rows)
+    return _key_value_table("", rows)
 
 
 def scores_table(scores: dict[str, Any]) -> Group:
@@ -84,9 +92,9 @@ def scores_table(scores: dict[str, Any]) -> Group:
     )
     rows = {
         "checkpoint": scores["checkpoint"],
-        "test accuracy": f"{_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,}; 95 %: "
-        f"{_percent(low)} to {_percent(high)})",
-        **_over_views(scores["tta"], scores["test_acc_tta"]),
+        "test accuracy": f"{_format_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,}; 95 %: "
+        f"{_format_percent(low)} to {_format_percent(high)})",
+        **_tta_row(scores["tta"], scores["test_acc_tta"]),
         "test loss, calibration error": f"{scores['test_loss']:.4f}, {scores['ece']:.4f}",
         "  at the best temperature": scaled,
         "Brier score": f"{scores['brier']:.4f}",
@@ -97,11 +105,11 @@ def scores_table(scores: dict[str, Any]) -> Group:
     if shifted := scores["shifted"]:
         low, high = shifted["acc_interval"]
         rows[shifted["name"]] = (
-            f"{_percent(shifted['acc'])}  ({shifted['correct']:,} of {shifted['total']:,}; 95 %: "
-            f"{_percent(low)} to {_percent(high)}), loss {shifted['loss']:.4f}, "
+            f"{_format_percent(shifted['acc'])}  ({shifted['correct']:,} of {shifted['total']:,}; 95 %: "
+            f"{_format_percent(low)} to {_format_percent(high)}), loss {shifted['loss']:.4f}, "
             f"calibration error {shifted['ece']:.4f}"
         )
-    tables = [_pairs("", rows), "", _class_table(scores)]
+    tables = [_key_value_table("", rows), "", _class_table(scores)]
     if corruptions := scores["corruptions"]:
         tables += ["", _corruption_table(corruptions)]
     return Group(*tables)
@@ -111,13 +119,13 @@ def _class_table(scores: dict[str, Any]) -> Table:
     """The classes in their order, or of many the hardest."""
     figures = [scores[f"{name}_per_class"] for name in ("precision", "recall", "f1")]
     names = scores["classes"]
-    if many := len(names) > MOST_CLASSES:
-        names = sorted(names, key=lambda name: figures[2][name] or 0)[:MOST_CLASSES]
-    table = Table(f"the {MOST_CLASSES} hardest classes" if many else "class", box=None)
+    if many := len(names) > MAX_CLASS_ROWS:
+        names = sorted(names, key=lambda name: figures[2][name] or 0)[:MAX_CLASS_ROWS]
+    table = Table(f"the {MAX_CLASS_ROWS} hardest classes" if many else "class", box=None)
     for column in ("precision", "recall", "F1"):
         table.add_column(column, justify="right")
     for name in names:
-        table.add_row(name, *(_percent(figure[name]) for figure in figures))
+        table.add_row(name, *(_format_percent(figure[name]) for figure in figures))
     return table
 
 
@@ -127,135 +135,149 @@ def _corruption_table(corruptions: dict[str, Any]) -> Table:
     for column in ("1", "2", "3", "4", "5", "mean"):
         table.add_column(column, justify="right")
     for name, accuracies in corruptions["acc"].items():
-        table.add_row(name, *map(_percent, accuracies), _percent(sum(accuracies) / len(accuracies)))
-    table.add_row("mean", "", "", "", "", "", _percent(corruptions["mean_acc"]), style="bold")
+        table.add_row(name, *map(_format_percent, accuracies), _format_percent(sum(accuracies) / len(accuracies)))
+    table.add_row("mean", "", "", "", "", "", _format_percent(corruptions["mean_acc"]), style="bold")
     return table
 
 
-def predictions_table(found: dict[str, Any]) -> Table:
+def predictions_table(result: dict[str, Any]) -> Table:
     """What `fastcifar predict` did."""
-    members = [f"{member['checkpoint']} ({member['arch']}, weights {member['weights']})" for member in found["members"]]
-    first = found["members"][0]
-    seconds = found["seconds"]
-    counts = ", ".join(f"{name} {count:,}" for name, count in found["counts"].items() if count)
-    return _pairs(
+    members = [
+        f"{member['checkpoint']} ({member['arch']}, weights {member['weights']})" for member in result["members"]
+    ]
+    first = result["members"][0]
+    seconds = result["seconds"]
+    counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
+    return _key_value_table(
         "",
         {
-            "images": f"{found['images']:,} from {found['source']}, {found['layout']}",
+            "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
             "by": "\n".join(members),
-            "test-time augmentation": found["tta"],
-            "measured with": f"{first['precision']} on {first['device']}, compile {_spelt(first['compiled'])}, "
-            f"CUDA graph {_spelt(first['cuda_graph'])}",
-            "images/s": f"{found['images_per_s']:,.0f}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s "
+            "test-time augmentation": result["tta"],
+            "measured with": f"{first['precision']} on {first['device']}, compile {_format_on_off(first['compiled'])}, "
+            f"CUDA graph {_format_on_off(first['cuda_graph'])}",
+            "images/s": f"{result['images_per_s']:,.0f}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s "
             "to prepare)",
             "labels": counts,
-            "mean confidence": _percent(found["confidence"]),
-            "written": ", ".join(str(found[name]) for name in ("out", "show") if found[name]),
+            "mean confidence": _format_percent(result["confidence"]),
+            "written": ", ".join(str(result[name]) for name in ("out", "show") if result[name]),
         },
     )
 
 
-def comparison_table(found: dict[str, Any]) -> Group:
+def prediction_comparison_table(result: dict[str, Any]) -> Group:
     """What `fastcifar compare` found of two submissions."""
-    summary = _pairs(
+    summary = _key_value_table(
         "",
         {
-            "a": found["a"],
-            "b": found["b"],
-            "differ": f"{found['differ']:,} of {found['total']:,} labels, {_percent(found['share'])}",
+            "a": result["a"],
+            "b": result["b"],
+            "differ": f"{result['differ']:,} of {result['total']:,} labels, {_format_percent(result['share'])}",
         },
     )
-    if not found["pairs"]:
+    if not result["pairs"]:
         return Group(summary)
     pairs = Table("label in a", "label in b", box=None)
     pairs.add_column("images", justify="right")
-    for pair in found["pairs"][:MOST_PAIRS]:
+    for pair in result["pairs"][:MAX_LABEL_PAIRS]:
         pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
-    left = len(found["pairs"]) - MOST_PAIRS
+    left = len(result["pairs"]) - MAX_LABEL_PAIRS
     return Group(summary, "", pairs, *([f"and {left} more pairs (--json has all)"] if left > 0 else []))
 
 
-def data_table(found: dict[str, Any]) -> Group:
+def dataset_table(result: dict[str, Any]) -> Group:
     """What `fastcifar data verify` found."""
-    splits = found["splits"]
+    splits = result["splits"]
     shapes = {part: " x ".join(map(str, split["shape"])) for part, split in splits.items()}
     rows = {
-        "data set": f"{found['dataset']}, {found['kind']}",
-        "read from": found["source"],
-        "official": "yes, every file's MD5" if found["official"] else "no",
+        "data set": f"{result['dataset']}, {result['kind']}",
+        "read from": result["source"],
+        "official": "yes, every file's MD5" if result["official"] else "no",
         "training images": f"{shapes['train']}, {splits['train']['dtype']}",
         "test images": f"{shapes['test']}, {splits['test']['dtype']}",
-        "mean of training": ", ".join(f"{value:.8f}" for value in found["mean"]),
-        "std of training": ", ".join(f"{value:.8f}" for value in found["std"]),
-        "cache": found["cache"] or "none, the images stay in memory",
+        "mean of training": ", ".join(f"{value:.8f}" for value in result["mean"]),
+        "std of training": ", ".join(f"{value:.8f}" for value in result["std"]),
+        "cache": result["cache"] or "none, the images stay in memory",
     }
     classes = Table("class", box=None, title_justify="left")
     for part in splits:
         classes.add_column(part, justify="right")
     for name in splits["train"]["per_class"]:
         classes.add_row(name, *(f"{split['per_class'][name]:,}" for split in splits.values()))
-    return Group(_pairs("", rows), "", classes)
+    return Group(_key_value_table("", rows), "", classes)
 
 
-def listing() -> Found:
+def describe_architectures() -> TableAndDocument:
     """Every architecture with its parameters and forward MACs of one 32x32 image."""
     table = Table("name", title="architectures", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
     document = []
     for name in MODELS:
-        model = _weightless(Recipe(arch=name))
-        document.append({"name": name, "params": parameters(model), "macs": macs(model)})
+        model = _build_meta_model(Recipe(arch=name))
+        document.append({"name": name, "params": count_parameters(model), "macs": count_macs(model)})
         table.add_row(name, f"{document[-1]['params']:,}", f"{document[-1]['macs'] / 1e6:,.2f} M")
-    return Found(table, document)
+    return TableAndDocument(table, document)
 
 
-def layers(recipe: Recipe) -> Found:
+def describe_layers(recipe: Recipe) -> TableAndDocument:
     """The layers of the recipe's network in the order of the forward pass."""
-    model = _weightless(recipe)
+    model = _build_meta_model(recipe)
     rows = layer_table(model)
-    title = f"{recipe.arch}: {parameters(model):,} parameters, {macs(model) / 1e6:,.2f} M MACs"
+    title = f"{recipe.arch}: {count_parameters(model):,} parameters, {count_macs(model) / 1e6:,.2f} M MACs"
     table = Table("layer", "kind", "output", title=title, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
     for row in rows:
         shape = " x ".join(map(str, row["output"]))
         table.add_row(row["name"], row["kind"], shape, f"{row['params']:,}", f"{row['macs']:,}")
-    return Found(table, {"name": recipe.arch, "params": parameters(model), "macs": macs(model), "layers": rows})
+    return TableAndDocument(
+        table, {"name": recipe.arch, "params": count_parameters(model), "macs": count_macs(model), "layers": rows}
+    )
 
 
-def fitted(recipe: Recipe, budget: int) -> Found:
+def fit_width_to_budget(recipe: Recipe, budget: int) -> TableAndDocument:
     """The recipe's network at the largest width that has at most `budget` parameters."""
-    given = {knob: getattr(recipe, knob) for knob in KNOBS if knob != "width"}
-    width = largest_width(recipe.arch, budget, **given)
-    model = _weightless(recipe.model_copy(update={"width": width}))
-    document = {"name": recipe.arch, "width": width, "params": parameters(model), "macs": macs(model), "budget": budget}
+    given = {knob: getattr(recipe, knob) for knob in MODEL_OPTIONS if knob != "width"}
+    width = max_width_within_budget(recipe.arch, budget, **given)
+    model = _build_meta_model(recipe.model_copy(update={"width": width}))
+    document = {
+        "name": recipe.arch,
+        "width": width,
+        "params": count_parameters(model),
+        "macs": count_macs(model),
+        "budget": budget,
+    }
     shown = {
         "--width": f"{width:g}",
         "parameters": f"{document['params']:,} of {budget:,}",
         "MACs": f"{document['macs']:,}",
     }
-    return Found(_pairs(recipe.arch, shown), document)
+    return TableAndDocument(_key_value_table(recipe.arch, shown), document)
 
 
-def examination(found: dict[str, Any]) -> Table:
+def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
     """What `doctor` found."""
-    rows: dict[str, str] = {"device": found["device"], "python": found["python"], "threads": str(found["threads"])}
-    rows |= dict(found["versions"].items())
-    rows |= {f"import {module}": verdict for module, verdict in found["imports"].items()}
-    rows |= dict(line.split(": ", 1) for line in (f"train would use {line}" for line in found["chosen"]))
-    if "error" in found:
-        rows["train would stop"] = found["error"]
-    return _pairs("", rows)
+    rows: dict[str, str] = {
+        "device": diagnostics["device"],
+        "python": diagnostics["python"],
+        "threads": str(diagnostics["threads"]),
+    }
+    rows |= dict(diagnostics["versions"].items())
+    rows |= {f"import {module}": verdict for module, verdict in diagnostics["imports"].items()}
+    rows |= dict(line.split(": ", 1) for line in (f"train would use {line}" for line in diagnostics["chosen"]))
+    if "error" in diagnostics:
+        rows["train would stop"] = diagnostics["error"]
+    return _key_value_table("", rows)
 
 
-def _weightless(recipe: Recipe) -> torch.nn.Module:
+def _build_meta_model(recipe: Recipe) -> torch.nn.Module:
     """The recipe's network on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return build(recipe.arch, **{knob: getattr(recipe, knob) for knob in KNOBS})
+        return build_model(recipe.arch, **{knob: getattr(recipe, knob) for knob in MODEL_OPTIONS})
 
 
-def _pairs(title: str, rows: dict[str, str]) -> Table:
+def _key_value_table(title: str, rows: dict[str, str]) -> Table:
     table = Table(title=title or None, show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -264,20 +286,20 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     return table
 
 
-def _over_views(tta: str, accuracy: float | None) -> dict[str, str]:
+def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
     """The line of test-time augmentation, where there was one."""
-    return {} if accuracy is None else {f"  over views, {tta}": _percent(accuracy)}
+    return {} if accuracy is None else {f"  over views, {tta}": _format_percent(accuracy)}
 
 
-def _spelt(value: bool) -> str:
+def _format_on_off(value: bool) -> str:
     return "on" if value else "off"
 
 
-def _percent(fraction: float | None) -> str:
+def _format_percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
-def _hardest(per_class: dict[str, float | None]) -> str:
+def _format_hardest_class(per_class: dict[str, float | None]) -> str:
     measured = {name: value for name, value in per_class.items() if value is not None}
     name = min(measured, key=lambda name: measured[name])
-    return f"{name}, {_percent(measured[name])}"
+    return f"{name}, {_format_percent(measured[name])}"

@@ -16,30 +16,39 @@ import numpy as np
 import platformdirs
 
 from fastcifar.data import archive, class_folders, dataset_cache
-from fastcifar.data.cifar_files import DATASETS, Dataset, Official, Split, read
-from fastcifar.data.download import ELSEWHERE, fetch
-from fastcifar.errors import DataError, UsageError, pick
+from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, Split, read_official_files
+from fastcifar.data.download import DATA_REMEDY, download_file
+from fastcifar.errors import DataError, UsageError, lookup
 
-__all__ = ["DATASETS", "NORMALISATIONS", "Dataset", "Split", "load", "normalisation", "split", "statistics"]
+__all__ = [
+    "DATASETS",
+    "NORMALIZATIONS",
+    "Dataset",
+    "Split",
+    "channel_mean_std",
+    "load_dataset",
+    "parse_normalization",
+    "stratified_split",
+]
 
-Channels = tuple[float, ...]
+ChannelValues = tuple[float, ...]
 
 # Name -> (mean, std) of each channel of images scaled to [0, 1]. "cifar10" and "cifar100" are the true per-pixel values
 # of the training sets; "kuangliu" is the mean of per-image deviations, 22-30 % too small and in wide use.
-NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
+NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
 }
 
 
-def normalisation(spec: str) -> tuple[Channels, Channels]:
+def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
     """Mean and std, three floats each in units of [0, 1], of a name or "MEAN:STD" (one number, or three with commas).
 
     Raises `UsageError` for anything else, and for a std that is not positive.
     """
     if ":" not in spec:
-        return pick(NORMALISATIONS, spec, "normalisation")
+        return lookup(NORMALIZATIONS, spec, "normalisation")
     try:
         mean, std = (tuple(float(value) for value in part.split(",")) for part in spec.split(":"))
     except ValueError:
@@ -47,13 +56,13 @@ def normalisation(spec: str) -> tuple[Channels, Channels]:
     mean, std = (part * 3 if len(part) == 1 else part for part in (mean, std))
     if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         remedy = (
-            f"choose from {', '.join(NORMALISATIONS)}, or write MEAN:STD as 0.5,0.5,0.5:0.25,0.25,0.25 with std > 0"
+            f"choose from {', '.join(NORMALIZATIONS)}, or write MEAN:STD as 0.5,0.5,0.5:0.25,0.25,0.25 with std > 0"
         )
         raise UsageError(f"--normalise {spec!r} is no normalisation", remedy)
     return mean, std
 
 
-def statistics(images: np.ndarray) -> tuple[Channels, Channels]:
+def channel_mean_std(images: np.ndarray) -> tuple[ChannelValues, ChannelValues]:
     """Mean and std of each channel of `images` uint8 [n,3,h,w], scaled to [0, 1]: exact, from counts of the values."""
     counts = np.zeros((3, 256), np.int64)
     for start in range(0, len(images), 1000):  # bincount takes eight bytes a pixel
@@ -65,7 +74,7 @@ def statistics(images: np.ndarray) -> tuple[Channels, Channels]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted int64 positions `(train, val)` in `labels` int64 [n]: exactly `val_size`, stratified, fixed by `seed`.
 
     Each class gives its share rounded down, and those that lost most to the rounding give one more.
@@ -88,7 +97,7 @@ def split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.
 
 
 @dataclass(frozen=True)
-class _Found:
+class _DataSource:
     """What `_find` recognised: what it is, where it is, the files its cache depends on, and how to read it."""
 
     kind: str
@@ -97,13 +106,13 @@ class _Found:
     read: Callable[[], tuple[dict[str, Split], tuple[str, ...], bool, str]]
 
 
-def load(
+def load_dataset(
     data: str | None = None,
     dataset: str = "cifar10",
     *,
-    cache: Path | None = None,
+    cache_dir: Path | None = None,
     download: bool = True,
-    fresh: bool = False,
+    refresh_cache: bool = False,
 ) -> Dataset:
     """The data set in `data`: an official folder or .tar.gz (Python or binary), class folders of images, a folder that
     contains one of these, or "synthetic[:N]".
@@ -114,16 +123,22 @@ def load(
     Everything worth saying comes as one `UserWarning` a call.
     Raises `DataError` for what is missing, damaged or malicious, `UsageError` for an unknown `dataset`.
     """
-    row = pick(DATASETS, dataset, "data set")
-    folder = cache if cache is not None else Path(platformdirs.user_cache_dir("fastcifar"))
+    row = lookup(DATASETS, dataset, "data set")
+    folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
     data = data or os.environ.get("FASTCIFAR_DATA")
     if data and data.split(":")[0] == "synthetic":
-        return class_folders.synthetic(data, dataset, row.classes, row.names)
+        return class_folders.make_synthetic_dataset(data, dataset, row.num_classes, row.class_names)
     try:
-        found = _find(Path(data).expanduser(), dataset, row) if data else _in_cache(folder, dataset, row, download)
-        loaded, notes = dataset_cache.through(folder, dataset, found.path, found.files(), found.read, fresh)
+        found = (
+            _identify_source(Path(data).expanduser(), dataset, row)
+            if data
+            else _find_or_download(folder, dataset, row, download)
+        )
+        loaded, notes = dataset_cache.load_or_cache(
+            folder, dataset, found.path, found.files(), found.read, refresh_cache
+        )
     except OSError as error:
-        raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", ELSEWHERE) from None
+        raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
     splits, classes, official, note = loaded
     if note:
         notes.insert(0, note)
@@ -132,57 +147,68 @@ def load(
     return Dataset(dataset, splits["train"], splits["test"], classes, str(found.path), official, found.kind)
 
 
-def _in_cache(folder: Path, dataset: str, row: Official, allowed: bool) -> _Found:
-    found = _recognise(folder, row) if folder.is_dir() else None
+def _find_or_download(cache_dir: Path, dataset: str, spec: DatasetSpec, download: bool) -> _DataSource:
+    found = _detect_source(cache_dir, spec) if cache_dir.is_dir() else None
     if found is not None:
         return found
-    if not allowed:
-        raise DataError(f"{dataset} is not in {folder}", ELSEWHERE)
-    return _tar(fetch(row.url, row.tar_md5, folder / row.python.tar), row)
+    if not download:
+        raise DataError(f"{dataset} is not in {cache_dir}", DATA_REMEDY)
+    return _archive_source(download_file(spec.url, spec.archive_md5, cache_dir / spec.python.archive_name), spec)
 
 
-def _find(path: Path, dataset: str, row: Official) -> _Found:
+def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource:
     """What `path` is, by what it holds; `DataError` says what was looked for."""
     if not path.exists():
-        raise DataError(f"no such file or folder: {path}", ELSEWHERE)
-    found = _recognise(path, row)
+        raise DataError(f"no such file or folder: {path}", DATA_REMEDY)
+    found = _detect_source(path, spec)
     if found is not None:
         return found
     for name, other in DATASETS.items():
-        if name != dataset and _recognise(path, other) is not None:
+        if name != dataset and _detect_source(path, other) is not None:
             raise DataError(f"{path} holds {name}, expected {dataset}", f"say --dataset {name}")
-    places = [f"{row.python.folder}/", f"{row.binary.folder}/", "their files", row.python.tar, row.binary.tar]
+    places = [
+        f"{spec.python.folder}/",
+        f"{spec.binary.folder}/",
+        "their files",
+        spec.python.archive_name,
+        spec.binary.archive_name,
+    ]
     looked = ", ".join([*places, "train/<class>/*.png"])
-    raise DataError(f"{path} holds no {dataset}; looked for {looked}", ELSEWHERE)
+    raise DataError(f"{path} holds no {dataset}; looked for {looked}", DATA_REMEDY)
 
 
-def _recognise(path: Path, row: Official) -> _Found | None:
+def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     if path.is_file():
-        return _tar(path, row)
-    for kind, packing in (("Python", row.python), ("binary", row.binary)):
-        names = [*(batch.name for batch in packing.batches), packing.meta]
+        return _archive_source(path, spec)
+    for kind, packing in (("Python", spec.python), ("binary", spec.binary)):
+        names = [*(batch.name for batch in packing.batches), packing.meta_file]
         for folder in (path, path / packing.folder):
             if any((folder / name).is_file() for name in names):
-                return _Found(
+                return _DataSource(
                     f"folder of the {kind} version",
                     folder.resolve(),
                     lambda folder=folder, names=names: [folder / name for name in names],
-                    lambda folder=folder, packing=packing: read(
-                        row, archive.folder_members(folder, row, packing), folder
+                    lambda folder=folder, packing=packing: read_official_files(
+                        spec, archive.iter_folder_files(folder, spec, packing), folder
                     ),
                 )
-    for packing in (row.python, row.binary):
-        if (path / packing.tar).is_file():
-            return _tar(path / packing.tar, row)
+    for packing in (spec.python, spec.binary):
+        if (path / packing.archive_name).is_file():
+            return _archive_source(path / packing.archive_name, spec)
     if (path / "train").is_dir():
-        return _Found(
+        return _DataSource(
             "class folders of images",
             path.resolve(),
-            lambda: class_folders.image_files(path),
-            lambda: class_folders.read(path, row.names),
+            lambda: class_folders.list_image_files(path),
+            lambda: class_folders.read_class_folders(path, spec.class_names),
         )
     return None
 
 
-def _tar(path: Path, row: Official) -> _Found:
-    return _Found("archive", path.resolve(), lambda: [path], lambda: read(row, archive.tar_members(path, row), path))
+def _archive_source(path: Path, spec: DatasetSpec) -> _DataSource:
+    return _DataSource(
+        "archive",
+        path.resolve(),
+        lambda: [path],
+        lambda: read_official_files(spec, archive.iter_tar_files(path, spec), path),
+    )

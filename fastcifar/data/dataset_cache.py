@@ -18,37 +18,42 @@ import numpy as np
 
 from fastcifar.data.cifar_files import Split
 
-FORMAT = 1  # raise it whenever what the files mean changes, and every older entry is forgotten
-Loaded = tuple[dict[str, Split], tuple[str, ...], bool, str]
+CACHE_FORMAT_VERSION = 1  # raise it whenever what the files mean changes, and every older entry is forgotten
+DatasetContents = tuple[dict[str, Split], tuple[str, ...], bool, str]
 
 
-def through(
-    folder: Path, dataset: str, source: Path, files: list[Path], read: Callable[[], Loaded], fresh: bool = False
-) -> tuple[Loaded, list[str]]:
+def load_or_cache(
+    cache_dir: Path,
+    dataset: str,
+    source: Path,
+    files: list[Path],
+    read_source: Callable[[], DatasetContents],
+    refresh_cache: bool = False,
+) -> tuple[DatasetContents, list[str]]:
     """What `read()` returns, from the cache entry of `files` if it is whole, else made and kept for the next time.
 
     `fresh`: read in any case, and make the entry again if it holds anything else.
     Also the notes for the user: one if the entry could not be written.
     """
-    entry = folder / f"{dataset}-{_fingerprint(source, files)}"
-    kept = _open(entry)
-    if kept is not None and not fresh:
+    entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
+    kept = _load_entry(entry)
+    if kept is not None and not refresh_cache:
         return kept, []
-    loaded = read()
+    loaded = read_source()
     if kept is not None:
-        if _same(kept, loaded):
+        if _same_contents(kept, loaded):
             return kept, []
         shutil.rmtree(entry, ignore_errors=True)
     try:
-        _write(entry, loaded)
+        _write_entry(entry, loaded)
     except OSError as error:
-        return loaded, [f"cannot cache the data set in {folder} ({error.strerror or error}): it stays in memory"]
-    return _open(entry) or loaded, []
+        return loaded, [f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"]
+    return _load_entry(entry) or loaded, []
 
 
-def _fingerprint(source: Path, files: list[Path]) -> str:
+def _cache_key(source: Path, files: list[Path]) -> str:
     """Of the path and every file's name, size and time: 16 hexadecimal digits. A missing file counts as such."""
-    digest = hashlib.sha256(f"{FORMAT}\n{source}\n".encode())
+    digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{source}\n".encode())
     for path in files:
         try:
             stat = path.stat()
@@ -59,7 +64,7 @@ def _fingerprint(source: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open(entry: Path) -> Loaded | None:
+def _load_entry(entry: Path) -> DatasetContents | None:
     """The entry, its arrays mapped read-only; None unless all of it is there, as it was written."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
@@ -80,17 +85,17 @@ def _open(entry: Path) -> Loaded | None:
         return None
 
 
-def _same(a: Loaded, b: Loaded) -> bool:
+def _same_contents(a: DatasetContents, b: DatasetContents) -> bool:
     pairs = [(a[0][part], b[0][part]) for part in ("train", "test")]
     equal = (np.array_equal(x.images, y.images) and np.array_equal(x.labels, y.labels) for x, y in pairs)
     return a[1:] == b[1:] and all(equal)
 
 
-def _write(entry: Path, loaded: Loaded) -> None:
+def _write_entry(entry: Path, contents: DatasetContents) -> None:
     """The entry, whole or not at all; raises `OSError`, with nothing left behind."""
-    splits, classes, official, note = loaded
+    splits, classes, official, note = contents
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(entry)
+    _remove_stale_temporaries(entry)
     made = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     made.mkdir()
     try:
@@ -100,22 +105,22 @@ def _write(entry: Path, loaded: Loaded) -> None:
                 path = made / f"{name}.npy"
                 np.save(path, array, allow_pickle=False)
                 sizes[name] = (path.stat().st_size, array.shape, array.dtype.name)
-        meta = {"format": FORMAT, "arrays": sizes, "classes": classes, "official": official, "note": note}
+        meta = {"format": CACHE_FORMAT_VERSION, "arrays": sizes, "classes": classes, "official": official, "note": note}
         (made / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if entry.exists() and _open(entry) is None:
+        if entry.exists() and _load_entry(entry) is None:
             # A rename cannot replace a folder that holds files, so the damaged one steps aside first.
             entry.rename(made.with_suffix(".old.tmp"))
         try:
             made.rename(entry)
         except OSError:
-            if _open(entry) is None:  # otherwise another process was first, with the same content
+            if _load_entry(entry) is None:  # otherwise another process was first, with the same content
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(made.with_suffix(".old.tmp"), ignore_errors=True)
 
 
-def _sweep(entry: Path) -> None:
+def _remove_stale_temporaries(entry: Path) -> None:
     """Removes what killed processes left: temporaries an hour old, which no living writer needs."""
     for path in entry.parent.glob(f"{entry.name}.*.tmp"):
         if time.time() - path.stat().st_mtime > 3600:

@@ -13,15 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import SIDE, Fill, Op, draw_epoch, draw_mix, parse, split_mixer
-from fastcifar.data.batch_slicing import cut
+from fastcifar.data.augment import (
+    CIFAR_IMAGE_SIZE,
+    AugmentOp,
+    FillColor,
+    draw_epoch,
+    draw_mixer_params,
+    parse_augment,
+    split_mixer,
+)
+from fastcifar.data.batch_slicing import slice_epoch
 from fastcifar.data.cifar_files import Split
-from fastcifar.data.compiled_augment import by_step, compiled, params_by_step, plain, upload
+from fastcifar.data.compiled_augment import (
+    compile_gather,
+    eager_gather,
+    split_by_step,
+    split_params_by_step,
+    upload_array,
+)
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.torchvision_loader import TorchvisionLoader
 from fastcifar.errors import UsageError
 
-UPLOAD = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
+UPLOAD_IMAGES = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
 
 
 class TensorLoader:
@@ -45,33 +59,37 @@ class TensorLoader:
         labels: np.ndarray,
         *,
         batch_size: int,
-        augment: tuple[Op, ...],
+        augment: tuple[AugmentOp, ...],
         seed: int,
         device: torch.device | str,
-        fill: Fill = (0, 0, 0),
+        fill_color: FillColor = (0, 0, 0),
         compile: bool = True,
         drop_last: bool = False,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
         assert images.dtype == np.uint8, images.dtype
         assert images.ndim == 4, images.shape
         assert len(images) == len(labels), (len(images), len(labels))
-        assert all(0 <= value <= 255 for value in fill), fill
-        self.samples = len(images)
-        self.steps = cut(self.samples, batch_size, drop_last, rank, ranks)
-        self.steps_per_epoch = self.steps.per_epoch
+        assert all(0 <= value <= 255 for value in fill_color), fill_color
+        self.num_samples = len(images)
+        self.slicing = slice_epoch(self.num_samples, batch_size, drop_last, rank, world_size)
+        self.steps_per_epoch = self.slicing.steps_per_epoch
         self.batch_size = batch_size
-        self._ops, self._fill, self._seed = augment, fill, seed
+        self._ops, self._fill_color, self._seed = augment, fill_color, seed
         self._device = torch.device(device)
         self._labels = np.array(labels, dtype=np.int64)
         # NHWC, seen as rows of 96 bytes: the output is channels_last without a copy.
-        self._rows = torch.empty(self.samples, SIDE, 3 * SIDE, dtype=torch.uint8, device=self._device)
-        for start in range(0, self.samples, UPLOAD):
-            part = upload(images[start : start + UPLOAD], self._device)
-            self._rows[start : start + UPLOAD] = part.permute(0, 2, 3, 1).flatten(2)
+        self._rows = torch.empty(
+            self.num_samples, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self._device
+        )
+        for start in range(0, self.num_samples, UPLOAD_IMAGES):
+            part = upload_array(images[start : start + UPLOAD_IMAGES], self._device)
+            self._rows[start : start + UPLOAD_IMAGES] = part.permute(0, 2, 3, 1).flatten(2)
         self._gather = (
-            compiled(augment, fill, self.samples, self.steps.share, self._device) if compile else plain(augment, fill)
+            compile_gather(augment, fill_color, self.num_samples, self.slicing.local_batch_size, self._device)
+            if compile
+            else eager_gather(augment, fill_color)
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,15 +99,15 @@ class TensorLoader:
         the batches that the whole epoch would have given from there, and nothing else is needed to resume.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        draws = draw_epoch(self._ops, self.samples, epoch, self._seed)
-        order = by_step(self.steps, draws.order.astype(np.int32), self._device)
-        labels = by_step(self.steps, self._labels[draws.order], self._device)
-        params = params_by_step(self.steps, draws.params, self._device)
+        draws = draw_epoch(self._ops, self.num_samples, epoch, self._seed)
+        order = split_by_step(self.slicing, draws.permutation.astype(np.int32), self._device)
+        labels = split_by_step(self.slicing, self._labels[draws.permutation], self._device)
+        params = split_params_by_step(self.slicing, draws.op_params, self._device)
         for step in range(start_step, self.steps_per_epoch):
             with torch.no_grad():  # a caller that changes the grad mode would have the kernel compiled anew
                 images = self._gather(self._rows, order[step], params[step])
             # The last batch is computed at full size, so that one static shape serves the whole epoch, and cut here.
-            count = self.steps.count(step)
+            count = self.slicing.local_count(step)
             yield images[:count], labels[step][:count]
 
 
@@ -117,7 +135,7 @@ def batches(
     Yields images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays after a few hundred
     batches. Raises `UsageError` for a wrong `augment`, one with a mixer, or a `batch_size` larger than the split.
     """
-    ops, mixer = split_mixer(parse(augment))
+    ops, mixer = split_mixer(parse_augment(augment))
     if mixer:
         raise UsageError(f"batches(): {mixer.name} is applied in the training step", "leave it out, or use train()")
     loader = TensorLoader(
@@ -128,7 +146,7 @@ def batches(
 
 
 def mixed_batches(
-    loader: Loader, ops: tuple[Op, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
+    loader: Loader, ops: tuple[AugmentOp, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
     """What a training step takes: the loader's batches, and if `ops` end in a mixer what it draws for them too.
 
@@ -139,7 +157,7 @@ def mixed_batches(
     if split_mixer(ops)[1] is None:
         yield from batches
         return
-    drawn = by_step(loader.steps, draw_mix(ops, loader.samples, epoch, seed), device)
+    drawn = split_by_step(loader.slicing, draw_mixer_params(ops, loader.num_samples, epoch, seed), device)
     for step, (images, labels) in enumerate(batches, start_step):
         yield images, labels, drawn[step][: len(labels)]
 
@@ -156,6 +174,6 @@ def eval_batches(
     assert batch_size > 0, batch_size
     device = torch.device(device)
     for start in range(0, len(images), batch_size):
-        part = upload(images[start : start + batch_size], device)
-        wanted = upload(np.asarray(labels[start : start + batch_size], dtype=np.int64), device)
+        part = upload_array(images[start : start + batch_size], device)
+        wanted = upload_array(np.asarray(labels[start : start + batch_size], dtype=np.int64), device)
         yield part.contiguous(memory_format=torch.channels_last), wanted

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.image_ops import AREA, SIDE
+from fastcifar.data.image_ops import CIFAR_IMAGE_AREA, CIFAR_IMAGE_SIZE
 
-Draw = Callable[[float, int, np.random.Generator], np.ndarray]
-Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+MixerDrawFn = Callable[[float, int, np.random.Generator], np.ndarray]
+MixerApplyFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Mixer:
+class MixerSpec:
     """One row of `MIXERS`.
 
     draw    (number, n, generator) -> what is drawn for each position, [n] or [n,k], uint8 or float32
@@ -32,18 +32,18 @@ class Mixer:
     help    one line
     """
 
-    draw: Draw
-    apply: Apply
-    number: float
-    words: Mapping[str, tuple[float, float]]
+    draw: MixerDrawFn
+    apply: MixerApplyFn
+    default_value: float
+    variants: Mapping[str, tuple[float, float]]
     help: str
-    policy: None = None
-    files: bool = False
+    build_policy: None = None
+    accepts_file: bool = False
 
 
-def draw_mixup(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:
+def draw_mixup(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
     """The image's own share, float32 [n]."""
-    return random.beta(alpha, alpha, n).astype(np.float32)
+    return rng.beta(alpha, alpha, n).astype(np.float32)
 
 
 def apply_mixup(images: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,45 +55,57 @@ def apply_mixup(images: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     return images.roll(1, 0) * (1 - own) + images * own, torch.stack((share, 1 - share), 1)
 
 
-def draw_cutmix(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:
+def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
     """The box that shows the neighbour: uint8 [n,4], its top, left, bottom and right, the last two excluded.
 
     Its centre is uniform over the pixels, its area the neighbour's share as far as the border does not cut it off.
     """
-    half = (0.5 * SIDE * np.sqrt(1 - random.beta(alpha, alpha, n))).astype(np.int64)
-    y, x = random.integers(0, SIDE, size=(2, n))
-    return np.stack((y - half, x - half, y + half, x + half), 1).clip(0, SIDE).astype(np.uint8)
+    half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
+    y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
+    return np.stack((y - half, x - half, y + half, x + half), 1).clip(0, CIFAR_IMAGE_SIZE).astype(np.uint8)
 
 
 def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
     """A box of the neighbour in the image (Yun et al., 2019); labels are weighed by the pixels that can be seen."""
     top, left, bottom, right = box.int().unbind(1)
-    at = torch.arange(SIDE, dtype=torch.int32, device=images.device)
+    at = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
     rows = (at >= top[:, None]) & (at < bottom[:, None])
     columns = (at >= left[:, None]) & (at < right[:, None])
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    share = (bottom - top) * (right - left) / AREA
+    share = (bottom - top) * (right - left) / CIFAR_IMAGE_AREA
     # Exact in float32 too; a choice between bytes costs a CPU several times as much (LOG.md).
     mixed = torch.where(inside, images.roll(1, 0).float(), images.float())
     return mixed, torch.stack((1 - share, share), 1)
 
 
-def draw_ricap(alpha: float, n: int, random: np.random.Generator) -> np.ndarray:
+def draw_ricap(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [n,10]: height and width of the upper left patch, then y and x of the corner that each patch is cut at.
 
     The patches, in this order: upper left, upper right, lower left, lower right.
     """
-    cut = np.rint(SIDE * random.beta(alpha, alpha, (n, 2))).astype(np.uint8)
+    cut = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
     height, width = cut.T
-    sizes = np.stack((height, height, SIDE - height, SIDE - height, width, SIDE - width, width, SIDE - width), 1)
-    return np.concatenate((cut, random.integers(0, SIDE - sizes, dtype=np.uint8, endpoint=True)), 1)
+    sizes = np.stack(
+        (
+            height,
+            height,
+            CIFAR_IMAGE_SIZE - height,
+            CIFAR_IMAGE_SIZE - height,
+            width,
+            CIFAR_IMAGE_SIZE - width,
+            width,
+            CIFAR_IMAGE_SIZE - width,
+        ),
+        1,
+    )
+    return np.concatenate((cut, rng.integers(0, CIFAR_IMAGE_SIZE - sizes, dtype=np.uint8, endpoint=True)), 1)
 
 
 def apply_ricap(images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Patches of the image and of three neighbours, put together (Takahashi et al., 2018); labels weighed by area."""
     drawn = drawn.int()
     height, width = drawn[:, 0, None, None], drawn[:, 1, None, None]
-    at = torch.arange(SIDE, dtype=torch.int32, device=images.device)
+    at = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
     sample = torch.arange(len(images), dtype=torch.int32, device=images.device)[:, None, None]
     lower, right = at[:, None] >= height, at >= width
     patch = 2 * lower.int() + right.int()
@@ -102,22 +114,29 @@ def apply_ricap(images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     x = at - torch.where(right, width, 0) + drawn[sample, 6 + patch]
     mixed = images.permute(0, 2, 3, 1)[(sample - patch) % len(images), y, x]
     tall, wide = drawn[:, 0], drawn[:, 1]
-    areas = (tall * wide, tall * (SIDE - wide), (SIDE - tall) * wide, (SIDE - tall) * (SIDE - wide))
-    return mixed.permute(0, 3, 1, 2), torch.stack(areas, 1) / AREA
+    areas = (
+        tall * wide,
+        tall * (CIFAR_IMAGE_SIZE - wide),
+        (CIFAR_IMAGE_SIZE - tall) * wide,
+        (CIFAR_IMAGE_SIZE - tall) * (CIFAR_IMAGE_SIZE - wide),
+    )
+    return mixed.permute(0, 3, 1, 2), torch.stack(areas, 1) / CIFAR_IMAGE_AREA
 
 
-MIXERS: dict[str, Mixer] = {
-    "mixup": Mixer(draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with a neighbour by Beta(NUMBER, NUMBER)"),
-    "cutmix": Mixer(
+MIXERS: dict[str, MixerSpec] = {
+    "mixup": MixerSpec(
+        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with a neighbour by Beta(NUMBER, NUMBER)"
+    ),
+    "cutmix": MixerSpec(
         draw_cutmix, apply_cutmix, 1.0, {"": (0.01, 100.0)}, "a box of a neighbour, of an area by Beta(NUMBER, NUMBER)"
     ),
-    "ricap": Mixer(
+    "ricap": MixerSpec(
         draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "patches of four images, cut at Beta(NUMBER, NUMBER)"
     ),
 }
 
 
-def mixed_labels(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
+def mix_labels(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
     """Labels int64 [b] and the weights [b,m] of a mixer -> the share of each class: float32 [b,classes]."""
     classes = torch.arange(num_classes, device=labels.device)
     rolled = torch.stack([labels.roll(k) for k in range(weights.shape[1])], 1)

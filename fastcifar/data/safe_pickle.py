@@ -26,15 +26,15 @@ MAX_BYTES = 512 * 2**20
 # CIFAR-100's `train` needs 350,000 in protocol 0; each costs at most some hundred bytes beside its argument.
 MAX_OPCODES = 600_000
 _REMEDY = "use the official files, or a pickle of {'data': uint8 array, 'ids': ints}"
-_NUMERIC = re.compile(r"[|<>=]?(b1|[iu][1248]|f[248])")
+_NUMERIC_DTYPE = re.compile(r"[|<>=]?(b1|[iu][1248]|f[248])")
 
 
-class _Refused(Exception):
+class _UnpicklingError(Exception):
     """Why a pickle is not read; `loads` turns it into the user's one line."""
 
 
 @dataclass(slots=True, eq=False)
-class _Made:
+class _Placeholder:
     """What a `REDUCE` made and a `BUILD` may still complete: a dtype or an array.
 
     A box, because the pickle's memo and stack refer to it before its value is known.
@@ -45,34 +45,34 @@ class _Made:
 
 
 @dataclass(slots=True)
-class _Machine:
+class _PickleVM:
     data: bytes
-    at: int = 0
+    position: int = 0
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
-    encoded: int = 0
+    encoded_bytes: int = 0
 
-    def take(self, count: int) -> bytes:
-        end = self.at + count
+    def read_bytes(self, count: int) -> bytes:
+        end = self.position + count
         if end > len(self.data):
-            raise _Refused(
-                f"a value of {count:,} bytes at offset {self.at:,}, where {len(self.data) - self.at:,} remain"
+            raise _UnpicklingError(
+                f"a value of {count:,} bytes at offset {self.position:,}, where {len(self.data) - self.position:,} remain"
             )
-        part = self.data[self.at : end]
-        self.at = end
+        part = self.data[self.position : end]
+        self.position = end
         return part
 
-    def line(self) -> bytes:
-        end = self.data.find(b"\n", self.at)
+    def read_line(self) -> bytes:
+        end = self.data.find(b"\n", self.position)
         if end < 0:
-            raise _Refused("it ends in the middle of a line")
-        part = self.data[self.at : end]
-        self.at = end + 1
+            raise _UnpicklingError("it ends in the middle of a line")
+        part = self.data[self.position : end]
+        self.position = end + 1
         return part
 
-    def number(self, code: str) -> int:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+    def read_number(self, code: str) -> int:
+        return struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0]
 
     def pop_mark(self) -> list[Any]:
         items = self.stack
@@ -83,45 +83,45 @@ class _Machine:
 # What the allowed names do here. Each takes the machine and the argument tuple and checks all of it.
 
 
-def _dtype(machine: _Machine, args: tuple[Any, ...]) -> _Made:
+def _dtype(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`numpy.dtype(code, align, copy)`: booleans, integers and floats only, never objects or records."""
-    code = _text(args[0])
-    if not _NUMERIC.fullmatch(code):
-        raise _Refused(f"an array of dtype {code[:40]!r}, expected numbers")
-    return _Made("dtype", np.dtype(code))
+    code = _to_text(args[0])
+    if not _NUMERIC_DTYPE.fullmatch(code):
+        raise _UnpicklingError(f"an array of dtype {code[:40]!r}, expected numbers")
+    return _Placeholder("dtype", np.dtype(code))
 
 
-def _reconstruct(machine: _Machine, args: tuple[Any, ...]) -> _Made:
+def _reconstruct(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`_reconstruct(ndarray, (0,), b'b')`: an empty array that the following `BUILD` fills."""
     if len(args) != 3 or args[0] is not _ndarray or args[1] != (0,):
-        raise _Refused("an array that numpy does not write")
-    return _Made("array")
+        raise _UnpicklingError("an array that numpy does not write")
+    return _Placeholder("array")
 
 
-def _frombuffer(machine: _Machine, args: tuple[Any, ...]) -> _Made:
+def _frombuffer(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`_frombuffer(buffer, dtype, shape, order)`: protocol 5's array in one piece."""
     buffer, dtype, shape, order = args
-    return _Made("array", _array(buffer, dtype, shape, order in ("F", b"F")))
+    return _Placeholder("array", _view_array(buffer, dtype, shape, order in ("F", b"F")))
 
 
-def _encode(machine: _Machine, args: tuple[Any, ...]) -> bytes:
+def _encode(machine: _PickleVM, args: tuple[Any, ...]) -> bytes:
     """`_codecs.encode(text, 'latin1')`: how Python 3 spells bytes in protocols 0 to 2."""
     text, codec = args
-    if not isinstance(text, str) or _text(codec) not in ("latin1", "latin-1"):
-        raise _Refused("_codecs.encode of something that is not latin-1 text")
+    if not isinstance(text, str) or _to_text(codec) not in ("latin1", "latin-1"):
+        raise _UnpicklingError("_codecs.encode of something that is not latin-1 text")
     # One text in the memo, encoded a million times, would turn a small file into gigabytes.
-    machine.encoded += len(text)
-    if machine.encoded > len(machine.data):
-        raise _Refused(f"it unfolds to more than its own {len(machine.data):,} bytes")
+    machine.encoded_bytes += len(text)
+    if machine.encoded_bytes > len(machine.data):
+        raise _UnpicklingError(f"it unfolds to more than its own {len(machine.data):,} bytes")
     return text.encode("latin-1")
 
 
-def _ndarray(machine: _Machine, args: tuple[Any, ...]) -> _Made:
+def _ndarray(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`numpy.ndarray` is only ever an argument of `_reconstruct`."""
-    raise _Refused("a direct call of numpy.ndarray")
+    raise _UnpicklingError("a direct call of numpy.ndarray")
 
 
-ALLOWED: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
+ALLOWED_GLOBALS: dict[str, Callable[[_PickleVM, tuple[Any, ...]], Any]] = {
     "numpy.core.multiarray._reconstruct": _reconstruct,
     "numpy._core.multiarray._reconstruct": _reconstruct,
     "numpy.core.numeric._frombuffer": _frombuffer,
@@ -130,139 +130,139 @@ ALLOWED: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
     "numpy.dtype": _dtype,
     "_codecs.encode": _encode,
 }
-_CALLABLES = frozenset(ALLOWED.values())
+_ALLOWED_FUNCTIONS = frozenset(ALLOWED_GLOBALS.values())
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value.decode("ascii") if isinstance(value, bytes) else str.__str__(value)
 
 
-def _array(buffer: Any, dtype: Any, shape: Any, fortran: bool) -> np.ndarray:
+def _view_array(buffer: Any, dtype: Any, shape: Any, fortran: bool) -> np.ndarray:
     """A read-only view of `buffer`, whose size must be the one that dtype and shape say: nothing is allocated."""
-    if not isinstance(dtype, _Made) or dtype.kind != "dtype":
-        raise _Refused("an array without a dtype")
+    if not isinstance(dtype, _Placeholder) or dtype.kind != "dtype":
+        raise _UnpicklingError("an array without a dtype")
     if not isinstance(buffer, bytes):
-        raise _Refused("an array whose values are not bytes")
+        raise _UnpicklingError("an array whose values are not bytes")
     if not isinstance(shape, tuple) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**31 for n in shape):
-        raise _Refused("an array with an impossible shape")
+        raise _UnpicklingError("an array with an impossible shape")
     size = math.prod(shape) * dtype.value.itemsize
     if size != len(buffer):
-        raise _Refused(f"an array of shape {shape} and {size:,} bytes, with {len(buffer):,} bytes of values")
+        raise _UnpicklingError(f"an array of shape {shape} and {size:,} bytes, with {len(buffer):,} bytes of values")
     return np.frombuffer(buffer, dtype.value).reshape(shape, order="F" if fortran else "C")
 
 
-def _global(machine: _Machine, module: str, name: str) -> None:
+def _global(machine: _PickleVM, module: str, name: str) -> None:
     full = f"{module}.{name}"
-    if full not in ALLOWED:
-        raise _Refused(f"it names {full[:80]!r}, which no data set needs and which could run code")
-    machine.stack.append(ALLOWED[full])
+    if full not in ALLOWED_GLOBALS:
+        raise _UnpicklingError(f"it names {full[:80]!r}, which no data set needs and which could run code")
+    machine.stack.append(ALLOWED_GLOBALS[full])
 
 
-def _reduce(machine: _Machine) -> None:
+def _reduce(machine: _PickleVM) -> None:
     args = machine.stack.pop()
     function = machine.stack.pop()
-    if not callable(function) or function not in _CALLABLES or not isinstance(args, tuple):
-        raise _Refused("a call of something that is not a function")
+    if not callable(function) or function not in _ALLOWED_FUNCTIONS or not isinstance(args, tuple):
+        raise _UnpicklingError("a call of something that is not a function")
     machine.stack.append(function(machine, args))
 
 
-def _build(machine: _Machine) -> None:
+def _build(machine: _PickleVM) -> None:
     state = machine.stack.pop()
     made = machine.stack[-1]
-    if not isinstance(made, _Made) or not isinstance(state, tuple):
-        raise _Refused("a state for something that has none")
+    if not isinstance(made, _Placeholder) or not isinstance(state, tuple):
+        raise _UnpicklingError("a state for something that has none")
     if made.kind == "array":
         if made.value is not None:
-            raise _Refused("an array filled twice")
+            raise _UnpicklingError("an array filled twice")
         _version, shape, dtype, fortran, buffer = state
-        made.value = _array(buffer, dtype, shape, bool(fortran))
+        made.value = _view_array(buffer, dtype, shape, bool(fortran))
         return
     order, *records = state[1:5]
-    if any(part is not None for part in records) or _text(order) not in ("|", "<", ">", "="):
-        raise _Refused("a dtype with fields, expected numbers")
-    made.value = made.value.newbyteorder(_text(order))
+    if any(part is not None for part in records) or _to_text(order) not in ("|", "<", ">", "="):
+        raise _UnpicklingError("a dtype with fields, expected numbers")
+    made.value = made.value.newbyteorder(_to_text(order))
 
 
-def _append(machine: _Machine, items: list[Any]) -> None:
+def _append(machine: _PickleVM, items: list[Any]) -> None:
     target = machine.stack[-1]
     if type(target) is not list:
-        raise _Refused("values appended to something that is not a list")
+        raise _UnpicklingError("values appended to something that is not a list")
     target.extend(items)
 
 
-def _set_items(machine: _Machine, items: list[Any]) -> None:
+def _set_items(machine: _PickleVM, items: list[Any]) -> None:
     target = machine.stack[-1]
     if type(target) is not dict:
-        raise _Refused("keys set in something that is not a dict")
-    target.update(_pairs(items))
+        raise _UnpicklingError("keys set in something that is not a dict")
+    target.update(_dict_from_pairs(items))
 
 
-def _pairs(items: list[Any]) -> dict[Any, Any]:
+def _dict_from_pairs(items: list[Any]) -> dict[Any, Any]:
     keys = items[::2]
     # Only scalars: hashing a tuple nested a million deep overflows the C stack.
     if len(items) % 2 or any(type(key) not in (bytes, str, int) for key in keys):
-        raise _Refused("a dict whose keys are not text or integers")
+        raise _UnpicklingError("a dict whose keys are not text or integers")
     return dict(zip(keys, items[1::2], strict=True))
 
 
-def _python2_string(machine: _Machine) -> bytes:
-    raw = machine.line().strip()
+def _read_python2_string(machine: _PickleVM) -> bytes:
+    raw = machine.read_line().strip()
     if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
-        raise _Refused("a string without quotes")
+        raise _UnpicklingError("a string without quotes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an odd escape is the file's, and no news to the user
         return codecs.escape_decode(raw[1:-1])[0]  # pyright: ignore[reportReturnType]
 
 
-def _decimal(machine: _Machine) -> int | bool:
-    raw = machine.line()
+def _read_decimal(machine: _PickleVM) -> int | bool:
+    raw = machine.read_line()
     if raw in (b"00", b"01"):  # how protocol 0 spells booleans
         return raw == b"01"
     if len(raw) > 24:
-        raise _Refused("an integer of more than 64 bits")
+        raise _UnpicklingError("an integer of more than 64 bits")
     return int(raw.rstrip(b"L"))
 
 
-def _push(read: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
+def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
     return lambda m: m.stack.append(read(m))
 
 
-def _tuple(count: int) -> Callable[[_Machine], None]:
-    def make(machine: _Machine) -> None:
+def _tuple(count: int) -> Callable[[_PickleVM], None]:
+    def make(machine: _PickleVM) -> None:
         if len(machine.stack) < count:
-            raise _Refused("a tuple of values that are not there")
+            raise _UnpicklingError("a tuple of values that are not there")
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return make
 
 
-def _put(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def put(machine: _Machine) -> None:
+def _put(index: Callable[[_PickleVM], int]) -> Callable[[_PickleVM], None]:
+    def put(machine: _PickleVM) -> None:
         machine.memo[index(machine)] = machine.stack[-1]
 
     return put
 
 
-def _mark(machine: _Machine) -> None:
+def _mark(machine: _PickleVM) -> None:
     machine.marks.append(machine.stack)
     machine.stack = []
 
 
-def _setitem(machine: _Machine) -> None:
+def _setitem(machine: _PickleVM) -> None:
     value = machine.stack.pop()
     _set_items(machine, [machine.stack.pop(), value])
 
 
-def _stack_global(machine: _Machine) -> None:
+def _stack_global(machine: _PickleVM) -> None:
     name = machine.stack.pop()
-    _global(machine, _text(machine.stack.pop()), _text(name))
+    _global(machine, _to_text(machine.stack.pop()), _to_text(name))
 
 
 # Not here, so refused: classes and instances (INST, OBJ, NEWOBJ), persistent ids, extension codes, sets, LONG4 and
 # out-of-band buffers. Sizes are read as unsigned, so a negative one is simply more than the bytes that remain.
-OPCODES: dict[bytes, Callable[[_Machine], object]] = {
-    b"\x80": lambda m: m.number("<B"),  # PROTO: any number, since the opcodes below are what is read
-    b"\x95": lambda m: m.take(8),  # FRAME: only a hint for readers of streams
+OPCODES: dict[bytes, Callable[[_PickleVM], object]] = {
+    b"\x80": lambda m: m.read_number("<B"),  # PROTO: any number, since the opcodes below are what is read
+    b"\x95": lambda m: m.read_bytes(8),  # FRAME: only a hint for readers of streams
     b"(": _mark,
     b"0": lambda m: m.stack.pop(),  # POP
     b"1": lambda m: m.pop_mark(),  # POP_MARK
@@ -270,126 +270,130 @@ OPCODES: dict[bytes, Callable[[_Machine], object]] = {
     b"N": _push(lambda m: None),
     b"\x88": _push(lambda m: True),
     b"\x89": _push(lambda m: False),
-    b"I": _push(_decimal),
-    b"L": _push(_decimal),
-    b"J": _push(lambda m: m.number("<i")),
-    b"K": _push(lambda m: m.number("<B")),
-    b"M": _push(lambda m: m.number("<H")),
-    b"\x8a": _push(lambda m: int.from_bytes(m.take(m.number("<B")), "little", signed=True)),  # LONG1
-    b"F": _push(lambda m: float(m.line())),
-    b"G": _push(lambda m: struct.unpack(">d", m.take(8))[0]),
-    b"S": _push(_python2_string),
-    b"T": _push(lambda m: m.take(m.number("<I"))),
-    b"U": _push(lambda m: m.take(m.number("<B"))),
-    b"B": _push(lambda m: m.take(m.number("<I"))),
-    b"C": _push(lambda m: m.take(m.number("<B"))),
-    b"\x8e": _push(lambda m: m.take(m.number("<Q"))),  # BINBYTES8
-    b"\x96": _push(lambda m: m.take(m.number("<Q"))),  # BYTEARRAY8, read as bytes
-    b"V": _push(lambda m: m.line().decode("raw-unicode-escape")),
-    b"X": _push(lambda m: m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
-    b"\x8c": _push(lambda m: m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
-    b"\x8d": _push(lambda m: m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
+    b"I": _push(_read_decimal),
+    b"L": _push(_read_decimal),
+    b"J": _push(lambda m: m.read_number("<i")),
+    b"K": _push(lambda m: m.read_number("<B")),
+    b"M": _push(lambda m: m.read_number("<H")),
+    b"\x8a": _push(lambda m: int.from_bytes(m.read_bytes(m.read_number("<B")), "little", signed=True)),  # LONG1
+    b"F": _push(lambda m: float(m.read_line())),
+    b"G": _push(lambda m: struct.unpack(">d", m.read_bytes(8))[0]),
+    b"S": _push(_read_python2_string),
+    b"T": _push(lambda m: m.read_bytes(m.read_number("<I"))),
+    b"U": _push(lambda m: m.read_bytes(m.read_number("<B"))),
+    b"B": _push(lambda m: m.read_bytes(m.read_number("<I"))),
+    b"C": _push(lambda m: m.read_bytes(m.read_number("<B"))),
+    b"\x8e": _push(lambda m: m.read_bytes(m.read_number("<Q"))),  # BINBYTES8
+    b"\x96": _push(lambda m: m.read_bytes(m.read_number("<Q"))),  # BYTEARRAY8, read as bytes
+    b"V": _push(lambda m: m.read_line().decode("raw-unicode-escape")),
+    b"X": _push(lambda m: m.read_bytes(m.read_number("<I")).decode("utf-8", "surrogatepass")),
+    b"\x8c": _push(lambda m: m.read_bytes(m.read_number("<B")).decode("utf-8", "surrogatepass")),
+    b"\x8d": _push(lambda m: m.read_bytes(m.read_number("<Q")).decode("utf-8", "surrogatepass")),
     b")": _push(lambda m: ()),
-    b"t": lambda m: _after_mark(m, tuple),
+    b"t": lambda m: _push_from_mark(m, tuple),
     b"\x85": _tuple(1),
     b"\x86": _tuple(2),
     b"\x87": _tuple(3),
     b"]": _push(lambda m: []),
-    b"l": lambda m: _after_mark(m, list),
+    b"l": lambda m: _push_from_mark(m, list),
     b"a": lambda m: _append(m, [m.stack.pop()]),
     b"e": lambda m: _append(m, m.pop_mark()),
     b"}": _push(lambda m: {}),
-    b"d": lambda m: _after_mark(m, _pairs),
+    b"d": lambda m: _push_from_mark(m, _dict_from_pairs),
     b"s": _setitem,
     b"u": lambda m: _set_items(m, m.pop_mark()),
-    b"p": _put(lambda m: int(m.line()[:20])),
-    b"q": _put(lambda m: m.number("<B")),
-    b"r": _put(lambda m: m.number("<I")),
+    b"p": _put(lambda m: int(m.read_line()[:20])),
+    b"q": _put(lambda m: m.read_number("<B")),
+    b"r": _put(lambda m: m.read_number("<I")),
     b"\x94": _put(lambda m: len(m.memo)),  # MEMOIZE
-    b"g": _push(lambda m: m.memo[int(m.line()[:20])]),
-    b"h": _push(lambda m: m.memo[m.number("<B")]),
-    b"j": _push(lambda m: m.memo[m.number("<I")]),
-    b"c": lambda m: _global(m, m.line().decode(), m.line().decode()),
+    b"g": _push(lambda m: m.memo[int(m.read_line()[:20])]),
+    b"h": _push(lambda m: m.memo[m.read_number("<B")]),
+    b"j": _push(lambda m: m.memo[m.read_number("<I")]),
+    b"c": lambda m: _global(m, m.read_line().decode(), m.read_line().decode()),
     b"\x93": _stack_global,
     b"R": _reduce,
     b"b": _build,
 }
-_TABLE = [OPCODES.get(bytes([code])) for code in range(256)]
+_DISPATCH = [OPCODES.get(bytes([code])) for code in range(256)]
 
 
-def _after_mark(machine: _Machine, make: Callable[[list[Any]], Any]) -> None:
+def _push_from_mark(machine: _PickleVM, make: Callable[[list[Any]], Any]) -> None:
     items = machine.pop_mark()
     machine.stack.append(make(items))
 
 
-def _run(machine: _Machine) -> Any:
+def _execute(machine: _PickleVM) -> Any:
     data = machine.data
     for _ in range(MAX_OPCODES):
-        if machine.at >= len(data):
-            raise _Refused("it ends before its end mark: the file is cut short")
-        code = data[machine.at]
-        machine.at += 1
+        if machine.position >= len(data):
+            raise _UnpicklingError("it ends before its end mark: the file is cut short")
+        code = data[machine.position]
+        machine.position += 1
         if code == 0x2E:  # STOP
             return machine.stack.pop()
-        action = _TABLE[code]
+        action = _DISPATCH[code]
         if action is None:
-            raise _Refused(f"opcode {bytes([code])!r} at offset {machine.at - 1:,}, which no data set needs")
+            raise _UnpicklingError(
+                f"opcode {bytes([code])!r} at offset {machine.position - 1:,}, which no data set needs"
+            )
         action(machine)
-    raise _Refused(f"more than {MAX_OPCODES:,} opcodes")
+    raise _UnpicklingError(f"more than {MAX_OPCODES:,} opcodes")
 
 
-def _open(value: Any) -> Any:
-    if callable(value) or (isinstance(value, _Made) and value.value is None):
-        raise _Refused("a value that is not finished")
-    return value.value if isinstance(value, _Made) else value
+def _unwrap(value: Any) -> Any:
+    if callable(value) or (isinstance(value, _Placeholder) and value.value is None):
+        raise _UnpicklingError("a value that is not finished")
+    return value.value if isinstance(value, _Placeholder) else value
 
 
-def loads(data: bytes | bytearray | memoryview, what: str = "pickle", *, max_bytes: int = MAX_BYTES) -> Any:
+def loads_pickle(
+    data: bytes | bytearray | memoryview, source_name: str = "pickle", *, max_bytes: int = MAX_BYTES
+) -> Any:
     """The object in a pickle of protocol 0 to 5; text of Python 2 comes back as bytes, arrays as read-only views.
 
     `what` names the file in errors. Raises `DataError` for everything that is not a complete pickle of
     dicts, lists, tuples, text, numbers and numeric arrays, and before allocating more than a few times its size.
     """
     if len(data) > max_bytes:
-        raise DataError(f"{what} has {len(data):,} bytes, expected at most {max_bytes:,}", _REMEDY)
+        raise DataError(f"{source_name} has {len(data):,} bytes, expected at most {max_bytes:,}", _REMEDY)
     if not data:
-        raise DataError(f"{what} is empty, expected a pickle", _REMEDY)
-    machine = _Machine(bytes(data))
+        raise DataError(f"{source_name} is empty, expected a pickle", _REMEDY)
+    machine = _PickleVM(bytes(data))
     try:
-        result = _open(_run(machine))
+        result = _unwrap(_execute(machine))
         if isinstance(result, dict):
             for key, value in result.items():
                 # One level of lists and no recursion: a pickled list may contain itself.
-                result[key] = [_open(item) for item in value] if isinstance(value, list) else _open(value)
+                result[key] = [_unwrap(item) for item in value] if isinstance(value, list) else _unwrap(value)
         return result
-    except _Refused as reason:
-        raise DataError(f"{what} is not a pickle that can be read safely: {reason}", _REMEDY) from None
+    except _UnpicklingError as reason:
+        raise DataError(f"{source_name} is not a pickle that can be read safely: {reason}", _REMEDY) from None
     except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
-        found = f"broken at offset {machine.at:,} ({type(error).__name__})"
-        raise DataError(f"{what} is not a pickle that can be read safely: {found}", _REMEDY) from None
+        found = f"broken at offset {machine.position:,} ({type(error).__name__})"
+        raise DataError(f"{source_name} is not a pickle that can be read safely: {found}", _REMEDY) from None
 
 
-def load_pickle(source: Path | str | bytes | memoryview, what: str = "", *, max_bytes: int = MAX_BYTES) -> dict:
+def load_pickle(source: Path | str | bytes | memoryview, source_name: str = "", *, max_bytes: int = MAX_BYTES) -> dict:
     """The dict in a pickle file, or in its bytes, by the restricted reader; keys stay bytes or str as written.
 
     Raises `DataError` for a missing or oversized file, an unsafe or damaged pickle, and one that holds no dict.
     """
     if isinstance(source, str | Path):
-        path, what = Path(source), what or str(source)
+        path, source_name = Path(source), source_name or str(source)
         try:
             size = path.stat().st_size
             # The size first: reading a terabyte to find that it is too large is the bomb.
             blob = path.read_bytes() if size <= max_bytes else b""
         except OSError as error:
-            raise DataError(f"cannot read {what}: {error.strerror or error}", "check the path") from None
+            raise DataError(f"cannot read {source_name}: {error.strerror or error}", "check the path") from None
         if size > max_bytes:
-            raise DataError(f"{what} has {size:,} bytes, expected at most {max_bytes:,}", _REMEDY)
+            raise DataError(f"{source_name} has {size:,} bytes, expected at most {max_bytes:,}", _REMEDY)
     else:
-        blob, what = bytes(source), what or "pickle"
+        blob, source_name = bytes(source), source_name or "pickle"
     head = blob[:512].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"{what} is an HTML page, expected a pickle", "download the file again")
-    result = loads(blob, what, max_bytes=max_bytes)
+        raise DataError(f"{source_name} is an HTML page, expected a pickle", "download the file again")
+    result = loads_pickle(blob, source_name, max_bytes=max_bytes)
     if not isinstance(result, dict):
-        raise DataError(f"{what} holds a {type(result).__name__}, expected a dict", _REMEDY)
+        raise DataError(f"{source_name} holds a {type(result).__name__}, expected a dict", _REMEDY)
     return result

@@ -19,17 +19,17 @@ from torch import Generator, Tensor
 Corruption = Callable[[Tensor, int, Generator], Tensor]
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SIDE = 32
-BLOCK = 8  # pixels of a side of JPEG's blocks
+IMAGE_SIZE = 32
+JPEG_BLOCK_SIZE = 8  # pixels of a side of JPEG's blocks
 
 # JPEG's example tables at quality 50, by rows (ITU-T T.81, tables K.1 and K.2).
 # fmt: off
-LUMINANCE = (
+LUMINANCE_QUANTIZATION = (
     (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
     (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
     (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
 )
-CHROMINANCE = (
+CHROMINANCE_QUANTIZATION = (
     (17, 18, 24, 47, 99, 99, 99, 99), (18, 21, 26, 66, 99, 99, 99, 99), (24, 26, 56, 99, 99, 99, 99, 99),
     (47, 66, 99, 99, 99, 99, 99, 99), *((99,) * 8,) * 4,
 )
@@ -39,7 +39,7 @@ CHROMINANCE = (
 def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Normal noise on every value."""
     std = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
-    return (images + std * _normal(images, generator)).clamp(0, 1)
+    return (images + std * _normal_noise(images, generator)).clamp(0, 1)
 
 
 def shot_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -58,14 +58,14 @@ def impulse_noise(images: Tensor, severity: int, generator: Generator) -> Tensor
 def speckle_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Normal noise in proportion to the value."""
     std = (0.06, 0.10, 0.12, 0.16, 0.20)[severity - 1]
-    return (images + std * images * _normal(images, generator)).clamp(0, 1)
+    return (images + std * images * _normal_noise(images, generator)).clamp(0, 1)
 
 
 def gaussian_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """A sampled Gaussian cut at four deviations, the edge repeated."""
     std = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
-    line = _gaussian(std, int(4 * std + 0.5)).sum(1, keepdim=True)
-    return _filtered(_filtered(images, line, "replicate"), line.T, "replicate")
+    line = _gaussian_kernel(std, int(4 * std + 0.5)).sum(1, keepdim=True)
+    return _filter_images(_filter_images(images, line, "replicate"), line.T, "replicate")
 
 
 def defocus_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -73,8 +73,8 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     radius, soft = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))[severity - 1]
     steps = torch.arange(-2, 3)
     disk = (steps[:, None] ** 2 + steps**2 <= radius**2).double()
-    softened = F.conv2d((disk / disk.sum())[None, None], _gaussian(soft, 1)[None, None], padding=1)[0, 0]
-    return _filtered(images, softened, "reflect")
+    softened = F.conv2d((disk / disk.sum())[None, None], _gaussian_kernel(soft, 1)[None, None], padding=1)[0, 0]
+    return _filter_images(images, softened, "reflect")
 
 
 def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -85,12 +85,12 @@ def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     radius, std = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     weights = [math.exp(-(step**2) / (2 * std**2)) for step in range(2 * radius + 1)]
     turn = torch.rand(len(images), 1, generator=generator, device=images.device, dtype=images.dtype)
-    angles, places = (turn - 0.5) * math.pi / 2, torch.arange(SIDE, device=images.device)
+    angles, places = (turn - 0.5) * math.pi / 2, torch.arange(IMAGE_SIZE, device=images.device)
     which = torch.arange(len(images), device=images.device)[:, None, None]
     blurred = torch.zeros_like(images).permute(0, 2, 3, 1)
     for step, weight in enumerate(weights):
-        rows = (places + (step * angles.sin() - 0.5).ceil().long()).clamp(0, SIDE - 1)
-        columns = (places + (step * angles.cos() - 0.5).ceil().long()).clamp(0, SIDE - 1)
+        rows = (places + (step * angles.sin() - 0.5).ceil().long()).clamp(0, IMAGE_SIZE - 1)
+        columns = (places + (step * angles.cos() - 0.5).ceil().long()).clamp(0, IMAGE_SIZE - 1)
         blurred = blurred + weight / sum(weights) * images[which, :, rows[:, :, None], columns[:, None, :]]
     return blurred.permute(0, 3, 1, 2).clamp(0, 1)
 
@@ -100,12 +100,12 @@ def zoom_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     factors = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[severity - 1], 0.01)
     total = images.clone()
     for factor in factors:
-        inner = math.ceil(SIDE / factor)
-        start, size = (SIDE - inner) // 2, round(inner * factor)
+        inner = math.ceil(IMAGE_SIZE / factor)
+        start, size = (IMAGE_SIZE - inner) // 2, round(inner * factor)
         middle = images[:, :, start : start + inner, start : start + inner]
         zoomed = F.interpolate(middle, size=(size, size), mode="bilinear", align_corners=True)
-        cut = (size - SIDE) // 2
-        total += zoomed[:, :, cut : cut + SIDE, cut : cut + SIDE]
+        cut = (size - IMAGE_SIZE) // 2
+        total += zoomed[:, :, cut : cut + IMAGE_SIZE, cut : cut + IMAGE_SIZE]
     return (total / (len(factors) + 1)).clamp(0, 1)
 
 
@@ -113,7 +113,7 @@ def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """A cloud of its own over each image, dimmed so that its brightest value could stay."""
     amount, decay = ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))[severity - 1]
     brightest = images.amax((1, 2, 3), keepdim=True)
-    foggy = images + amount * _cloud(len(images), decay, generator)[:, None].to(images)
+    foggy = images + amount * _plasma_fractal(len(images), decay, generator)[:, None].to(images)
     return (foggy * brightest / (brightest + amount)).clamp(0, 1)
 
 
@@ -144,10 +144,10 @@ def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Made smaller and larger again by Pillow's box filter: whole pixels, whole levels after each of four passes."""
-    small = int(SIDE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
+    small = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
     levels = (images * 255).round()
-    for source, target in ((SIDE, small), (small, SIDE)):
-        box = _box(source, target).to(images)
+    for source, target in ((IMAGE_SIZE, small), (small, IMAGE_SIZE)):
+        box = _box_filter_weights(source, target).to(images)
         levels = (levels @ box.T + 0.5).floor()  # across, then down, halves up: as Pillow
         levels = (box @ levels + 0.5).floor()
     return levels / 255
@@ -155,7 +155,7 @@ def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 def jpeg_compression(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Coded and decoded as JPEG with 4:2:0 chrominance, Pillow's default: see `jpeg`."""
-    return jpeg(images, (80, 65, 58, 50, 40)[severity - 1])
+    return apply_jpeg(images, (80, 65, 58, 50, 40)[severity - 1])
 
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -176,7 +176,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 
 
-def jpeg(images: Tensor, quality: int) -> Tensor:
+def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     """What JPEG of `quality` 1 to 100 leaves of images float [n,3,32,32] in [0, 1]: whole levels / 255.
 
     JFIF's YCbCr, chrominance halved by the mean of 2x2 and doubled again linearly, 8x8 DCT, the standard tables scaled
@@ -186,59 +186,66 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     chrominance = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1) + 128
-    bias = images.new_tensor([0.25, 0.5]).repeat(SIDE // 4)  # in turn by column, as libjpeg's: no drift
+    bias = images.new_tensor([0.25, 0.5]).repeat(IMAGE_SIZE // 4)  # in turn by column, as libjpeg's: no drift
     halved = (F.avg_pool2d(chrominance.round(), 2) + bias).floor()
-    luminance = _quantised(luminance.round()[:, None], LUMINANCE, quality)[:, 0]
-    coarse = _quantised(halved, CHROMINANCE, quality)
+    luminance = _quantize_dct(luminance.round()[:, None], LUMINANCE_QUANTIZATION, quality)[:, 0]
+    coarse = _quantize_dct(halved, CHROMINANCE_QUANTIZATION, quality)
     doubled = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
-    doubled = (doubled + images.new_tensor([8 / 16, 7 / 16]).repeat(SIDE // 2)).floor() - 128
+    doubled = (doubled + images.new_tensor([8 / 16, 7 / 16]).repeat(IMAGE_SIZE // 2)).floor() - 128
     blueness, redness = doubled.unbind(1)
     green = luminance - (0.114 * 1.772 * blueness + 0.299 * 1.402 * redness) / 0.587
     decoded = torch.stack([luminance + 1.402 * redness, green, luminance + 1.772 * blueness], 1)
     return decoded.round().clamp(0, 255) / 255
 
 
-def _quantised(planes: Tensor, table: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
+def _quantize_dct(planes: Tensor, table: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
     """Planes [n,c,h,w] of levels 0..255 through the DCT of their blocks, rounded by the table's steps, and back."""
     n, c, h, w = planes.shape
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     steps = ((planes.new_tensor(table) * scale + 50) / 100).floor().clamp(1, 255)
-    places = torch.arange(BLOCK, dtype=torch.float64)
-    cosines = (places[:, None] * (2 * places + 1) * math.pi / (2 * BLOCK)).cos() * math.sqrt(2 / BLOCK)
+    places = torch.arange(JPEG_BLOCK_SIZE, dtype=torch.float64)
+    cosines = (places[:, None] * (2 * places + 1) * math.pi / (2 * JPEG_BLOCK_SIZE)).cos() * math.sqrt(
+        2 / JPEG_BLOCK_SIZE
+    )
     cosines[0] /= math.sqrt(2)
     dct = cosines.to(planes)
-    blocks = planes.reshape(n, c, h // BLOCK, BLOCK, w // BLOCK, BLOCK).transpose(3, 4) - 128
+    blocks = (
+        planes.reshape(n, c, h // JPEG_BLOCK_SIZE, JPEG_BLOCK_SIZE, w // JPEG_BLOCK_SIZE, JPEG_BLOCK_SIZE).transpose(
+            3, 4
+        )
+        - 128
+    )
     eighths = (8 * (dct @ blocks @ dct.T)).round()
     coefficients = eighths.sign() * (eighths.abs() / (8 * steps) + 0.5).floor() * steps
     restored = (dct.T @ coefficients @ dct + 128).round().clamp(0, 255)
     return restored.transpose(3, 4).reshape(n, c, h, w)
 
 
-def _normal(images: Tensor, generator: Generator) -> Tensor:
+def _normal_noise(images: Tensor, generator: Generator) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
 
 
-def _gaussian(std: float, radius: int) -> Tensor:
+def _gaussian_kernel(std: float, radius: int) -> Tensor:
     """float64 [2 radius + 1] squared, of sum 1."""
     line = torch.exp(-(torch.arange(-radius, radius + 1).double() ** 2) / (2 * std**2))
     return line[:, None] * line / line.sum() ** 2
 
 
-def _filtered(images: Tensor, kernel: Tensor, edge: str) -> Tensor:
+def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
     """Each channel through a symmetric `kernel` of odd sides; `edge`: a padding mode.
 
     A sum of moved images: a convolution of three channels in float64 takes eight times as long on a CPU (LOG.md).
     """
     down, right = (side // 2 for side in kernel.shape)
-    padded = F.pad(images, (right, right, down, down), mode=edge)
+    padded = F.pad(images, (right, right, down, down), mode=padding_mode)
     total = torch.zeros_like(images)
     for row, column in kernel.nonzero().tolist():
-        moved = padded[:, :, row : row + SIDE, column : column + SIDE]
+        moved = padded[:, :, row : row + IMAGE_SIZE, column : column + IMAGE_SIZE]
         total.add_(moved, alpha=kernel[row, column].item())
     return total.clamp(0, 1)
 
 
-def _box(source: int, target: int) -> Tensor:
+def _box_filter_weights(source: int, target: int) -> Tensor:
     """float64 [target, source]: the weights of Pillow's box filter along one side, whole pixels alone."""
     scale = source / target
     reach = max(scale, 1) / 2
@@ -247,10 +254,10 @@ def _box(source: int, target: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def _cloud(n: int, decay: float, generator: Generator) -> Tensor:
+def _plasma_fractal(n: int, decay: float, generator: Generator) -> Tensor:
     """Heights [n,32,32] from 0 to 1 by the diamond-square algorithm on a torus; roughness falls by `decay` a level."""
     device = generator.device
-    heights, step, roughness = torch.zeros(n, SIDE, SIDE, device=device), SIDE, 100.0
+    heights, step, roughness = torch.zeros(n, IMAGE_SIZE, IMAGE_SIZE, device=device), IMAGE_SIZE, 100.0
 
     def midpoint(*four: Tensor) -> Tensor:
         noise = 2 * torch.rand(four[0].shape, generator=generator, device=device) - 1

@@ -17,26 +17,26 @@ from fastcifar import plotting
 from fastcifar.data.cifar import Split
 from fastcifar.errors import NonFiniteError
 from fastcifar.evaluation import metrics
-from fastcifar.evaluation.load_run import Finished, rebuild
-from fastcifar.training.build_data import normalisation_name, split_off
-from fastcifar.training.evaluate import VIEWS, evaluate, predict_logits, reliability, score
+from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.training.build_data import normalization_name, split_validation
+from fastcifar.training.evaluate import VIEWS, compute_scores, evaluate, predict_logits, reliability_bins
 
 if TYPE_CHECKING:
-    from fastcifar.evaluation.robustness import Beyond
+    from fastcifar.evaluation.robustness import RobustnessEval
 
-NOT_ASKED = {"shifted": None, "corruptions": None}
+NOT_EVALUATED = {"shifted": None, "corruptions": None}
 
 
-def judge(
+def evaluate_run(
     run: str,
     weights: str | None = None,
     arch: str | None = None,
     *,
-    pictures: Path | None = None,
-    shifted: Path | None = None,
-    corruptions: bool = False,
+    plots_dir: Path | None = None,
+    shifted_dir: Path | None = None,
+    with_corruptions: bool = False,
     console: Console | None = None,
-    **changes: Any,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """The test set through `run`; the arguments are `rebuild`'s.
 
@@ -48,22 +48,22 @@ def judge(
     (None unless asked for) and what they were measured with. Errors: those of `rebuild`, `DataError`,
     `NonFiniteError`, `DiskError`.
     """
-    found = rebuild(run, weights, arch, **changes)
-    data = found.data()
-    if pictures is not None:
-        plotting.make_folder(pictures)
+    found = load_model(run, weights, arch, **overrides)
+    data = found.load_dataset()
+    if plots_dir is not None:
+        plotting.create_plots_dir(plots_dir)
     tta, tests = found.recipe.tta, len(data.test.labels)
-    held_out, missing = _held_out(found, data.train)
+    held_out, missing = _validation_split(found, data.train)
     images = tests * (1 + len(VIEWS[tta]) * (tta != "none")) + len(held_out.labels)
-    beyond = _beyond(shifted, corruptions, found.classes)
-    images += beyond.images(tests) if beyond else 0
-    found.hurry(images)
-    logits, labels = _logits(found, data.test)
-    scores = asdict(score(logits, labels))
+    beyond = _build_robustness_eval(shifted_dir, with_corruptions, found.classes)
+    images += beyond.num_images(tests) if beyond else 0
+    found.compile_for(images)
+    logits, labels = _predict_finite_logits(found, data.test)
+    scores = asdict(compute_scores(logits, labels))
     views = evaluate(found.model, found.forward, data.test, found.device, tta).accuracy if tta != "none" else None
-    temperature = None if missing else metrics.temperature(*_logits(found, held_out))
-    if pictures is not None:
-        _draw(pictures, logits, labels, list(data.classes), temperature)
+    temperature = None if missing else metrics.fit_temperature(*_predict_finite_logits(found, held_out))
+    if plots_dir is not None:
+        _save_plots(plots_dir, logits, labels, list(data.classes), temperature)
     return {
         "test_acc": scores.pop("accuracy"),
         "test_acc_tta": views,
@@ -71,82 +71,88 @@ def judge(
         "test_loss": scores.pop("loss"),
         **scores,
         "per_class": dict(zip(data.classes, scores["per_class"], strict=True)),
-        **_figures(logits, labels, list(data.classes), temperature),
+        **_compute_metrics(logits, labels, list(data.classes), temperature),
         "temperature_missing": missing or (None if temperature else "none is best on the validation split"),
-        **(beyond.measure(found, data.test, console) if beyond else NOT_ASKED),
-        "plots": str(pictures) if pictures else None,
-        **_measured_with(found, data.source),
+        **(beyond.evaluate(found, data.test, console) if beyond else NOT_EVALUATED),
+        "plots": str(plots_dir) if plots_dir else None,
+        **_evaluation_settings(found, data.source),
     }
 
 
-def _beyond(shifted: Path | None, corruptions: bool, classes: list[str]) -> Beyond | None:
+def _build_robustness_eval(
+    shifted_dir: Path | None, with_corruptions: bool, classes: list[str]
+) -> RobustnessEval | None:
     """What else is asked for, read before anything is measured. Errors: `DataError`."""
-    if not shifted and not corruptions:
+    if not shifted_dir and not with_corruptions:
         return None
     from fastcifar.evaluation import robustness
 
-    return robustness.Beyond(robustness.shifted_set(shifted, classes) if shifted else None, corruptions)
+    return robustness.RobustnessEval(
+        robustness.load_cifar10_1(shifted_dir, classes) if shifted_dir else None, with_corruptions
+    )
 
 
-def _figures(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> dict[str, Any]:
+def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> dict[str, Any]:
     """What follows from the test set's logits: see `metrics`. By class name: `precision_per_class` and so on.
 
     `confusion`: rows are labels, columns predictions, in the order of `classes`. `reliability`: the bins of `ece`.
     `loss_scaled`, `ece_scaled`: at the temperature, None without one.
     """
-    counts = metrics.confusion(logits, labels)
-    by_class = asdict(metrics.per_class(counts))
-    scaled = score(logits.double() / temperature, labels) if temperature else None
+    counts = metrics.compute_confusion_matrix(logits, labels)
+    by_class = asdict(metrics.per_class_metrics(counts))
+    scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
     return {
-        "test_acc_interval": metrics.wilson(int(counts.trace()), len(labels)),
+        "test_acc_interval": metrics.wilson_interval(int(counts.trace()), len(labels)),
         **{f"{name}_per_class": dict(zip(classes, values, strict=True)) for name, values in by_class.items()},
         "confusion": counts.tolist(),
         "classes": classes,
-        "brier": metrics.brier(logits, labels),
-        "reliability": [cell._asdict() for cell in reliability(logits, logits.argmax(1) == labels)],
+        "brier": metrics.brier_score(logits, labels),
+        "reliability": [cell._asdict() for cell in reliability_bins(logits, logits.argmax(1) == labels)],
         "temperature": temperature,
         "loss_scaled": scaled.loss if scaled else None,
         "ece_scaled": scaled.ece if scaled else None,
     }
 
 
-def _held_out(found: Finished, train: Split) -> tuple[Split, str]:
+def _validation_split(loaded: LoadedRun, train: Split) -> tuple[Split, str]:
     """The validation split of the run, or none and why there is none."""
-    recipe, nothing = found.recipe, Split(train.images[:0], train.labels[:0])
-    if found.weights == "published":
+    recipe, nothing = loaded.recipe, Split(train.images[:0], train.labels[:0])
+    if loaded.weights == "published":
         return nothing, "the file does not say what it was not trained on"
     if recipe.val_size == 0:
         return nothing, "the run had no validation split"
     if recipe.val_size >= len(train.labels):
         return nothing, f"{recipe.val_size:,} images were held out, and this data set trains on {len(train.labels):,}"
-    return split_off(train, recipe.val_size, recipe.val_seed)[1], ""
+    return split_validation(train, recipe.val_size, recipe.val_seed)[1], ""
 
 
-def _logits(found: Finished, split: Split) -> tuple[Tensor, Tensor]:
+def _predict_finite_logits(loaded: LoadedRun, split: Split) -> tuple[Tensor, Tensor]:
     """float32 logits [n, classes] and int64 labels [n]. Errors: `NonFiniteError`."""
-    logits = predict_logits(found.model, found.forward, split, found.device)
+    logits = predict_logits(loaded.model, loaded.forward, split, loaded.device)
     if not torch.isfinite(logits).all():
         raise NonFiniteError("the network gives logits that are not finite", "use --precision fp32, or other weights")
     return logits, torch.from_numpy(split.labels)
 
 
-def _draw(folder: Path, logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> None:
+def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> None:
     """reliability.png and confusion.png."""
     hits = logits.argmax(1) == labels
-    curves = {"as trained": reliability(logits, hits)}
+    curves = {"as trained": reliability_bins(logits, hits)}
     if temperature:
-        curves[f"at temperature {temperature:.2f}"] = reliability(logits.double() / temperature, hits)
-    plotting.reliability_diagram(folder / "reliability.png", curves)
-    plotting.confusion_matrix(folder / "confusion.png", metrics.confusion(logits, labels).numpy(), classes)
+        curves[f"at temperature {temperature:.2f}"] = reliability_bins(logits.double() / temperature, hits)
+    plotting.plot_reliability_diagram(folder / "reliability.png", curves)
+    plotting.plot_confusion_matrix(
+        folder / "confusion.png", metrics.compute_confusion_matrix(logits, labels).numpy(), classes
+    )
 
 
-def _measured_with(found: Finished, source: str) -> dict[str, Any]:
+def _evaluation_settings(loaded: LoadedRun, source: str) -> dict[str, Any]:
     return {
-        "arch": found.recipe.arch,
-        "weights": found.weights,
-        "checkpoint": str(found.checkpoint),
+        "arch": loaded.recipe.arch,
+        "weights": loaded.weights,
+        "checkpoint": str(loaded.checkpoint_path),
         "data": source,
-        "device": found.choice.device,
-        "precision": found.choice.precision,
-        "normalise": normalisation_name(found.recipe),
+        "device": loaded.execution.device,
+        "precision": loaded.execution.precision,
+        "normalise": normalization_name(loaded.recipe),
     }

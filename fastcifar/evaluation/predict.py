@@ -21,17 +21,17 @@ from torch import Tensor
 from fastcifar import plotting
 from fastcifar.data import predict_inputs
 from fastcifar.data.cifar import Split
-from fastcifar.data.predict_inputs import Inputs
+from fastcifar.data.predict_inputs import InputImages
 from fastcifar.errors import CheckpointError, NonFiniteError, UsageError
 from fastcifar.evaluation import prediction_files
-from fastcifar.evaluation.load_run import Finished, rebuild
-from fastcifar.training.evaluate import BATCH_SIZE, VIEWS, predict_logits
+from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.training.evaluate import EVAL_BATCH_SIZE, VIEWS, predict_logits
 
-CHUNK = 4 * BATCH_SIZE  # images between two looks at the bar
-SHOWN = 40  # images of a picture
+IMAGES_PER_CHUNK = 4 * EVAL_BATCH_SIZE  # images between two looks at the bar
+MAX_PLOTTED_IMAGES = 40  # images of a picture
 
 
-def predict(
+def predict_to_file(
     run: str,
     source: str,
     out: Path,
@@ -39,13 +39,13 @@ def predict(
     weights: str | None = None,
     arch: str | None = None,
     ensemble: Sequence[str] = (),
-    top: int = 0,
-    probabilities: bool = False,
-    names: bool = False,
+    top_k: int = 0,
+    with_probabilities: bool = False,
+    use_class_names: bool = False,
     header: str | None = None,
-    show: Path | None = None,
+    plot_path: Path | None = None,
     console: Console | None = None,
-    **changes: Any,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Labels the images of `source` (see `predict_inputs.read`) by `run` and writes them to `out`, a row for each, in order.
 
@@ -56,34 +56,34 @@ def predict(
     Errors: `UsageError`, `DataError`, `CheckpointError`, `DiskError`, `DeviceError`, `NonFiniteError`; then no file.
     """
     started = time.perf_counter()
-    writer = prediction_files.writer_for(out)
-    first_two = prediction_files.first_two(header, out)
-    if show is not None:
-        plotting.require_png(show)
-    members = _members([rebuild(name, weights, arch, **changes) for name in (run, *ensemble)])
+    writer = prediction_files.get_prediction_serializer(out)
+    first_two = prediction_files.parse_header(header, out)
+    if plot_path is not None:
+        plotting.require_png(plot_path)
+    members = _require_same_classes([load_model(name, weights, arch, **overrides) for name in (run, *ensemble)])
     first = members[0]
-    if not 0 <= top <= len(first.classes):
-        raise UsageError(f"--top {top} of {len(first.classes)} classes", f"choose 0 to {len(first.classes)}")
-    asked: dict[str, Any] = {"names": names, "top": top, "probabilities": probabilities}
-    columns = partial(prediction_files.columns, classes=first.classes, first_two=first_two, **asked)
+    if not 0 <= top_k <= len(first.classes):
+        raise UsageError(f"--top {top_k} of {len(first.classes)} classes", f"choose 0 to {len(first.classes)}")
+    asked: dict[str, Any] = {"names": use_class_names, "top": top_k, "probabilities": with_probabilities}
+    columns = partial(prediction_files.prediction_columns, classes=first.classes, header=first_two, **asked)
     columns([], np.empty((0, len(first.classes))))  # names that clash are refused before the network runs
-    found = predict_inputs.read(source, first.recipe.data, first.recipe.dataset)
+    found = predict_inputs.read_inputs(source, first.recipe.data, first.recipe.dataset)
     for member in members:
-        member.hurry(len(found.ids) * len(VIEWS[first.recipe.tta]))
+        member.compile_for(len(found.ids) * len(VIEWS[first.recipe.tta]))
     prepared = time.perf_counter()
-    likely = _likely([_logits(member, found, console) for member in members])
+    likely = _ensemble_probabilities([_predict_member_logits(member, found, console) for member in members])
     done = time.perf_counter()
-    if show is not None:
-        _picture(show, found, likely, first.classes)
-    prediction_files.write(out, writer(columns(found.ids, likely)))
+    if plot_path is not None:
+        _plot_predictions(plot_path, found, likely, first.classes)
+    prediction_files.write_predictions(out, writer(columns(found.ids, likely)))
     counts = np.bincount(likely.argmax(1), minlength=len(first.classes)).tolist()
     return {
         "out": str(out),
-        "show": str(show) if show else None,
+        "show": str(plot_path) if plot_path else None,
         "images": len(found.ids),
         "source": found.source,
         "layout": found.layout,
-        "members": [_described(member) for member in members],
+        "members": [_describe_member(member) for member in members],
         "tta": first.recipe.tta,
         "images_per_s": len(found.ids) / (done - prepared),
         "seconds": {"prepare": prepared - started, "predict": done - prepared},
@@ -92,16 +92,16 @@ def predict(
     }
 
 
-def _members(members: list[Finished]) -> list[Finished]:
+def _require_same_classes(members: list[LoadedRun]) -> list[LoadedRun]:
     """Errors: `CheckpointError` if they do not know the same classes."""
     for member in members:
         if member.classes != members[0].classes:
-            problem = f"{member.checkpoint} knows other classes than {members[0].checkpoint}"
+            problem = f"{member.checkpoint_path} knows other classes than {members[0].checkpoint_path}"
             raise CheckpointError(problem, "ask them apart")
     return members
 
 
-def _likely(logits: list[Tensor]) -> np.ndarray:
+def _ensemble_probabilities(logits: list[Tensor]) -> np.ndarray:
     """Class probabilities [n, classes] by the mean of the logits of each member. Errors: `NonFiniteError`."""
     mean = torch.stack(logits).double().mean(0)
     if not torch.isfinite(mean).all():
@@ -109,23 +109,23 @@ def _likely(logits: list[Tensor]) -> np.ndarray:
     return mean.softmax(1).numpy()
 
 
-def _logits(member: Finished, found: Inputs, console: Console | None) -> Tensor:
+def _predict_member_logits(member: LoadedRun, input_images: InputImages, console: Console | None) -> Tensor:
     """float32 logits [n, classes] of one member, on the host; a bar on a terminal."""
-    starts = range(0, len(found.ids), CHUNK)
+    starts = range(0, len(input_images.ids), IMAGES_PER_CHUNK)
     hidden = console is None or not console.is_terminal
     parts = []
     for start in track(starts, "predict", console=console, disable=hidden, transient=True):
-        images = found.images[start : start + CHUNK]
+        images = input_images.images[start : start + IMAGES_PER_CHUNK]
         positions = np.arange(start, start + len(images))
         part = predict_logits(member.model, member.forward, Split(images, positions), member.device, member.recipe.tta)
         parts.append(part)
     return torch.cat(parts)
 
 
-def _described(member: Finished) -> dict[str, Any]:
-    choice = member.choice
+def _describe_member(member: LoadedRun) -> dict[str, Any]:
+    choice = member.execution
     return {
-        "checkpoint": str(member.checkpoint),
+        "checkpoint": str(member.checkpoint_path),
         "weights": member.weights,
         "arch": member.recipe.arch,
         "device": choice.device,
@@ -135,16 +135,16 @@ def _described(member: Finished) -> dict[str, Any]:
     }
 
 
-def _picture(path: Path, found: Inputs, likely: np.ndarray, classes: list[str]) -> None:
+def _plot_predictions(path: Path, input_images: InputImages, probabilities: np.ndarray, classes: list[str]) -> None:
     """Images evenly spaced through the input with their labels and confidences; what is known to be wrong in red."""
-    count, labels = len(found.ids), likely.argmax(1)
-    places = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(np.int64))
-    truth = labels if found.labels is None else found.labels
+    count, labels = len(input_images.ids), probabilities.argmax(1)
+    places = np.unique(np.linspace(0, count - 1, min(count, MAX_PLOTTED_IMAGES)).round().astype(np.int64))
+    truth = labels if input_images.labels is None else input_images.labels
     wrong = [bool(labels[place] != truth[place]) for place in places]
     captions = [
-        f"{classes[labels[place]]} {100 * likely[place, labels[place]]:.0f} %"
+        f"{classes[labels[place]]} {100 * probabilities[place, labels[place]]:.0f} %"
         + (f"\nnot {classes[truth[place]]}" if mark else "")
         for place, mark in zip(places, wrong, strict=True)
     ]
-    images = np.stack([found.images[place] for place in places]).transpose(0, 2, 3, 1)
-    plotting.captioned_images(path, images, captions, wrong)
+    images = np.stack([input_images.images[place] for place in places]).transpose(0, 2, 3, 1)
+    plotting.plot_captioned_images(path, images, captions, wrong)

@@ -15,26 +15,26 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.device import optional
+from fastcifar.device import import_optional
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.training.checkpoint import write_atomically
 
-Columns = Mapping[str, Sequence[Any]]
+PredictionColumns = Mapping[str, Sequence[Any]]
 
-HEADER = ("ID", "Labels")  # of the submissions that Kaggle takes
-DIGITS = 6  # of a probability
-PYARROW = "pip install 'pyarrow>=17'"
+KAGGLE_HEADER = ("ID", "Labels")  # of the submissions that Kaggle takes
+PROBABILITY_DIGITS = 6  # of a probability
+PYARROW_REMEDY = "pip install 'pyarrow>=17'"
 
 
-def columns(
+def prediction_columns(
     ids: Sequence[int] | Sequence[str],
-    likely: np.ndarray,
+    probabilities: np.ndarray,
     classes: Sequence[str],
-    first_two: tuple[str, str] = HEADER,
+    header: tuple[str, str] = KAGGLE_HEADER,
     *,
-    names: bool = False,
-    top: int = 0,
-    probabilities: bool = False,
+    use_class_names: bool = False,
+    top_k: int = 0,
+    with_probabilities: bool = False,
 ) -> dict[str, Sequence[Any]]:
     """Ids and labels, and then what else was asked for, of images with the class probabilities `likely` [n, classes].
 
@@ -43,15 +43,15 @@ def columns(
     """
 
     def spelt(labels: np.ndarray) -> list[Any]:
-        return [classes[label] for label in labels] if names else labels.tolist()
+        return [classes[label] for label in labels] if use_class_names else labels.tolist()
 
-    best = np.argsort(-likely, axis=1, kind="stable")
-    rounded = likely.round(DIGITS)
-    found: list[tuple[str, Sequence[Any]]] = [(first_two[0], ids), (first_two[1], spelt(best[:, 0]))]
-    for rank in range(top):
+    best = np.argsort(-probabilities, axis=1, kind="stable")
+    rounded = probabilities.round(PROBABILITY_DIGITS)
+    found: list[tuple[str, Sequence[Any]]] = [(header[0], ids), (header[1], spelt(best[:, 0]))]
+    for rank in range(top_k):
         of_rank = np.take_along_axis(rounded, best[:, rank : rank + 1], 1)[:, 0].tolist()
         found += [(f"top_{rank + 1}", spelt(best[:, rank])), (f"top_{rank + 1}_probability", of_rank)]
-    if probabilities:
+    if with_probabilities:
         found += [(name, rounded[:, label].tolist()) for label, name in enumerate(classes)]
     name, count = Counter(name for name, _ in found).most_common(1)[0]
     if count > 1:
@@ -59,10 +59,10 @@ def columns(
     return dict(found)
 
 
-def first_two(header: str | None, out: Path) -> tuple[str, str]:
+def parse_header(header: str | None, out: Path) -> tuple[str, str]:
     """The names of the first two columns: of `header`, "id,label", or Kaggle's. Errors: `UsageError`."""
     if header is None:
-        return HEADER
+        return KAGGLE_HEADER
     found = next(csv.reader([header]), [])
     if len(found) != 2 or not all(found) or found[0] == found[1]:
         raise UsageError(f"--header {header!r} does not name two columns", "write it as id,label")
@@ -71,7 +71,7 @@ def first_two(header: str | None, out: Path) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def as_csv(columns: Columns) -> bytes:
+def predictions_to_csv(columns: PredictionColumns) -> bytes:
     """A header and a row for each image, as Kaggle reads it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -80,40 +80,46 @@ def as_csv(columns: Columns) -> bytes:
     return text.getvalue().encode()
 
 
-def as_jsonl(columns: Columns) -> bytes:
+def predictions_to_jsonl(columns: PredictionColumns) -> bytes:
     """One JSON object a line for each image."""
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def as_parquet(columns: Columns) -> bytes:
+def predictions_to_parquet(columns: PredictionColumns) -> bytes:
     """A Parquet file by pyarrow. Errors: `UsageError` without it."""
-    optional("pyarrow", PYARROW)
-    parquet, arrow = optional("pyarrow.parquet", PYARROW), optional("pyarrow", PYARROW)
+    import_optional("pyarrow", PYARROW_REMEDY)
+    parquet, arrow = import_optional("pyarrow.parquet", PYARROW_REMEDY), import_optional("pyarrow", PYARROW_REMEDY)
     buffer = io.BytesIO()
     parquet.write_table(arrow.table({name: list(values) for name, values in columns.items()}), buffer)
     return buffer.getvalue()
 
 
-WRITERS: dict[str, Callable[[Columns], bytes]] = {".csv": as_csv, ".jsonl": as_jsonl, ".parquet": as_parquet}
+PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], bytes]] = {
+    ".csv": predictions_to_csv,
+    ".jsonl": predictions_to_jsonl,
+    ".parquet": predictions_to_parquet,
+}
 
 
-def writer_for(out: Path) -> Callable[[Columns], bytes]:
+def get_prediction_serializer(out: Path) -> Callable[[PredictionColumns], bytes]:
     """The writer of `out`'s suffix, before there is anything to write.
 
     Errors: `UsageError` for another suffix and for a library that is missing, `DiskError` without the folder.
     """
-    writer = WRITERS.get(out.suffix.lower())
+    writer = PREDICTION_SERIALIZERS.get(out.suffix.lower())
     if writer is None:
-        raise UsageError(f"--out {out} has no suffix that says its format", f"end it in {', '.join(WRITERS)}")
-    if writer is as_parquet:
-        optional("pyarrow.parquet", PYARROW)
+        raise UsageError(
+            f"--out {out} has no suffix that says its format", f"end it in {', '.join(PREDICTION_SERIALIZERS)}"
+        )
+    if writer is predictions_to_parquet:
+        import_optional("pyarrow.parquet", PYARROW_REMEDY)
     if not out.parent.is_dir():
         raise DiskError(f"cannot write {out}: no folder {out.parent}", "give --out in a folder that is there")
     return writer
 
 
-def write(out: Path, content: bytes) -> None:
+def write_predictions(out: Path, content: bytes) -> None:
     """`content` as `out`, whole or not at all; what was there is replaced. Errors: `DiskError`."""
     try:
         write_atomically(out, content)
@@ -122,7 +128,7 @@ def write(out: Path, content: bytes) -> None:
         raise DiskError(problem, "free some space, or give --out in another folder") from None
 
 
-def read(path: Path) -> dict[str, str]:
+def read_predictions(path: Path) -> dict[str, str]:
     """id -> label, as text, of a submission: the first two columns of a CSV with a header, in its order.
 
     Errors: `DataError` for what is no such file, and for an id that is there twice.
@@ -146,26 +152,26 @@ def read(path: Path) -> dict[str, str]:
     return found
 
 
-def compare(one: Path, other: Path) -> dict[str, Any]:
+def compare_predictions(path_a: Path, path_b: Path) -> dict[str, Any]:
     """How two submissions of the same images differ: in how many labels, their share, and by pair of labels.
 
     Returns `a`, `b`, `total`, `differ`, `share` (a fraction of total) and `pairs`, the most frequent first, each with
     the label in `a`, that in `b` and the count. Rows are paired by id, whatever their order.
     Errors: `DataError`, also where the ids are not the same, or one holds class names and the other numbers.
     """
-    a, b = read(one), read(other)
+    a, b = read_predictions(path_a), read_predictions(path_b)
     if a.keys() != b.keys():
-        only = f"{len(a.keys() - b.keys()):,} ids only in {one}, {len(b.keys() - a.keys()):,} only in {other}"
+        only = f"{len(a.keys() - b.keys()):,} ids only in {path_a}, {len(b.keys() - a.keys()):,} only in {path_b}"
         raise DataError(f"these are not submissions of the same images: {only}", "compare two of the same input")
     kinds = [all(label.isdecimal() for label in labels.values()) for labels in (a, b)]
     if kinds[0] != kinds[1]:
-        raise DataError(f"one of {one} and {other} holds class names, the other numbers", "write both with --names")
+        raise DataError(f"one of {path_a} and {path_b} holds class names, the other numbers", "write both with --names")
     pairs = Counter((a[key], b[key]) for key in a if a[key] != b[key])
     differ = pairs.total()
     listed = [{"a": mine, "b": theirs, "count": count} for (mine, theirs), count in pairs.most_common()]
     return {
-        "a": str(one),
-        "b": str(other),
+        "a": str(path_a),
+        "b": str(path_b),
         "total": len(a),
         "differ": differ,
         "share": differ / len(a),

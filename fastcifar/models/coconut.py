@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.errors import UsageError, pick
+from fastcifar.errors import UsageError, lookup
 from fastcifar.models.resnet import (
     ACTIVATIONS,
     block_conv,
@@ -21,14 +21,14 @@ from fastcifar.models.resnet import (
     check_se_reduction,
     check_stages,
     dropout_layer,
-    projection,
-    scaled,
+    scale_channels,
+    shortcut_layer,
 )
 
 EXPANSION = 4  # channels after a bottleneck, over its width
-STAGES = (1, 2, 3, 4)
+STAGE_NUMBERS = (1, 2, 3, 4)
 # What --se asks for: the stages whose blocks have a squeeze-and-excitation.
-SE_STAGES: dict[str, tuple[int, ...]] = {"none": (), "block": STAGES}
+SE_STAGES: dict[str, tuple[int, ...]] = {"none": (), "block": STAGE_NUMBERS}
 
 
 class LinearSqueezeExcitation(nn.Module):
@@ -45,7 +45,7 @@ class LinearSqueezeExcitation(nn.Module):
         return x * gate[:, :, None, None]
 
 
-class Style(NamedTuple):
+class BottleneckConfig(NamedTuple):
     """What the blocks of one stage share; `se_reduction` 0 means no squeeze-and-excitation."""
 
     activation: Callable[[], nn.Module]
@@ -60,19 +60,19 @@ class Bottleneck(nn.Module):
     [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. If separable, `conv2` is the depthwise half.
     """
 
-    def __init__(self, in_channels: int, width: int, stride: int, style: Style) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, config: BottleneckConfig) -> None:
         super().__init__()
         channels = EXPANSION * width
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2, self.pointwise = block_conv(width, width, 3, stride, style.separable)
+        self.conv2, self.pointwise = block_conv(width, width, 3, stride, config.separable)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.shortcut = projection(in_channels, channels, stride)
-        self.se_block = LinearSqueezeExcitation(channels, style.se_reduction) if style.se_reduction else nn.Identity()
-        self.activation = style.activation()
-        self.dropout = dropout_layer(style.dropout)
+        self.shortcut = shortcut_layer(in_channels, channels, stride)
+        self.se_block = LinearSqueezeExcitation(channels, config.se_reduction) if config.se_reduction else nn.Identity()
+        self.activation = config.activation()
+        self.dropout = dropout_layer(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.activation(self.bn1(self.conv1(x)))
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
         return self.dropout(self.activation(self.se_block(out)))
 
 
-class Coconut(nn.Module):
+class BottleneckResNet(nn.Module):
     """Two stem convolutions, four stages of bottlenecks, mean over the pixels, linear; [n, 3, H, W] -> [n, classes].
 
     On 32x32 images the mean equals the source's average pool 4; other sizes work too.
@@ -91,23 +91,23 @@ class Coconut(nn.Module):
         self,
         num_classes: int,
         blocks: Sequence[int],
-        stem: int,
+        stem_channels: int,
         widths: Sequence[int],
         stem_activation: Callable[[], nn.Module],
-        styles: Sequence[Style],
+        stage_configs: Sequence[BottleneckConfig],
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.conv2 = nn.Conv2d(stem, stem, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(stem)
+        self.conv1 = nn.Conv2d(3, stem_channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_channels)
+        self.conv2 = nn.Conv2d(stem_channels, stem_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem_channels)
         self.activation = stem_activation()
         ends = [EXPANSION * width for width in widths]
-        self.layer1 = stage(stem, widths[0], blocks[0], 1, styles[0])
-        self.layer2 = stage(ends[0], widths[1], blocks[1], 2, styles[1])
-        self.layer3 = stage(ends[1], widths[2], blocks[2], 2, styles[2])
-        self.layer4 = stage(ends[2], widths[3], blocks[3], 2, styles[3])
-        self.dropout = dropout_layer(styles[3].dropout)
+        self.layer1 = bottleneck_stage(stem_channels, widths[0], blocks[0], 1, stage_configs[0])
+        self.layer2 = bottleneck_stage(ends[0], widths[1], blocks[1], 2, stage_configs[1])
+        self.layer3 = bottleneck_stage(ends[1], widths[2], blocks[2], 2, stage_configs[2])
+        self.layer4 = bottleneck_stage(ends[2], widths[3], blocks[3], 2, stage_configs[3])
+        self.dropout = dropout_layer(stage_configs[3].dropout)
         self.linear = nn.Linear(ends[3], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Coconut(nn.Module):
         return self.linear(self.dropout(x.mean((2, 3))))
 
 
-def coconut(
+def bottleneck_resnet(
     num_classes: int = 10,
     blocks: Sequence[int] = (2, 4, 6, 2),
     channels: Sequence[int] = (32, 64, 128, 256),
@@ -129,7 +129,7 @@ def coconut(
     width: float = 1.0,
     dropout: float = 0.0,
     activation: str | None = None,
-) -> Coconut:
+) -> BottleneckResNet:
     """Four stages of `blocks[i]` bottlenecks of inner width `channels[i]`, four times that outside; stem `channels[0]`.
 
     se_stages, leaky_stages, separable_stages: the stages (from 1) with an SE of C/se_reduction hidden features, with
@@ -139,27 +139,29 @@ def coconut(
     Raises UsageError for values that make no network. Source: ECE7123-DL-Project1.
     """
     check_stages(blocks, channels)
-    if len(blocks) != len(STAGES):
-        raise UsageError(f"a coconut network has {len(STAGES)} stages, not {len(blocks)}", "give --blocks 4 numbers")
+    if len(blocks) != len(STAGE_NUMBERS):
+        raise UsageError(
+            f"a coconut network has {len(STAGE_NUMBERS)} stages, not {len(blocks)}", "give --blocks 4 numbers"
+        )
     check_dropout(dropout)
     check_se_reduction(se_reduction)
     if se is not None:
-        se_stages = pick(SE_STAGES, se, "SE placement")
-    names = {number: activation or ("leaky_relu" if number in leaky_stages else "relu") for number in STAGES}
+        se_stages = lookup(SE_STAGES, se, "SE placement")
+    names = {number: activation or ("leaky_relu" if number in leaky_stages else "relu") for number in STAGE_NUMBERS}
     styles = [
-        Style(
-            activation=pick(ACTIVATIONS, names[number], "activation"),
+        BottleneckConfig(
+            activation=lookup(ACTIVATIONS, names[number], "activation"),
             dropout=dropout,
             separable=number in separable_stages,
             se_reduction=se_reduction if number in se_stages else 0,
         )
-        for number in STAGES
+        for number in STAGE_NUMBERS
     ]
-    widths = scaled(channels, width)
-    return Coconut(num_classes, blocks, widths[0], widths, ACTIVATIONS[activation or "relu"], styles)
+    widths = scale_channels(channels, width)
+    return BottleneckResNet(num_classes, blocks, widths[0], widths, ACTIVATIONS[activation or "relu"], styles)
 
 
-def stage(in_channels: int, width: int, depth: int, stride: int, style: Style) -> nn.Sequential:
+def bottleneck_stage(in_channels: int, width: int, depth: int, stride: int, config: BottleneckConfig) -> nn.Sequential:
     """`depth` bottlenecks; the first changes the shape."""
-    rest = (Bottleneck(EXPANSION * width, width, 1, style) for _ in range(depth - 1))
-    return nn.Sequential(Bottleneck(in_channels, width, stride, style), *rest)
+    rest = (Bottleneck(EXPANSION * width, width, 1, config) for _ in range(depth - 1))
+    return nn.Sequential(Bottleneck(in_channels, width, stride, config), *rest)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """The number of trainable parameters, the only ones that count anywhere here; tied ones count once.
 
     Frozen ones do not: filters that are computed from the images (`whitened`), BatchNorm's scales where they stay 1.
@@ -21,7 +21,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def macs(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> int:
+def count_macs(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> int:
     """Forward multiply-accumulates of one image of `shape` [C, H, W]: convolutions and linear layers, nothing else.
 
     Counted where the modules `nn.Conv2d` and `nn.Linear` are called; a bias is an addition and counts nothing.
@@ -30,9 +30,9 @@ def macs(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> int:
 
     def count(_name: str, module: nn.Module, output: Any) -> None:
         nonlocal total
-        total += macs_of_call(module, output)
+        total += layer_macs(module, output)
 
-    observe(model, shape, count)
+    run_on_meta_device(model, shape, count)
     return total
 
 
@@ -43,7 +43,7 @@ def layer_table(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> 
     parameters of their own; identities are left out. Parameters count at their first row, and those of modules that are
     never called come last, with no output: `params` and `macs` add up to `parameters(model)` and `macs(model)`.
     """
-    model = uncompiled(model)
+    model = unwrap_compiled(model)
     rows: list[dict[str, Any]] = []
     counted: set[int] = set()
 
@@ -54,32 +54,34 @@ def layer_table(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> 
                 "kind": type(module).__name__,
                 "output": list(output.shape[1:]) if isinstance(output, Tensor) else [],
                 "params": sum(p.numel() for p in own[name] if id(p) not in counted),
-                "macs": macs_of_call(module, output),
+                "macs": layer_macs(module, output),
             }
         )
         counted.update(id(p) for p in own[name])
 
     own = {name: [p for p in m.parameters(recurse=False) if p.requires_grad] for name, m in model.named_modules()}
-    observe(model, shape, add)
+    run_on_meta_device(model, shape, add)
     for name, module in model.named_modules():
         if any(id(p) not in counted for p in own[name]):
             add(name, module, None)
     return rows
 
 
-def observe(model: nn.Module, shape: tuple[int, int, int], see: Callable[[str, nn.Module, Any], None]) -> None:
+def run_on_meta_device(
+    model: nn.Module, shape: tuple[int, int, int], layer_hook: Callable[[str, nn.Module, Any], None]
+) -> None:
     """Runs one image of `shape` through `model` in eval mode on the meta device; `see(name, layer, output)` at each.
 
     The weights are replaced by float32 shapes for the call only, so their device and dtype do not matter.
     """
-    model = uncompiled(model)
+    model = unwrap_compiled(model)
     modes = {module: module.training for module in model.modules()}
     shapes = {
         name: torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
         for name, t in [*model.named_parameters(), *model.named_buffers()]
     }
     handles = [
-        module.register_forward_hook(lambda module, _inputs, output, name=name: see(name, module, output))
+        module.register_forward_hook(lambda module, _inputs, output, name=name: layer_hook(name, module, output))
         for name, module in model.named_modules()
         if is_layer(module)
     ]
@@ -101,7 +103,7 @@ def is_layer(module: nn.Module) -> bool:
     return not isinstance(module, nn.Identity) and not any(True for _ in module.children())
 
 
-def macs_of_call(module: nn.Module, output: Any) -> int:
+def layer_macs(module: nn.Module, output: Any) -> int:
     """Multiply-accumulates of one call of `module` that gave `output`; 0 unless a convolution or a linear layer."""
     if not isinstance(output, Tensor):
         return 0
@@ -113,6 +115,6 @@ def macs_of_call(module: nn.Module, output: Any) -> int:
     return 0
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
+def unwrap_compiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`'s wrapper: hooks on a compiled forward pass would not be seen."""
     return getattr(model, "_orig_mod", model)

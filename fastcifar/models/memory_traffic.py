@@ -14,19 +14,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcifar.models.count import observe
+from fastcifar.models.count import run_on_meta_device
 
-CONVOLUTION = "aten.convolution.default"
-NORM = "aten.native_batch_norm.default"
-ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
+CONV_OP = "aten.convolution.default"
+BATCH_NORM_OP = "aten.native_batch_norm.default"
+ADD_OPS = ("aten.add.Tensor", "aten.add_.Tensor")
 
 
-class Conv(NamedTuple):
+class ConvCall(NamedTuple):
     """A convolution as it is called on one image: `input` [C, H, W], `weight` [out, C / groups, h, w], `output`."""
 
-    input: tuple[int, ...]
-    weight: tuple[int, ...]
-    output: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     groups: int
@@ -34,27 +34,27 @@ class Conv(NamedTuple):
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the forward pass of one image."""
-        return math.prod(self.output) * math.prod(self.weight[1:])
+        return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
 
     def __str__(self) -> str:
         grouped = f", {self.groups} groups" if self.groups > 1 else ""
-        shapes = " -> ".join("x".join(map(str, shape)) for shape in (self.input, self.output))
-        return f"{shapes}, {self.weight[2]}x{self.weight[3]}{grouped}"
+        shapes = " -> ".join("x".join(map(str, shape)) for shape in (self.input_shape, self.output_shape))
+        return f"{shapes}, {self.weight_shape[2]}x{self.weight_shape[3]}{grouped}"
 
 
-def convolutions(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> Counter[Conv]:
+def count_conv_calls(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> Counter[ConvCall]:
     """The convolutions of one image of `shape` [C, H, W] in forward order, each with how often it is called."""
-    found: Counter[Conv] = Counter()
-    for name, arguments, output in operations(model, shape):
-        if name == CONVOLUTION:
+    found: Counter[ConvCall] = Counter()
+    for name, arguments, output in record_operations(model, shape):
+        if name == CONV_OP:
             images, weight, _bias, stride, padding, _dilation, _transposed, _out_padding, groups = arguments
             sizes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
-            found[Conv(*sizes, tuple(stride), tuple(padding), groups)] += 1
+            found[ConvCall(*sizes, tuple(stride), tuple(padding), groups)] += 1
     return found
 
 
-def bytes_per_image(
-    model: nn.Module, training: bool, element: int = 2, shape: tuple[int, int, int] = (3, 32, 32)
+def feature_map_bytes_per_image(
+    model: nn.Module, training: bool, element_size: int = 2, shape: tuple[int, int, int] = (3, 32, 32)
 ) -> int:
     """Bytes that the feature maps of one image move through memory, of `element` bytes each.
 
@@ -69,32 +69,32 @@ def bytes_per_image(
     """
     conv, norm, addition = (3, 8, 3) if training else (1, 2, 1)
     elements = 0
-    for name, arguments, output in operations(model, shape):
-        if name == CONVOLUTION:
+    for name, arguments, output in record_operations(model, shape):
+        if name == CONV_OP:
             elements += conv * (arguments[0].numel() + output.numel())
-        elif name == NORM:
+        elif name == BATCH_NORM_OP:
             elements += norm * output[0].numel()
-        elif name in ADDITIONS and output.dim() == 4:
+        elif name in ADD_OPS and output.dim() == 4:
             elements += addition * output.numel()
-    return element * elements
+    return element_size * elements
 
 
-def operations(model: nn.Module, shape: tuple[int, int, int]) -> list[tuple[str, tuple[Any, ...], Any]]:
+def record_operations(model: nn.Module, shape: tuple[int, int, int]) -> list[tuple[str, tuple[Any, ...], Any]]:
     """Name, positional arguments and result of every operation on one image of `shape`, as meta tensors."""
-    recorder = _Recorder()
+    recorder = _OperationRecorder()
     with recorder:
-        observe(model, shape, lambda *_: None)
-    return recorder.seen
+        run_on_meta_device(model, shape, lambda *_: None)
+    return recorder.operations
 
 
-class _Recorder(TorchDispatchMode):
+class _OperationRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, tuple[Any, ...], Any]] = []
+        self.operations: list[tuple[str, tuple[Any, ...], Any]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result: torch.Tensor = func(*args, **(kwargs or {}))
-        self.seen.append((str(func), args, result))
+        self.operations.append((str(func), args, result))
         return result

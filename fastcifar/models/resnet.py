@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.errors import UsageError, pick
+from fastcifar.errors import UsageError, lookup
 from fastcifar.models.fused_ops import norm_relu
 
 # In place where autograd needs only the output: one activation map less to keep for each.
@@ -27,11 +27,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "mish": nn.Mish,
 }
 # Where the squeeze-and-excitation sits: (after the stem, in every block).
-SE = {"none": (False, False), "stem": (True, False), "block": (False, True)}
+SE_PLACEMENTS = {"none": (False, False), "stem": (True, False), "block": (False, True)}
 # Are the convolutions of the blocks depthwise then pointwise?
-CONVS = {"full": False, "separable": True}
+CONV_TYPES = {"full": False, "separable": True}
 # Which dropout layers exist: (after every block, before the linear layer).
-DROPOUT_AT = {"all": (True, True), "head": (False, True)}
+DROPOUT_PLACEMENTS = {"all": (True, True), "head": (False, True)}
 
 
 class SqueezeExcitation(nn.Module):
@@ -52,16 +52,16 @@ class SqueezeExcitation(nn.Module):
         return x * gate
 
 
-def gate_of(seblock: nn.Module) -> tuple[Tensor, ...]:
+def se_parameters(seblock: nn.Module) -> tuple[Tensor, ...]:
     """Weight and bias of the two layers of a squeeze-and-excitation, as `norm_relu` takes them; none of an identity."""
     return tuple(seblock.parameters())
 
 
 # A map for two uses, each with its own: see `norm_relu`.
-Twice = tuple[Tensor, Tensor]
+TensorPair = tuple[Tensor, Tensor]
 
 
-class Style(NamedTuple):
+class BasicBlockConfig(NamedTuple):
     """What all blocks of one network share; `se_reduction` 0 means no squeeze-and-excitation in the blocks."""
 
     activation: Callable[[], nn.Module]
@@ -78,24 +78,26 @@ class BasicBlock(nn.Module):
     A separable convolution keeps the name of the full one for its depthwise half; `pointwise1` and `pointwise2` follow.
     """
 
-    fused = False  # see `fuse`
+    uses_fused_ops = False  # see `fuse`
 
-    def __init__(self, in_channels: int, channels: int, stride: int, style: Style) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, config: BasicBlockConfig) -> None:
         super().__init__()
-        self.conv1, self.pointwise1 = block_conv(in_channels, channels, style.kernel, stride, style.separable)
+        self.conv1, self.pointwise1 = block_conv(in_channels, channels, config.kernel, stride, config.separable)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2, self.pointwise2 = block_conv(channels, channels, style.kernel, 1, style.separable)
+        self.conv2, self.pointwise2 = block_conv(channels, channels, config.kernel, 1, config.separable)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.seblock = SqueezeExcitation(channels, style.se_reduction) if style.se_reduction else nn.Identity()
-        self.shortcut = projection(in_channels, channels, stride, style.shortcut_kernel)
-        self.activation = style.activation()
-        self.dropout = dropout_layer(style.dropout)
+        self.seblock = SqueezeExcitation(channels, config.se_reduction) if config.se_reduction else nn.Identity()
+        self.shortcut = shortcut_layer(in_channels, channels, stride, config.shortcut_kernel)
+        self.activation = config.activation()
+        self.dropout = dropout_layer(config.dropout)
 
-    def forward(self, x: Tensor | Twice) -> Tensor | Twice:
+    def forward(self, x: Tensor | TensorPair) -> Tensor | TensorPair:
         x, again = x if isinstance(x, tuple) else (x, x)
-        if self.fused and self.training:
+        if self.uses_fused_ops and self.training:
             out, _ = norm_relu(self.pointwise1(self.conv1(x)), self.bn1)
-            return norm_relu(self.pointwise2(self.conv2(out)), self.bn2, gate_of(self.seblock), self.shortcut(again))
+            return norm_relu(
+                self.pointwise2(self.conv2(out)), self.bn2, se_parameters(self.seblock), self.shortcut(again)
+            )
         out = self.activation(self.bn1(self.pointwise1(self.conv1(x))))
         out = self.seblock(self.bn2(self.pointwise2(self.conv2(out))))
         out = self.activation(out + self.shortcut(again))
@@ -108,40 +110,40 @@ class SEResNet(nn.Module):
     On 32x32 images the mean equals the sources' average pool (8 after three stages, 4 after four); other sizes work.
     """
 
-    fused = False  # see `fuse`
+    uses_fused_ops = False  # see `fuse`
 
     def __init__(
         self,
         num_classes: int,
         blocks: Sequence[int],
         channels: Sequence[int],
-        style: Style,
-        stem_se: int,
+        config: BasicBlockConfig,
+        stem_se_reduction: int,
         dropout: float,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
-        self.activation = style.activation()
-        self.seblock = SqueezeExcitation(channels[0], stem_se) if stem_se else nn.Identity()
+        self.activation = config.activation()
+        self.seblock = SqueezeExcitation(channels[0], stem_se_reduction) if stem_se_reduction else nn.Identity()
         stages, in_channels = [], channels[0]
         for index, (depth, width) in enumerate(zip(blocks, channels, strict=True)):
-            first = BasicBlock(in_channels, width, 1 if index == 0 else 2, style)
-            stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1, style) for _ in range(depth - 1))))
+            first = BasicBlock(in_channels, width, 1 if index == 0 else 2, config)
+            stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1, config) for _ in range(depth - 1))))
             in_channels = width
         self.residual_layers = nn.Sequential(*stages)
         self.dropout = dropout_layer(dropout)
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.residual_layers(self.stem(images))
+        x = self.residual_layers(self.forward_stem(images))
         x = x[0] if isinstance(x, tuple) else x
         return self.linear(self.dropout(x.mean((2, 3))))
 
-    def stem(self, images: Tensor) -> Tensor | Twice:
+    def forward_stem(self, images: Tensor) -> Tensor | TensorPair:
         """Images to the map of the first block."""
         x = self.conv1(images)
-        if self.fused and self.training:
+        if self.uses_fused_ops and self.training:
             return norm_relu(x, self.bn1)
         return self.seblock(self.activation(self.bn1(x)))
 
@@ -172,29 +174,29 @@ def se_resnet(
     check_stages(blocks, channels)
     check_dropout(dropout)
     check_se_reduction(se_reduction)
-    check_kernel("--kernel", kernel)
-    check_kernel("--shortcut-kernel", shortcut_kernel)
-    in_stem, in_blocks = pick(SE, se, "SE placement")
-    after_blocks, before_linear = pick(DROPOUT_AT, dropout_at, "dropout placement")
-    style = Style(
-        activation=pick(ACTIVATIONS, activation, "activation"),
+    check_kernel_size("--kernel", kernel)
+    check_kernel_size("--shortcut-kernel", shortcut_kernel)
+    in_stem, in_blocks = lookup(SE_PLACEMENTS, se, "SE placement")
+    after_blocks, before_linear = lookup(DROPOUT_PLACEMENTS, dropout_at, "dropout placement")
+    style = BasicBlockConfig(
+        activation=lookup(ACTIVATIONS, activation, "activation"),
         dropout=dropout if after_blocks else 0.0,
         kernel=kernel,
         shortcut_kernel=shortcut_kernel,
-        separable=pick(CONVS, conv, "convolution"),
+        separable=lookup(CONV_TYPES, conv, "convolution"),
         se_reduction=se_reduction if in_blocks else 0,
     )
     return SEResNet(
         num_classes,
         blocks,
-        scaled(channels, width),
+        scale_channels(channels, width),
         style,
-        stem_se=se_reduction if in_stem else 0,
+        stem_se_reduction=se_reduction if in_stem else 0,
         dropout=dropout if before_linear else 0.0,
     )
 
 
-def fuse(model: nn.Module) -> None:
+def enable_fused_ops(model: nn.Module) -> None:
     """Has `model` train through `norm_relu`: in every block, and after the stem unless an SE follows its ReLU.
 
     Keys, weights and evaluation stay as they are. Raises UsageError for what is no SE-ResNet of ReLUs without dropout
@@ -205,8 +207,8 @@ def fuse(model: nn.Module) -> None:
     if not (isinstance(model, SEResNet) and fits):
         raise UsageError("--fused-ops is for SE-ResNets of ReLUs without dropout in their blocks", "leave it out")
     for block in blocks:
-        block.fused = True
-    model.fused = isinstance(model.seblock, nn.Identity)
+        block.uses_fused_ops = True
+    model.uses_fused_ops = isinstance(model.seblock, nn.Identity)
 
 
 def block_conv(
@@ -220,7 +222,7 @@ def block_conv(
     return depthwise, nn.Conv2d(in_channels, channels, 1, bias=False)
 
 
-def projection(in_channels: int, channels: int, stride: int, kernel: int = 1) -> nn.Module:
+def shortcut_layer(in_channels: int, channels: int, stride: int, kernel: int = 1) -> nn.Module:
     """The shortcut: the identity, or conv + BN where the shape changes."""
     if stride == 1 and in_channels == channels:
         return nn.Identity()
@@ -233,7 +235,7 @@ def dropout_layer(probability: float) -> nn.Module:
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
-def scaled(channels: Sequence[int], width: float) -> tuple[int, ...]:
+def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
     """`channels` times `width`, each rounded to the nearest multiple of 8 (halves up), at least 8; at 1 just as given.
 
     Raises UsageError unless `width` is finite and positive.
@@ -272,7 +274,7 @@ def check_se_reduction(reduction: int) -> None:
         raise UsageError(f"--se-reduction {reduction} divides no channels", "give 1 or more")
 
 
-def check_kernel(option: str, size: int) -> None:
+def check_kernel_size(option: str, size: int) -> None:
     """Raises UsageError unless the kernel `size` of the command-line `option` is odd and positive."""
     if size < 1 or size % 2 == 0:
         raise UsageError(f"{option} {size} has no centre pixel", "give an odd number, such as 3")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastcifar.errors import pick
-from fastcifar.models.resnet import ACTIVATIONS, check_dropout, check_stages, dropout_layer, scaled
+from fastcifar.errors import lookup
+from fastcifar.models.resnet import ACTIVATIONS, check_dropout, check_stages, dropout_layer, scale_channels
 
 
 class ConvBlock(nn.Module):
@@ -29,7 +29,7 @@ class ConvBlock(nn.Module):
         return self.activation(self.bn(self.pool(self.conv(x))))
 
 
-def largest(x: Tensor) -> Tensor:
+def global_max_pool(x: Tensor) -> Tensor:
     """The maximum over the pixels, [n, C, H, W] -> [n, C].
 
     By its index: `amax` goes back to whatever equals the maximum, and a compiled backward pass, which computes a bf16
@@ -38,21 +38,21 @@ def largest(x: Tensor) -> Tensor:
     return x.flatten(2).max(2).values
 
 
-class SpeedNet(nn.Module):
+class SmallConvNet(nn.Module):
     """Stem, stages that each pool once, maximum over the pixels, linear; images [n, 3, H, W] -> [n, num_classes]."""
 
     def __init__(
         self,
         num_classes: int,
-        stem: int,
+        stem_channels: int,
         blocks: Sequence[int],
         channels: Sequence[int],
         activation: Callable[[], nn.Module],
         dropout: float,
     ) -> None:
         super().__init__()
-        self.stem = ConvBlock(3, stem, activation, pool=False)
-        stages, in_channels = [], stem
+        self.stem = ConvBlock(3, stem_channels, activation, pool=False)
+        stages, in_channels = [], stem_channels
         for depth, width in zip(blocks, channels, strict=True):
             first = ConvBlock(in_channels, width, activation, pool=True)
             stages.append(nn.Sequential(first, *(ConvBlock(width, width, activation, False) for _ in range(depth - 1))))
@@ -63,18 +63,18 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(self.stem(images))
-        return self.linear(self.dropout(largest(x)))
+        return self.linear(self.dropout(global_max_pool(x)))
 
 
-def speednet(
+def small_convnet(
     num_classes: int = 10,
     blocks: Sequence[int] = (1, 2, 2),
     channels: Sequence[int] = (32, 128, 256),
-    stem: int = 16,
+    stem_channels: int = 16,
     width: float = 1.0,
     dropout: float = 0.0,
     activation: str = "relu",
-) -> SpeedNet:
+) -> SmallConvNet:
     """`blocks[i]` convolutions of `channels[i]` channels in stage i, the first of which halves the map.
 
     stem: channels of the full-resolution convolution. width: multiplier of all channels, see `resnet.scaled`. dropout:
@@ -82,5 +82,7 @@ def speednet(
     """
     check_stages(blocks, channels)
     check_dropout(dropout)
-    stem, *channels = scaled((stem, *channels), width)
-    return SpeedNet(num_classes, stem, blocks, channels, pick(ACTIVATIONS, activation, "activation"), dropout)
+    stem_channels, *channels = scale_channels((stem_channels, *channels), width)
+    return SmallConvNet(
+        num_classes, stem_channels, blocks, channels, lookup(ACTIVATIONS, activation, "activation"), dropout
+    )

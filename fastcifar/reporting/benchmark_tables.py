@@ -12,19 +12,19 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from fastcifar.plotting import Panel, short
+from fastcifar.plotting import BarPanel, format_short_number
 
-Row = dict[str, Any]
+BenchmarkRow = dict[str, Any]
 
 # What names a row beside `what`, in the order of reading: the settings that its figure depends on.
-SETTINGS = ("arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction")
+SETTING_NAMES = ("arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction")
 
 
-def spelt(row: Row) -> dict[str, str]:
+def format_settings(row: BenchmarkRow) -> dict[str, str]:
     """A row's settings in words, by name; compile and graph are one, the mode."""
     mode = "captured" if row.get("cuda_graph") else "compiled" if row.get("compiled") else "eager"
     known = row | ({"mode": mode} if "compiled" in row else {})
-    words = {name: str(known[name]) for name in SETTINGS if name in known}
+    words = {name: str(known[name]) for name in SETTING_NAMES if name in known}
     if "batch_size" in words:
         words["batch_size"] = f"batch {words['batch_size']}"
     if "direction" in words:
@@ -32,82 +32,84 @@ def spelt(row: Row) -> dict[str, str]:
     return words
 
 
-def labels(rows: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
+def label_rows(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, str]]:
     """For each row the settings that tell it from others of its kind, and the settings that all share, by name."""
-    words = [spelt(row) for row in rows]
-    values = {name: {word[name] for word in words if name in word} for name in SETTINGS}
+    words = [format_settings(row) for row in rows]
+    values = {name: {word[name] for word in words if name in word} for name in SETTING_NAMES}
     found = []
     for row, word in zip(rows, words, strict=True):
         same_kind = [other for other, its in zip(words, rows, strict=True) if its["what"] == row["what"]]
         found.append(", ".join(word[name] for name in word if len({other.get(name) for other in same_kind}) > 1))
-    return found, {name: next(iter(values[name])) for name in SETTINGS if len(values[name]) == 1}
+    return found, {name: next(iter(values[name])) for name in SETTING_NAMES if len(values[name]) == 1}
 
 
-def bench_table(found: dict[str, Any]) -> Group:
+def bench_table(document: dict[str, Any]) -> Group:
     """A line for each row of a document: images/s with the range of the trials, and what the device made of it."""
-    rows = found["results"]
-    own, shared = labels(rows)
+    rows = document["results"]
+    own, shared = label_rows(rows)
     table = Table("what", box=None, title_justify="left")
     for heading in ("images/s", "lowest", "highest", "CPU us/image", "ms", "TFLOP/s", "of peak", "GB/s", "of copy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row, label in zip(rows, own, strict=True):
         table.add_row(
             " ".join(filter(None, (row["what"], label))),
-            *map(short, (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
+            *map(format_short_number, (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
             f"{row['cpu_us_per_image']:,.1f}",
-            *_cells(row),
+            *_format_device_cells(row),
         )
-    return Group(*about(found, shared), table)
+    return Group(*describe_setup(document, shared), table)
 
 
-def about(found: dict[str, Any], shared: dict[str, str]) -> list[str]:
+def describe_setup(document: dict[str, Any], shared: dict[str, str]) -> list[str]:
     """What holds for all rows: the device and its limits, shared settings, trials, seconds before them."""
-    rows = found["results"]
+    rows = document["results"]
     spent = {name: {row[name] for row in rows if name in row} for name in ("setup_s", "compile_s")}
     seconds = (f"{name} {max(values):.1f}" for name, values in spent.items() if values)
     peaks = (
-        f"{precision}: matrix product {short(most['matmul_tflop_per_s'])} TFLOP/s, "
-        f"copy {short(most['copy_gb_per_s'])} GB/s"
-        for precision, most in found.get("limits", {}).items()
+        f"{precision}: matrix product {format_short_number(most['matmul_tflop_per_s'])} TFLOP/s, "
+        f"copy {format_short_number(most['copy_gb_per_s'])} GB/s"
+        for precision, most in document.get("limits", {}).items()
     )
-    settings = ", ".join((found["device"], *shared.values()))
+    settings = ", ".join((document["device"], *shared.values()))
     return [settings, *peaks, f"median of {len(rows[0]['trials'])} trials; longest {', '.join(seconds)}", ""]
 
 
-def bench_panels(found: dict[str, Any]) -> tuple[str, list[Panel]]:
+def bench_panels(document: dict[str, Any]) -> tuple[str, list[BarPanel]]:
     """A title and a panel for each `what`, a bar for each row: images/s, or TFLOP/s of convolutions."""
-    rows = found["results"]
-    own, shared = labels(rows)
+    rows = document["results"]
+    own, shared = label_rows(rows)
     panels = []
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [(row, label) for row, label in zip(rows, own, strict=True) if row["what"] == what]
         scale = [row["flop_per_image"] / 1e12 if what == "conv" else 1.0 for row, _ in mine]
-        notes = [", ".join(_notes(row)) for row, _ in mine]
+        notes = [", ".join(_bar_notes(row)) for row, _ in mine]
         panels.append(
-            Panel(
+            BarPanel(
                 title=f"{what}: {'TFLOP/s' if what == 'conv' else 'images/s'}",
-                groups=[row["direction"] if what == "conv" else spelt(row).get("mode", "") for row, _ in mine],
+                groups=[
+                    row["direction"] if what == "conv" else format_settings(row).get("mode", "") for row, _ in mine
+                ],
                 labels=[label or row.get("arch", row.get("loader", "")) for row, label in mine],
                 medians=[row["images_per_s"] * unit for (row, _), unit in zip(mine, scale, strict=True)],
                 trials=[[speed * unit for speed in row["trials"]] for (row, _), unit in zip(mine, scale, strict=True)],
                 notes=notes,
             )
         )
-    return "\n".join(line for line in about(found, shared) if line), panels
+    return "\n".join(line for line in describe_setup(document, shared) if line), panels
 
 
-def _notes(row: Row) -> list[str]:
+def _bar_notes(row: BenchmarkRow) -> list[str]:
     shown = {"latency_ms": "{:.2f} ms", "mfu": "{:.0%} of peak"}
     return [text.format(row[name]) for name, text in shown.items() if name in row]
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _format_device_cells(row: BenchmarkRow) -> Iterator[str]:
     for name in ("latency_ms", "tflop_per_s", "mfu", "gb_per_s", "mbu"):
-        form = "{:.0%}".format if name in ("mfu", "mbu") else short
+        form = "{:.0%}".format if name in ("mfu", "mbu") else format_short_number
         yield form(row[name]) if name in row else "-"
 
 
-def read_benchmark(text: str) -> dict[str, Any] | None:
+def parse_benchmark(text: str) -> dict[str, Any] | None:
     """The document in what `bench --json` printed, or None if there is none: the whole text, or its last line."""
     for part in (text, (text.strip().splitlines() or [""])[-1]):
         try:
@@ -115,12 +117,12 @@ def read_benchmark(text: str) -> dict[str, Any] | None:
         except ValueError:
             continue
         rows = found.get("results") if isinstance(found, dict) else None
-        if isinstance(rows, list) and rows and all(map(_is_measured, rows)):
+        if isinstance(rows, list) and rows and all(map(_is_benchmark_row, rows)):
             return found
     return None
 
 
-def _is_measured(row: Any) -> bool:
+def _is_benchmark_row(row: Any) -> bool:
     return isinstance(row, dict) and {"what", "images_per_s", "trials"} <= row.keys()
 
 
@@ -130,7 +132,7 @@ def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     A row has its settings, the medians `a` and `b`, their `ratio` b / a, and whether the trials' ranges `overlap`:
     if they do, the trials do not tell the two apart.
     """
-    of_a, of_b = ({key(row): row for row in found["results"]} for found in (a, b))
+    of_a, of_b = ({benchmark_row_key(row): row for row in found["results"]} for found in (a, b))
     rows = []
     for name in of_a.keys() & of_b.keys():
         mine, other = of_a[name], of_b[name]
@@ -149,7 +151,7 @@ def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     order = list(of_a)
     about_a, about_b = ({"device": found.get("device"), **found.get("versions", {})} for found in (a, b))
     return {
-        "rows": sorted(rows, key=lambda row: order.index(key(row))),
+        "rows": sorted(rows, key=lambda row: order.index(benchmark_row_key(row))),
         "only_a": [dict(name) for name in of_a if name not in of_b],
         "only_b": [dict(name) for name in of_b if name not in of_a],
         "differ": {
@@ -160,55 +162,61 @@ def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def key(row: Row) -> tuple[tuple[str, Any], ...]:
+def benchmark_row_key(row: BenchmarkRow) -> tuple[tuple[str, Any], ...]:
     """What a row measured: two rows of one key can be compared. A data set's folder is no part of that."""
-    names = ("what", *(name for name in (*SETTINGS, "compiled", "cuda_graph") if name in row and name != "data"))
+    names = ("what", *(name for name in (*SETTING_NAMES, "compiled", "cuda_graph") if name in row and name != "data"))
     return tuple((name, row[name]) for name in names)
 
 
-def compared_table(found: dict[str, Any]) -> Group:
+def benchmark_comparison_table(comparison: dict[str, Any]) -> Group:
     """What `compare_benchmarks` found; above it what differs beside the figures, below it what has no partner."""
-    named = [{"what": row["what"], **spelt(row)} for row in found["rows"]]
+    named = [{"what": row["what"], **format_settings(row)} for row in comparison["rows"]]
     table = Table("what", box=None, title_justify="left")
     for heading in ("A", "B", "B / A", "the trials"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, words in zip(found["rows"], named, strict=True):
+    for row, words in zip(comparison["rows"], named, strict=True):
         told = "overlap" if row["overlap"] else "B is faster" if row["ratio"] > 1 else "B is slower"
-        table.add_row(", ".join(words.values()), short(row["a"]), short(row["b"]), f"{row['ratio']:.3f}", told)
-    differ = [f"{name}: {a} in A, {b} in B" for name, (a, b) in found["differ"].items()]
+        table.add_row(
+            ", ".join(words.values()),
+            format_short_number(row["a"]),
+            format_short_number(row["b"]),
+            f"{row['ratio']:.3f}",
+            told,
+        )
+    differ = [f"{name}: {a} in A, {b} in B" for name, (a, b) in comparison["differ"].items()]
     alone = [
-        f"only in {side}: {', '.join([row['what'], *spelt(row).values()])}"
-        for side, rows in (("A", found["only_a"]), ("B", found["only_b"]))
+        f"only in {side}: {', '.join([row['what'], *format_settings(row).values()])}"
+        for side, rows in (("A", comparison["only_a"]), ("B", comparison["only_b"]))
         for row in rows
     ]
     return Group(*differ, "images/s, medians", table, *alone)
 
 
-def speedrun_table(found: dict[str, Any]) -> Group:
+def speedrun_table(summary: dict[str, Any]) -> Group:
     """A line for each figure of a speedrun's summary: mean, deviation, error of the mean, share over the target."""
     table = Table("", box=None, title_justify="left")
-    for heading in ("mean", "std", "std. error", f"over {100 * found['target']:g} %", "each seed"):
+    for heading in ("mean", "std", "std. error", f"over {100 * summary['target']:g} %", "each seed"):
         table.add_column(heading, justify="right")
     units = {
         "acc": ("accuracy, %", 100),
-        "acc_tta": (f"with {found['tta']}, %", 100),
+        "acc_tta": (f"with {summary['tta']}, %", 100),
         "seconds": ("seconds", 1),
         "train_s": ("  training", 1),
         "prepare_s": ("  preparing", 1),
         "build_s": ("building, free", 1),
     }
     for name, (heading, unit) in units.items():
-        if figure := found[name]:
+        if figure := summary[name]:
             values = [figure["mean"], figure["std"], figure["stderr"]]
             cells = ["-" if value is None else f"{unit * value:.2f}" for value in values]
             share = f"{100 * figure['share']:.0f} %" if "share" in figure else ""
             table.add_row(heading, *cells, share, ", ".join(f"{unit * value:.2f}" for value in figure["trials"]))
     cold = "".join(
-        f", {value:.1f} s from the start of a process to the end of its first run" for value in found["cold_start_s"]
+        f", {value:.1f} s from the start of a process to the end of its first run" for value in summary["cold_start_s"]
     )
     lines = [
-        f"{found['recipe']} on the {'test set' if found['on'] == 'test' else 'validation split'}: {found['n']} runs of "
-        f"{found['epochs']} epochs, {found['flops'] / 1e15:.3f} PFLOP each{cold}",
-        *([f"{found['refused']} of them do not count; see trials.jsonl"] if found["refused"] else []),
+        f"{summary['recipe']} on the {'test set' if summary['on'] == 'test' else 'validation split'}: {summary['n']} runs of "
+        f"{summary['epochs']} epochs, {summary['flops'] / 1e15:.3f} PFLOP each{cold}",
+        *([f"{summary['refused']} of them do not count; see trials.jsonl"] if summary["refused"] else []),
     ]
-    return Group(*lines, table, f"result: {found['folder']}")
+    return Group(*lines, table, f"result: {summary['folder']}")

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.console import Group
 
-from fastcifar.cli.tables import comparison_table
+from fastcifar.cli.tables import prediction_comparison_table
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation import prediction_files
-from fastcifar.reporting.benchmark_tables import compare_benchmarks, compared_table, read_benchmark
-from fastcifar.reporting.compare_runs import compare_runs, differences_table, read_run
+from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
+from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Comparer:
 
     read: Callable[[Path], Any]
     compare: Callable[[Any, Any], dict[str, Any]]
-    table: Callable[[dict[str, Any]], Group]
+    build_table: Callable[[dict[str, Any]], Group]
 
 
-def benchmark(path: Path) -> dict[str, Any] | None:
+def read_benchmark_file(path: Path) -> dict[str, Any] | None:
     """The document of a file that `bench --json` was written to."""
     try:
-        return read_benchmark(path.read_text(encoding="utf-8"))
+        return parse_benchmark(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def submission(path: Path) -> Path | None:
+def detect_predictions_file(path: Path) -> Path | None:
     """The path of a file that is no JSON: what it is instead, its comparison says."""
     if path.is_dir():
         return None
@@ -52,25 +52,25 @@ def submission(path: Path) -> Path | None:
 
 
 COMPARERS: dict[str, Comparer] = {
-    "run": Comparer(read_run, compare_runs, differences_table),
-    "benchmark": Comparer(benchmark, compare_benchmarks, compared_table),
-    "submission": Comparer(submission, prediction_files.compare, comparison_table),
+    "run": Comparer(read_run_document, compare_runs, run_comparison_table),
+    "benchmark": Comparer(read_benchmark_file, compare_benchmarks, benchmark_comparison_table),
+    "submission": Comparer(detect_predictions_file, prediction_files.compare_predictions, prediction_comparison_table),
 }
 
 
-def compare(a: Path, b: Path) -> dict[str, Any]:
+def compare_paths(a: Path, b: Path) -> dict[str, Any]:
     """`{"kind", "a", "b"}` and what the kind's comparer found.
 
     Errors: `UsageError` unless both are of one kind, and the kind's own.
     """
-    found = [recognised(path) for path in (a, b)]
+    found = [detect_kind(path) for path in (a, b)]
     (kind, mine), (other_kind, other) = found
     if kind != other_kind:
         raise UsageError(f"{a} is a {kind} and {b} is a {other_kind}", "give two of one kind")
     return {"kind": kind, "a": str(a), "b": str(b), **COMPARERS[kind].compare(mine, other)}
 
 
-def recognised(path: Path) -> tuple[str, Any]:
+def detect_kind(path: Path) -> tuple[str, Any]:
     """The kind of `path` and its content. Errors: `DataError` for what is not there, `UsageError` for no kind."""
     if not path.exists():
         raise DataError(f"there is no {path}", "check the path")

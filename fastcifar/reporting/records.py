@@ -19,20 +19,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.recipe import WHERE_KEPT, Recipe, read_toml
-from fastcifar.training.metrics_file import COLUMNS, csv_rows
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values
+from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 
-TRIALS, RECIPE, SUMMARY, METRICS = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
-MOST = 1e30  # of any metric; a mean of more might not be a number
-UNNAMED = "custom"  # what `train` calls a recipe of options alone
+TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
+MAX_METRIC_VALUE = 1e30  # of any metric; a mean of more might not be a number
+CUSTOM_RECIPE_NAME = "custom"  # what `train` calls a recipe of options alone
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
+FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
-class Summary(BaseModel):
+class RunSummary(BaseModel):
     """What a report needs of summary.json; whatever else is there is left alone."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -49,21 +49,21 @@ class Summary(BaseModel):
     complete: bool
 
 
-class Trial(BaseModel):
+class TrialLogEntry(BaseModel):
     """A line of a sweep's trials.jsonl."""
 
-    trial: Name
+    trial: FolderName
     label: str
     knobs: dict[str, Any] = {}
     seed: int | None = None
     state: Literal["running", "done", "failed", "pruned"]
     reason: str | None = None
-    run: Name | None = None
+    run: FolderName | None = None
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run, or a trial that came to none.
 
     group: what it shares with the runs that differ from it by the seed alone. name: of that, for people.
@@ -72,14 +72,14 @@ class Record:
     """
 
     folder: Path
-    group: str
+    group_key: str
     name: str
-    knobs: dict[str, Any]
+    options: dict[str, Any]
     seed: int | None
     state: Literal["done", "unfinished", "failed", "pruned", "damaged"]
     reason: str = ""
-    summary: Summary | None = None
-    epochs: list[dict[str, float | None]] = field(default_factory=list)
+    summary: RunSummary | None = None
+    metric_rows: list[dict[str, float | None]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,16 +88,16 @@ class Record:
         return one_line(self.environment.get("device", ""))
 
 
-def read(paths: Iterable[Path]) -> list[Record]:
+def read_records(paths: Iterable[Path]) -> list[RunRecord]:
     """The runs in `paths`, run folders and sweeps, in order; what is named twice is there once.
 
     Errors: `CheckpointError` for a path that is neither, and where nothing at all could be read.
     """
-    found: dict[Path, Record] = {}
+    found: dict[Path, RunRecord] = {}
     for path in paths:
-        for record in read_sweep(path) if os.path.isfile(path / TRIALS) else [_run(path)]:
+        for record in read_sweep_records(path) if os.path.isfile(path / TRIALS_FILE) else [_read_folder(path)]:
             place = record.folder.resolve()
-            if place not in found or record.group.startswith("sweep"):
+            if place not in found or record.group_key.startswith("sweep"):
                 found[place] = record
     records = list(found.values())
     if all(record.state == "damaged" for record in records):
@@ -106,81 +106,83 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
-def _run(path: Path) -> Record:
-    if not any(os.path.isfile(path / name) for name in (RECIPE, SUMMARY, METRICS)):
+def _read_folder(path: Path) -> RunRecord:
+    if not any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
         problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
-        raise CheckpointError(problem, f"give folders that hold {RECIPE} or {TRIALS}")
-    return read_run(path)
+        raise CheckpointError(problem, f"give folders that hold {RECIPE_FILE} or {TRIALS_FILE}")
+    return read_run_record(path)
 
 
-def read_run(folder: Path) -> Record:
+def read_run_record(folder: Path) -> RunRecord:
     """The record of a run folder, whatever state it is in."""
     environment = read_environment(folder)
     try:
-        knobs = _knobs(folder)
+        knobs = _read_recipe_options(folder)
     except UsageError as error:
-        return Record(folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment)
+        return RunRecord(
+            folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment
+        )
     recipe = one_line(environment.get("recipe", ""))
-    name = knobs["arch"] if recipe in ("", UNNAMED) else recipe
-    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *WHERE_KEPT)}
-    record = Record(
+    name = knobs["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
+    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *OUTPUT_OPTIONS)}
+    record = RunRecord(
         folder,
         json.dumps(alike, sort_keys=True),
         name,
         knobs,
         knobs["seed"],
         "unfinished",
-        epochs=_epochs(folder),
+        metric_rows=_read_metric_rows(folder),
         environment=environment,
     )
-    if not (folder / SUMMARY).exists():
-        reason = f"after {len(record.epochs)} of {knobs['epochs']} epochs: in training, or stopped"
+    if not (folder / SUMMARY_FILE).exists():
+        reason = f"after {len(record.metric_rows)} of {knobs['epochs']} epochs: in training, or stopped"
         return replace(record, reason=reason)
     try:
-        summary = Summary.model_validate_json((folder / SUMMARY).read_bytes())
+        summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
     except (ValidationError, OSError) as error:
-        return replace(record, state="damaged", reason=f"{SUMMARY}: {_problem(error)}")
+        return replace(record, state="damaged", reason=f"{SUMMARY_FILE}: {_describe_read_error(error)}")
     if not summary.complete and summary.stop_reason != "max_steps":  # which is a knob: all of it that was asked for
         return replace(record, reason=f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps")
-    if not record.epochs:
-        warnings.warn(f"{folder / METRICS} has no row that can be read; its curves are left out", stacklevel=2)
+    if not record.metric_rows:
+        warnings.warn(f"{folder / METRICS_FILE} has no row that can be read; its curves are left out", stacklevel=2)
     return replace(record, state="done", summary=summary)
 
 
-def _knobs(folder: Path) -> dict[str, Any]:
+def _read_recipe_options(folder: Path) -> dict[str, Any]:
     """The recipe's knobs, checked; one that this version does not know is kept, one that the file lacks is the default.
 
     Errors: `UsageError`.
     """
-    if not (folder / RECIPE).is_file():
-        raise UsageError(f"no {RECIPE}")
-    values = read_toml(str(folder / RECIPE))
-    return {**json.loads(json.dumps(values, default=str)), **Recipe.known(values).model_dump(mode="json")}
+    if not (folder / RECIPE_FILE).is_file():
+        raise UsageError(f"no {RECIPE_FILE}")
+    values = load_recipe_values(str(folder / RECIPE_FILE))
+    return {**json.loads(json.dumps(values, default=str)), **Recipe.from_saved(values).model_dump(mode="json")}
 
 
-def _epochs(folder: Path) -> list[dict[str, float | None]]:
+def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
     """The whole rows of metrics.csv as numbers; what is no number that can be is None."""
     try:
-        rows = csv_rows(folder / METRICS, sys.maxsize)
+        rows = read_metrics_csv(folder / METRICS_FILE, sys.maxsize)
     except OSError:
         return []
-    return [{name: _number(row[name]) for name in COLUMNS} for row in rows]
+    return [{name: _parse_metric(row[name]) for name in METRICS_COLUMNS} for row in rows]
 
 
-def _number(cell: str) -> float | None:
+def _parse_metric(cell: str) -> float | None:
     try:
         value = float(cell)
     except ValueError:
         return None
-    return value if abs(value) < MOST else None
+    return value if abs(value) < MAX_METRIC_VALUE else None
 
 
-def read_sweep(folder: Path) -> list[Record]:
+def read_sweep_records(folder: Path) -> list[RunRecord]:
     """The trials of a sweep. Errors: `CheckpointError`."""
-    return [_trial(folder, trial) for trial in read_trials(folder / TRIALS)[0].values()]
+    return [_trial_record(folder, trial) for trial in read_trial_log(folder / TRIALS_FILE)[0].values()]
 
 
-def read_trials(path: Path) -> tuple[dict[str, Trial], int]:
+def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
     """The last line of each trial in a sweep's ledger, in the order of their first, and the bytes of its whole lines.
 
     What comes after those was cut short by the end of a process, and counts as none; a whole line that is no trial's is
@@ -196,7 +198,7 @@ def read_trials(path: Path) -> tuple[dict[str, Trial], int]:
     trials, unreadable = {}, 0
     for line in filter(bytes.strip, content[:whole].split(b"\n")):
         try:
-            trial = Trial.model_validate_json(line)
+            trial = TrialLogEntry.model_validate_json(line)
         except ValidationError:
             unreadable += 1
         else:
@@ -206,16 +208,16 @@ def read_trials(path: Path) -> tuple[dict[str, Trial], int]:
     return trials, whole
 
 
-def _trial(sweep: Path, trial: Trial) -> Record:
-    folder = sweep / (trial.run or f"runs/{trial.trial}")
+def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
+    folder = sweep_folder / (trial.run or f"runs/{trial.trial}")
     label = one_line(trial.label)
-    named: dict[str, Any] = {"group": f"sweep {sweep.resolve()} {trial.label}", "name": label}
+    named: dict[str, Any] = {"group": f"sweep {sweep_folder.resolve()} {trial.label}", "name": label}
     if os.path.isdir(folder):  # unlike pathlib it takes any name
-        record = replace(read_run(folder), **named)
+        record = replace(read_run_record(folder), **named)
     else:
         reason = "in training, or stopped" if trial.state == "running" else "its run folder is gone"
         state = "unfinished" if trial.state == "running" else "damaged"
-        record = Record(folder, knobs=trial.knobs, seed=trial.seed, state=state, reason=reason, **named)
+        record = RunRecord(folder, options=trial.knobs, seed=trial.seed, state=state, reason=reason, **named)
     if trial.state in ("failed", "pruned"):
         return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason was given"), summary=None)
     return record
@@ -226,12 +228,12 @@ def one_line(text: object) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
 
 
-def breakable(text: str) -> str:
+def add_wrap_points(text: str) -> str:
     """A list of names, such as augmentations, with spaces where it may go on in the next line."""
     return re.sub(r",(?=[a-z])", ", ", text)
 
 
-def spelt(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A knob's value as the command line spells it; a dash for none."""
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -242,7 +244,7 @@ def spelt(value: Any) -> str:
     return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
 
 
-def _problem(error: ValidationError | OSError) -> str:
+def _describe_read_error(error: ValidationError | OSError) -> str:
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror}"
     first = error.errors()[0]

@@ -12,28 +12,28 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from fastcifar.errors import UsageError, pick
-from fastcifar.plotting import make_folder
+from fastcifar.errors import UsageError, lookup
+from fastcifar.plotting import create_plots_dir
 from fastcifar.reporting import report_plots
-from fastcifar.reporting.aggregate import Row, rows
-from fastcifar.reporting.html import prepare_page, write_page
-from fastcifar.reporting.misclassified import Mistakes, look
-from fastcifar.reporting.records import one_line, read
-from fastcifar.reporting.table import tabulate
-from fastcifar.reporting.table_formats import FORMATS
+from fastcifar.reporting.aggregate import RunGroup, group_runs
+from fastcifar.reporting.html import check_html_output, write_html_report
+from fastcifar.reporting.misclassified import Misclassified, find_misclassified
+from fastcifar.reporting.records import one_line, read_records
+from fastcifar.reporting.table import build_report_table
+from fastcifar.reporting.table_formats import TABLE_FORMATS
 
 
-def report(
+def build_report(
     paths: Sequence[Path],
     format: str = "terminal",
-    sort: str | None = None,
+    sort_by: str | None = None,
     *,
-    validation: bool = False,
+    include_validation: bool = False,
     plots: Path | None = None,
     html: Path | None = None,
-    mistakes: int = 0,
+    num_misclassified: int = 0,
     console: Console | None = None,
-    **changes: Any,
+    **overrides: Any,
 ) -> tuple[dict[str, Any], RenderableType]:
     """The runs and sweeps in `paths` as the document of --json, and as text in one of FORMATS.
 
@@ -41,36 +41,40 @@ def report(
     for the test set anew, for confusion matrices and so many of their worst mistakes, with `changes` to their recipes
     (data, device, precision). Errors: `UsageError`, `CheckpointError`, `DiskError`, and those of `mistakes.look`.
     """
-    written = pick(FORMATS, format, "format")
-    if mistakes and not (plots or html):
+    written = lookup(TABLE_FORMATS, format, "format")
+    if num_misclassified and not (plots or html):
         raise UsageError("--mistakes has nowhere to be drawn", "add --html FILE or --plots DIR")
-    table = tabulate(rows(read(paths)), sort, validation)
+    table = build_report_table(group_runs(read_records(paths)), sort_by, include_validation)
     if html:
-        prepare_page(html)
+        check_html_output(html)
     if plots:
-        make_folder(plots)
-    seen: dict[str, Mistakes] = {}
-    if mistakes:
-        seen = {row.name: look(row, mistakes, console, **changes) for row in table.rows if row.done}
-    files = report_plots.draw(plots, table.rows, seen) if plots else []
+        create_plots_dir(plots)
+    seen: dict[str, Misclassified] = {}
+    if num_misclassified:
+        seen = {
+            row.name: find_misclassified(row, num_misclassified, console, **overrides)
+            for row in table.rows
+            if row.finished_runs
+        }
+    files = report_plots.write_report_plots(plots, table.rows, seen) if plots else []
     if html:
-        texts = [table.texts(row) for row in table.rows]
-        values = [table.values(row) for row in table.rows]
-        write_page(html, _title(paths), table.rows, texts, values, table.left_out(), seen)
+        texts = [table.row_texts(row) for row in table.rows]
+        values = [table.row_values(row) for row in table.rows]
+        write_html_report(html, _report_title(paths), table.rows, texts, values, table.describe_excluded_runs(), seen)
         files.append(html)
     document = {
-        "rows": [{**table.values(row), "runs": _runs(row)} for row in table.rows],
+        "rows": [{**table.row_values(row), "runs": _run_documents(row)} for row in table.rows],
         "written": [str(path) for path in files],
     }
     return document, written(table)
 
 
-def _title(paths: Sequence[Path]) -> str:
+def _report_title(paths: Sequence[Path]) -> str:
     names = [one_line(path.resolve().name) for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _runs(row: Row) -> list[dict[str, Any]]:
+def _run_documents(row: RunGroup) -> list[dict[str, Any]]:
     return [
         {
             "run": str(record.folder),

@@ -22,47 +22,61 @@ from rich.console import Console
 from rich.prompt import Confirm
 from rich.table import Table
 
-from fastcifar.errors import DiskError, UsageError, pick
-from fastcifar.recipe import Recipe, read_toml
-from fastcifar.reporting.records import METRICS, RECIPE, SUMMARY, TRIALS, read_trials
-from fastcifar.training.metrics_file import csv_rows
-from fastcifar.training.run_dir import hold, read_environment, read_summary
-from fastcifar.training.trackers import ARTIFACTS, DATABASE, RUN_ID
+from fastcifar.errors import DiskError, UsageError, lookup
+from fastcifar.recipe import Recipe, load_recipe_values
+from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
+from fastcifar.training.metrics_file import read_metrics_csv
+from fastcifar.training.run_dir import lock_folder, read_environment, read_summary
+from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
 # What a run, a sweep and a sweep's `runs` consist of, exported files and their cards included. More is not ours.
-FOLDERS = {"run": {"checkpoints", "plots", "tensorboard"}, "sweep": {"runs", "plots"}, "runs": {ARTIFACTS}}
-EXPORTED = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
-FILES = {
-    "run": (RECIPE, "env.json", METRICS, "events.jsonl", SUMMARY, RUN_ID, "error.txt", ".*.tmp", *EXPORTED),
-    "sweep": ("sweep.toml", TRIALS, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
-    "runs": (f"{DATABASE}*",),  # and what SQLite puts beside it
+EXPECTED_FOLDERS = {
+    "run": {"checkpoints", "plots", "tensorboard"},
+    "sweep": {"runs", "plots"},
+    "runs": {MLFLOW_ARTIFACTS},
+}
+EXPORTED_PATTERNS = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
+EXPECTED_FILES = {
+    "run": (
+        RECIPE_FILE,
+        "env.json",
+        METRICS_FILE,
+        "events.jsonl",
+        SUMMARY_FILE,
+        MLFLOW_RUN_ID_FILE,
+        "error.txt",
+        ".*.tmp",
+        *EXPORTED_PATTERNS,
+    ),
+    "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
+    "runs": (f"{MLFLOW_DATABASE}*",),  # and what SQLite puts beside it
 }
 
-Entry = dict[str, Any]
+ListingEntry = dict[str, Any]
 
 
-def kind(folder: Path) -> str | None:
+def folder_kind(folder: Path) -> str | None:
     """ "sweep", "run" or None, for what is neither, though it may hold a file of the same name."""
-    if (folder / TRIALS).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
+    if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
         return "sweep"
-    begun = (folder / RECIPE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
+    begun = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
     return "run" if begun else None
 
 
-def below(folder: Path) -> Iterator[Path]:
+def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
     """The runs and sweeps in `folder`, sorted; not those inside of another, and none through a link."""
     try:
         inside = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except OSError:
         return
     for path in inside:
-        if kind(path):
+        if folder_kind(path):
             yield path
-        elif path.name != ARTIFACTS and not path.name.startswith("."):  # which holds copies of recipes
-            yield from below(path)
+        elif path.name != MLFLOW_ARTIFACTS and not path.name.startswith("."):  # which holds copies of recipes
+            yield from find_runs_and_sweeps(path)
 
 
-def listed(folder: Path, sort: str = "date", reverse: bool = False) -> list[Entry]:
+def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> list[ListingEntry]:
     """An entry for each run and sweep below `folder`, the smallest `sort` first and what was not measured before it.
 
     Keys: name, kind, state ("running", "finished", "interrupted", "damaged"), arch, recipe, epochs, val_acc, test_acc,
@@ -70,47 +84,56 @@ def listed(folder: Path, sort: str = "date", reverse: bool = False) -> list[Entr
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "give the folder of your runs")
-    pick(SORTED_BY, sort, "column")
-    entries = [entry(path) for path in ([folder] if kind(folder) == "run" else below(folder))]
-    return sorted(entries, key=lambda row: (row[sort] is not None, row[sort] or 0), reverse=reverse)
+    lookup(SORT_COLUMNS, sort_by, "column")
+    entries = [
+        describe_run_or_sweep(path)
+        for path in ([folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder))
+    ]
+    return sorted(entries, key=lambda row: (row[sort_by] is not None, row[sort_by] or 0), reverse=reverse)
 
 
-def entry(folder: Path) -> Entry:
+def describe_run_or_sweep(folder: Path) -> ListingEntry:
     """What is known of one run or sweep."""
-    of = {"run": _run, "sweep": _sweep}[str(kind(folder))]
-    return {**dict.fromkeys(SORTED_BY), "name": str(folder), "kind": kind(folder), **of(folder), "bytes": size(folder)}
+    of = {"run": _describe_run, "sweep": _describe_sweep}[str(folder_kind(folder))]
+    return {
+        **dict.fromkeys(SORT_COLUMNS),
+        "name": str(folder),
+        "kind": folder_kind(folder),
+        **of(folder),
+        "bytes": folder_size_bytes(folder),
+    }
 
 
-def _run(folder: Path) -> Entry:
+def _describe_run(folder: Path) -> ListingEntry:
     summary, environment = read_summary(folder), read_environment(folder)
-    rows = csv_rows(folder / "metrics.csv", sys.maxsize)
+    rows = read_metrics_csv(folder / "metrics.csv", sys.maxsize)
     last = rows[-1] if rows else {}
     try:
-        knobs = read_toml(str(folder / RECIPE))
-        Recipe.known(knobs)
+        knobs = load_recipe_values(str(folder / RECIPE_FILE))
+        Recipe.from_saved(knobs)
         state = "interrupted"
     except UsageError:
         knobs, state = {}, "damaged"
-    if (folder / SUMMARY).exists():
+    if (folder / SUMMARY_FILE).exists():
         state = state if state == "damaged" else "finished" if summary else "damaged"
-    elif locked(folder):
+    elif is_locked(folder):
         state = "running"
     return {
         "state": state,
         "arch": knobs.get("arch"),
         "recipe": environment.get("recipe"),
-        "epochs": int(_number(summary.get("epochs")) or len(rows)),
-        "val_acc": _number(summary.get("val_acc", last.get("val_acc"))),
-        "test_acc": _number(summary.get("test_acc")),
-        "seconds": _number(_json_of(summary, "seconds").get("total", last.get("seconds"))),
-        "date": str(environment.get("started") or _written(folder / RECIPE)),
+        "epochs": int(_float_or_none(summary.get("epochs")) or len(rows)),
+        "val_acc": _float_or_none(summary.get("val_acc", last.get("val_acc"))),
+        "test_acc": _float_or_none(summary.get("test_acc")),
+        "seconds": _float_or_none(_dict_or_empty(summary, "seconds").get("total", last.get("seconds"))),
+        "date": str(environment.get("started") or _modified_at(folder / RECIPE_FILE)),
     }
 
 
-def _sweep(folder: Path) -> Entry:
-    runs = [entry(path) for path in below(folder)]
-    counts = Counter(trial.state for trial in read_trials(folder / TRIALS)[0].values())
-    if locked(folder) or any(run["state"] == "running" for run in runs):
+def _describe_sweep(folder: Path) -> ListingEntry:
+    runs = [describe_run_or_sweep(path) for path in find_runs_and_sweeps(folder)]
+    counts = Counter(trial.state for trial in read_trial_log(folder / TRIALS_FILE)[0].values())
+    if is_locked(folder) or any(run["state"] == "running" for run in runs):
         state = "running"
     elif not counts:
         state = "damaged"
@@ -123,13 +146,13 @@ def _sweep(folder: Path) -> Entry:
         "epochs": sum(run["epochs"] for run in runs),
         "val_acc": max((run["val_acc"] for run in runs if run["val_acc"] is not None), default=None),
         "seconds": sum(run["seconds"] or 0 for run in runs),
-        "date": min((run["date"] for run in runs), default=_written(folder / TRIALS)),
+        "date": min((run["date"] for run in runs), default=_modified_at(folder / TRIALS_FILE)),
         "trials": dict(counts),
     }
 
 
 # what entries can be sorted by -> how a table shows it
-SORTED_BY: dict[str, Callable[[Any], str]] = {
+SORT_COLUMNS: dict[str, Callable[[Any], str]] = {
     "name": str,
     "kind": str,
     "state": str,
@@ -144,7 +167,7 @@ SORTED_BY: dict[str, Callable[[Any], str]] = {
 }
 
 
-def runs_table(entries: Sequence[Entry]) -> Table:
+def runs_table(entries: Sequence[ListingEntry]) -> Table:
     """The entries as `runs ls` shows them."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in ("name", "state", "arch, recipe"):
@@ -153,108 +176,121 @@ def runs_table(entries: Sequence[Entry]) -> Table:
     for heading in (*figures.values(), "date"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in entries:
-        shown = {name: "-" if row[name] is None else spell(row[name]) for name, spell in SORTED_BY.items()}
+        shown = {name: "-" if row[name] is None else spell(row[name]) for name, spell in SORT_COLUMNS.items()}
         cells = (shown[name] for name in (*figures, "date"))
         table.add_row(shown["name"], shown["state"], f"{shown['arch']}, {shown['recipe']}", *cells)
     return table
 
 
-def chosen(
-    paths: Sequence[Path], unfinished: bool = False, keep_best: int | None = None, checkpoints: bool = False
-) -> list[Entry]:
+def select_for_removal(
+    paths: Sequence[Path], only_unfinished: bool = False, keep_best: int | None = None, only_checkpoints: bool = False
+) -> list[ListingEntry]:
     """What `runs rm` would remove of `paths`: all of them; or, of them and of runs in them, only some.
 
     `unfinished`: runs interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc; those
     without one stay, and with either of these sweeps do. `checkpoints`: only folders that have some.
     Errors: `UsageError` for what is no run or sweep, or is running, or holds what is not ours.
     """
-    filtered = unfinished or keep_best is not None
-    folders = [found for path in paths for found in ([path] if kind(path) or not filtered else below(path))]
+    filtered = only_unfinished or keep_best is not None
+    folders = [
+        found
+        for path in paths
+        for found in ([path] if folder_kind(path) or not filtered else find_runs_and_sweeps(path))
+    ]
     for path in [] if filtered else folders:
-        _refuse_others(path)
+        _require_removable(path)
     places = {path.resolve(): path for path in folders}  # each once, and not what goes with another
-    entries = [entry(path) for place, path in places.items() if not places.keys() & set(place.parents)]
+    entries = [describe_run_or_sweep(path) for place, path in places.items() if not places.keys() & set(place.parents)]
     if filtered:
         runs = [row for row in entries if row["kind"] == "run"]
         ranked = [row for row in runs if row["state"] == "finished" and row["val_acc"] is not None]
         ranked.sort(key=lambda row: -row["val_acc"])
         beaten = ranked[keep_best:] if keep_best is not None else []
-        stopped = [row for row in runs if unfinished and row["state"] in ("interrupted", "damaged")]
+        stopped = [row for row in runs if only_unfinished and row["state"] in ("interrupted", "damaged")]
         entries = [row for row in entries if row in beaten or row in stopped]
         for row in entries:
-            _refuse_others(Path(row["name"]))
+            _require_removable(Path(row["name"]))
     for row in entries:
         if row["state"] == "running":
             raise UsageError(f"{row['name']} is being trained by another process", "stop it first")
-    if checkpoints:
-        entries = [{**row, "bytes": sum(map(size, _checkpoints(Path(row["name"]))))} for row in entries]
-    return [row for row in entries if row["bytes"] or not checkpoints]
+    if only_checkpoints:
+        entries = [
+            {**row, "bytes": sum(map(folder_size_bytes, _checkpoint_folders(Path(row["name"]))))} for row in entries
+        ]
+    return [row for row in entries if row["bytes"] or not only_checkpoints]
 
 
-def confirm(entries: Sequence[Entry], checkpoints: bool, console: Console) -> None:
+def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, console: Console) -> None:
     """Asks on a terminal. Errors: `UsageError` off a terminal, or after a no."""
     console.print(runs_table(entries))
-    what = "the checkpoints of these" if checkpoints else "these"
+    what = "the checkpoints of these" if only_checkpoints else "these"
     if not (sys.stdin.isatty() and console.is_terminal):
         raise UsageError(f"{len(entries)} to remove, and nobody to ask", "give --yes")
     if not Confirm.ask(f"remove {what} {len(entries)}?", console=console, default=False):
         raise UsageError("nothing was removed")
 
 
-def remove(entries: Sequence[Entry], checkpoints: bool = False) -> None:
+def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False) -> None:
     """Removes the folders of `entries`, or only their checkpoints, all of them locked first.
 
     Errors: `UsageError` if one is being trained, before any is removed; `DiskError`.
     """
     folders = [Path(row["name"]) for row in entries]
     with ExitStack() as locks:
-        for run in [*folders, *(run for sweep in folders if kind(sweep) == "sweep" for run in below(sweep))]:
-            locks.callback(os.close, hold(run))
+        for run in [
+            *folders,
+            *(run for sweep in folders if folder_kind(sweep) == "sweep" for run in find_runs_and_sweeps(sweep)),
+        ]:
+            locks.callback(os.close, lock_folder(run))
         for folder in folders:
-            _refuse_others(folder)
-            for doomed in _checkpoints(folder) if checkpoints else [folder]:
+            _require_removable(folder)
+            for doomed in _checkpoint_folders(folder) if only_checkpoints else [folder]:
                 try:
                     shutil.rmtree(doomed)
                 except OSError as error:
                     raise DiskError(f"cannot remove {doomed}: {error.strerror}") from None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoint_folders(folder: Path) -> list[Path]:
     """The folders of checkpoints of a run, or of a sweep's runs."""
-    runs = [folder] if kind(folder) == "run" else [run for run in below(folder) if kind(run) == "run"]
+    runs = (
+        [folder]
+        if folder_kind(folder) == "run"
+        else [run for run in find_runs_and_sweeps(folder) if folder_kind(run) == "run"]
+    )
     found = [run / "checkpoints" for run in runs]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
-def _refuse_others(folder: Path) -> None:
+def _require_removable(folder: Path) -> None:
     """Errors: `UsageError` if `folder` is not a run or a sweep that holds nothing but its own."""
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link", "give the folder itself")
-    of = kind(folder)
+    of = folder_kind(folder)
     if of is None:
         raise UsageError(f"{folder} is neither a run nor a sweep", "see `fastcifar runs ls`")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UsageError(f"{folder} is where you are", "go elsewhere first")
-    for path in _strangers(folder, of):
+    for path in _foreign_paths(folder, of):
         raise UsageError(f"{path} is not of a {of}", "move it away, or remove the folder by hand")
 
 
-def _strangers(folder: Path, of: str) -> Iterator[Path]:
+def _foreign_paths(folder: Path, kind: str) -> Iterator[Path]:
     """What in a run or a sweep is not its own; in a run's own folders anything is."""
     for item in os.scandir(folder):
         path = Path(item.path)
         if not item.is_dir(follow_symlinks=False):
-            if not any(fnmatchcase(path.name, pattern) for pattern in FILES[of]):
+            if not any(fnmatchcase(path.name, pattern) for pattern in EXPECTED_FILES[kind]):
                 yield path
-        elif of == "runs" and path.name not in FOLDERS[of]:
-            yield from _strangers(path, "run")
-        elif path.name not in FOLDERS[of]:
+        elif kind == "runs" and path.name not in EXPECTED_FOLDERS[kind]:
+            yield from _foreign_paths(path, "run")
+        elif path.name not in EXPECTED_FOLDERS[kind]:
             yield path
         elif path.name == "runs":
-            yield from _strangers(path, "runs")
+            yield from _foreign_paths(path, "runs")
 
 
-def locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process trains in `folder`; the lock is let go at once."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -271,7 +307,7 @@ def locked(folder: Path) -> bool:
     return False
 
 
-def size(folder: Path) -> int:
+def folder_size_bytes(folder: Path) -> int:
     """Bytes of the files in `folder`, links not followed."""
     total = 0
     for parent, _, files in os.walk(folder):
@@ -283,16 +319,16 @@ def size(folder: Path) -> int:
     return total
 
 
-def _written(path: Path) -> str:
+def _modified_at(path: Path) -> str:
     return time.strftime("%FT%TZ", time.gmtime(path.stat().st_mtime))
 
 
-def _json_of(document: Entry, key: str) -> Entry:
+def _dict_or_empty(document: ListingEntry, key: str) -> ListingEntry:
     found = document.get(key)
     return found if isinstance(found, dict) else {}
 
 
-def _number(cell: Any) -> float | None:
+def _float_or_none(cell: Any) -> float | None:
     try:
         return float(cell)
     except (TypeError, ValueError):

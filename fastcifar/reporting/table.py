@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from fastcifar.errors import pick
+from fastcifar.errors import lookup
 from fastcifar.models import MODELS
-from fastcifar.reporting.aggregate import VALIDATION, Row, Spread, varying
-from fastcifar.reporting.records import one_line, spelt
+from fastcifar.reporting.aggregate import VALIDATION_SPLIT, MeanStd, RunGroup, varying_options
+from fastcifar.reporting.records import format_value, one_line
 
 
 @dataclass(frozen=True)
@@ -24,142 +24,155 @@ class Column:
     is_knob: it is asked for by the recipe, not measured.
     """
 
-    value: Callable[[Row], Any]
-    text: Callable[[Row], str] | None = None
-    is_knob: bool = False
+    value: Callable[[RunGroup], Any]
+    text: Callable[[RunGroup], str] | None = None
+    is_option: bool = False
 
 
-def _knob(name: str) -> Column:
-    return Column(lambda row: row.knobs.get(name), is_knob=True)
+def _option_column(name: str) -> Column:
+    return Column(lambda row: row.options.get(name), is_option=True)
 
 
-def _blocks(row: Row) -> Any:
+def _blocks_per_stage(row: RunGroup) -> Any:
     """The blocks of each stage, by the recipe or, where it does not say, by its architecture."""
-    arch = row.knobs.get("arch")
-    if row.knobs.get("blocks") or arch not in MODELS:
-        return row.knobs.get("blocks")
+    arch = row.options.get("arch")
+    if row.options.get("blocks") or arch not in MODELS:
+        return row.options.get("blocks")
     taken = inspect.signature(MODELS[arch]).parameters.get("blocks")
     return list(taken.default) if taken and isinstance(taken.default, Sequence) else None
 
 
-def _params(row: Row) -> int | None:
-    return next((record.summary.params for record in row.done if record.summary), None)
+def _parameter_count(row: RunGroup) -> int | None:
+    return next((record.summary.params for record in row.finished_runs if record.summary), None)
 
 
-def _mean(split: Callable[[Row], str]) -> Column:
+def _accuracy_mean_column(split: Callable[[RunGroup], str]) -> Column:
     """The accuracy on a split: its mean, a fraction."""
-    return Column(lambda row: _of(row.accuracy(split(row)), "mean"), lambda row: _percents(row.accuracy(split(row))))
+    return Column(
+        lambda row: _field_or_none(row.accuracy(split(row)), "mean"),
+        lambda row: _format_mean_std(row.accuracy(split(row))),
+    )
 
 
-def _std(split: Callable[[Row], str]) -> Column:
-    return Column(lambda row: _of(row.accuracy(split(row)), "std"))
+def _accuracy_std_column(split: Callable[[RunGroup], str]) -> Column:
+    return Column(lambda row: _field_or_none(row.accuracy(split(row)), "std"))
 
 
-def _of(spread: Spread | None, name: str) -> Any:
+def _field_or_none(spread: MeanStd | None, name: str) -> Any:
     return getattr(spread, name) if spread else None
 
 
-def _measured_on(row: Row) -> str:
-    weights = sorted({record.summary.weights for record in row.done if record.summary})
-    return f"{row.measured_on}, {'/'.join(weights)}" if weights else ""
+def _split_and_weights(row: RunGroup) -> str:
+    weights = sorted({record.summary.weights for record in row.finished_runs if record.summary})
+    return f"{row.accuracy_split}, {'/'.join(weights)}" if weights else ""
 
 
 # heading -> column, in the order of the source project's table; the knobs that rows differ in besides come after these
-KNOBS = {
-    "model": _knob("arch"),
-    "blocks": Column(_blocks, is_knob=True),
-    "optimizer": _knob("optimizer"),
-    "lr": _knob("lr"),
-    "augment": _knob("augment"),
-    "clip": _knob("clip"),
-    "batch": _knob("batch_size"),
+OPTION_COLUMNS = {
+    "model": _option_column("arch"),
+    "blocks": Column(_blocks_per_stage, is_option=True),
+    "optimizer": _option_column("optimizer"),
+    "lr": _option_column("lr"),
+    "augment": _option_column("augment"),
+    "clip": _option_column("clip"),
+    "batch": _option_column("batch_size"),
 }
-SHOWN = ("arch", "blocks", "optimizer", "lr", "augment", "clip", "batch_size")  # the knobs in KNOBS
-MEASURED = {
-    "params": Column(_params, lambda row: _count(_params(row))),
-    "accuracy %": _mean(lambda row: row.measured_on),
-    "std": _std(lambda row: row.measured_on),
-    "of": Column(_measured_on),
-    "validation %": _mean(lambda row: VALIDATION),
-    "validation std": _std(lambda row: VALIDATION),
-    "n": Column(lambda row: len(row.done)),
-    "time": Column(lambda row: _of(row.seconds, "mean"), lambda row: _time(_of(row.seconds, "mean"))),
-    "notes": Column(lambda row: ", ".join([*row.notes, *_states(row)])),
+OPTIONS_WITH_COLUMNS = ("arch", "blocks", "optimizer", "lr", "augment", "clip", "batch_size")  # the knobs in KNOBS
+RESULT_COLUMNS = {
+    "params": Column(_parameter_count, lambda row: _format_count(_parameter_count(row))),
+    "accuracy %": _accuracy_mean_column(lambda row: row.accuracy_split),
+    "std": _accuracy_std_column(lambda row: row.accuracy_split),
+    "of": Column(_split_and_weights),
+    "validation %": _accuracy_mean_column(lambda row: VALIDATION_SPLIT),
+    "validation std": _accuracy_std_column(lambda row: VALIDATION_SPLIT),
+    "n": Column(lambda row: len(row.finished_runs)),
+    "time": Column(
+        lambda row: _field_or_none(row.total_seconds, "mean"),
+        lambda row: _format_duration(_field_or_none(row.total_seconds, "mean")),
+    ),
+    "notes": Column(lambda row: ", ".join([*row.notes, *_excluded_state_counts(row)])),
 }
-IN_THE_MEAN = ("std", "validation std")  # a person reads it behind the mean
+STD_COLUMNS = ("std", "validation std")  # a person reads it behind the mean
 
 
 @dataclass(frozen=True)
-class Ablation:
+class ReportTable:
     """Rows and the columns to show of them."""
 
-    rows: list[Row]
+    rows: list[RunGroup]
     columns: dict[str, Column]
 
-    def values(self, row: Row) -> dict[str, Any]:
+    def row_values(self, row: RunGroup) -> dict[str, Any]:
         """The row for programs: accuracies are fractions, times seconds, what was not measured is None."""
         return {heading.removesuffix(" %"): column.value(row) for heading, column in self.columns.items()}
 
-    def texts(self, row: Row) -> dict[str, str]:
+    def row_texts(self, row: RunGroup) -> dict[str, str]:
         """The row for people."""
         return {
-            heading: column.text(row) if column.text else spelt(column.value(row))
+            heading: column.text(row) if column.text else format_value(column.value(row))
             for heading, column in self.columns.items()
-            if heading not in IN_THE_MEAN
+            if heading not in STD_COLUMNS
         }
 
-    def left_out(self) -> list[dict[str, str]]:
+    def describe_excluded_runs(self) -> list[dict[str, str]]:
         """The runs that are in no mean, and why."""
         return [
             {
                 "row": row.name,
-                "seed": spelt(record.seed),
+                "seed": format_value(record.seed),
                 "state": record.state,
                 "reason": record.reason,
                 "folder": one_line(record.folder),
             }
             for row in self.rows
-            for record in row.left_out
+            for record in row.excluded_runs
         ]
 
 
-def _states(row: Row) -> list[str]:
-    states = [record.state for record in row.left_out]
+def _excluded_state_counts(row: RunGroup) -> list[str]:
+    states = [record.state for record in row.excluded_runs]
     return [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
 
 
-def tabulate(found: Sequence[Row], sort: str | None = None, validation: bool = False) -> Ablation:
+def build_report_table(
+    groups: Sequence[RunGroup], sort_by: str | None = None, include_validation: bool = False
+) -> ReportTable:
     """The table of rows. `sort`: by a column, figures from the largest, text from A, what is missing last.
 
     Errors: `UsageError` for another column.
     """
-    others = [name for name in varying(found) if name not in SHOWN]
-    columns = {"row": Column(lambda row: row.name), **KNOBS, **{name: _knob(name) for name in others}, **MEASURED}
-    if not validation:
+    others = [name for name in varying_options(groups) if name not in OPTIONS_WITH_COLUMNS]
+    columns = {
+        "row": Column(lambda row: row.name),
+        **OPTION_COLUMNS,
+        **{name: _option_column(name) for name in others},
+        **RESULT_COLUMNS,
+    }
+    if not include_validation:
         columns = {heading: column for heading, column in columns.items() if not heading.startswith("validation")}
-    if sort is None:
-        return Ablation(list(found), columns)
-    by = pick({heading.removesuffix(" %"): column for heading, column in columns.items()}, sort, "column")
+    if sort_by is None:
+        return ReportTable(list(groups), columns)
+    by = lookup({heading.removesuffix(" %"): column for heading, column in columns.items()}, sort_by, "column")
 
-    def key(row: Row) -> tuple[bool, float, str]:
+    def key(row: RunGroup) -> tuple[bool, float, str]:
         value = by.value(row)
         is_number = isinstance(value, int | float)
-        return value is None or value == "", -value if is_number else 0.0, "" if is_number else spelt(value)
+        return value is None or value == "", -value if is_number else 0.0, "" if is_number else format_value(value)
 
-    return Ablation(sorted(found, key=key), columns)
+    return ReportTable(sorted(groups, key=key), columns)
 
 
-def _percents(spread: Spread | None) -> str:
+def _format_mean_std(spread: MeanStd | None) -> str:
     if spread is None:
         return "-"
     return f"{100 * spread.mean:.2f} ± {'-' if spread.std is None else f'{100 * spread.std:.2f}'}"
 
 
-def _count(value: int | None) -> str:
+def _format_count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _time(seconds: float | None) -> str:
+def _format_duration(seconds: float | None) -> str:
     """Hours, minutes and seconds; of a run of less than ten seconds their tenths."""
     if seconds is None:
         return "-"

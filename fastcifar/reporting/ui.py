@@ -19,55 +19,61 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fastcifar.errors import UsageError, pick
-from fastcifar.reporting.runs import kind
-from fastcifar.training.trackers import DATABASE, MLFLOW, TENSORBOARD, store, tracking_uri
+from fastcifar.errors import UsageError, lookup
+from fastcifar.reporting.runs import folder_kind
+from fastcifar.training.trackers import (
+    MLFLOW_DATABASE,
+    MLFLOW_INSTALL,
+    TENSORBOARD_INSTALL,
+    resolve_tracking_uri,
+    tracking_uri_from_env,
+)
 
 HOST = "127.0.0.1"  # of this machine alone: neither page asks who is there
-START_S, STOP_S = 120, 10  # MLflow imports for seconds, and makes its tables first
+START_TIMEOUT_S, STOP_TIMEOUT_S = 120, 10  # MLflow imports for seconds, and makes its tables first
 
 
 @dataclass(frozen=True)
-class Page:
+class TrackerUI:
     """A row of PAGES. `module`: what must be installed. `has`: whether it followed a run in a folder."""
 
     module: str
     remedy: str
-    port: int
+    default_port: int
     command: Callable[[Path, int], list[str]]
-    has: Callable[[Path], bool]
+    has_runs: Callable[[Path], bool]
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _mlflow(runs: Path, port: int) -> list[str]:
-    places = ["--backend-store-uri", store(runs), "--workers", "1"]
+def _mlflow_command(runs: Path, port: int) -> list[str]:
+    places = ["--backend-store-uri", resolve_tracking_uri(runs), "--workers", "1"]
     return ["-m", "mlflow", "server", "--host", HOST, "--port", str(port), *places]
 
 
-def _tensorboard(runs: Path, port: int) -> list[str]:
+def _tensorboard_command(runs: Path, port: int) -> list[str]:
     return ["-m", "tensorboard.main", "--host", HOST, "--port", str(port), "--logdir", str(runs)]
 
 
-PAGES: dict[str, Page] = {
-    "mlflow": Page(
+TRACKER_UIS: dict[str, TrackerUI] = {
+    "mlflow": TrackerUI(
         module="mlflow",
-        remedy=MLFLOW,
-        port=5000,
-        command=_mlflow,
-        has=lambda runs: (runs / DATABASE).is_file() or tracking_uri() is not None,
+        remedy=MLFLOW_INSTALL,
+        default_port=5000,
+        command=_mlflow_command,
+        has_runs=lambda runs: (runs / MLFLOW_DATABASE).is_file() or tracking_uri_from_env() is not None,
         environment={"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     ),
-    "tensorboard": Page(
+    "tensorboard": TrackerUI(
         module="tensorboard",
-        remedy=TENSORBOARD,
-        port=6006,
-        command=_tensorboard,
-        has=lambda runs: next(runs.rglob("events.out.tfevents.*"), None) is not None,
+        remedy=TENSORBOARD_INSTALL,
+        default_port=6006,
+        command=_tensorboard_command,
+        has_runs=lambda runs: next(runs.rglob("events.out.tfevents.*"), None) is not None,
     ),
 }
 
 
-def show(runs: Path, name: str, port: int | None, announce: Callable[[dict[str, str]], None]) -> None:
+def serve_tracker_ui(runs: Path, name: str, port: int | None, on_ready: Callable[[dict[str, str]], None]) -> None:
     """Serves the page `name` over the folder `runs`, or over a sweep's, until it is interrupted.
 
     `auto`: the first page that has a run there.
@@ -77,15 +83,15 @@ def show(runs: Path, name: str, port: int | None, announce: Callable[[dict[str, 
     """
     if not runs.is_dir():
         raise UsageError(f"there is no folder {runs}", "give the folder of your runs")
-    runs = runs / "runs" if kind(runs) == "sweep" else runs
-    name = _first(runs) if name == "auto" else name
-    page = pick(PAGES, name, "page")
-    if not page.has(runs):
+    runs = runs / "runs" if folder_kind(runs) == "sweep" else runs
+    name = _first_with_runs(runs) if name == "auto" else name
+    page = lookup(TRACKER_UIS, name, "page")
+    if not page.has_runs(runs):
         raise UsageError(f"{name} has followed no run in {runs}", f"train with --track {name}")
     if importlib.util.find_spec(page.module) is None:
         raise UsageError(f"{page.module} is not installed", page.remedy)
-    port = page.port if port is None else port
-    _require_free(port)
+    port = page.default_port if port is None else port
+    _require_port_free(port)
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(
             [sys.executable, *page.command(runs, port)],
@@ -96,24 +102,24 @@ def show(runs: Path, name: str, port: int | None, announce: Callable[[dict[str, 
             env={**os.environ, **page.environment},
         )
         try:
-            _wait_until_it_answers(server, port, said)
-            announce({"page": name, "url": f"http://{HOST}:{port}"})
+            _wait_until_ready(server, port, said)
+            on_ready({"page": name, "url": f"http://{HOST}:{port}"})
             server.wait()
-            raise UsageError(f"{page.module} has ended: {_last_line(said)}")
+            raise UsageError(f"{page.module} has ended: {_last_output_line(said)}")
         except KeyboardInterrupt:  # which is how one leaves it
             return
         finally:
-            _end(server)
+            _stop_server(server)
 
 
-def _first(runs: Path) -> str:
-    for name, page in PAGES.items():
-        if page.has(runs):
+def _first_with_runs(runs: Path) -> str:
+    for name, page in TRACKER_UIS.items():
+        if page.has_runs(runs):
             return name
     raise UsageError(f"no tracker has followed a run in {runs}", "train with --track tensorboard or --track mlflow")
 
 
-def _require_free(port: int) -> None:
+def _require_port_free(port: int) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -122,28 +128,28 @@ def _require_free(port: int) -> None:
             raise UsageError(f"port {port} cannot be had: {error}", "give another --port") from None
 
 
-def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int, said: IO[bytes]) -> None:
-    until = time.monotonic() + START_S
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, output: IO[bytes]) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until and server.poll() is None:
         with suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return
         time.sleep(0.1)
     reason = "does not answer" if server.poll() is None else "has ended"
-    raise UsageError(f"{server.args[2]} {reason}: {_last_line(said)}")  # type: ignore[index]  # a list, see `show`
+    raise UsageError(f"{server.args[2]} {reason}: {_last_output_line(output)}")  # type: ignore[index]  # a list, see `show`
 
 
-def _last_line(said: IO[bytes]) -> str:
-    said.seek(0)
-    lines = said.read().decode("utf-8", "replace").strip().splitlines()
+def _last_output_line(output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = output.read().decode("utf-8", "replace").strip().splitlines()
     return lines[-1].strip() if lines else "it said nothing"
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _stop_server(server: subprocess.Popen[bytes]) -> None:
     """Ends the server and whatever it started."""
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        server.wait(STOP_S)
+        server.wait(STOP_TIMEOUT_S)
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()

@@ -15,24 +15,24 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fastcifar.sweep.executors import Told
-from fastcifar.sweep.trial_log import Ledger
-from fastcifar.training.progress import say
+from fastcifar.sweep.executors import TrialEvent
+from fastcifar.sweep.trial_log import TrialLog
+from fastcifar.training.progress import print_lines
 
-MOST = 30  # trials in the live table: those that run, then the newest
+MAX_LIVE_ROWS = 30  # trials in the live table: those that run, then the newest
 
 
-class Board:
+class SweepDisplay:
     """A context around a sweep of `total` trials. `console` None shows nothing."""
 
-    def __init__(self, console: Console | None, ledger: Ledger, total: int) -> None:
-        self.console, self.ledger, self.total = console, ledger, total
-        self.wanted: list[str] = []
+    def __init__(self, console: Console | None, trial_log: TrialLog, total: int) -> None:
+        self.console, self.trial_log, self.total = console, trial_log, total
+        self.trial_keys: list[str] = []
         self.live: Live | None = None
         if console and console.is_terminal:
-            self.live = Live(console=console, get_renderable=self._table, refresh_per_second=1, transient=True)
+            self.live = Live(console=console, get_renderable=self._live_table, refresh_per_second=1, transient=True)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> SweepDisplay:
         if self.live:
             self.live.start()
         return self
@@ -41,61 +41,63 @@ class Board:
         if self.live:
             self.live.stop()
 
-    def told(self, told: Told, wanted: list[str]) -> None:
+    def on_event(self, event: TrialEvent, trial_keys: list[str]) -> None:
         """Called with every event; `wanted`: the sweep's trials so far."""
-        self.wanted = list(wanted)
-        if self.live or told.state == "running":
+        self.trial_keys = list(trial_keys)
+        if self.live or event.state == "running":
             return
-        (row,) = self.ledger.rows([told.trial.key])
-        over = sum(self.ledger.state(key) not in ("running", "waiting") for key in wanted)
-        figures = [f"{name} {_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
+        (row,) = self.trial_log.trial_rows([event.trial.key])
+        over = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
+        figures = [f"{name} {_format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
         seconds = [f"{row['seconds']:.0f} s"] if row["seconds"] else []
-        what = f"{told.state}: {told.reason}" if told.reason else told.state
+        what = f"{event.state}: {event.reason}" if event.reason else event.state
         said = ", ".join([what, *figures, *seconds])
-        say(self.console, [f"{over} of {self.total}  {row['label']}, seed {row['seed']}: {said}"])
+        print_lines(self.console, [f"{over} of {self.total}  {row['label']}, seed {row['seed']}: {said}"])
 
-    def _table(self) -> Group:
+    def _live_table(self) -> Group:
         """Called by a thread of its own, once a second."""
-        rows = self.ledger.rows(list(self.wanted))
+        rows = self.trial_log.trial_rows(list(self.trial_keys))
         running = [row for row in rows if row["state"] == "running"]
         others = [row for row in rows if row["state"] != "running"]
-        shown = [*running, *others[::-1]][:MOST]
-        epochs = {row["trial"]: _epochs(self.ledger.folder / row["run"]) for row in running}
+        shown = [*running, *others[::-1]][:MAX_LIVE_ROWS]
+        epochs = {row["trial"]: _format_progress(self.trial_log.folder / row["run"]) for row in running}
         return Group(trials_table(shown, epochs), f"{len(others)} of {self.total} over, {len(running)} running")
 
 
-def sweep_table(found: dict[str, Any]) -> Group:
+def sweep_table(result: dict[str, Any]) -> Group:
     """The trials of a sweep, and how many came to what. `found`: as `sweep` returns it."""
-    counts = ", ".join(f"{count} {state}" for state, count in found["counts"].items() if count)
-    return Group(trials_table(found["trials"]), f"{found['sweep']}: {counts or 'nothing to run'}")
+    counts = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
+    return Group(trials_table(result["trials"]), f"{result['sweep']}: {counts or 'nothing to run'}")
 
 
-def plan_table(found: dict[str, Any]) -> Group:
+def plan_table(result: dict[str, Any]) -> Group:
     """The trials that a sweep would run. `found`: as `plan` returns it."""
     table = Table("trial", "state", box=None)
     for name in ("seed", "epochs", "steps"):
         table.add_column(name, justify="right")
-    for row in found["trials"]:
+    for row in result["trials"]:
         steps = "-" if row["steps"] is None else f"{row['steps']:,}"
         table.add_row(escape(row["label"]), row["state"], str(row["seed"]), str(row["epochs"]), steps)
-    steps = "" if found["steps"] is None else f", {found['steps']:,} steps to go at most"
-    return Group(table, f"{found['sweep']}: {found['n']} trials{steps}; nothing was written")
+    steps = "" if result["steps"] is None else f", {result['steps']:,} steps to go at most"
+    return Group(table, f"{result['sweep']}: {result['n']} trials{steps}; nothing was written")
 
 
-def trials_table(rows: list[dict[str, Any]], epochs: dict[str, str] | None = None) -> Table:
+def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = None) -> Table:
     """One row a trial. `epochs`: how far those are that run."""
     table = Table("trial", box=None)
     for name in ("seed", "state", "validation", "test", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         label = escape(f"{row['label']}  ({row['reason']})" if row["reason"] else row["label"])
-        state = (epochs or {}).get(row["trial"]) or row["state"]
+        state = (progress or {}).get(row["trial"]) or row["state"]
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        table.add_row(label, str(row["seed"]), state, _percent(row["val_acc"]), _percent(row["test_acc"]), seconds)
+        table.add_row(
+            label, str(row["seed"]), state, _format_percent(row["val_acc"]), _format_percent(row["test_acc"]), seconds
+        )
     return table
 
 
-def _epochs(run: Path) -> str:
+def _format_progress(run: Path) -> str:
     """How far a running trial is, from its metrics: `3 epochs, 61.20 %`; "" where they are on another machine."""
     try:
         with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -106,10 +108,10 @@ def _epochs(run: Path) -> str:
         return ""
     accuracy = rows[-1].get("val_acc") or rows[-1].get("train_acc")
     try:
-        return f"{len(rows)} epochs, {_percent(float(str(accuracy)))}"
+        return f"{len(rows)} epochs, {_format_percent(float(str(accuracy)))}"
     except ValueError:
         return f"{len(rows)} epochs"
 
 
-def _percent(fraction: float | None) -> str:
+def _format_percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"

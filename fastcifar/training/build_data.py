@@ -11,65 +11,67 @@ import torch
 from torch import Tensor
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import Fill, Op
+from fastcifar.data.augment import AugmentOp, FillColor
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.device import Choice
+from fastcifar.device import ExecutionPlan
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import World
 from fastcifar.training.step import scale_and_shift
 
 
-def split_off(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
+def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
     """The training images without the validation split, and the split."""
     if val_size == 0:
         return train, Split(train.images[:0], train.labels[:0])
-    train_index, val_index = cifar.split(train.labels, val_size, val_seed)
+    train_index, val_index = cifar.stratified_split(train.labels, val_size, val_seed)
     return (
         Split(train.images[train_index], train.labels[train_index]),
         Split(train.images[val_index], train.labels[val_index]),
     )
 
 
-def loader_of(split: Split, ops: tuple[Op, ...], recipe: Recipe, choice: Choice, here: World) -> Loader:
+def build_loader(
+    split: Split, ops: tuple[AugmentOp, ...], recipe: Recipe, execution: ExecutionPlan, world: World
+) -> Loader:
     """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
-    kind = LOADERS[choice.loader]
+    kind = LOADERS[execution.loader]
     takes = inspect.signature(kind).parameters
-    own = {"compile": choice.compile, "workers": recipe.workers}
+    own = {"compile": execution.compile, "workers": recipe.workers}
     return kind(
         split.images,
         split.labels,
         batch_size=recipe.batch_size,
         augment=ops,
         seed=recipe.seed,
-        device=torch.device(choice.device),
-        fill=mean_colour(recipe),
+        device=torch.device(execution.device),
+        fill=mean_color(recipe),
         drop_last=recipe.drop_last,
-        rank=here.rank,
-        ranks=here.ranks,
+        rank=world.rank,
+        ranks=world.world_size,
         **{name: value for name, value in own.items() if name in takes},
     )
 
 
-def normalised(split: Split, recipe: Recipe, device: torch.device) -> Tensor:
+def normalize_images(split: Split, recipe: Recipe, device: torch.device) -> Tensor:
     """Images of `split` as the network sees them, but in float32: [n,3,h,w] on the device."""
-    scale, shift = (part.to(device) for part in scale_and_shift(*normalisation(recipe)))
+    scale, shift = (part.to(device) for part in scale_and_shift(*normalization_mean_std(recipe)))
     return torch.tensor(split.images).to(device) * scale + shift
 
 
-def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization_mean_std(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, of pixels in [0, 1]."""
-    return cifar.normalisation(normalisation_name(recipe))
+    return cifar.parse_normalization(normalization_name(recipe))
 
 
-def normalisation_name(recipe: Recipe) -> str:
+def normalization_name(recipe: Recipe) -> str:
     """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
     if recipe.normalise != "auto":
         return recipe.normalise
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 
-def mean_colour(recipe: Recipe) -> Fill:
+def mean_color(recipe: Recipe) -> FillColor:
     """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
-    red, green, blue = (round(255 * value) for value in normalisation(recipe)[0])
+    red, green, blue = (round(255 * value) for value in normalization_mean_std(recipe)[0])
     return red, green, blue

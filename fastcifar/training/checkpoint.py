@@ -23,24 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_line
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
 
-FORMAT = 2
-MANIFEST = "manifest.json"
-PREFIXES = ("_orig_mod.", "module.")
+CHECKPOINT_FORMAT = 2
+MANIFEST_NAME = "manifest.json"
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # numpy's code of a number -> struct's, for the numpy scalars that other projects keep beside their weights
-NUMBERS = {"b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
+NUMPY_TO_STRUCT_FORMATS = {"b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
            "f2": "<e", "f4": "<f", "f8": "<d"}  # fmt: skip
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` so that `path` is at any moment the old checkpoint or the new one, whole.
 
     Errors: `NonFiniteError` if a weight or statistic is not finite (nothing is written), `DiskError`.
     """
-    _require_finite(state)
+    _require_finite_weights(state)
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     content = buffer.getvalue()
     previous = path.with_suffix(".previous.pt")
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -69,9 +69,9 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_current_umask())
         if previous and path.exists():
-            _keep(path, previous)
+            _link_or_copy(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         os.close(folder)
 
 
-def load(path: Path, anyones: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     """The checkpoint at `path`; if it is damaged, the one before it, with one warning.
 
     `anyones`: a dict that is no checkpoint of ours will do too (see `published`).
@@ -93,17 +93,17 @@ def load(path: Path, anyones: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}", "give a run folder or a .pt file")
     try:
-        return read(path, anyones)
+        return read_checkpoint(path, allow_foreign)
     except CheckpointError as error:
         previous = path.with_suffix(".previous.pt")
         if not previous.is_file():
             raise
-        state = read(previous, anyones)
+        state = read_checkpoint(previous, allow_foreign)
         warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
         return state
 
 
-def read(path: Path, anyones: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     """One file, verified against the manifest if that knows it. Errors: `CheckpointError`."""
     try:
         content = path.read_bytes()
@@ -113,56 +113,56 @@ def read(path: Path, anyones: bool = False) -> dict[str, Any]:
     if known and hashlib.sha256(content).hexdigest() not in known:
         raise CheckpointError(f"{path} is damaged: {len(content):,} bytes whose sha256 the manifest does not know")
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged or a malicious file
-        raise CheckpointError(f"{path} is not a checkpoint: {_reason(error)}") from None
-    if not isinstance(state, dict) or not (anyones or is_ours(state)):
+        raise CheckpointError(f"{path} is not a checkpoint: {_describe_load_error(error)}") from None
+    if not isinstance(state, dict) or not (allow_foreign or is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} holds no model and recipe of ours", "give a run folder or its checkpoint")
     return state
 
 
-def is_ours(state: dict[str, Any]) -> bool:
+def is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
     """Whether `state` is a checkpoint that fastcifar wrote."""
     return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
 
 
-def _reason(error: Exception) -> str:
+def _describe_load_error(error: Exception) -> str:
     """torch's error in a few words; its first line advises to switch the protection off."""
     refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
     if refused:
         return f"it asks for {refused[1]}, which no checkpoint needs"
-    return first_line(error, type(error).__name__)
+    return first_message_line(error, type(error).__name__)
 
 
-class _NumpyDtype:
+class _NumpyDtypeStub:
     """Stands in for `numpy.dtype` while a file is read, so that numpy is given nothing of it but a number's bytes."""
 
     def __init__(self, code: str, *_: object) -> None:
-        self.format = NUMBERS[code]
+        self.struct_format = NUMPY_TO_STRUCT_FORMATS[code]
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|"):
             raise ValueError("a number that is not little-endian")
 
 
-def _numpy_scalar(dtype: _NumpyDtype, content: bytes) -> float | int | bool:
+def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | bool:
     """Stands in for the function that numpy pickles its scalars by; a plain number comes of it."""
-    return struct.unpack(dtype.format, content)[0]
+    return struct.unpack(dtype.struct_format, content)[0]
 
 
 # Wrong arguments raise, and `read` turns that into its error; numpy's own functions would trust them.
-STAND_INS: list[Any] = [
-    (_NumpyDtype, "numpy.dtype"),
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+SAFE_GLOBALS: list[Any] = [
+    (_NumpyDtypeStub, "numpy.dtype"),
+    (_numpy_scalar_stub, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar_stub, "numpy._core.multiarray.scalar"),
 ]
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> {bytes, sha256}; empty where there is no readable manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     entries = manifest.items() if isinstance(manifest, dict) else ()
@@ -170,10 +170,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
 
 
-def find(run_or_file: str, which: str = "last") -> Path:
+def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
     """The checkpoint that `run_or_file` means: the file itself, or `which` ("last", "best") of a run folder."""
     path = Path(run_or_file)
     return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
@@ -181,7 +181,7 @@ def find(run_or_file: str, which: str = "last") -> Path:
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: object) -> None:
     """Strictly: every key once, every shape right. Errors: `CheckpointError` that names what does not fit."""
-    weights = {plain_key(key): value for key, value in weights.items()}
+    weights = {strip_wrapper_prefixes(key): value for key, value in weights.items()}
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     shapes = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
@@ -192,21 +192,21 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: obj
     model.load_state_dict(weights, strict=True)
 
 
-def plain_key(key: str) -> str:
+def strip_wrapper_prefixes(key: str) -> str:
     """`key` without the prefixes that DataParallel and torch.compile put before it."""
-    while key.startswith(PREFIXES):
-        key = key[len(next(prefix for prefix in PREFIXES if key.startswith(prefix))) :]
+    while key.startswith(WRAPPER_PREFIXES):
+        key = key[len(next(prefix for prefix in WRAPPER_PREFIXES if key.startswith(prefix))) :]
     return key
 
 
-def _require_finite(state: dict[str, Any]) -> None:
+def _require_finite_weights(state: dict[str, Any]) -> None:
     for part in ("model", "ema"):
         for key, value in (state.get(part) or {}).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise NonFiniteError(f"{key} is not finite", "the checkpoint before it is kept; use a smaller --lr")
 
 
-def _keep(path: Path, previous: Path) -> None:
+def _link_or_copy(path: Path, previous: Path) -> None:
     """`path` under the name `previous` too, while `path` itself never ceases to exist."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
@@ -218,7 +218,7 @@ def _keep(path: Path, previous: Path) -> None:
     os.replace(link, previous)
 
 
-def _umask() -> int:
+def _current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -23,15 +23,15 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Replay = Callable[[], object]
-MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
-WARM_UPS = 3
-COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
-_recorded: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+Closure = Callable[[], object]
+COMPILE_MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
+WARMUP_ITERATIONS = 3
+INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
+_captured_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
+def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
     # It would warn of every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -43,21 +43,21 @@ def compiled(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, mode=MODES[mode])
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
 
 
-def keep_compiled_code() -> Path | None:
+def enable_compile_cache() -> Path | None:
     """Has torch.compile keep its code in the user cache, where a later start finds it: torch's own place is temporary.
 
     `TORCHINDUCTOR_CACHE_DIR` stands if it is set. Returns the folder; None, and torch's own place, if none can be made.
     """
     folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
-    folder = Path(os.environ.get(COMPILED_CODE) or folder)
+    folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    os.environ[COMPILED_CODE] = str(folder)
+    os.environ[INDUCTOR_CACHE_DIR_VARIABLE] = str(folder)
     return folder
 
 
@@ -75,7 +75,7 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def untouched(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+def preserve_state(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     """Whatever runs inside, `state` and the random generators are afterwards as before, in the same memory."""
     kept = [tensor.detach().clone() for tensor in state]
     host = torch.get_rng_state()
@@ -91,18 +91,20 @@ def untouched(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(on_device, device)
 
 
-def warmed(step: Callable[..., None], example: Sequence[Tensor], state: Sequence[Tensor]) -> Callable[..., None]:
+def precompile(
+    step: Callable[..., None], example_inputs: Sequence[Tensor], state: Sequence[Tensor]
+) -> Callable[..., None]:
     """`step`, after one run on `example` that compiled it and left `state` untouched."""
-    with untouched(state, example[0].device):
-        step(*example)
+    with preserve_state(state, example_inputs[0].device):
+        step(*example_inputs)
     return step
 
 
-def graphed(
+def cuda_graphed(
     step: Callable[..., None],
-    example: Sequence[Tensor],
+    example_inputs: Sequence[Tensor],
     state: Sequence[Tensor],
-    record: Callable[[Replay], Replay] | None = None,
+    capture_fn: Callable[[Closure], Closure] | None = None,
 ) -> Callable[..., None]:
     """`step` as one replay: inputs are copied into static ones, then everything it launched is launched at once.
 
@@ -111,17 +113,17 @@ def graphed(
     Errors: `ValueError` that names the input whose shape, dtype or device differs.
     `record` is how work becomes a replay; the tests give one that runs it eagerly, the default is CUDA's.
     """
-    record = record or record_on_cuda
-    static = [tensor.clone() for tensor in example]
-    with untouched(state, static[0].device):
+    capture_fn = capture_fn or capture_cuda_graph
+    static = [tensor.clone() for tensor in example_inputs]
+    with preserve_state(state, static[0].device):
         warm_up(lambda: step(*static), static[0].device)
-    replay = record(lambda: step(*static))
+    replay = capture_fn(lambda: step(*static))
 
     def run(*inputs: Tensor) -> None:
         for index, (mine, given) in enumerate(zip(static, inputs, strict=True)):
             if (mine.shape, mine.dtype, mine.device) != (given.shape, given.dtype, given.device):
                 raise ValueError(
-                    f"input {index} of the captured step is {_kind(mine)}, not {_kind(given)}: "
+                    f"input {index} of the captured step is {_describe_tensor(mine)}, not {_describe_tensor(given)}: "
                     "another shape needs the plain step"
                 )
             mine.copy_(given, non_blocking=True)
@@ -130,32 +132,32 @@ def graphed(
     return run
 
 
-def in_blocks(step: Callable[..., None], count: int) -> Callable[..., None]:
+def unroll_steps(step: Callable[..., None], num_steps: int) -> Callable[..., None]:
     """`count` steps as one function of the tensors of `count` batches, one batch after the other: one replay of
     `graphed` then launches them all. What changes from step to step, such as a learning rate, has to be an input."""
 
     def block(*tensors: Tensor) -> None:
-        size = len(tensors) // count
-        assert size * count == len(tensors), (len(tensors), count)
+        size = len(tensors) // num_steps
+        assert size * num_steps == len(tensors), (len(tensors), num_steps)
         for start in range(0, len(tensors), size):
             step(*tensors[start : start + size])
 
     return block
 
 
-def captured_forward(
-    forward: Callable[[Tensor], Tensor], example: Tensor, record: Callable[[Replay], Replay] | None = None
+def cuda_graphed_forward(
+    forward: Callable[[Tensor], Tensor], example_images: Tensor, capture_fn: Callable[[Closure], Closure] | None = None
 ) -> Callable[[Tensor], Tensor]:
     """`forward`, images -> logits, as one replay for images of `example`'s shape. Call it, and this, under no_grad.
 
     The model must be in evaluation mode: what is recorded stays what it was. New weights in the same memory are seen.
     """
-    logits = forward(example).clone()
+    logits = forward(example_images).clone()
 
     def step(images: Tensor) -> None:
         logits.copy_(forward(images))
 
-    replay = graphed(step, [example], [], record)
+    replay = cuda_graphed(step, [example_images], [], capture_fn)
 
     def replayed(images: Tensor) -> Tensor:
         replay(images)
@@ -164,7 +166,7 @@ def captured_forward(
     return replayed
 
 
-def filled(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+def pad_batch(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
     """`forward` of `batch_size` images for fewer too: a short batch is filled up with black and its logits are cut."""
 
     def whole(images: Tensor) -> Tensor:
@@ -177,27 +179,27 @@ def filled(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Te
     return whole
 
 
-def warm_up(work: Replay, device: torch.device) -> None:
+def warm_up(work: Closure, device: torch.device) -> None:
     """Runs `work` until lazy initialisation, autotuning and compilation are behind it; on CUDA on a side stream."""
     if device.type != "cuda":
-        for _ in range(WARM_UPS):
+        for _ in range(WARMUP_ITERATIONS):
             work()
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+        for _ in range(WARMUP_ITERATIONS):
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def record_on_cuda(work: Replay) -> Replay:
+def capture_cuda_graph(work: Closure) -> Closure:
     """`work` captured as a CUDA graph; other threads may go on allocating (`thread_local`).
 
     Nothing is collected meanwhile: what an old cycle holds of the device may not be freed by a capturing thread.
     """
     graph = torch.cuda.CUDAGraph()
-    _recorded.add(graph)
+    _captured_graphs.add(graph)
     gc.collect()
     gc.disable()
     try:
@@ -208,23 +210,25 @@ def record_on_cuda(work: Replay) -> Replay:
     return graph.replay
 
 
-def forget_recorded() -> None:
+def reset_cuda_graphs() -> None:
     """Gives up every CUDA graph of this process; none may be replayed afterwards.
 
     NCCL waits for the graphs that hold its collectives before it ends, and a traceback may keep them alive.
     """
-    for graph in _recorded:
+    for graph in _captured_graphs:
         graph.reset()
 
 
-def by_batch_size(fast: Callable[..., None], plain: Callable[..., None], batch_size: int) -> Callable[..., None]:
+def dispatch_by_batch_size(
+    full_batch_step: Callable[..., None], short_batch_step: Callable[..., None], batch_size: int
+) -> Callable[..., None]:
     """`fast` for full batches, its plain twin for a short last one."""
 
     def step(images: Tensor, *others: Tensor) -> None:
-        (fast if len(images) == batch_size else plain)(images, *others)
+        (full_batch_step if len(images) == batch_size else short_batch_step)(images, *others)
 
     return step
 
 
-def _kind(tensor: Tensor) -> str:
+def _describe_tensor(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

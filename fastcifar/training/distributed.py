@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcifar.errors import DeviceError, first_line
+from fastcifar.errors import DeviceError, first_message_line
 from fastcifar.training import cuda_graph
 
-TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class World:
     """This process, `rank` of `ranks`; the methods are for all ranks at the same time, and do nothing for one alone."""
 
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Rank 0: it alone writes, shows and evaluates."""
         return self.rank == 0
 
-    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
         """The mean loss over the images of all ranks; the gradients of `parameters` become means in the same way.
 
         `loss`: this rank's mean over its `images`, which may be one more or fewer than another's. Loss and gradients
         travel in one buffer: whatever is not finite on one rank is so on all of them.
         """
-        if self.ranks == 1:
+        if self.world_size == 1:
             return loss
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
         parts = [*gradients, loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)]
@@ -58,30 +58,30 @@ class World:
         )
         return means[-2].view(())
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """`tensor` becomes its sum over the ranks."""
-        if self.ranks > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
 
-    def told(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`, which JSON can hold; what the others give is not looked at."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return value
-        return json.loads(self._sent(json.dumps(value).encode() if self.leads else b"", 0))
+        return json.loads(self._broadcast_bytes(json.dumps(value).encode() if self.is_main_process else b"", 0))
 
-    def shown(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+    def broadcast_tensors(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
         """Rank 0's `state`, as a checkpoint can hold it, or None."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return state
-        return _unpacked(self._sent(_packed(state) if self.leads else b"", 0))
+        return _deserialize(self._broadcast_bytes(_serialize(state) if self.is_main_process else b"", 0))
 
-    def gathered(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+    def all_gather_object(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's `state`, by rank."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return [state]
-        return [_unpacked(self._sent(_packed(state), rank)) for rank in range(self.ranks)]
+        return [_deserialize(self._broadcast_bytes(_serialize(state), rank)) for rank in range(self.world_size)]
 
-    def _sent(self, content: bytes, source: int) -> bytes:
+    def _broadcast_bytes(self, content: bytes, source: int) -> bytes:
         """The `content` of rank `source`."""
         length = torch.tensor(len(content))
         dist.broadcast(length, source)
@@ -91,47 +91,47 @@ class World:
         dist.broadcast(buffer, source)
         return buffer.numpy().tobytes()
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the ranks' whole numbers: a flag that one of them raised. The host waits for all of them."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return value
         found = torch.tensor(value)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-def _packed(state: Any) -> bytes:
+def _serialize(state: Any) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
 
 
-def _unpacked(content: bytes) -> Any:
+def _deserialize(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
-def world() -> World:
+def get_world() -> World:
     """This process's place; alone outside of `joined`."""
-    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 
-def launched() -> bool:
+def is_distributed_launch() -> bool:
     """Whether torchrun, or something that sets its variables, started this process as one of several."""
-    return all(name in os.environ for name in VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(name in os.environ for name in TORCHRUN_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
+def process_group(device: str) -> Iterator[World]:
     """All ranks together, for as long as the context lasts; on a GPU each rank has the one of its local rank.
 
     `device`: "cuda" or "cpu". Errors: `DeviceError` where the ranks cannot find each other, a GPU is missing, or
     another rank ends in between.
     """
-    if not launched() or dist.is_initialized():
-        yield world()
+    if not is_distributed_launch() or dist.is_initialized():
+        yield get_world()
         return
     local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
@@ -139,28 +139,29 @@ def joined(device: str) -> Iterator[World]:
             found = torch.cuda.device_count()
             raise DeviceError(f"local rank {local} has no GPU: this machine has {found}", f"--nproc-per-node {found}")
         torch.cuda.set_device(local)
-    _name_the_loopback()
+    _set_gloo_loopback_interface()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(
-            f"the ranks did not find each other: {first_line(error, type(error).__name__)}", "see torchrun's output"
+            f"the ranks did not find each other: {first_message_line(error, type(error).__name__)}",
+            "see torchrun's output",
         ) from None
     try:
-        yield world()
+        yield get_world()
     except RuntimeError as error:
-        if not _peer_lost(error):
+        if not _is_peer_failure(error):
             raise
         remedy = "see its own output, and go on with --resume auto"
         raise DeviceError(
-            f"another process of this run ended: {first_line(error, type(error).__name__)}", remedy
+            f"another process of this run ended: {first_message_line(error, type(error).__name__)}", remedy
         ) from None
     finally:
-        cuda_graph.forget_recorded()
+        cuda_graph.reset_cuda_graphs()
         dist.destroy_process_group()
 
 
-def _name_the_loopback() -> None:
+def _set_gloo_loopback_interface() -> None:
     """Gloo looks up its own host's name; where that does not resolve, it is told to talk to itself."""
     try:
         socket.gethostbyname(socket.gethostname())
@@ -168,7 +169,7 @@ def _name_the_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _peer_lost(error: RuntimeError) -> bool:
+def _is_peer_failure(error: RuntimeError) -> bool:
     """Whether a collective failed: torch has a class for NCCL's failures, and gloo's come as plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastcifar.errors import UsageError, pick
+from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
 
-FACTOR = 0.1  # of plateau
-THRESHOLD = 1e-4  # relative: a validation loss that falls by less is no better
+PLATEAU_FACTOR = 0.1  # of plateau
+PLATEAU_THRESHOLD = 1e-4  # relative: a validation loss that falls by less is no better
 
 
 @dataclass(frozen=True)
-class Shape:
+class ScheduleSpec:
     """A row of SCHEDULES.
 
     `share`: (progress in [0, 1], number) -> share of the way from the floor to the peak, in [0, 1]. `number`: the
@@ -27,18 +27,18 @@ class Shape:
     follows the validation loss.
     """
 
-    share: Callable[[float, float], float]
-    number: float | None = None
-    bounds: tuple[float, float] = (0.0, 0.0)
-    whole: bool = False
-    watches: bool = False
+    lr_fraction: Callable[[float, float], float]
+    default_arg: float | None = None
+    arg_bounds: tuple[float, float] = (0.0, 0.0)
+    arg_is_integer: bool = False
+    uses_val_loss: bool = False
 
 
 def _half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def _restarts(progress: float, cycles: float) -> float:
+def _cosine_restarts(progress: float, cycles: float) -> float:
     """Loshchilov and Hutter 2017, equal cycles; the end of the last is an end, not a restart."""
     rounding = 1e-9  # 3 / 7 * 7 may fall short of 3, and a cycle would begin a step late
     return _half_cosine((progress * cycles + rounding) % 1.0 if progress < 1 else 1.0)
@@ -57,22 +57,28 @@ def _one_cycle(progress: float, peak: float) -> float:
     return end + (1 - end) * _half_cosine((progress - peak) / (1 - peak))
 
 
-SCHEDULES: dict[str, Shape] = {
-    "constant": Shape(lambda progress, _: 1.0),
-    "cosine": Shape(lambda progress, _: _half_cosine(progress)),
-    "linear": Shape(lambda progress, _: 1 - progress),
-    "cosine_restarts": Shape(_restarts, number=4, bounds=(1, 1000), whole=True),  # cycles
-    "triangular": Shape(_triangular, number=0.25, bounds=(0.001, 0.999)),  # where the peak is
-    "one_cycle": Shape(_one_cycle, number=0.3, bounds=(0.001, 0.999)),  # where the peak is
-    "multi_step": Shape(  # factor, at half and at three quarters of the way
-        lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), number=0.1, bounds=(0, 1)
+SCHEDULES: dict[str, ScheduleSpec] = {
+    "constant": ScheduleSpec(lambda progress, _: 1.0),
+    "cosine": ScheduleSpec(lambda progress, _: _half_cosine(progress)),
+    "linear": ScheduleSpec(lambda progress, _: 1 - progress),
+    "cosine_restarts": ScheduleSpec(
+        _cosine_restarts, default_arg=4, arg_bounds=(1, 1000), arg_is_integer=True
+    ),  # cycles
+    "triangular": ScheduleSpec(_triangular, default_arg=0.25, arg_bounds=(0.001, 0.999)),  # where the peak is
+    "one_cycle": ScheduleSpec(_one_cycle, default_arg=0.3, arg_bounds=(0.001, 0.999)),  # where the peak is
+    "multi_step": ScheduleSpec(  # factor, at half and at three quarters of the way
+        lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), default_arg=0.1, arg_bounds=(0, 1)
     ),
-    "exponential": Shape(lambda progress, end: end**progress, number=0.01, bounds=(1e-9, 1)),  # share at the end
-    "plateau": Shape(lambda progress, _: 1.0, number=10, bounds=(0, 10_000), whole=True, watches=True),  # patience
+    "exponential": ScheduleSpec(
+        lambda progress, end: end**progress, default_arg=0.01, arg_bounds=(1e-9, 1)
+    ),  # share at the end
+    "plateau": ScheduleSpec(
+        lambda progress, _: 1.0, default_arg=10, arg_bounds=(0, 10_000), arg_is_integer=True, uses_val_loss=True
+    ),  # patience
 }
 
 
-class Schedule:
+class LRSchedule:
     """The learning rate of each step, from `NAME` or `NAME:NUMBER`.
 
     Linear warm-up from 0, then the shape between `lr` and `lr_min` over `schedule_epochs` (default: the epochs), and
@@ -82,65 +88,73 @@ class Schedule:
     """
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
-        self.shape, self.number = _parse(recipe.schedule)
-        self.lr, self.lr_min = recipe.lr, recipe.lr_min
-        self.total = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
-        self.warm = recipe.warmup_epochs * steps_per_epoch
-        if self.warm >= self.total:
+        self.spec, self.arg = _parse_schedule(recipe.schedule)
+        self.peak_lr, self.min_lr = recipe.lr, recipe.lr_min
+        self.total_steps = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
+        self.warmup_steps = recipe.warmup_epochs * steps_per_epoch
+        if self.warmup_steps >= self.total_steps:
             raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule")
-        if self.shape.watches and recipe.val_size == 0:
+        if self.spec.uses_val_loss and recipe.val_size == 0:
             raise UsageError(f"--schedule {recipe.schedule} watches the validation loss", "set --val-size")
-        self.best, self.waited, self.factor = math.inf, 0, 1.0
+        self.best_val_loss, self.num_bad_epochs, self.plateau_scale = math.inf, 0, 1.0
         self.halvings = 0  # of the whole curve, by `--on-nan rollback`
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step (from 0)."""
-        return self._curve(step) * 0.5**self.halvings
+        return self._lr_before_halving(step) * 0.5**self.halvings
 
-    def _curve(self, step: int) -> float:
-        if step < self.warm:
-            return self.lr * (step + 1) / (math.floor(self.warm) + 1)
-        progress = min((step - self.warm) / (self.total - self.warm), 1.0)
-        return self.lr_min + (self.lr - self.lr_min) * self.shape.share(progress, self.number) * self.factor
+    def _lr_before_halving(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
+        progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+        return (
+            self.min_lr + (self.peak_lr - self.min_lr) * self.spec.lr_fraction(progress, self.arg) * self.plateau_scale
+        )
 
     def after_epoch(self, val_loss: float | None) -> None:
         """Shown the validation loss of each epoch; only a schedule that watches it takes note."""
-        if not self.shape.watches:
+        if not self.spec.uses_val_loss:
             return
         assert val_loss is not None
-        if val_loss < self.best * (1 - THRESHOLD):
-            self.best, self.waited = val_loss, 0
+        if val_loss < self.best_val_loss * (1 - PLATEAU_THRESHOLD):
+            self.best_val_loss, self.num_bad_epochs = val_loss, 0
         else:
-            self.waited += 1
-        if self.waited > self.number:
-            self.factor, self.waited = self.factor * FACTOR, 0
+            self.num_bad_epochs += 1
+        if self.num_bad_epochs > self.arg:
+            self.plateau_scale, self.num_bad_epochs = self.plateau_scale * PLATEAU_FACTOR, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited, "factor": self.factor, "halvings": self.halvings}
+        return {
+            "best": self.best_val_loss,
+            "waited": self.num_bad_epochs,
+            "factor": self.plateau_scale,
+            "halvings": self.halvings,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.waited, self.factor = state["best"], state["waited"], state["factor"]
+        self.best_val_loss, self.num_bad_epochs, self.plateau_scale = state["best"], state["waited"], state["factor"]
         self.halvings = state["halvings"]
 
 
-def _parse(spec: str) -> tuple[Shape, float]:
+def _parse_schedule(spec: str) -> tuple[ScheduleSpec, float]:
     """`NAME` or `NAME:NUMBER` as a row and its number (0.0 for a row without one)."""
     name, colon, text = spec.partition(":")
-    shape = pick(SCHEDULES, name, "schedule")
-    if shape.number is None:
+    shape = lookup(SCHEDULES, name, "schedule")
+    if shape.default_arg is None:
         if colon:
             raise UsageError(f"--schedule {spec!r}: {name} takes no number", f"write {name}")
         return shape, 0.0
     if not colon:
-        return shape, shape.number
-    low, high = shape.bounds
+        return shape, shape.default_arg
+    low, high = shape.arg_bounds
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not low <= number <= high or (shape.whole and number != int(number)):
-        kind = "a whole number" if shape.whole else "a number"
+    if not low <= number <= high or (shape.arg_is_integer and number != int(number)):
+        kind = "a whole number" if shape.arg_is_integer else "a number"
         raise UsageError(
-            f"--schedule {spec!r}: {text!r} is not {kind} from {low:g} to {high:g}", f"such as {name}:{shape.number:g}"
+            f"--schedule {spec!r}: {text!r} is not {kind} from {low:g} to {high:g}",
+            f"such as {name}:{shape.default_arg:g}",
         )
     return shape, number

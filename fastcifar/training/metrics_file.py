@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLUMNS: tuple[str, ...] = (
+METRICS_COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
     "lr",
@@ -23,20 +23,22 @@ COLUMNS: tuple[str, ...] = (
     "seconds",
 )
 
-Row = dict[str, Any]
+EpochRow = dict[str, Any]
 
 
-def csv_rows(path: Path, done: int) -> list[Row]:
+def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
     """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
     try:
         return [
-            {name: row[name] for name in COLUMNS} for row in csv.DictReader(_lines(path)) if _kept(row, done, COLUMNS)
+            {name: row[name] for name in METRICS_COLUMNS}
+            for row in csv.DictReader(_read_lines(path))
+            if _is_valid_row(row, epochs_done, METRICS_COLUMNS)
         ]
     except csv.Error:
         return []
 
 
-def event_lines(path: Path, done: int) -> list[str]:
+def read_event_lines(path: Path, epochs_done: int) -> list[str]:
     """The whole lines of an events.jsonl's first `done` epochs."""
 
     def parsed(line: str) -> Any:
@@ -45,15 +47,15 @@ def event_lines(path: Path, done: int) -> list[str]:
         except (ValueError, RecursionError):
             return None
 
-    return [line for line in _lines(path) if _kept(parsed(line), done, ("epoch",))]
+    return [line for line in _read_lines(path) if _is_valid_row(parsed(line), epochs_done, ("epoch",))]
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
 
 
-def _kept(row: Any, done: int, columns: tuple[str, ...]) -> bool:
+def _is_valid_row(row: Any, epochs_done: int, columns: tuple[str, ...]) -> bool:
     try:
-        return int(row["epoch"]) < done and all(row[name] is not None for name in columns)
+        return int(row["epoch"]) < epochs_done and all(row[name] is not None for name in columns)
     except (KeyError, TypeError, ValueError, OverflowError):
         return False

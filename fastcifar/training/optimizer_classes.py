@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Jordan's quintic: the steepest at 0, and it only comes near 1, which is enough (https://kellerjordan.github.io/posts/muon)
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -30,7 +30,7 @@ class RMSprop(torch.optim.RMSprop):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         state = [value for entry in self.state.values() for value in entry.values()]
-        flat = [_flat(value) for value in (*(p for group in self.param_groups for p in group["params"]), *state)]
+        flat = [_flat_view(value) for value in (*(p for group in self.param_groups for p in group["params"]), *state)]
         before = torch.cat(flat)
         super().step(closure)
         if self.found_inf is not None:
@@ -67,15 +67,15 @@ class Ranger(torch.optim.Optimizer):
             raise ValueError(f"use_gc is true or false (got {use_gc!r})")
         own = {"betas": (beta1, beta2), "eps": eps, "n_sma_threshold": n_sma_threshold, "use_gc": use_gc}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
-        for weight in _weights(self):
+        for weight in _all_params(self):
             self.state[weight] = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        first = _weights(self)[0]
+        first = _all_params(self)[0]
         self.state[first]["step"] = torch.zeros((), device=first.device)  # one count for all, kept with the first
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
-        keep = _keep(self)
-        count = self.state[_weights(self)[0]]["step"]
+        keep = _mask_skipped_step(self)
+        count = self.state[_all_params(self)[0]]["step"]
         count += keep
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -89,13 +89,13 @@ class Ranger(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         lr = group["lr"] * keep
         if group["use_gc"]:
-            centralise(gradients)
+            centralize(gradients)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_mul_(averages, 1 - (1 - beta1) * keep)
         torch._foreach_add_(averages, gradients, alpha=1 - beta1)
         torch._foreach_mul_(squares, 1 - (1 - beta2) * keep)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        factor, rectified = rectification(count, beta1, beta2, group["n_sma_threshold"])
+        factor, rectified = radam_rectification(count, beta1, beta2, group["n_sma_threshold"])
         divisors = torch._foreach_sqrt(squares)  # sqrt(v) + eps, or 1 until it is rectified
         torch._foreach_mul_(divisors, rectified.float())
         torch._foreach_add_(divisors, torch.where(rectified, group["eps"], 1.0))
@@ -139,30 +139,32 @@ class Muon(torch.optim.Optimizer):
         own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "weight_norm": weight_norm}
         rest = {"linear": linear, "rest_lr": rest_lr, "rest_momentum": rest_momentum}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, **rest})
-        for weight in _weights(self):
+        for weight in _all_params(self):
             self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
-        keep = _keep(self)
+        keep = _mask_skipped_step(self)
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             turned = (2, 4) if group["linear"] else (4,)
             filters = [weight for weight in weights if weight.ndim in turned]
             rest = [weight for weight in weights if weight.ndim not in turned]
             if filters:
-                self._turn(group, filters, keep)
+                self._muon_update(group, filters, keep)
             if rest:
-                self._descend(group, rest, keep)
+                self._sgd_update(group, rest, keep)
 
-    def _turn(self, group: dict[str, Any], filters: list[Tensor], keep: Tensor) -> None:
+    def _muon_update(self, group: dict[str, Any], filters: list[Tensor], keep: Tensor) -> None:
         """Muon's update of `filters`, matrices of equal shape at once."""
         lr = group["lr"] * keep
-        directions = self._directions(filters, group["momentum"], group["nesterov"], keep)
-        pairs = [(matrix(weight), matrix(direction)) for weight, direction in zip(filters, directions, strict=True)]
-        for same in by_shape(pairs):
+        directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
+        pairs = [
+            (as_matrix(weight), as_matrix(direction)) for weight, direction in zip(filters, directions, strict=True)
+        ]
+        for same in group_by_shape(pairs):
             weights = torch.stack([weight for weight, _ in same])
-            updates = orthogonalised(torch.stack([direction for _, direction in same]), group["ns_steps"])
+            updates = orthogonalize(torch.stack([direction for _, direction in same]), group["ns_steps"])
             rows, columns = weights.shape[1:]
             if group["weight_norm"]:
                 norms = weights.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -172,14 +174,16 @@ class Muon(torch.optim.Optimizer):
             weights.sub_(updates.float() * (lr * math.sqrt(max(1.0, rows / columns))))
             torch._foreach_copy_([weight for weight, _ in same], list(weights))
 
-    def _descend(self, group: dict[str, Any], weights: list[Tensor], keep: Tensor) -> None:
+    def _sgd_update(self, group: dict[str, Any], weights: list[Tensor], keep: Tensor) -> None:
         """A step of SGD with momentum."""
         lr = group["lr"] * group["rest_lr"] * keep
-        directions = self._directions(weights, group["rest_momentum"], group["nesterov"], keep)
+        directions = self._momentum_directions(weights, group["rest_momentum"], group["nesterov"], keep)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(weights, torch._foreach_mul(directions, -lr))
 
-    def _directions(self, weights: list[Tensor], momentum: float, nesterov: bool, keep: Tensor) -> list[Tensor]:
+    def _momentum_directions(
+        self, weights: list[Tensor], momentum: float, nesterov: bool, keep: Tensor
+    ) -> list[Tensor]:
         """The momentum after this step's gradients, in the memory format of the weights."""
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -192,7 +196,7 @@ class Muon(torch.optim.Optimizer):
         return list(ahead)
 
 
-def rectification(count: Tensor, beta1: float, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
+def radam_rectification(count: Tensor, beta1: float, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
     """RAdam's factor of the learning rate (float32 scalar) after `count` steps, and whether it is rectified (bool).
 
     The bias of the first moment is in the factor. In float64: the length is a small difference of large numbers.
@@ -207,18 +211,18 @@ def rectification(count: Tensor, beta1: float, beta2: float, threshold: float) -
     return factor.float(), rectified
 
 
-def centralise(gradients: list[Tensor]) -> None:
+def centralize(gradients: list[Tensor]) -> None:
     """Subtracts from every output's gradient its mean, in place; biases and normalisation are left alone."""
-    matrices = [(matrix(gradient),) for gradient in gradients if gradient.ndim > 1]
-    for same in by_shape(matrices):
+    matrices = [(as_matrix(gradient),) for gradient in gradients if gradient.ndim > 1]
+    for same in group_by_shape(matrices):
         batch = torch.stack([gradient for (gradient,) in same])
         batch -= batch.mean(2, keepdim=True)
         torch._foreach_copy_([gradient for (gradient,) in same], list(batch))
 
 
-def orthogonalised(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """[n, rows, columns] -> the same with singular values of about 1 (0.7 to 1.2), by Newton-Schulz, in `dtype`."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # the smaller Gram matrix
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
@@ -228,13 +232,13 @@ def orthogonalised(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bflo
     return x.mT if tall else x
 
 
-def matrix(weight: Tensor) -> Tensor:
+def as_matrix(weight: Tensor) -> Tensor:
     """[out, ...] as a view [out, inputs], the inputs in the order of memory: what is done here does not mind theirs."""
     order = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return weight.permute(0, *order).view(len(weight), -1)
 
 
-def by_shape(tuples: Iterable[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+def group_by_shape(tuples: Iterable[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
     """`tuples` whose first tensors are of one shape together, in the order they came."""
     found: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
     for entry in tuples:
@@ -242,23 +246,23 @@ def by_shape(tuples: Iterable[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ..
     return list(found.values())
 
 
-def _keep(optimizer: Ranger | Muon) -> Tensor:
+def _mask_skipped_step(optimizer: Ranger | Muon) -> Tensor:
     """float32 scalar: 1, or 0 if this step is to be skipped, and then the gradients are made 0.
 
     Every change is multiplied by it, and what a NaN was in would stay NaN times 0; not so its bits as a whole number.
     """
-    gradients = [weight.grad for weight in _weights(optimizer) if weight.grad is not None]
+    gradients = [weight.grad for weight in _all_params(optimizer) if weight.grad is not None]
     if optimizer.found_inf is None:
-        return torch.ones((), device=_weights(optimizer)[0].device)
+        return torch.ones((), device=_all_params(optimizer)[0].device)
     keep = 1 - optimizer.found_inf.reshape(())
     torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], keep.int())
     return keep
 
 
-def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def _flat(value: Tensor) -> Tensor:
+def _flat_view(value: Tensor) -> Tensor:
     """A dense tensor of any memory format as one dimension, in the same memory."""
     return value.detach().as_strided((value.numel(),), (1,))

@@ -19,7 +19,7 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def collect_rng_state(device: torch.device) -> dict[str, Any]:
     """The states of the same generators, as values that a checkpoint may hold."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -30,7 +30,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Puts back what `random_state` gave; a device that the checkpoint does not know keeps its own state."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:

@@ -24,42 +24,44 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastcifar.device import environment
+from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint import write_atomically
-from fastcifar.training.metrics_file import COLUMNS, Row, csv_rows, event_lines
-from fastcifar.training.trackers import Tracker, asked
+from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
+from fastcifar.training.trackers import Tracker, parse_tracker_names
 
 # a function of each epoch's row; a reason that it returns ends the run
-Sink = Callable[[Row], str | None]
-Sinks = Sequence[Sink]
+EpochCallback = Callable[[EpochRow], str | None]
+EpochCallbacks = Sequence[EpochCallback]
 
 
-def csv_sink(folder: Path, done: int = 0) -> Sink:
+def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
     """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, COLUMNS)
+    writer = csv.DictWriter(table, METRICS_COLUMNS)
     writer.writeheader()
-    writer.writerows(csv_rows(path, done))
+    writer.writerows(read_metrics_csv(path, epochs_done))
     write_atomically(path, table.getvalue().encode())
 
-    def write(row: Row) -> None:
+    def write(row: EpochRow) -> None:
         with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({name: _cell(row.get(name)) for name in COLUMNS})
+            csv.DictWriter(file, METRICS_COLUMNS).writerow(
+                {name: _format_cell(row.get(name)) for name in METRICS_COLUMNS}
+            )
             file.flush()
             os.fsync(file.fileno())
 
     return write
 
 
-def events_sink(folder: Path, done: int = 0) -> Sink:
+def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
     """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
     path = folder / "events.jsonl"
-    write_atomically(path, "".join(f"{line}\n" for line in event_lines(path, done)).encode())
+    write_atomically(path, "".join(f"{line}\n" for line in read_event_lines(path, epochs_done)).encode())
 
-    def write(row: Row) -> None:
+    def write(row: EpochRow) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
 
@@ -68,13 +70,13 @@ def events_sink(folder: Path, done: int = 0) -> Sink:
 
 # name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
 # one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
-SINKS: dict[str, Callable[[Path, int], Sink]] = {
-    "csv": csv_sink,
-    "events": events_sink,
+CALLBACK_FACTORIES: dict[str, Callable[[Path, int], EpochCallback]] = {
+    "csv": build_csv_callback,
+    "events": build_jsonl_callback,
     "tensorboard": partial(Tracker, "tensorboard"),
     "mlflow": partial(Tracker, "mlflow"),
 }
-FILES = ("csv", "events")
+FILE_CALLBACKS = ("csv", "events")
 
 
 @dataclass(frozen=True)
@@ -82,99 +84,104 @@ class Run:
     """A run folder that is this process's own for as long as `lock` is open. `name`: the recipe's, for tables."""
 
     folder: Path
-    name: str
-    lock: int
-    sinks: tuple[Sink, ...]
+    recipe_name: str
+    lock_fd: int
+    callbacks: tuple[EpochCallback, ...]
 
     @classmethod
-    def create(cls, recipe: Recipe, name: str) -> Run:
+    def create(cls, recipe: Recipe, recipe_name: str) -> Run:
         """Makes the folder (`--out`, else runs/ARCH-`name`-...), with recipe.toml and env.json in it.
 
         Errors: `DiskError` when the folder cannot be made or written: before training, not after.
         """
-        named = f"{recipe.arch}-{name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
-            folder, held = _claim(wanted)
-            return cls._open(folder, held, recipe, {"recipe": name, **_started(recipe)}, 0)
+            folder, held = _create_unique_folder(wanted)
+            return cls._open(folder, held, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
 
     @classmethod
-    def of_another_rank(cls, folder: Path, name: str) -> Run:
+    def for_other_rank(cls, folder: Path, recipe_name: str) -> Run:
         """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
-        return cls(folder, name, -1, ())
+        return cls(folder, recipe_name, -1, ())
 
     @classmethod
-    def reopen(cls, folder: Path, held: int, recipe: Recipe, name: str, done: int) -> Run:
+    def reopen(cls, folder: Path, lock_fd: int, recipe: Recipe, recipe_name: str, epochs_done: int) -> Run:
         """The folder of a run that stopped, `held` by `lock`: rows after its first `done` epochs and its summary go.
 
         Errors: `DiskError` when it cannot be written.
         """
-        environment_then = read_environment(folder) or {"recipe": name, **_started(recipe)}
-        environment_then["resumed"] = [*environment_then.get("resumed", []), _started(recipe)]
+        environment_then = read_environment(folder) or {"recipe": recipe_name, **_launch_info(recipe)}
+        environment_then["resumed"] = [*environment_then.get("resumed", []), _launch_info(recipe)]
         try:
             for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return cls._open(folder, held, recipe, environment_then, done)
+            return cls._open(folder, lock_fd, recipe, environment_then, epochs_done)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", "give --out DIR") from None
 
     @classmethod
-    def _open(cls, folder: Path, held: int, recipe: Recipe, environment_now: dict[str, Any], done: int) -> Run:
+    def _open(
+        cls, folder: Path, lock_fd: int, recipe: Recipe, environment_now: dict[str, Any], epochs_done: int
+    ) -> Run:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
         write_atomically(folder / "env.json", (json.dumps(environment_now, indent=1) + "\n").encode())
-        sinks = tuple(SINKS[name](folder, done) for name in (*FILES, *asked(recipe.track)))
-        return cls(folder, environment_now["recipe"], held, sinks)
+        sinks = tuple(
+            CALLBACK_FACTORIES[name](folder, epochs_done)
+            for name in (*FILE_CALLBACKS, *parse_tracker_names(recipe.track))
+        )
+        return cls(folder, environment_now["recipe"], lock_fd, sinks)
 
     @property
     def trackers(self) -> list[Tracker]:
         """Those of the sinks that follow the run elsewhere; see `Tracker`."""
-        return [sink for sink in self.sinks if isinstance(sink, Tracker)]
+        return [sink for sink in self.callbacks if isinstance(sink, Tracker)]
 
-    def rewind(self, done: int) -> None:
+    def truncate_rows(self, epochs_done: int) -> None:
         """Removes the rows after the first `done` epochs. Errors: `DiskError`."""
         try:
-            for name in FILES:
-                SINKS[name](self.folder, done)
+            for name in FILE_CALLBACKS:
+                CALLBACK_FACTORIES[name](self.folder, epochs_done)
             for tracker in self.trackers:
-                tracker.reopen(done)
+                tracker.reopen(epochs_done)
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
 
-    def take_rows(self, source: Path, done: int) -> None:
+    def copy_rows_from(self, source: Path, epochs_done: int) -> None:
         """The rows of the first `done` epochs in the run folder `source`, here. Errors: `DiskError`."""
         try:
             for name in ("metrics.csv", "events.jsonl"):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, self.folder / name)
         except OSError as error:
-            raise self._failed(error) from None
-        self.rewind(done)
+            raise self._disk_error(error) from None
+        self.truncate_rows(epochs_done)
 
-    def require_space(self, needed: int) -> None:
+    def require_disk_space(self, num_bytes: int) -> None:
         """Errors: `DiskError` if a checkpoint of `needed` bytes does not fit beside what is there."""
         free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            problem = f"a checkpoint needs {needed:,} bytes, and {free:,} are free in {self.folder}"
+        if free < num_bytes:
+            problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
             raise DiskError(problem, "free some space, or give --out")
 
-    def _failed(self, error: OSError) -> DiskError:
+    def _disk_error(self, error: OSError) -> DiskError:
         return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
 
-    def also(self, sinks: Sinks) -> Run:
+    def with_callbacks(self, callbacks: EpochCallbacks) -> Run:
         """The same run with more sinks, after its own."""
-        return replace(self, sinks=(*self.sinks, *sinks))
+        return replace(self, sinks=(*self.callbacks, *callbacks))
 
-    def log(self, row: Row) -> str:
+    def log_epoch(self, row: EpochRow) -> str:
         """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""
         try:
-            return next(filter(None, [write(row) for write in self.sinks]), "")
+            return next(filter(None, [write(row) for write in self.callbacks]), "")
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
 
-    def checkpoint(self, name: str) -> Path:
+    def checkpoint_path(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def finish(self, summary: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -184,13 +191,13 @@ class Run:
             save_file(contiguous, self.folder / "weights.safetensors", {"arch": str(summary["arch"])})
             write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
         for tracker in self.trackers:
             tracker.finish(summary)
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run stands: whole epochs, steps in all and in the running epoch, images of whole epochs, the last and
     the best val_acc with the epochs since, and how often it was rolled back."""
 
@@ -205,11 +212,11 @@ class Progress:
     stop_reason: str = ""
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Progress:
+    def from_checkpoint(cls, state: dict[str, Any]) -> TrainingProgress:
         """The progress in a checkpoint; the reason why it stopped is not carried on."""
         return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
 
-    def after_epoch(self, images: int, val_acc: float | None, is_whole: bool) -> bool:
+    def record_epoch(self, images: int, val_acc: float | None, is_whole: bool) -> bool:
         """Counts an epoch of so many `images`; whether its `val_acc` is the best.
 
         One that `max_steps` cut is best only where there is none: a run that goes on in it knows nothing of this one.
@@ -223,7 +230,7 @@ class Progress:
             self.epochs_since_best += 1
         return is_best
 
-    def over(self, recipe: Recipe) -> str:
+    def find_stop_reason(self, recipe: Recipe) -> str:
         """Why a run by `recipe` is over ("max_steps", "patience", "epochs", or a sink's reason), or ""."""
         if self.stop_reason:
             return self.stop_reason
@@ -241,47 +248,47 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
         self.seconds: dict[str, float] = {"setup": 0.0, "compile": 0.0, "train": 0.0, "eval": 0.0}
-        self._running: tuple[str, float] | None = None
-        self._whole_epochs = 0.0  # of "train"
+        self._active_phase: tuple[str, float] | None = None
+        self._finished_epochs_s = 0.0  # of "train"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._running = (name, time.perf_counter())
+        self._active_phase = (name, time.perf_counter())
         try:
             yield
         finally:
-            self.seconds, self._running = self.so_far(), None
+            self.seconds, self._active_phase = self.elapsed_by_phase(), None
 
-    def so_far(self) -> dict[str, float]:
+    def elapsed_by_phase(self) -> dict[str, float]:
         """The seconds of each phase, the running one's included."""
-        if self._running is None:
+        if self._active_phase is None:
             return dict(self.seconds)
-        name, started = self._running
+        name, started = self._active_phase
         return {**self.seconds, name: self.seconds[name] + time.perf_counter() - started}
 
-    def total(self) -> float:
-        return time.perf_counter() - self.started
+    def total_s(self) -> float:
+        return time.perf_counter() - self.start_time
 
-    def epoch_s(self) -> float:
+    def epoch_train_s(self) -> float:
         """Seconds of training since the last epoch ended."""
-        return self.so_far()["train"] - self._whole_epochs
+        return self.elapsed_by_phase()["train"] - self._finished_epochs_s
 
     def end_epoch(self) -> None:
-        self._whole_epochs = self.so_far()["train"]
+        self._finished_epochs_s = self.elapsed_by_phase()["train"]
 
     def state_dict(self) -> dict[str, float]:
-        return {**self.so_far(), "epoch": self.epoch_s(), "total": self.total()}
+        return {**self.elapsed_by_phase(), "epoch": self.epoch_train_s(), "total": self.total_s()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Adds the seconds of the processes before this one."""
-        self.started -= state["total"]
+        self.start_time -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
-        self._whole_epochs = self.seconds["train"] - state["epoch"]
+        self._finished_epochs_s = self.seconds["train"] - state["epoch"]
 
 
-def hold(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Locks a run folder for this process until the handle that it returns is closed, or the process ends.
 
     Errors: `UsageError` if another process holds it, `DiskError` if it cannot be read. Where the file system has no
@@ -305,16 +312,16 @@ def hold(folder: Path) -> int:
 
 def read_environment(folder: Path) -> dict[str, Any]:
     """env.json of a run folder; empty where there is none that can be read."""
-    found = _document(folder / "env.json")
+    found = _read_json_object(folder / "env.json")
     return found if isinstance(found.get("recipe"), str) else {}
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a finished run's folder; empty where there is none that can be read."""
-    return _document(folder / "summary.json")
+    return _read_json_object(folder / "summary.json")
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -322,11 +329,15 @@ def _document(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _started(recipe: Recipe) -> dict[str, Any]:
-    return {"command": sys.argv, "started": time.strftime("%FT%TZ", time.gmtime()), **environment(recipe.device)}
+def _launch_info(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%FT%TZ", time.gmtime()),
+        **collect_environment(recipe.device),
+    }
 
 
-def _claim(wanted: Path) -> tuple[Path, int]:
+def _create_unique_folder(wanted: Path) -> tuple[Path, int]:
     """`wanted`, or with -2, -3, ... the first that no other run has, locked; `mkdir` decides between two processes."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -334,10 +345,10 @@ def _claim(wanted: Path) -> tuple[Path, int]:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
             folder.mkdir()
-            return folder, hold(folder)
+            return folder, lock_folder(folder)
         except (FileExistsError, UsageError):  # or a process that resumes was quicker to lock it
             number += 1
 
 
-def _cell(value: Any) -> Any:
+def _format_cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value

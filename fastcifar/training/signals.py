@@ -11,47 +11,49 @@ from fastcifar.errors import Interrupted
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Run
 
-AGREE_EVERY = 10  # steps after which several ranks look whether one of them was told to stop
+SIGNAL_SYNC_EVERY_STEPS = 10  # steps after which several ranks look whether one of them was told to stop
 
 
-class Stop:
+class SignalHandler:
     """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once.
 
     `caught`: the signal that this process has got. `signal`: the one that the run stops by.
     """
 
-    CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
+    EXIT_CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
-        self.caught = self.signal = ""
-        self._before: dict[int, Any] = {}
+        self.received_signal = self.agreed_signal = ""
+        self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            for name in self.CODES:
+            for name in self.EXIT_CODES:
                 number = signal.Signals[name]
-                self._before[number] = signal.signal(number, self._caught)
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _caught(self, number: int, _: FrameType | None) -> None:
-        if self.caught == "SIGINT" and number == signal.SIGINT:
+    def _handle_signal(self, number: int, _: FrameType | None) -> None:
+        if self.received_signal == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
+        self.received_signal = signal.Signals(number).name
 
-    def asked(self, world: World, step: int = 0) -> str:
+    def sync_signal(self, world: World, step: int = 0) -> str:
         """The signal to stop by after `step`, "" if there is none.
 
         Several ranks agree on one every AGREE_EVERY steps: none may leave while another waits for its gradients.
         """
-        names = ["", *self.CODES]
-        if step % AGREE_EVERY == 0 or world.ranks == 1:
-            self.signal = names[world.largest(names.index(self.caught))]
-        return self.signal
+        names = ["", *self.EXIT_CODES]
+        if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
+            self.agreed_signal = names[world.all_reduce_max(names.index(self.received_signal))]
+        return self.agreed_signal
 
-    def interruption(self, run: Run, step: int) -> Interrupted:
+    def interrupted_error(self, run: Run, step: int) -> Interrupted:
         """The error that ends the process with the signal's exit code, once the checkpoint is written."""
-        return Interrupted(self.signal, self.CODES[self.signal], step, str(run.checkpoint("last")))
+        return Interrupted(
+            self.agreed_signal, self.EXIT_CODES[self.agreed_signal], step, str(run.checkpoint_path("last"))
+        )

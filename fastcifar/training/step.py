@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.data.mixers import Apply, mixed_labels
-from fastcifar.training.distributed import ALONE, World
-from fastcifar.training.optimizers import Ema, Optimizer
+from fastcifar.data.mixers import MixerApplyFn, mix_labels
+from fastcifar.training.distributed import SINGLE_PROCESS, World
+from fastcifar.training.optimizers import Ema, OptimizerWrapper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Step = Callable[..., None]  # images, labels and, with a mixer, what it drew
+TrainStep = Callable[..., None]  # images, labels and, with a mixer, what it drew
 Forward = Callable[[Tensor], Tensor]
-LossAndHits = Callable[..., tuple[Tensor, Tensor]]
+LossAndCorrect = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Metrics:
     """What a meter held: sums since its reset. `loss` and `accuracy` are means (nan before the first image).
 
     `bad`: the steps since the first that was not finite, which is one of them.
@@ -36,80 +36,80 @@ class Reading:
     loss: float
     accuracy: float
     images: int
-    bad: int
+    nonfinite_steps: int
 
     @property
-    def finite(self) -> bool:
-        return self.bad == 0
+    def is_finite(self) -> bool:
+        return self.nonfinite_steps == 0
 
 
 class Meter:
     """Loss, hits and images summed on the device, and whether any step was not finite; read once in a while."""
 
-    def __init__(self, device: torch.device, world: World = ALONE) -> None:
+    def __init__(self, device: torch.device, world: World = SINGLE_PROCESS) -> None:
         self.world = world
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, hits, images, bad
-        self.bad = torch.zeros((), device=device)  # 1 from the first step that was not finite
-        self.arriving = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.found_inf = torch.zeros((), device=device)  # 1 from the first step that was not finite
+        self.host_sums = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
 
-    def add(self, loss: Tensor, hits: Tensor, images: int) -> None:
+    def update(self, loss: Tensor, correct: Tensor, images: int) -> None:
         """`loss`: mean over the `images`; `hits`: how many of them were right."""
         count = torch.full_like(self.sums[0], images)
-        self.sums += torch.stack((loss.detach().double() * images, hits.double(), count, self.bad.double()))
+        self.sums += torch.stack((loss.detach().double() * images, correct.double(), count, self.found_inf.double()))
 
-    def read(self) -> Reading:
+    def compute(self) -> Metrics:
         """The sums since the reset, over all ranks: the one place where the host waits for the device."""
         sums = self.sums.clone()
-        self.world.add(sums)
-        return _reading(sums.tolist())
+        self.world.all_reduce_sum(sums)
+        return _metrics_from_sums(sums.tolist())
 
-    def peek(self) -> Reading:
+    def compute_delayed(self) -> Metrics:
         """The same some steps late, without waiting: what the last peek asked for has arrived by now.
 
         Several ranks do wait: what follows from a reading, they have to do in the same step.
         """
-        if self.sums.device.type == "cpu" or self.world.ranks > 1:
-            return self.read()
-        reading = _reading(self.arriving.tolist())
-        self.arriving.copy_(self.sums, non_blocking=True)
+        if self.sums.device.type == "cpu" or self.world.world_size > 1:
+            return self.compute()
+        reading = _metrics_from_sums(self.host_sums.tolist())
+        self.host_sums.copy_(self.sums, non_blocking=True)
         return reading
 
     def reset(self) -> None:
         self.sums.zero_()
 
-    def load(self, sums: Tensor) -> None:
+    def load_sums(self, sums: Tensor) -> None:
         """The sums of a checkpoint, which are finite."""
-        self.read()  # what was peeked at is on its way until here
+        self.compute()  # what was peeked at is on its way until here
         self.sums.copy_(sums)
-        self.arriving.copy_(sums)
-        self.bad.zero_()
+        self.host_sums.copy_(sums)
+        self.found_inf.zero_()
 
-    def tensors(self) -> list[Tensor]:
-        return [self.sums, self.bad]
+    def state_tensors(self) -> list[Tensor]:
+        return [self.sums, self.found_inf]
 
 
-def _reading(sums: list[float]) -> Reading:
+def _metrics_from_sums(sums: list[float]) -> Metrics:
     loss, hits, images, bad = sums
-    return Reading(loss / images if images else math.nan, hits / images if images else math.nan, int(images), int(bad))
+    return Metrics(loss / images if images else math.nan, hits / images if images else math.nan, int(images), int(bad))
 
 
-class Statistics:
+class BufferSnapshot:
     """A network's running statistics, put back when the step that moved them was not finite."""
 
     def __init__(self, model: nn.Module) -> None:
         none = torch.zeros(0, device=next(model.parameters()).device)
-        self.live = [value for value in model.buffers() if value.is_floating_point()] or [none]
-        self.sizes = [value.numel() for value in self.live]
+        self.buffers = [value for value in model.buffers() if value.is_floating_point()] or [none]
+        self.sizes = [value.numel() for value in self.buffers]
 
-    def read(self) -> Tensor:
+    def take(self) -> Tensor:
         """All of them as one new tensor [n]."""
-        return torch.cat([value.flatten() for value in self.live])
+        return torch.cat([value.flatten() for value in self.buffers])
 
-    def put_back(self, kept: Tensor, bad: Tensor) -> None:
+    def restore(self, saved: Tensor, found_inf: Tensor) -> None:
         """What `read` gave, where `bad` is 1; `where` and no arithmetic, for they may be NaN by now."""
-        chosen = torch.where(bad.bool(), kept, self.read())
-        parts = [part.view_as(value) for part, value in zip(chosen.split(self.sizes), self.live, strict=True)]
-        torch._foreach_copy_(self.live, parts)
+        chosen = torch.where(found_inf.bool(), saved, self.take())
+        parts = [part.view_as(value) for part, value in zip(chosen.split(self.sizes), self.buffers, strict=True)]
+        torch._foreach_copy_(self.buffers, parts)
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
     return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
 
 
-def forward_pass(
+def build_forward(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
     """Images [n,3,h,w] of 0..255 -> float32 logits [n,classes]: normalised, cast and run in `precision`.
@@ -138,17 +138,17 @@ def forward_pass(
     return forward
 
 
-def resized(forward: Forward, size: int) -> Forward:
+def resized_forward(forward: Forward, image_size: int) -> Forward:
     """`forward` of the images as `size` pixels a side: bilinear, antialiased where they shrink."""
 
     def smaller(images: Tensor) -> Tensor:
-        images = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+        images = F.interpolate(images.float(), size=(image_size, image_size), mode="bilinear", antialias=True)
         return forward(images.contiguous(memory_format=torch.channels_last))
 
     return smaller
 
 
-def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
+def loss_and_correct(forward: Forward, label_smoothing: float) -> LossAndCorrect:
     """(images, labels [n]) -> (mean cross-entropy, how many labels were right): what is compiled."""
 
     def function(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def loss_and_hits(forward: Forward, label_smoothing: float) -> LossAndHits:
     return function
 
 
-def mixed_loss_and_hits(forward: Forward, label_smoothing: float, mix: Apply) -> LossAndHits:
+def mixed_loss_and_correct(forward: Forward, label_smoothing: float, mix: MixerApplyFn) -> LossAndCorrect:
     """(images, labels [n], drawn) -> the same of mixed images: every label counts by its share of the image.
 
     The loss is the sum of the labels' cross-entropies by their shares; right is the class with the largest one.
@@ -168,65 +168,65 @@ def mixed_loss_and_hits(forward: Forward, label_smoothing: float, mix: Apply) ->
     def function(images: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, weights = mix(images, drawn)
         logits = forward(images)
-        shares = mixed_labels(labels, weights, logits.shape[1])
+        shares = mix_labels(labels, weights, logits.shape[1])
         loss = F.cross_entropy(logits, shares, label_smoothing=label_smoothing)
         return loss, (logits.detach().argmax(1) == shares.argmax(1)).sum()
 
     return function
 
 
-def training_step(
-    function: LossAndHits,
-    optimizer: Optimizer,
-    clip: Callable[[], object],
+def build_step_function(
+    loss_function: LossAndCorrect,
+    optimizer: OptimizerWrapper,
+    clip_gradients: Callable[[], object],
     meter: Meter,
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
-    statistics: Statistics,
-    world: World = ALONE,
-) -> Step:
+    buffer_snapshot: BufferSnapshot,
+    world: World = SINGLE_PROCESS,
+) -> TrainStep:
     """forward, backward, clip, update, average, count. From the first step that is not finite nothing is updated.
 
     `scaler`: scales the loss on the device and skips steps whose gradients overflow, which in fp16 is no failure;
     disabled for every other precision, where it does nothing.
     """
-    average = ema.update if ema else _nothing
+    average = ema.update if ema else _skip_ema
     watched = [] if scaler.is_enabled() else optimizer.parameters
-    spoilt = _spoilt if scaler.is_enabled() else _as_it_is
+    spoilt = _poison_loss if scaler.is_enabled() else _unchanged_loss
 
     def step(images: Tensor, labels: Tensor, *drawn: Tensor) -> None:
         optimizer.zero_grad()
-        kept = statistics.read()
-        loss, hits = function(images, labels, *drawn)
-        scaler.scale(spoilt(loss, meter.bad)).backward()
-        loss = world.average(optimizer.parameters, loss, len(labels))
+        kept = buffer_snapshot.take()
+        loss, hits = loss_function(images, labels, *drawn)
+        scaler.scale(spoilt(loss, meter.found_inf)).backward()
+        loss = world.all_reduce_gradients(optimizer.parameters, loss, len(labels))
         scaler.unscale_(optimizer.inner)
-        meter.bad.copy_(torch.maximum(meter.bad, not_finite(loss, watched)))
-        statistics.put_back(kept, meter.bad)
-        clip()
-        optimizer.step(scaler, skip=meter.bad)
+        meter.found_inf.copy_(torch.maximum(meter.found_inf, compute_found_inf(loss, watched)))
+        buffer_snapshot.restore(kept, meter.found_inf)
+        clip_gradients()
+        optimizer.step(scaler, skip=meter.found_inf)
         scaler.update()
-        average(meter.bad)
-        meter.add(loss, hits, len(labels))
+        average(meter.found_inf)
+        meter.update(loss, hits, len(labels))
 
     return step
 
 
-def not_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+def compute_found_inf(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """float32 scalar on the device: 1 if the loss or any gradient holds a NaN or an infinity, else 0."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss.detach())
     return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()
 
 
-def _spoilt(loss: Tensor, bad: Tensor) -> Tensor:
+def _poison_loss(loss: Tensor, found_inf: Tensor) -> Tensor:
     """A loss whose gradients overflow where `bad` is 1: an enabled scaler asks nobody else whether to skip."""
-    return loss * torch.where(bad.bool(), math.inf, 1.0)
+    return loss * torch.where(found_inf.bool(), math.inf, 1.0)
 
 
-def _as_it_is(loss: Tensor, bad: Tensor) -> Tensor:
+def _unchanged_loss(loss: Tensor, found_inf: Tensor) -> Tensor:
     return loss
 
 
-def _nothing(bad: Tensor) -> None:
+def _skip_ema(found_inf: Tensor) -> None:
     """The average of a run without one."""

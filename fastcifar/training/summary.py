@@ -11,25 +11,25 @@ from typing import Any
 
 import torch
 
-from fastcifar.models import macs, parameters
+from fastcifar.models import count_macs, count_parameters
 from fastcifar.training.run_dir import Clock, Run
-from fastcifar.training.trainer import Parts, Tested
+from fastcifar.training.trainer import TestResult, Trainer
 
 
-def summarise(parts: Parts, run: Run, clock: Clock, tested: Tested) -> dict[str, Any]:
+def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestResult) -> dict[str, Any]:
     """The summary. Accuracies are fractions, times seconds, `val_acc` is the last epoch's and `best_val_acc` the best.
 
     `images_per_s`: training images over the seconds inside the loop, without setup, compilation and evaluation.
     """
-    recipe, choice, progress = parts.recipe, parts.choice, parts.progress
-    scores = tested.scores
-    seconds = {**clock.seconds, "total": clock.total()}
+    recipe, choice, progress = trainer.recipe, trainer.execution, trainer.progress
+    scores = test_result.scores
+    seconds = {**clock.seconds, "total": clock.total_s()}
     return {
         "run": str(run.folder),
         "arch": recipe.arch,
-        "params": parameters(parts.model),
-        "macs": macs(parts.model),
-        "recipe": run.name,
+        "params": count_parameters(trainer.model),
+        "macs": count_macs(trainer.model),
+        "recipe": run.recipe_name,
         "config": recipe.model_dump(mode="json"),
         "seed": recipe.seed,
         "epochs": progress.epoch,
@@ -44,23 +44,23 @@ def summarise(parts: Parts, run: Run, clock: Clock, tested: Tested) -> dict[str,
         "val_acc": progress.val_acc,
         "best_val_acc": progress.best,
         "test_acc": scores.accuracy,
-        "test_acc_ema": tested.ema_acc,
-        "test_acc_tta": tested.tta_acc,
+        "test_acc_ema": test_result.ema_acc,
+        "test_acc_tta": test_result.tta_acc,
         "test_loss": scores.loss,
         "correct": scores.correct,
         "total": scores.total,
         "ece": scores.ece,
-        "per_class": dict(zip(parts.data.classes, scores.per_class, strict=True)),
-        "official_data": parts.data.official,
+        "per_class": dict(zip(trainer.data.classes, scores.per_class, strict=True)),
+        "official_data": trainer.data.is_official,
         "images_per_s": progress.images / clock.seconds["train"],
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "peak_memory_bytes": peak_memory(parts.device),
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "stop_reason": progress.stop_reason,
-        "complete": progress.stop_reason == "patience" or progress.step == parts.steps,
+        "complete": progress.stop_reason == "patience" or progress.step == trainer.total_steps,
     }
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's largest resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

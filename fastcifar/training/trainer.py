@@ -17,40 +17,47 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import SIDE, Op, draw_mix, parse, split_mixer
+from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, draw_mixer_params, parse_augment, split_mixer
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
-from fastcifar.device import Choice, deterministic_only
-from fastcifar.errors import DeviceError, UsageError, pick
-from fastcifar.models import KNOBS, build, check_budget, fuse, macs, parameters
-from fastcifar.recipe import Recipe, image_sizes
+from fastcifar.device import ExecutionPlan, enable_deterministic_algorithms
+from fastcifar.errors import DeviceError, UsageError, lookup
+from fastcifar.models import (
+    MODEL_OPTIONS,
+    build_model,
+    check_param_budget,
+    count_macs,
+    count_parameters,
+    enable_fused_ops,
+)
+from fastcifar.recipe import Recipe, parse_image_sizes
 from fastcifar.training import checkpoint, cuda_graph
-from fastcifar.training.build_data import loader_of, normalisation, normalised, split_off
-from fastcifar.training.distributed import World, world
-from fastcifar.training.evaluate import COMPILE_FROM, VIEWS, Scores, evaluate, fast_forward
-from fastcifar.training.lr_schedule import Schedule
-from fastcifar.training.optimizers import OPTIMIZERS, Ema, Optimizer, clipper
-from fastcifar.training.rng_state import random_state, seed_all, set_random_state
-from fastcifar.training.run_dir import Clock, Progress
+from fastcifar.training.build_data import build_loader, normalization_mean_std, normalize_images, split_validation
+from fastcifar.training.distributed import World, get_world
+from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
+from fastcifar.training.lr_schedule import LRSchedule
+from fastcifar.training.optimizers import OPTIMIZERS, Ema, OptimizerWrapper, build_grad_clipper
+from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
+from fastcifar.training.run_dir import Clock, TrainingProgress
 from fastcifar.training.step import (
+    BufferSnapshot,
     Forward,
-    LossAndHits,
+    LossAndCorrect,
     Meter,
-    Statistics,
-    Step,
-    forward_pass,
-    loss_and_hits,
-    mixed_loss_and_hits,
-    resized,
-    training_step,
+    TrainStep,
+    build_forward,
+    build_step_function,
+    loss_and_correct,
+    mixed_loss_and_correct,
+    resized_forward,
 )
 
-FIRST = 5000  # training images that a network may start from
+NUM_WHITENING_IMAGES = 5000  # training images that a network may start from
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestResult:
     """What the test set said: scores of the recipe's weights; accuracy of the average of the weights, if there is one,
     and of the recipe's weights over the views of `--tta`, if it was asked for."""
 
@@ -60,31 +67,31 @@ class Tested:
 
 
 @dataclass
-class Parts:
+class Trainer:
     """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
 
     `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
     """
 
     recipe: Recipe
-    choice: Choice
-    augment: tuple[Op, ...]
+    execution: ExecutionPlan
+    augment_ops: tuple[AugmentOp, ...]
     device: torch.device
     data: Dataset
-    train: Split
-    val: Split
+    train_split: Split
+    val_split: Split
     loader: Loader
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: OptimizerWrapper
     ema: Ema | None
     meter: Meter
     forward: Forward
-    inference: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
-    schedule: Schedule
-    clip: Callable[[], object]
+    eval_forward: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
+    schedule: LRSchedule
+    clip_gradients: Callable[[], object]
     scaler: torch.amp.GradScaler
     prepare_s: float = 0.0  # of what needed the training images: the loader's copy of them, the network's start
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
 
     @property
     def world(self) -> World:
@@ -92,27 +99,27 @@ class Parts:
         return self.meter.world
 
     @property
-    def steps(self) -> int:
+    def total_steps(self) -> int:
         """Steps of the whole run, if nothing stops it."""
         return self.recipe.epochs * self.loader.steps_per_epoch
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What a person should know before the first step."""
-        official = "" if self.data.official else ", not the official files"
+        official = "" if self.data.is_official else ", not the official files"
         own = f"{self.optimizer.name} sets or scales its learning rate itself, beside --schedule {self.recipe.schedule}"
         return [
-            f"data: {self.data.name} from {self.data.source}{official}: {len(self.train.labels):,} to train, "
-            f"{len(self.val.labels):,} to choose by, {len(self.data.test.labels):,} to test",
-            f"network: {self.recipe.arch}, {parameters(self.model):,} parameters",
-            f"recipe: {', '.join(f'{key}={value}' for key, value in self.recipe.differing().items()) or 'defaults'}",
-            *([f"optimizer: {own}"] if self.optimizer.kind.own_schedule else []),
+            f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} to train, "
+            f"{len(self.val_split.labels):,} to choose by, {len(self.data.test.labels):,} to test",
+            f"network: {self.recipe.arch}, {count_parameters(self.model):,} parameters",
+            f"recipe: {', '.join(f'{key}={value}' for key, value in self.recipe.non_default_options().items()) or 'defaults'}",
+            *([f"optimizer: {own}"] if self.optimizer.spec.self_scheduled else []),
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The epoch's batches from `start_step` on, as a step takes them."""
-        return mixed_batches(self.loader, self.augment, epoch, self.recipe.seed, self.device, start_step)
+        return mixed_batches(self.loader, self.augment_ops, epoch, self.recipe.seed, self.device, start_step)
 
-    def start_loader(self) -> None:
+    def warm_up_loader(self) -> None:
         """One batch of the loader, so that its kernel is compiled and its threads run.
 
         The last batch of an epoch: one that is left before its end would end DALI's threads again.
@@ -120,152 +127,172 @@ class Parts:
         for _ in self.batches(0, self.loader.steps_per_epoch - 1):
             pass
 
-    def example(self, size: int | None = None) -> tuple[Tensor, ...]:
+    def example_batch(self, batch_size: int | None = None) -> tuple[Tensor, ...]:
         """A batch of the shapes of `batches`, full unless its `size` is given: black images."""
-        size = size or self.loader.steps.share
-        images = torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device)
-        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
-        _, mixer = split_mixer(self.augment)
-        drawn = [torch.from_numpy(draw_mix(self.augment, size, 0, self.recipe.seed)).to(self.device)] if mixer else []
+        batch_size = batch_size or self.loader.slicing.local_batch_size
+        images = torch.zeros(batch_size, 3, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        _, mixer = split_mixer(self.augment_ops)
+        drawn = (
+            [torch.from_numpy(draw_mixer_params(self.augment_ops, batch_size, 0, self.recipe.seed)).to(self.device)]
+            if mixer
+            else []
+        )
         return images.contiguous(memory_format=torch.channels_last), labels, *drawn
 
-    def function(self, size: int = SIDE) -> LossAndHits:
+    def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
         """What a step computes before it goes back: of mixed images, if the recipe has a mixer, resized to `size`."""
-        _, mixer = split_mixer(self.augment)
-        forward = self.forward if size == SIDE else resized(self.forward, size)
+        _, mixer = split_mixer(self.augment_ops)
+        forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
         if mixer:
-            return mixed_loss_and_hits(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
-        return loss_and_hits(forward, self.recipe.label_smoothing)
+            return mixed_loss_and_correct(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
+        return loss_and_correct(forward, self.recipe.label_smoothing)
 
-    def step(self, function: LossAndHits) -> Step:
+    def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
         """The training step around `function`, which is compiled or not."""
-        statistics = Statistics(self.model)
-        return training_step(
-            function, self.optimizer, self.clip, self.meter, self.ema, self.scaler, statistics, self.world
+        statistics = BufferSnapshot(self.model)
+        return build_step_function(
+            loss_function,
+            self.optimizer,
+            self.clip_gradients,
+            self.meter,
+            self.ema,
+            self.scaler,
+            statistics,
+            self.world,
         )
 
-    def fast_step(self, mode: str = "auto") -> Step:
+    def build_train_step(self, compile_mode: str = "auto") -> TrainStep:
         """The step as this machine runs it fastest, compiled and captured; its state is untouched by that.
 
         Of each size of image one, made here, of which a call takes that of the running epoch. `mode`: the compiler's
         effort, where the recipe leaves it open.
         """
-        sizes = dict.fromkeys(size for size, _ in image_sizes(self.recipe.image_size))
-        fast = {size: self.fast_block(1, mode, size) for size in sizes}
-        last = {size: self.last_step(size) for size in sizes}
-        self.inference = self.fast_inference()
-        self.start_loader()  # after the capture
-        share = self.loader.steps.share
-        steps = {size: cuda_graph.by_batch_size(fast[size], last[size], share) for size in sizes}
-        return lambda *batch: steps[self.recipe.size_at(self.progress.epoch)](*batch)
+        sizes = dict.fromkeys(size for size, _ in parse_image_sizes(self.recipe.image_size))
+        fast = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
+        last = {size: self.build_last_step(size) for size in sizes}
+        self.eval_forward = self.build_eval_forward()
+        self.warm_up_loader()  # after the capture
+        share = self.loader.slicing.local_batch_size
+        steps = {size: cuda_graph.dispatch_by_batch_size(fast[size], last[size], share) for size in sizes}
+        return lambda *batch: steps[self.recipe.image_size_at(self.progress.epoch)](*batch)
 
-    def fast_block(self, count: int, mode: str = "auto", size: int = SIDE) -> Callable[..., None]:
+    def build_step_block(
+        self, num_steps: int, compile_mode: str = "auto", image_size: int = CIFAR_IMAGE_SIZE
+    ) -> Callable[..., None]:
         """`count` steps on full batches as one function of all their tensors (see `cuda_graph.in_blocks`)."""
-        function, example = self.function(size), self.example() * count
-        mode = mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
+        function, example = self.build_loss_function(image_size), self.example_batch() * num_steps
+        compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
         self.model.train()
-        with self.untouched():
-            step = self.step(cuda_graph.compiled(function, mode) if self.choice.compile else function)
-            block = step if count == 1 else cuda_graph.in_blocks(step, count)
-            if self.choice.cuda_graph:
-                return cuda_graph.graphed(block, example, self.tensors())
-            return cuda_graph.warmed(block, example, self.tensors()) if self.choice.compile else block
+        with self.preserve_state():
+            step = self.build_step(
+                cuda_graph.compile_function(function, compile_mode) if self.execution.compile else function
+            )
+            block = step if num_steps == 1 else cuda_graph.unroll_steps(step, num_steps)
+            if self.execution.cuda_graph:
+                return cuda_graph.cuda_graphed(block, example, self.state_tensors())
+            return cuda_graph.precompile(block, example, self.state_tensors()) if self.execution.compile else block
 
-    def last_step(self, size: int = SIDE) -> Step:
+    def build_last_step(self, image_size: int = CIFAR_IMAGE_SIZE) -> TrainStep:
         """The step of an epoch's last batch, which may be short: once an epoch repays no compilation, but it is
         captured where the others are."""
-        step = self.step(self.function(size))
-        count = self.loader.steps.count(self.loader.steps_per_epoch - 1)
-        if not self.choice.cuda_graph or count == self.loader.steps.share:
+        step = self.build_step(self.build_loss_function(image_size))
+        count = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
+        if not self.execution.cuda_graph or count == self.loader.slicing.local_batch_size:
             return step
         self.model.train()
-        with self.untouched():
-            return cuda_graph.graphed(step, self.example(count), self.tensors())
+        with self.preserve_state():
+            return cuda_graph.cuda_graphed(step, self.example_batch(count), self.state_tensors())
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Whatever steps run inside, the run is afterwards as before: they update nothing, for not every optimizer's
         state could be put back."""
         scale = self.scaler.state_dict()
-        with cuda_graph.untouched(self.tensors(), self.device):
-            self.meter.bad.fill_(1)
+        with cuda_graph.preserve_state(self.state_tensors(), self.device):
+            self.meter.found_inf.fill_(1)
             yield
         self.scaler.load_state_dict(scale)
 
-    def fast_inference(self) -> Forward:
+    def build_eval_forward(self) -> Forward:
         """`forward` for evaluation: captured where the step is, compiled where the whole run's evaluations repay it."""
-        images = self.recipe.epochs * self.validation_images + self.test_images
-        repaid = self.choice.compile and images >= COMPILE_FROM
-        return fast_forward(
-            self.model, self.forward, self.device, repaid, self.choice.cuda_graph, self.recipe.compile_mode
+        images = self.recipe.epochs * self.images_per_validation + self.images_per_test
+        repaid = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
+        return optimize_forward(
+            self.model, self.forward, self.device, repaid, self.execution.cuda_graph, self.recipe.compile_mode
         )
 
     @property
-    def validation_images(self) -> int:
+    def images_per_validation(self) -> int:
         """Images through the network at the end of an epoch."""
-        return (2 if self.ema else 1) * len(self.val.labels)
+        return (2 if self.ema else 1) * len(self.val_split.labels)
 
     @property
-    def test_images(self) -> int:
+    def images_per_test(self) -> int:
         """Images through the network at the end of the run."""
         views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
         return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
-    def tensors(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        average = self.ema.tensors() if self.ema else []
-        return [*self.model.state_dict().values(), *self.optimizer.tensors(), *self.meter.tensors(), *average]
+        average = self.ema.state_tensors() if self.ema else []
+        return [
+            *self.model.state_dict().values(),
+            *self.optimizer.state_tensors(),
+            *self.meter.state_tensors(),
+            *average,
+        ]
 
     def validate(self) -> dict[str, float | None]:
         """The validation columns of metrics.csv, as rank 0 finds them: None without a split, or without an average."""
-        return self.world.told(self._validation() if self.world.leads else None)
+        return self.world.broadcast_object(self._compute_validation_metrics() if self.world.is_main_process else None)
 
-    def _validation(self) -> dict[str, float | None]:
+    def _compute_validation_metrics(self) -> dict[str, float | None]:
         row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
-        if len(self.val.labels):
-            scores = evaluate(self.model, self.inference, self.val, self.device)
+        if len(self.val_split.labels):
+            scores = evaluate(self.model, self.eval_forward, self.val_split, self.device)
             row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy
             if self.ema:
-                with self.ema.applied():
-                    row["ema_val_acc"] = evaluate(self.model, self.inference, self.val, self.device).accuracy
+                with self.ema.averaged_weights():
+                    row["ema_val_acc"] = evaluate(self.model, self.eval_forward, self.val_split, self.device).accuracy
         return row
 
-    def test(self, best: Path) -> Tested:
+    def evaluate_test_set(self, best_checkpoint: Path) -> TestResult:
         """The test set, once, by the weights the recipe names; the model is left with them."""
         test, averaged = self.data.test, None
         if self.ema:
-            with self.ema.applied():
-                averaged = evaluate(self.model, self.inference, test, self.device)
+            with self.ema.averaged_weights():
+                averaged = evaluate(self.model, self.eval_forward, test, self.device)
             if self.recipe.weights == "ema":
-                self.ema.copy_to_live()
+                self.ema.copy_to_model()
         if self.recipe.weights == "best":
-            checkpoint.load_weights(self.model, checkpoint.load(best)["model"], best)
+            checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
         scores = averaged if averaged and self.recipe.weights == "ema" else None
-        scores = scores or evaluate(self.model, self.inference, test, self.device)
+        scores = scores or evaluate(self.model, self.eval_forward, test, self.device)
         tta = None
         if self.recipe.tta != "none":
-            tta = evaluate(self.model, self.inference, test, self.device, self.recipe.tta).accuracy
-        return Tested(scores, averaged.accuracy if averaged else None, tta)
+            tta = evaluate(self.model, self.eval_forward, test, self.device, self.recipe.tta).accuracy
+        return TestResult(scores, averaged.accuracy if averaged else None, tta)
 
-    def state(self, clock: Clock) -> dict[str, Any]:
+    def checkpoint_state(self, clock: Clock) -> dict[str, Any]:
         """What a checkpoint holds: all that the rest of the run depends on."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
-            "samples": len(self.train.labels),
+            "samples": len(self.train_split.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
-            "ema_updates": self.ema.updates if self.ema else None,
+            "ema_updates": self.ema.num_updates if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums,
-            "random": self.world.gathered(random_state(self.device)),
+            "random": self.world.all_gather_object(collect_rng_state(self.device)),
             "clock": clock.state_dict(),
             **asdict(self.progress),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
         """A checkpoint of the same run into the tensors that are there; the clock is its owner's."""
         checkpoint.load_weights(self.model, state["model"], "the checkpoint")
         if self.ema:
@@ -274,89 +301,90 @@ class Parts:
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.meter.load(state["meter"])
+        self.meter.load_sums(state["meter"])
         of_ranks = state["random"]
-        if len(of_ranks) != self.world.ranks:
+        if len(of_ranks) != self.world.world_size:
             warnings.warn(
-                f"the run had {len(of_ranks)} processes and goes on with {self.world.ranks}: another random state, and "
+                f"the run had {len(of_ranks)} processes and goes on with {self.world.world_size}: another random state, and "
                 "statistics of BatchNorm over other shares",
                 stacklevel=2,
             )
-        set_random_state(of_ranks[self.world.rank % len(of_ranks)], self.device)
-        self.progress = Progress.of(state)
+        restore_rng_state(of_ranks[self.world.rank % len(of_ranks)], self.device)
+        self.progress = TrainingProgress.from_checkpoint(state)
 
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint will need on the disk."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.state_tensors())
 
 
-def assemble(recipe: Recipe, choice: Choice) -> Parts:
+def build_trainer(recipe: Recipe, execution: ExecutionPlan) -> Trainer:
     """The parts of a run by `recipe` on the device of `choice`.
 
     Errors: those of each room, before anything is written.
     """
     if recipe.deterministic:
-        deterministic_only()
+        enable_deterministic_algorithms()
     else:
         torch.backends.cudnn.benchmark = True  # a run has few shapes, and each is met thousands of times
-    device, here = torch.device(choice.device), world()
+    device, here = torch.device(execution.device), get_world()
     if device.type == "cpu":
         cuda_graph.keep_freed_memory()
-    if choice.compile:
-        cuda_graph.keep_compiled_code()
-    ops = parse(recipe.augment)
+    if execution.compile:
+        cuda_graph.enable_compile_cache()
+    ops = parse_augment(recipe.augment)
     pixel_ops, mixer = split_mixer(ops)
-    if mixer and recipe.batch_size < 2 * here.ranks:
+    if mixer and recipe.batch_size < 2 * here.world_size:
         raise UsageError(
-            f"--augment {mixer.name} mixes the images of a batch", f"use a --batch-size of {2 * here.ranks} or more"
+            f"--augment {mixer.name} mixes the images of a batch",
+            f"use a --batch-size of {2 * here.world_size} or more",
         )
-    pick(VIEWS, recipe.tta, "test-time augmentation")
-    pick(LOADERS, choice.loader, "loader")
-    mean, std = normalisation(recipe)
+    lookup(VIEWS, recipe.tta, "test-time augmentation")
+    lookup(LOADERS, execution.loader, "loader")
+    mean, std = normalization_mean_std(recipe)
     with torch.device("meta"):  # refuse a wrong network before a download, not after it
-        require_sizes(network(recipe, cifar.DATASETS[recipe.dataset].classes), recipe)
-    data = cifar.load(recipe.data, recipe.dataset)
+        check_image_sizes(model_from_recipe(recipe, cifar.DATASETS[recipe.dataset].num_classes), recipe)
+    data = cifar.load_dataset(recipe.data, recipe.dataset)
     seed_all(recipe.seed)  # the same weights on every rank
-    model = place(network(recipe, len(data.classes)), device)
-    if not here.leads:
+    model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
+    if not here.is_main_process:
         seed_all(recipe.seed + here.rank)  # but draws of its own
-    optimizer = Optimizer(model, recipe)
-    choice = settled(choice, recipe, optimizer)
-    forward = forward_pass(model, mean, std, choice.precision, device)
-    train, val = split_off(data.train, recipe.val_size, recipe.val_seed)
+    optimizer = OptimizerWrapper(model, recipe)
+    execution = resolve_cuda_graph(execution, recipe, optimizer)
+    forward = build_forward(model, mean, std, execution.precision, device)
+    train, val = split_validation(data.train, recipe.val_size, recipe.val_seed)
     started = time.perf_counter()
-    loader = loader_of(train, pixel_ops, recipe, choice, here)
-    first_look(model, train, recipe)
+    loader = build_loader(train, pixel_ops, recipe, execution, here)
+    init_whitening(model, train, recipe)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what was sent is there
     prepare_s = time.perf_counter() - started
-    return Parts(
+    return Trainer(
         recipe=recipe,
-        choice=choice,
-        augment=ops,
+        execution=execution,
+        augment_ops=ops,
         device=device,
         data=data,
-        train=train,
-        val=val,
+        train_split=train,
+        val_split=val,
         loader=loader,
         model=model,
         optimizer=optimizer,
         ema=Ema(model, recipe.ema) if recipe.ema else None,
         meter=Meter(device, here),
         forward=forward,
-        inference=forward,
-        schedule=Schedule(recipe, loader.steps_per_epoch),
-        clip=clipper(recipe.clip, optimizer.parameters),
-        scaler=torch.amp.GradScaler(device.type, enabled=choice.precision == "fp16"),
+        eval_forward=forward,
+        schedule=LRSchedule(recipe, loader.steps_per_epoch),
+        clip_gradients=build_grad_clipper(recipe.clip, optimizer.parameters),
+        scaler=torch.amp.GradScaler(device.type, enabled=execution.precision == "fp16"),
         prepare_s=prepare_s,
     )
 
 
-def require_sizes(model: nn.Module, recipe: Recipe) -> None:
+def check_image_sizes(model: nn.Module, recipe: Recipe) -> None:
     """Errors: `UsageError` where the network does not take images of each size of the recipe."""
-    for size in {size for size, _ in image_sizes(recipe.image_size)} - {SIDE}:
+    for size in {size for size, _ in parse_image_sizes(recipe.image_size)} - {CIFAR_IMAGE_SIZE}:
         try:
-            macs(model, (3, size, size))
+            count_macs(model, (3, size, size))
         except RuntimeError:
             raise UsageError(
                 f"--image-size {recipe.image_size}: {recipe.arch} takes no images of {size}x{size}",
@@ -364,35 +392,35 @@ def require_sizes(model: nn.Module, recipe: Recipe) -> None:
             ) from None
 
 
-def first_look(model: nn.Module, train: Split, recipe: Recipe) -> None:
+def init_whitening(model: nn.Module, train: Split, recipe: Recipe) -> None:
     """Shows the first training images to a network that starts from them (it has `start_from`); to no other."""
     if start_from := getattr(model, "start_from", None):
-        few = Split(train.images[:FIRST], train.labels[:FIRST])
-        start_from(normalised(few, recipe, next(model.parameters()).device))
+        few = Split(train.images[:NUM_WHITENING_IMAGES], train.labels[:NUM_WHITENING_IMAGES])
+        start_from(normalize_images(few, recipe, next(model.parameters()).device))
 
 
-def settled(choice: Choice, recipe: Recipe, optimizer: Optimizer) -> Choice:
+def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerWrapper) -> ExecutionPlan:
     """`choice` without a CUDA graph where the optimizer cannot be captured.
 
     Errors: `DeviceError` where the graph was asked for.
     """
-    if optimizer.kind.capturable or not choice.cuda_graph:
-        return choice
+    if optimizer.spec.capturable or not execution.cuda_graph:
+        return execution
     reason = f"{optimizer.name} counts its steps in Python and cannot be captured"
     if recipe.cuda_graph:
         raise DeviceError(f"--cuda-graph: {reason}", f"leave it out, or choose from {', '.join(OPTIMIZERS)}")
-    return replace(choice, cuda_graph=False, reasons={**choice.reasons, "cuda_graph": reason})
+    return replace(execution, cuda_graph=False, reasons={**execution.reasons, "cuda_graph": reason})
 
 
-def network(recipe: Recipe, num_classes: int) -> nn.Module:
+def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network, freshly initialised. Errors: `UsageError`, also when it is over the budget."""
-    model = build(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in KNOBS})
-    check_budget(recipe.arch, model, recipe.max_params)
+    model = build_model(recipe.arch, num_classes, **{knob: getattr(recipe, knob) for knob in MODEL_OPTIONS})
+    check_param_budget(recipe.arch, model, recipe.max_params)
     if recipe.fused_ops:
-        fuse(model)
+        enable_fused_ops(model)
     return model
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` on the device, its convolutions channels_last."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it

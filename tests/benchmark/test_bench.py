@@ -13,15 +13,15 @@ import torch
 
 from fastcifar.benchmark import bench as clock
 from fastcifar.benchmark import workloads
-from fastcifar.benchmark.bench import Trial, bench
-from fastcifar.benchmark.workloads import WHATS
+from fastcifar.benchmark.bench import TimedTrial, bench
+from fastcifar.benchmark.workloads import BENCHMARKS
 from fastcifar.data import cifar
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import DataError, UsageError, UserError
-from fastcifar.models import MODELS, macs
+from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.training import cuda_graph
-from fastcifar.training.trainer import assemble
+from fastcifar.training.trainer import build_trainer
 
 MEASURED = {"what", "batch_size", "images_per_s", "cpu_us_per_image", "trials", "peak_memory_bytes",
             "setup_s", "compile_s"}  # fmt: skip
@@ -43,10 +43,10 @@ MOST = {"matmul_tflop_per_s": 0.5, "copy_gb_per_s": 10.0}
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what a device could do takes seconds; test_limits.py does it."""
     monkeypatch.setattr(clock, "limits", lambda *_: MOST)
-    monkeypatch.setitem(workloads.INFERENCE, "cpu", (1, 16))
+    monkeypatch.setitem(workloads.INFERENCE_BATCH_SIZES, "cpu", (1, 16))
 
 
-@pytest.mark.parametrize("what", WHATS)
+@pytest.mark.parametrize("what", BENCHMARKS)
 def test_a_row_names_what_its_figure_depends_on_and_no_more(tiny: Callable[..., Recipe], what: str) -> None:
     found = bench(tiny(), what, trials=3, trial_s=QUICK)
     assert found.keys() - {"limits"} == {"device", "versions", "results"}
@@ -69,13 +69,13 @@ def test_by_default_it_measures_the_loader_the_step_and_both(tiny: Callable[...,
     assert [row["what"] for row in rows] == ["loader", "step", "train"]
     assert "compile_s" not in rows[0]  # prepared with the step, in one
     assert rows[1]["compile_s"] == rows[2]["compile_s"]
-    assert rows[1]["flop_per_image"] == 6 * macs(assemble(tiny(), choose(tiny())).model)
+    assert rows[1]["flop_per_image"] == 6 * count_macs(build_trainer(tiny(), choose_execution(tiny())).model)
 
 
 def test_the_median_stands_for_trials_none_of_which_is_left_out(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = [Trial(100, 1.0, 2.0), Trial(100, 0.5, 4.0), Trial(100, 10.0, 1.0)]
+    trials = [TimedTrial(100, 1.0, 2.0), TimedTrial(100, 0.5, 4.0), TimedTrial(100, 10.0, 1.0)]
     monkeypatch.setattr(clock, "measure", lambda *_: trials)
     (row,) = bench(tiny(), "loader", trials=3)["results"]
     assert row["trials"] == [100.0, 200.0, 10.0]
@@ -106,7 +106,7 @@ def test_a_grid_measures_every_value_with_every_other_and_nothing_twice(
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_is_built(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, grid: clock.Grid, words: str
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, grid: clock.BenchGrid, words: str
 ) -> None:
     monkeypatch.setattr(clock, "assemble", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=words):
@@ -115,42 +115,42 @@ def test_a_wrong_grid_is_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("what", ["loader", "step", "train"])
 def test_work_is_endless_and_counts_its_images(tiny: Callable[..., Recipe], what: str) -> None:
-    parts = assemble(tiny(val_size=0), choose(tiny()))
-    (job,) = WHATS[what](parts, parts.fast_step())
-    images = [next(job.work) for _ in range(14)]  # two epochs of 200 images in batches of 32
+    parts = build_trainer(tiny(val_size=0), choose_execution(tiny()))
+    (job,) = BENCHMARKS[what](parts, parts.build_train_step())
+    images = [next(job.workload) for _ in range(14)]  # two epochs of 200 images in batches of 32
     assert sum(images) == (14 * 32 if what == "step" else 400)
 
 
 def test_the_fixed_batch_moves_no_weight(tiny: Callable[..., Recipe]) -> None:
-    parts = assemble(tiny(), choose(tiny()))
+    parts = build_trainer(tiny(), choose_execution(tiny()))
     before = [weight.detach().clone() for weight in parts.model.parameters()]
-    work = workloads.step_work(parts, parts.fast_step())
+    work = workloads.step_workload(parts, parts.build_train_step())
     for _ in range(6):
         next(work)
     assert all(torch.equal(mine, kept) for mine, kept in zip(parts.model.parameters(), before, strict=True))
-    assert parts.meter.read().images == 6 * 32
+    assert parts.meter.compute().images == 6 * 32
 
 
 def test_inference_is_in_evaluation_mode_and_leaves_training_mode(tiny: Callable[..., Recipe]) -> None:
-    parts = assemble(tiny(), choose(tiny()))
-    before = [tensor.clone() for tensor in parts.tensors()]
-    for job in WHATS["infer"](parts, None):
-        next(job.work)
+    parts = build_trainer(tiny(), choose_execution(tiny()))
+    before = [tensor.clone() for tensor in parts.state_tensors()]
+    for job in BENCHMARKS["infer"](parts, None):
+        next(job.workload)
         assert not parts.model.training
-        job.work.close()
+        job.workload.close()
         assert parts.model.training
-    assert all(torch.equal(mine, kept) for mine, kept in zip(parts.tensors(), before, strict=True))
+    assert all(torch.equal(mine, kept) for mine, kept in zip(parts.state_tensors(), before, strict=True))
 
 
 def test_a_captured_forward_pass_equals_the_plain_one(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graph, "record_on_cuda", lambda work: work)
-    parts = assemble(tiny(), choose(tiny()))
+    parts = build_trainer(tiny(), choose_execution(tiny()))
     parts.model.eval()
     first, second = (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
     with torch.no_grad():
-        run = workloads.captured(parts.forward, first, parts.forward(first).clone())
+        run = workloads.cuda_graphed_inference(parts.forward, first, parts.forward(first).clone())
         assert torch.equal(run(second), parts.forward(second))
 
 
@@ -159,15 +159,15 @@ def test_a_trial_beyond_an_epoch_is_of_whole_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, unit_s: float, units: int
 ) -> None:
     """Of 0.2 seconds: 4 units, 200 and 8, where an epoch has 7."""
-    parts = assemble(tiny(val_size=0), choose(tiny()))
-    monkeypatch.setattr(clock, "timed", lambda _, units, device: Trial(units, units * unit_s, 0.0))
-    assert clock.fitting(workloads.loader_work(parts), parts, 0.2) == units
+    parts = build_trainer(tiny(val_size=0), choose_execution(tiny()))
+    monkeypatch.setattr(clock, "timed", lambda _, units, device: TimedTrial(units, units * unit_s, 0.0))
+    assert clock.calibrate_units(workloads.loader_workload(parts), parts, 0.2) == units
 
 
 def test_without_a_data_set_it_measures_on_synthetic_images_and_says_so(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = cifar.load
+    load = cifar.load_dataset
 
     def nowhere(data: str | None, dataset: str, *, download: bool = True) -> cifar.Dataset:
         if data is None:

@@ -14,35 +14,38 @@ CPU = torch.device("cpu")
 
 def test_limits_count_operations_and_bytes_of_the_time_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "shortest", lambda work, device: (work(), 0.5)[1])
-    assert roofline.matmul_flop_per_s(CPU, "fp32", 8) == 2 * 8**3 / 0.5
-    assert roofline.copy_bytes_per_s(CPU, 4096) == 2 * 4096 / 0.5
-    monkeypatch.setitem(roofline.MATRICES, "cpu", (8, 16))
-    monkeypatch.setitem(roofline.COPIED, "cpu", 2**12)
-    roofline.limits.cache_clear()
-    assert roofline.limits(CPU, "bf16") == {
+    assert roofline.measure_matmul_flop_per_s(CPU, "fp32", 8) == 2 * 8**3 / 0.5
+    assert roofline.measure_copy_bytes_per_s(CPU, 4096) == 2 * 4096 / 0.5
+    monkeypatch.setitem(roofline.MATMUL_SIZES, "cpu", (8, 16))
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 2**12)
+    roofline.measure_roofline.cache_clear()
+    assert roofline.measure_roofline(CPU, "bf16") == {
         "matmul_tflop_per_s": 2 * 16**3 / 0.5e12,
         "copy_gb_per_s": 2 * 2**12 / 0.5e9,
     }
-    roofline.limits.cache_clear()
+    roofline.measure_roofline.cache_clear()
 
 
 def test_the_shortest_stretch_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "SECONDS", 0.0)
     seconds = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(roofline, "stretch", lambda *_: next(seconds))
-    assert roofline.shortest(lambda: None, CPU) == 1.0
+    assert roofline.best_pass_seconds(lambda: None, CPU) == 1.0
 
 
 def test_a_matrix_product_is_measured() -> None:
-    assert 1e7 < roofline.matmul_flop_per_s(CPU, "fp32", 128) < 1e14
+    assert 1e7 < roofline.measure_matmul_flop_per_s(CPU, "fp32", 128) < 1e14
 
 
 def test_what_the_machine_does_not_show_is_left_out(tmp_path: Path) -> None:
-    assert roofline.gpu_state("1980, 2619, 512.33, 45\n") == {
+    assert roofline.parse_nvidia_smi_line("1980, 2619, 512.33, 45\n") == {
         "clock_mhz": 1980, "memory_clock_mhz": 2619, "power_w": 512.33, "temperature_c": 45
     }  # fmt: skip
-    assert roofline.gpu_state("1980, [N/A], [Not Supported], 45") == {"clock_mhz": 1980, "temperature_c": 45}
-    assert roofline.gpu_state("") == roofline.gpu_state("No devices were found") == {}
+    assert roofline.parse_nvidia_smi_line("1980, [N/A], [Not Supported], 45") == {
+        "clock_mhz": 1980,
+        "temperature_c": 45,
+    }
+    assert roofline.parse_nvidia_smi_line("") == roofline.parse_nvidia_smi_line("No devices were found") == {}
     (tmp_path / "cpuinfo").write_text("cpu MHz\t\t: 2000.0\nflags: a\ncpu MHz\t\t: 3000.0\n")
-    assert roofline.cpu_state(tmp_path / "cpuinfo") == {"clock_mhz": 2500}
-    assert roofline.cpu_state(tmp_path / "none") == {}
+    assert roofline.read_cpu_clock(tmp_path / "cpuinfo") == {"clock_mhz": 2500}
+    assert roofline.read_cpu_clock(tmp_path / "none") == {}

@@ -15,16 +15,16 @@ from rich.console import Console
 from torch import nn
 
 from fastcifar.benchmark import speedrun as harness
-from fastcifar.benchmark.speedrun import fingerprint, operations, speedrun
-from fastcifar.benchmark.speedrun_results import Tally, spread
-from fastcifar.device import choose
+from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
+from fastcifar.benchmark.speedrun_results import SpeedrunResults, sample_statistics
+from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import speedrun_table
 from fastcifar.training import checkpoint
 from fastcifar.training.train import train
-from fastcifar.training.trainer import assemble
+from fastcifar.training.trainer import build_trainer
 
 Make = Callable[..., Recipe]
 
@@ -51,15 +51,15 @@ def file(tiny: Make, tmp_path: Path) -> Callable[..., str]:
     ids=("average", "whitened", "mixed"),
 )
 def test_each_run_is_the_one_that_train_would_be(tiny: Make, file: Any, tmp_path: Path, values: dict) -> None:
-    found = speedrun(name=file(**values), n=3, on="val", seed=4, out=str(tmp_path / "timed"))
+    found = speedrun(recipe_name=file(**values), n=3, eval_split="val", seed=4, out=str(tmp_path / "timed"))
     trials = [json.loads(line) for line in (tmp_path / "timed" / "trials.jsonl").read_text().splitlines()]
     assert found["seeds"] == [trial["seed"] for trial in trials] == [4, 5, 6]
     assert len({trial["sha256"] for trial in trials}) == 3
     for trial in trials:
         summary = train(tiny(**values, seed=trial["seed"], out=str(tmp_path / f"run-{trial['seed']}")))
-        saved = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
+        saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
         weights = saved["ema"] if values.get("weights") == "ema" else saved["model"]
-        assert fingerprint(weights) == trial["sha256"], trial["seed"]
+        assert state_dict_sha256(weights) == trial["sha256"], trial["seed"]
         assert (trial["steps"], trial["refused"]) == (summary["steps"], None)
         assert saved["step"] == trial["steps"]
 
@@ -67,7 +67,7 @@ def test_each_run_is_the_one_that_train_would_be(tiny: Make, file: Any, tmp_path
 def test_the_folder_the_summary_and_the_table(file: Any, tmp_path: Path) -> None:
     folder = tmp_path / "timed"
     told = Console(record=True, width=200)
-    found = speedrun(target="95", name=file(), n=2, out=str(folder), console=told)
+    found = speedrun(target="95", recipe_name=file(), n=2, out=str(folder), console=told)
     assert "evaluation: the test set, once a run" in told.export_text()
     assert {path.name for path in folder.iterdir()} == {"recipe.json", "env.json", "trials.jsonl", "summary.json"}
     assert {"folder": str(folder), **json.loads((folder / "summary.json").read_text())} == found
@@ -86,12 +86,12 @@ def test_the_folder_the_summary_and_the_table(file: Any, tmp_path: Path) -> None
 
 def test_a_folder_goes_on_with_its_own_recipe_and_no_other(file: Any, tmp_path: Path) -> None:
     folder, name = tmp_path / "timed", file()
-    first = speedrun(name=name, seed=3, out=str(folder))
+    first = speedrun(recipe_name=name, seed=3, out=str(folder))
     found = speedrun(append=folder, n=2)
     assert found["seeds"] == [3, 4, 5]
     assert found["acc"]["trials"][:1] == first["acc"]["trials"]
     assert json.loads((folder / "summary.json").read_text())["seeds"] == found["seeds"]
-    assert speedrun(append=folder, name=name, seed=9)["seeds"] == [3, 4, 5, 9]
+    assert speedrun(append=folder, recipe_name=name, seed=9)["seeds"] == [3, 4, 5, 9]
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"seed": 4}, "has seed 4 already; begin at --seed 10"),
         ({"lr": 0.5}, "another recipe: lr 0.1, not 0.5"),
@@ -114,7 +114,7 @@ def test_a_folder_goes_on_with_its_own_recipe_and_no_other(file: Any, tmp_path: 
         with pytest.raises(UsageError, match=words):
             speedrun(append=folder)
     with pytest.raises(UsageError, match=f"--append {folder}"):
-        speedrun(name=name, out=str(folder))
+        speedrun(recipe_name=name, out=str(folder))
     with pytest.raises(UsageError, match="holds no trials"):
         speedrun(append=tmp_path)
 
@@ -123,8 +123,8 @@ def test_a_seed_that_another_process_added_meanwhile_is_not_counted_twice(
     file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "timed"
-    speedrun(name=file(), out=str(folder))
-    assembled = harness.assemble
+    speedrun(recipe_name=file(), out=str(folder))
+    assembled = harness.build_trainer
 
     def meanwhile(*given: Any) -> Any:
         monkeypatch.setattr(harness, "assemble", assembled)
@@ -140,24 +140,24 @@ def test_a_seed_that_another_process_added_meanwhile_is_not_counted_twice(
 def test_killed_between_two_trials_it_keeps_the_first_and_goes_on(
     file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, name, following = tmp_path / "timed", file(), harness.following
+    folder, name, following = tmp_path / "timed", file(), harness.reset_trainer_for_recipe
     monkeypatch.setattr(harness, "following", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        speedrun(name=name, n=2, on="val", out=str(folder))
+        speedrun(recipe_name=name, n=2, eval_split="val", out=str(folder))
     monkeypatch.setattr(harness, "following", following)
     with (folder / "trials.jsonl").open("a") as lines:
         lines.write('{"seed": 1, "acc')  # as a file system may leave it
     assert json.loads((folder / "summary.json").read_text())["seeds"] == [0]
     found = speedrun(append=folder)
     assert found["seeds"] == [0, 1]
-    assert speedrun(name=name, n=2, on="val", out=str(tmp_path / "whole"))["acc"] == found["acc"]
+    assert speedrun(recipe_name=name, n=2, eval_split="val", out=str(tmp_path / "whole"))["acc"] == found["acc"]
 
 
 @pytest.mark.parametrize("spoilt", ["evaluation", "training"])
 def test_a_run_that_does_not_count_is_kept_as_a_miss(
     file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
-    evaluate, fit, calls = harness.evaluate, harness.fit, []
+    evaluate, fit, calls = harness.evaluate, harness.train_without_evaluation, []
 
     def cheating(model: nn.Module, *given: Any) -> Any:
         calls.append(model)
@@ -173,7 +173,7 @@ def test_a_run_that_does_not_count_is_kept_as_a_miss(
 
     monkeypatch.setattr(harness, "evaluate", cheating)
     monkeypatch.setattr(harness, "fit", failing)
-    found = speedrun(name=file(), n=3, on="val", out=str(tmp_path / "timed"))
+    found = speedrun(recipe_name=file(), n=3, eval_split="val", out=str(tmp_path / "timed"))
     trials = [json.loads(line) for line in (tmp_path / "timed" / "trials.jsonl").read_text().splitlines()]
     why = {"evaluation": "the evaluation changed the weights", "training": "the loss or a gradient was not finite"}
     assert [trial["refused"] for trial in trials] == [None, why[spoilt], None]
@@ -185,24 +185,24 @@ def test_the_summarys_arithmetic(tmp_path: Path) -> None:
     config = Recipe().model_dump(mode="json")
     document = {"target": "94", "recipe": "small", "on": "test", "config": config}
     accuracies = [0.9402, 0.94, 0.9399, 0.9471]
-    tally = Tally(tmp_path, document, {"flops": 10**15})
+    tally = SpeedrunResults(tmp_path, document, {"flops": 10**15})
     for seed, accuracy in enumerate(accuracies):
         times = {"seconds": 3.0 + seed, "train_s": 2.0 + seed, "prepare_s": 1.0, "build_s": 9.0, "cold_start_s": None}
-        tally.add({"seed": seed, "acc": accuracy - 0.005, "acc_tta": accuracy, **times, "refused": None})
+        tally.add_trial({"seed": seed, "acc": accuracy - 0.005, "acc_tta": accuracy, **times, "refused": None})
     found = tally.summary()
     assert found["acc_tta"]["mean"] == statistics.fmean(accuracies)
     assert found["acc_tta"]["std"] == statistics.stdev(accuracies)
     assert found["acc_tta"]["stderr"] == pytest.approx(statistics.stdev(accuracies) / 2)
     assert (found["acc_tta"]["share"], found["acc"]["share"]) == (0.75, 0.25)
-    assert found["seconds"] == spread([3.0, 4.0, 5.0, 6.0])
+    assert found["seconds"] == sample_statistics([3.0, 4.0, 5.0, 6.0])
     assert (found["reached"], found["flops_to_target"]) == (True, 10**15)
-    tally.add({**tally.trials[-1], "seed": 4, "refused": "it was not finite"})
+    tally.add_trial({**tally.trials[-1], "seed": 4, "refused": "it was not finite"})
     found = tally.summary()
     assert (found["n"], found["refused"], found["acc_tta"]["share"]) == (5, 1, 0.6)
     assert (found["reached"], found["flops_to_target"]) == (False, None), "a run that does not count is a miss"
     assert found["acc_tta"]["mean"] == statistics.fmean(accuracies)
-    assert spread([1.0]) == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
-    assert spread([1.0, None]) is spread([]) is None
+    assert sample_statistics([1.0]) == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
+    assert sample_statistics([1.0, None]) is sample_statistics([]) is None
 
 
 def test_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,14 +221,14 @@ def test_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_image(size: int) -> int:
         return 2 * (2 * size**2 * 4 * 3 * 9 + 3 * 4 * 10)
 
-    assert operations(Recipe(arch="small", epochs=5), 10, images=500) == 500 * of_image(32)
+    assert count_flops(Recipe(arch="small", epochs=5), 10, num_images=500) == 500 * of_image(32)
     mixed = Recipe(arch="small", epochs=5, image_size="16:1,24:2,32")
-    assert operations(mixed, 10, images=500) == 100 * of_image(16) + 200 * of_image(24) + 200 * of_image(32)
+    assert count_flops(mixed, 10, num_images=500) == 100 * of_image(16) + 200 * of_image(24) + 200 * of_image(32)
 
 
 def test_the_average_is_what_is_evaluated(tiny: Make) -> None:
-    parts = assemble(tiny(ema=0.9, weights="ema", epochs=1), choose(tiny()))
-    harness.fit(parts, parts.fast_step())
+    parts = build_trainer(tiny(ema=0.9, weights="ema", epochs=1), choose_execution(tiny()))
+    harness.train_without_evaluation(parts, parts.build_train_step())
     assert parts.ema is not None
     assert all(torch.equal(parts.model.state_dict()[name], value) for name, value in parts.ema.average.items())
 
@@ -247,5 +247,5 @@ def test_the_average_is_what_is_evaluated(tiny: Make) -> None:
 )
 def test_fault15_what_cannot_be_timed(file: Any, tmp_path: Path, values: dict, asked: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        speedrun(name=file(**values), out=str(tmp_path / "timed"), **asked)
+        speedrun(recipe_name=file(**values), out=str(tmp_path / "timed"), **asked)
     assert not (tmp_path / "timed").exists()

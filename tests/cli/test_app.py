@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcifar.recipe import Recipe, option
+from fastcifar.recipe import Recipe, option_flag
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
         "--batch-size", "32", "--epochs", "1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
@@ -52,7 +52,7 @@ def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tup
 def test_train_help_lists_every_knob() -> None:
     text = fastcifar("train", "--help", COLUMNS="200").stdout
     for name in Recipe.model_fields:
-        assert option(name) in text, name
+        assert option_flag(name) in text, name
     assert "--no-compile" in text
     assert "--no-cuda-graph" in text
 

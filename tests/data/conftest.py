@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from fastcifar.data import cifar_files
-from fastcifar.data.cifar_files import DATASETS, Batch, Official, Packing, Split
+from fastcifar.data.cifar_files import DATASETS, BatchFile, DatasetSpec, FileLayout, Split
 
 
 def md5(blob: bytes) -> str:
     return hashlib.md5(blob).hexdigest()
 
 
-def with_md5s(packing: Packing, folder: Path) -> Packing:
-    def known(batch: Batch) -> Batch:
+def with_md5s(packing: FileLayout, folder: Path) -> FileLayout:
+    def known(batch: BatchFile) -> BatchFile:
         return dataclasses.replace(batch, md5=md5((folder / batch.name).read_bytes()))
 
     return dataclasses.replace(packing, batches=tuple(known(batch) for batch in packing.batches))
@@ -35,7 +35,7 @@ class TinyCifar:
     rows: int = 20  # of a batch; five make 10 training images of each class
 
     @property
-    def row(self) -> Official:
+    def row(self) -> DatasetSpec:
         return DATASETS["cifar10"]
 
     @property
@@ -62,13 +62,17 @@ class TinyCifar:
             folder.mkdir(parents=True)
         for place, (batch, plain) in enumerate(zip(row.python.batches, row.binary.batches, strict=True)):
             part = slice(place * self.rows, (place + 1) * self.rows)
-            content = {b"batch_label": batch.title.encode(), b"labels": labels[part].tolist(), b"data": images[part]}
+            content = {
+                b"batch_label": batch.batch_label.encode(),
+                b"labels": labels[part].tolist(),
+                b"data": images[part],
+            }
             (python / batch.name).write_bytes(pickle.dumps(content, protocol))
             table = np.concatenate([labels[part, None].astype(np.uint8), images[part]], axis=1)
             (binary / plain.name).write_bytes(table.tobytes())
-        names = {b"label_names": [name.encode() for name in row.names]}
-        (python / row.python.meta).write_bytes(pickle.dumps(names, protocol))
-        (binary / row.binary.meta).write_text("\n".join(row.names) + "\n\n")
+        names = {b"label_names": [name.encode() for name in row.class_names]}
+        (python / row.python.meta_file).write_bytes(pickle.dumps(names, protocol))
+        (binary / row.binary.meta_file).write_text("\n".join(row.class_names) + "\n\n")
         return root
 
 
@@ -77,7 +81,7 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     images, labels = TinyCifar.arrays(0)
     made = TinyCifar(tmp_path / "official", images, labels)
 
-    def small(packing: Packing) -> Packing:
+    def small(packing: FileLayout) -> FileLayout:
         batches = tuple(dataclasses.replace(batch, rows=made.rows, md5="") for batch in packing.batches)
         return dataclasses.replace(packing, batches=batches)
 
@@ -87,11 +91,11 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
     made.write(made.root, images, labels)
     python = with_md5s(row.python, made.python)
-    python = dataclasses.replace(python, meta_md5=md5((made.python / python.meta).read_bytes()))
+    python = dataclasses.replace(python, meta_md5=md5((made.python / python.meta_file).read_bytes()))
     planar = images.reshape(-1, 3, 32, 32)
     content = {
-        "train": cifar_files.content_digest(Split(planar[:100], labels[:100])),
-        "test": cifar_files.content_digest(Split(planar[100:], labels[100:])),
+        "train": cifar_files.split_digest(Split(planar[:100], labels[:100])),
+        "test": cifar_files.split_digest(Split(planar[100:], labels[100:])),
     }
     row = dataclasses.replace(row, python=python, binary=with_md5s(row.binary, made.binary), content=content)
     monkeypatch.setitem(DATASETS, "cifar10", row)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcifar.data.batch_slicing import Steps, cut
+from fastcifar.data.batch_slicing import BatchSlicing, slice_epoch
 from fastcifar.errors import UsageError
 
 
@@ -20,15 +20,15 @@ def test_shares_interleave_to_the_batches_of_one_rank(
 ) -> None:
     size = per_rank * ranks
     try:
-        shares = [cut(samples, size, drop, rank, ranks) for rank in range(ranks)]
+        shares = [slice_epoch(samples, size, drop, rank, ranks) for rank in range(ranks)]
     except UsageError:
         assert size > samples or 0 < samples % size < ranks
         return
     order = np.random.default_rng(0).permutation(samples)
-    tables = [steps.table(order, aligned) for steps in shares]
+    tables = [steps.step_table(order, aligned) for steps in shares]
     batches = [order[start : start + size] for start in range(0, samples, size)]
     batches = [batch for batch in batches if len(batch) == size or not drop]
-    assert {steps.per_epoch for steps in shares} == {len(batches)}
+    assert {steps.steps_per_epoch for steps in shares} == {len(batches)}
     for step, batch in enumerate(batches):
         parts = [table[step][: steps.count(step)] for table, steps in zip(tables, shares, strict=True)]
         assert all(np.array_equal(part, batch[rank::ranks]) for rank, part in enumerate(parts))
@@ -40,7 +40,7 @@ def test_shares_interleave_to_the_batches_of_one_rank(
 
 
 def test_a_table_keeps_the_dtype_and_the_other_axes() -> None:
-    table = Steps(5, 2).table(np.arange(15, dtype=np.uint8).reshape(5, 3))
+    table = BatchSlicing(5, 2).step_table(np.arange(15, dtype=np.uint8).reshape(5, 3))
     assert (table.shape, table.dtype) == ((3, 2, 3), np.uint8)
     assert table[2].tolist() == [[12, 13, 14], [0, 1, 2]]
 
@@ -56,8 +56,8 @@ def test_a_table_keeps_the_dtype_and_the_other_axes() -> None:
 )
 def test_what_cannot_be_cut_is_refused(samples: int, batch_size: int, ranks: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        cut(samples, batch_size, False, 0, ranks)
+        slice_epoch(samples, batch_size, False, 0, ranks)
 
 
 def test_dropping_the_short_batch_leaves_no_rank_without_an_image() -> None:
-    assert cut(50, 48, True, 3, 4).per_epoch == 1
+    assert slice_epoch(50, 48, True, 3, 4).steps_per_epoch == 1

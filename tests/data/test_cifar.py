@@ -33,14 +33,14 @@ def quiet(path: Path, cache: Path, dataset: str = "cifar10") -> cifar.Dataset:
     """The set, which must be loaded without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return cifar.load(str(path), dataset, cache=cache)
+        return cifar.load_dataset(str(path), dataset, cache_dir=cache)
 
 
 def warned(path: Path, cache: Path) -> tuple[cifar.Dataset, str]:
     """The set and the one warning of loading it, which must point here."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        loaded = cifar.load(str(path), cache=cache)
+        loaded = cifar.load_dataset(str(path), cache_dir=cache)
     assert len(seen) == 1
     assert seen[0].category is UserWarning
     assert seen[0].filename == __file__
@@ -71,7 +71,7 @@ def test_official_files_load_without_a_word(tiny_cifar, cache: Path, tmp_path: P
     path = pack(folder, tmp_path / "anything.tar.gz") if as_tar else folder
     for _ in range(2):
         loaded = quiet(path, cache)
-        assert loaded.official
+        assert loaded.is_official
         assert loaded.classes == tiny_cifar.row.names
         assert loaded.name == "cifar10"
         assert same(loaded, tiny_cifar.images, tiny_cifar.labels)
@@ -82,7 +82,7 @@ def test_every_pickle_protocol_loads(tiny_cifar, cache: Path, tmp_path: Path, pr
     tiny_cifar.write(tmp_path / "mine", tiny_cifar.images, tiny_cifar.labels, protocol)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert same(cifar.load(str(tmp_path / "mine"), cache=cache), tiny_cifar.images, tiny_cifar.labels)
+        assert same(cifar.load_dataset(str(tmp_path / "mine"), cache_dir=cache), tiny_cifar.images, tiny_cifar.labels)
 
 
 def test_a_folder_that_contains_the_set_prefers_folder_over_tar(tiny_cifar, cache: Path, tmp_path: Path, pack):
@@ -97,15 +97,15 @@ def test_a_folder_that_contains_the_set_prefers_folder_over_tar(tiny_cifar, cach
 def test_without_data_the_variable_then_the_cache(tiny_cifar, cache: Path, monkeypatch, pack):
     cache.mkdir()
     archive = pack(tiny_cifar.python, cache / "cifar-10-python.tar.gz")
-    assert cifar.load(cache=cache).source == str(archive)
+    assert cifar.load_dataset(cache_dir=cache).source == str(archive)
     monkeypatch.setenv("FASTCIFAR_DATA", str(tiny_cifar.python))
-    assert cifar.load(cache=cache).source == str(tiny_cifar.python)
+    assert cifar.load_dataset(cache_dir=cache).source == str(tiny_cifar.python)
     monkeypatch.setenv("FASTCIFAR_DATA", "synthetic:50")
-    assert cifar.load(cache=cache).source == "synthetic:50"
+    assert cifar.load_dataset(cache_dir=cache).source == "synthetic:50"
     monkeypatch.delenv("FASTCIFAR_DATA")
     archive.unlink()
     with pytest.raises(DataError, match=r"FASTCIFAR_DATA.*--data synthetic"):
-        cifar.load(cache=cache, download=False)
+        cifar.load_dataset(cache_dir=cache, download=False)
 
 
 def test_reordered_images_are_accepted_with_one_warning_every_time(tiny_cifar, cache: Path, tmp_path: Path):
@@ -114,7 +114,7 @@ def test_reordered_images_are_accepted_with_one_warning_every_time(tiny_cifar, c
     for form in ("cifar-10-batches-py", "cifar-10-batches-bin"):
         for _ in range(2):  # the second from the cache, which remembers
             loaded, text = warned(tmp_path / "mine" / form, cache)
-            assert not loaded.official
+            assert not loaded.is_official
             assert "official images and labels in unofficial files" in text
             assert same(loaded, tiny_cifar.images[order], tiny_cifar.labels[order])
 
@@ -125,7 +125,7 @@ def test_fault11_somebodys_own_set_is_accepted_with_one_warning(tiny_cifar, cach
     archive = pack(tmp_path / "mine" / "cifar-10-batches-py", tmp_path / "cifar-10-python.tar.gz")
     for path in (tmp_path / "mine", archive):
         loaded, text = warned(path, cache)
-        assert not loaded.official
+        assert not loaded.is_official
         assert "is not the official data set" in text
         assert same(loaded, images, labels)
 
@@ -146,7 +146,7 @@ def test_fault11_one_changed_byte(tiny_cifar, cache: Path, tmp_path: Path, monke
     flip(path, path.read_bytes().find(b"cat") if name == "batches.meta" else path.stat().st_size // 2)  # a pixel
     given = pack(tiny_cifar.python, tmp_path / "some.tar.gz") if where == "tar" else tiny_cifar.python
     with pytest.raises(DataError, match=rf"{name}\b.*damaged: expected MD5 \w+, found \w+") as caught:
-        cifar.load(str(given), cache=cache)
+        cifar.load_dataset(str(given), cache_dir=cache)
     assert caught.value.exit_code == 3
     assert not list(cache.glob("*"))
 
@@ -155,7 +155,7 @@ def test_fault11_one_changed_byte(tiny_cifar, cache: Path, tmp_path: Path, monke
 def test_fault11_one_changed_byte_in_the_binary_packing(tiny_cifar, cache: Path, name: str):
     flip(tiny_cifar.binary / name, 10)
     with pytest.raises(DataError, match=rf"{name} damaged"):
-        cifar.load(str(tiny_cifar.binary), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.binary), cache_dir=cache)
 
 
 def test_fault11_damage_in_an_unknown_order_is_found_by_content(tiny_cifar, cache: Path, tmp_path: Path):
@@ -164,7 +164,7 @@ def test_fault11_damage_in_an_unknown_order_is_found_by_content(tiny_cifar, cach
     images[17, 5] ^= 1
     tiny_cifar.write(tmp_path / "mine", images, labels)
     with pytest.raises(DataError, match=r"data_batch_1, .*data_batch_5 damaged"):
-        cifar.load(str(tmp_path / "mine"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "mine"), cache_dir=cache)
 
 
 @pytest.mark.parametrize("form", ["python", "binary"])
@@ -181,7 +181,7 @@ def test_fault11_swapped_train_and_test(tiny_cifar, cache: Path, tmp_path: Path,
     (folder / "aside").rename(two)
     expected = "of each class" if mine and form == "binary" else "swapped"
     with pytest.raises(DataError, match=expected) as caught:
-        cifar.load(str(folder), cache=cache)
+        cifar.load_dataset(str(folder), cache_dir=cache)
     assert "_batch" in str(caught.value)
 
 
@@ -216,7 +216,7 @@ def batch_of(**changes: object) -> bytes:
 def test_fault11_a_batch_that_is_none(tiny_cifar, cache: Path, blob: bytes, text: str):
     (tiny_cifar.python / "data_batch_1").write_bytes(blob)
     with pytest.raises(DataError, match=text) as caught:
-        cifar.load(str(tiny_cifar.python), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.python), cache_dir=cache)
     assert "data_batch_1" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -226,17 +226,17 @@ def test_fault11_missing_truncated_and_oversized_files(tiny_cifar, cache: Path):
     blob = path.read_bytes()
     path.write_bytes(blob[: len(blob) // 2])
     with pytest.raises(DataError, match=r"data_batch_2 is not a pickle .* remain"):
-        cifar.load(str(tiny_cifar.python), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.python), cache_dir=cache)
     with path.open("wb") as file:
         file.truncate(10**10)  # sparse: ten gigabytes that must not be read
     with pytest.raises(DataError, match=r"data_batch_2 has 10,000,000,000 bytes, expected at most"):
-        cifar.load(str(tiny_cifar.python), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.python), cache_dir=cache)
     path.unlink()
     with pytest.raises(DataError, match=r"lacks data_batch_2; expected data_batch_1, .*batches.meta"):
-        cifar.load(str(tiny_cifar.python), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.python), cache_dir=cache)
     (tiny_cifar.binary / "test_batch.bin").write_bytes(b"short")
     with pytest.raises(DataError, match=r"test_batch.bin has 5 bytes, expected 61,460"):
-        cifar.load(str(tiny_cifar.binary), cache=cache)
+        cifar.load_dataset(str(tiny_cifar.binary), cache_dir=cache)
 
 
 def test_fault11_archives_that_are_none(tiny_cifar, cache: Path, tmp_path: Path, pack):
@@ -254,7 +254,7 @@ def test_fault11_archives_that_are_none(tiny_cifar, cache: Path, tmp_path: Path,
     for blob, text in cases.items():
         given.write_bytes(blob)
         with pytest.raises(DataError, match=text) as caught:
-            cifar.load(str(given), cache=cache)
+            cifar.load_dataset(str(given), cache_dir=cache)
         assert str(given) in str(caught.value)
         assert "expected" in str(caught.value)
 
@@ -275,9 +275,9 @@ def test_fault09_an_archive_with_path_tricks_writes_nothing(tiny_cifar, cache: P
     absolute = tarfile.TarInfo(str(tmp_path / "absolute")), b"x"
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match="not a plain file"):
-        cifar.load(str(tar_of(tmp_path / "tricks.tar.gz", outside, absolute, (link, b""))), cache=cache)
+        cifar.load_dataset(str(tar_of(tmp_path / "tricks.tar.gz", outside, absolute, (link, b""))), cache_dir=cache)
     with pytest.raises(DataError, match=r"holds ../outside, .*expected cifar-10-batches-py/"):
-        cifar.load(str(tar_of(tmp_path / "tricks.tar.gz", outside, absolute)), cache=cache)
+        cifar.load_dataset(str(tar_of(tmp_path / "tricks.tar.gz", outside, absolute)), cache_dir=cache)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "tricks.tar.gz"])
 
 
@@ -285,22 +285,22 @@ def test_fault10_an_archive_of_zeros(tiny_cifar, cache: Path, tmp_path: Path):
     bomb = tar_of(tmp_path / "bomb.tar.gz", (tarfile.TarInfo("zeros"), bytes(2**26)))
     assert bomb.stat().st_size < 2**17
     with pytest.raises(DataError, match="unpacks to more than"):
-        cifar.load(str(bomb), cache=cache)
+        cifar.load_dataset(str(bomb), cache_dir=cache)
     huge = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
     with pytest.raises(DataError, match="not a plain file of a sensible size"):
-        cifar.load(str(tar_of(tmp_path / "bomb.tar.gz", (huge, bytes(2**23)))), cache=cache)
+        cifar.load_dataset(str(tar_of(tmp_path / "bomb.tar.gz", (huge, bytes(2**23)))), cache_dir=cache)
 
 
 def test_a_wrong_path_says_what_to_do(tiny_cifar, cache: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"no such file or folder: .*nowhere; .*FASTCIFAR_DATA.*--data synthetic"):
-        cifar.load(str(tmp_path / "nowhere"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "nowhere"), cache_dir=cache)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no cifar10; looked for cifar-10-batches-py/.*train/<class>"):
-        cifar.load(str(tmp_path / "empty"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "empty"), cache_dir=cache)
     with pytest.raises(DataError, match=r"holds cifar10, expected cifar100; say --dataset cifar10"):
-        cifar.load(str(tiny_cifar.root), "cifar100", cache=cache)
+        cifar.load_dataset(str(tiny_cifar.root), "cifar100", cache_dir=cache)
     with pytest.raises(UsageError, match="did you mean 'cifar10'"):
-        cifar.load(str(tiny_cifar.root), "cifar-10", cache=cache)
+        cifar.load_dataset(str(tiny_cifar.root), "cifar-10", cache_dir=cache)
 
 
 def test_cifar100_takes_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path):
@@ -332,7 +332,7 @@ def test_cifar100_takes_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path
         else:
             (folder / packing.meta).write_text("\n".join(names))
         with pytest.warns(UserWarning, match="not the official data set"):
-            loaded = cifar.load(str(folder), "cifar100", cache=cache)
+            loaded = cifar.load_dataset(str(folder), "cifar100", cache_dir=cache)
         assert loaded.classes == tuple(names)
         assert loaded.train.labels.tolist() == [k % 100 for k in range(200)]
 
@@ -353,7 +353,7 @@ def test_class_folders(tiny_cifar, cache: Path, tmp_path: Path):
     for _ in range(2):
         loaded = quiet(tmp_path / "sorted", cache)
         assert loaded.classes == ("ant", "zebra")
-        assert not loaded.official
+        assert not loaded.is_official
         assert loaded.train.labels.tolist() == [0, 1]
         assert np.array_equal(loaded.train.images[0].transpose(1, 2, 0), images[0, 1])
     shuffled = tuple(reversed(tiny_cifar.row.names))
@@ -369,21 +369,21 @@ def test_fault11_class_folders_that_cannot_be_read(tiny_cifar, cache: Path, tmp_
     whole = image.read_bytes()
     Image.new("RGB", (28, 28)).save(image)
     with pytest.raises(DataError, match=r"zebra/a.png is 28x28, expected 32x32"):
-        cifar.load(str(tmp_path / "a"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
     for blob in (b"", b"text", whole[:-800]):
         image.write_bytes(blob)
         with pytest.raises(DataError, match=r"zebra/a.png is not an image that can be read"):
-            cifar.load(str(tmp_path / "a"), cache=cache)
+            cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
     image.unlink()
     with pytest.raises(DataError, match=r"test/zebra holds no images"):
-        cifar.load(str(tmp_path / "a"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
     image.parent.rmdir()
     with pytest.raises(DataError, match=r"2 classes to train on and 1 to test \(only in one of them: zebra\)"):
-        cifar.load(str(tmp_path / "a"), cache=cache)
+        cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
 
 
 def test_synthetic_is_deterministic_learnable_and_never_cached(cache: Path):
-    one, two = (cifar.load("synthetic:500", cache=cache) for _ in range(2))
+    one, two = (cifar.load_dataset("synthetic:500", cache_dir=cache) for _ in range(2))
     assert np.array_equal(one.train.images, two.train.images)
     assert not np.array_equal(one.train.images[:100], one.test.images)
     assert len(one.train.labels) == 500
@@ -393,13 +393,13 @@ def test_synthetic_is_deterministic_learnable_and_never_cached(cache: Path):
     nearest = ((one.test.images[:, None] - means) ** 2).sum((2, 3, 4)).argmin(1)
     assert (nearest == one.test.labels).mean() > 0.9
     assert not cache.exists()
-    assert len(cifar.load("synthetic:3").train.labels) == 10
-    assert len(cifar.load("synthetic:3").test.labels) == 10
-    hundred = cifar.load("synthetic:300", "cifar100")
+    assert len(cifar.load_dataset("synthetic:3").train.labels) == 10
+    assert len(cifar.load_dataset("synthetic:3").test.labels) == 10
+    hundred = cifar.load_dataset("synthetic:300", "cifar100")
     assert len(hundred.classes) == 100
     assert set(hundred.train.labels.tolist()) == set(range(100))
     with pytest.raises(UsageError, match="synthetic:N"):
-        cifar.load("synthetic:many")
+        cifar.load_dataset("synthetic:many")
 
 
 def entries(cache: Path) -> list[str]:
@@ -506,7 +506,7 @@ def test_losing_the_race_for_an_entry_is_no_failure(tiny_cifar, cache: Path, mon
 def test_split_is_exact_stratified_and_fixed(labels: list[int], data: st.DataObject, seed: int):
     array = np.array(labels, np.int64)
     size = data.draw(st.integers(0, len(labels) - 1))
-    train, val = cifar.split(array, size, seed)
+    train, val = cifar.stratified_split(array, size, seed)
     assert train.dtype == val.dtype == np.int64
     assert len(val) == size
     assert sorted([*train, *val]) == list(range(len(labels)))
@@ -515,30 +515,30 @@ def test_split_is_exact_stratified_and_fixed(labels: list[int], data: st.DataObj
     for label in set(labels):
         share = size * labels.count(label) / len(labels)
         assert abs((array[val] == label).sum() - share) < 1
-    assert np.array_equal(cifar.split(array, size, seed)[1], val)
+    assert np.array_equal(cifar.stratified_split(array, size, seed)[1], val)
 
 
 def test_split_of_cifar_and_its_errors():
     labels = np.arange(50_000, dtype=np.int64) % 10
-    _, val = cifar.split(labels, 5_000, 0)
+    _, val = cifar.stratified_split(labels, 5_000, 0)
     assert np.bincount(labels[val]).tolist() == [500] * 10
     # Golden: this choice is part of every published figure, so no numpy may change it.
     assert val[:5].tolist() == [0, 21, 38, 43, 54]
-    assert not np.array_equal(val, cifar.split(labels, 5_000, 1)[1])
+    assert not np.array_equal(val, cifar.stratified_split(labels, 5_000, 1)[1])
     for size in (-1, 50_000, 60_000):
         with pytest.raises(UsageError, match=r"--val-size .*choose 0 to 49,999"):
-            cifar.split(labels, size, 0)
+            cifar.stratified_split(labels, size, 0)
     with pytest.raises(UsageError, match="--val-seed"):
-        cifar.split(labels, 10, -1)
+        cifar.stratified_split(labels, 10, -1)
 
 
 def test_normalisation_by_name_and_by_numbers():
-    for name, row in cifar.NORMALISATIONS.items():
-        assert cifar.normalisation(name) == row
-    assert cifar.normalisation("0.5,0.4,0.3:0.25,0.2,0.1") == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
-    assert cifar.normalisation("0.5:0.25") == ((0.5,) * 3, (0.25,) * 3)
+    for name, row in cifar.NORMALIZATIONS.items():
+        assert cifar.parse_normalization(name) == row
+    assert cifar.parse_normalization("0.5,0.4,0.3:0.25,0.2,0.1") == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+    assert cifar.parse_normalization("0.5:0.25") == ((0.5,) * 3, (0.25,) * 3)
     with pytest.raises(UsageError, match="did you mean 'cifar10'"):
-        cifar.normalisation("cifar-10")
+        cifar.parse_normalization("cifar-10")
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ def test_normalisation_by_name_and_by_numbers():
 )
 def test_normalisation_refuses(spec: str):
     with pytest.raises(UsageError, match="normalis"):
-        cifar.normalisation(spec)
+        cifar.parse_normalization(spec)
 
 
 needs_data = pytest.mark.skipif(not os.environ.get("FASTCIFAR_DATA"), reason="needs CIFAR-10: set FASTCIFAR_DATA")
@@ -555,11 +555,11 @@ needs_data = pytest.mark.skipif(not os.environ.get("FASTCIFAR_DATA"), reason="ne
 @needs_data
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_real_set_and_its_normalisation(cache: Path):
-    loaded = cifar.load(cache=cache)
+    loaded = cifar.load_dataset(cache_dir=cache)
     assert loaded.train.images.shape == (50_000, 3, 32, 32)
     assert loaded.test.images.shape == (10_000, 3, 32, 32)
-    assert loaded.classes == cifar.DATASETS["cifar10"].names
-    mean, std = cifar.NORMALISATIONS["cifar10"]
+    assert loaded.classes == cifar.DATASETS["cifar10"].class_names
+    mean, std = cifar.NORMALIZATIONS["cifar10"]
     values = np.arange(256) / 255
     for channel in range(3):
         parts = np.split(loaded.train.images[:, channel], 50)
@@ -581,4 +581,4 @@ def test_fault11_one_changed_byte_of_the_real_set(tmp_path: Path, cache: Path, n
     shutil.copy(source / name, tmp_path / name)
     flip(tmp_path / name, 12_345_678)
     with pytest.raises(DataError, match=rf"{name} damaged: expected MD5 \w+, found \w+"):
-        cifar.load(str(tmp_path), cache=cache)
+        cifar.load_dataset(str(tmp_path), cache_dir=cache)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastcifar.data.crop_flip_erase import ASPECTS, ERASED, SMALLEST, draw_erasing
+from fastcifar.data.crop_flip_erase import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA, draw_erasing_params
 
 N, THEIRS = 40_000, 4000
 
@@ -15,17 +15,17 @@ N, THEIRS = 40_000, 4000
 def boxes_of_torchvision(largest: float) -> np.ndarray:
     """`THEIRS` boxes that torchvision draws: [n,4] of y, x, h, w; no size where it gave up."""
     torch.manual_seed(0)
-    erasing = v2.RandomErasing(1.0, (SMALLEST, largest), ASPECTS)
+    erasing = v2.RandomErasing(1.0, (MIN_ERASE_AREA, largest), ERASE_ASPECT_RANGE)
     drawn = [erasing.make_params([torch.zeros(3, 32, 32)]) for _ in range(THEIRS)]
     return np.array([[p["i"], p["j"], p["h"] * (p["v"] is not None), p["w"] * (p["v"] is not None)] for p in drawn])
 
 
 @pytest.mark.parametrize("largest", [0.02, 0.1, 0.33, 1.0])
 def test_boxes_are_distributed_as_torchvisions(largest: float) -> None:
-    drawn = draw_erasing(largest, N, np.random.Generator(np.random.Philox(0)))
+    drawn = draw_erasing_params(largest, N, np.random.Generator(np.random.Philox(0)))
     ours = np.stack([drawn[name].astype(int) for name in "yxhw"], 1)
     erased = ours[ours[:, 2] > 0]
-    assert abs(len(erased) / N - ERASED) < 0.01
+    assert abs(len(erased) / N - ERASE_PROBABILITY) < 0.01
     assert (erased[:, 2:] < 32).all()
     assert (erased[:, :2] + erased[:, 2:] <= 32).all()
     theirs = boxes_of_torchvision(largest)
@@ -57,7 +57,7 @@ def test_ten_tries_as_torchvision_and_then_none(monkeypatch: pytest.MonkeyPatch)
             return high.astype(dtype)
 
     random = Stuck()
-    drawn = draw_erasing(1.0, 5, random)  # type: ignore[arg-type]
+    drawn = draw_erasing_params(1.0, 5, random)  # type: ignore[arg-type]
     assert random.tries == 10
     assert not drawn["h"].any()
     assert not drawn["w"].any()

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import parse
-from fastcifar.data.dali import FACES, Chunks, DaliLoader, prefix, reflected
+from fastcifar.data.augment import parse_augment
+from fastcifar.data.dali import DALI_OPS, DaliLoader, DaliPipeline, count_dali_ops, pad_reflect
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
@@ -38,7 +38,9 @@ Batch = tuple[torch.Tensor, ...]
 
 def made(kind: type, spec: str = SPEC, batch_size: int = 20, device: str = "cpu", **settings: Any) -> Any:
     settings = {"seed": 0, "compile": False, **settings}
-    return kind(IMAGES, LABELS, batch_size=batch_size, augment=parse(spec), device=device, fill=FILL, **settings)
+    return kind(
+        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device=device, fill=FILL, **settings
+    )
 
 
 def dali(*arguments: Any, **settings: Any) -> DaliLoader:
@@ -79,17 +81,17 @@ def threads() -> int:
     ],
 )
 def test_batches_are_the_tensor_loaders(device: str, spec: str, inside: int) -> None:
-    assert prefix(parse(spec)) == inside
+    assert count_dali_ops(parse_augment(spec)) == inside
     ours, theirs = dali(spec, device=device, chunk=45), tensor(spec, device=device)
     for epoch in (0, 1, 2):
         start = 2 if epoch == 2 else 0
         assert differing(ours.batches(epoch, start), theirs.batches(epoch, start)) == 0
 
 
-@pytest.mark.parametrize(("name", "word"), FACES)
+@pytest.mark.parametrize(("name", "word"), DALI_OPS)
 def test_every_face_is_exact_alone(name: str, word: str) -> None:
     spec = f"{name}:{0.5 if name in ('flip', 'erase') else 9}:{word}"
-    assert prefix(parse(spec)) == 1
+    assert count_dali_ops(parse_augment(spec)) == 1
     assert differing(dali(spec).batches(0), tensor(spec).batches(0)) == 0
 
 
@@ -130,7 +132,7 @@ def test_ops_after_dalis_are_compiled_once() -> None:
 @pytest.mark.parametrize("margin", [1, 4, 16])
 def test_the_source_reflects_as_numpy_does(margin: int) -> None:
     wanted = np.pad(IMAGES[:5], ((0, 0), (0, 0), (margin, margin), (margin, margin)), mode="reflect")
-    assert np.array_equal(reflected(IMAGES[:5], margin), wanted)
+    assert np.array_equal(pad_reflect(IMAGES[:5], margin), wanted)
 
 
 def ended(it: Iterator[Batch]) -> None:
@@ -215,8 +217,8 @@ def test_a_run_equals_the_tensor_loaders(tiny: Callable[..., Recipe]) -> None:
 
 
 def test_a_run_starts_dali_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    built, build = [], Chunks._build
-    monkeypatch.setattr(Chunks, "_build", lambda self, plan: built.append(plan) or build(self, plan))
+    built, build = [], DaliPipeline._build_pipeline
+    monkeypatch.setattr(DaliPipeline, "_build", lambda self, plan: built.append(plan) or build(self, plan))
     train(tiny(loader="dali", epochs=2))
     assert len(built) == 1
 
@@ -231,14 +233,14 @@ def test_a_run_on_the_gpu_captures_its_step_before_dali_starts(tiny: Callable[..
 
 @pytest.mark.gpu
 def test_a_capture_while_dali_runs() -> None:
-    from fastcifar.training.cuda_graph import record_on_cuda
+    from fastcifar.training.cuda_graph import capture_cuda_graph
 
     ours = dali(device="cuda", chunk=20)
     it = ours.batches(0)
     first, total = next(it), torch.zeros((), device="cuda")
     static = first[0].clone()
     torch.cuda.synchronize()
-    replay = record_on_cuda(lambda: total.add_(static.sum()))
+    replay = capture_cuda_graph(lambda: total.add_(static.sum()))
     replay()
     assert int(total) == int(static.sum())
     assert differing(it, tensor(device="cuda").batches(0, 1)) == 0
@@ -262,8 +264,8 @@ def test_a_busy_gpu_does_not_see_dalis_memory_reused() -> None:
 @pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="needs the real images: FASTCIFAR_DATA is not set")
 @pytest.mark.filterwarnings("ignore:.*unofficial files")
 def test_three_epochs_of_the_real_images_across_a_resume() -> None:
-    split = cifar.load(None, "cifar10").train
-    ops = parse("crop:4:reflect,flip,cutout:8:mean")
+    split = cifar.load_dataset(None, "cifar10").train
+    ops = parse_augment("crop:4:reflect,flip,cutout:8:mean")
 
     def loader(kind: type, **settings: Any) -> Any:
         return kind(
@@ -280,6 +282,8 @@ def test_three_epochs_of_the_real_images_across_a_resume() -> None:
 def test_a_memory_map_is_not_copied(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", IMAGES)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    loader = DaliLoader(mapped, LABELS, batch_size=20, augment=parse(SPEC), seed=0, device="cpu", fill=FILL)
+    loader = DaliLoader(
+        mapped, LABELS, batch_size=20, augment=parse_augment(SPEC), seed=0, device="cpu", fill_color=FILL
+    )
     assert np.shares_memory(loader._source.images, mapped)
     assert differing(loader.batches(0), tensor().batches(0)) == 0

@@ -73,12 +73,12 @@ def left(target: Path) -> list[str]:
 
 
 def test_a_full_download(server: Server, target: Path, capfd):
-    assert download.fetch(server.url, MD5, target) == target
+    assert download.download_file(server.url, MD5, target) == target
     assert target.read_bytes() == BODY
     assert left(target) == ["set.tar.gz"]
     assert server.asked == [None]
     assert capfd.readouterr() == ("", "")  # the bar is for terminals
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert len(server.asked) == 1
 
 
@@ -86,7 +86,7 @@ def test_a_partial_file_is_resumed(server: Server, target: Path):
     target.parent.mkdir()
     part = target.with_name("set.tar.gz.part")
     part.write_bytes(BODY[:400_000])
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert server.asked == ["bytes=400000-"]
 
@@ -95,7 +95,7 @@ def test_a_server_that_ignores_the_range_starts_again(server: Server, target: Pa
     server.resumes = False
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(BODY[:400_000])
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
 
 
@@ -103,7 +103,7 @@ def test_a_server_that_ignores_the_range_starts_again(server: Server, target: Pa
 def test_a_partial_file_of_something_else_is_replaced(server: Server, target: Path, stale: bytes):
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(stale)
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert len(server.asked) == (1 if stale is BODY else 2)
     assert left(target) == ["set.tar.gz"]
@@ -112,10 +112,10 @@ def test_a_partial_file_of_something_else_is_replaced(server: Server, target: Pa
 def test_a_connection_that_breaks_is_resumed_by_the_next_call(server: Server, target: Path):
     server.sends = 300_000
     with pytest.raises(DataError, match=r"broke off after 300,000 of 1,000,000 bytes; run again to resume"):
-        download.fetch(server.url, MD5, target)
+        download.download_file(server.url, MD5, target)
     assert left(target) == ["set.tar.gz.part"]
     server.sends = None
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert server.asked == [None, "bytes=300000-"]
 
@@ -124,7 +124,7 @@ def test_a_connection_that_breaks_is_resumed_by_the_next_call(server: Server, ta
 def test_fault11_a_wrong_md5_is_refused_and_deleted(server: Server, target: Path, body: bytes, kind: str):
     server.body = body
     with pytest.raises(DataError, match=rf"set.tar.gz sent {kind} of MD5 \w+, expected MD5 {MD5}; deleted"):
-        download.fetch(server.url, MD5, target)
+        download.download_file(server.url, MD5, target)
     assert left(target) == []
 
 
@@ -133,37 +133,37 @@ def test_errors_of_the_server_and_of_the_network(server: Server, target: Path, m
     with pytest.raises(
         DataError, match=r"the server says 404 Not Found; give --data PATH, set FASTCIFAR_DATA"
     ) as caught:
-        download.fetch(server.url, MD5, target)
+        download.download_file(server.url, MD5, target)
     assert caught.value.exit_code == 3
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/set.tar.gz"
         with pytest.raises(DataError, match=r"cannot download .*set.tar.gz: .*--data synthetic") as caught:
-            download.fetch(nobody, MD5, target)
+            download.download_file(nobody, MD5, target)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="cannot download"):
-        download.fetch("http://no-such-host.invalid/set.tar.gz", MD5, target)
+        download.download_file("http://no-such-host.invalid/set.tar.gz", MD5, target)
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="timed out"):
-        download.fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/set.tar.gz", MD5, target)
+        download.download_file(f"http://127.0.0.1:{silent.getsockname()[1]}/set.tar.gz", MD5, target)
     assert left(target) == []
 
 
 def test_an_endless_body_is_cut(server: Server, target: Path, monkeypatch):
     monkeypatch.setattr(download, "_MOST_BYTES", 500_000)
     with pytest.raises(DataError, match="sends more than 500,000 bytes"):
-        download.fetch(server.url, MD5, target)
+        download.download_file(server.url, MD5, target)
 
 
 def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"cannot write .*set.tar.gz.part"):
-        download.fetch(server.url, MD5, tmp_path / "file" / "set.tar.gz")
+        download.download_file(server.url, MD5, tmp_path / "file" / "set.tar.gz")
     assert server.asked == []
 
 
 def test_two_at_once_download_once(server: Server, target: Path):
-    threads = [threading.Thread(target=download.fetch, args=(server.url, MD5, target)) for _ in range(4)]
+    threads = [threading.Thread(target=download.download_file, args=(server.url, MD5, target)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -177,8 +177,8 @@ def test_load_downloads_verifies_and_caches(server: Server, tiny_cifar, tmp_path
     row = dataclasses.replace(tiny_cifar.row, url=server.url, tar_md5=hashlib.md5(server.body).hexdigest())
     monkeypatch.setitem(cifar.DATASETS, "cifar10", row)
     for _ in range(2):
-        loaded = cifar.load(cache=tmp_path / "cache")
-        assert loaded.official
+        loaded = cifar.load_dataset(cache_dir=tmp_path / "cache")
+        assert loaded.is_official
         assert loaded.source == str(tmp_path / "cache" / "cifar-10-python.tar.gz")
     assert len(server.asked) == 1
 
@@ -192,8 +192,8 @@ def test_the_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
         with real(name, done, total) as advance:
             yield lambda count: (moved.append(count), advance(count))
 
-    real = download._progress
+    real = download._progress_bar
     monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(download, "_progress", bar)
-    download.fetch(server.url, MD5, target)
+    download.download_file(server.url, MD5, target)
     assert sum(moved) == len(BODY)

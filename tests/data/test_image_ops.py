@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fastcifar.data import compiled_augment
-from fastcifar.data.image_ops import CODES, Step, encode, operate, single
+from fastcifar.data.image_ops import OPERATION_CODES, OperationStep, apply_operation, apply_operations, encode_operation
 from fastcifar.errors import UsageError
 
 
@@ -84,14 +84,14 @@ def from_middle(name: str, magnitude: float) -> Tensor:
 
 
 def test_every_operation_is_tested_here() -> None:
-    assert MAGNITUDES.keys() == CODES.keys()
+    assert MAGNITUDES.keys() == OPERATION_CODES.keys()
 
 
 @pytest.mark.parametrize("name", MAGNITUDES)
 def test_equals_torchvision(name: str) -> None:
     for magnitude in MAGNITUDES[name]:
         wanted = torch.stack([oracle(image, name, magnitude) for image in PICTURES])
-        given = single(PICTURES, name, magnitude)
+        given = apply_operation(PICTURES, name, magnitude)
         wrong = given != wanted
         if name in ("ShearX", "ShearY", "Rotate"):
             # float32 coordinates and ours may fall to different sides of the middle between two pixels
@@ -104,9 +104,9 @@ def test_equals_torchvision(name: str) -> None:
             assert not wrong.any(), (magnitude, int(wrong.sum()))
 
 
-def encoded(chosen: list[tuple[str, float]]) -> Step:
+def encoded(chosen: list[tuple[str, float]]) -> OperationStep:
     """One operation and magnitude for each image -> the three int32 tensors [b] of a step."""
-    code, amount, cosine = torch.tensor([encode(*what) for what in chosen], dtype=torch.int32).T.contiguous()
+    code, amount, cosine = torch.tensor([encode_operation(*what) for what in chosen], dtype=torch.int32).T.contiguous()
     return code, amount, cosine
 
 
@@ -114,32 +114,32 @@ NEUTRAL = {"Posterize": 8, "Solarize": 1.0}
 ALWAYS = {"Invert", "AutoContrast", "Equalize"}
 
 
-@pytest.mark.parametrize("name", sorted(CODES.keys() - ALWAYS))
+@pytest.mark.parametrize("name", sorted(OPERATION_CODES.keys() - ALWAYS))
 def test_neutral_magnitudes_change_nothing(name: str) -> None:
     images = PICTURES.clamp(max=254)  # a solarized image's highest threshold is 255, and that is inverted
-    assert torch.equal(single(images, name, NEUTRAL.get(name, 0.0)), images)
+    assert torch.equal(apply_operation(images, name, NEUTRAL.get(name, 0.0)), images)
 
 
 def test_each_image_has_its_own_operations() -> None:
     """A mixed batch in three steps is what each image gets by itself, whatever else the steps could hold."""
     random = np.random.default_rng(0)
-    names = sorted(CODES)
+    names = sorted(OPERATION_CODES)
     images = PICTURES.repeat(6, 1, 1, 1)
     chosen = [[(name, float(random.choice(MAGNITUDES[name]))) for name in random.choice(names, len(images))]
               for _ in range(3)]  # fmt: skip
     wanted = images.clone()
     for step in chosen:
-        wanted = torch.cat([single(image[None], *what) for image, what in zip(wanted, step, strict=True)])
+        wanted = torch.cat([apply_operation(image[None], *what) for image, what in zip(wanted, step, strict=True)])
     rows = images.permute(0, 2, 3, 1).reshape(-1, 32, 96).int()
     codes = [encoded(step) for step in chosen]
-    given = operate(rows, codes, [names] * 3).to(torch.uint8)
+    given = apply_operations(rows, codes, [names] * 3).to(torch.uint8)
     assert torch.equal(given.unflatten(2, (32, 3)).permute(0, 3, 1, 2), wanted)
     assert torch.equal(rows, images.permute(0, 2, 3, 1).reshape(-1, 32, 96).int()), "the input was changed"
 
 
 def test_an_unknown_operation_is_named() -> None:
     with pytest.raises(UsageError, match=r"unknown operation 'Sharpnes'; did you mean 'Sharpness'\?"):
-        encode("Sharpnes", 0.0)
+        encode_operation("Sharpnes", 0.0)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
@@ -148,17 +148,17 @@ def test_compiled_equals_eager_and_stops_between_the_steps() -> None:
 
     metrics.reset()
     random = np.random.default_rng(1)
-    names = [sorted(CODES), ["Color", "Contrast", "Hue"]]
+    names = [sorted(OPERATION_CODES), ["Color", "Contrast", "Hue"]]
     images = PICTURES.repeat(12, 1, 1, 1)
     rows = images.permute(0, 2, 3, 1).reshape(-1, 32, 96)
     chosen = [[(name, float(random.choice(MAGNITUDES[name]))) for name in random.choice(may, len(rows))]
               for may in names]  # fmt: skip
     steps = [encoded(step) for step in chosen]
 
-    def changed(rows: Tensor, steps: list[Step]) -> Tensor:
-        return operate(rows.int(), steps, names).to(torch.uint8)
+    def changed(rows: Tensor, steps: list[OperationStep]) -> Tensor:
+        return apply_operations(rows.int(), steps, names).to(torch.uint8)
 
-    compiled = torch.compile(changed, fullgraph=True, dynamic=False, options=compiled_augment.ONE_KERNEL)
+    compiled = torch.compile(changed, fullgraph=True, dynamic=False, options=compiled_augment.SINGLE_KERNEL_OPTIONS)
     assert torch.equal(compiled(rows, steps), changed(rows, steps))
     # Without a stop at what is settled all would be one kernel, which computes everything anew for every reader.
     assert metrics.generated_kernel_count > 5

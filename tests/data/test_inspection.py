@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fastcifar import plotting
-from fastcifar.cli.tables import data_table
+from fastcifar.cli.tables import dataset_table
 from fastcifar.data import cifar, inspection
-from fastcifar.data.augment import draw_epoch, draw_mix, parse
-from fastcifar.data.cifar import NORMALISATIONS
+from fastcifar.data.augment import draw_epoch, draw_mixer_params, parse_augment
+from fastcifar.data.cifar import NORMALIZATIONS
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.policies import PLAIN
+from fastcifar.data.policies import STANDARD_SPACE
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.recipe import Recipe
 
@@ -39,45 +39,45 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_verify_says_what_is_there(folders: Path, tmp_path: Path) -> None:
-    found = inspection.verify(Recipe(data=str(folders)))
+    found = inspection.verify_dataset(Recipe(data=str(folders)))
     assert (found["kind"], found["source"], found["official"]) == ("class folders of images", str(folders), False)
     assert found["splits"]["train"]["per_class"] == {"cat": 3, "dog": 5}
     assert found["splits"]["test"]["shape"] == [2, 3, 32, 32]
-    pixels = cifar.load(str(folders)).train.images / 255
+    pixels = cifar.load_dataset(str(folders)).train.images / 255
     assert found["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert found["std"] == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-12)
     assert Path(found["cache"]).parent == tmp_path / "cache"
     assert (Path(found["cache"]) / "meta.json").is_file()
-    assert data_table(found)
+    assert dataset_table(found)
 
 
 def test_statistics_of_many_images_are_exact() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2100, 3, 2, 2), dtype=np.uint8)
-    mean, std = cifar.statistics(images)
+    mean, std = cifar.channel_mean_std(images)
     assert mean == pytest.approx((images / 255).mean((0, 2, 3)).tolist(), rel=1e-12)
     assert std == pytest.approx((images / 255).std((0, 2, 3)).tolist(), rel=1e-12)
 
 
 def test_fault11_verify_reads_the_files_though_they_are_cached(folders: Path) -> None:
-    before = cifar.load(str(folders))
+    before = cifar.load_dataset(str(folders))
     file = folders / "train" / "dog" / "2.png"
     stat = file.stat()
     file.write_bytes(bytes(stat.st_size))  # the same size and time: the cache believes in it
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert np.array_equal(cifar.load(str(folders)).train.images, before.train.images)
+    assert np.array_equal(cifar.load_dataset(str(folders)).train.images, before.train.images)
     with pytest.raises(DataError, match=r"2\.png"):
-        inspection.verify(Recipe(data=str(folders)))
+        inspection.verify_dataset(Recipe(data=str(folders)))
 
 
 def test_verify_mends_a_cache_that_holds_something_else(folders: Path) -> None:
-    kept = Path(inspection.verify(Recipe(data=str(folders)))["cache"])
-    true = np.array(cifar.load(str(folders)).train.images)
+    kept = Path(inspection.verify_dataset(Recipe(data=str(folders)))["cache"])
+    true = np.array(cifar.load_dataset(str(folders)).train.images)
     wrong = np.load(kept / "train_images.npy", mmap_mode="r+")
     wrong[0] ^= 1
     wrong.flush()
-    assert not np.array_equal(cifar.load(str(folders)).train.images, true)
-    assert inspection.verify(Recipe(data=str(folders)))["cache"] == str(kept)
-    assert np.array_equal(cifar.load(str(folders)).train.images, true)
+    assert not np.array_equal(cifar.load_dataset(str(folders)).train.images, true)
+    assert inspection.verify_dataset(Recipe(data=str(folders)))["cache"] == str(kept)
+    assert np.array_equal(cifar.load_dataset(str(folders)).train.images, true)
 
 
 @pytest.mark.filterwarnings("ignore:.*unofficial files")
@@ -85,23 +85,23 @@ def test_real_cifar10_has_its_known_statistics() -> None:
     data = os.environ.get("FASTCIFAR_DATA")
     if not data:
         pytest.skip("FASTCIFAR_DATA names no CIFAR-10")
-    mean, std = cifar.statistics(cifar.load(data).train.images)
-    assert (mean, std) == tuple(pytest.approx(values, abs=1e-7) for values in NORMALISATIONS["cifar10"])
+    mean, std = cifar.channel_mean_std(cifar.load_dataset(data).train.images)
+    assert (mean, std) == tuple(pytest.approx(values, abs=1e-7) for values in NORMALIZATIONS["cifar10"])
 
 
 def captured(
     monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any
-) -> tuple[dict[str, Any], list[plotting.Grid]]:
-    drawn: list[list[plotting.Grid]] = []
+) -> tuple[dict[str, Any], list[plotting.ImageGrid]]:
+    drawn: list[list[plotting.ImageGrid]] = []
     monkeypatch.setattr(plotting, "image_grids", lambda _, grids: drawn.append(grids))
-    shown = inspection.show(Recipe(data="synthetic:100", **settings), folder / "a.png", 5)
+    shown = inspection.plot_augmentations(Recipe(data="synthetic:100", **settings), folder / "a.png", 5)
     assert shown["blocks"] == [grid.title for grid in drawn[0]]
     return shown, drawn[0]
 
 
 def test_show_has_a_block_for_each_op_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, blocks = captured(monkeypatch, tmp_path, augment="crop:3:zero,flip:1,cutout:6:zero")
-    train = cifar.load("synthetic:100").train
+    train = cifar.load_dataset("synthetic:100").train
     assert shown["blocks"] == [
         "crop:3:zero",
         "flip:1.0:random",
@@ -110,8 +110,8 @@ def test_show_has_a_block_for_each_op_and_one_for_all(tmp_path: Path, monkeypatc
     ]
     originals = train.images[shown["images"]].transpose(0, 2, 3, 1)
     for block in blocks:
-        assert block.rows == shown["classes"]
-        assert block.columns == ["original", "epoch 0", "epoch 1", "epoch 2", "epoch 3"]
+        assert block.row_labels == shown["classes"]
+        assert block.column_labels == ["original", "epoch 0", "epoch 1", "epoch 2", "epoch 3"]
         assert block.images.shape == (5, 5, 32, 32, 3)
         assert np.array_equal(block.images[:, 0], originals)
     crop, flip, cutout, whole = (block.images for block in blocks)
@@ -136,12 +136,12 @@ def test_show_follows_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_show_has_a_row_for_each_operation_of_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, (_, _, _, grid) = captured(monkeypatch, tmp_path, augment="flip,randaugment:9:2")
     assert grid.title == "randaugment:9:2 by operation and magnitude"
-    rows = {name.split("\n")[0]: row for name, row in zip(grid.rows, grid.images, strict=True)}
-    assert list(rows) == sorted(PLAIN)
-    assert "Solarize\n0.7" in grid.rows
+    rows = {name.split("\n")[0]: row for name, row in zip(grid.row_labels, grid.images, strict=True)}
+    assert list(rows) == sorted(STANDARD_SPACE)
+    assert "Solarize\n0.7" in grid.row_labels
     original = rows["Identity"][0]
     assert any(
-        np.array_equal(original, cifar.load("synthetic:100").train.images[index].transpose(1, 2, 0))
+        np.array_equal(original, cifar.load_dataset("synthetic:100").train.images[index].transpose(1, 2, 0))
         for index in shown["images"]
     )
     assert np.array_equal(rows["Identity"][1], original)
@@ -158,8 +158,8 @@ def test_show_mixes_the_images_of_the_picture(tmp_path: Path, monkeypatch: pytes
     spec = f"flip:1,{name}"
     _, (flip, mix, whole) = captured(monkeypatch, tmp_path, augment=spec)
     for epoch in range(4):
-        order = draw_epoch((), 5, epoch, 0).order
-        drawn = torch.from_numpy(draw_mix(parse(spec), 5, epoch, 0))
+        order = draw_epoch((), 5, epoch, 0).permutation
+        drawn = torch.from_numpy(draw_mixer_params(parse_augment(spec), 5, epoch, 0))
         for before, after in ((mix.images[:, 0], mix), (flip.images[:, 0, :, ::-1], whole)):
             batch = torch.from_numpy(before[order]).permute(0, 3, 1, 2)
             mixed = MIXERS[name].apply(batch, drawn)[0].permute(0, 2, 3, 1).float()
@@ -173,7 +173,7 @@ def test_show_writes_a_png_and_overwrites_it(tmp_path: Path, augment: str) -> No
     file = tmp_path / "a.png"
     file.write_text("old")
     pyplot = "matplotlib.pyplot" in sys.modules  # torchmetrics imports it, for a test
-    inspection.show(Recipe(data="synthetic:100", augment=augment), file, 2)
+    inspection.plot_augmentations(Recipe(data="synthetic:100", augment=augment), file, 2)
     with Image.open(file) as image:
         assert image.format == "PNG"
         assert min(image.size) > 100
@@ -183,23 +183,23 @@ def test_show_writes_a_png_and_overwrites_it(tmp_path: Path, augment: str) -> No
 
 def test_tiles_stand_upright_in_their_order() -> None:
     grid = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 5, 3), dtype=np.uint8)
-    picture = plotting.tiled(grid)
-    step_y, step_x = 4 + plotting.GAP, 5 + plotting.GAP
-    assert picture.shape == (2 * step_y - plotting.GAP, 3 * step_x - plotting.GAP, 3)
+    picture = plotting.tile_images(grid)
+    step_y, step_x = 4 + plotting.IMAGE_GAP, 5 + plotting.IMAGE_GAP
+    assert picture.shape == (2 * step_y - plotting.IMAGE_GAP, 3 * step_x - plotting.IMAGE_GAP, 3)
     for row in range(2):
         for column in range(3):
             y, x = row * step_y, column * step_x
             assert np.array_equal(picture[y : y + 4, x : x + 5], grid[row, column])
-    assert (picture[4 : 4 + plotting.GAP] == 255).all()
+    assert (picture[4 : 4 + plotting.IMAGE_GAP] == 255).all()
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     recipe = Recipe(data="synthetic:100")
     for name, count, words in (("a.jpg", 2, r"\.png"), ("a.png", 0, "--count 0"), ("a.png", 101, "1 to 100")):
         with pytest.raises(UsageError, match=words):
-            inspection.show(recipe, tmp_path / name, count)
+            inspection.plot_augmentations(recipe, tmp_path / name, count)
     with pytest.raises(DiskError, match="no folder"):
-        inspection.show(recipe, tmp_path / "no" / "a.png", 2)
+        inspection.plot_augmentations(recipe, tmp_path / "no" / "a.png", 2)
     assert not list(tmp_path.iterdir())
 
 
@@ -207,5 +207,5 @@ def test_fault18_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     with pytest.raises(UsageError, match=r"matplotlib.* cannot be imported.*pip install 'matplotlib") as caught:
-        inspection.show(Recipe(data="synthetic:100"), tmp_path / "a.png", 2)
+        inspection.plot_augmentations(Recipe(data="synthetic:100"), tmp_path / "a.png", 2)
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.data.augment import draw_epoch, draw_mix, parse
+from fastcifar.data.augment import draw_epoch, draw_mixer_params, parse_augment
 from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.errors import UsageError
@@ -30,7 +30,7 @@ def loader(name: str, batch_size: int = 20, spec: str = SPEC, **settings: Any) -
     images = settings.pop("images", IMAGES)
     takes = inspect.signature(LOADERS[name]).parameters
     own = {key: value for key, value in {"compile": False, "workers": 0, "seed": 0, **settings}.items() if key in takes}
-    ops = parse(spec)
+    ops = parse_augment(spec)
     return LOADERS[name](images, LABELS, batch_size=batch_size, augment=ops, device="cpu", fill=(9, 8, 7), **own)
 
 
@@ -46,9 +46,9 @@ def equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 50), (20, 3), (25, 2), (50, 1)])
 def test_an_epoch_is_the_permutation_of_the_seed_and_the_epoch(name: str, batch_size: int, steps: int) -> None:
     it = loader(name, batch_size, "none", seed=3)
-    assert (it.samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, steps)
+    assert (it.num_samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, steps)
     images, labels = joined(it.batches(2))
-    assert np.array_equal(labels.numpy(), draw_epoch((), N, 2, 3).order)
+    assert np.array_equal(labels.numpy(), draw_epoch((), N, 2, 3).permutation)
     assert np.array_equal(images.numpy(), IMAGES[labels.numpy()])
 
 
@@ -78,11 +78,11 @@ def test_a_batch_that_cannot_be_shared_out(name: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("start_step", [0, 2])
 def test_a_mixers_draws_come_with_the_batch(name: str, mixer: str, start_step: int) -> None:
-    ops = parse(f"flip,{mixer}")
+    ops = parse_augment(f"flip,{mixer}")
     it = loader(name, 20, "flip", seed=3)
     batches = list(mixed_batches(it, ops, 1, 3, torch.device("cpu"), start_step))
     plain = list(it.batches(1, start_step))
-    drawn = torch.from_numpy(draw_mix(ops, N, 1, 3))[20 * start_step :].split(20)
+    drawn = torch.from_numpy(draw_mixer_params(ops, N, 1, 3))[20 * start_step :].split(20)
     for (*batch, mix), without, wanted in zip(batches, plain, drawn, strict=True):
         assert equal((batch[0], batch[1]), without)
         assert torch.equal(mix, wanted)
@@ -94,7 +94,7 @@ def test_a_mixers_draws_come_with_the_batch(name: str, mixer: str, start_step: i
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_mixers_draws_are_shared_out_as_the_images(name: str, mixer: str) -> None:
-    ops = parse(f"flip,{mixer}")
+    ops = parse_augment(f"flip,{mixer}")
     whole = list(mixed_batches(loader(name, 20, "flip"), ops, 0, 0, torch.device("cpu")))
     for rank in range(2):
         share = mixed_batches(loader(name, 20, "flip", rank=rank, ranks=2), ops, 0, 0, torch.device("cpu"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastcifar.data import compiled_augment, loaders
-from fastcifar.data.augment import apply, draw_epoch, parse
+from fastcifar.data.augment import apply_augment, draw_epoch, parse_augment
 from fastcifar.data.loaders import LOADERS, TensorLoader, eval_batches
 from fastcifar.errors import UsageError
 
@@ -27,7 +27,9 @@ IMAGES.flags.writeable = False
 
 def loader(batch_size: int = 32, spec: str = SPEC, **settings: object) -> TensorLoader:
     settings = {"seed": 0, "compile": False, **settings}
-    return TensorLoader(IMAGES, LABELS, batch_size=batch_size, augment=parse(spec), device="cpu", fill=FILL, **settings)  # pyright: ignore[reportArgumentType]
+    return TensorLoader(
+        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device="cpu", fill_color=FILL, **settings
+    )  # pyright: ignore[reportArgumentType]
 
 
 def joined(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +49,7 @@ def test_table() -> None:
 def test_every_sample_comes_once_an_epoch(batch_size: int) -> None:
     it = loader(batch_size, "flip")
     batches = list(it.batches(0))
-    assert (it.samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
+    assert (it.num_samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
     assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches]
     assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (it.steps_per_epoch - 1)
     assert len(batches) == it.steps_per_epoch
@@ -78,11 +80,11 @@ def test_without_ops_a_batch_is_its_samples() -> None:
 
 
 def test_batches_are_slices_of_the_draws() -> None:
-    ops = parse(SPEC)
+    ops = parse_augment(SPEC)
     draws = draw_epoch(ops, N, epoch=4, seed=9)
-    params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.params)
-    wanted = apply(ops, torch.from_numpy(IMAGES[draws.order]), params, FILL)
-    assert equal(joined(loader(seed=9).batches(4)), (wanted, torch.from_numpy(draws.order)))
+    params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.op_params)
+    wanted = apply_augment(ops, torch.from_numpy(IMAGES[draws.permutation]), params, FILL)
+    assert equal(joined(loader(seed=9).batches(4)), (wanted, torch.from_numpy(draws.permutation)))
 
 
 def test_batch_size_changes_nothing() -> None:
@@ -131,7 +133,14 @@ def test_a_read_only_memory_map_will_do_without_a_warning(tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mapped = TensorLoader(
-            images, LABELS, batch_size=32, augment=parse(SPEC), seed=0, device="cpu", fill=FILL, compile=False
+            images,
+            LABELS,
+            batch_size=32,
+            augment=parse_augment(SPEC),
+            seed=0,
+            device="cpu",
+            fill_color=FILL,
+            compile=False,
         )
         assert equal(joined(mapped.batches(0)), joined(loader().batches(0)))
         assert np.array_equal(joined(eval_batches(images, LABELS, 32, "cpu"))[0].numpy(), IMAGES)
@@ -158,7 +167,7 @@ def test_evaluation_is_the_set_in_order(batch_size: int) -> None:
 def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
     from torch._inductor import metrics
 
-    compiled_augment.compiled.cache_clear()
+    compiled_augment.compile_gather.cache_clear()
     metrics.reset()
     it, plain = loader(30, LONG_SPEC, compile=True), loader(30, LONG_SPEC)
     next(it.batches(0))
@@ -181,9 +190,9 @@ def test_many_settings_in_one_process_stay_compiled(monkeypatch: pytest.MonkeyPa
         return compile_with_inductor(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    compiled_augment.compiled.cache_clear()
+    compiled_augment.compile_gather.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=2):
         for spec, batch_size in (("crop:1", 20), ("crop:1", 40), ("crop:2", 20), ("crop:3", 20), ("flip", 20)):
             images, _ = next(loader(batch_size, spec, compile=True).batches(0))
             assert torch.equal(images, next(loader(batch_size, spec).batches(0))[0])
-    compiled_augment.compiled.cache_clear()  # these are not the real thing: leave none behind
+    compiled_augment.compile_gather.cache_clear()  # these are not the real thing: leave none behind

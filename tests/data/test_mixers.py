@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fastcifar.data.augment import draw_mix, parse, spell, split_mixer
-from fastcifar.data.mixers import MIXERS, mixed_labels
+from fastcifar.data.augment import draw_mixer_params, format_augment, parse_augment, split_mixer
+from fastcifar.data.mixers import MIXERS, mix_labels
 from fastcifar.errors import UsageError
 
 CLASSES = 7
@@ -25,25 +25,25 @@ def batch(n: int = B) -> tuple[Tensor, Tensor]:
 
 
 def drawn(spec: str, n: int = B, epoch: int = 0) -> np.ndarray:
-    return draw_mix(parse(spec), n, epoch, seed=0)
+    return draw_mixer_params(parse_augment(spec), n, epoch, seed=0)
 
 
 def mixed(spec: str, images: Tensor, labels: Tensor, draws: np.ndarray) -> tuple[Tensor, Tensor]:
     """(mixed images, shares of the classes [b,classes])."""
-    out, weights = MIXERS[parse(spec)[-1].name].apply(images, torch.from_numpy(draws))
-    return out, mixed_labels(labels, weights, CLASSES)
+    out, weights = MIXERS[parse_augment(spec)[-1].name].apply(images, torch.from_numpy(draws))
+    return out, mix_labels(labels, weights, CLASSES)
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_rows_are_complete_and_draw_by_position(name: str) -> None:
     row = MIXERS[name]
     with pytest.raises(UsageError, match=f"write {name}:NUMBER {re.escape(f'({row.help})')}$"):
-        parse(f"{name}:1:nonsense")
-    (op,) = parse(name)
-    assert (op.name, op.number) == (name, row.number)
-    assert parse(spell(parse(f"crop,{name}"))) == parse(f"crop,{name}")
-    assert split_mixer(parse(f"crop,{name}")) == (parse("crop"), op)
-    assert split_mixer(parse("crop,flip")) == (parse("crop,flip"), None)
+        parse_augment(f"{name}:1:nonsense")
+    (op,) = parse_augment(name)
+    assert (op.name, op.value) == (name, row.default_value)
+    assert parse_augment(format_augment(parse_augment(f"crop,{name}"))) == parse_augment(f"crop,{name}")
+    assert split_mixer(parse_augment(f"crop,{name}")) == (parse_augment("crop"), op)
+    assert split_mixer(parse_augment("crop,flip")) == (parse_augment("crop,flip"), None)
     first = drawn(f"crop,{name}", 1000)
     assert first.dtype in (np.uint8, np.float32)
     assert len(first) == 1000

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fastcifar.data import cifar
-from fastcifar.data.predict_inputs import read
+from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.errors import DataError
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (12, 3, 32, 32), np.uint8)
@@ -38,7 +38,7 @@ def test_fault12_every_layout_and_spelling_of_a_pickle_is_the_same(tmp_path: Pat
     data = LAYOUTS[layout](IMAGES)
     for number, (name, ids) in enumerate((("ids", IDS), (b"ids", np.array(IDS)))):
         key: Any = "data" if number == 0 else b"data"
-        found = read(pickled(tmp_path / f"{number}.pkl", {key: data, name: ids}, protocol))
+        found = read_inputs(pickled(tmp_path / f"{number}.pkl", {key: data, name: ids}, protocol))
         assert np.array_equal(found.images, IMAGES)
         assert (found.ids, found.labels) == (IDS, None)
         assert layout in found.layout
@@ -47,7 +47,7 @@ def test_fault12_every_layout_and_spelling_of_a_pickle_is_the_same(tmp_path: Pat
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_npy_is_read_by_its_shape_and_numbered_by_position(tmp_path: Path, layout: str) -> None:
     np.save(tmp_path / "a.npy", LAYOUTS[layout](IMAGES))
-    found = read(str(tmp_path / "a.npy"))
+    found = read_inputs(str(tmp_path / "a.npy"))
     assert np.array_equal(found.images, IMAGES)
     assert found.ids == list(range(12))
 
@@ -80,7 +80,7 @@ MALFORMED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_fault12_a_malformed_pickle_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError) as caught:
-        read(pickled(tmp_path / "a.pkl", MALFORMED[kind]))
+        read_inputs(pickled(tmp_path / "a.pkl", MALFORMED[kind]))
     assert caught.value.exit_code == 3
     assert caught.value.remedy
     assert str(tmp_path / "a.pkl") in str(caught.value)
@@ -113,7 +113,7 @@ def test_fault09_a_malicious_pickle_runs_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for content in ({"data": evil, "ids": IDS}, {"data": IMAGES, "ids": evil}, {"data": IMAGES, "ids": [evil]}, evil):
         with pytest.raises(DataError):
-            read(pickled(tmp_path / "a.pkl", content))
+            read_inputs(pickled(tmp_path / "a.pkl", content))
         assert not (tmp_path / "sentinel").exists()
 
 
@@ -121,7 +121,7 @@ def test_fault09_an_npy_of_objects_runs_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     np.save(tmp_path / "a.npy", np.array([Evil(os.system, "touch sentinel")], dtype=object), allow_pickle=True)
     with pytest.raises(DataError):
-        read(str(tmp_path / "a.npy"))
+        read_inputs(str(tmp_path / "a.npy"))
     assert not (tmp_path / "sentinel").exists()
 
 
@@ -131,14 +131,14 @@ def test_fault10_an_npy_bomb_costs_no_memory(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(small.replace(b"(1, 3, 32, 32), }      ", b"(9999999, 3, 32, 32), }"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=r"a\.npy"):
-        read(str(tmp_path / "a.npy"))
+        read_inputs(str(tmp_path / "a.npy"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
 def test_an_image_of_any_size_is_its_largest_centred_square(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 128 * 64 * 3).reshape(64, 128, 3).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "wide.png")
-    found = read(str(tmp_path / "wide.png"))
+    found = read_inputs(str(tmp_path / "wide.png"))
     assert (found.images.shape, found.ids) == ((1, 3, 32, 32), ["wide"])
     whole = np.asarray(Image.fromarray(ramp).resize((64, 32), Image.Resampling.BICUBIC))[:, 16:48]
     difference = np.abs(found.images[0].transpose(1, 2, 0).astype(int) - whole)
@@ -152,25 +152,25 @@ def test_a_folder_of_images_is_in_the_order_of_its_paths(tmp_path: Path) -> None
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"no image")
-    found = read(str(tmp_path))
+    found = read_inputs(str(tmp_path))
     assert found.ids == ["a", "b/10", "b/2"]
     assert np.array_equal(found.images, IMAGES[[0, 2, 1]])  # 32x32: not resampled
     (tmp_path / "a.png").write_bytes((tmp_path / "b" / "2.png").read_bytes())
     with pytest.raises(DataError, match="the id 'a' is there twice"):
-        read(str(tmp_path))
+        read_inputs(str(tmp_path))
 
 
 def test_a_photograph_stands_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the top of the picture is at the right
     Image.fromarray(IMAGES[0].transpose(1, 2, 0)).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read(str(tmp_path / "a.png")).images[0], np.rot90(IMAGES[0], k=-1, axes=(1, 2)))
+    assert np.array_equal(read_inputs(str(tmp_path / "a.png")).images[0], np.rot90(IMAGES[0], k=-1, axes=(1, 2)))
 
 
 def test_the_data_sets_own_images_come_with_their_labels() -> None:
-    data = cifar.load("synthetic:100")
+    data = cifar.load_dataset("synthetic:100")
     for name, split in (("data:test", data.test), ("data:train", data.train)):
-        found = read(name, "synthetic:100")
+        found = read_inputs(name, "synthetic:100")
         assert np.array_equal(found.images, split.images)
         assert found.labels is not None
         assert np.array_equal(found.labels, split.labels)
@@ -187,6 +187,6 @@ def test_fault12_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "half.npy").write_bytes((tmp_path / "half.npy").read_bytes()[:2000])
     (tmp_path / "half.pkl").write_bytes(pickle.dumps({"data": IMAGES, "ids": IDS})[:2000])
     with pytest.raises(DataError) as caught:
-        read(source)
+        read_inputs(source)
     assert source in str(caught.value)
     assert caught.value.remedy

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcifar.cli.exit import explained
+from fastcifar.cli.exit import report_error
 from fastcifar.data import torchvision_loader
-from fastcifar.data.augment import AUGMENTS, Op, parse, spell
+from fastcifar.data.augment import AUGMENTS, AugmentOp, format_augment, parse_augment
 from fastcifar.data.loaders import TensorLoader
-from fastcifar.data.torchvision_loader import COUNTERPARTS, TorchvisionLoader, transform
+from fastcifar.data.torchvision_loader import TORCHVISION_TRANSFORMS, TorchvisionLoader, build_transform
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train
@@ -31,7 +31,7 @@ FILL = (125, 7, 255)
 def draws(spec: str, count: int = 40) -> list[np.ndarray]:
     """`count` versions of the first image, [3,32,32] each."""
     torch.manual_seed(0)
-    function, pixels = transform(parse(spec), FILL), IMAGES[0].transpose(1, 2, 0)
+    function, pixels = build_transform(parse_augment(spec), FILL), IMAGES[0].transpose(1, 2, 0)
     return [function(Image.fromarray(pixels)).numpy() for _ in range(count)]
 
 
@@ -54,7 +54,7 @@ def test_flip_mirrors_as_often_as_asked() -> None:
 
 @pytest.mark.parametrize(("spec", "colour"), [("cutout:8:mean", FILL), ("cutout:5:zero", (0, 0, 0))])
 def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[int, int, int]) -> None:
-    size, corners = parse(spec)[0].number, set()
+    size, corners = parse_augment(spec)[0].value, set()
     assert isinstance(size, int)
     for image in draws(spec, 300):
         filled = (image != IMAGES[0]).any(0)
@@ -80,7 +80,7 @@ def test_erase_fills_a_box_in_half_of_the_images(word: str, colour: tuple[int, i
 
 
 def test_recipe_b_is_read_by_both_loaders() -> None:
-    ops = parse("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey")
+    ops = parse_augment("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey")
     it = TorchvisionLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", workers=0)
     ours = TensorLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", compile=False)
     for (theirs, labels), (images, same) in zip(it.batches(0), ours.batches(0), strict=True):
@@ -92,13 +92,13 @@ def test_recipe_b_is_read_by_both_loaders() -> None:
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> None:
-    for word in AUGMENTS[name].words:
-        ops = parse(spell((Op(name, AUGMENTS[name].number, word),)))
-        if (name, word) in COUNTERPARTS:
-            assert callable(transform(ops, FILL))
+    for word in AUGMENTS[name].variants:
+        ops = parse_augment(format_augment((AugmentOp(name, AUGMENTS[name].default_value, word),)))
+        if (name, word) in TORCHVISION_TRANSFORMS:
+            assert callable(build_transform(ops, FILL))
             continue
         with pytest.raises(UsageError, match=rf"--loader torchvision has no {name}.*use --loader tensor"):
-            transform(ops, FILL)
+            build_transform(ops, FILL)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_every_op_has_a_counterpart_or_is_refused_with_the_remedy(name: str) -> 
 )
 def test_both_loaders_run_the_published_recipes(spec: str) -> None:
     """The draws differ, the counts of black pixels and the brightness do not, on average."""
-    settings = {"batch_size": 30, "augment": parse(spec), "seed": 0, "device": "cpu"}
+    settings = {"batch_size": 30, "augment": parse_augment(spec), "seed": 0, "device": "cpu"}
     images = IMAGES.repeat(20, 0)
     loaders = (
         TensorLoader(images, np.arange(1200), compile=False, **settings),
@@ -119,14 +119,14 @@ def test_both_loaders_run_the_published_recipes(spec: str) -> None:
 
 def test_alternating_flip_is_refused_with_both_remedies() -> None:
     with pytest.raises(UsageError, match="use --loader tensor, or flip with random"):
-        transform(parse("crop,flip:0.5:alternating"), FILL)
+        build_transform(parse_augment("crop,flip:0.5:alternating"), FILL)
 
 
 def test_workers_change_nothing() -> None:
     def epoch(workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         it = TorchvisionLoader(
-            IMAGES, np.arange(60), batch_size=25, augment=parse("crop,flip,cutout"), seed=1, device="cpu",
-            fill=FILL, workers=workers,
+            IMAGES, np.arange(60), batch_size=25, augment=parse_augment("crop,flip,cutout"), seed=1, device="cpu",
+            fill_color=FILL, workers=workers,
         )  # fmt: skip
         return list(it.batches(1))
 
@@ -153,7 +153,7 @@ def test_fault24_a_worker_that_dies_ends_the_run(
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         train(tiny(loader="torchvision", workers=2))
     assert time.perf_counter() - started < 30
-    assert explained(caught.value) == 6
+    assert report_error(caught.value) == 6
     assert capsys.readouterr().err.endswith("use fewer --workers, or --loader tensor\n")
 
 
@@ -168,7 +168,7 @@ def test_without_augmentation_a_run_equals_the_tensor_loaders(tiny: Callable[...
 def test_fault18_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     with pytest.raises(UsageError, match=r"use --loader tensor, or pip install 'torchvision") as caught:
-        transform(parse("crop"), FILL)
+        build_transform(parse_augment("crop"), FILL)
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
 
 

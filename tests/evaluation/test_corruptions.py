@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as images_as_torchvision
 
-from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, jpeg
-from fastcifar.evaluation.robustness import corrupted
+from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, apply_jpeg
+from fastcifar.evaluation.robustness import apply_corruption
 
 # saturate takes colour away at 1 and 2 and adds it from 3 on; pixelate's grids fall on other edges at each severity
 LADDERS = [name for name in CORRUPTIONS if name not in ("saturate", "pixelate")]
@@ -61,12 +61,12 @@ def test_the_distance_grows_with_the_severity(name: str) -> None:
 
 def test_levels_are_whole_and_an_image_left_alone_is_the_same() -> None:
     every = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
-    same = corrupted(every, lambda images, severity, generator: images, 1, seeded())
+    same = apply_corruption(every, lambda images, severity, generator: images, 1, seeded())
     assert torch.equal(same, every)
     assert same.is_contiguous(memory_format=torch.channels_last)
-    assert corrupted(every, lambda images, severity, generator: images + 0.99 / 255 * (images < 1), 1, seeded()).equal(
-        every
-    ), "cut, not rounded"
+    assert apply_corruption(
+        every, lambda images, severity, generator: images + 0.99 / 255 * (images < 1), 1, seeded()
+    ).equal(every), "cut, not rounded"
 
 
 def as_pictures() -> list[Image.Image]:
@@ -91,7 +91,7 @@ def test_jpeg_is_pillows_to_within_its_integers(quality: int) -> None:
         coded = io.BytesIO()
         picture.save(coded, "JPEG", quality=quality)
         pictures.append(Image.open(coded))
-    wanted, found = as_levels(pictures), jpeg(UNIT, quality) * 255
+    wanted, found = as_levels(pictures), apply_jpeg(UNIT, quality) * 255
     difference = (found - wanted).abs().mean()
     assert difference < 0.5  # of a level; half of them are far above 4 from the original
     assert (found == wanted).double().mean() > 0.7

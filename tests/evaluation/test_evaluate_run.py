@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from fastcifar.errors import CheckpointError, DataError
-from fastcifar.evaluation.evaluate_run import judge
+from fastcifar.evaluation.evaluate_run import evaluate_run
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Parts
+from fastcifar.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("weights", ["last", "best", "ema"])
 def test_the_runs_own_weights_have_the_runs_own_accuracy(tiny: Callable[..., Recipe], weights: str) -> None:
     summary = train(tiny(weights=weights, ema=0.8, epochs=3))
-    scores = judge(summary["run"])
+    scores = evaluate_run(summary["run"])
     assert (scores["weights"], scores["correct"]) == (weights, summary["correct"])
     assert scores["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
     assert scores["per_class"] == summary["per_class"]
@@ -29,23 +29,23 @@ def test_the_runs_own_weights_have_the_runs_own_accuracy(tiny: Callable[..., Rec
 def test_other_weights_are_other_accuracies(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter((0.9, 0.1, 0.2))
     monkeypatch.setattr(
-        Parts, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
+        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=3))
-    last, best = judge(summary["run"]), judge(summary["run"], weights="best")
+    last, best = evaluate_run(summary["run"]), evaluate_run(summary["run"], weights="best")
     assert best["checkpoint"].endswith("best.pt")
     assert last["test_loss"] != best["test_loss"]
-    assert judge(best["checkpoint"])["test_loss"] == best["test_loss"]
+    assert evaluate_run(best["checkpoint"])["test_loss"] == best["test_loss"]
     with pytest.raises(CheckpointError, match="no average"):
-        judge(summary["run"], weights="ema")
+        evaluate_run(summary["run"], weights="ema")
 
 
 def test_what_does_not_fit_is_named(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=1))
     path = Path(summary["run"]) / "checkpoints" / "last.pt"
-    saved = checkpoint.load(path)
+    saved = checkpoint.load_checkpoint(path)
     with pytest.raises(DataError, match="other classes"):
-        judge(summary["run"], data="synthetic:200", dataset="cifar100")
+        evaluate_run(summary["run"], data="synthetic:200", dataset="cifar100")
 
     def rewritten(**changes: Any) -> str:
         other = path.parents[1] / "other"
@@ -53,8 +53,8 @@ def test_what_does_not_fit_is_named(tiny: Callable[..., Recipe]) -> None:
         torch.save({**saved, **changes}, other / "changed.pt")
         return str(other / "changed.pt")
 
-    assert judge(rewritten())["correct"] == summary["correct"]
+    assert evaluate_run(rewritten())["correct"] == summary["correct"]
     with pytest.raises(CheckpointError, match="has other shapes for"):
-        judge(rewritten(recipe={**saved["recipe"], "channels": [8, 24]}))
+        evaluate_run(rewritten(recipe={**saved["recipe"], "channels": [8, 24]}))
     with pytest.raises(CheckpointError, match="did you mean 'arch'"):
-        judge(rewritten(recipe={**saved["recipe"], "arhc": "resnet"}))
+        evaluate_run(rewritten(recipe={**saved["recipe"], "arhc": "resnet"}))

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from fastcifar.cli.tables import predictions_table
 from fastcifar.data import cifar
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
 from fastcifar.evaluation import load_run
-from fastcifar.evaluation.predict import predict
-from fastcifar.models import build
+from fastcifar.evaluation.predict import predict_to_file
+from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.trainer import network
+from fastcifar.training.trainer import model_from_recipe
 
 DATA = "synthetic:1000"  # 200 images to test
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -34,7 +34,7 @@ CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return cifar.load(DATA).test.images
+    return cifar.load_dataset(DATA).test.images
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[s
     paths = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = network(recipe, 10)
+        model = model_from_recipe(recipe, 10)
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.momentum = None  # the statistics of the one batch below
         with torch.no_grad():
@@ -55,21 +55,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[s
             last.weight *= 30
             last.bias -= model.eval()(normalised(images)).mean(0)
         paths.append(folder / f"{seed}.pt")
-        names = list(cifar.load(DATA).classes)
+        names = list(cifar.load_dataset(DATA).classes)
         state = {"recipe": recipe.model_dump(mode="json"), "classes": names, "model": model.state_dict(), "ema": None}
-        checkpoint.save(paths[-1], state)
+        checkpoint.save_checkpoint(paths[-1], state)
     return [str(path) for path in paths]
 
 
 def normalised(images: np.ndarray) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in cifar.NORMALISATIONS["cifar10"])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in cifar.NORMALIZATIONS["cifar10"])
     return (torch.from_numpy(images).float() / 255 - mean) / std
 
 
 def plain_logits(run: str, images: np.ndarray) -> Tensor:
     """Of an independent forward pass: whole, NCHW, in float32."""
-    saved = checkpoint.load(Path(run))
-    model = network(Recipe.checked(saved["recipe"]), 10)
+    saved = checkpoint.load_checkpoint(Path(run))
+    model = model_from_recipe(Recipe.from_dict(saved["recipe"]), 10)
     model.load_state_dict(saved["model"])
     with torch.no_grad():
         return model.eval()(normalised(images))
@@ -103,7 +103,7 @@ def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
         for key in (str, str.encode):
             for order in (np.arange(200), shuffled):
                 source = write_pickle(tmp_path / "in", layout[order], [ids[place] for place in order], key)
-                predict(runs[0], source, out, **CPU)
+                predict_to_file(runs[0], source, out, **CPU)
                 assert labels_of(out) == wanted
                 assert list(labels_of(out)) == [ids[place] for place in order]
 
@@ -129,7 +129,7 @@ def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
 def test_fault13_a_malformed_input_writes_nothing(runs: list[str], tmp_path: Path, out: Path, content: Any) -> None:
     (tmp_path / "in.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     with pytest.raises(DataError) as caught:
-        predict(runs[0], str(tmp_path / "in.pkl"), out, show=out.with_suffix(".png"), **CPU)
+        predict_to_file(runs[0], str(tmp_path / "in.pkl"), out, plot_path=out.with_suffix(".png"), **CPU)
     assert caught.value.exit_code == 3
     assert not list(out.parent.iterdir())
 
@@ -139,7 +139,7 @@ def test_fault13_a_submission_is_what_kaggle_takes(
 ) -> None:
     ids = list(range(199, -1, -1))
     source = write_pickle(tmp_path / "in.pkl", images, ids)
-    found = predict(runs[0], source, out, **CPU)
+    found = predict_to_file(runs[0], source, out, **CPU)
     lines = out.read_text().split("\n")
     assert (lines[0], len(lines), lines[-1]) == ("ID,Labels", 202, "")
     assert [line.split(",")[0] for line in lines[1:-1]] == [str(value) for value in ids]
@@ -147,9 +147,9 @@ def test_fault13_a_submission_is_what_kaggle_takes(
     assert sum(found["counts"].values()) == found["images"] == 200
     assert found["images_per_s"] == pytest.approx(200 / found["seconds"]["predict"])
     assert predictions_table(found)
-    predict(runs[0], source, out, header="id,label", names=True, **CPU)
+    predict_to_file(runs[0], source, out, header="id,label", use_class_names=True, **CPU)
     assert out.read_text().startswith("id,label\n199,")
-    assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load(DATA).classes)
+    assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load_dataset(DATA).classes)
 
 
 def test_the_mean_of_the_logits_over_views_and_networks(runs: list[str], images: np.ndarray, out: Path) -> None:
@@ -157,10 +157,12 @@ def test_the_mean_of_the_logits_over_views_and_networks(runs: list[str], images:
     mirrored = np.ascontiguousarray(images[..., ::-1])
     logits = sum(plain_logits(run, seen) for run in runs for seen in (images, mirrored)) / 4
     assert isinstance(logits, Tensor)
-    found = predict(runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top=3, probabilities=True, **CPU)
+    found = predict_to_file(
+        runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top_k=3, with_probabilities=True, **CPU
+    )
     assert [member["checkpoint"] for member in found["members"]] == runs
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    classes = list(cifar.load(DATA).classes)
+    classes = list(cifar.load_dataset(DATA).classes)
     likely = torch.tensor([[row[name] for name in classes] for row in rows])
     torch.testing.assert_close(likely, logits.softmax(1), rtol=1e-3, atol=1e-4)
     assert [row["Labels"] for row in rows] == likely.argmax(1).tolist()
@@ -174,11 +176,11 @@ def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, t
     (tmp_path / "in").mkdir()
     for number in range(9):
         Image.fromarray(images[number].transpose(1, 2, 0)).save(tmp_path / "in" / f"{number}.png")
-    predict(runs[0], str(tmp_path / "in"), out, show=out.with_suffix(".png"), **CPU)
+    predict_to_file(runs[0], str(tmp_path / "in"), out, plot_path=out.with_suffix(".png"), **CPU)
     assert labels_of(out) == dict(enumerate(plain_logits(runs[0], images[:9]).argmax(1).tolist()))
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.width > 9 * 100
-    predict(runs[0], "data:test", out, show=out.with_suffix(".png"), **CPU)
+    predict_to_file(runs[0], "data:test", out, plot_path=out.with_suffix(".png"), **CPU)
 
 
 @pytest.mark.parametrize(
@@ -210,44 +212,44 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     monkeypatch.chdir(out.parent)
     options: dict[str, Any] = {"out": Path("a.csv"), **CPU, **asked}
     with pytest.raises(kind, match=re.escape(words)):
-        predict(runs[0], "data:test", **options)
+        predict_to_file(runs[0], "data:test", **options)
     assert not list(out.parent.iterdir())
 
 
 def test_logits_that_are_not_finite_are_no_labels(runs: list[str], tmp_path: Path, out: Path) -> None:
-    saved = checkpoint.load(Path(runs[0]))
+    saved = checkpoint.load_checkpoint(Path(runs[0]))
     saved["model"]["linear.bias"][3] = torch.nan
     torch.save(saved, tmp_path / "nan.pt")
     with pytest.raises(NonFiniteError):
-        predict(str(tmp_path / "nan.pt"), "data:test", out, **CPU)
+        predict_to_file(str(tmp_path / "nan.pt"), "data:test", out, **CPU)
     assert not list(out.parent.iterdir())
 
 
 def test_members_know_the_same_classes(runs: list[str], tmp_path: Path, out: Path) -> None:
-    saved = checkpoint.load(Path(runs[0]))
+    saved = checkpoint.load_checkpoint(Path(runs[0]))
     torch.save({**saved, "classes": [*saved["classes"][::-1]]}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="other classes"):
-        predict(runs[0], "data:test", out, ensemble=[str(tmp_path / "other.pt")], **CPU)
+        predict_to_file(runs[0], "data:test", out, ensemble=[str(tmp_path / "other.pt")], **CPU)
 
 
 def test_published_weights(tmp_path: Path, out: Path) -> None:
     torch.manual_seed(0)
-    state = {f"module.{key}": value for key, value in build("se55").state_dict().items()}
+    state = {f"module.{key}": value for key, value in build_model("se55").state_dict().items()}
     torch.save({"net": state, "acc": 95.8, "epoch": 1}, tmp_path / "ckpt.pth")
     file = str(tmp_path / "ckpt.pth")
-    found = predict(file, "data:test", out, arch="se55", data="synthetic:20", **CPU)
+    found = predict_to_file(file, "data:test", out, arch="se55", data="synthetic:20", **CPU)
     assert (found["members"][0]["weights"], found["images"]) == ("published", 10)
     with pytest.raises(CheckpointError, match="lacks residual_layers"):
-        predict(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
+        predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
     with pytest.raises(CheckpointError, match="give --arch se55"):
-        predict(file, "data:test", out, data="synthetic:20", **CPU)
+        predict_to_file(file, "data:test", out, data="synthetic:20", **CPU)
 
 
 def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[bool, bool]] = []
     monkeypatch.setattr(load_run, "fast_forward", lambda *args: made.append(args[3:5]) or args[1])
     # a GPU's choice, for a network that stays here
-    on_gpu = replace(choose(Recipe(compile=True, device="cpu")), cuda_graph=True)
+    on_gpu = replace(choose_execution(Recipe(compile=True, device="cpu")), cuda_graph=True)
     monkeypatch.setattr(load_run, "choose", lambda recipe: on_gpu)
     cases: list[tuple[int, dict[str, Any]]] = [
         (499, {}),
@@ -257,5 +259,5 @@ def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytes
         (10, {"compile": True}),
     ]
     for images, asked in cases:
-        load_run.rebuild(runs[0], **asked).hurry(images)
+        load_run.load_model(runs[0], **asked).compile_for(images)
     assert made == [(False, False), (False, True), (False, True), (True, True), (True, False)]

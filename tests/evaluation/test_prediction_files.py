@@ -10,17 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar.cli.tables import comparison_table
+from fastcifar.cli.tables import prediction_comparison_table
 from fastcifar.errors import DataError, DiskError, UsageError
-from fastcifar.evaluation.prediction_files import WRITERS, columns, compare, first_two, read, write, writer_for
+from fastcifar.evaluation.prediction_files import (
+    PREDICTION_SERIALIZERS,
+    compare_predictions,
+    get_prediction_serializer,
+    parse_header,
+    prediction_columns,
+    read_predictions,
+    write_predictions,
+)
 
 CLASSES = ["airplane", "cat", "dog, small"]
 LIKELY = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])
 
 
 def test_columns_by_hand() -> None:
-    assert columns([9, 4], LIKELY, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
-    named = columns([9, 4], LIKELY, CLASSES, names=True, top=2, probabilities=True)
+    assert prediction_columns([9, 4], LIKELY, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
+    named = prediction_columns([9, 4], LIKELY, CLASSES, use_class_names=True, top_k=2, with_probabilities=True)
     assert named == {
         "ID": [9, 4],
         "Labels": ["cat", "dog, small"],
@@ -32,19 +40,19 @@ def test_columns_by_hand() -> None:
         "cat": [0.5, 0.0],
         "dog, small": [0.3, 0.876543],
     }
-    assert list(columns([9, 4], LIKELY, CLASSES, ("id", "label"), top=1))[:3] == ["id", "label", "top_1"]
+    assert list(prediction_columns([9, 4], LIKELY, CLASSES, ("id", "label"), top_k=1))[:3] == ["id", "label", "top_1"]
 
 
 @pytest.mark.parametrize(("header", "twice"), [(("id", "cat"), "cat"), (("top_1", "label"), "top_1")])
 def test_no_column_replaces_another(header: tuple[str, str], twice: str) -> None:
     with pytest.raises(UsageError, match=f"2 columns would be called '{twice}'"):
-        columns([9, 4], LIKELY, CLASSES, header, top=1, probabilities=True)
+        prediction_columns([9, 4], LIKELY, CLASSES, header, top_k=1, with_probabilities=True)
 
 
 def test_csv_and_json_lines_are_read_back(tmp_path: Path) -> None:
-    table = columns([9, 4], LIKELY, CLASSES, names=True, probabilities=True)
+    table = prediction_columns([9, 4], LIKELY, CLASSES, use_class_names=True, with_probabilities=True)
     for suffix in (".csv", ".jsonl"):
-        write(tmp_path / f"a{suffix}", WRITERS[suffix](table))
+        write_predictions(tmp_path / f"a{suffix}", PREDICTION_SERIALIZERS[suffix](table))
     assert (tmp_path / "a.csv").read_text().startswith("ID,Labels,airplane,")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -57,44 +65,44 @@ def test_csv_and_json_lines_are_read_back(tmp_path: Path) -> None:
 
 def test_parquet_is_read_back(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    table = columns([9, 4], LIKELY, CLASSES, top=1)
-    write(tmp_path / "a.parquet", WRITERS[".parquet"](table))
+    table = prediction_columns([9, 4], LIKELY, CLASSES, top_k=1)
+    write_predictions(tmp_path / "a.parquet", PREDICTION_SERIALIZERS[".parquet"](table))
     assert parquet.read_table(tmp_path / "a.parquet").to_pydict() == table
 
 
 def test_fault18_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UsageError, match="pip install 'pyarrow"):
-        writer_for(tmp_path / "a.parquet")
+        get_prediction_serializer(tmp_path / "a.parquet")
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"end it in \.csv, \.jsonl, \.parquet"):
-        writer_for(tmp_path / "a.txt")
+        get_prediction_serializer(tmp_path / "a.txt")
     with pytest.raises(DiskError):
-        writer_for(tmp_path / "missing" / "a.csv")
+        get_prediction_serializer(tmp_path / "missing" / "a.csv")
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(DiskError):
-        write(tmp_path / "a.csv", b"ID")
+        write_predictions(tmp_path / "a.csv", b"ID")
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_header_names_two_columns(tmp_path: Path) -> None:
-    assert first_two(None, Path("a.jsonl")) == ("ID", "Labels")
-    assert first_two("id,label", Path("a.csv")) == ("id", "label")
+    assert parse_header(None, Path("a.jsonl")) == ("ID", "Labels")
+    assert parse_header("id,label", Path("a.csv")) == ("id", "label")
     for header, out in (("id", "a.csv"), ("a,b,c", "a.csv"), ("a,a", "a.csv"), ("", "a.csv"), ("a,b", "a.jsonl")):
         with pytest.raises(UsageError):
-            first_two(header, Path(out))
+            parse_header(header, Path(out))
 
 
 def test_a_comparison_by_hand(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,3\n2,5\n3,3\n4,0\n5,3\n")
     (tmp_path / "b.csv").write_text("id,label,sure\r\n5,5,0.4\r\n4,0,0.9\r\n3,5,0.7\r\n2,3,0.6\r\n1,3,0.5\r\n")
-    found = compare(tmp_path / "a.csv", tmp_path / "b.csv")
+    found = compare_predictions(tmp_path / "a.csv", tmp_path / "b.csv")
     assert (found["differ"], found["total"], found["share"]) == (3, 5, 0.6)
     assert found["pairs"] == [{"a": "3", "b": "5", "count": 2}, {"a": "5", "b": "3", "count": 1}]
-    assert comparison_table(found)
-    assert compare(tmp_path / "a.csv", tmp_path / "a.csv")["differ"] == 0
+    assert prediction_comparison_table(found)
+    assert compare_predictions(tmp_path / "a.csv", tmp_path / "a.csv")["differ"] == 0
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_fault13_what_is_no_submission_of_the_same_images(tmp_path: Path, text: 
     (tmp_path / "a.csv").write_text("ID,Labels\n1,3\n2,5\n")
     (tmp_path / "b.csv").write_text(text)
     with pytest.raises(DataError, match=words) as caught:
-        compare(tmp_path / "a.csv", tmp_path / "b.csv")
+        compare_predictions(tmp_path / "a.csv", tmp_path / "b.csv")
     assert caught.value.exit_code == 3
     with pytest.raises(DataError):
-        read(tmp_path / "missing.csv")
+        read_predictions(tmp_path / "missing.csv")

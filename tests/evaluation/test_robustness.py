@@ -20,13 +20,13 @@ from fastcifar.data.cifar import Split
 from fastcifar.errors import DataError, DiskError
 from fastcifar.evaluation import robustness
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from fastcifar.evaluation.evaluate_run import judge
-from fastcifar.evaluation.load_run import rebuild
+from fastcifar.evaluation.evaluate_run import evaluate_run
+from fastcifar.evaluation.load_run import load_model
 from fastcifar.recipe import Recipe
 from fastcifar.training.evaluate import predict_logits
 from fastcifar.training.train import train
 
-CLASSES = list(cifar.load("synthetic:100").classes)
+CLASSES = list(cifar.load_dataset("synthetic:100").classes)
 
 
 @pytest.fixture
@@ -44,10 +44,10 @@ def written(folder: Path, images: np.ndarray, labels: np.ndarray, version: str =
 def test_one_evaluation_says_it_all(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"same": lambda images, severity, generator: images, "noise": CORRUPTIONS["gaussian_noise"]}
     monkeypatch.setattr(robustness, "CORRUPTIONS", rows)
-    test = cifar.load("synthetic:200").test
+    test = cifar.load_dataset("synthetic:200").test
     folder = written(tmp_path / "shifted", test.images.transpose(0, 2, 3, 1), test.labels.astype(np.int32))
     pictures = tmp_path / "plots" / "deep"
-    scores = judge(run, pictures=pictures, shifted=folder, corruptions=True)
+    scores = evaluate_run(run, plots_dir=pictures, shifted_dir=folder, with_corruptions=True)
     assert json.loads(json.dumps(scores, allow_nan=False))["plots"] == str(pictures)
     assert scores["precision"] == "fp32", "that of the arithmetic keeps its name"
     assert scores["recall_per_class"] == scores["per_class"]
@@ -73,14 +73,14 @@ def test_one_evaluation_says_it_all(run: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_temperature_comes_from_the_validation_split(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    with_split = judge(train(tiny())["run"])
-    without = judge(train(tiny(val_size=0, out=str(tmp_path / "all")))["run"])
+    with_split = evaluate_run(train(tiny())["run"])
+    without = evaluate_run(train(tiny(val_size=0, out=str(tmp_path / "all")))["run"])
     assert without["temperature"] is without["ece_scaled"] is without["loss_scaled"] is None
     assert without["temperature_missing"] == "the run had no validation split"
     assert without["shifted"] is without["corruptions"] is without["plots"] is None
-    data = cifar.load("synthetic:200")
-    _, held_out = cifar.split(data.train.labels, 40, 0)
-    found = rebuild(with_split["checkpoint"])
+    data = cifar.load_dataset("synthetic:200")
+    _, held_out = cifar.stratified_split(data.train.labels, 40, 0)
+    found = load_model(with_split["checkpoint"])
     split = Split(data.train.images[held_out], np.arange(40))
     logits = predict_logits(found.model, found.forward, split, found.device).double()
     labels = torch.from_numpy(data.train.labels[held_out])
@@ -94,7 +94,7 @@ def test_the_temperature_comes_from_the_validation_split(tiny: Callable[..., Rec
 
 def test_a_shifted_set_that_is_not_one_is_refused(tmp_path: Path) -> None:
     images, labels = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
-    name, split = robustness.shifted_set(written(tmp_path / "good", images, labels, "v4"), CLASSES)
+    name, split = robustness.load_cifar10_1(written(tmp_path / "good", images, labels, "v4"), CLASSES)
     assert (name, split.images.shape, split.labels.dtype) == ("cifar10.1_v4", (20, 3, 32, 32), np.int64)
     for folder, bad_images, bad_labels, message in (
         ("floats", images.astype(np.float32), labels, "expected uint8"),
@@ -107,30 +107,32 @@ def test_a_shifted_set_that_is_not_one_is_refused(tmp_path: Path) -> None:
         ("objects", images, np.array([{}] * 20), "cannot read"),
     ):
         with pytest.raises(DataError, match=message):
-            robustness.shifted_set(written(tmp_path / folder, bad_images, bad_labels), CLASSES)
+            robustness.load_cifar10_1(written(tmp_path / folder, bad_images, bad_labels), CLASSES)
     with pytest.raises(DataError, match=r"no cifar10.1_v6_data.npy"):
-        robustness.shifted_set(tmp_path, CLASSES)
+        robustness.load_cifar10_1(tmp_path, CLASSES)
     (tmp_path / "good" / "cifar10.1_v4_labels.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match="cannot read"):
-        robustness.shifted_set(tmp_path / "good", CLASSES)
+        robustness.load_cifar10_1(tmp_path / "good", CLASSES)
     with pytest.raises(DataError, match="the run has others"):
-        robustness.shifted_set(tmp_path / "good", CLASSES[::-1])
+        robustness.load_cifar10_1(tmp_path / "good", CLASSES[::-1])
     assert DataError.exit_code == 3
 
 
 def test_a_folder_that_cannot_be_made_is_named(run: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot make the folder"):
-        judge(run, pictures=tmp_path / "file" / "plots")
+        evaluate_run(run, plots_dir=tmp_path / "file" / "plots")
 
 
 @pytest.mark.gpu
 def test_corruptions_without_randomness_are_the_same_on_a_gpu() -> None:
-    images = torch.from_numpy(cifar.load("synthetic:100").test.images)
+    images = torch.from_numpy(cifar.load_dataset("synthetic:100").test.images)
     for name in ("gaussian_blur", "defocus_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate",
                  "jpeg_compression"):  # fmt: skip
         here, there = (
-            robustness.corrupted(images.to(device), CORRUPTIONS[name], 4, torch.Generator(device).manual_seed(0)).cpu()
+            robustness.apply_corruption(
+                images.to(device), CORRUPTIONS[name], 4, torch.Generator(device).manual_seed(0)
+            ).cpu()
             for device in ("cpu", "cuda")
         )
         assert (here != there).double().mean() < 1e-4, name

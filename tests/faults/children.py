@@ -48,7 +48,7 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     import torch
 
     from fastcifar.cli import app
-    from fastcifar.training.optimizers import Optimizer
+    from fastcifar.training.optimizers import OptimizerWrapper
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
@@ -56,13 +56,13 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = ["fastcifar", *arguments]
-    between_steps = Optimizer.between_steps
+    between_steps = OptimizerWrapper.after_step
 
-    def slower(self: Optimizer, *given: Any) -> None:
+    def slower(self: OptimizerWrapper, *given: Any) -> None:
         between_steps(self, *given)
         time.sleep(pause_s)
 
-    Optimizer.between_steps = slower  # type: ignore[method-assign]
+    OptimizerWrapper.after_step = slower  # type: ignore[method-assign]
     try:
         app.main()
     finally:
@@ -89,7 +89,7 @@ def save_and_die(folder: Path, call: int) -> None:
 
     state = checkpoint_state(2.0)
     sys.setprofile(count)
-    checkpoint.save(folder / "last.pt", state)
+    checkpoint.save_checkpoint(folder / "last.pt", state)
     sys.setprofile(None)
 
 

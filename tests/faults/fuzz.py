@@ -29,13 +29,13 @@ import torch
 from PIL import Image
 
 from fastcifar.data import archive, cifar_files, class_folders
-from fastcifar.data.cifar_files import DATASETS, Official, Packing
-from fastcifar.data.safe_pickle import loads
+from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
+from fastcifar.data.safe_pickle import loads_pickle
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records
-from fastcifar.reporting.table import tabulate
-from fastcifar.reporting.table_formats import FORMATS
+from fastcifar.reporting.table import build_report_table
+from fastcifar.reporting.table_formats import TABLE_FORMATS
 from fastcifar.training import checkpoint, run_dir
 
 ROWS = 20  # of a batch, in stand-ins for the official files
@@ -70,11 +70,11 @@ def mutated(draw: random.Random, seeds: list[bytes]) -> bytes:
     return blob[: draw.randrange(len(blob) + 1)] if draw.random() < 0.1 else blob
 
 
-def small_row() -> Official:
+def small_row() -> DatasetSpec:
     """CIFAR-10 as published, but of ROWS images a file and without MD5s."""
     row = DATASETS["cifar10"]
 
-    def small(packing: Packing) -> Packing:
+    def small(packing: FileLayout) -> FileLayout:
         batches = tuple(dataclasses.replace(batch, rows=ROWS, md5="") for batch in packing.batches)
         return dataclasses.replace(packing, batches=batches, meta_md5="")
 
@@ -111,13 +111,13 @@ def saved(*values: Any) -> list[bytes]:
 
 def read_batch(folder: Path, blob: bytes) -> Any:
     images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    cifar_files._python_batch(ROW, ROW.python.batches[0], blob, "batch", images, labels, official=False)
+    cifar_files._read_python_batch(ROW, ROW.python.batches[0], blob, "batch", images, labels, is_official=False)
     return labels
 
 
 def read_binary(folder: Path, blob: bytes) -> Any:
     images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    cifar_files._binary_batch(ROW, ROW.binary.batches[0], blob, "batch", images, labels)
+    cifar_files._read_binary_batch(ROW, ROW.binary.batches[0], blob, "batch", images, labels)
     return labels
 
 
@@ -144,14 +144,18 @@ def in_a_report(name: str) -> Callable[[Path, bytes], Any]:
         for file, content in REPORTED.items():
             place = folder if file == "trials.jsonl" else within
             (place / file).write_bytes(blob if file == name else content)
-        table = tabulate(aggregate.rows(records.read([folder])))
-        return [write(table) for write in FORMATS.values()]
+        table = build_report_table(aggregate.group_runs(records.read_records([folder])))
+        return [write(table) for write in TABLE_FORMATS.values()]
 
     return reader
 
 
 STATE = {"recipe": {"arch": "x"}, "model": {"weight": torch.arange(6.0)}, "step": 3, "more": [None, True, (1, "a")]}
-CSV = ",".join(run_dir.COLUMNS) + "\n" + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
+CSV = (
+    ",".join(run_dir.METRICS_COLUMNS)
+    + "\n"
+    + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
+)
 SUMMARY = {"params": 5266, "steps": 270, "weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
            "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
@@ -164,21 +168,21 @@ REPORTED = {
 # reader -> honest inputs, and what reads one (given a folder of its own)
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "pickle": ([pickle.dumps({b"a": np.arange(9), "b": [1, (2.5, None, "x")]}, p) for p in range(6)],
-               lambda _, blob: loads(blob)),
+               lambda _, blob: loads_pickle(blob)),
     "Python batch": ([batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
     "binary batch": ([bytes([3, *([7] * 3072)]) * ROWS, bytes(3073 * ROWS)], read_binary),
     "archive": ([packed({"data_batch_1": batch(2), "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
-                in_a_file("a.tar.gz", lambda path: list(archive.tar_members(path, ROW)))),
-    "image": ([image(kind) for kind in ("PNG", "BMP", "JPEG", "GIF", "TIFF")], in_a_file("a.png", class_folders.decode)),
+                in_a_file("a.tar.gz", lambda path: list(archive.iter_tar_files(path, ROW)))),
+    "image": ([image(kind) for kind in ("PNG", "BMP", "JPEG", "GIF", "TIFF")], in_a_file("a.png", class_folders.decode_image)),
     "checkpoint": (saved(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
-                   in_a_file("a.pt", lambda path: checkpoint.read(path, anyones=True))),
+                   in_a_file("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],
                  in_a_file("manifest.json", lambda path: checkpoint.read_manifest(path.parent))),
     "env.json": ([b'{"recipe": "quick", "resumed": []}'],
                  in_a_file("env.json", lambda path: run_dir.read_environment(path.parent))),
-    "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run_dir.csv_rows(path, 2))),
+    "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run_dir.read_metrics_csv(path, 2))),
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
-                     in_a_file("events.jsonl", lambda path: run_dir.event_lines(path, 2))),
+                     in_a_file("events.jsonl", lambda path: run_dir.read_event_lines(path, 2))),
     **{f"{name} of a report": ([content], in_a_report(name)) for name, content in REPORTED.items()},
     "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\nopt = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
                     in_a_file("a.toml", lambda path: Recipe.make(str(path)))),
@@ -225,7 +229,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
-    from fastcifar.device import environment
+    from fastcifar.device import collect_environment
 
     draw = random.Random(arguments.seed)
 
@@ -246,7 +250,7 @@ def main() -> None:
         "readers": len(READERS),
         **total,
     }
-    print(results_folder.write("fuzz-readers", environment("cpu"), summary, trials))
+    print(results_folder.write("fuzz-readers", collect_environment("cpu"), summary, trials))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def summary(folder: Path | str) -> dict[str, Any]:
 
 
 def last(folder: Path | str) -> dict[str, Any]:
-    return checkpoint.load(Path(folder) / "checkpoints" / "last.pt")
+    return checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "last.pt")
 
 
 def assert_equal_runs(mine: Path | str, other: Path | str) -> None:

@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
-    from fastcifar.device import environment
+    from fastcifar.device import collect_environment
 
     started = time.monotonic()
     trials = []
@@ -116,7 +116,7 @@ def main() -> None:
         "variants": {name: " ".join(knobs) for name, knobs in VARIANTS.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
-    print(results_folder.write("soak", environment("cpu"), summary, trials))
+    print(results_folder.write("soak", collect_environment("cpu"), summary, trials))
 
 
 if __name__ == "__main__":

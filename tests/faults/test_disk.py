@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcifar.errors import DiskError, out_of_memory
+from fastcifar.errors import DiskError, as_memory_error
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer
 from fastcifar.training.train import train
@@ -61,7 +61,7 @@ def test_fault07_a_read_only_place_is_found_before_training(
 ) -> None:
     train(tiny(max_steps=3))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(trainer.Parts, "validate", lambda self: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: pytest.fail("it trained"))
     with nobody(tmp_path / "run"):
         for asked in (Recipe(resume=str(tmp_path / "run")), tiny(out=str(tmp_path / "run" / "new"))):
             with pytest.raises(DiskError, match=r"cannot write the run folder .*run.*: Permission denied") as caught:
@@ -73,7 +73,7 @@ def test_fault07_a_read_only_place_is_found_before_training(
 def test_fault07_too_little_space_is_found_before_training(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.Parts, "validate", lambda self: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: pytest.fail("it trained"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match=r"a checkpoint needs \d\d,\d{3} bytes, and 1,000 are free in .*run"):
@@ -100,19 +100,19 @@ def test_fault07_a_limit_on_files_leaves_the_old_checkpoint(tiny: Make, tmp_path
 
 
 def test_fault07_the_estimate_of_a_checkpoint_is_near(tiny: Make, tmp_path: Path) -> None:
-    from fastcifar.device import choose
+    from fastcifar.device import choose_execution
 
     recipe = tiny(ema=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size
-    assert 0.7 * size < trainer.assemble(recipe, choose(recipe)).checkpoint_bytes() < size
+    assert 0.7 * size < trainer.build_trainer(recipe, choose_execution(recipe)).checkpoint_bytes() < size
 
 
 def test_memory_that_is_not_there_is_told_with_numbers() -> None:
     for allocate in (lambda: torch.empty(2**50, dtype=torch.uint8), lambda: __import__("numpy").empty(2**50, "u1")):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
-        short = out_of_memory(caught.value)
+        short = as_memory_error(caught.value)
         assert short is not None
         assert short.exit_code == 6
         assert "1125899906842624 bytes" in str(short) or "1.00 PiB" in str(short)
@@ -124,9 +124,9 @@ def test_memory_of_a_gpu_that_is_not_there_is_told_with_numbers() -> None:
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 3.2 GiB is "
         "free. Of the allocated memory 11.9 GiB is allocated by PyTorch. See documentation for Memory Management"
     )
-    short: Any = out_of_memory(torch.OutOfMemoryError(words))
+    short: Any = as_memory_error(torch.OutOfMemoryError(words))
     assert str(short).startswith(
         "out of memory on the GPU: Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which "
         "3.2 GiB is free; use a smaller"
     )
-    assert out_of_memory(RuntimeError("mat1 and mat2 cannot be multiplied")) is None
+    assert as_memory_error(RuntimeError("mat1 and mat2 cannot be multiplied")) is None

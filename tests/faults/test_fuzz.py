@@ -41,17 +41,17 @@ def test_fault08_fault09_fault10_damaged_files_are_refused_or_read_and_nothing_e
 def test_fault15_a_recipe_of_anything_is_a_recipe_or_one_line(values: dict[str, Any]) -> None:
     explained, recipe = "", None
     try:
-        recipe = Recipe.checked({name: value for name, value in values.items() if value is not None})
+        recipe = Recipe.from_dict({name: value for name, value in values.items() if value is not None})
     except UsageError as error:
         explained = str(error)
     assert "\n" not in explained
-    assert recipe is None or Recipe.checked(recipe.model_dump(mode="json")) == recipe
+    assert recipe is None or Recipe.from_dict(recipe.model_dump(mode="json")) == recipe
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=30), key=st.sampled_from(["data", "out", "resume", "loader"]))
 def test_any_text_survives_the_recipe_file(tmp_path_factory: pytest.TempPathFactory, text: str, key: str) -> None:
-    recipe = Recipe.checked({key: text})
+    recipe = Recipe.from_dict({key: text})
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.make(str(path)) == recipe

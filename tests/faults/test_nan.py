@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer
-from fastcifar.training.step import loss_and_hits
+from fastcifar.training.step import loss_and_correct
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Parts, assemble
+from fastcifar.training.trainer import Trainer, build_trainer
 from tests.faults.runs import assert_same, last, rows, summary
 
 Make = Callable[..., Recipe]
@@ -33,7 +33,7 @@ class Poison:
         self.before: list[Tensor] = []
 
     def __call__(self, forward: Any, smoothing: float) -> Any:
-        plain = loss_and_hits(forward, smoothing)
+        plain = loss_and_correct(forward, smoothing)
 
         def function(*batch: Tensor) -> tuple[Tensor, Tensor]:
             self.calls += 1
@@ -53,7 +53,7 @@ class Poison:
 
         return function
 
-    parts: Parts
+    parts: Trainer
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], Poison]:
     """Puts the poison into every run from here on."""
 
     def put(poison: Poison) -> Poison:
-        def assembled(*given: Any) -> Parts:
-            poison.parts = assemble(*given)
+        def assembled(*given: Any) -> Trainer:
+            poison.parts = build_trainer(*given)
             return poison.parts
 
         monkeypatch.setattr("fastcifar.training.train.assemble", assembled)
@@ -88,7 +88,7 @@ def test_fault14_the_weights_are_those_before_the_step_and_the_checkpoint_stays(
     assert all(map(torch.equal, floats, [tensor for tensor in poison.before if tensor.is_floating_point()]))
     assert poison.parts.ema is not None
     assert_same(poison.parts.ema.average, {key: good["ema"][key] for key in poison.parts.ema.average}, "average")
-    if poison.parts.optimizer.kind.capturable:
+    if poison.parts.optimizer.spec.capturable:
         poison.parts.optimizer.set_lr(0.0)
         state = poison.parts.optimizer.state_dict()
         assert_same(state["slow"], good["optimizer"]["slow"], "slow")
@@ -118,8 +118,8 @@ def test_fault14_the_host_asks_nothing_of_the_device_in_a_step(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     recipe = tiny(optimizer=optimizer, ema=0.9, clip="norm:1.0")
-    made = assemble(recipe, choose(recipe))
-    step, batches = made.step(loss_and_hits(made.forward, 0.0)), list(made.loader.batches(0))
+    made = build_trainer(recipe, choose_execution(recipe))
+    step, batches = made.build_step(loss_and_correct(made.forward, 0.0)), list(made.loader.batches(0))
     step(*batches[0])
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
@@ -127,8 +127,8 @@ def test_fault14_the_host_asks_nothing_of_the_device_in_a_step(
         for done, batch in enumerate(batches, start=1):
             made.optimizer.set_lr(0.01)
             step(*batch)
-            made.optimizer.between_steps(done, made.meter.bad)
-    assert made.meter.read().finite
+            made.optimizer.after_step(done, made.meter.found_inf)
+    assert made.meter.compute().is_finite
 
 
 @pytest.mark.parametrize(("bad", "epoch"), [(3, 0), (8, 1)])

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import parse
+from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
-from fastcifar.device import choose
-from fastcifar.models import build
+from fastcifar.device import choose_execution
+from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.build_data import normalisation
+from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.run_dir import Clock
-from fastcifar.training.trainer import assemble
+from fastcifar.training.trainer import build_trainer
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")
@@ -80,15 +80,15 @@ def averaged_by_hand(recipe: Recipe) -> dict[str, torch.Tensor]:
 
     torch's own optimizer and clip on plain means; nothing of `distributed` or `step`.
     """
-    dataset = cifar.load(recipe.data)
-    index, _ = cifar.split(dataset.train.labels, recipe.val_size, recipe.val_seed)
+    dataset = cifar.load_dataset(recipe.data)
+    index, _ = cifar.stratified_split(dataset.train.labels, recipe.val_size, recipe.val_seed)
     split = Split(dataset.train.images[index], dataset.train.labels[index])
     torch.manual_seed(recipe.seed)
     network = {"blocks": recipe.blocks, "channels": recipe.channels, "se": recipe.se}
-    models = [build("resnet", 10, **network).to(memory_format=torch.channels_last) for _ in range(2)]
+    models = [build_model("resnet", 10, **network).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizer = torch.optim.SGD(models[0].parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in normalisation(recipe))
+    mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in normalization_mean_std(recipe))
     whole = list(batches(split, recipe, 10, rank=0, ranks=1))
     shares = [list(batches(split, recipe, 10, rank, ranks=2)) for rank in (0, 1)]
     for step in range(10):
@@ -113,8 +113,8 @@ def averaged_by_hand(recipe: Recipe) -> dict[str, torch.Tensor]:
 def batches(split: Split, recipe: Recipe, count: int, rank: int, ranks: int) -> Any:
     """The first `count` batches of the run, from as many epochs as it takes."""
     loader = TensorLoader(
-        split.images, split.labels, batch_size=recipe.batch_size, augment=parse(recipe.augment), seed=recipe.seed,
-        device="cpu", compile=False, rank=rank, ranks=ranks,
+        split.images, split.labels, batch_size=recipe.batch_size, augment=parse_augment(recipe.augment), seed=recipe.seed,
+        device="cpu", compile=False, rank=rank, world_size=ranks,
     )  # fmt: skip
     found: list[Any] = []
     for epoch in range(count):
@@ -139,7 +139,7 @@ def test_fault19_one_of_two_processes_is_killed_and_the_restart_goes_on_from_ran
     code, _, errors = end(process)
     assert code != 0
     assert time.monotonic() - started < 60, errors
-    step = checkpoint.load(last)["step"]
+    step = checkpoint.load_checkpoint(last)["step"]
     assert 0 < step < 400
     code, printed, errors = end(torchrun(*arguments))
     assert code == 0, errors
@@ -170,8 +170,8 @@ def rank_of(torchrun_pid: int, rank: int) -> int:
 
 def test_fault16_a_checkpoint_of_two_processes_goes_on_in_one_with_a_warning(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
-    parts = assemble(recipe, choose(recipe))
-    state = parts.state(Clock())
+    parts = build_trainer(recipe, choose_execution(recipe))
+    state = parts.checkpoint_state(Clock())
     state["random"] = state["random"] * 2
     with pytest.warns(UserWarning, match="had 2 processes and goes on with 1"):
-        parts.load(state)
+        parts.load_checkpoint_state(state)

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from fastcifar.errors import CheckpointError, Interrupted, UsageError
-from fastcifar.recipe import Recipe, option, section
+from fastcifar.recipe import Recipe, option_flag, section_fields
 from fastcifar.training import resume
-from fastcifar.training.checkpoint import read
-from fastcifar.training.optimizers import OPTIMIZERS, Optimizer
-from fastcifar.training.run_dir import hold
+from fastcifar.training.checkpoint import read_checkpoint
+from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
+from fastcifar.training.run_dir import lock_folder
 from fastcifar.training.train import train
-from fastcifar.training.trainer import random_state, seed_all, set_random_state
+from fastcifar.training.trainer import collect_rng_state, restore_rng_state, seed_all
 from tests.faults.runs import assert_equal_runs, last, rows, summary
 
 Make = Callable[..., Recipe]
@@ -35,16 +35,16 @@ STOPS = (3, 5, 8, 10)
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], Path]:
     """Trains until step `step`, in which SIGTERM arrives."""
-    between_steps = Optimizer.between_steps
+    between_steps = OptimizerWrapper.after_step
 
     def run(recipe: Recipe, step: int) -> Path:
-        def signalled(self: Optimizer, done: int, *given: Any) -> None:
+        def signalled(self: OptimizerWrapper, done: int, *given: Any) -> None:
             between_steps(self, done, *given)
             if done == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Optimizer, "between_steps", signalled)
+            patch.setattr(OptimizerWrapper, "between_steps", signalled)
             with pytest.raises(Interrupted) as caught:
                 train(recipe)
         assert caught.value.exit_code == 143
@@ -124,10 +124,10 @@ def test_fault01_every_generator_of_random_numbers_is_seeded_and_kept() -> None:
     seed_all(7)
     first = drawn()
     file = io.BytesIO()
-    torch.save(random_state(cpu), file)
+    torch.save(collect_rng_state(cpu), file)
     second = drawn()
     file.seek(0)
-    set_random_state(torch.load(file, weights_only=True), cpu)
+    restore_rng_state(torch.load(file, weights_only=True), cpu)
     assert drawn() == second != first
     seed_all(7)
     assert drawn() == first
@@ -156,7 +156,7 @@ def test_fault02_with_average_cutmix_smoothing_clipping_early_stop_and_fp16(
     train(tiny(**values))
     assert summary(tmp_path / "run")["stop_reason"] == "patience"
     assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")
-    best = [read(tmp_path / name / "checkpoints" / "best.pt") for name in ("run", "again")]
+    best = [read_checkpoint(tmp_path / name / "checkpoints" / "best.pt") for name in ("run", "again")]
     assert best[0]["step"] == best[1]["step"]
 
 
@@ -244,7 +244,7 @@ def test_fault16_what_is_another_run_is_refused_with_all_that_differs(tiny: Make
     with pytest.raises(CheckpointError, match="of 160 training images in 10 classes, not 360"):
         train(Recipe(resume=str(tmp_path / "run"), data="synthetic:400"))
     with pytest.raises(CheckpointError, match="not the state of a run"):
-        resume.resumable({"model": {}, "recipe": {}}, tmp_path)
+        resume.require_resumable_state({"model": {}, "recipe": {}}, tmp_path)
 
 
 def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make, tmp_path: Path) -> None:
@@ -252,9 +252,9 @@ def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make
     train(tiny())
     with pytest.raises(UsageError, match="run is finished: 2 epochs, 10 steps; give more --epochs"):
         train(Recipe(resume=str(tmp_path / "run")))
-    origin = resume.find(Recipe(resume=str(tmp_path / "run"), epochs=4), "custom")
+    origin = resume.find_resume_point(Recipe(resume=str(tmp_path / "run"), epochs=4), "custom")
     with origin:
-        assert origin.lines[1] == (
+        assert origin.messages[1] == (
             "--epochs 2 -> 4: the schedule is computed anew over the new length, from the current step on"
         )
     assert train(Recipe(resume=str(tmp_path / "run"), epochs=4))["complete"]
@@ -268,11 +268,15 @@ def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make
 
 
 def test_fault16_every_free_knob_is_one(tiny: Make) -> None:
-    assert resume.FREE.keys() <= Recipe.model_fields.keys()
-    assert not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.FREE.keys()
+    assert resume.RESUMABLE_OPTIONS.keys() <= Recipe.model_fields.keys()
+    assert (
+        not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.RESUMABLE_OPTIONS.keys()
+    )
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`(--[\w-]+)`", readme.split("Free to differ are ")[1].split("and what the machine is")[0])
-    assert set(named) == {option(name) for name in resume.FREE.keys() - {"resume", *section("machine")}}
+    assert set(named) == {
+        option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("machine")}
+    }
 
 
 def test_auto_takes_the_newest_unfinished_run_of_the_recipe(
@@ -286,27 +290,27 @@ def test_auto_takes_the_newest_unfinished_run_of_the_recipe(
         os.utime(stamp, (1e9, 1e9 + len(list(recipes.iterdir()))))
         if name != "done":
             (recipes / name / "summary.json").unlink()
-    asked = Recipe.checked({**tiny().model_dump(), "out": None, "resume": "auto"})
-    busy = hold(recipes / "late")
-    with resume.find(asked, "custom") as origin:
+    asked = Recipe.from_dict({**tiny().model_dump(), "out": None, "resume": "auto"})
+    busy = lock_folder(recipes / "late")
+    with resume.find_resume_point(asked, "custom") as origin:
         assert origin.folder == Path("runs/b")
     os.close(busy)
-    with resume.find(asked, "custom") as origin:
+    with resume.find_resume_point(asked, "custom") as origin:
         assert origin.folder == Path("runs/late")
     for origin in (
-        resume.find(asked, "another name"),
-        resume.find(asked.model_copy(update={"seed": 9}), "custom"),
-        resume.find(asked.model_copy(update={"out": str(tmp_path / "none")}), "custom"),
-        resume.find(asked.model_copy(update={"out": "runs/done"}), "custom"),
+        resume.find_resume_point(asked, "another name"),
+        resume.find_resume_point(asked.model_copy(update={"seed": 9}), "custom"),
+        resume.find_resume_point(asked.model_copy(update={"out": str(tmp_path / "none")}), "custom"),
+        resume.find_resume_point(asked.model_copy(update={"out": "runs/done"}), "custom"),
     ):
         assert origin.is_new
         assert origin.recipe.resume is None
-        assert "so a new one starts" in origin.lines[0]
+        assert "so a new one starts" in origin.messages[0]
 
 
 def test_fault23_a_run_that_is_being_trained_is_not_resumed(tiny: Make, tmp_path: Path) -> None:
     train(tiny(max_steps=3))
-    held = hold(tmp_path / "run")
+    held = lock_folder(tmp_path / "run")
     try:
         for asked in (Recipe(resume=str(tmp_path / "run")), tiny(resume="auto")):
             with pytest.raises(UsageError, match="run is being trained by another process; wait for it") as caught:
@@ -320,9 +324,9 @@ def test_fault23_a_run_that_is_being_trained_is_not_resumed(tiny: Make, tmp_path
 
 def test_a_time_budget_fits_once(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcifar.training import dry_run
-    from fastcifar.training.dry_run import Pace
+    from fastcifar.training.dry_run import StepTiming
 
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: Pace(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
     budget = {"time_budget": 0.75, "epochs": 200, "warmup_epochs": 20}
     train(tiny(**budget))
     train(tiny(**budget, max_steps=7, out=str(tmp_path / "cut")))

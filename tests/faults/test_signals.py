@@ -28,9 +28,9 @@ def test_fault04_killed_at_twenty_points_of_a_checkpoint_write(tmp_path: Path) -
         calls[0] += event == "c_call"
 
     (tmp_path / "counted").mkdir()
-    checkpoint.save(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
+    checkpoint.save_checkpoint(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
     sys.setprofile(count)
-    checkpoint.save(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
+    checkpoint.save_checkpoint(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
     sys.setprofile(None)
     draw = random.Random(0)
     points = sorted(draw.sample(range(1, calls[0]), 20))
@@ -39,16 +39,16 @@ def test_fault04_killed_at_twenty_points_of_a_checkpoint_write(tmp_path: Path) -
         folder = tmp_path / str(point)
         folder.mkdir()
         for _ in range(2):
-            checkpoint.save(folder / "last.pt", checkpoint_state(1.0))
+            checkpoint.save_checkpoint(folder / "last.pt", checkpoint_state(1.0))
         assert ended(start(save_and_die, folder, point)) == -signal.SIGKILL
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # written, but not yet in the manifest: the one before it is used
-            weight = checkpoint.load(folder / "last.pt")["model"]["weight"]
+            weight = checkpoint.load_checkpoint(folder / "last.pt")["model"]["weight"]
         found.append(weight[0, 0].item())
         assert torch.equal(weight, torch.full((30, 20), found[-1]))
         assert {entry.name for entry in folder.glob("*.pt")} == {"last.pt", "last.previous.pt"}
-        checkpoint.save(folder / "last.pt", checkpoint_state(3.0))
-        assert checkpoint.read(folder / "last.pt")["model"]["weight"][0, 0] == 3.0
+        checkpoint.save_checkpoint(folder / "last.pt", checkpoint_state(3.0))
+        assert checkpoint.read_checkpoint(folder / "last.pt")["model"]["weight"][0, 0] == 3.0
     assert set(found) <= {1.0, 2.0}
 
 

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, build, parameters
-from fastcifar.models.airbench_net import EPS, Group, WhitenedNet
+from fastcifar.models import MODELS, build_model, count_parameters
+from fastcifar.models.airbench_net import WHITENING_EPS, AirbenchNet, ConvGroup
 from tests.models.networks import on_meta
 
 SPEED = [name for name in MODELS if name.startswith("speed9")]
 
 
-def tiny(**knobs: object) -> WhitenedNet:
+def tiny(**knobs: object) -> AirbenchNet:
     torch.manual_seed(0)
-    model = build("speed94", **{"channels": (32, 40), "blocks": (2, 3), **knobs})
-    assert isinstance(model, WhitenedNet)
+    model = build_model("speed94", **{"channels": (32, 40), "blocks": (2, 3), **knobs})
+    assert isinstance(model, AirbenchNet)
     return model
 
 
@@ -30,7 +30,7 @@ def smooth_images(count: int) -> Tensor:
 
 def test_the_stem_whitens_what_it_starts_from() -> None:
     model, images = tiny(), smooth_images(1100)
-    model.start_from(images)
+    model.init_whitening(images)
     responses = F.conv2d(images, model.whiten.weight)
     assert responses.shape == (1100, 24, 31, 31)
     torch.testing.assert_close(responses[:, 12:], -responses[:, :12])
@@ -40,16 +40,16 @@ def test_the_stem_whitens_what_it_starts_from() -> None:
     torch.testing.assert_close(moments, torch.diag(variances), atol=1e-4, rtol=0)
     patches = F.unfold(images, 2).double().transpose(0, 1).flatten(1)
     along = torch.linalg.eigvalsh(patches @ patches.T / patches.shape[1])
-    torch.testing.assert_close(variances.sort()[0], (along / (along + EPS)).sort()[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(variances.sort()[0], (along / (along + WHITENING_EPS)).sort()[0], atol=1e-4, rtol=0)
 
 
 def test_starting_draws_nothing_and_is_the_same_again() -> None:
     model, images = tiny(), smooth_images(200)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    model.start_from(images)
+    model.init_whitening(images)
     first = model.whiten.weight.clone()
-    model.start_from(images)
+    model.init_whitening(images)
     assert torch.equal(model.whiten.weight, first)
     assert torch.equal(torch.get_rng_state(), random)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, kept[name])]
@@ -69,7 +69,7 @@ def test_what_trains_is_what_counts() -> None:
     """By hand: whitening bias, two groups of 2 and 3 convolutions with a bias each, the head."""
     model = tiny()
     convolutions = 9 * (24 * 32 + 32 * 32 + 32 * 40 + 2 * 40 * 40)
-    assert parameters(model) == 24 + convolutions + 2 * 32 + 3 * 40 + 40 * 10
+    assert count_parameters(model) == 24 + convolutions + 2 * 32 + 3 * 40 + 40 * 10
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     assert frozen == {"whiten.weight", *norms}
@@ -87,7 +87,7 @@ def test_the_head_starts_at_a_deviation_of_one_and_divides_by_its_width() -> Non
 
 @pytest.mark.parametrize(("depth", "residual", "added"), [(2, True, False), (3, False, False), (3, True, True)])
 def test_deep_groups_add_what_their_first_convolution_gave(depth: int, residual: bool, added: bool) -> None:
-    group = Group(8, 16, depth, nn.ReLU, 0, residual).eval()
+    group = ConvGroup(8, 16, depth, nn.ReLU, 0, residual).eval()
     x = torch.randn(2, 8, 8, 8)
     first = group.first(x)
     torch.testing.assert_close(group(x), group.rest(first) + (first if added else 0))
@@ -97,13 +97,13 @@ def test_deep_groups_add_what_their_first_convolution_gave(depth: int, residual:
 @pytest.mark.parametrize("size", [16, 24, 28, 32, 40])
 def test_any_image_size(arch: str, size: int) -> None:
     with torch.device("meta"):
-        assert build(arch, width=0.25)(torch.empty(2, 3, size, size)).shape == (2, 10)
+        assert build_model(arch, width=0.25)(torch.empty(2, 3, size, size)).shape == (2, 10)
 
 
 def test_knobs() -> None:
     assert any("seblock.conv1" in key for key in tiny(se="block").state_dict())
     assert any(isinstance(module, nn.Dropout) for module in tiny(dropout=0.1).modules())
-    assert parameters(on_meta("speed94", width=0.5)) < parameters(on_meta("speed94")) / 3
+    assert count_parameters(on_meta("speed94", width=0.5)) < count_parameters(on_meta("speed94")) / 3
     for knobs, words in (({"se": "stem"}, "SE placement"), ({"blocks": (1,) * 5, "channels": (8,) * 5}, "at most 4")):
         with pytest.raises(UsageError, match=words):
             tiny(**knobs)

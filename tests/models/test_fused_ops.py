@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import build, fuse, fused_ops
-from fastcifar.training.cuda_graph import compiled
+from fastcifar.models import build_model, enable_fused_ops, fused_ops
+from fastcifar.training.cuda_graph import compile_function
 
 BIT = 2.0**-7  # of bf16: twice the largest relative error of one rounding
 
@@ -92,7 +92,7 @@ def test_norm_relu_equals_float64(gated: bool, added: bool, uses: int) -> None:
 
 
 def test_norm_relu_compiles_as_one_graph() -> None:
-    found = distances(True, True, 2, torch.float32, compiled(fused_ops.norm_relu))
+    found = distances(True, True, 2, torch.float32, compile_function(fused_ops.norm_relu))
     assert max(found.values()) < 1e-5, found
 
 
@@ -106,13 +106,13 @@ def test_a_nan_is_not_hidden() -> None:
 def networks(se: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
     """The same small SE-ResNet plain and fused, with BatchNorms that are not at their start."""
     torch.manual_seed(0)
-    plain = build("resnet", blocks=(2, 1), channels=(16, 24), se=se, se_reduction=4).to(device)
+    plain = build_model("resnet", blocks=(2, 1), channels=(16, 24), se=se, se_reduction=4).to(device)
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0.5)
     fused = copy.deepcopy(plain)
-    fuse(fused)
+    enable_fused_ops(fused)
     return tuple(network.to(memory_format=torch.channels_last) for network in (plain, fused))  # type: ignore[call-overload]
 
 
@@ -150,15 +150,15 @@ def test_a_fused_network_is_the_same_network(se: str) -> None:
 
 @pytest.mark.parametrize("knobs", [{"activation": "silu"}, {"dropout": 0.1}])
 def test_what_cannot_be_fused_is_refused(knobs: dict) -> None:
-    for network in (build("resnet", **knobs), build("speednet")):
+    for network in (build_model("resnet", **knobs), build_model("speednet")):
         with pytest.raises(UsageError, match="--fused-ops"):
-            fuse(network)
+            enable_fused_ops(network)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "faster",
-    [lambda forward: forward, lambda forward: compiled(lambda images: forward(images))],
+    [lambda forward: forward, lambda forward: compile_function(lambda images: forward(images))],
     ids=["eager", "compiled"],
 )
 @pytest.mark.parametrize("se", ["none", "stem", "block"])
@@ -265,7 +265,7 @@ def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> 
     forms = [(kernel, None) for kernel in triton_kernels.KERNELS]
     forms += [(kernel, OPTIONAL[kernel.__name__]) for kernel in triton_kernels.KERNELS if kernel.__name__ in OPTIONAL]
     for kernel, left_out in forms:
-        made = compile_kernel(kernel, {"P": 1024, "C": 64, **triton_kernels.blocks(64, 128)}, left_out, capability)
+        made = compile_kernel(kernel, {"P": 1024, "C": 64, **triton_kernels.tile_sizes(64, 128)}, left_out, capability)
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(made.asm["cubin"])
         command = [tool, "--dump-resource-usage", binary]
@@ -284,7 +284,7 @@ def compile_kernel(kernel: Any, sizes: dict[str, int], left_out: str | None, cap
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastcifar.models.triton_kernels import WARPS
+    from fastcifar.models.triton_kernels import NUM_WARPS
 
     constants: dict[str, int | None] = {**sizes, **({left_out: None} if left_out else {})}
     signature = {}
@@ -294,4 +294,4 @@ def compile_kernel(kernel: Any, sizes: dict[str, int], left_out: str | None, cap
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings(action="ignore"):  # of defaults that a later Triton will change
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS})

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from fastcifar import models
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, build, largest_width, macs, parameters
-from fastcifar.models.resnet import ACTIVATIONS, scaled
+from fastcifar.models import MODELS, build_model, count_macs, count_parameters, max_width_within_budget
+from fastcifar.models.resnet import ACTIVATIONS, scale_channels
 
 BUDGET = 5_000_000
 
 
 def on_meta(arch: str, **knobs: Any) -> nn.Module:
     with torch.device("meta"):
-        return build(arch, **knobs)
+        return build_model(arch, **knobs)
 
 
 def conv(model: nn.Module, name: str) -> nn.Conv2d:
@@ -67,19 +67,19 @@ EFFECTS: dict[tuple[str, Any], Callable[[nn.Module], bool]] = {
 def test_every_knob_has_its_effect(knob: str, value: Any) -> None:
     def logits(**knobs: Any) -> Tensor:
         torch.manual_seed(0)
-        model = build("resnet", **{**TINY, **knobs})
+        model = build_model("resnet", **{**TINY, **knobs})
         torch.manual_seed(1)
         return model(torch.randn(2, 3, 32, 32))
 
     expected = EFFECTS[knob, value]
-    assert expected(build("resnet", **{**TINY, knob: value}))
-    assert not expected(build("resnet", **TINY))
+    assert expected(build_model("resnet", **{**TINY, knob: value}))
+    assert not expected(build_model("resnet", **TINY))
     assert not torch.equal(logits(**{knob: value}), logits())
 
 
 def test_every_knob_of_the_table_is_tried_and_taken_by_the_generic_row() -> None:
-    assert {knob for knob, _ in EFFECTS} == set(models.KNOBS)
-    assert set(models.KNOBS) <= set(inspect.signature(MODELS["resnet"]).parameters)
+    assert {knob for knob, _ in EFFECTS} == set(models.MODEL_OPTIONS)
+    assert set(models.MODEL_OPTIONS) <= set(inspect.signature(MODELS["resnet"]).parameters)
     assert {value for knob, value in EFFECTS if knob == "activation"} | {"relu"} == set(ACTIVATIONS)
 
 
@@ -88,22 +88,22 @@ def test_knobs_of_the_coconut_rows() -> None:
     assert count_of(on_meta("coconut_leaky", dropout=0.1), nn.Dropout) == 2 + 4 + 6 + 2 + 1
     assert count_of(on_meta("coconut_leaky"), nn.LeakyReLU) == 6 + 2
     assert count_of(on_meta("coconut_leaky", activation="mish"), nn.Mish) == 1 + 2 + 4 + 6 + 2
-    assert parameters(on_meta("coconut_over", se="none")) == 4_773_354
+    assert count_parameters(on_meta("coconut_over", se="none")) == 4_773_354
     assert "layer1.0.se_block.fc1.weight" in on_meta("coconut_leaky", se="block").state_dict()
     assert on_meta("coconut_se", se_reduction=8).state_dict()["layer3.0.se_block.fc1.weight"].shape == (64, 512)
     assert len(list(on_meta("coconut_se", blocks=(1, 1, 2, 1)).get_submodule("layer3").children())) == 2
 
 
 def test_none_is_the_rows_own_value() -> None:
-    assert parameters(on_meta("se68", width=None, se=None, blocks=None, activation=None)) == 4_697_742
+    assert count_parameters(on_meta("se68", width=None, se=None, blocks=None, activation=None)) == 4_697_742
 
 
 def test_num_classes() -> None:
-    assert parameters(on_meta("se68", num_classes=100)) == 4_697_742 + 90 * 257
+    assert count_parameters(on_meta("se68", num_classes=100)) == 4_697_742 + 90 * 257
 
 
 def test_dropout_acts_in_train_mode_only() -> None:
-    model = build("resnet", **TINY, dropout=0.5)
+    model = build_model("resnet", **TINY, dropout=0.5)
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(model(images), model(images))
     model.eval()
@@ -135,7 +135,7 @@ def test_the_gate_keeps_at_least_one_hidden_channel() -> None:
     ],
 )
 def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tuple[int, ...]) -> None:
-    assert scaled((64, 232, 268), width) == expected
+    assert scale_channels((64, 232, 268), width) == expected
 
 
 @pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
@@ -145,29 +145,31 @@ def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tupl
 )
 def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: tuple[int, ...], budget: int) -> None:
     random = torch.get_rng_state()
-    width = largest_width(arch, budget)
+    width = max_width_within_budget(arch, budget)
     assert torch.equal(torch.get_rng_state(), random)
-    assert parameters(on_meta(arch, width=width)) <= budget
+    assert count_parameters(on_meta(arch, width=width)) <= budget
     # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
     following = min(8 * (k + 0.5) / c for c in channels for k in range(200) if 8 * (k + 0.5) / c > width)
-    assert parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
+    assert count_parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
 
 
 def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
-    assert largest_width("se55", 4_994_878) == 1.0
-    assert largest_width("se55", 4_994_877) < 1.0
+    assert max_width_within_budget("se55", 4_994_878) == 1.0
+    assert max_width_within_budget("se55", 4_994_877) < 1.0
 
 
 def test_largest_width_takes_the_other_knobs_and_refuses_the_impossible() -> None:
-    assert largest_width("se68", BUDGET, blocks=(2, 2, 2), width=None) > largest_width("se68", BUDGET)
+    assert max_width_within_budget("se68", BUDGET, blocks=(2, 2, 2), width=None) > max_width_within_budget(
+        "se68", BUDGET
+    )
     with pytest.raises(UsageError, match="even the narrowest se68 has"):
-        largest_width("se68", 1000)
+        max_width_within_budget("se68", 1000)
 
 
 def test_largest_width_refuses_a_row_without_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
     with pytest.raises(UsageError, match="mine takes no --width"):
-        largest_width("mine", BUDGET)
+        max_width_within_budget("mine", BUDGET)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +215,11 @@ def test_a_users_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "fixed", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
     monkeypatch.setitem(MODELS, "anything", lambda **given: mine(given["num_classes"]))
     images = torch.randn(2, 3, 32, 32)
-    assert build("mine", num_classes=4)(images).shape == (2, 4)
-    assert build("mine", width=None)(images).shape == (2, 10)
-    assert parameters(on_meta("mine", depth=2)) == 3072 * 3073 + 30730
-    assert build("fixed")(images).shape == (2, 10)
-    assert build("anything", num_classes=3, depth=9)(images).shape == (2, 3)
+    assert build_model("mine", num_classes=4)(images).shape == (2, 4)
+    assert build_model("mine", width=None)(images).shape == (2, 10)
+    assert count_parameters(on_meta("mine", depth=2)) == 3072 * 3073 + 30730
+    assert build_model("fixed")(images).shape == (2, 10)
+    assert build_model("anything", num_classes=3, depth=9)(images).shape == (2, 3)
     with pytest.raises(UsageError, match="architecture fixed takes no --se-reduction; it takes no options"):
-        build("fixed", se_reduction=8)
-    assert (parameters(build("mine")), macs(build("mine"))) == (30730, 30720)
+        build_model("fixed", se_reduction=8)
+    assert (count_parameters(build_model("mine")), count_macs(build_model("mine"))) == (30730, 30720)

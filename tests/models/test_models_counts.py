@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, check_budget, layer_table, macs, parameters
+from fastcifar.models import MODELS, check_param_budget, count_macs, count_parameters, layer_table
 from tests.models.networks import on_meta, small
 
 BUDGET = 5_000_000
@@ -39,9 +39,9 @@ PUBLISHED: dict[str, tuple[int, float | None]] = {
 def test_fault22_parameters_and_macs_are_the_published_ones(arch: str) -> None:
     model = on_meta(arch)
     count, millions = PUBLISHED[arch]
-    assert parameters(model) == count
+    assert count_parameters(model) == count
     if millions is not None:
-        assert round(macs(model) / 1e6, 2) == millions
+        assert round(count_macs(model) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -49,17 +49,17 @@ def test_fault22_budget_is_refused_unless_allowed(arch: str) -> None:
     model = on_meta(arch)
     if arch in OVER_BUDGET:
         with pytest.raises(UsageError, match=r"over the budget of 5,000,000; .*--max-params"):
-            check_budget(arch, model, BUDGET)
+            check_param_budget(arch, model, BUDGET)
     else:
-        check_budget(arch, model, BUDGET)
-    check_budget(arch, model, parameters(model))
+        check_param_budget(arch, model, BUDGET)
+    check_param_budget(arch, model, count_parameters(model))
     with pytest.raises(UsageError, match=", 1 over the budget"):
-        check_budget(arch, model, parameters(model) - 1)
+        check_param_budget(arch, model, count_parameters(model) - 1)
 
 
 def test_fault22_the_message_gives_count_excess_and_budget() -> None:
     with pytest.raises(UsageError) as caught:
-        check_budget("coconut_over", on_meta("coconut_over"), BUDGET)
+        check_param_budget("coconut_over", on_meta("coconut_over"), BUDGET)
     assert caught.value.problem == "coconut_over has 5,237,546 parameters, 237,546 over the budget of 5,000,000"
     assert "--max-params 5237546" in caught.value.remedy
     assert caught.value.exit_code == 2
@@ -69,21 +69,21 @@ def test_frozen_parameters_do_not_count() -> None:
     model = on_meta("se68")
     for parameter in model.get_submodule("linear").parameters():
         parameter.requires_grad_(False)
-    assert parameters(model) == 4_697_742 - (256 * 10 + 10)
+    assert count_parameters(model) == 4_697_742 - (256 * 10 + 10)
 
 
 def test_macs_by_hand_and_for_other_shapes() -> None:
     grouped = nn.Sequential(nn.Conv2d(4, 8, (3, 1), 2, (1, 0), groups=2), nn.Flatten(), nn.Linear(8 * 4 * 5, 7))
-    assert macs(grouped, (4, 8, 10)) == 8 * 4 * 5 * 2 * 3 + 8 * 4 * 5 * 7
-    assert macs(on_meta("se68_none"), (3, 64, 64)) - 2560 == 4 * (macs(on_meta("se68_none")) - 2560)
+    assert count_macs(grouped, (4, 8, 10)) == 8 * 4 * 5 * 2 * 3 + 8 * 4 * 5 * 7
+    assert count_macs(on_meta("se68_none"), (3, 64, 64)) - 2560 == 4 * (count_macs(on_meta("se68_none")) - 2560)
 
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_layer_table_adds_up(arch: str) -> None:
     model = on_meta(arch)
     rows = layer_table(model)
-    assert sum(row["params"] for row in rows) == parameters(model)
-    assert sum(row["macs"] for row in rows) == macs(model)
+    assert sum(row["params"] for row in rows) == count_parameters(model)
+    assert sum(row["macs"] for row in rows) == count_macs(model)
     assert all(set(row) == {"name", "kind", "output", "params", "macs"} and row["output"] for row in rows)
 
 
@@ -120,7 +120,7 @@ class Odd(nn.Module):
 def test_layer_table_of_a_users_own_module_adds_up() -> None:
     rows = layer_table(Odd())
     assert [(row["name"], row["params"]) for row in rows] == [("twice", 12), ("twice", 0), ("", 3), ("never", 30)]
-    assert sum(row["macs"] for row in rows) == macs(Odd()) == 2 * 9 * 1024
+    assert sum(row["macs"] for row in rows) == count_macs(Odd()) == 2 * 9 * 1024
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
@@ -130,7 +130,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     identities = [id(parameter) for parameter in model.parameters()]
     modes = [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    assert macs(model) == sum(row["macs"] for row in layer_table(model)) > 0
+    assert count_macs(model) == sum(row["macs"] for row in layer_table(model)) > 0
     assert [module.training for module in model.modules()] == modes
     assert [id(parameter) for parameter in model.parameters()] == identities
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -142,4 +142,4 @@ def test_counting_sees_through_compile() -> None:
     model = small("se68")
     compiled = torch.compile(model, backend="eager")
     assert isinstance(compiled, nn.Module)
-    assert macs(compiled) == macs(model)
+    assert count_macs(compiled) == count_macs(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.recipe import Recipe
-from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.training.metrics_file import METRICS_COLUMNS
 
 CLASSES = ("cat", "dog")
 
@@ -25,12 +25,12 @@ def write_run(
     versions = {"torch": "2.11.0", "fastcifar": "0.1"}
     (folder / "env.json").write_text(json.dumps({"recipe": name, "device": device, "versions": versions}))
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, METRICS_COLUMNS)
         writer.writeheader()
         for epoch, val_acc in enumerate(val_accs):
             row = {"epoch": epoch, "step": epoch + 1, "lr": 0.1, "val_acc": val_acc, "val_loss": 2 - val_acc}
             row |= {"train_acc": val_acc + 0.01, "train_loss": 1.9 - val_acc, "images_per_s": 1000 + epoch}
-            writer.writerow(dict.fromkeys(COLUMNS, "") | row | {"seconds": 1})
+            writer.writerow(dict.fromkeys(METRICS_COLUMNS, "") | row | {"seconds": 1})
     if finished:
         summary = {
             "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps, "weights": recipe.weights,

@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from fastcifar.errors import UsageError, UserError
-from fastcifar.plotting import bars
+from fastcifar.plotting import plot_bar_chart
 from fastcifar.reporting.benchmark_tables import bench_panels, bench_table
-from fastcifar.reporting.compare import COMPARERS, compare
+from fastcifar.reporting.compare import COMPARERS, compare_paths
 
 
 def row(what: str, speed: float, **settings: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_the_chart_has_a_panel_for_each_kind_and_longer_bars_for_more(tmp_path: 
     assert [panel.title for panel in panels] == ["step: images/s", "conv: TFLOP/s"]
     assert panels[0].labels == ["batch 128", "batch 512"]
     assert panels[1].medians == [0.6]
-    bars(tmp_path / "chart.png", "a title", panels[:1])
+    plot_bar_chart(tmp_path / "chart.png", "a title", panels[:1])
     picture = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).astype(int)
     blue = (abs(picture - [0xA9, 0xCC, 0xE3]).sum(2) == 0).sum(1)
     (short, _), (long, _) = sorted(Counter(blue[blue > 0].tolist()).most_common(2))
@@ -79,7 +79,7 @@ def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_p
     b["versions"] = {"torch": "2.15"}
     (tmp_path / "a.json").write_text(json.dumps(a, indent=1))
     (tmp_path / "b.json").write_text("a line before it\n" + json.dumps(b) + "\n")
-    found = compare(tmp_path / "a.json", tmp_path / "b.json")
+    found = compare_paths(tmp_path / "a.json", tmp_path / "b.json")
     assert json.loads(json.dumps(found)) == found
     loader, stepped = found["rows"]
     assert (loader["what"], loader["ratio"], loader["overlap"]) == ("loader", 1.02, True)
@@ -87,7 +87,7 @@ def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_p
     assert [row["what"] for row in found["only_a"]] == ["train"]
     assert [row["compiled"] for row in found["only_b"]] == [False]
     assert found["differ"] == {"torch": ["2.11", "2.15"]}
-    text = printed(COMPARERS[found["kind"]].table(found))
+    text = printed(COMPARERS[found["kind"]].build_table(found))
     for words in ("torch: 2.11 in A, 2.15 in B", "1.500", "B is faster", "only in A: train, se68", "only in B: step"):
         assert words in text, words
 
@@ -103,15 +103,15 @@ def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> 
     if content is not None:
         wrong.write_text(content)
     with pytest.raises(UserError, match=r"wrong\.json"):
-        compare(good, wrong)
+        compare_paths(good, wrong)
 
 
 def test_two_submissions_are_another_kind(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,2\n2,3\n")
     (tmp_path / "b.csv").write_text("ID,Labels\n2,3\n1,4\n")
     (tmp_path / "c.json").write_text(json.dumps(document(row("loader", 5000.0))))
-    found = compare(tmp_path / "a.csv", tmp_path / "b.csv")
+    found = compare_paths(tmp_path / "a.csv", tmp_path / "b.csv")
     assert (found["kind"], found["differ"], found["total"]) == ("submission", 1, 2)
-    assert "1 of 2 labels" in printed(COMPARERS["submission"].table(found))
+    assert "1 of 2 labels" in printed(COMPARERS["submission"].build_table(found))
     with pytest.raises(UsageError, match=r"a\.csv is a submission and .*c\.json is a benchmark"):
-        compare(tmp_path / "a.csv", tmp_path / "c.json")
+        compare_paths(tmp_path / "a.csv", tmp_path / "c.json")

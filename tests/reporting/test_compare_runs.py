@@ -13,8 +13,8 @@ import pytest
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.compare import compare
-from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.reporting.compare import compare_paths
+from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.train import train
 
 
@@ -24,10 +24,10 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
     versions = {"torch": "2.15" if test_acc else "2.14", "numpy": "2.0"}
     environment = {"recipe": "mine", "started": folder.name, "command": [folder.name], "device": "a CPU"}
     (folder / "env.json").write_text(json.dumps({**environment, "versions": versions}))
-    rows = [dict.fromkeys(COLUMNS, "0.5") | {"epoch": str(i), "val_acc": str(v)} for i, v in enumerate(val_acc)]
+    rows = [dict.fromkeys(METRICS_COLUMNS, "0.5") | {"epoch": str(i), "val_acc": str(v)} for i, v in enumerate(val_acc)]
     rows = [{**row, "ema_val_acc": "", "seconds": folder.name} for row in rows]
-    lines = [",".join(row[name] for name in COLUMNS) for row in rows]
-    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+    lines = [",".join(row[name] for name in METRICS_COLUMNS) for row in rows]
+    (folder / "metrics.csv").write_text("\n".join([",".join(METRICS_COLUMNS), *lines, ""]))
     if test_acc is not None:
         (folder / "summary.json").write_text(
             json.dumps({"test_acc": test_acc, "total": 10_000, "val_acc": val_acc[-1]})
@@ -38,7 +38,7 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
 def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, opt={"nesterov": True})
     b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every="5e", track="mlflow")
-    found = compare(a, b)
+    found = compare_paths(a, b)
     assert (found["kind"], found["a"], found["b"]) == ("run", str(a), str(b))
     assert found["recipe"] == {"lr": [0.1, 0.2], "opt": [{"nesterov": True}, {}], "seed": [0, 3]}
     assert found["environment"] == {"versions.torch": ["2.14", "2.15"]}
@@ -58,7 +58,7 @@ def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
 def test_an_accuracy_is_judged_by_the_binomial_noise(tmp_path: Path, other: float, within: bool) -> None:
     """At 0.90 of 10,000 each, the standard error of the difference is 0.00424, and 95 % are within 0.0083."""
     pair = [make_run(tmp_path / name, [0.9], acc) for name, acc in (("a", 0.9), ("b", other))]
-    accuracy = compare(*pair)["accuracy"]
+    accuracy = compare_paths(*pair)["accuracy"]
     assert (accuracy["measured"], accuracy["n"]) == ("test_acc", [10_000, 10_000])
     assert accuracy["difference"] == pytest.approx(other - 0.9)
     assert accuracy["standard_error"] == pytest.approx(0.00424, abs=1.5e-4)
@@ -67,7 +67,7 @@ def test_an_accuracy_is_judged_by_the_binomial_noise(tmp_path: Path, other: floa
 
 def test_what_was_not_measured_is_not_compared(tmp_path: Path) -> None:
     pair = [make_run(tmp_path / name, [], val_size=0) for name in "ab"]
-    found = compare(*pair)
+    found = compare_paths(*pair)
     assert (found["accuracy"], found["first_difference"], found["epochs"]) == (None, None, [0, 0])
 
 
@@ -75,16 +75,16 @@ def test_damaged_runs_and_mixed_pairs_are_refused(tmp_path: Path) -> None:
     a, b = (make_run(tmp_path / name, [0.1]) for name in "ab")
     (b / "summary.json").write_text("{")
     with pytest.raises(DataError, match=r"summary\.json cannot be read"):
-        compare(a, b)
+        compare_paths(a, b)
     (tmp_path / "labels.csv").write_text("ID,Labels\n1,2\n")
     with pytest.raises(UsageError, match=r"is a run and .* is a submission"):
-        compare(a, tmp_path / "labels.csv")
+        compare_paths(a, tmp_path / "labels.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="is no run or benchmark or submission"):
-        compare(a, tmp_path / "empty")
+        compare_paths(a, tmp_path / "empty")
     (b / "recipe.toml").write_text("lr = -1\n")
     with pytest.raises(UsageError, match="--lr"):
-        compare(a, b)
+        compare_paths(a, b)
 
 
 def test_the_command_on_runs_that_were_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import pytest
 
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.aggregate import rows
-from fastcifar.reporting.misclassified import look, surest_mistakes
-from fastcifar.reporting.records import read
-from fastcifar.reporting.report import report
-from fastcifar.reporting.table import tabulate
+from fastcifar.reporting.aggregate import group_runs
+from fastcifar.reporting.misclassified import find_misclassified, most_confident_misclassified
+from fastcifar.reporting.records import read_records
+from fastcifar.reporting.report import build_report
+from fastcifar.reporting.table import build_report_table
 from fastcifar.training.train import train
 from tests.reporting.run_folders import write_run, write_trials
 
@@ -95,13 +95,13 @@ def sweep(tmp_path: Path) -> Path:
 
 def test_the_page_is_whole_escaped_and_alone(tmp_path: Path, sweep: Path, plotly: Any) -> None:
     path = tmp_path / "page.html"
-    document, _ = report([sweep], html=path)
+    document, _ = build_report([sweep], html=path)
     assert document["written"] == [str(path)]
     text = path.read_text(encoding="utf-8")
     assert len(text) < 6e6
     page = Page(text)
-    table = tabulate(rows(read([sweep])))
-    shown = [list(table.texts(table.rows[0])), *(list(table.texts(row).values()) for row in table.rows)]
+    table = build_report_table(group_runs(read_records([sweep])))
+    shown = [list(table.row_texts(table.rows[0])), *(list(table.row_texts(row).values()) for row in table.rows)]
     assert [[_plain(cell) for cell in row] for row in page.tables["results"]] == [
         [_plain(cell) for cell in row] for row in shown
     ]
@@ -136,9 +136,9 @@ def _plain(text: str) -> str:
 
 def test_mistakes_are_the_surest_errors() -> None:
     likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
-    assert surest_mistakes(likely, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
-    assert surest_mistakes(likely, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
-    assert surest_mistakes(likely, likely.argmax(1), 5).tolist() == []
+    assert most_confident_misclassified(likely, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
+    assert most_confident_misclassified(likely, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
+    assert most_confident_misclassified(likely, likely.argmax(1), 5).tolist() == []
 
 
 def test_networks_asked_again_agree_with_their_summaries(
@@ -146,15 +146,15 @@ def test_networks_asked_again_agree_with_their_summaries(
 ) -> None:
     summaries = [train(tiny(seed=seed, out=str(tmp_path / f"s{seed}"))) for seed in (0, 1)]
     folders = [Path(summary["run"]) for summary in summaries]
-    (row,) = rows(read(folders))
-    found = look(row, 4)
-    assert found.networks == 2
-    assert found.confusion.sum() == summaries[0]["total"]
-    assert found.confusion.trace() == np.mean([summary["correct"] for summary in summaries])
-    assert all(found.said != found.labels)
-    assert list(found.sure) == sorted(found.sure, reverse=True)
+    (row,) = group_runs(read_records(folders))
+    found = find_misclassified(row, 4)
+    assert found.num_models == 2
+    assert found.confusion_matrix.sum() == summaries[0]["total"]
+    assert found.confusion_matrix.trace() == np.mean([summary["correct"] for summary in summaries])
+    assert all(found.predictions != found.labels)
+    assert list(found.confidences) == sorted(found.confidences, reverse=True)
 
-    document, _ = report(folders, html=tmp_path / "a.html", plots=tmp_path / "plots", mistakes=4)
+    document, _ = build_report(folders, html=tmp_path / "a.html", plots=tmp_path / "plots", num_misclassified=4)
     names = {Path(file).name for file in document["written"]}
     assert {"confusion-1-resnet.png", "mistakes-1-resnet.png"} <= names
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
@@ -168,14 +168,14 @@ def test_a_page_that_cannot_be_written_is_found_first(
     tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=r"\.html"):
-        report([sweep], html=tmp_path / "page.txt")
+        build_report([sweep], html=tmp_path / "page.txt")
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(UsageError, match=r"fastcifar\[html\]"):
-        report([sweep], html=tmp_path / "page.html")
+        build_report([sweep], html=tmp_path / "page.html")
     monkeypatch.undo()
     pytest.importorskip("plotly", reason="plotly is not installed")
     with pytest.raises(DiskError, match="no folder"):
-        report([sweep], html=tmp_path / "none" / "page.html")
+        build_report([sweep], html=tmp_path / "none" / "page.html")
 
 
 def test_in_a_browser_headings_sort_and_curves_zoom(tmp_path: Path, sweep: Path, plotly: Any) -> None:
@@ -183,7 +183,7 @@ def test_in_a_browser_headings_sort_and_curves_zoom(tmp_path: Path, sweep: Path,
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("chromium is not installed")
-    report([sweep], html=tmp_path / "page.html")
+    build_report([sweep], html=tmp_path / "page.html")
     asked, errors = [], []
     with sync_api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=OFFLINE)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from fastcifar.errors import UsageError
-from fastcifar.evaluation.export import FORMATS
+from fastcifar.evaluation.export import EXPORT_FORMATS
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.runs import chosen, listed, remove, runs_table, size
-from fastcifar.training.metrics_file import COLUMNS
+from fastcifar.reporting.runs import folder_size_bytes, list_runs, remove_runs, runs_table, select_for_removal
+from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.train import train
 
 STARTED = "2026-11-0{}T10:00:00Z"
@@ -29,9 +29,11 @@ def make_run(folder: Path, rows: int = 2, val_acc: float = 0.5, done: bool = Tru
     (folder / "checkpoints" / "last.pt").write_bytes(b"x" * 1000)
     (folder / "recipe.toml").write_text(Recipe.make(epochs=3, **knobs).to_toml())
     (folder / "env.json").write_text(json.dumps({"recipe": "mine", "started": STARTED.format(day)}))
-    values = dict.fromkeys(COLUMNS, "0.25") | {"val_acc": str(val_acc), "seconds": "60"}
-    lines = [",".join(str(epoch) if name == "epoch" else values[name] for name in COLUMNS) for epoch in range(rows)]
-    (folder / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+    values = dict.fromkeys(METRICS_COLUMNS, "0.25") | {"val_acc": str(val_acc), "seconds": "60"}
+    lines = [
+        ",".join(str(epoch) if name == "epoch" else values[name] for name in METRICS_COLUMNS) for epoch in range(rows)
+    ]
+    (folder / "metrics.csv").write_text("\n".join([",".join(METRICS_COLUMNS), *lines, ""]))
     if done:
         summary = {"epochs": rows, "val_acc": val_acc, "test_acc": val_acc - 0.01, "seconds": {"total": 61.5}}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -83,7 +85,7 @@ def training(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {Path(row["name"]).name: row["state"] for row in listed(folder)}
+    return {Path(row["name"]).name: row["state"] for row in list_runs(folder)}
 
 
 def test_runs_and_sweeps_are_found_at_any_depth_with_their_states(
@@ -107,7 +109,7 @@ def test_runs_and_sweeps_are_found_at_any_depth_with_their_states(
 
 
 def test_an_entry_says_what_the_folder_holds(runs: Path) -> None:
-    by_name = {Path(row["name"]).name: row for row in listed(runs)}
+    by_name = {Path(row["name"]).name: row for row in list_runs(runs)}
     good = by_name["good"]
     assert (good["arch"], good["recipe"], good["epochs"], good["seconds"]) == ("se68", "mine", 2, 61.5)
     assert (good["val_acc"], good["test_acc"], good["date"]) == (0.9, 0.89, STARTED.format(3))
@@ -116,29 +118,33 @@ def test_an_entry_says_what_the_folder_holds(runs: Path) -> None:
     assert (stopped["epochs"], stopped["val_acc"], stopped["test_acc"], stopped["seconds"]) == (1, 0.3, None, 60)
     sweep = by_name["ablation"]
     assert (sweep["kind"], sweep["trials"], sweep["val_acc"]) == ("sweep", {"done": 1, "failed": 1}, 0.5)
-    assert runs_table(listed(runs)).row_count == 5
+    assert runs_table(list_runs(runs)).row_count == 5
 
 
 def test_they_are_sorted_by_any_column(runs: Path) -> None:
     def names(*how: Any) -> list[str]:
-        return [Path(row["name"]).name for row in listed(runs, *how)]
+        return [Path(row["name"]).name for row in list_runs(runs, *how)]
 
     assert [name for name in names("date") if name != "ablation"] == ["fair", "stopped", "good", "torn"]
     assert names("val_acc")[-2:] == ["fair", "good"]
     assert names("val_acc", True)[:2] == ["good", "fair"]
     assert set(names("test_acc")[:3]) == {"stopped", "ablation", "torn"}  # not measured: first
     with pytest.raises(UsageError, match="did you mean 'val_acc'"):
-        listed(runs, "val_ac")
+        list_runs(runs, "val_ac")
     with pytest.raises(UsageError, match="there is no folder"):
-        listed(runs / "nowhere")
+        list_runs(runs / "nowhere")
 
 
 def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
-    own = [f"good/se68{row.suffix}" for row in FORMATS.values()]
+    own = [f"good/se68{row.suffix}" for row in EXPORT_FORMATS.values()]
     own += [*(f"{name}.md" for name in own), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
     for name in (*own, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
         (runs / name).write_text("ours")
-    remove(chosen([runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]))
+    remove_runs(
+        select_for_removal(
+            [runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]
+        )
+    )
     assert not (runs / "good").exists()
     assert not (runs / "ablation").exists()
     assert states(runs).keys() == {"fair", "stopped", "torn"}
@@ -153,7 +159,7 @@ def test_what_is_no_run_is_not_removed(runs: Path, tmp_path: Path, what: str) ->
     (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError):
-        remove(chosen([runs / "good", runs / what]))
+        remove_runs(select_for_removal([runs / "good", runs / what]))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -167,26 +173,26 @@ def test_a_folder_that_holds_more_than_a_run_is_not_removed(runs: Path, stranger
         (folder / stranger).write_text("mine")
     for path in (runs / "good", runs / "ablation"):
         with pytest.raises(UsageError, match=stranger.partition("/")[0]):
-            remove(chosen([path]))
+            remove_runs(select_for_removal([path]))
     assert (runs / "good" / stranger).read_text() == (runs / "ablation" / "runs" / "a" / stranger).read_text() == "mine"
 
 
 def test_a_sweep_whose_folder_of_runs_holds_more_is_not_removed(runs: Path) -> None:
     (runs / "ablation" / "runs" / "notes.md").write_text("mine")
     with pytest.raises(UsageError, match=r"notes\.md is not of"):
-        chosen([runs / "ablation"])
+        select_for_removal([runs / "ablation"])
 
 
 def test_a_run_in_training_is_not_removed_nor_a_sweep_around_it(runs: Path, training: Callable[[Path], None]) -> None:
     training(runs / "stopped")
     training(runs / "ablation" / "runs" / "b")
-    entries = chosen([runs / "good"])
+    entries = select_for_removal([runs / "good"])
     for path in (runs / "stopped", runs / "ablation"):
         with pytest.raises(UsageError, match="being trained"):
-            chosen([runs / "good", path])
+            select_for_removal([runs / "good", path])
     entries.append({"name": str(runs / "stopped")})  # begun after the choice
     with pytest.raises(UsageError, match="being trained"):
-        remove(entries)
+        remove_runs(entries)
     assert states(runs).keys() == {"good", "fair", "stopped", "torn", "ablation"}
 
 
@@ -196,7 +202,7 @@ def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: C
     half = make_sweep(runs / "half", c="done", d="running")
 
     def names(folder: Path = runs, **how: Any) -> set[str]:
-        return {Path(row["name"]).name for row in chosen([folder], **how)}
+        return {Path(row["name"]).name for row in select_for_removal([folder], **how)}
 
     assert states(runs)["half"] == "interrupted"
     assert names(half, unfinished=True) == set()  # it would take the finished run with it
@@ -215,14 +221,14 @@ def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:
     (runs / "good" / "checkpoints").rename(kept)
     (runs / "good" / "checkpoints").symlink_to(kept)
     with pytest.raises(UsageError, match="checkpoints"):  # a link is not a run's own
-        chosen([runs / "good"], checkpoints=True)
-    entries = chosen([runs / "stopped", runs / "ablation"], checkpoints=True)
+        select_for_removal([runs / "good"], only_checkpoints=True)
+    entries = select_for_removal([runs / "stopped", runs / "ablation"], only_checkpoints=True)
     assert [row["bytes"] for row in entries] == [1000, 2000]
-    remove(entries, checkpoints=True)
+    remove_runs(entries, only_checkpoints=True)
     assert not list(runs.rglob("ablation/**/last.pt"))
     assert states(runs)["stopped"] == "interrupted"
     assert (kept / "last.pt").is_file()
-    assert not chosen([runs / "stopped"], checkpoints=True)
+    assert not select_for_removal([runs / "stopped"], only_checkpoints=True)
 
 
 def test_the_commands_on_a_run_that_was_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -235,7 +241,7 @@ def test_the_commands_on_a_run_that_was_trained(tiny: Callable[..., Recipe], tmp
 
     (row,) = json.loads(fastcifar("ls", "--json").stdout)
     assert (row["name"], row["state"], row["recipe"]) == ("runs/real", "finished", "quick")
-    assert (row["test_acc"], row["bytes"]) == (summary["test_acc"], size(tmp_path / "runs" / "real"))
+    assert (row["test_acc"], row["bytes"]) == (summary["test_acc"], folder_size_bytes(tmp_path / "runs" / "real"))
     unasked = fastcifar("rm", "runs/real")
     assert (unasked.returncode, unasked.stderr) == (2, "fastcifar: 1 to remove, and nobody to ask; give --yes\n")
     assert (tmp_path / "runs" / "real").is_dir()

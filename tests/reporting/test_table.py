@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.reporting.aggregate import rows
-from fastcifar.reporting.records import read
-from fastcifar.reporting.report import report
-from fastcifar.reporting.runs import listed
-from fastcifar.reporting.table import Ablation, tabulate
-from fastcifar.reporting.table_formats import FORMATS
-from fastcifar.sweep.trial_log import Ledger
+from fastcifar.reporting.aggregate import group_runs
+from fastcifar.reporting.records import read_records
+from fastcifar.reporting.report import build_report
+from fastcifar.reporting.runs import list_runs
+from fastcifar.reporting.table import ReportTable, build_report_table
+from fastcifar.reporting.table_formats import TABLE_FORMATS
+from fastcifar.sweep.trial_log import TrialLog
 from tests.reporting.run_folders import write_run, write_trials
 
 SCORED = {"val_acc": 0.5, "test_acc": 0.5}
@@ -43,13 +43,13 @@ def folders(tmp_path: Path) -> list[Path]:
     return made
 
 
-def table_of(*paths: Path, sort: str | None = None, validation: bool = False) -> Ablation:
-    return tabulate(rows(read(paths)), sort, validation)
+def table_of(*paths: Path, sort: str | None = None, validation: bool = False) -> ReportTable:
+    return build_report_table(group_runs(read_records(paths)), sort, validation)
 
 
 def test_mean_and_std_are_numpys_and_only_finished_runs_count(folders: list[Path]) -> None:
     table = table_of(*folders, folders[0] / ".." / "s0", validation=True)
-    first, low = (table.values(row) for row in table.rows)
+    first, low = (table.row_values(row) for row in table.rows)
     tests, vals, times = [0.9151, 0.9204, 0.9302], [0.7, 0.9, 0.75], [100, 110, 120]
     assert (first["accuracy"], first["std"]) == pytest.approx((np.mean(tests), np.std(tests, ddof=1)), rel=1e-12)
     assert (first["validation"], first["validation std"]) == pytest.approx((np.mean(vals), np.std(vals, ddof=1)))
@@ -57,16 +57,16 @@ def test_mean_and_std_are_numpys_and_only_finished_runs_count(folders: list[Path
     assert first["notes"] == "1 unfinished"
     assert (low["accuracy"], low["std"], low["n"], low["lr"]) == (0.3, None, 1, 0.01)
     assert (first["blocks"], first["batch"], first["clip"], first["params"]) == ([4, 4, 3], 128, "value:0.1", 4_697_742)
-    texts = [table.texts(row) for row in table.rows]
+    texts = [table.row_texts(row) for row in table.rows]
     assert [text["accuracy %"] for text in texts] == ["92.19 ± 0.77", "30.00 ± -"]
     assert [text["time"] for text in texts] == ["0:01:50", "2:01:40"]
     assert [text["row"] for text in texts] == ["mine lr=0.1", "mine lr=0.01"]
-    assert [(run["seed"], run["state"]) for run in table.left_out()] == [("3", "unfinished")]
-    assert "after 1 of 4 epochs" in table.left_out()[0]["reason"]
+    assert [(run["seed"], run["state"]) for run in table.describe_excluded_runs()] == [("3", "unfinished")]
+    assert "after 1 of 4 epochs" in table.describe_excluded_runs()[0]["reason"]
 
 
 def test_curves_are_means_over_the_epochs_that_all_runs_have(folders: list[Path]) -> None:
-    (row,) = rows(read(folders[:3]))
+    (row,) = group_runs(read_records(folders[:3]))
     values = np.array([(0.5, 0.75, 0.7), (0.25, 0.5, 0.65), (0.375, 0.875, 0.75)])
     curve = row.curve("val_acc")
     assert curve is not None
@@ -75,22 +75,24 @@ def test_curves_are_means_over_the_epochs_that_all_runs_have(folders: list[Path]
     assert curve.std == pytest.approx(values.std(0, ddof=1))
     assert row.best_epoch == 1 + values.mean(0).argmax()
     assert row.curve("ema_val_acc") is None
-    assert row.per_class() == pytest.approx({name: np.mean([0.9151, 0.9204, 0.9302]) for name in ("cat", "dog")})
+    assert row.per_class_accuracy() == pytest.approx(
+        {name: np.mean([0.9151, 0.9204, 0.9302]) for name in ("cat", "dog")}
+    )
 
 
 def test_accuracy_is_validations_where_a_run_met_no_test_set(tmp_path: Path) -> None:
     met = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, weights="best")
     unmet = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, weights="best")
     table = table_of(met, unmet)
-    assert table.values(table.rows[0])["of"] == "validation, best"
-    assert table.values(table.rows[0])["accuracy"] == pytest.approx(0.55)
+    assert table.row_values(table.rows[0])["of"] == "validation, best"
+    assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     cut = write_run(tmp_path / "a", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps")
     again = write_run(tmp_path / "b", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps", device="another")
     table = table_of(cut, again)
-    found = table.values(table.rows[0])
+    found = table.row_values(table.rows[0])
     assert found["notes"] == "cut at 7 steps, seed 0 more than once, 2 kinds of device"
     assert (found["n"], found["time"]) == (2, None)
 
@@ -113,9 +115,9 @@ def test_a_sweeps_last_lines_stand_and_its_losses_are_named(tmp_path: Path) -> N
         table = table_of(folder / "runs" / "t1", folder)
     (row,) = table.rows
     assert row.name == NASTY
-    assert table.values(row)["accuracy"] == pytest.approx(0.65)
-    assert table.values(row)["n"] == 2
-    found = {(run["seed"], run["state"], run["reason"]) for run in table.left_out()}
+    assert table.row_values(row)["accuracy"] == pytest.approx(0.65)
+    assert table.row_values(row)["n"] == 2
+    found = {(run["seed"], run["state"], run["reason"]) for run in table.describe_excluded_runs()}
     assert found == {
         ("2", "failed", "the loss is not finite"),
         ("3", "pruned", "below the median"),
@@ -128,7 +130,11 @@ def test_rows_of_one_label_and_the_same_knobs_are_counted(tmp_path: Path) -> Non
     folders = [write_trials(tmp_path / name, [{"trial": "t", "label": "fast", "state": "done"}]) for name in "abc"]
     for folder, lr in zip(folders, (0.1, 0.1, 0.2), strict=True):
         write_run(folder / "runs" / "t", (0.5,), lr=lr)
-    assert [row.name for row in rows(read(folders))] == ["fast lr=0.1 (1)", "fast lr=0.1 (2)", "fast lr=0.2"]
+    assert [row.name for row in group_runs(read_records(folders))] == [
+        "fast lr=0.1 (1)",
+        "fast lr=0.1 (2)",
+        "fast lr=0.2",
+    ]
 
 
 def test_a_line_without_its_end_counts_as_none_for_every_reader(tmp_path: Path) -> None:
@@ -136,37 +142,37 @@ def test_a_line_without_its_end_counts_as_none_for_every_reader(tmp_path: Path) 
     line = {"trial": "t", "label": "fast", "seed": 0, "state": "failed", "reason": "it broke", "run": "runs/t"}
     folder = write_trials(tmp_path / "sweep", [line], tail=json.dumps({**line, "state": "done"}))
     write_run(folder / "runs" / "t", (0.5,))
-    (record,) = read([folder])
+    (record,) = read_records([folder])
     assert (record.state, record.reason) == ("failed", "it broke")
-    (entry,) = listed(tmp_path)
+    (entry,) = list_runs(tmp_path)
     assert entry["trials"] == {"failed": 1}
-    assert Ledger(folder).state("t") == "failed"
+    assert TrialLog(folder).trial_state("t") == "failed"
     with (folder / "trials.jsonl").open("a") as file:
         file.write('\n[1]\n{"trial": "t"}\n')
     with pytest.warns(UserWarning, match="2 of its lines cannot be read"):
-        assert Ledger(folder).rows(["t"]) == [{**line, "knobs": {}, "state": "done", "seconds": None} | SCORED]
+        assert TrialLog(folder).trial_rows(["t"]) == [{**line, "knobs": {}, "state": "done", "seconds": None} | SCORED]
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_csv_markdown_and_latex_are_read_back(tmp_path: Path, folders: list[Path]) -> None:
     table = table_of(*folders, sweep(tmp_path / "sweep", NASTY))
-    read_back = list(csv.DictReader(io.StringIO(str(FORMATS["csv"](table)))))
+    read_back = list(csv.DictReader(io.StringIO(str(TABLE_FORMATS["csv"](table)))))
     for row, cells in zip(table.rows, read_back, strict=True):
-        values = table.values(row)
+        values = table.row_values(row)
         for name in ("accuracy", "std", "time", "lr"):
             assert cells[name] == ("" if values[name] is None else repr(values[name])), name
         assert cells["row"] == row.name
     assert read_back[2]["not in the means"].startswith("seed 2 failed: the loss is not finite; seed 3 pruned: below")
 
-    shown = [list(table.texts(row).values()) for row in table.rows]
-    lines = [line for line in str(FORMATS["markdown"](table)).splitlines() if line.startswith("|")]
+    shown = [list(table.row_texts(row).values()) for row in table.rows]
+    lines = [line for line in str(TABLE_FORMATS["markdown"](table)).splitlines() if line.startswith("|")]
     cells = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines if not line.startswith("|-")]
     plain = [[re.sub(r"\\([\\|*<`\[\]])", r"\1", cell) for cell in row] for row in cells]
-    assert plain[0] == list(table.texts(table.rows[0]))
+    assert plain[0] == list(table.row_texts(table.rows[0]))
     assert plain[1:4] == shown
-    assert [row[:3] for row in plain[5:]] == [[r["row"], r["seed"], r["state"]] for r in table.left_out()]
+    assert [row[:3] for row in plain[5:]] == [[r["row"], r["seed"], r["state"]] for r in table.describe_excluded_runs()]
 
-    text = str(FORMATS["latex"](table))
+    text = str(TABLE_FORMATS["latex"](table))
     body = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
     words = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"$\pm$": "±",
              r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|"}  # fmt: skip
@@ -180,7 +186,7 @@ def test_csv_markdown_and_latex_are_read_back(tmp_path: Path, folders: list[Path
 
 def test_the_terminal_says_it_all(tmp_path: Path, folders: list[Path]) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(FORMATS["terminal"](table_of(*folders, sort="accuracy")))
+    console.print(TABLE_FORMATS["terminal"](table_of(*folders, sort="accuracy")))
     text = console.export_text()
     for words in ("92.19 ± 0.77", "30.00 ± -", "optimizer: lookahead:sgd", "unfinished", "2:01:40", "mine lr=0.01"):
         assert words in text, words
@@ -214,40 +220,40 @@ def test_a_damaged_run_is_a_row_that_says_why(
 ) -> None:
     (folders[1] / file).write_text(content, encoding="latin-1")
     table = table_of(*folders)
-    damaged = [run for run in table.left_out() if run["state"] == "damaged"]
+    damaged = [run for run in table.describe_excluded_runs() if run["state"] == "damaged"]
     assert [run["folder"] for run in damaged] == [str(folders[1])]
     assert reason in damaged[0]["reason"]
-    assert all(str(FORMATS[name](table)) for name in FORMATS)
+    assert all(str(TABLE_FORMATS[name](table)) for name in TABLE_FORMATS)
     with pytest.raises(CheckpointError, match=re.escape(reason)):
-        read([folders[1]])
+        read_records([folders[1]])
 
 
 def test_metrics_that_are_damaged_cost_the_curves_alone(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", (0.5, 0.6), 0.9)
     whole = (folder / "metrics.csv").read_text()
     (folder / "metrics.csv").write_text(whole.replace("0.6,", "nan,", 1)[:-20])
-    (row,) = rows(read([folder]))
+    (row,) = group_runs(read_records([folder]))
     curve = row.curve("val_acc")
     assert curve is not None
     assert curve.epochs == [1]
     (folder / "metrics.csv").write_bytes(b"\x00\xff,\n")
     with pytest.warns(UserWarning, match="no row that can be read"):
         table = table_of(folder)
-    assert table.values(table.rows[0])["accuracy"] == 0.9
+    assert table.row_values(table.rows[0])["accuracy"] == 0.9
     assert table.rows[0].curve("val_acc") is None
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path, tmp_path / ("a" * 300)):
         with pytest.raises(CheckpointError, match=r"recipe\.toml or trials\.jsonl"):
-            read([path])
+            read_records([path])
     odd = [{"trial": name, "label": "odd", "state": "done"} for name in ("a\0b", "a" * 300, "../../..", "")]
     for trials in ([], odd):
         with (
             pytest.warns(UserWarning, match="2 of its lines") if trials else contextlib.nullcontext(),
             pytest.raises(CheckpointError, match="nothing to report"),
         ):
-            read([write_trials(tmp_path / "sweep", trials)])
+            read_records([write_trials(tmp_path / "sweep", trials)])
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -272,10 +278,10 @@ def test_the_command_prints_one_document_or_one_line_and_a_code(tmp_path: Path, 
 
 
 def test_plots_and_document(tmp_path: Path, folders: list[Path]) -> None:
-    document, _ = report(folders, "csv", plots=tmp_path / "plots")
+    document, _ = build_report(folders, "csv", plots=tmp_path / "plots")
     files = [Path(file) for file in document["written"]]
     assert [file.name for file in files] == ["accuracy.png", "loss.png", "throughput.png", "classes.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert [run["seed"] for run in json.loads(json.dumps(document))["rows"][0]["runs"]] == [0, 1, 2, 3]
     with pytest.raises(UsageError, match="--html FILE or --plots DIR"):
-        report(folders, mistakes=3)
+        build_report(folders, num_misclassified=3)

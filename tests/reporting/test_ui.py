@@ -18,7 +18,7 @@ import pytest
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.ui import PAGES, show
+from fastcifar.reporting.ui import TRACKER_UIS, serve_tracker_ui
 from fastcifar.training.train import train
 
 
@@ -89,14 +89,14 @@ def test_what_cannot_be_shown_is_refused_in_one_line(
 
     def refused(name: str, port: int | None, folder: Path = followed) -> str:
         with pytest.raises(UsageError) as caught:
-            show(folder, name, port, print)
+            serve_tracker_ui(folder, name, port, print)
         assert caught.value.exit_code == 2
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     assert "there is no folder" in refused("auto", None, tmp_path / "nowhere")
     assert "train with --track" in refused("auto", None, tmp_path / "empty")
-    for name in PAGES:
+    for name in TRACKER_UIS:
         assert f"train with --track {name}" in refused(name, None, tmp_path / "empty")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as not set
     assert "mlflow has followed no run" in refused("mlflow", None, tmp_path / "empty")
@@ -106,21 +106,23 @@ def test_what_cannot_be_shown_is_refused_in_one_line(
         taken.listen()
         assert "give another --port" in refused("tensorboard", taken.getsockname()[1])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name, page in PAGES.items():
+    for name, page in TRACKER_UIS.items():
         assert page.remedy in refused(name, None)
 
 
 def test_the_page_of_what_is_there_is_chosen(followed: Path) -> None:
-    assert [name for name, page in PAGES.items() if page.has(followed)] == ["mlflow", "tensorboard"]
-    assert f"sqlite:///{followed / 'mlflow.db'}" in PAGES["mlflow"].command(followed, 5000)
+    assert [name for name, page in TRACKER_UIS.items() if page.has_runs(followed)] == ["mlflow", "tensorboard"]
+    assert f"sqlite:///{followed / 'mlflow.db'}" in TRACKER_UIS["mlflow"].command(followed, 5000)
     (followed / "mlflow.db").unlink()
-    assert [name for name, page in PAGES.items() if page.has(followed)] == ["tensorboard"]
+    assert [name for name, page in TRACKER_UIS.items() if page.has_runs(followed)] == ["tensorboard"]
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
 
 
 def test_a_server_that_ends_by_itself_says_why(followed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = PAGES["tensorboard"]
+    broken = TRACKER_UIS["tensorboard"]
     code = "import sys; sys.exit('the page fell over')"
-    monkeypatch.setitem(PAGES, "tensorboard", type(broken)(**{**vars(broken), "command": lambda *_: ["-c", code]}))
+    monkeypatch.setitem(
+        TRACKER_UIS, "tensorboard", type(broken)(**{**vars(broken), "command": lambda *_: ["-c", code]})
+    )
     with pytest.raises(UsageError, match="the page fell over"):
-        show(followed, "tensorboard", free_port(), print)
+        serve_tracker_ui(followed, "tensorboard", free_port(), print)

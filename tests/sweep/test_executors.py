@@ -14,9 +14,9 @@ import torch
 
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.sweep import executors
-from fastcifar.sweep.executors import Events, How, Runner, Told, gpus
-from fastcifar.sweep.sweep import planned, sweep
-from fastcifar.sweep.sweep_spec import Trial
+from fastcifar.sweep.executors import Executor, ExecutorOptions, TrialEvent, TrialEvents, gpu_executor
+from fastcifar.sweep.sweep import prepare_sweep, run_sweep
+from fastcifar.sweep.sweep_spec import SweepTrial
 from tests.faults import children
 from tests.faults.runs import rows
 from tests.sweep.sweeps import assert_equal_sweeps, file, lines, states, table
@@ -47,8 +47,8 @@ def training(folder: Path) -> tuple[str, int] | None:
 
 def test_processes_end_as_one_process_does(tmp_path: Path) -> None:
     source = file(tmp_path, FEW)
-    sweep(source, tmp_path / "one")
-    found = sweep(source, tmp_path / "two", "processes", How(jobs=2, cpus=1))
+    run_sweep(source, tmp_path / "one")
+    found = run_sweep(source, tmp_path / "two", "processes", ExecutorOptions(jobs=2, cpus=1))
     assert_equal_sweeps(tmp_path / "two", tmp_path / "one")
     running = most = 0
     for line in lines(tmp_path / "two"):
@@ -75,8 +75,8 @@ def test_fault24_a_process_that_dies_fails_its_trial_alone_and_the_sweeps_end_is
     os.kill(process.pid, signal.SIGKILL)
     children.ended(process)
     children.wait_for(lambda: holder(folder / "runs" / other[0]) is None, 30)  # it has followed its parent
-    assert sweep(source, folder, retry_failed=True)["counts"]["done"] == 4
-    sweep(source, tmp_path / "one")
+    assert run_sweep(source, folder, retry_failed=True)["counts"]["done"] == 4
+    run_sweep(source, tmp_path / "one")
     assert_equal_sweeps(folder, tmp_path / "one")
 
 
@@ -86,7 +86,7 @@ def test_gpus_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def slots(**how: int) -> list[str]:
-        return [slot["CUDA_VISIBLE_DEVICES"] for slot in gpus(How(**how)).keywords["slots"]]  # type: ignore[attr-defined]
+        return [slot["CUDA_VISIBLE_DEVICES"] for slot in gpu_executor(ExecutorOptions(**how)).keywords["slots"]]  # type: ignore[attr-defined]
 
     assert slots(trials_per_gpu=2) == ["0", "1", "0", "1"]
     assert slots(trials_per_gpu=2, jobs=3) == ["0", "1", "0"]
@@ -96,10 +96,13 @@ def test_gpus_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rays_task_has_its_share_of_a_gpu_where_there_is_any() -> None:
     cluster = {"CPU": 8.0, "GPU": 2.0}
-    assert executors._share(cluster, How(trials_per_gpu=3)) == ({"num_cpus": 1, "num_gpus": 1 / 3}, 6)
-    assert executors._share(cluster, How(cpus=4)) == ({"num_cpus": 4, "num_gpus": 1.0}, 2)
-    assert executors._share({"CPU": 8.0}, How(cpus=3)) == ({"num_cpus": 3}, 2)
-    assert executors._share({"CPU": 8.0}, How(jobs=5)) == ({"num_cpus": 1}, 5)
+    assert executors._resources_per_task(cluster, ExecutorOptions(trials_per_gpu=3)) == (
+        {"num_cpus": 1, "num_gpus": 1 / 3},
+        6,
+    )
+    assert executors._resources_per_task(cluster, ExecutorOptions(cpus=4)) == ({"num_cpus": 4, "num_gpus": 1.0}, 2)
+    assert executors._resources_per_task({"CPU": 8.0}, ExecutorOptions(cpus=3)) == ({"num_cpus": 3}, 2)
+    assert executors._resources_per_task({"CPU": 8.0}, ExecutorOptions(jobs=5)) == ({"num_cpus": 1}, 5)
 
 
 def test_fault24_a_cluster_without_room_for_a_trial_is_not_waited_for(tmp_path: Path) -> None:
@@ -117,45 +120,51 @@ def test_fault24_a_cluster_without_room_for_a_trial_is_not_waited_for(tmp_path: 
         def shutdown(self) -> None:
             self.ended += 1
 
-    cluster, trials = Cluster(), iter(planned(file(tmp_path), None, "ray", None, {})[2])
+    cluster, trials = Cluster(), iter(prepare_sweep(file(tmp_path), None, "ray", None, {})[2])
     with pytest.raises(UsageError, match="a trial takes 4 cores, and the cluster has 2; give fewer --cpus"):
-        next(executors._tasks(trials, cluster, How(cpus=4, jobs=1)))
+        next(executors._run_on_ray(trials, cluster, ExecutorOptions(cpus=4, jobs=1)))
     assert cluster.ended == 1
 
 
 @pytest.mark.parametrize(
     ("on", "how", "words"),
     [
-        ("process", How(jobs=2), "--jobs: --on process has none; leave it out, or use --on processes or gpus or ray"),
-        ("process", How(cpus=1), "--cpus: --on process has none"),
-        ("processes", How(trials_per_gpu=2), "--trials-per-gpu: --on processes has none"),
-        ("gpus", How(address="local"), "--address: --on gpus has none; leave it out, or use --on ray"),
+        (
+            "process",
+            ExecutorOptions(jobs=2),
+            "--jobs: --on process has none; leave it out, or use --on processes or gpus or ray",
+        ),
+        ("process", ExecutorOptions(cpus=1), "--cpus: --on process has none"),
+        ("processes", ExecutorOptions(trials_per_gpu=2), "--trials-per-gpu: --on processes has none"),
+        ("gpus", ExecutorOptions(address="local"), "--address: --on gpus has none; leave it out, or use --on ray"),
     ],
 )
-def test_fault15_what_a_place_does_not_have_is_refused(tmp_path: Path, on: str, how: How, words: str) -> None:
+def test_fault15_what_a_place_does_not_have_is_refused(
+    tmp_path: Path, on: str, how: ExecutorOptions, words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
-        sweep(file(tmp_path), tmp_path / "out", on, how)
+        run_sweep(file(tmp_path), tmp_path / "out", on, how)
     assert not (tmp_path / "out").exists()
 
 
 def test_fault07_a_reason_stands_where_its_traceback_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "error.txt").mkdir()
-    assert executors._reason(RuntimeError("a bug\nin two lines"), tmp_path) == "RuntimeError: a bug"
+    assert executors._failure_reason(RuntimeError("a bug\nin two lines"), tmp_path) == "RuntimeError: a bug"
 
 
 def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def elsewhere(how: How) -> Runner:
-        def run(trials: Iterator[Trial]) -> Events:
+    def elsewhere(how: ExecutorOptions) -> Executor:
+        def run(trials: Iterator[SweepTrial]) -> TrialEvents:
             for trial in trials:
                 there = trial.recipe.model_copy(update={"out": str(tmp_path / "there" / trial.key)})
-                yield Told(trial, "running")
-                yield replace(executors._task(replace(trial, recipe=there), 1, "another host"), trial=trial)
+                yield TrialEvent(trial, "running")
+                yield replace(executors._ray_task(replace(trial, recipe=there), 1, "another host"), trial=trial)
 
         return run
 
-    monkeypatch.setitem(executors.PLACES, "elsewhere", elsewhere)
+    monkeypatch.setitem(executors.EXECUTORS, "elsewhere", elsewhere)
     source = file(tmp_path, FEW)
-    found, other = sweep(source, tmp_path / "home", "elsewhere"), sweep(source, tmp_path / "one")
+    found, other = run_sweep(source, tmp_path / "home", "elsewhere"), run_sweep(source, tmp_path / "one")
     assert found["counts"]["done"] == 4
     assert table(tmp_path / "home") == table(tmp_path / "one")
     for row in other["trials"]:
@@ -163,7 +172,7 @@ def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monke
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "runs").write_text("in the way")
     with pytest.raises(DiskError, match=r"cannot write .*full/runs"):  # fault07
-        sweep(source, tmp_path / "full", "elsewhere")
+        run_sweep(source, tmp_path / "full", "elsewhere")
 
 
 def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> None:
@@ -178,7 +187,7 @@ def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> No
     assert found is not None
     os.kill(found[1], signal.SIGKILL)
     assert children.ended(process, 300) == 0, (tmp_path / "log").read_text()
-    sweep(source, tmp_path / "one")
+    run_sweep(source, tmp_path / "one")
     assert_equal_sweeps(folder, tmp_path / "one")
     resumed = {run.parent.name: json.loads(run.read_text()).get("resumed") for run in folder.glob("runs/*/env.json")}
     assert [name for name, starts in resumed.items() if starts] == [found[0]]
@@ -188,5 +197,5 @@ def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> No
 def test_fault18_without_ray_or_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UsageError, match=r"ray cannot be imported .*; pip install 'fastcifar\[sweep\]'"):
-        sweep(file(tmp_path), tmp_path / "out", "ray")
+        run_sweep(file(tmp_path), tmp_path / "out", "ray")
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fastcifar.errors import UsageError
-from fastcifar.sweep.executors import How
-from fastcifar.sweep.study import Study
-from fastcifar.sweep.sweep import plan, sweep
-from fastcifar.sweep.sweep_spec import read
+from fastcifar.sweep.executors import ExecutorOptions
+from fastcifar.sweep.study import OptunaStudy
+from fastcifar.sweep.sweep import plan_sweep, run_sweep
+from fastcifar.sweep.sweep_spec import read_sweep_spec
 from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, file, lines, states
 
@@ -48,8 +48,8 @@ def test_trials_are_pruned_where_optunas_pruner_says_so_and_none_without_one(tmp
     for pruner, expected in (("median:2", "pruned"), ("none", "done")):
         (folder := tmp_path / expected).mkdir()
         source = ask(tmp_path, 4, pruner, epochs=3)
-        study = Study(*read(source), folder)
-        study.open()
+        study = OptunaStudy(*read_sweep_spec(source), folder)
+        study.open_study()
         for activation in ("relu", "silu"):  # two that did so well that no other will reach them
             good = optuna.trial.create_trial(
                 params={"lr": 1e-6, "activation": activation},
@@ -60,8 +60,8 @@ def test_trials_are_pruned_where_optunas_pruner_says_so_and_none_without_one(tmp
                 value=0.99,
                 intermediate_values={0: 0.99, 1: 0.99, 2: 0.99},
             )
-            study.study.add_trial(good)
-        found = sweep(source, folder)
+            study.optuna_study.add_trial(good)
+        found = run_sweep(source, folder)
         assert found["counts"][expected] == len(found["trials"]) == 2
         for row, trial in zip(found["trials"], known(folder)[2:], strict=True):
             reported = accuracies(folder / row["run"])
@@ -80,20 +80,20 @@ def test_fault01_a_study_killed_goes_on_as_if_it_never_was(tmp_path: Path) -> No
     children.wait_for(lambda: len(states(killed)) == 2 and list(killed.glob("runs/1-*/checkpoints/last.pt")))
     os.kill(process.pid, signal.SIGKILL)
     children.ended(process)
-    found = sweep(source, killed)
+    found = run_sweep(source, killed)
     assert found["counts"]["done"] == 4
-    sweep(source, tmp_path / "whole")
+    run_sweep(source, tmp_path / "whole")
     assert_equal_sweeps(killed, tmp_path / "whole")
     mine, other = known(killed), known(tmp_path / "whole")
     assert [(t.number, t.params, t.value) for t in mine] == [(t.number, t.params, t.value) for t in other]
     length = len(lines(killed))
-    assert sweep(source, killed) == found
+    assert run_sweep(source, killed) == found
     assert (len(lines(killed)), len(known(killed))) == (length, 4)
-    assert sweep(ask(tmp_path, 5, ends=ends), killed)["counts"]["done"] == 5
+    assert run_sweep(ask(tmp_path, 5, ends=ends), killed)["counts"]["done"] == 5
 
 
 def test_two_processes_report_to_one_study(tmp_path: Path) -> None:
-    found = sweep(ask(tmp_path, 3, "asha:2"), tmp_path / "out", "processes", How(jobs=2, cpus=1))
+    found = run_sweep(ask(tmp_path, 3, "asha:2"), tmp_path / "out", "processes", ExecutorOptions(jobs=2, cpus=1))
     assert found["counts"]["done"] + found["counts"]["pruned"] == 3
     for trial in known(tmp_path / "out"):
         (row,) = [row for row in found["trials"] if row["label"].startswith(f"{trial.number}: ")]
@@ -114,22 +114,22 @@ def test_fault15_what_a_study_cannot_be_is_said_before_it_runs(
     tmp_path: Path, text: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        sweep(ask(tmp_path, **text), tmp_path / "out")
+        run_sweep(ask(tmp_path, **text), tmp_path / "out")
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_flags_make_of_a_study(tmp_path: Path) -> None:
     source, out = ask(tmp_path), tmp_path / "out"
-    assert plan(source, out)["steps"] == 4 * 2 * 5
+    assert plan_sweep(source, out)["steps"] == 4 * 2 * 5
     asked: list[dict[str, Any]] = [{"seeds": "2"}, {"val_size": "0"}, {"lr": "0.1"}, {"retry_failed": True}]
     for refused in asked:
         with pytest.raises(UsageError):
-            sweep(source, out, **refused)
+            run_sweep(source, out, **refused)
     assert not out.exists()
 
 
 def test_fault18_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UsageError, match=r"optuna cannot be imported .*; pip install 'fastcifar\[sweep\]'"):
-        sweep(ask(tmp_path), tmp_path / "out")
+        run_sweep(ask(tmp_path), tmp_path / "out")

@@ -10,14 +10,14 @@ import pytest
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.sweep.sweep_spec import Trial, expand, read, shipped
+from fastcifar.sweep.sweep_spec import SweepTrial, expand_trials, read_sweep_spec, shipped_sweeps
 
 
-def trials(folder: Path, text: str, seeds: str | None = None, **flags: Any) -> list[Trial]:
+def trials(folder: Path, text: str, seeds: str | None = None, **flags: Any) -> list[SweepTrial]:
     """The trials of a sweep file of this text."""
     (folder / "mine.toml").write_text(text)
-    asked, name = read(str(folder / "mine.toml"), seeds, flags)
-    return expand(asked, name)
+    asked, name = read_sweep_spec(str(folder / "mine.toml"), seeds, flags)
+    return expand_trials(asked, name)
 
 
 def test_axes_multiply_seed_by_seed(tmp_path: Path) -> None:
@@ -43,23 +43,23 @@ def test_axes_multiply_seed_by_seed(tmp_path: Path) -> None:
     first, last = found[0], found[-1]
     assert first.label == "plain, lr=0.1, blocks=1,1"
     assert last.label == "row1, weight_decay=0.0, lr=0.2, blocks=2,2"
-    assert (first.name, last.name) == ("quick", "row1")
+    assert (first.recipe_name, last.recipe_name) == ("quick", "row1")
     quick, row1 = Recipe.make("quick"), Recipe.make("row1")
     mine = {"epochs": 7, "lr": 0.1, "blocks": (1, 1), "arch": "resnet", "seed": 3}
     assert first.recipe == quick.model_copy(update=mine)
     mine = {"epochs": 7, "lr": 0.2, "blocks": (2, 2), "weight_decay": 0.0, "seed": 1}
     assert last.recipe == row1.model_copy(update=mine)
-    assert first.knobs == {"arch": "resnet", "lr": 0.1, "blocks": [1, 1]}
-    assert last.knobs.items() >= {"arch": "se55", "batch_size": 32, "optimizer": "lookahead:sgd", "lr": 0.2}.items()
-    assert "epochs" not in last.knobs
+    assert first.options == {"arch": "resnet", "lr": 0.1, "blocks": [1, 1]}
+    assert last.options.items() >= {"arch": "se55", "batch_size": 32, "optimizer": "lookahead:sgd", "lr": 0.2}.items()
+    assert "epochs" not in last.options
 
 
 def test_flags_stand_above_recipes_and_base_but_not_above_an_axis(tmp_path: Path) -> None:
     text = "recipe = 'quick'\n[base]\nepochs = 7\n[grid]\nlr = [0.1]\n[[list]]\nrecipe = 'row1'"
     (found,) = trials(tmp_path, text, epochs="3", batch_size="256")
     assert (found.recipe.arch, found.recipe.epochs, found.recipe.batch_size) == ("se55", 3, 256)
-    assert found.knobs.keys() >= {"arch"}
-    assert not {"epochs", "batch_size"} & found.knobs.keys()
+    assert found.options.keys() >= {"arch"}
+    assert not {"epochs", "batch_size"} & found.options.keys()
     with pytest.raises(UsageError, match="--lr: lr is an axis of this sweep; leave it out"):
         trials(tmp_path, text, lr="0.3")
     assert [trial.recipe.seed for trial in trials(tmp_path, text, seeds="3")] == [0, 1, 2]
@@ -114,12 +114,12 @@ def test_the_copy_in_the_sweeps_folder_asks_for_the_same(tmp_path: Path) -> None
         optimizer = "lookahead:sgd"
     """
     found = trials(tmp_path, text, max_params="6000000", augment="none")
-    asked, _ = read(str(tmp_path / "mine.toml"), None, {"max_params": "6000000", "augment": "none"})
+    asked, _ = read_sweep_spec(str(tmp_path / "mine.toml"), None, {"max_params": "6000000", "augment": "none"})
     folder = tmp_path / "sweeps" / "mine"
     folder.mkdir(parents=True)
     (folder / "sweep.toml").write_text(asked.to_toml())
-    again, name = read(str(folder))
-    assert (expand(again, name), name) == (found, "mine")
+    again, name = read_sweep_spec(str(folder))
+    assert (expand_trials(again, name), name) == (found, "mine")
     assert len(found) == 2 * 2 * 3 * 2
     assert found[0].recipe.arch == "se55"
 
@@ -159,13 +159,13 @@ def test_fault15_what_is_wrong_in_a_sweep_file_is_one_line(tmp_path: Path, text:
 
 def test_a_sweep_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no sweep 'row'; did you mean 'rows'"):
-        read("row")
+        read_sweep_spec("row")
 
 
 def test_the_shipped_sweeps() -> None:
-    counts = {name: len(expand(*read(name))) for name in shipped()}
+    counts = {name: len(expand_trials(*read_sweep_spec(name))) for name in shipped_sweeps()}
     assert counts == {"rows": 7 * 3, "rows-small": 7 * 3, "res512-activations": 5 * 3, "res512-optimizers": 8 * 3}
-    rows = expand(*read("rows"))
+    rows = expand_trials(*read_sweep_spec("rows"))
     for number in range(7):
-        assert rows[number].label == rows[number].name == f"row{number + 1}"
+        assert rows[number].label == rows[number].recipe_name == f"row{number + 1}"
         assert rows[number].recipe == Recipe.make(f"row{number + 1}")

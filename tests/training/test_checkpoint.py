@@ -27,9 +27,11 @@ def path(tmp_path: Path) -> Path:
 
 def test_round_trip_with_manifest_and_previous(path: Path) -> None:
     for value in (1.0, 2.0, 3.0):
-        checkpoint.save(path, state(value))
-    assert torch.equal(checkpoint.load(path)["model"]["weight"], torch.full((3, 2), 3.0))
-    assert torch.equal(checkpoint.read(path.with_suffix(".previous.pt"))["model"]["weight"], torch.full((3, 2), 2.0))
+        checkpoint.save_checkpoint(path, state(value))
+    assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 3.0))
+    assert torch.equal(
+        checkpoint.read_checkpoint(path.with_suffix(".previous.pt"))["model"]["weight"], torch.full((3, 2), 2.0)
+    )
     manifest = json.loads((path.parent / "manifest.json").read_text())
     assert manifest["last.pt"]["bytes"] == path.stat().st_size
     assert manifest.keys() == {"last.pt", "last.previous.pt"}
@@ -39,7 +41,9 @@ def test_round_trip_with_manifest_and_previous(path: Path) -> None:
 def test_fault04_the_first_of_its_name_is_whole_wherever_the_process_dies(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(path.with_name("best.pt"), state(1.0))  # so that there is a manifest, which does not know `last`
+    checkpoint.save_checkpoint(
+        path.with_name("best.pt"), state(1.0)
+    )  # so that there is a manifest, which does not know `last`
     replace, left = os.replace, [0]
 
     def dying(*given: Any) -> None:
@@ -54,23 +58,23 @@ def test_fault04_the_first_of_its_name_is_whole_wherever_the_process_dies(
             left[0] = survived
             patch.setattr(os, "replace", dying)
             try:
-                checkpoint.save(path, state(2.0))
+                checkpoint.save_checkpoint(path, state(2.0))
             except KeyboardInterrupt:
                 assert survived < 3
         if path.exists():
-            assert torch.equal(checkpoint.load(path)["model"]["weight"], torch.full((3, 2), 2.0))
+            assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 2.0))
             path.unlink()
         else:
             assert survived < 2
         (path.parent / "manifest.json").unlink()
-        checkpoint.save(path.with_name("best.pt"), state(1.0))
+        checkpoint.save_checkpoint(path.with_name("best.pt"), state(1.0))
     assert survived == 3
 
 
 def test_mode_follows_the_umask(path: Path) -> None:
     before = os.umask(0o027)
     try:
-        checkpoint.save(path, state())
+        checkpoint.save_checkpoint(path, state())
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
@@ -79,7 +83,7 @@ def test_mode_follows_the_umask(path: Path) -> None:
 def test_fault07_a_failed_write_keeps_the_old_one_and_leaves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(path, state(1.0))
+    checkpoint.save_checkpoint(path, state(1.0))
     before = path.read_bytes()
 
     def full(_: int) -> None:
@@ -87,7 +91,7 @@ def test_fault07_a_failed_write_keeps_the_old_one_and_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskError, match=r"last\.pt.*bytes.*No space left"):
-        checkpoint.save(path, state(2.0))
+        checkpoint.save_checkpoint(path, state(2.0))
     assert path.read_bytes() == before
     assert not list(path.parent.glob(".*"))
 
@@ -104,16 +108,16 @@ def test_fault07_a_failed_write_keeps_the_old_one_and_leaves_nothing(
     ids=["truncated", "empty", "zeros", "html", "one bit"],
 )
 def test_fault08_a_damaged_file_gives_the_previous_with_one_warning_or_an_error(path: Path, damage: Any) -> None:
-    checkpoint.save(path, state(1.0))
+    checkpoint.save_checkpoint(path, state(1.0))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError):
-        checkpoint.load(path)
+        checkpoint.load_checkpoint(path)
     path.unlink()
     for value in (1.0, 2.0):
-        checkpoint.save(path, state(value))
+        checkpoint.save_checkpoint(path, state(value))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match=r"last\.previous\.pt is used instead") as caught:
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.load_checkpoint(path)
     assert len(caught) == 1
     assert torch.equal(loaded["model"]["weight"], torch.full((3, 2), 1.0))
 
@@ -129,23 +133,23 @@ def test_fault09_a_malicious_file_is_refused_and_runs_nothing(
     monkeypatch.chdir(tmp_path)
     torch.save({"recipe": {}, "model": Evil()}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        checkpoint.load(path)
+        checkpoint.load_checkpoint(path)
     assert not (tmp_path / "sentinel").exists()
 
 
 def test_another_torch_file_is_refused(path: Path) -> None:
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="no model and recipe"):
-        checkpoint.load(path)
+        checkpoint.load_checkpoint(path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        checkpoint.load(path.with_name("none.pt"))
+        checkpoint.load_checkpoint(path.with_name("none.pt"))
 
 
 def test_fault14_what_is_not_finite_is_not_written(path: Path) -> None:
-    checkpoint.save(path, state(1.0))
+    checkpoint.save_checkpoint(path, state(1.0))
     with pytest.raises(NonFiniteError, match="weight is not finite"):
-        checkpoint.save(path, state(float("nan")))
-    assert torch.equal(checkpoint.load(path)["model"]["weight"], torch.full((3, 2), 1.0))
+        checkpoint.save_checkpoint(path, state(float("nan")))
+    assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 1.0))
 
 
 def test_weights_load_strictly_and_prefixes_go() -> None:
@@ -164,5 +168,5 @@ def test_weights_load_strictly_and_prefixes_go() -> None:
 
 
 def test_find(tmp_path: Path) -> None:
-    assert checkpoint.find(str(tmp_path), "best") == tmp_path / "checkpoints" / "best.pt"
-    assert checkpoint.find(str(tmp_path / "file.pt")) == tmp_path / "file.pt"
+    assert checkpoint.resolve_checkpoint_path(str(tmp_path), "best") == tmp_path / "checkpoints" / "best.pt"
+    assert checkpoint.resolve_checkpoint_path(str(tmp_path / "file.pt")) == tmp_path / "file.pt"

@@ -14,26 +14,26 @@ from torch import Tensor
 from torchvision.transforms import functional as images_as_torchvision
 
 from fastcifar.data.cifar import Split
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.evaluate import (
     VIEWS,
-    calibration_error,
+    apply_view,
+    compute_scores,
+    eval_mode,
     evaluate,
-    evaluating,
-    fast_forward,
+    expected_calibration_error,
+    optimize_forward,
     predict_logits,
-    score,
-    seen,
 )
 from fastcifar.training.train import train
-from fastcifar.training.trainer import assemble
+from fastcifar.training.trainer import build_trainer
 
 
 def test_scores_by_hand() -> None:
     logits = torch.tensor([[0.8, 0.2, 1e-9], [0.4, 0.6, 1e-9], [0.7, 0.3, 1e-9]]).log()
-    scores = score(logits, torch.tensor([0, 0, 1]))
+    scores = compute_scores(logits, torch.tensor([0, 0, 1]))
     assert (scores.correct, scores.total, scores.accuracy) == (1, 3, 1 / 3)
     assert scores.loss == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.3)) / 3, rel=1e-6)
     assert scores.per_class == [0.5, 0.0, None]
@@ -43,12 +43,12 @@ def test_scores_by_hand() -> None:
 
 def test_calibration_error_averages_within_a_bin() -> None:
     logits = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
-    assert calibration_error(logits, torch.tensor([True, False])) == pytest.approx(0.4, rel=1e-6)
+    assert expected_calibration_error(logits, torch.tensor([True, False])) == pytest.approx(0.4, rel=1e-6)
 
 
 def test_fault26_evaluation_changes_no_parameter_and_no_buffer(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = assemble(recipe, choose(recipe))
+    parts = build_trainer(recipe, choose_execution(recipe))
     parts.model.train()
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     first = evaluate(parts.model, parts.forward, parts.data.test, parts.device)
@@ -59,7 +59,7 @@ def test_fault26_evaluation_changes_no_parameter_and_no_buffer(tiny: Callable[..
 
 def test_logits_come_in_the_images_order(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny()
-    parts = assemble(recipe, choose(recipe))
+    parts = build_trainer(recipe, choose_execution(recipe))
     whole = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
     monkeypatch.setattr("fastcifar.training.evaluate.BATCH_SIZE", 7)
     by_seven = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
@@ -115,7 +115,7 @@ def test_views_against_plain_computations(tta: str) -> None:
 def test_a_view_is_uint8_and_channels_last() -> None:
     images = torch.from_numpy(IMAGES).contiguous(memory_format=torch.channels_last)
     for view in VIEWS["10crop"]:
-        found = seen(images, view)
+        found = apply_view(images, view)
         assert (found.dtype, found.shape) == (torch.uint8, images.shape)
         assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -123,28 +123,28 @@ def test_a_view_is_uint8_and_channels_last() -> None:
 def test_an_unknown_view_is_named(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(tta="6veiw")
     with pytest.raises(UsageError, match="did you mean '6view'"):
-        assemble(recipe, choose(recipe))
+        build_trainer(recipe, choose_execution(recipe))
 
 
 def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Recipe]) -> None:
     plain, asked = train(tiny()), train(tiny(tta="10crop", ema=0.5, weights="ema"))
     assert plain["test_acc_tta"] is None
-    parts = assemble(tiny(), choose(tiny()))
+    parts = build_trainer(tiny(), choose_execution(tiny()))
     saved = torch.load(f"{asked['run']}/checkpoints/last.pt", weights_only=True)
     parts.model.load_state_dict(saved["ema"])
     images = torch.from_numpy(parts.data.test.images)
-    with evaluating(parts.model):
+    with eval_mode(parts.model):
         hits = ten_crops(parts.forward, images.float()).argmax(1) == torch.from_numpy(parts.data.test.labels)
     assert asked["test_acc_tta"] == hits.double().mean().item()
 
 
 def test_a_compiled_evaluation_equals_the_eager_one_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = assemble(recipe, choose(recipe))
+    parts = build_trainer(recipe, choose_execution(recipe))
     parts.model.train()
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     few = Split(parts.data.test.images[:7], parts.data.test.labels[:7])
-    fast = fast_forward(parts.model, parts.forward, CPU, True, False)
+    fast = optimize_forward(parts.model, parts.forward, CPU, True, False)
     for weights in (0, 1):
         with torch.no_grad():
             next(parts.model.parameters()).add_(weights)  # training goes on: the compiled pass sees it
@@ -166,7 +166,7 @@ def test_training_compiles_its_evaluations_where_they_repay_it(
     for enough, extra in ((9, {}), (4, {"ema": 0.9}), (7, {"tta": "flip"})):
         for epochs in (enough - 1, enough):
             recipe = tiny(epochs=epochs, **extra)
-            parts = assemble(recipe, choose(recipe))
-            parts.choice = replace(parts.choice, compile=True)
-            parts.fast_inference()
+            parts = build_trainer(recipe, choose_execution(recipe))
+            parts.execution = replace(parts.execution, compile=True)
+            parts.build_eval_forward()
     assert made == [False, True] * 3

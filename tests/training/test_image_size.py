@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
-from fastcifar.recipe import Recipe, image_sizes, shipped
+from fastcifar.recipe import Recipe, parse_image_sizes, shipped_recipes
 from fastcifar.training import cuda_graph, dry_run
-from fastcifar.training.dry_run import Pace, fit_into_budget, measure
-from fastcifar.training.step import loss_and_hits, resized
-from fastcifar.training.trainer import Parts, assemble
+from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
+from fastcifar.training.step import loss_and_correct, resized_forward
+from fastcifar.training.trainer import Trainer, build_trainer
 
 
-def parts_of(recipe: Recipe) -> Parts:
-    return assemble(recipe, choose(recipe))
+def parts_of(recipe: Recipe) -> Trainer:
+    return build_trainer(recipe, choose_execution(recipe))
 
 
 def test_the_sizes_of_the_epochs() -> None:
     recipe = Recipe.make(image_size="24:3,28:2,32", epochs=7)
-    assert [recipe.size_at(epoch) for epoch in range(8)] == [24, 24, 24, 28, 28, 32, 32, 32]
-    assert {Recipe().size_at(epoch) for epoch in (0, 199, 1000)} == {32}
+    assert [recipe.image_size_at(epoch) for epoch in range(8)] == [24, 24, 24, 28, 28, 32, 32, 32]
+    assert {Recipe().image_size_at(epoch) for epoch in (0, 199, 1000)} == {32}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_images_are_resized_as_pillow_does_it(size: int) -> None:
     """Pillow's bilinear filter of a float image, which is antialiased where it shrinks."""
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     seen: list[Tensor] = []
-    resized(lambda given: seen.append(given) or given, size)(images)
+    resized_forward(lambda given: seen.append(given) or given, size)(images)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     for image, found in zip(images.flatten(0, 1), seen[0].flatten(0, 1), strict=True):
         wanted = Image.fromarray(image.float().numpy()).resize((size, size), Image.Resampling.BILINEAR)
@@ -76,7 +76,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
     prepared: list[int] = []
     taken: list[tuple[int, int]] = []
     parts = parts_of(tiny(image_size="24:1,28:2,32", epochs=5, batch_size=48, augment="crop:4:zero,cutmix:1.0"))
-    parts.choice = replace(parts.choice, compile=True)
+    parts.execution = replace(parts.execution, compile=True)
     plain = parts.forward
     monkeypatch.setattr(parts, "forward", lambda images: taken.append((images.shape[3], len(images))) or plain(images))
 
@@ -85,7 +85,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
         return function
 
     monkeypatch.setattr(cuda_graph, "compiled", recorded)
-    step = parts.fast_step()
+    step = parts.build_train_step()
     assert len(prepared) == 3
     assert [size for size, _ in taken] == [24, 28, 32]  # the warm-up of each
     taken.clear()
@@ -96,16 +96,16 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
     sizes = (24, 28, 28, 32, 32)
     assert taken == [(size, count) for size in sizes for count in (48, 48, 48, 16)]
     assert len(prepared) == 3
-    assert parts.meter.read().finite
+    assert parts.meter.compute().is_finite
 
 
 def test_a_compiled_small_size_equals_the_plain_one() -> None:
     weight = torch.randn(10, 3 * 24 * 24) / 255
-    function = loss_and_hits(resized(lambda images: images.flatten(1) @ weight.T, 24), 0.1)
+    function = loss_and_correct(resized_forward(lambda images: images.flatten(1) @ weight.T, 24), 0.1)
     images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
     images = images.contiguous(memory_format=torch.channels_last)
     expected, _ = function(images, labels)
-    found, _ = cuda_graph.compiled(function)(images, labels)
+    found, _ = cuda_graph.compile_function(function)(images, labels)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
     parts = parts_of(tiny(image_size="24:3,32", epochs=4))
     seconds = {24: 1.0, 32: 5.0}
     monkeypatch.setattr(dry_run, "_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
-    pace = measure(parts, parts.fast_step())
+    pace = measure_step_timing(parts, parts.build_train_step())
     assert pace.step_s == 2.0
     assert parts.progress.epoch == 0
 
@@ -123,24 +123,24 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 def test_a_budget_shortens_the_stages_with_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: Pace(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
     parts = parts_of(tiny(time_budget=1.0, epochs=16, image_size="16:3,24:8,32"))
-    fit_into_budget(parts, parts.fast_step(), elapsed_s=7.0)
+    fit_epochs_to_time_budget(parts, parts.build_train_step(), elapsed_s=7.0)
     assert (parts.recipe.epochs, parts.recipe.image_size) == (4, "24:2,32")
-    assert image_sizes(parts.recipe.image_size)
-    Recipe.checked(parts.recipe.model_dump())
+    assert parse_image_sizes(parts.recipe.image_size)
+    Recipe.from_dict(parts.recipe.model_dump())
 
 
 def test_the_network_starts_from_the_first_training_images(tiny: Callable[..., Recipe]) -> None:
     """By the definition: the responses of the stem to these images, normalised, are as far spread in each direction."""
 
-    def stem(parts: Parts) -> Tensor:
+    def stem(parts: Trainer) -> Tensor:
         return parts.model.state_dict()["whiten.weight"]
 
     knobs = {"arch": "speed94", "blocks": None, "channels": None, "width": 0.125}
     parts = parts_of(tiny(**knobs))
     mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    images = (torch.tensor(parts.train.images) / 255 - mean) / std
+    images = (torch.tensor(parts.train_split.images) / 255 - mean) / std
     spread = F.conv2d(images, stem(parts))[:, :12].square().mean((0, 2, 3))
     assert spread.max().item() == pytest.approx(1, abs=0.02)
     assert spread.min().item() > 0.8
@@ -148,8 +148,8 @@ def test_the_network_starts_from_the_first_training_images(tiny: Callable[..., R
     assert torch.equal(stem(parts_of(tiny(**knobs, seed=5))), stem(parts)), "the seed decides nothing of it"
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("speed")])
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("speed")])
 def test_a_shipped_recipe_is_one_that_can_be_run(name: str) -> None:
     recipe = Recipe.make(name)
-    assert recipe.size_at(recipe.epochs - 1) == 32
+    assert recipe.image_size_at(recipe.epochs - 1) == 32
     assert recipe.val_size > 0

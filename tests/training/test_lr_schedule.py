@@ -14,13 +14,13 @@ from torch.optim import lr_scheduler
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.lr_schedule import SCHEDULES, Schedule
+from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule
 
 STEPS = 40  # 10 epochs of 4 steps
 
 
-def schedule(spec: str, **values: Any) -> Schedule:
-    return Schedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}), 4)
+def schedule(spec: str, **values: Any) -> LRSchedule:
+    return LRSchedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}), 4)
 
 
 def rates_of(made: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
@@ -76,7 +76,7 @@ def test_plateau_equals_torch(patience: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> None:
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.8, 0.81, 0.82, 0.83, 0.84]
-    spec = f"{name}:2" if SCHEDULES[name].watches else name
+    spec = f"{name}:2" if SCHEDULES[name].uses_val_loss else name
     whole, first, second = (schedule(spec, warmup_epochs=1) for _ in range(3))
     rates = []
     for epoch, loss in enumerate(losses):
@@ -93,7 +93,7 @@ def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> N
         resumed += [part.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
         part.after_epoch(loss)
     assert resumed == rates
-    if SCHEDULES[name].watches:
+    if SCHEDULES[name].uses_val_loss:
         assert len(set(rates[4:])) == 3
 
 
@@ -103,12 +103,12 @@ def test_schedules_stay_between_the_floor_and_the_peak(name: str) -> None:
     rates = [made.lr_at(step) for step in range(STEPS + 20)]
     assert all(0.01 - 1e-12 <= rate <= 0.4 + 1e-12 for rate in rates)
     assert len(set(rates[STEPS:])) == 1  # after its end it stays where it is
-    made.after_epoch(None if not SCHEDULES[name].watches else 1.0)
+    made.after_epoch(None if not SCHEDULES[name].uses_val_loss else 1.0)
     assert made.lr_at(3) == rates[3]
 
 
 def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
-    made = Schedule(Recipe(lr=0.1, lr_min=0.01, epochs=21, schedule_epochs=20), 10)
+    made = LRSchedule(Recipe(lr=0.1, lr_min=0.01, epochs=21, schedule_epochs=20), 10)
     rates = [made.lr_at(step) for step in range(210)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.055)
@@ -117,11 +117,11 @@ def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
 
 
 def test_a_schedule_longer_than_the_run_is_cut() -> None:
-    assert Schedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1).lr_at(29) == pytest.approx(0.095, abs=2e-4)
+    assert LRSchedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1).lr_at(29) == pytest.approx(0.095, abs=2e-4)
 
 
 def test_warm_up_rises_linearly_to_the_peak() -> None:
-    lr_at = Schedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5).lr_at
+    lr_at = LRSchedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5).lr_at
     assert [lr_at(step) for step in range(10)] == pytest.approx([0.4 * (step + 1) / 11 for step in range(10)])
     assert lr_at(10) == pytest.approx(0.4)
     assert lr_at(11) < 0.4
@@ -129,7 +129,7 @@ def test_warm_up_rises_linearly_to_the_peak() -> None:
 
 @pytest.mark.parametrize("cycles", [3, 7, 11])
 def test_every_restart_is_at_the_peak(cycles: int) -> None:
-    made = Schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
+    made = LRSchedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
     assert [made.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
 
 

@@ -14,25 +14,25 @@ from fastcifar.benchmark.bench import bench
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import batches
 from fastcifar.data.mixers import MIXERS
-from fastcifar.device import choose
+from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.cuda_graph import by_batch_size, compiled, graphed
-from fastcifar.training.dry_run import rehearse
-from fastcifar.training.step import forward_pass, mixed_loss_and_hits
+from fastcifar.training.cuda_graph import compile_function, cuda_graphed, dispatch_by_batch_size
+from fastcifar.training.dry_run import dry_run
+from fastcifar.training.step import build_forward, mixed_loss_and_correct
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Parts, assemble
+from fastcifar.training.trainer import Trainer, build_trainer
 
 
-def parts_of(recipe: Recipe) -> Parts:
-    return assemble(recipe, choose(recipe))
+def parts_of(recipe: Recipe) -> Trainer:
+    return build_trainer(recipe, choose_execution(recipe))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cutmix_loss_is_that_of_torchvisions_soft_labels(tiny: Callable[..., Recipe], smoothing: float) -> None:
     parts = parts_of(tiny(augment="cutmix", label_smoothing=smoothing))
     images, labels, boxes = next(parts.batches(0))
-    loss, hits = parts.function()(images, labels, boxes)
+    loss, hits = parts.build_loss_function()(images, labels, boxes)
     cutmix, pixels, soft = v2.CutMix(num_classes=10), [], []
     for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
         kept = 1 - (bottom - top) * (right - left) / 1024
@@ -58,7 +58,7 @@ def test_loss_is_the_sum_of_the_labels_losses_by_their_weights(
             F.cross_entropy(logits, labels.roll(k), reduction="none", label_smoothing=smoothing)
             for k in range(weights.shape[1])
         ]
-        loss, _ = parts.function()(images, labels, drawn)
+        loss, _ = parts.build_loss_function()(images, labels, drawn)
         wanted = (weights * torch.stack(losses, 1)).sum(1).mean()
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_mixing_before_normalising_is_mixing_after(name: str) -> None:
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=random)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    normalise = forward_pass(torch.nn.Identity(), mean, std, "fp32", torch.device("cpu"))
+    normalise = build_forward(torch.nn.Identity(), mean, std, "fp32", torch.device("cpu"))
     drawn = torch.from_numpy(MIXERS[name].draw(0.5, 8, np.random.default_rng(0)))
     apply = MIXERS[name].apply
     torch.testing.assert_close(normalise(apply(images, drawn)[0]), apply(normalise(images), drawn)[0])
@@ -78,12 +78,14 @@ def test_mixing_before_normalising_is_mixing_after(name: str) -> None:
 @pytest.mark.parametrize("name", MIXERS)
 def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe], name: str) -> None:
     plain_parts, parts = (parts_of(tiny(augment=f"flip,{name}", batch_size=48)) for _ in range(2))
-    plain, step = (of.step(of.function()) for of in (plain_parts, parts))
-    captured = by_batch_size(graphed(step, parts.example(), parts.tensors(), record=lambda work: work), step, 48)
+    plain, step = (of.build_step(of.build_loss_function()) for of in (plain_parts, parts))
+    captured = dispatch_by_batch_size(
+        cuda_graphed(step, parts.example_batch(), parts.state_tensors(), capture_fn=lambda work: work), step, 48
+    )
     for batch, same in zip(plain_parts.batches(0), parts.batches(0), strict=True):
         plain(*batch)
         captured(*same)
-    for mine, other in zip(parts.tensors(), plain_parts.tensors(), strict=True):
+    for mine, other in zip(parts.state_tensors(), plain_parts.state_tensors(), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -95,10 +97,10 @@ def test_compiled_equals_eager(name: str) -> None:
     labels = torch.randint(10, (32,), generator=random)
     drawn = torch.from_numpy(MIXERS[name].draw(0.5, 32, np.random.default_rng(0)))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
-    forward = forward_pass(model, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "fp32", torch.device("cpu"))
-    plain = mixed_loss_and_hits(forward, 0.1, MIXERS[name].apply)
+    forward = build_forward(model, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "fp32", torch.device("cpu"))
+    plain = mixed_loss_and_correct(forward, 0.1, MIXERS[name].apply)
     seen = []
-    for function in (plain, compiled(plain)):
+    for function in (plain, compile_function(plain)):
         model.zero_grad()
         loss, hits = function(images, labels, drawn)
         loss.backward()
@@ -111,7 +113,7 @@ def test_a_run_with_a_mixer_learns_and_evaluates_whole_images(tiny: Callable[...
     summary = train(recipe)
     assert summary["test_acc"] > 0.3
     assert summary["config"]["augment"] == "flip,cutmix"
-    assert rehearse(recipe)["step_s"] > 0
+    assert dry_run(recipe)["step_s"] > 0
     assert {row["what"] for row in bench(recipe, trials=1, trial_s=0.01)["results"]} == {"loader", "step", "train"}
 
 

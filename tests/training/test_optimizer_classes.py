@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.recipe import Recipe
-from fastcifar.training.optimizer_classes import centralise, matrix, orthogonalised, rectification
-from fastcifar.training.optimizers import Optimizer
+from fastcifar.training.optimizer_classes import as_matrix, centralize, orthogonalize, radam_rectification
+from fastcifar.training.optimizers import OptimizerWrapper
 
 OFF = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -54,13 +54,13 @@ def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 @pytest.mark.parametrize("opt", [{}, {"k": 5, "alpha": 0.8, "use_gc": False}, {"betas": [0.9, 0.99], "eps": 1e-8}])
 def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
     ours, theirs = Network(), Network()
-    optimizer = Optimizer(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, opt=opt))
     reference = pytorch_optimizer.Ranger(theirs.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt)
     for step in on_the_same_gradients(ours, theirs, steps=50):
         optimizer.set_lr(0.1 / (step + 1))
         reference.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step(SCALER, OFF)
-        optimizer.between_steps(step + 1)
+        optimizer.after_step(step + 1)
         reference.step()
         assert_close(ours, theirs, 1e-5)
 
@@ -69,7 +69,7 @@ def test_ranger_counts_no_skipped_step() -> None:
     """Ten steps and, among them, skipped ones, the first too, are ten steps."""
     ours, theirs = Network(), Network()
     recipe = Recipe(optimizer="ranger", lr=0.1, opt={"k": 100})
-    with_skips, without = Optimizer(ours, recipe), Optimizer(theirs, recipe)
+    with_skips, without = OptimizerWrapper(ours, recipe), OptimizerWrapper(theirs, recipe)
     for step in on_the_same_gradients(ours, theirs, steps=10):
         if step in (0, 7):
             kept = [weight.grad.clone() for weight in ours.parameters() if weight.grad is not None]
@@ -79,7 +79,7 @@ def test_ranger_counts_no_skipped_step() -> None:
                 weight.grad = gradient
         with_skips.step(SCALER, OFF)
         without.step(SCALER, OFF)
-    for mine, other in zip(with_skips.tensors(), without.tensors(), strict=True):
+    for mine, other in zip(with_skips.state_tensors(), without.state_tensors(), strict=True):
         assert torch.equal(mine, other)
     assert_close(ours, theirs, 0.0)
 
@@ -87,7 +87,7 @@ def test_ranger_counts_no_skipped_step() -> None:
 @pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
 def test_rectification_equals_the_papers_formula(beta2: float) -> None:
     for count in (1, 2, 5, 6, 7, 100, 70_000):
-        factor, rectified = rectification(torch.tensor(float(count)), 0.95, beta2, 5)
+        factor, rectified = radam_rectification(torch.tensor(float(count)), 0.95, beta2, 5)
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * count * beta2**count / (1 - beta2**count)
         expected = 1 / (1 - 0.95**count)
@@ -108,7 +108,7 @@ def test_centralised_gradients_have_no_mean() -> None:
         else gradient.clone()
         for gradient in gradients
     ]
-    centralise(gradients)
+    centralize(gradients)
     for mine, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -118,14 +118,14 @@ def test_newton_schulz_comes_near_the_orthogonal_factor(shape: tuple[int, int, i
     torch.manual_seed(0)
     gradients = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None, None]
     for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        made = orthogonalised(gradients, 5, dtype).double()
+        made = orthogonalize(gradients, 5, dtype).double()
         u, _, vt = torch.linalg.svd(gradients.double(), full_matrices=False)
         along = u.mT @ made @ vt.mT  # diagonal, if it has the singular vectors of the gradient
         values = torch.diagonal(along, dim1=1, dim2=2)
         assert (along - torch.diag_embed(values)).abs().max() < near
         assert values.max() < 1.25
         assert values.median() > 0.68
-    assert torch.equal(orthogonalised(torch.zeros(shape), 5), torch.zeros(shape, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalize(torch.zeros(shape), 5), torch.zeros(shape, dtype=torch.bfloat16))
 
 
 def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
@@ -140,7 +140,7 @@ def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
 def test_newton_schulz_equals_one_matrix_at_a_time(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     gradients = torch.randn(3, *shape)
-    made = orthogonalised(gradients, 5, torch.float32)
+    made = orthogonalize(gradients, 5, torch.float32)
     for mine, gradient in zip(made, gradients, strict=True):
         torch.testing.assert_close(mine.double(), newton_schulz(gradient.double(), 5), rtol=1e-4, atol=1e-4)
 
@@ -153,7 +153,7 @@ PUBLISHED = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, 
 def test_muon_equals_a_plain_one(opt: dict) -> None:
     """50 steps beside one weight at a time, without batches, views or foreach; Newton-Schulz in bf16 in both."""
     ours, theirs = Network(), Network()
-    optimizer = Optimizer(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, opt=opt))
     values = {**MUON, "linear": False, "weight_norm": False, **opt}
     buffers = {weight: torch.zeros_like(weight) for weight in theirs.parameters()}
     for step in on_the_same_gradients(ours, theirs, steps=50):
@@ -190,7 +190,7 @@ def test_muon_equals_torchs_on_matrices() -> None:
     """torch's takes parameters of two dimensions only: the same filters as matrices, decay and all."""
     ours = Network()
     filters = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in ours.parameters() if weight.ndim == 4]
-    optimizer = Optimizer(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2))
     reference = torch.optim.Muon(filters, lr=0.02, weight_decay=1e-2, momentum=0.95, nesterov=True, ns_steps=5)
     for _ in on_the_same_gradients(ours, steps=50):
         gradients = [weight.grad for weight in ours.parameters() if weight.ndim == 4]
@@ -207,7 +207,7 @@ def test_muon_equals_torchs_on_matrices() -> None:
 def test_a_matrix_is_a_view_in_the_order_of_memory() -> None:
     for weight in Network().parameters():
         if weight.ndim > 1:
-            view = matrix(weight.detach())
+            view = as_matrix(weight.detach())
             assert view.shape == (len(weight), weight[0].numel())
             assert view.data_ptr() == weight.data_ptr()
             assert view.is_contiguous()

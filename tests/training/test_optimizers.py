@@ -17,9 +17,17 @@ from torch import nn
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.lr_schedule import SCHEDULES, Schedule
+from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule
 from fastcifar.training.optimizer_classes import Muon
-from fastcifar.training.optimizers import OPTIMIZERS, OWN_SCHEDULE, Ema, Optimizer, clipper, library, parameter_groups
+from fastcifar.training.optimizers import (
+    OPTIMIZERS,
+    SELF_SCHEDULED_OPTIMIZERS,
+    Ema,
+    OptimizerWrapper,
+    build_grad_clipper,
+    build_param_groups,
+    pytorch_optimizer_classes,
+)
 
 OFF = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -42,12 +50,12 @@ def set_gradients(models: list[nn.Module], step: int) -> None:
             weight.grad = torch.empty_like(weight).copy_(gradient)
 
 
-def advance(pairs: list[tuple[nn.Module, Optimizer]], step: int) -> None:
+def advance(pairs: list[tuple[nn.Module, OptimizerWrapper]], step: int) -> None:
     """One step, number `step` from 0, of every network on the same gradients."""
     set_gradients([model for model, _ in pairs], step)
     for _, optimizer in pairs:
         optimizer.step(SCALER, OFF)
-        optimizer.between_steps(step + 1)
+        optimizer.after_step(step + 1)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -74,7 +82,7 @@ def assert_equal_weights(ours: nn.Module, theirs: nn.Module, tolerance: float = 
 @pytest.mark.parametrize("opt", [{}, {"nesterov": True}, {"momentum": 0.0}, {"dampening": 0.1}])
 def test_sgd_equals_torch(opt: dict) -> None:
     ours, theirs = network(), network()
-    optimizer = Optimizer(ours, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, opt=opt))
     reference = torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=1e-2, **{"momentum": 0.9, **opt})
     if "dampening" in opt:  # torch's first step has no dampening; ours has, so that every step is the same work
         for weight in theirs.parameters():
@@ -101,7 +109,7 @@ def test_sgd_equals_torch(opt: dict) -> None:
 )
 def test_equals_the_plain_optimizer(name: str, opt: dict, build: Any, arguments: dict) -> None:
     ours, theirs = network(), network()
-    optimizer = Optimizer(ours, Recipe(optimizer=name, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer=name, weight_decay=1e-2, opt=opt))
     reference = build(theirs.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
     for step in range(20):
         optimizer.set_lr(0.01 / (step + 1))
@@ -109,19 +117,19 @@ def test_equals_the_plain_optimizer(name: str, opt: dict, build: Any, arguments:
         set_gradients([ours, theirs], step)
         optimizer.step(SCALER, OFF)
         reference.step()
-    assert_equal_weights(ours, theirs, 1e-5 if optimizer.kind.fused else 1e-6)
+    assert_equal_weights(ours, theirs, 1e-5 if optimizer.spec.fused else 1e-6)
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (3, 0.8)])
 def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
     ours, theirs = network(), network()
-    optimizer = Optimizer(ours, Recipe(optimizer="lookahead:sgd", lr=0.1, opt={"k": k, "alpha": alpha}))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="lookahead:sgd", lr=0.1, opt={"k": k, "alpha": alpha}))
     inner = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     reference = ReferenceLookahead(inner, k=k, alpha=alpha, pullback_momentum="none")
     for step in range(50):
         set_gradients([ours, theirs], step)
         optimizer.step(SCALER, OFF)
-        optimizer.between_steps(step + 1)
+        optimizer.after_step(step + 1)
         reference.step()
     assert_equal_weights(ours, theirs, 1e-5)
 
@@ -130,23 +138,23 @@ def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
 def test_a_skipped_step_has_no_slow_weights_after_it(name: str) -> None:
     """k = 5: the tenth step is skipped, and neither weights nor slow weights move; the fifteenth is not."""
     model = network()
-    optimizer = Optimizer(model, Recipe(optimizer=name, opt={"k": 5}))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, opt={"k": 5}))
     for step in range(9):
         advance([(model, optimizer)], step)
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     set_gradients([model], 9)
     next(model.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
     optimizer.step(SCALER, torch.ones(()))
-    optimizer.between_steps(10, torch.ones(()))
+    optimizer.after_step(10, torch.ones(()))
     assert_same(kept, (model.state_dict(), optimizer.state_dict()))
     for step in range(10, 15):
         advance([(model, optimizer)], step)
-    assert all(torch.equal(slow, fast) for slow, fast in zip(optimizer.slow, optimizer.parameters, strict=True))
+    assert all(torch.equal(slow, fast) for slow, fast in zip(optimizer.slow_weights, optimizer.parameters, strict=True))
 
 
 def test_learning_rate_is_one_tensor_that_every_group_reads() -> None:
     model = network()
-    optimizer = Optimizer(model, Recipe(optimizer="sgd", decay_on="weights"))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="sgd", decay_on="weights"))
     assert len(optimizer.inner.param_groups) == 2
     before = copy.deepcopy(model.state_dict())
     optimizer.set_lr(0.0)
@@ -160,15 +168,15 @@ def test_learning_rate_is_one_tensor_that_every_group_reads() -> None:
 @pytest.mark.parametrize("name", [name for name in EVERY if name.rpartition(":")[2] in OPTIMIZERS])
 def test_state_goes_into_the_tensors_that_are_there(name: str) -> None:
     ours, resumed = network(), network()
-    first, second = (Optimizer(model, Recipe(optimizer=name)) for model in (ours, resumed))
-    places = [tensor.data_ptr() for tensor in second.tensors()]
+    first, second = (OptimizerWrapper(model, Recipe(optimizer=name)) for model in (ours, resumed))
+    places = [tensor.data_ptr() for tensor in second.state_tensors()]
     first.set_lr(0.03)
     for step in range(7):
         advance([(ours, first)], step)
     second.load_state_dict(first.state_dict())
     assert all(group["lr"] is second.lr for group in second.inner.param_groups)
-    assert [tensor.data_ptr() for tensor in second.tensors()] == places
-    for mine, other in zip(first.tensors(), second.tensors(), strict=True):
+    assert [tensor.data_ptr() for tensor in second.state_tensors()] == places
+    for mine, other in zip(first.state_tensors(), second.state_tensors(), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -176,22 +184,22 @@ def test_state_goes_into_the_tensors_that_are_there(name: str) -> None:
 def test_the_whole_state_is_there_before_the_first_step(name: str) -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
-    optimizer = Optimizer(model, Recipe(optimizer=name))
-    places = [tensor.data_ptr() for tensor in optimizer.tensors()]
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name))
+    places = [tensor.data_ptr() for tensor in optimizer.state_tensors()]
     assert len(places) > len(optimizer.parameters)
-    given = {id(tensor) for tensor in (optimizer.lr, *optimizer.slow)}
-    assert not any(tensor.any() for tensor in optimizer.tensors() if id(tensor) not in given)
+    given = {id(tensor) for tensor in (optimizer.lr, *optimizer.slow_weights)}
+    assert not any(tensor.any() for tensor in optimizer.state_tensors() if id(tensor) not in given)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
     advance([(model, optimizer)], 0)
-    assert [tensor.data_ptr() for tensor in optimizer.tensors()] == places
+    assert [tensor.data_ptr() for tensor in optimizer.state_tensors()] == places
 
 
 def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = None) -> tuple[nn.Module, io.BytesIO]:
     """A network after `steps`, two an epoch, on synthetic images, fresh or from `resume`, and what a run would save."""
     recipe = Recipe.make(**{"lr": 0.01, "epochs": 10, **values})
     model = network()
-    optimizer, schedule = Optimizer(model, recipe), Schedule(recipe, 2)
+    optimizer, schedule = OptimizerWrapper(model, recipe), LRSchedule(recipe, 2)
     if resume:
         resume.seek(0)
         state = torch.load(resume, weights_only=True)
@@ -205,7 +213,7 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images).mean((2, 3)), labels).backward()
         optimizer.step(SCALER, OFF)
-        optimizer.between_steps(step + 1)
+        optimizer.after_step(step + 1)
         if step % 2:
             schedule.after_epoch(1.0)
     file = io.BytesIO()
@@ -239,7 +247,7 @@ def test_twenty_steps_resumed_at_ten_are_twenty_steps(values: dict) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_fault14_a_skipped_step_changes_nothing(name: str, first: bool) -> None:
     model = network()
-    optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01))
     if not first:
         advance([(model, optimizer)], 0)
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -252,7 +260,7 @@ def test_fault14_a_skipped_step_changes_nothing(name: str, first: bool) -> None:
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "lion"])
 def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -> None:
     model = network()
-    optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for poison in (math.inf, 1.0):
         kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -307,46 +315,46 @@ def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -
 )
 def test_fault15_wrong_optimizers_and_arguments(values: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        Optimizer(network(), Recipe.make(**values))
+        OptimizerWrapper(network(), Recipe.make(**values))
 
 
 def test_fault18_without_pytorch_optimizer_the_rest_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     for name in OPTIMIZERS:
-        Optimizer(network(), Recipe(optimizer=name))
+        OptimizerWrapper(network(), Recipe(optimizer=name))
     with pytest.raises(UsageError, match=r"pip install 'pytorch_optimizer>=4.1") as caught:
-        Optimizer(network(), Recipe(optimizer="lion"))
+        OptimizerWrapper(network(), Recipe(optimizer="lion"))
     assert caught.value.exit_code == 2
 
 
 def test_every_class_of_pytorch_optimizer_trains_or_is_refused() -> None:
     trains = []
-    for name, build in library().items():
+    for name, build in pytorch_optimizer_classes().items():
         has_decay = "weight_decay" in inspect.signature(build).parameters
         model = network()
         try:
-            optimizer = Optimizer(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
+            optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
         except UsageError:
             continue
         advance([(model, optimizer)], 0)
         assert all(weight.isfinite().all() for weight in model.parameters()), name
         trains.append(name)
     assert len(trains) >= 90
-    assert OWN_SCHEDULE - set(trains) == {"ranger21"}  # it wants to know the number of steps
+    assert SELF_SCHEDULED_OPTIMIZERS - set(trains) == {"ranger21"}  # it wants to know the number of steps
 
 
 def test_lookaheads_arguments_are_its_own() -> None:
-    around = Optimizer(network(), Recipe(optimizer="lookahead:rmsprop", opt={"k": 7, "alpha": 0.8}))
-    assert (around.k, around.alpha, around.inner.param_groups[0]["alpha"]) == (7, 0.8, 0.99)
-    bare = Optimizer(network(), Recipe(optimizer="RMSprop", opt={"alpha": 0.8}))
-    assert (bare.k, bare.inner.param_groups[0]["alpha"]) == (0, 0.8)
+    around = OptimizerWrapper(network(), Recipe(optimizer="lookahead:rmsprop", opt={"k": 7, "alpha": 0.8}))
+    assert (around.lookahead_k, around.lookahead_alpha, around.inner.param_groups[0]["alpha"]) == (7, 0.8, 0.99)
+    bare = OptimizerWrapper(network(), Recipe(optimizer="RMSprop", opt={"alpha": 0.8}))
+    assert (bare.lookahead_k, bare.inner.param_groups[0]["alpha"]) == (0, 0.8)
 
 
 def test_trying_an_optimizer_leaves_weights_and_random_state() -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
-    optimizer = Optimizer(model, Recipe(optimizer="lion"))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="lion"))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not optimizer.inner.state
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -354,12 +362,12 @@ def test_trying_an_optimizer_leaves_weights_and_random_state() -> None:
 
 def test_groups_cover_every_parameter_once() -> None:
     model = network()
-    decayed, plain = parameter_groups(model, 0.1, "weights")
+    decayed, plain = build_param_groups(model, 0.1, "weights")
     assert {weight.ndim for weight in decayed["params"]} == {4}
     assert {weight.ndim for weight in plain["params"]} == {1}
     assert plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-    assert len(parameter_groups(model, 0.1, "all")) == 1
+    assert len(build_param_groups(model, 0.1, "all")) == 1
 
 
 def network_with_a_head() -> nn.Sequential:
@@ -371,22 +379,22 @@ def network_with_a_head() -> nn.Sequential:
 
 def test_groups_of_rates_cover_every_trainable_parameter_once() -> None:
     model = network_with_a_head()
-    rest, head, biases = parameter_groups(model, 0.1, "all", bias_lr=4.0, head_lr=0.5)
+    rest, head, biases = build_param_groups(model, 0.1, "all", bias_lr_mult=4.0, head_lr_mult=0.5)
     assert [weight.ndim for weight in rest["params"]] == [4, 2]
     assert head["params"] == [model[3].weight]
     assert biases["params"] == [model[0].bias, model[1].bias, model[2].bias, model[3].bias]
     assert [group.get("times", 1.0) for group in (rest, head, biases)] == [1.0, 0.5, 4.0]
     assert [group["weight_decay"] for group in (rest, head, biases)] == [0.1, 0.2, 0.025]
-    assert [len(group["params"]) for group in parameter_groups(model, 0.1, "weights", 4.0, 4.0)] == [2, 1, 4]
+    assert [len(group["params"]) for group in build_param_groups(model, 0.1, "weights", 4.0, 4.0)] == [2, 1, 4]
     with pytest.raises(UsageError, match="--head-lr 2: the network has no linear layer"):
-        parameter_groups(network(), 0.1, "all", head_lr=2.0)
+        build_param_groups(network(), 0.1, "all", head_lr_mult=2.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "lion"])
 def test_groups_of_rates_equal_a_plain_optimizer_with_groups(name: str) -> None:
     """With decay: divided by the multiple of the rate, a decoupled one shrinks each group by lr * decay a step."""
     ours, theirs = network_with_a_head(), network_with_a_head()
-    optimizer = Optimizer(ours, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr=4.0, head_lr=0.5))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr=4.0, head_lr=0.5))
     build = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam,
              "rmsprop": torch.optim.RMSprop, "lion": pytorch_optimizer.Lion}[name]  # fmt: skip
     plain = [weight for weight in theirs.parameters() if weight.requires_grad]
@@ -413,7 +421,7 @@ def test_muon_and_sgd_of_two_rates_in_one_optimizer() -> None:
     opt = {"momentum": 0.6, "ns_steps": 3, "weight_norm": True, "rest_lr": 50.0, "rest_momentum": 0.85}
     ours, theirs = network_with_a_head(), network_with_a_head()
     recipe = Recipe(optimizer="muon", lr=0.24, weight_decay=0, head_lr=12.0, opt=opt)
-    optimizer = Optimizer(ours, recipe)
+    optimizer = OptimizerWrapper(ours, recipe)
     head = theirs[3].weight
     others = [
         weight for weight in theirs.parameters() if weight.requires_grad and weight.ndim < 4 and weight is not head
@@ -448,10 +456,10 @@ def test_groups_of_rates_are_resumed(name: str) -> None:
 
 def test_at_a_multiple_of_one_groups_and_state_are_as_without() -> None:
     model = network_with_a_head()
-    (group,) = parameter_groups(model, 0.1, "all")
+    (group,) = build_param_groups(model, 0.1, "all")
     assert group.keys() == {"params", "weight_decay"}
     assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
-    assert not Optimizer(model, Recipe(optimizer="sgd")).multiples
+    assert not OptimizerWrapper(model, Recipe(optimizer="sgd")).scaled_lrs
 
 
 def test_clip() -> None:
@@ -459,16 +467,16 @@ def test_clip() -> None:
     weights = list(model.parameters())
     set_gradients([model], 0)
     kept = [weight.grad.clone() for weight in weights if weight.grad is not None]
-    clipper("none", weights)()
+    build_grad_clipper("none", weights)()
     assert all(torch.equal(weight.grad, old) for weight, old in zip(weights, kept, strict=True))  # type: ignore[arg-type]
-    clipper("value:0.1", weights)()
+    build_grad_clipper("value:0.1", weights)()
     assert all(torch.equal(weight.grad, old.clamp(-0.1, 0.1)) for weight, old in zip(weights, kept, strict=True))  # type: ignore[arg-type]
-    clipper("norm:0.01", weights)()
+    build_grad_clipper("norm:0.01", weights)()
     norm = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
     for wrong in ("0.1", "value", "value:-1", "value:x", "length:1", "norm:inf"):
         with pytest.raises(UsageError, match="--clip"):
-            clipper(wrong, weights)
+            build_grad_clipper(wrong, weights)
 
 
 def test_average_follows_its_rule_and_stands_in_only_for_a_while() -> None:
@@ -484,7 +492,7 @@ def test_average_follows_its_rule_and_stands_in_only_for_a_while() -> None:
         for name, value in expected.items():
             value += share * (model.state_dict()[name] - value)
     live = copy.deepcopy(model.state_dict())
-    with ema.applied():
+    with ema.averaged_weights():
         for name, value in expected.items():
             torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-5)
     for name, value in live.items():

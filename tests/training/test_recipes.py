@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastcifar.data.augment import parse, split_mixer
+from fastcifar.data.augment import parse_augment, split_mixer
 from fastcifar.data.mixers import MIXERS
 from fastcifar.models import MODELS
-from fastcifar.recipe import Recipe, shipped
-from fastcifar.training.build_data import normalisation_name
-from fastcifar.training.lr_schedule import Schedule
+from fastcifar.recipe import Recipe, shipped_recipes
+from fastcifar.training.build_data import normalization_name
+from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizer_classes import Ranger
-from fastcifar.training.optimizers import Optimizer, clipper
-from fastcifar.training.trainer import network
+from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
+from fastcifar.training.trainer import model_from_recipe
 from tests.models.networks import on_meta, small
 
 A = "crop:4:zero,flip,rotate:5,autoaugment:cifar10"
@@ -60,7 +60,7 @@ ACCURACY = {
 @pytest.mark.parametrize("name", ACCURACY)
 def test_the_published_accuracy_stands_beside_the_recipe(name: str) -> None:
     figure = f"{ACCURACY[name]:.2f} %"
-    assert f"published as {figure}" in shipped()[name].read_text(encoding="utf-8").splitlines()[0]
+    assert f"published as {figure}" in shipped_recipes()[name].read_text(encoding="utf-8").splitlines()[0]
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
     assert row.endswith(f"| {figure} |")
@@ -70,7 +70,7 @@ def test_the_published_accuracy_stands_beside_the_recipe(name: str) -> None:
 def test_a_sources_recipe_has_the_published_values(name: str) -> None:
     recipe = Recipe.make(name)
     length = recipe.schedule_epochs or recipe.epochs
-    of_images = (recipe.batch_size, recipe.clip, recipe.augment, normalisation_name(recipe))
+    of_images = (recipe.batch_size, recipe.clip, recipe.augment, normalization_name(recipe))
     found = (recipe.arch, recipe.optimizer, recipe.lr, *of_images, recipe.epochs, length, recipe.lr_min)
     assert found == PUBLISHED[name]
     rest = (recipe.weight_decay, recipe.decay_on, recipe.schedule, recipe.warmup_epochs, recipe.ema, recipe.val_size)
@@ -79,42 +79,42 @@ def test_a_sources_recipe_has_the_published_values(name: str) -> None:
     assert (recipe.label_smoothing, recipe.patience) == (smoothing, patience)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_builds_under_the_budget_and_assembles(name: str) -> None:
     recipe = Recipe.make(name)
     assert recipe.max_params == 5_000_000
-    network(recipe, 10)  # refuses what is over the budget
-    pixel_ops, mixer = split_mixer(parse(recipe.augment))
+    model_from_recipe(recipe, 10)  # refuses what is over the budget
+    pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
     assert mixer is None or mixer.name in MIXERS
     assert bool(pixel_ops) == (recipe.augment != "none")
-    optimizer = Optimizer(small(recipe.arch), recipe)
+    optimizer = OptimizerWrapper(small(recipe.arch), recipe)
     for weight in optimizer.parameters:
         weight.grad = torch.ones_like(weight)
-    clipper(recipe.clip, optimizer.parameters)()
+    build_grad_clipper(recipe.clip, optimizer.parameters)()
     largest = max(float(weight.grad.max()) for weight in optimizer.parameters if weight.grad is not None)
     assert largest == pytest.approx(1.0 if recipe.clip == "none" else 0.1)
-    schedule = Schedule(recipe, steps_per_epoch=10)
+    schedule = LRSchedule(recipe, steps_per_epoch=10)
     peak = max(schedule.lr_at(step) for step in range(10 * recipe.epochs))
     assert peak == pytest.approx(recipe.lr, rel=0.05)
 
 
 def test_row_5_trains_by_rangers_published_arguments() -> None:
-    optimizer = Optimizer(small("se68"), Recipe.make("row5"))
+    optimizer = OptimizerWrapper(small("se68"), Recipe.make("row5"))
     assert isinstance(optimizer.inner, Ranger)
     (group,) = optimizer.inner.param_groups
     assert (group["betas"], group["eps"], group["n_sma_threshold"]) == ((0.95, 0.999), 1e-5, 5)
     assert (group["use_gc"], group["weight_decay"]) == (True, 5e-4)
-    assert (optimizer.k, optimizer.alpha) == (6, 0.5)
+    assert (optimizer.lookahead_k, optimizer.lookahead_alpha) == (6, 0.5)
 
 
 def test_the_lookahead_of_the_rows_and_momentum_are_the_published_ones() -> None:
-    optimizer = Optimizer(small("se68"), Recipe.make("row1", arch="se68"))
-    assert (optimizer.k, optimizer.alpha) == (5, 0.5)
+    optimizer = OptimizerWrapper(small("se68"), Recipe.make("row1", arch="se68"))
+    assert (optimizer.lookahead_k, optimizer.lookahead_alpha) == (5, 0.5)
     assert (optimizer.inner.defaults["momentum"], optimizer.inner.defaults["nesterov"]) == (0.9, False)
 
 
 def test_mini_keeps_its_rate_and_coconut_ends_at_its_floor() -> None:
-    mini, coconut = (Schedule(Recipe.make(name), 100) for name in ("mini", "coconut"))
+    mini, coconut = (LRSchedule(Recipe.make(name), 100) for name in ("mini", "coconut"))
     assert mini.lr_at(30 * 100 - 1) == pytest.approx(0.05 * (1 + math.cos(math.pi * 30 / 200)), rel=1e-3)
     assert mini.lr_at(30 * 100 - 1) == pytest.approx(0.0946, abs=1e-4)
     assert coconut.lr_at(200 * 100) == pytest.approx(5e-4)

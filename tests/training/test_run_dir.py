@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcifar.device import describe
+from fastcifar.device import describe_device
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
-from fastcifar.training.distributed import ALONE
-from fastcifar.training.run_dir import COLUMNS, FILES, SINKS, Clock, Run
-from fastcifar.training.signals import Stop
+from fastcifar.training.distributed import SINGLE_PROCESS
+from fastcifar.training.run_dir import CALLBACK_FACTORIES, FILE_CALLBACKS, METRICS_COLUMNS, Clock, Run
+from fastcifar.training.signals import SignalHandler
 
-ROW = dict.fromkeys(COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
+ROW = dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
 
 
 def test_a_run_folder_holds_recipe_and_environment(
@@ -32,7 +32,7 @@ def test_a_run_folder_holds_recipe_and_environment(
     assert Recipe.make(str(run.folder / "recipe.toml")) == recipe
     environment = json.loads((run.folder / "env.json").read_text())
     assert environment["versions"]["torch"]
-    assert environment["device"] == describe("cpu")
+    assert environment["device"] == describe_device("cpu")
 
 
 def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: Callable[..., Recipe]) -> None:
@@ -52,9 +52,9 @@ def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], 
         Run.create(tiny(out=str(tmp_path / "file" / "run")), "x")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILE_CALLBACKS)
 def test_the_files_get_a_row_each(name: str, tmp_path: Path) -> None:
-    write = SINKS[name](tmp_path, 0)
+    write = CALLBACK_FACTORIES[name](tmp_path, 0)
     write(ROW)
     write({**ROW, "epoch": 1})
     text = next(tmp_path.iterdir()).read_text()
@@ -62,7 +62,7 @@ def test_the_files_get_a_row_each(name: str, tmp_path: Path) -> None:
     if name == "csv":
         rows = list(csv.DictReader(text.splitlines()))
         assert [row["epoch"] for row in rows] == ["0", "1"]
-        assert tuple(rows[0]) == COLUMNS
+        assert tuple(rows[0]) == METRICS_COLUMNS
         assert rows[0]["val_acc"] == ""
     else:
         assert json.loads(text.splitlines()[1])["epoch"] == 1
@@ -73,9 +73,9 @@ def test_clock_adds_up_phases() -> None:
     for _ in range(2):
         with clock.phase("train"):
             pass
-    assert clock.total() >= clock.seconds["train"] >= clock.epoch_s() > 0
+    assert clock.total_s() >= clock.seconds["train"] >= clock.epoch_train_s() > 0
     clock.end_epoch()
-    assert clock.epoch_s() == 0
+    assert clock.epoch_train_s() == 0
 
 
 def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
@@ -90,18 +90,18 @@ def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
     now = after.seconds["eval"]
     after.load_state_dict({**saved, "total": 1000.0})
     assert after.seconds["eval"] == pytest.approx(saved["eval"] + now)
-    assert after.epoch_s() == pytest.approx(saved["train"], abs=1e-4)
-    assert after.total() > 1000
+    assert after.epoch_train_s() == pytest.approx(saved["train"], abs=1e-4)
+    assert after.total_s() > 1000
 
 
 def test_one_signal_is_a_flag_and_a_second_sigint_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with Stop() as stop:
+    with SignalHandler() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked(ALONE) == "SIGINT"
+        assert stop.sync_signal(SINGLE_PROCESS) == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with Stop() as stop:
+    with SignalHandler() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked(ALONE) == "SIGTERM"
+        assert stop.sync_signal(SINGLE_PROCESS) == "SIGTERM"
     assert signal.getsignal(signal.SIGINT) is before

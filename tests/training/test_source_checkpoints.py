@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastcifar.data import cifar
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.evaluation.evaluate_run import judge
-from fastcifar.models import MODELS, build
+from fastcifar.evaluation.evaluate_run import evaluate_run
+from fastcifar.models import MODELS, build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, source_checkpoints
-from fastcifar.training.build_data import normalisation, normalisation_name
+from fastcifar.training.build_data import normalization_mean_std, normalization_name
 from fastcifar.training.train import train
 from tests.models.reference import FORWARDS
 
@@ -35,12 +35,12 @@ SMALL = "synthetic:100"  # 20 images to test
 def weights_of(arch: str) -> dict[str, Tensor]:
     """Random weights and statistics, near what the images have: else every image has nearly the same logits."""
     torch.manual_seed(5)
-    model = build(arch)
+    model = build_model(arch)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # the statistics of the one batch below
     with torch.no_grad():
-        model((torch.from_numpy(cifar.load(SMALL).test.images).float() / 255 - 0.5) / 0.25)
+        model((torch.from_numpy(cifar.load_dataset(SMALL).test.images).float() / 255 - 0.5) / 0.25)
         for norm in norms:
             assert norm.running_mean is not None
             assert norm.running_var is not None
@@ -58,7 +58,7 @@ def saved(folder: Path, **content: Any) -> str:
 
 
 def loss_by_hand(arch: str, state: dict[str, Tensor], normalise: tuple[tuple[float, ...], tuple[float, ...]]) -> float:
-    test = cifar.load(SMALL).test
+    test = cifar.load_dataset(SMALL).test
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalise)
     images = (torch.from_numpy(test.images).float() / 255 - mean) / std
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_an_independent_computation(
     state = weights_of(arch)
     net = OrderedDict((prefix + key, value) for key, value in state.items())
     file = saved(tmp_path, net=net, acc=np.float64(95.49), epoch=173, optimizer=optimizer_state())
-    scores = judge(file, arch=arch, data=SMALL, device="cpu", precision="fp32")
+    scores = evaluate_run(file, arch=arch, data=SMALL, device="cpu", precision="fp32")
     assert scores["test_loss"] == pytest.approx(loss_by_hand(arch, state, normalise), rel=1e-4)
     assert (scores["arch"], scores["total"], scores["weights"]) == (arch, 20, "published")
     other = PER_IMAGE if normalise is PER_PIXEL else PER_PIXEL
@@ -98,16 +98,16 @@ def optimizer_state() -> dict[str, Any]:
 def test_normalise_can_be_said(tmp_path: Path) -> None:
     state = weights_of("coconut_leaky")
     file = saved(tmp_path, net=state, acc=95.49, epoch=3)
-    scores = judge(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalise="cifar10")
+    scores = evaluate_run(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalise="cifar10")
     assert scores["normalise"] == "cifar10"
     assert scores["test_loss"] == pytest.approx(loss_by_hand("coconut_leaky", state, PER_PIXEL), rel=1e-4)
 
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
-    assert normalisation(Recipe(arch=arch)) == (PER_IMAGE if arch.startswith("coconut") else PER_PIXEL)
-    assert normalisation_name(Recipe(arch=arch, dataset="cifar100")) == "cifar100"
-    assert normalisation_name(Recipe(arch=arch, normalise="0.5:0.25")) == "0.5:0.25"
+    assert normalization_mean_std(Recipe(arch=arch)) == (PER_IMAGE if arch.startswith("coconut") else PER_PIXEL)
+    assert normalization_name(Recipe(arch=arch, dataset="cifar100")) == "cifar100"
+    assert normalization_name(Recipe(arch=arch, normalise="0.5:0.25")) == "0.5:0.25"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
 )
 def test_numpy_scalars_come_as_plain_numbers(tmp_path: Path, acc: Any) -> None:
     torch.save({"net": {}, "acc": acc}, tmp_path / "f.pt")
-    read = checkpoint.load(tmp_path / "f.pt", anyones=True)["acc"]
+    read = checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)["acc"]
     assert read == acc
     assert not isinstance(read, np.generic)
 
@@ -157,7 +157,7 @@ def test_fault09_nothing_but_numbers_comes_with_the_weights(
     monkeypatch.chdir(tmp_path)
     file = saved(tmp_path, net=weights_of("se68_none"), acc=acc)
     with pytest.raises(CheckpointError) as caught:
-        judge(file, arch="se68_none", data=SMALL)
+        evaluate_run(file, arch="se68_none", data=SMALL)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sentinel").exists()
 
@@ -165,54 +165,58 @@ def test_fault09_nothing_but_numbers_comes_with_the_weights(
 @pytest.mark.parametrize(("value", "name"), [(Evil(), "posix.system"), (argparse.Namespace(), "argparse.Namespace")])
 def test_a_refused_name_is_said(tmp_path: Path, value: object, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"it asks for {name}, which no checkpoint needs"):
-        checkpoint.load(Path(saved(tmp_path, net=value)), anyones=True)
+        checkpoint.load_checkpoint(Path(saved(tmp_path, net=value)), allow_foreign=True)
 
 
 def test_a_pickle_that_torch_did_not_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": Evil()}, protocol=2))
     with pytest.raises(CheckpointError):
-        checkpoint.load(tmp_path / "f.pt", anyones=True)
+        checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)
 
 
 def test_without_arch_the_rows_that_fit_are_named(tmp_path: Path) -> None:
     with torch.device("meta"):
-        states = {arch: build(arch).state_dict() for arch in MODELS}
-    assert source_checkpoints.fitting(states["coconut_sep"]) == ["coconut_sep"]
-    assert source_checkpoints.fitting({f"module.{key}": value for key, value in states["se55"].items()}) == ["se55"]
-    assert source_checkpoints.fitting(states["se68_none"]) == ["resnet", "se68_none"]
-    assert source_checkpoints.fitting({"weight": torch.ones(2)}) == []
-    torch.save(build("se55").state_dict(), tmp_path / "bare.pth")
+        states = {arch: build_model(arch).state_dict() for arch in MODELS}
+    assert source_checkpoints.matching_architectures(states["coconut_sep"]) == ["coconut_sep"]
+    assert source_checkpoints.matching_architectures(
+        {f"module.{key}": value for key, value in states["se55"].items()}
+    ) == ["se55"]
+    assert source_checkpoints.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
+    assert source_checkpoints.matching_architectures({"weight": torch.ones(2)}) == []
+    torch.save(build_model("se55").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(CheckpointError, match="does not say which network its weights are of; give --arch se55"):
-        judge(str(tmp_path / "bare.pth"), data=SMALL)
+        evaluate_run(str(tmp_path / "bare.pth"), data=SMALL)
     with pytest.raises(CheckpointError, match="give --arch NAME, though no row"):
-        judge(saved(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
+        evaluate_run(saved(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
 
 
 def test_a_bare_state_dict_will_do(tmp_path: Path) -> None:
     torch.save(weights_of("se55"), tmp_path / "bare.pth")
-    assert judge(str(tmp_path / "bare.pth"), arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
+    assert (
+        evaluate_run(str(tmp_path / "bare.pth"), arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    file = saved(tmp_path, net=build("se55").state_dict(), acc=1.0, epoch=1)
+    file = saved(tmp_path, net=build_model("se55").state_dict(), acc=1.0, epoch=1)
     with pytest.raises(CheckpointError, match=r"lacks residual_layers\.0\.2\.bn1.*is it another architecture"):
-        judge(file, arch="se68", data=SMALL)
+        evaluate_run(file, arch="se68", data=SMALL)
     with pytest.raises(UsageError, match="did you mean 'se68'"):
-        judge(file, arch="se86", data=SMALL)
+        evaluate_run(file, arch="se86", data=SMALL)
     for content in ({"net": [1, 2]}, {"net": {}}, {"net": {"weight": 3}}, {"acc": 1.0}):
         with pytest.raises(CheckpointError, match="holds no weights"):
-            judge(saved(tmp_path, **content), arch="se68", data=SMALL)
+            evaluate_run(saved(tmp_path, **content), arch="se68", data=SMALL)
 
 
 def test_fault22_the_budget_holds_for_published_files_too(tmp_path: Path) -> None:
     file = saved(tmp_path, net=weights_of("coconut_over"), acc=1.0, epoch=1)
     with pytest.raises(UsageError, match="--max-params 5237546"):
-        judge(file, arch="coconut_over", data=SMALL, device="cpu")
-    assert judge(file, arch="coconut_over", data=SMALL, device="cpu", max_params=5_237_546)["total"] == 20
+        evaluate_run(file, arch="coconut_over", data=SMALL, device="cpu")
+    assert evaluate_run(file, arch="coconut_over", data=SMALL, device="cpu", max_params=5_237_546)["total"] == 20
 
 
 def test_a_file_of_ours_knows_its_own(tiny: Callable[..., Recipe]) -> None:
     run = train(tiny(max_steps=1))["run"]
-    assert judge(run, arch="resnet")["weights"] == "last"
+    assert evaluate_run(run, arch="resnet")["weights"] == "last"
     with pytest.raises(CheckpointError, match="holds resnet, not se68; leave --arch out"):
-        judge(run, arch="se68")
+        evaluate_run(run, arch="se68")

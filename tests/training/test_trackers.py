@@ -19,8 +19,8 @@ import pytest
 from fastcifar.errors import Interrupted, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trackers
-from fastcifar.training.metrics_file import COLUMNS
-from fastcifar.training.optimizers import Optimizer
+from fastcifar.training.metrics_file import METRICS_COLUMNS
+from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.run_dir import Run
 from fastcifar.training.train import train
 
@@ -33,15 +33,15 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None
     """Trains until SIGINT arrives in a step."""
 
     def run(recipe: Recipe, step: int) -> None:
-        between_steps = Optimizer.between_steps
+        between_steps = OptimizerWrapper.after_step
 
-        def signalled(self: Optimizer, done: int, *given: Any) -> None:
+        def signalled(self: OptimizerWrapper, done: int, *given: Any) -> None:
             between_steps(self, done, *given)
             if done == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Optimizer, "between_steps", signalled)
+            patch.setattr(OptimizerWrapper, "between_steps", signalled)
             with pytest.raises(Interrupted):
                 train(recipe)
 
@@ -59,7 +59,7 @@ def assert_the_same_rows(folder: Path, found: Points, rounded: Callable[[Any], A
     """`found`: of each column (step, value) as a tracker's reader gives them; `rounded`: as the tracker keeps them."""
     events, table = written(folder)
     assert len(events) == len(table) > 0
-    for name in COLUMNS:
+    for name in METRICS_COLUMNS:
         expected = [(event["epoch"], rounded(event[name])) for event in events if event[name] is not None]
         assert found.get(name, []) == expected, name
         printed = [float(row[name]) for row in table if row[name]]
@@ -71,7 +71,7 @@ def tensorboard_rows(folder: Path) -> Points:
     reader = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
     found = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
-    return {name: points for name, points in found.items() if name in COLUMNS}
+    return {name: points for name, points in found.items() if name in METRICS_COLUMNS}
 
 
 def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
@@ -80,7 +80,9 @@ def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
     events = [
         event for file in (folder / "tensorboard").iterdir() for event in loader.EventFileLoader(str(file)).Load()
     ]
-    return Counter((value.tag, event.step) for event in events for value in event.summary.value if value.tag in COLUMNS)
+    return Counter(
+        (value.tag, event.step) for event in events for value in event.summary.value if value.tag in METRICS_COLUMNS
+    )
 
 
 def test_tensorboard_reads_back_every_metric_of_an_interrupted_run(
@@ -94,7 +96,7 @@ def test_tensorboard_reads_back_every_metric_of_an_interrupted_run(
     train(tiny(**values, resume=str(run)))
     assert_the_same_rows(run, tensorboard_rows(run), np.float32)
     assert set(raw_counts(run).values()) == {1}
-    assert len(raw_counts(run)) == 3 * len(COLUMNS)
+    assert len(raw_counts(run)) == 3 * len(METRICS_COLUMNS)
     train(tiny(**{**values, "epochs": 4}, resume=str(run)))
     assert_the_same_rows(run, tensorboard_rows(run), np.float32)
 
@@ -109,7 +111,7 @@ def test_mlflow_reads_back_every_metric_of_an_interrupted_run(
 
     def found() -> tuple[str, Any, Points]:
         run_id = json.loads((run / "mlflow.json").read_text())["run_id"]
-        histories = {name: client.get_metric_history(run_id, name) for name in COLUMNS}
+        histories = {name: client.get_metric_history(run_id, name) for name in METRICS_COLUMNS}
         return run_id, client.get_run(run_id), {
             name: sorted((metric.step, metric.value) for metric in history) for name, history in histories.items()
         }  # fmt: skip
@@ -126,7 +128,7 @@ def test_mlflow_reads_back_every_metric_of_an_interrupted_run(
     summary = json.loads((run / "summary.json").read_text())
     assert tracked.data.metrics["test_acc"] == summary["test_acc"]
     assert (tracked.data.params["lr"], tracked.data.params["blocks"]) == ("0.1", "[1, 1]")
-    assert {artifact.path for artifact in client.list_artifacts(run_id)} == set(trackers.COPIED)
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} == set(trackers.MLFLOW_UPLOADED_FILES)
     train(tiny(**{**values, "epochs": 4}, resume=str(run), max_steps=18))  # the fourth epoch is cut short
     run_id, tracked, columns = found()
     assert run_id == first
@@ -157,14 +159,14 @@ def test_a_data_base_that_is_busy_is_no_reason_for_another_run(tmp_path: Path, m
             raise error
 
     error = busy
-    assert trackers._continued(Client(), tmp_path, set()) is None
+    assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     (tmp_path / "mlflow.json").write_text('{"run_')
-    assert trackers._continued(Client(), tmp_path, set()) is None
+    assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     (tmp_path / "mlflow.json").write_text('{"run_id": "one"}')
     with pytest.raises(exceptions.MlflowException, match="locked"):
-        trackers._continued(Client(), tmp_path, set())
+        trackers._find_resumable_mlflow_run(Client(), tmp_path, set())
     error = gone
-    assert trackers._continued(Client(), tmp_path, set()) is None
+    assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     assert asked == ["one", "one"]
 
 
@@ -173,8 +175,8 @@ def test_an_empty_address_of_mlflow_is_none(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if value is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
-    assert trackers.tracking_uri() is None
-    assert trackers.store(tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert trackers.tracking_uri_from_env() is None
+    assert trackers.resolve_tracking_uri(tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 @pytest.fixture
@@ -217,9 +219,9 @@ def test_rows_that_a_rollback_takes_back_are_gone(tiny: Make, tmp_path: Path) ->
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     run = Run.create(tiny(track="tensorboard"), "name")
     for epoch, loss in ((0, 2.0), (1, 3.0), (2, 9.0)):
-        run.log(dict.fromkeys(COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
-    run.rewind(1)
-    run.log(dict.fromkeys(COLUMNS, 0.5) | {"epoch": 1, "train_loss": 1.5})
+        run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
+    run.truncate_rows(1)
+    run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 1, "train_loss": 1.5})
     assert tensorboard_rows(run.folder)["train_loss"] == [(0, 2.0), (1, 1.5)]
     assert_the_same_rows(run.folder, tensorboard_rows(run.folder), np.float32)
     assert set(raw_counts(run.folder).values()) == {1}
@@ -254,5 +256,5 @@ def test_a_tracker_that_is_not_there_refuses_the_run_before_it_is_made(
 
 
 def test_only_the_leading_rank_has_trackers(tmp_path: Path) -> None:
-    assert not Run.of_another_rank(tmp_path, "name").trackers
+    assert not Run.for_other_rank(tmp_path, "name").trackers
     assert not list(tmp_path.iterdir())

@@ -19,9 +19,9 @@ from fastcifar.errors import Interrupted, NonFiniteError, UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.lr_schedule import Schedule
+from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Parts
+from fastcifar.training.trainer import Trainer
 from tests.faults.runs import assert_equal_runs
 
 KEYS = {
@@ -53,14 +53,17 @@ def test_a_run_learns_and_leaves_a_whole_folder(tiny: Callable[..., Recipe]) -> 
     assert [int(row["epoch"]) for row in table] == list(range(8))
     assert float(table[-1]["val_acc"]) == pytest.approx(summary["val_acc"], rel=1e-5)
     assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
-    last = checkpoint.load(folder / "checkpoints" / "last.pt")
+    last = checkpoint.load_checkpoint(folder / "checkpoints" / "last.pt")
     for key, value in load_file(folder / "weights.safetensors").items():
         assert torch.equal(value, last["model"][key])
 
 
 def test_fault21_the_same_seed_is_the_same_run_and_another_is_not(tiny: Callable[..., Recipe]) -> None:
     first, second, other = (train(tiny(seed=seed, dropout=0.1)) for seed in (3, 3, 4))
-    weights = [checkpoint.load(Path(run["run"]) / "checkpoints" / "last.pt")["model"] for run in (first, second, other)]
+    weights = [
+        checkpoint.load_checkpoint(Path(run["run"]) / "checkpoints" / "last.pt")["model"]
+        for run in (first, second, other)
+    ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["linear.weight"], weights[2]["linear.weight"])
     times = ("images_per_s", "seconds")
@@ -78,11 +81,11 @@ def test_without_a_split_all_images_train_and_nothing_is_chosen(tiny: Callable[.
 def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter((0.2, 0.9, 0.3))
     monkeypatch.setattr(
-        Parts, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
+        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=3, weights="best"))
     assert (summary["best_val_acc"], summary["val_acc"]) == (0.9, 0.3)
-    best = checkpoint.load(Path(summary["run"]) / "checkpoints" / "best.pt")
+    best = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "best.pt")
     assert best["epoch"] == 2
     tested = load_file(Path(summary["run"]) / "weights.safetensors")
     assert all(torch.equal(value, best["model"][key]) for key, value in tested.items())
@@ -91,7 +94,7 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
 def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter((0.2, 0.5, 0.5, 0.4, 0.6, 0.7))
     monkeypatch.setattr(
-        Parts, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
+        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=6, patience=2))
     assert (summary["epochs"], summary["stop_reason"], summary["complete"]) == (4, "patience", True)
@@ -101,11 +104,13 @@ def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((1.0, 1.0, 1.0, 0.5))
-    monkeypatch.setattr(Parts, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None})
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None}
+    )
     summary = train(tiny(epochs=4, schedule="plateau:1"))
     rates = [float(row["lr"]) for row in rows(summary["run"])]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
-    last = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
+    last = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
     assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1, "halvings": 0}
 
 
@@ -118,7 +123,7 @@ def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None
 def test_weights_ema_tests_the_average(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(weights="ema", ema=0.5))
     assert summary["test_acc"] == summary["test_acc_ema"]
-    saved = checkpoint.load(Path(summary["run"]) / "checkpoints" / "last.pt")
+    saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
     tested = load_file(Path(summary["run"]) / "weights.safetensors")
     assert all(torch.equal(value, saved["ema"][key]) for key, value in tested.items())
 
@@ -153,16 +158,16 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step(
 ) -> None:
     recipe = tiny()
 
-    def interrupting(self: Schedule, step: int) -> float:
+    def interrupting(self: LRSchedule, step: int) -> float:
         if step == 6:
             os.kill(os.getpid(), number)
         return 0.1
 
-    monkeypatch.setattr(Schedule, "lr_at", interrupting)
+    monkeypatch.setattr(LRSchedule, "lr_at", interrupting)
     with pytest.raises(Interrupted) as caught:
         train(recipe)
     assert caught.value.exit_code == code
-    saved = checkpoint.load(Path(str(recipe.out)) / "checkpoints" / "last.pt")
+    saved = checkpoint.load_checkpoint(Path(str(recipe.out)) / "checkpoints" / "last.pt")
     assert (saved["step"], saved["epoch"]) == (7, 1)
 
 
@@ -197,7 +202,7 @@ def test_fault15_what_is_wrong_is_found_before_anything_is_written(
     tiny: Callable[..., Recipe], values: dict, words: str
 ) -> None:
     recipe = tiny(**values)
-    recipe = Recipe.checked({**recipe.model_dump(), **values})
+    recipe = Recipe.from_dict({**recipe.model_dump(), **values})
     with pytest.raises(UsageError, match=words):
         train(recipe)
     assert not Path(str(recipe.out)).exists()
@@ -217,7 +222,7 @@ def test_a_sinks_reason_ends_the_run_which_may_go_on(tiny: Callable[..., Recipe]
         return "enough" if row["epoch"] == 1 else None
 
     asked = {"epochs": 4, "out": str(tmp_path / "ended")}
-    ended = train(tiny(**asked), sinks=[enough])
+    ended = train(tiny(**asked), callbacks=[enough])
     assert (ended["epochs"], ended["stop_reason"], ended["complete"], seen) == (2, "enough", False, [0, 1])
     assert ended["test_acc"] is not None
     train(tiny(**asked, resume="auto"))
