@@ -107,7 +107,7 @@ def one(name: str, arch: str, folder: Path, wait: float) -> dict[str, float]:
 def prepare(folder: Path, arch: str, count: int, data: str | None) -> None:
     """A checkpoint of random weights, and the first `count` test images, as files."""
     torch.manual_seed(0)
-    recipe = Recipe(arch=arch, normalise="cifar10")
+    recipe = Recipe(arch=arch, normalize="cifar10")
     state = {"recipe": recipe.model_dump(mode="json"), "classes": list(DATASETS["cifar10"].class_names)}
     checkpoint.save_checkpoint(folder / "network.pt", {**state, "model": build_model(arch).state_dict(), "ema": None})
     test = load_dataset(data, download=False).test

@@ -44,7 +44,7 @@ LISTS = (
     "crop:4:zero,flip",
     "crop:4:zero,flip,cutout:8:mean",
     "crop:4:zero,flip,rotate:5,autoaugment:cifar10",  # the source projects' A
-    "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey",  # and B
+    "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray",  # and B
     "crop:4:zero,flip,trivialaugment:wide,cutout:8:mean",
 )
 BASELINE = "torchvision"

@@ -35,7 +35,9 @@ def record(what: str, runs: list[Path]) -> Path:
 def summary(what: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     first = trials[0]
     out: dict[str, Any] = {"what": what, "n": len(trials), "seeds": [trial["seed"] for trial in trials]}
-    out |= {key: first[key] for key in ("arch", "params", "macs", "recipe", "epochs", "device", "precision", "weights")}
+    out |= {
+        key: first[key] for key in ("arch", "params", "macs", "recipe", "epochs", "device", "precision", "eval_weights")
+    }
     out["train_flops"] = 6 * first["macs"] * first["images_trained"]
     for name in FIGURES:
         values = [trial[name] for trial in trials]

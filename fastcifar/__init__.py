@@ -23,7 +23,7 @@ _LAZY_EXPORTS = {
     "MODELS": "fastcifar.models",
     "Recipe": "fastcifar.recipe",
     "batches": "fastcifar.data.loaders",
-    "load": "fastcifar.data.cifar",
+    "load_dataset": "fastcifar.data.cifar",
     "train": "fastcifar.training.train",
 }
 

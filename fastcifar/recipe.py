@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastcifar.errors import UsageError, suggest_name
+from fastcifar.renamed import renaming_remedy, upgrade_options
 
 
 def _split_integers(value: Any) -> Any:
@@ -49,11 +50,6 @@ def _parse_literal(text: str) -> Any:
     return text
 
 
-def _check_period(value: str) -> str:
-    parse_period(value)
-    return value
-
-
 def _check_image_sizes(value: str) -> str:
     parse_image_sizes(value)
     return value
@@ -61,7 +57,6 @@ def _check_image_sizes(value: str) -> str:
 
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
-PeriodSpec = Annotated[str, AfterValidator(_check_period)]
 ImageSizeSpec = Annotated[str, AfterValidator(_check_image_sizes)]
 
 
@@ -73,112 +68,144 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # the network
-    arch: str = Field(default="se68", description="architecture, a row of `fastcifar models`")
-    width: float | None = Field(default=None, gt=0, le=16, description="multiplier of the channels")
-    blocks: PositiveIntegers | None = Field(default=None, description="blocks in each stage, such as 4,4,3")
-    channels: PositiveIntegers | None = Field(default=None, description="channels of each stage, such as 64,128,256")
-    kernel: int | None = Field(default=None, ge=1, le=11, description="kernel of the block convolutions, odd")
-    shortcut_kernel: int | None = Field(
-        default=None, ge=1, le=11, description="kernel of the projection shortcuts, odd"
+    # network
+    arch: str = Field(default="se68", description="network architecture; `fastcifar models` lists them")
+    width: float | None = Field(default=None, gt=0, le=16, description="channel multiplier")
+    blocks: PositiveIntegers | None = Field(default=None, description="number of blocks in each stage, such as 4,4,3")
+    channels: PositiveIntegers | None = Field(
+        default=None, description="number of channels in each stage, such as 64,128,256"
     )
-    conv: Literal["full", "separable"] | None = Field(default=None, description="block convolutions")
-    se: Literal["none", "stem", "block"] | None = Field(default=None, description="where squeeze-and-excitation stands")
+    kernel: int | None = Field(default=None, ge=1, le=11, description="kernel size of the block convolutions, odd")
+    shortcut_kernel: int | None = Field(
+        default=None, ge=1, le=11, description="kernel size of the projection shortcuts, odd"
+    )
+    conv: Literal["full", "separable"] | None = Field(default=None, description="type of the block convolutions")
+    se: Literal["none", "stem", "block"] | None = Field(default=None, description="location of squeeze-and-excitation")
     se_reduction: int | None = Field(
-        default=None, ge=1, le=256, description="channels divided by the squeezed channels"
+        default=None, ge=1, le=256, description="reduction ratio of squeeze-and-excitation"
     )
     activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = Field(
-        default=None, description="nonlinearity"
+        default=None, description="activation function"
     )
     dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="probability, after every block and before the end"
+        default=None, ge=0, lt=1, description="dropout probability after every block and before the classifier"
     )
-    max_params: int = Field(default=5_000_000, gt=0, description="refuse a network with more trainable parameters")
+    max_params: int = Field(default=5_000_000, gt=0, description="maximum number of trainable parameters")
 
-    # the data
-    data: str | None = Field(default=None, description="data set: folder, tar.gz, class folders or synthetic[:N]")
-    dataset: Literal["cifar10", "cifar100"] = Field(default="cifar10", description="which data set")
-    val_size: int = Field(default=5000, ge=0, description="training images held out to choose by; 0 trains on all")
-    val_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the validation split")
-    normalise: str = Field(
+    # data
+    data: str | None = Field(
+        default=None, description="path of the data set (folder, .tar.gz, class folders) or synthetic[:N]"
+    )
+    dataset: Literal["cifar10", "cifar100"] = Field(default="cifar10", description="name of the data set")
+    val_size: int = Field(
+        default=5000, ge=0, description="size of the validation split in images; 0 trains on all images"
+    )
+    val_seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of the validation split")
+    normalize: str = Field(
         default="auto",
-        description="auto (the data set's own; kuangliu for coconut_*), cifar10, cifar100, kuangliu or MEAN:STD",
+        description="input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (that of the data set; "
+        "kuangliu for coconut_*)",
     )
     augment: str = Field(
         default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
-        description="ordered list of name[:number[:word]], or none",
+        description="augmentations in order, NAME[:VALUE[:VARIANT]],..., or none",
     )
-    drop_last: bool = Field(default=False, description="leave out the short last batch of an epoch")
+    drop_last: bool = Field(default=False, description="removal of the last, smaller batch of every epoch")
     image_size: ImageSizeSpec = Field(
-        default="32", description="pixels a side of training images, SIZE:EPOCHS,...,SIZE such as 24:3,28:2,32"
+        default="32",
+        description="training image size in pixels; SIZE:EPOCHS,...,SIZE for progressive resizing, such as 24:3,28:2,32",
     )
 
-    # the optimisation
-    epochs: int = Field(default=200, gt=0, le=100_000, description="passes over the training images")
-    batch_size: int = Field(default=128, gt=0, description="images in a step")
+    # optimization
+    epochs: int = Field(default=200, gt=0, le=100_000, description="number of epochs")
+    batch_size: int = Field(default=128, gt=0, description="global batch size in images")
     optimizer: str = Field(
-        default="lookahead:sgd", description="optimizer (or one of pytorch_optimizer), or lookahead:OPTIMIZER"
+        default="lookahead:sgd", description="optimizer (built in or of pytorch_optimizer), or lookahead:OPTIMIZER"
     )
+    optimizer_arg: KeyValues = Field(default_factory=dict, description="optimizer argument; may be repeated")
     lr: float = Field(default=0.1, gt=0, le=100, description="peak learning rate")
-    weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay of the optimizer")
-    decay_on: Literal["all", "weights"] = Field(
-        default="all", description="decay every parameter, or not biases and norms"
+    bias_lr_mult: float = Field(
+        default=1.0, gt=0, le=1e5, description="learning-rate multiplier of biases and normalization parameters"
     )
-    opt: KeyValues = Field(default_factory=dict, description="optimizer argument key=value, repeated")
-    bias_lr: float = Field(
-        default=1.0, gt=0, le=1e5, description="learning rate of biases and norms, times that of the weights"
+    head_lr_mult: float = Field(
+        default=1.0, gt=0, le=1e5, description="learning-rate multiplier of the classifier weight"
     )
-    head_lr: float = Field(default=1.0, gt=0, le=1e5, description="the same of the last linear layer's weight")
-    schedule: str = Field(default="cosine", description="shape of the learning rate over the run, name[:number]")
-    schedule_epochs: float | None = Field(default=None, gt=0, description="length of the schedule; default: the epochs")
+    weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay coefficient")
+    bias_decay: bool = Field(default=True, description="weight decay of biases and normalization parameters")
+    schedule: str = Field(default="cosine", description="learning-rate schedule, NAME[:VALUE]")
+    schedule_epochs: float | None = Field(
+        default=None, gt=0, description="length of the schedule in epochs, by default --epochs"
+    )
     warmup_epochs: float = Field(
-        default=0.0, ge=0, description="linear warm-up from 0, counted in the schedule's length"
+        default=0.0, ge=0, description="length of the linear warm-up in epochs, part of the schedule"
     )
-    lr_min: float = Field(default=0.0, ge=0, description="floor of the schedule")
-    clip: str = Field(default="value:0.1", description="gradient clip: value:LIMIT, norm:LIMIT or none")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the average of the weights a step; 0 is off")
-    patience: int = Field(default=0, ge=0, description="stop after so many epochs without a better val_acc; 0 is off")
+    min_lr: float = Field(default=0.0, ge=0, description="final learning rate of the schedule")
+    clip_grad: str = Field(default="value:0.1", description="gradient clipping: value:LIMIT, norm:LIMIT or none")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing factor")
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per step of the moving average of the weights; 0 disables it"
+    )
+    patience: int = Field(
+        default=0, ge=0, description="early-stopping patience in epochs without a better val_acc; 0 disables it"
+    )
 
-    # the run
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of weights, order and augmentation")
-    time_budget: float | None = Field(default=None, gt=0, description="minutes to fit the epochs into")
-    max_steps: int | None = Field(default=None, gt=0, description="stop after so many steps")
-    weights: Literal["last", "best", "ema"] = Field(default="last", description="weights that meet the test set")
+    # run
+    seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of weights, data order and augmentation")
+    time_budget: float | None = Field(
+        default=None, gt=0, description="time limit of the run in minutes, from which --epochs is computed"
+    )
+    max_steps: int | None = Field(default=None, gt=0, description="maximum number of training steps")
+    eval_weights: Literal["last", "best", "ema"] = Field(
+        default="last", description="which weights are evaluated on the test set"
+    )
     tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
-    out: str | None = Field(default=None, description="run folder; default: runs/<name>")
-    save_every: PeriodSpec = Field(default="1e", description="checkpoint every so many steps, 500s, or epochs, 1e")
+    out: str | None = Field(default=None, description="run folder, by default runs/<name>")
+    save_every_epochs: int = Field(default=1, ge=0, description="checkpoint interval in epochs; 0 disables it")
+    save_every_steps: int | None = Field(
+        default=None, gt=0, description="checkpoint interval in steps, in addition to --save-every-epochs"
+    )
     resume: str | None = Field(
         default=None,
-        description="auto (the newest unfinished run of this recipe), a run folder or a checkpoint; more --epochs: the "
-        "schedule is computed anew over the new length, from the current step on",
+        description="run to resume: a run folder, a checkpoint, or auto (the newest unfinished run of this recipe); "
+        "with a larger --epochs the schedule is recomputed from the current step on",
     )
-    track: str = Field(default="none", description="also log to tensorboard, mlflow, or both with a comma between")
+    track: str = Field(default="none", description="experiment trackers: tensorboard, mlflow, both (a,b) or none")
     on_nan: Literal["stop", "rollback"] = Field(
-        default="stop", description="not finite: stop, or go back to the last checkpoint at half the learning rate"
+        default="stop",
+        description="action on NaN or Inf: stop, or rollback to the last checkpoint with half the learning rate",
     )
-    deterministic: bool = Field(default=False, description="deterministic algorithms only: slower, bit for bit on CUDA")
+    deterministic: bool = Field(
+        default=False, description="deterministic algorithms only; slower, bit-identical results on CUDA"
+    )
 
-    # the machine
-    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="where to train")
-    loader: str = Field(default="auto", description="auto, dali, tensor, or torchvision as the baseline")
-    workers: int = Field(default=2, ge=0, le=256, description="processes of --loader torchvision; 0 is none")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of the convolutions")
-    compile: bool | None = Field(default=None, description="compile the network; default: where a compiler is")
-    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(default="auto", description="effort")
-    cuda_graph: bool | None = Field(default=None, description="replay the step as a CUDA graph; default: on CUDA")
-    fused_ops: bool = Field(default=False, description="CUDA: BatchNorm, SE, shortcut and ReLU by our own kernels")
+    # execution
+    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="training device")
+    loader: str = Field(default="auto", description="data loader: auto, dali, tensor or torchvision")
+    workers: int = Field(default=2, ge=0, le=256, description="worker processes of --loader torchvision")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="compute precision")
+    compile: bool | None = Field(default=None, description="torch.compile, by default wherever a compiler is found")
+    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(
+        default="auto", description="mode of torch.compile"
+    )
+    cuda_graph: bool | None = Field(
+        default=None, description="training step captured in a CUDA graph, by default on CUDA"
+    )
+    fused_ops: bool = Field(
+        default=False, description="Triton kernels that fuse BatchNorm, SE, shortcut and ReLU (CUDA)"
+    )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
-        if self.val_size == 0 and self.weights == "best":
-            raise ValueError("--weights best needs a validation split to choose by; set --val-size")
+        if self.val_size == 0 and self.eval_weights == "best":
+            raise ValueError("--eval-weights best needs a validation split; set --val-size")
         if self.val_size == 0 and self.patience:
-            raise ValueError("--patience needs a validation split to watch; set --val-size")
-        if self.ema == 0 and self.weights == "ema":
-            raise ValueError("--weights ema needs an average; set --ema, such as 0.999")
+            raise ValueError("--patience needs a validation split; set --val-size")
+        if self.ema_decay == 0 and self.eval_weights == "ema":
+            raise ValueError("--eval-weights ema needs a moving average of the weights; set --ema-decay, such as 0.999")
         if (before := sum(epochs or 0 for _, epochs in parse_image_sizes(self.image_size))) >= self.epochs:
-            raise ValueError(f"--image-size {self.image_size} needs more --epochs: {before} go before its last size")
+            raise ValueError(
+                f"--image-size {self.image_size} needs more than {before} --epochs, which its first stages take"
+            )
         return self
 
     def image_size_at(self, epoch: int) -> int:
@@ -200,10 +227,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe of a run that another version may have made: keys that this one lacks are left out.
+        """The recipe of a run that an earlier version may have saved: renamed options are translated, unknown ones ignored.
 
-        Errors: `UsageError`.
+        Raises `UsageError`.
         """
+        values = upgrade_options(values)
         return cls.from_dict({name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod
@@ -211,7 +239,8 @@ class Recipe(BaseModel):
         """`values` validated; every error one line. Errors: `UsageError`."""
         for key in values:
             if key not in cls.model_fields:
-                raise UsageError(f"unknown recipe key {key!r}", suggest_name(key, cls.model_fields))
+                remedy = renaming_remedy(key) or suggest_name(key, cls.model_fields)
+                raise UsageError(f"unknown recipe key {key!r}", remedy)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -225,14 +254,6 @@ class Recipe(BaseModel):
         """The recipe as a file that `make` reads back: every knob that is set, by name."""
         return "".join(f"{name} = {format_toml_value(value)}\n" for name, value in self.model_dump(mode="json").items()
                        if value is not None)  # fmt: skip
-
-
-def parse_period(text: str) -> tuple[int, str]:
-    """`500s` as (500, "s") for steps, `1e` as (1, "e") for epochs. Errors: `ValueError`."""
-    number, unit = text[:-1], text[-1:]
-    if unit not in ("s", "e") or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 10**9:
-        raise ValueError("should be a number of steps or epochs, such as 500s or 1e")
-    return int(number), unit
 
 
 def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
@@ -251,11 +272,17 @@ def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
     return sizes
 
 
-# knobs of where a run is kept and followed, which say nothing of what it is
-OUTPUT_OPTIONS = ("out", "resume", "save_every", "track")
+# options of where a run is stored and tracked; they do not change what is trained
+OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")
 
 # section -> its first field; a section goes on to the next one's first
-SECTION_FIRST_FIELDS = {"network": "arch", "data": "data", "optimisation": "epochs", "run": "seed", "machine": "device"}
+SECTION_FIRST_FIELDS = {
+    "network": "arch",
+    "data": "data",
+    "optimization": "epochs",
+    "run": "seed",
+    "execution": "device",
+}
 
 _DEFAULTS = Recipe().model_dump(mode="json")
 
@@ -287,6 +314,11 @@ def load_recipe_values(source: str) -> dict[str, Any]:
             f"no recipe {source!r}", f"{suggest_name(source, list(shipped_recipes()))} or give a TOML file"
         )
     return load_toml(path)
+
+
+def load_saved_recipe(folder: Path) -> dict[str, Any]:
+    """The options in a run folder's recipe.toml, with today's names. Raises `UsageError`."""
+    return upgrade_options(load_toml(folder / "recipe.toml"))
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_results_hold_no_path_of_a_machine() -> None:
 
 
 def trial(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
-    names = ("arch", "recipe", "device", "precision", "weights", "run", "stop_reason")
+    names = ("arch", "recipe", "device", "precision", "eval_weights", "run", "stop_reason")
     figures = {"params": 10, "macs": 100, "epochs": 2, "images_trained": 1000, "test_acc": accuracy, "complete": True}
     absent = dict.fromkeys(("test_acc_ema", "val_acc"))
     config = {"lr": 0.1, "seed": seed, "out": "here", "data": "there"}
@@ -119,7 +119,7 @@ def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pyte
     loops = script("loops")
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
     choice = ExecutionPlan("cpu", "fp32", "tensor", False, False)
-    monkeypatch.setattr(loops, "choose", lambda _: choice)
+    monkeypatch.setattr(loops, "choose_execution", lambda _: choice)
     loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
     drops_the_short_batch = name in loops.ON_DEVICE
     assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_the_short_batch else [32, 32, 16, 32])

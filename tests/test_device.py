@@ -105,7 +105,7 @@ def test_fault18_a_broken_import_is_reported_not_raised() -> None:
 
 
 def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "PROBED", ("json",))
+    monkeypatch.setattr(device, "PROBED_MODULES", ("json",))
     found = device.collect_diagnostics(Recipe())
     assert found["imports"] == {"json": "works"}
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -23,14 +23,21 @@ from fastcifar.recipe import (
 def test_defaults_are_row_3_made_honest() -> None:
     recipe = Recipe()
     assert (recipe.arch, recipe.epochs, recipe.batch_size, recipe.val_size) == ("se68", 200, 128, 5000)
-    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.clip) == ("lookahead:sgd", 0.1, 5e-4, "value:0.1")
-    assert (recipe.schedule, recipe.lr_min, recipe.weights) == ("cosine", 0.0, "last")
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.clip_grad) == (
+        "lookahead:sgd",
+        0.1,
+        5e-4,
+        "value:0.1",
+    )
+    assert (recipe.schedule, recipe.min_lr, recipe.eval_weights) == ("cosine", 0.0, "last")
 
 
 def test_command_line_spelling_and_file_spelling_agree() -> None:
-    spelt = Recipe.make(blocks="4,4,3", lr="0.2", compile=True, opt=["nesterov=true", "momentum=.9", "betas=[.9,.99]"])
+    spelt = Recipe.make(
+        blocks="4,4,3", lr="0.2", compile=True, optimizer_arg=["nesterov=true", "momentum=.9", "betas=[.9,.99]"]
+    )
     given = Recipe.make(blocks=[4, 4, 3], lr=0.2, compile=True,
-                        opt={"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]})  # fmt: skip
+                        optimizer_arg={"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]})  # fmt: skip
     assert spelt == given
     assert spelt.blocks == (4, 4, 3)
 
@@ -50,7 +57,7 @@ VALUES = st.builds(
     blocks=st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=4),
     data=st.none() | st.text(st.characters(codec="utf-8"), max_size=20),
     drop_last=st.booleans(),
-    opt=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9)),
+    optimizer_arg=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9)),
 )
 
 
@@ -76,10 +83,10 @@ def test_differing_lists_only_what_differs() -> None:
         ({"conv": "sep"}, ["--conv", "'full' or 'separable'"]),
         ({"blocks": "4,x"}, ["--blocks"]),
         ({"blocks": "4,0"}, ["--blocks"]),
-        ({"opt": ["momentum"]}, ["--opt", "key=value"]),
-        ({"val_size": 0, "weights": "best"}, ["--weights best", "--val-size"]),
+        ({"optimizer_arg": ["momentum"]}, ["--optimizer-arg", "key=value"]),
+        ({"val_size": 0, "eval_weights": "best"}, ["--eval-weights best", "--val-size"]),
         ({"val_size": 0, "patience": 3}, ["--patience", "--val-size"]),
-        ({"weights": "ema"}, ["--weights ema", "--ema"]),
+        ({"eval_weights": "ema"}, ["--eval-weights ema", "--ema-decay"]),
     ],
 )
 def test_fault15_wrong_values_are_one_line(values: dict, words: list[str]) -> None:

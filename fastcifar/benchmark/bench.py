@@ -138,7 +138,7 @@ def prepare_bench_recipe(recipe: Recipe) -> Recipe:
     A data set that is named, by the recipe or by FASTCIFAR_DATA, has to be there: only the absence of any is made up
     for, and never by a download.
     """
-    recipe = recipe.model_copy(update={"val_size": 0, "weights": "last", "image_size": "32"})
+    recipe = recipe.model_copy(update={"val_size": 0, "eval_weights": "last", "image_size": "32"})
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
         return recipe
     try:

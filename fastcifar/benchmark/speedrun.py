@@ -27,6 +27,7 @@ from fastcifar.device import choose_execution, collect_environment
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, option_flag
+from fastcifar.renamed import upgrade_options
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
 from fastcifar.training.lr_schedule import SCHEDULES
@@ -136,7 +137,10 @@ def plan_speedrun(
     lookup(EVAL_SPLITS, eval_split, "split")
     asked = {key: value for key, value in options.items() if value is not None}
     if document and not recipe_name:
-        recipe_name, recipe = str(document["recipe"]), Recipe.from_dict({**document["config"], **asked})
+        recipe_name, recipe = (
+            str(document["recipe"]),
+            Recipe.from_dict({**upgrade_options(document["config"]), **asked}),
+        )
     else:
         recipe_name = recipe_name or own
         recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | asked)
@@ -146,8 +150,8 @@ def plan_speedrun(
     for knob in FORBIDDEN_OPTIONS:
         if getattr(recipe, knob) != getattr(defaults, knob):
             raise UsageError(f"{option_flag(knob)}: a timed run goes from the start to its last epoch", "leave it out")
-    if recipe.weights == "best" or lookup(SCHEDULES, recipe.schedule.partition(":")[0], "schedule").uses_val_loss:
-        raise UsageError("a timed run looks at no validation split", "use --weights last and another --schedule")
+    if recipe.eval_weights == "best" or lookup(SCHEDULES, recipe.schedule.partition(":")[0], "schedule").uses_val_loss:
+        raise UsageError("a timed run looks at no validation split", "use --eval-weights last and another --schedule")
     if eval_split == "val" and not recipe.val_size:
         raise UsageError("--on val needs a validation split", "give --val-size")
     return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, recipe)
@@ -179,7 +183,7 @@ def train_without_evaluation(trainer: Trainer, step: TrainStep) -> None:
             progress.step += 1
             trainer.optimizer.after_step(progress.step, trainer.meter.found_inf)
         progress.epoch += 1
-    if trainer.ema and trainer.recipe.weights == "ema":
+    if trainer.ema and trainer.recipe.eval_weights == "ema":
         trainer.ema.copy_to_model()
 
 

@@ -144,7 +144,7 @@ class SpeedrunResults:
             "target": target,
             "recipe": self.document["recipe"],
             "on": self.document["on"],
-            **{name: config[name] for name in ("arch", "epochs", "tta", "weights")},
+            **{name: config[name] for name in ("arch", "epochs", "tta", "eval_weights")},
             **self.run_stats,
             "n": len(self.trials),
             "refused": len(self.trials) - len(counted),

@@ -61,12 +61,12 @@ def train(
     A recipe's values come first, then the options given here; the rest are the defaults.
     """
     from fastcifar.cli.tables import dry_run_table, summary_table
-    from fastcifar.training.dry_run import dry_run
+    from fastcifar.training.dry_run import dry_run as estimate_run
     from fastcifar.training.train import train as run
 
     made = Recipe.make(recipe, **options)
     console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
-    found = dry_run(made) if dry_run else run(made, recipe, console)
+    found = estimate_run(made) if dry_run else run(made, recipe, console)
     if as_json:
         print(json.dumps(found)) if not console.quiet else None
     else:
@@ -74,7 +74,9 @@ def train(
 
 
 @app.command("eval")
-@recipe_options(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
+@recipe_options(
+    ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
+)
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
@@ -89,13 +91,18 @@ def evaluate(
     from fastcifar.cli.tables import scores_table
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
-    console, asked = Console(stderr=as_json), {"pictures": plots, "shifted": shifted, "corruptions": corruptions}
+    console, asked = (
+        Console(stderr=as_json),
+        {"plots_dir": plots, "shifted_dir": shifted, "with_corruptions": corruptions},
+    )
     scores = evaluate_run(run, arch=arch, console=console, **asked, **options)
     print(json.dumps(scores)) if as_json else console.print(scores_table(scores))
 
 
 @app.command()
-@recipe_options(("weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalise", "max_params"))
+@recipe_options(
+    ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
+)
 def predict(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     source: Annotated[
@@ -120,13 +127,20 @@ def predict(
     from fastcifar.evaluation.predict import predict_to_file as label
 
     console = Console(stderr=as_json)
-    asked = {"arch": arch, "top": top, "probabilities": probabilities, "names": names, "header": header, "show": show}
+    asked = {
+        "arch": arch,
+        "top_k": top,
+        "with_probabilities": probabilities,
+        "use_class_names": names,
+        "header": header,
+        "plot_path": show,
+    }
     found = label(run, source, out, ensemble=ensemble or (), console=console, **asked, **options)
     print(json.dumps(found)) if as_json else console.print(predictions_table(found))
 
 
 @app.command()
-@recipe_options(("weights", "data", "normalise", "max_params"))
+@recipe_options(("eval_weights", "data", "normalize", "max_params"))
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
     format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
@@ -194,7 +208,7 @@ def data_show(
 
 
 @app.command()
-@recipe_options((*section_fields("network"), "data", "dataset", "augment", "batch_size", *section_fields("machine")))
+@recipe_options((*section_fields("network"), "data", "dataset", "augment", "batch_size", *section_fields("execution")))
 def bench(
     recipe: RecipeOption = None,
     what: Annotated[
@@ -234,8 +248,8 @@ def speedrun(
     ] = None,
     recipe: RecipeOption = None,
     n: Annotated[int, typer.Option("--n", metavar="INT", min=1, help="runs, of the seeds from --seed on")] = 1,
-    on: Annotated[
-        str | None, typer.Option("--on", metavar="test|val", help="what is evaluated; default test, after all images")
+    eval_split: Annotated[
+        str | None, typer.Option(metavar="test|val", help="split to evaluate on, by default test after training on all")
     ] = None,
     append: Annotated[Path | None, typer.Option("--append", metavar="DIR", help="go on with an earlier result")] = None,
     as_json: JsonOption = False,
@@ -247,7 +261,7 @@ def speedrun(
     from fastcifar.reporting.benchmark_tables import speedrun_table
 
     console = Console(stderr=as_json)
-    found = run(target, recipe, n, on, append, console, **options)
+    found = run(target, recipe, n, eval_split, append, console, **options)
     print(json.dumps(found)) if as_json else console.print(speedrun_table(found))
 
 
@@ -256,7 +270,7 @@ def speedrun(
 def sweep(
     source: Annotated[str, typer.Argument(metavar="FILE|NAME", help="sweep file, shipped sweep, or a sweep's folder")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="its folder; default: sweeps/NAME")] = None,
-    on: Annotated[str, typer.Option("--on", metavar="process|processes|gpus|ray", help="where trials run")] = "process",
+    executor: Annotated[str, typer.Option(metavar="process|processes|gpus|ray", help="where trials run")] = "process",
     seeds: Annotated[str | None, typer.Option(metavar="INT|INT,...", help="how many, or which")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="trials at a time; default: as there is room")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="threads of a trial; default: the cores shared out")] = None,
@@ -276,10 +290,10 @@ def sweep(
 
     console = Console(stderr=as_json)
     if dry_run:
-        found = plan_sweep(source, out, on, seeds, **options)
+        found = plan_sweep(source, out, executor, seeds, **options)
     else:
         how = ExecutorOptions(jobs, cpus, trials_per_gpu, address)
-        found = go_through(source, out, on, how, seeds, retry_failed, console, **options)
+        found = go_through(source, out, executor, how, seeds, retry_failed, console, **options)
     print(json.dumps(found)) if as_json else console.print(plan_table(found) if dry_run else sweep_table(found))
     raise typer.Exit(int(not dry_run and found["counts"]["failed"] > 0))
 
@@ -368,7 +382,7 @@ def report(
     """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
     from fastcifar.reporting.report import build_report as tabulate
 
-    asked = {"validation": validation, "plots": plots, "html": html, "mistakes": mistakes}
+    asked = {"include_validation": validation, "plots": plots, "html": html, "num_misclassified": mistakes}
     found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **options)
     if as_json or isinstance(shown, str):
         print(json.dumps(found) if as_json else shown)
@@ -377,7 +391,7 @@ def report(
 
 
 @app.command()
-@recipe_options(section_fields("machine"))
+@recipe_options(section_fields("execution"))
 def doctor(as_json: JsonOption = False, debug: DebugOption = False, **options: Any) -> None:
     """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
     from fastcifar.cli.tables import diagnostics_table

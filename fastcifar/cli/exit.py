@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastcifar.errors import UserError, as_memory_error
+from fastcifar.errors import UsageError, UserError, as_memory_error
+from fastcifar.renamed import renaming_remedy
 
 SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 143  # the exit codes
 
@@ -55,6 +56,10 @@ def report_error(error: Exception) -> int:
         return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
     if short := as_memory_error(error):
         return _print_error(str(short), short.exit_code)
+    if name := getattr(error, "option_name", ""):  # Click's NoSuchOption
+        command = getattr(getattr(error, "ctx", None), "info_name", "")
+        if remedy := renaming_remedy(name.lstrip("-").replace("-", "_"), command):
+            return _print_error(f"no such option: {name}; {remedy}", UsageError.exit_code)
     if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
         return _print_error(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error

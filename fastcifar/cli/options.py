@@ -36,18 +36,16 @@ def recipe_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Call
 
 
 def _option_parameter(name: str) -> inspect.Parameter:
-    field = Recipe.model_fields[name]
-    spelling, panel = (
-        option_flag(name),
-        next(title for title in SECTION_FIRST_FIELDS if name in section_fields(title)).capitalize(),
-    )
-    default = "" if field.default in (None, False) or name == "opt" else f" \\[default: {field.default}]"
+    field, spelling = Recipe.model_fields[name], option_flag(name)
+    panel = next(title for title in SECTION_FIRST_FIELDS if name in section_fields(title)).capitalize()
     boolean = bool in (field.annotation, *typing.get_args(field.annotation))
-    if boolean and field.default is None:
+    shown_default = "on" if field.default is True else field.default
+    default = "" if field.default in (None, False) or name == "optimizer_arg" else f" \\[default: {shown_default}]"
+    if boolean and field.default is not False:
         spelling = f"{spelling}/--no-{name.replace('_', '-')}"
     shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}
     info = typer.Option(spelling, **shown) if boolean else typer.Option(spelling, metavar=_metavar(field), **shown)
-    kind = bool if boolean else list[str] if name == "opt" else str
+    kind = bool if boolean else list[str] if name == "optimizer_arg" else str
     return inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 

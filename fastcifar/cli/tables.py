@@ -99,7 +99,7 @@ def scores_table(scores: dict[str, Any]) -> Group:
         "  at the best temperature": scaled,
         "Brier score": f"{scores['brier']:.4f}",
         **({"plots": scores["plots"]} if scores["plots"] else {}),
-        "measured with": f"{scores['arch']}, weights {scores['weights']}, normalisation {scores['normalise']}, "
+        "measured with": f"{scores['arch']}, weights {scores['eval_weights']}, normalisation {scores['normalize']}, "
         f"{scores['precision']} on {scores['device']}",
     }
     if shifted := scores["shifted"]:

@@ -58,7 +58,7 @@ def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
         remedy = (
             f"choose from {', '.join(NORMALIZATIONS)}, or write MEAN:STD as 0.5,0.5,0.5:0.25,0.25,0.25 with std > 0"
         )
-        raise UsageError(f"--normalise {spec!r} is no normalisation", remedy)
+        raise UsageError(f"--normalize {spec!r} is no normalisation", remedy)
     return mean, std
 
 

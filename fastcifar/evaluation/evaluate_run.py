@@ -29,7 +29,7 @@ NOT_EVALUATED = {"shifted": None, "corruptions": None}
 
 def evaluate_run(
     run: str,
-    weights: str | None = None,
+    eval_weights: str | None = None,
     arch: str | None = None,
     *,
     plots_dir: Path | None = None,
@@ -48,7 +48,7 @@ def evaluate_run(
     (None unless asked for) and what they were measured with. Errors: those of `rebuild`, `DataError`,
     `NonFiniteError`, `DiskError`.
     """
-    found = load_model(run, weights, arch, **overrides)
+    found = load_model(run, eval_weights, arch, **overrides)
     data = found.load_dataset()
     if plots_dir is not None:
         plotting.create_plots_dir(plots_dir)
@@ -149,10 +149,10 @@ def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str]
 def _evaluation_settings(loaded: LoadedRun, source: str) -> dict[str, Any]:
     return {
         "arch": loaded.recipe.arch,
-        "weights": loaded.weights,
+        "eval_weights": loaded.weights,
         "checkpoint": str(loaded.checkpoint_path),
         "data": source,
         "device": loaded.execution.device,
         "precision": loaded.execution.precision,
-        "normalise": normalization_name(loaded.recipe),
+        "normalize": normalization_name(loaded.recipe),
     }

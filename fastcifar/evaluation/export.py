@@ -149,7 +149,7 @@ def export_model(
     out: Path | None = None,
     input_type: str = "uint8",
     output_type: str = "probabilities",
-    weights: str | None = None,
+    eval_weights: str | None = None,
     arch: str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def export_model(
         if value not in allowed:
             raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
     # One that reads a file reads it on any machine, so it is made of float32 on the CPU.
-    found = load_model(run, weights, arch, **overrides, device="cpu", precision="fp32")
+    found = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
     data = found.load_dataset()
     folder = Path(run) if Path(run).is_dir() else found.checkpoint_path.parent
     out = out or folder / f"{found.recipe.arch}{row.suffix}"

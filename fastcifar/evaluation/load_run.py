@@ -68,7 +68,7 @@ class LoadedRun:
         )
 
 
-def load_model(run: str, weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
+def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
     """`run`, a run folder or a checkpoint file, ours or of a source project.
 
     `weights`: "last", "best" or "ema" (default: the recipe's). `arch`: the network of a file that does not say it.
@@ -76,7 +76,7 @@ def load_model(run: str, weights: str | None = None, arch: str | None = None, **
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
     saved = source_checkpoints.load_any_checkpoint(path, arch)
-    which = weights or str(saved["recipe"].get("weights", "last"))
+    which = eval_weights or str(saved["recipe"].get("eval_weights", "last"))
     if which == "best":
         path = checkpoint.resolve_checkpoint_path(run, "best")
         saved = source_checkpoints.load_any_checkpoint(path, arch)
@@ -97,7 +97,9 @@ def load_model(run: str, weights: str | None = None, arch: str | None = None, **
     model = model_from_recipe(recipe, len(saved["classes"]))
     state = saved["ema"] if which == "ema" else saved["model"]
     if state is None:
-        raise CheckpointError(f"{path} holds no average of the weights", "use --weights last, or train with --ema")
+        raise CheckpointError(
+            f"{path} holds no average of the weights", "use --eval-weights last, or train with --ema-decay"
+        )
     checkpoint.load_weights(model, state, path)
     forward = build_forward(
         to_channels_last(model, device).eval(), *normalization_mean_std(recipe), choice.precision, device

@@ -77,7 +77,7 @@ def _format_split(split: Split) -> str:
 def _training_section(loaded: LoadedRun) -> list[str]:
     if loaded.weights == "published":
         return ["- by the project that published the weights; nothing of it is known here"]
-    elsewhere = ("data", "out", *section_fields("machine"))  # of the run's place, and of this file's making
+    elsewhere = ("data", "out", *section_fields("execution"))  # of the run's place, and of this file's making
     knobs = {name: value for name, value in loaded.recipe.non_default_options().items() if name not in elsewhere}
     return [
         f"- seed {loaded.recipe.seed}, {loaded.recipe.epochs} epochs, {loaded.recipe.optimizer}, augmentation "
@@ -88,9 +88,9 @@ def _training_section(loaded: LoadedRun) -> list[str]:
 
 def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
     summary = read_summary(run_dir)
-    if summary.get("weights") != loaded.weights:
+    if summary.get("eval_weights") != loaded.weights:
         return [f"- the test set has not met these weights ({loaded.weights}) in this run; see `fastcifar eval`"]
-    trained = loaded.recipe.model_copy(update={"normalise": summary["config"]["normalise"]})
+    trained = loaded.recipe.model_copy(update={"normalize": summary["config"]["normalize"]})
     if normalization_mean_std(trained) != normalization_mean_std(loaded.recipe):
         known = normalization_name(trained)
         return [f"- not measured with this normalisation, only with `{known}`; see `fastcifar eval`"]

@@ -36,7 +36,7 @@ def predict_to_file(
     source: str,
     out: Path,
     *,
-    weights: str | None = None,
+    eval_weights: str | None = None,
     arch: str | None = None,
     ensemble: Sequence[str] = (),
     top_k: int = 0,
@@ -60,11 +60,15 @@ def predict_to_file(
     first_two = prediction_files.parse_header(header, out)
     if plot_path is not None:
         plotting.require_png(plot_path)
-    members = _require_same_classes([load_model(name, weights, arch, **overrides) for name in (run, *ensemble)])
+    members = _require_same_classes([load_model(name, eval_weights, arch, **overrides) for name in (run, *ensemble)])
     first = members[0]
     if not 0 <= top_k <= len(first.classes):
         raise UsageError(f"--top {top_k} of {len(first.classes)} classes", f"choose 0 to {len(first.classes)}")
-    asked: dict[str, Any] = {"names": use_class_names, "top": top_k, "probabilities": with_probabilities}
+    asked: dict[str, Any] = {
+        "use_class_names": use_class_names,
+        "top_k": top_k,
+        "with_probabilities": with_probabilities,
+    }
     columns = partial(prediction_files.prediction_columns, classes=first.classes, header=first_two, **asked)
     columns([], np.empty((0, len(first.classes))))  # names that clash are refused before the network runs
     found = predict_inputs.read_inputs(source, first.recipe.data, first.recipe.dataset)
@@ -126,7 +130,7 @@ def _describe_member(member: LoadedRun) -> dict[str, Any]:
     choice = member.execution
     return {
         "checkpoint": str(member.checkpoint_path),
-        "weights": member.weights,
+        "eval_weights": member.weights,
         "arch": member.recipe.arch,
         "device": choice.device,
         "precision": choice.precision,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 # `chunk` positions of an image, S chunks to an image, the last perhaps shorter: float32 [n, S, C].
 
 
-@torch.library.custom_op("fastcifar::moments", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastcifar::chunk_moments", mutates_args=(), device_types="cpu")
 def chunk_moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Means over each chunk, and sums of squared deviations from them."""
     parts = [part.float() for part in x.flatten(2).split(chunk, 2)]
@@ -37,7 +37,7 @@ def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | N
     return F.relu(y if shortcut is None else y + shortcut).to(x.dtype, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("fastcifar::gradient_before_relu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastcifar::relu_backward_with_sums", mutates_args=(), device_types="cpu")
 def relu_backward_with_sums(
     gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,14 +47,14 @@ def relu_backward_with_sums(
     return g, _chunk_sums(g.float(), chunk), _chunk_sums(g.float() * x, chunk)
 
 
-@torch.library.custom_op("fastcifar::gradient_sums", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastcifar::relu_backward_sums", mutates_args=(), device_types="cpu")
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The same sums where there is no shortcut, for x says then where the ReLU is open; g is not kept."""
     g = _mask_relu_gradient(gradient, x, scale, shift)
     return _chunk_sums(g, chunk), _chunk_sums(g * x, chunk)
 
 
-@torch.library.custom_op("fastcifar::gradient_map", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastcifar::norm_input_gradient", mutates_args=(), device_types="cpu")
 def norm_input_gradient(
     g: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor
 ) -> Tensor:

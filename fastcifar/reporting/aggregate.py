@@ -177,7 +177,7 @@ def _run_accuracy(record: RunRecord, split: str) -> float | None:
     if split == TEST_SPLIT:
         return summary.test_acc
     averaged = record.metric_rows[-1]["ema_val_acc"] if record.metric_rows else None
-    return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": averaged}[summary.weights]
+    return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": averaged}[summary.eval_weights]
 
 
 def _values_by_epoch(metric_rows: Sequence[MetricRow], column: str) -> dict[int, float]:

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values, option_flag
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe, option_flag
 from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 
@@ -35,7 +35,7 @@ def read_run_document(path: Path) -> JsonDocument | None:
     """
     if not (path / "recipe.toml").is_file():
         return None
-    knobs = Recipe.from_saved(load_recipe_values(str(path / "recipe.toml"))).model_dump(mode="json")
+    knobs = Recipe.from_saved(load_saved_recipe(path)).model_dump(mode="json")
     rows = read_metrics_csv(path / "metrics.csv", sys.maxsize)
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def find_misclassified(row: RunGroup, count: int, console: Console | None = None
         assert record.summary
         if console:
             console.print(f"{record.folder}: asked for the test set", markup=False, highlight=False)
-        found = load_model(str(record.folder), record.summary.weights, **overrides)
+        found = load_model(str(record.folder), record.summary.eval_weights, **overrides)
         if classes not in (None, found.classes):
             raise CheckpointError(
                 f"{record.folder} knows other classes than {row.finished_runs[0].folder}", "report them apart"

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe
+from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 
@@ -39,7 +40,7 @@ class RunSummary(BaseModel):
 
     params: int = Field(ge=0)
     steps: int = Field(ge=0)
-    weights: Literal["last", "best", "ema"]
+    eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None = None
     best_val_acc: Fraction | None = None
     test_acc: Fraction | None = None
@@ -156,7 +157,7 @@ def _read_recipe_options(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RECIPE_FILE).is_file():
         raise UsageError(f"no {RECIPE_FILE}")
-    values = load_recipe_values(str(folder / RECIPE_FILE))
+    values = load_saved_recipe(folder)
     return {**json.loads(json.dumps(values, default=str)), **Recipe.from_saved(values).model_dump(mode="json")}
 
 
@@ -211,13 +212,15 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
 def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
     folder = sweep_folder / (trial.run or f"runs/{trial.trial}")
     label = one_line(trial.label)
-    named: dict[str, Any] = {"group": f"sweep {sweep_folder.resolve()} {trial.label}", "name": label}
+    named: dict[str, Any] = {"group_key": f"sweep {sweep_folder.resolve()} {trial.label}", "name": label}
     if os.path.isdir(folder):  # unlike pathlib it takes any name
         record = replace(read_run_record(folder), **named)
     else:
         reason = "in training, or stopped" if trial.state == "running" else "its run folder is gone"
         state = "unfinished" if trial.state == "running" else "damaged"
-        record = RunRecord(folder, options=trial.knobs, seed=trial.seed, state=state, reason=reason, **named)
+        record = RunRecord(
+            folder, options=upgrade_options(trial.knobs), seed=trial.seed, state=state, reason=reason, **named
+        )
     if trial.state in ("failed", "pruned"):
         return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason was given"), summary=None)
     return record

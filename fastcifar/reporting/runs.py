@@ -23,7 +23,7 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, lookup
-from fastcifar.recipe import Recipe, load_recipe_values
+from fastcifar.recipe import Recipe, load_saved_recipe
 from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
 from fastcifar.training.metrics_file import read_metrics_csv
 from fastcifar.training.run_dir import lock_folder, read_environment, read_summary
@@ -109,7 +109,7 @@ def _describe_run(folder: Path) -> ListingEntry:
     rows = read_metrics_csv(folder / "metrics.csv", sys.maxsize)
     last = rows[-1] if rows else {}
     try:
-        knobs = load_recipe_values(str(folder / RECIPE_FILE))
+        knobs = load_saved_recipe(folder)
         Recipe.from_saved(knobs)
         state = "interrupted"
     except UsageError:

@@ -63,7 +63,7 @@ def _field_or_none(spread: MeanStd | None, name: str) -> Any:
 
 
 def _split_and_weights(row: RunGroup) -> str:
-    weights = sorted({record.summary.weights for record in row.finished_runs if record.summary})
+    weights = sorted({record.summary.eval_weights for record in row.finished_runs if record.summary})
     return f"{row.accuracy_split}, {'/'.join(weights)}" if weights else ""
 
 
@@ -74,10 +74,10 @@ OPTION_COLUMNS = {
     "optimizer": _option_column("optimizer"),
     "lr": _option_column("lr"),
     "augment": _option_column("augment"),
-    "clip": _option_column("clip"),
+    "clip_grad": _option_column("clip_grad"),
     "batch": _option_column("batch_size"),
 }
-OPTIONS_WITH_COLUMNS = ("arch", "blocks", "optimizer", "lr", "augment", "clip", "batch_size")  # the knobs in KNOBS
+OPTIONS_WITH_COLUMNS = ("arch", "blocks", "optimizer", "lr", "augment", "clip_grad", "batch_size")  # the knobs in KNOBS
 RESULT_COLUMNS = {
     "params": Column(_parameter_count, lambda row: _format_count(_parameter_count(row))),
     "accuracy %": _accuracy_mean_column(lambda row: row.accuracy_split),

@@ -22,7 +22,8 @@ from fastcifar.data.batch_slicing import slice_epoch
 from fastcifar.data.loaders import LOADERS
 from fastcifar.device import choose_execution
 from fastcifar.errors import DiskError, UsageError, UserError, lookup
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, load_toml
+from fastcifar.renamed import renamed_options
 from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executor
 from fastcifar.sweep.study import OptunaStudy
 from fastcifar.sweep.sweep_progress import SweepDisplay
@@ -90,6 +91,7 @@ def prepare_sweep(
     """What is asked, the sweep's folder, and its trials, all checked; of a study none yet, for it chooses later."""
     asked, name = read_sweep_spec(source, seeds, overrides)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
+    _require_current_names(folder)
     if asked.study:
         study = OptunaStudy(asked, name, folder)
         check_trials(study.boundary_trials(), executor)
@@ -97,6 +99,15 @@ def prepare_sweep(
     trials = [trial.with_sweep_folder(folder) for trial in expand_trials(asked, name)]
     check_trials(trials, executor)
     return asked, folder, trials, None
+
+
+def _require_current_names(folder: Path) -> None:
+    """Raises `UsageError` for a sweep of an earlier version: its trials are named by options that were renamed since."""
+    for file in folder.glob("runs/*/recipe.toml"):
+        if renamed_options().keys() & load_toml(file).keys():
+            problem = f"{folder} was made by an earlier version, in which options had other names"
+            raise UsageError(problem, "it can be reported, not continued: give another --out")
+        return
 
 
 def plan_sweep(
@@ -148,7 +159,7 @@ def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
             lookup({"auto": None, **LOADERS}, recipe.loader, "loader")
             trackers.require_trackers(recipe)
             LRSchedule(recipe, 1)
-            build_grad_clipper(recipe.clip, [])
+            build_grad_clipper(recipe.clip_grad, [])
             model = model_from_recipe(recipe, cifar.DATASETS[recipe.dataset].num_classes)
             check_image_sizes(model, recipe)
             optimizer = OptimizerWrapper(model, recipe)

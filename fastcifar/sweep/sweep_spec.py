@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fastcifar.errors import UsageError, lookup, suggest_name
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, format_toml_value, load_recipe_values, load_toml, option_flag
+from fastcifar.renamed import renaming_remedy
 
 SPEC_FILE = "sweep.toml"  # in a sweep's folder: what was asked
 RESERVED_OPTIONS = {
@@ -287,7 +288,9 @@ def _draw_random_points(spec: RandomSearchSpec) -> Iterator[dict[str, Any]]:
 def _parse_range(name: str, value: Any) -> tuple[str, list[Any]]:
     """`{log = [0.01, 1.0]}` as its kind and ends. Errors: `UsageError`."""
     if name not in Recipe.model_fields:
-        raise UsageError(f"unknown recipe key {name!r}", suggest_name(name, Recipe.model_fields))
+        raise UsageError(
+            f"unknown recipe key {name!r}", renaming_remedy(name) or suggest_name(name, Recipe.model_fields)
+        )
     if not isinstance(value, dict) or len(value) != 1:
         raise UsageError(
             f"the range of {name} is {value!r}", f"write {name}.KIND = [LOW, HIGH], KIND {', '.join(RANGE_SAMPLERS)}"

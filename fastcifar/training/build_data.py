@@ -45,10 +45,10 @@ def build_loader(
         augment=ops,
         seed=recipe.seed,
         device=torch.device(execution.device),
-        fill=mean_color(recipe),
+        fill_color=mean_color(recipe),
         drop_last=recipe.drop_last,
         rank=world.rank,
-        ranks=world.world_size,
+        world_size=world.world_size,
         **{name: value for name, value in own.items() if name in takes},
     )
 
@@ -66,8 +66,8 @@ def normalization_mean_std(recipe: Recipe) -> tuple[tuple[float, ...], tuple[flo
 
 def normalization_name(recipe: Recipe) -> str:
     """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
-    if recipe.normalise != "auto":
-        return recipe.normalise
+    if recipe.normalize != "auto":
+        return recipe.normalize
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
+from fastcifar.renamed import upgrade_options
 
 CHECKPOINT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -119,6 +120,8 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint: {_describe_load_error(error)}") from None
     if not isinstance(state, dict) or not (allow_foreign or is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} holds no model and recipe of ours", "give a run folder or its checkpoint")
+    if is_fastcifar_checkpoint(state):
+        state["recipe"] = upgrade_options(state["recipe"])
     return state
 
 

@@ -89,7 +89,7 @@ class LRSchedule:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         self.spec, self.arg = _parse_schedule(recipe.schedule)
-        self.peak_lr, self.min_lr = recipe.lr, recipe.lr_min
+        self.peak_lr, self.min_lr = recipe.lr, recipe.min_lr
         self.total_steps = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
         self.warmup_steps = recipe.warmup_epochs * steps_per_epoch
         if self.warmup_steps >= self.total_steps:

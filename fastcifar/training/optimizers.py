@@ -28,7 +28,7 @@ from fastcifar.training.optimizer_classes import Muon, Ranger, RMSprop
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """A row of OPTIMIZERS: a class that `--opt` argues with, and what a person should know of it.
+    """A row of OPTIMIZERS: a class that `--optimizer-arg` argues with, and what a person should know of it.
 
     `fused`: torch updates all weights in one kernel. `capturable`: the update may stand in a CUDA graph; one that may
     not runs after it, and reads one flag on the host each step. `own_schedule`: it changes its learning rate itself.
@@ -82,13 +82,15 @@ class OptimizerWrapper:
             raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "spell it NAME or lookahead:NAME")
         self.spec = find_optimizer(self.name)
         if prefix and self.spec.lookahead:
-            raise UsageError(f"{self.name} has Lookahead in it", f"--optimizer {self.name} --opt k=6")
+            raise UsageError(f"{self.name} has Lookahead in it", f"--optimizer {self.name} --optimizer-arg k=6")
         around = LOOKAHEAD_DEFAULTS if prefix else self.spec.lookahead
         arguments = _validate_optimizer_args(recipe, self.name, self.spec, around)
         around = {key: arguments.pop(key, default) for key, default in around.items()}
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
-        groups = build_param_groups(model, recipe.weight_decay, recipe.decay_on, recipe.bias_lr, recipe.head_lr)
+        groups = build_param_groups(
+            model, recipe.weight_decay, recipe.bias_decay, recipe.bias_lr_mult, recipe.head_lr_mult
+        )
         self.scaled_lrs = {group[LR_MULT]: self.lr * group[LR_MULT] for group in groups if LR_MULT in group}
         for group in groups:
             if LR_MULT in group:
@@ -116,7 +118,9 @@ class OptimizerWrapper:
             raise
         except expected as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"{self.name} cannot train this network with --opt {recipe.opt}: {reason}") from None
+            raise UsageError(
+                f"{self.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
+            ) from None
 
     def _build_capturable(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
         """With every tensor of its state: the first step would create it, and a graph must not capture a first step."""
@@ -225,7 +229,7 @@ def pytorch_optimizer_classes() -> dict[str, Callable[..., torch.optim.Optimizer
 def _validate_optimizer_args(
     recipe: Recipe, name: str, spec: OptimizerSpec, lookahead_defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """--opt if all of it is in the optimizer's signature or `around` it; libraries swallow unknown ones silently."""
+    """--optimizer-arg if all of it is in the optimizer's signature or `around` it; libraries swallow unknown ones silently."""
     parameters = inspect.signature(spec.build).parameters
     if not {"params", "lr"} <= parameters.keys():
         raise UsageError(f"{name} is not made of parameters and a learning rate", "choose another optimizer")
@@ -235,13 +239,13 @@ def _validate_optimizer_args(
         raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
     own = [key for key, of in parameters.items() if key not in RESERVED_ARGUMENTS and of.kind != of.VAR_KEYWORD]
     known = [*own, *lookahead_defaults]
-    for key in recipe.opt:
+    for key in recipe.optimizer_arg:
         if key not in known:
             raise UsageError(f"{name} has no argument {key!r}", suggest_name(key, known))
     for key in own:
-        if parameters[key].default is inspect.Parameter.empty and key not in recipe.opt:
-            raise UsageError(f"{name} needs {key}", f"give --opt {key}=VALUE, or choose another optimizer")
-    return dict(recipe.opt)
+        if parameters[key].default is inspect.Parameter.empty and key not in recipe.optimizer_arg:
+            raise UsageError(f"{name} needs {key}", f"give --optimizer-arg {key}=VALUE, or choose another optimizer")
+    return dict(recipe.optimizer_arg)
 
 
 def _try_optimizer(
@@ -280,24 +284,24 @@ def _optimizer_state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def build_param_groups(
-    model: nn.Module, weight_decay: float, decay_on: str, bias_lr_mult: float = 1.0, head_lr_mult: float = 1.0
+    model: nn.Module, weight_decay: float, bias_decay: bool, bias_lr_mult: float = 1.0, head_lr_mult: float = 1.0
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer that cover every trainable parameter exactly once.
 
-    `decay_on`: "all", or "weights" to leave biases and normalisation (parameters of one dimension) undecayed.
+    `bias_decay`: whether weight decay applies to biases and normalization (parameters of one dimension) too.
     `bias_lr`, `head_lr`: multiples of the learning rate, for these and for the last linear layer's weight. They leave
     the decay of a step as it is: a group's `weight_decay` is divided by its multiple.
     Errors: `UsageError` for a `head_lr` without a linear layer.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     if head_lr_mult != 1 and not linear:
-        raise UsageError(f"--head-lr {head_lr_mult:g}: the network has no linear layer", "leave it out")
+        raise UsageError(f"--head-lr-mult {head_lr_mult:g}: the network has no linear layer", "leave it out")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for weight in weights:
         is_bias = weight.ndim <= 1
         times = bias_lr_mult if is_bias else head_lr_mult if linear and weight is linear[-1] else 1.0
-        share = 0.0 if is_bias and decay_on == "weights" else 1.0
+        share = 0.0 if is_bias and not bias_decay else 1.0
         found.setdefault((times, share), []).append(weight)
     groups = [
         {"params": params, "weight_decay": weight_decay * share / times, **({LR_MULT: times} if times != 1 else {})}
@@ -320,7 +324,7 @@ def build_grad_clipper(spec: str, parameters: list[nn.Parameter]) -> Callable[[]
     except ValueError:
         limit = math.nan
     if kind not in ("value", "norm") or not 0 < limit < math.inf:
-        raise UsageError(f"--clip {spec!r} is not value:LIMIT, norm:LIMIT or none", "such as value:0.1")
+        raise UsageError(f"--clip-grad {spec!r} is not value:LIMIT, norm:LIMIT or none", "such as value:0.1")
     if kind == "value":
         return lambda: nn.utils.clip_grad_value_(parameters, limit)
     return lambda: nn.utils.clip_grad_norm_(parameters, limit)

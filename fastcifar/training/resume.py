@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
-from fastcifar.recipe import Recipe, load_recipe_values, option_flag, section_fields
+from fastcifar.recipe import Recipe, load_saved_recipe, option_flag, section_fields
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, lock_folder, read_environment
@@ -29,15 +29,16 @@ RESUMABLE_OPTIONS: dict[str, str] = {
     "patience": "the epochs without a better one count on",
     "max_steps": "steps of the whole run, those before included",
     "max_params": "a limit, not a part of the network",
-    "weights": "which weights meet the test set at the end",
+    "eval_weights": "which weights meet the test set at the end",
     "data": "the same images in another place; another number of them is refused",
     "out": "another folder: the run goes on there, and the old one stays as it is",
     "resume": "",
-    "save_every": "",
+    "save_every_epochs": "",
+    "save_every_steps": "",
     "track": "a tracker that is new gets the rows before too",
     "on_nan": "",
     "deterministic": "sums may round otherwise",
-    **dict.fromkeys(section_fields("machine"), "sums may round otherwise: the same run, no longer bit for bit"),
+    **dict.fromkeys(section_fields("execution"), "sums may round otherwise: the same run, no longer bit for bit"),
 }
 # with --time-budget these were made to fit, so that the command says something else than the run's recipe
 TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
@@ -220,7 +221,7 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
     lock = lock_folder(folder)
     try:
         state = require_resumable_state(checkpoint.load_checkpoint(last), last) if last.is_file() else None
-        saved = state["recipe"] if state else load_recipe_values(str(folder / "recipe.toml"))
+        saved = state["recipe"] if state else load_saved_recipe(folder)
         done = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
         going_on = merge_resumed_recipe(recipe, {**DEFAULT_OPTIONS, **saved}, folder, done.epoch)
         if (folder / "summary.json").exists() and (reason := done.find_stop_reason(going_on)):

@@ -27,6 +27,7 @@ from torch import Tensor
 from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
+from fastcifar.renamed import upgrade_options
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
 from fastcifar.training.trackers import Tracker, parse_tracker_names
@@ -317,8 +318,13 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run's folder; empty where there is none that can be read."""
-    return _read_json_object(folder / "summary.json")
+    """summary.json of a finished run's folder, with today's names; empty where there is none that can be read."""
+    summary = _read_json_object(folder / "summary.json")
+    if isinstance(config := summary.get("config"), dict):
+        summary["config"] = upgrade_options(config)
+    if "weights" in summary:
+        summary["eval_weights"] = summary.pop("weights")
+    return summary
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestRes
         "compiled": choice.compile,
         "cuda_graph": choice.cuda_graph,
         "precision": choice.precision,
-        "weights": recipe.weights,
+        "eval_weights": recipe.eval_weights,
         "val_acc": progress.val_acc,
         "best_val_acc": progress.best,
         "test_acc": scores.accuracy,

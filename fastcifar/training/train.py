@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
-from fastcifar.recipe import Recipe, parse_period
+from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, resume
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune_step, fit_epochs_to_time_budget
@@ -87,7 +87,6 @@ def run_epoch(
 ) -> None:
     """What is left of an epoch: its steps, a look at the validation split, a row, a checkpoint."""
     recipe, progress = trainer.recipe, trainer.progress
-    every, unit = parse_period(recipe.save_every)
     with clock.phase("train"):
         trainer.model.train()
         for batch in trainer.batches(progress.epoch, progress.epoch_step):
@@ -100,7 +99,7 @@ def run_epoch(
                 seen = trainer.meter.compute_delayed()
                 display.show_step(progress.step, progress.epoch, seen)
                 require_finite(seen, trainer)
-            if unit == "s" and progress.step % every == 0:
+            if recipe.save_every_steps and progress.step % recipe.save_every_steps == 0:
                 save_run_checkpoint(trainer, run, clock, "last")
             if stop.sync_signal(trainer.world, progress.step) or progress.step == recipe.max_steps:
                 break
@@ -143,8 +142,8 @@ def finish_epoch(
         trainer.schedule.after_epoch(validation["val_loss"])
     if is_best:  # first, so that `last` never knows of a best that is not there
         save_run_checkpoint(trainer, run, clock, "best")
-    every, unit = parse_period(trainer.recipe.save_every)
-    if is_whole and (progress.find_stop_reason(trainer.recipe) or (unit == "e" and progress.epoch % every == 0)):
+    every = trainer.recipe.save_every_epochs
+    if is_whole and (progress.find_stop_reason(trainer.recipe) or (every and progress.epoch % every == 0)):
         save_run_checkpoint(trainer, run, clock, "last")
 
 
@@ -161,5 +160,5 @@ def require_finite(metrics: Metrics, trainer: Trainer) -> None:
     if metrics.is_finite:
         return
     first = trainer.progress.step - trainer.meter.compute().nonfinite_steps + 1
-    remedy = "use a smaller --lr, a --clip, --precision fp32, or --on-nan rollback"
+    remedy = "use a smaller --lr, a --clip-grad, --precision fp32, or --on-nan rollback"
     raise NonFiniteError(f"the loss or a gradient was not finite in step {first}", remedy)

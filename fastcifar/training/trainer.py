@@ -263,11 +263,11 @@ class Trainer:
         if self.ema:
             with self.ema.averaged_weights():
                 averaged = evaluate(self.model, self.eval_forward, test, self.device)
-            if self.recipe.weights == "ema":
+            if self.recipe.eval_weights == "ema":
                 self.ema.copy_to_model()
-        if self.recipe.weights == "best":
+        if self.recipe.eval_weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
-        scores = averaged if averaged and self.recipe.weights == "ema" else None
+        scores = averaged if averaged and self.recipe.eval_weights == "ema" else None
         scores = scores or evaluate(self.model, self.eval_forward, test, self.device)
         tta = None
         if self.recipe.tta != "none":
@@ -369,12 +369,12 @@ def build_trainer(recipe: Recipe, execution: ExecutionPlan) -> Trainer:
         loader=loader,
         model=model,
         optimizer=optimizer,
-        ema=Ema(model, recipe.ema) if recipe.ema else None,
+        ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
         meter=Meter(device, here),
         forward=forward,
         eval_forward=forward,
         schedule=LRSchedule(recipe, loader.steps_per_epoch),
-        clip_gradients=build_grad_clipper(recipe.clip, optimizer.parameters),
+        clip_gradients=build_grad_clipper(recipe.clip_grad, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=execution.precision == "fp16"),
         prepare_s=prepare_s,
     )
@@ -393,10 +393,10 @@ def check_image_sizes(model: nn.Module, recipe: Recipe) -> None:
 
 
 def init_whitening(model: nn.Module, train: Split, recipe: Recipe) -> None:
-    """Shows the first training images to a network that starts from them (it has `start_from`); to no other."""
-    if start_from := getattr(model, "start_from", None):
+    """Shows the first training images to a network that starts from them (it has `init_whitening`); to no other."""
+    if initialize := getattr(model, "init_whitening", None):
         few = Split(train.images[:NUM_WHITENING_IMAGES], train.labels[:NUM_WHITENING_IMAGES])
-        start_from(normalize_images(few, recipe, next(model.parameters()).device))
+        initialize(normalize_images(few, recipe, next(model.parameters()).device))
 
 
 def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerWrapper) -> ExecutionPlan:

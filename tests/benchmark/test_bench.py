@@ -42,7 +42,7 @@ MOST = {"matmul_tflop_per_s": 0.5, "copy_gb_per_s": 10.0}
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what a device could do takes seconds; test_limits.py does it."""
-    monkeypatch.setattr(clock, "limits", lambda *_: MOST)
+    monkeypatch.setattr(clock, "measure_roofline", lambda *_: MOST)
     monkeypatch.setitem(workloads.INFERENCE_BATCH_SIZES, "cpu", (1, 16))
 
 
@@ -76,7 +76,7 @@ def test_the_median_stands_for_trials_none_of_which_is_left_out(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = [TimedTrial(100, 1.0, 2.0), TimedTrial(100, 0.5, 4.0), TimedTrial(100, 10.0, 1.0)]
-    monkeypatch.setattr(clock, "measure", lambda *_: trials)
+    monkeypatch.setattr(clock, "run_trials", lambda *_: trials)
     (row,) = bench(tiny(), "loader", trials=3)["results"]
     assert row["trials"] == [100.0, 200.0, 10.0]
     assert (row["images_per_s"], row["cpu_us_per_image"]) == (100.0, 20_000.0)
@@ -108,7 +108,7 @@ def test_a_grid_measures_every_value_with_every_other_and_nothing_twice(
 def test_a_wrong_grid_is_refused_before_anything_is_built(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, grid: clock.BenchGrid, words: str
 ) -> None:
-    monkeypatch.setattr(clock, "assemble", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(clock, "build_trainer", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=words):
         bench(tiny(), "step", grid=grid)
 
@@ -145,7 +145,7 @@ def test_inference_is_in_evaluation_mode_and_leaves_training_mode(tiny: Callable
 def test_a_captured_forward_pass_equals_the_plain_one(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graph, "record_on_cuda", lambda work: work)
+    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
     parts = build_trainer(tiny(), choose_execution(tiny()))
     parts.model.eval()
     first, second = (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
@@ -160,7 +160,7 @@ def test_a_trial_beyond_an_epoch_is_of_whole_epochs(
 ) -> None:
     """Of 0.2 seconds: 4 units, 200 and 8, where an epoch has 7."""
     parts = build_trainer(tiny(val_size=0), choose_execution(tiny()))
-    monkeypatch.setattr(clock, "timed", lambda _, units, device: TimedTrial(units, units * unit_s, 0.0))
+    monkeypatch.setattr(clock, "time_units", lambda _, units, device: TimedTrial(units, units * unit_s, 0.0))
     assert clock.calibrate_units(workloads.loader_workload(parts), parts, 0.2) == units
 
 
@@ -176,7 +176,7 @@ def test_without_a_data_set_it_measures_on_synthetic_images_and_says_so(
         return load("synthetic:300" if data == "synthetic" else data, dataset)
 
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
-    monkeypatch.setattr(cifar, "load", nowhere)
+    monkeypatch.setattr(cifar, "load_dataset", nowhere)
     recipe = tiny().model_copy(update={"data": None})
     with pytest.warns(UserWarning, match="not in the cache: measuring on synthetic images"):
         found = bench(recipe, "loader", trials=1, trial_s=QUICK)

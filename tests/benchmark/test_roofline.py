@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_limits_count_operations_and_bytes_of_the_time_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "shortest", lambda work, device: (work(), 0.5)[1])
+    monkeypatch.setattr(roofline, "best_pass_seconds", lambda work, device: (work(), 0.5)[1])
     assert roofline.measure_matmul_flop_per_s(CPU, "fp32", 8) == 2 * 8**3 / 0.5
     assert roofline.measure_copy_bytes_per_s(CPU, 4096) == 2 * 4096 / 0.5
     monkeypatch.setitem(roofline.MATMUL_SIZES, "cpu", (8, 16))
@@ -27,9 +27,9 @@ def test_limits_count_operations_and_bytes_of_the_time_they_took(monkeypatch: py
 
 
 def test_the_shortest_stretch_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "SECONDS", 0.0)
+    monkeypatch.setattr(roofline, "MIN_SECONDS", 0.0)
     seconds = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(roofline, "stretch", lambda *_: next(seconds))
+    monkeypatch.setattr(roofline, "time_passes", lambda *_: next(seconds))
     assert roofline.best_pass_seconds(lambda: None, CPU) == 1.0
 
 

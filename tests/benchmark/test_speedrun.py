@@ -44,8 +44,8 @@ def file(tiny: Make, tmp_path: Path) -> Callable[..., str]:
 @pytest.mark.parametrize(
     "values",
     [
-        {"ema": 0.9, "weights": "ema", "dropout": 0.1},
-        {"arch": "speed94", "optimizer": "muon", "lr": 0.05, "image_size": "24:1,32", "head_lr": 3.0},
+        {"ema_decay": 0.9, "eval_weights": "ema", "dropout": 0.1},
+        {"arch": "speed94", "optimizer": "muon", "lr": 0.05, "image_size": "24:1,32", "head_lr_mult": 3.0},
         {"optimizer": "lookahead:lion", "lr": 0.001, "augment": "crop:4:zero,cutmix:1.0", "batch_size": 48},
     ],
     ids=("average", "whitened", "mixed"),
@@ -96,9 +96,9 @@ def test_a_folder_goes_on_with_its_own_recipe_and_no_other(file: Any, tmp_path: 
         ({"seed": 4}, "has seed 4 already; begin at --seed 10"),
         ({"lr": 0.5}, "another recipe: lr 0.1, not 0.5"),
         ({"target": "95"}, "another recipe: target 94, not 95"),
-        ({"on": "val", "val_size": 40}, "another recipe: val_size 0, not 40, on test, not val"),
+        ({"eval_split": "val", "val_size": 40}, "another recipe: val_size 0, not 40, on test, not val"),
         ({"data": "synthetic:100"}, "another recipe: data synthetic:200, not synthetic:100"),
-        ({"name": file(epochs=3)}, "another recipe: epochs 2, not 3"),
+        ({"recipe_name": file(epochs=3)}, "another recipe: epochs 2, not 3"),
     )
     for asked, words in cases:
         with pytest.raises(UsageError, match=words):
@@ -127,11 +127,11 @@ def test_a_seed_that_another_process_added_meanwhile_is_not_counted_twice(
     assembled = harness.build_trainer
 
     def meanwhile(*given: Any) -> Any:
-        monkeypatch.setattr(harness, "assemble", assembled)
+        monkeypatch.setattr(harness, "build_trainer", assembled)
         speedrun(append=folder)
         return assembled(*given)
 
-    monkeypatch.setattr(harness, "assemble", meanwhile)
+    monkeypatch.setattr(harness, "build_trainer", meanwhile)
     with pytest.raises(UsageError, match="has seed 1 already; begin at --seed 2"):
         speedrun(append=folder)
     assert speedrun(append=folder)["seeds"] == [0, 1, 2], "its lock was given up"
@@ -141,10 +141,10 @@ def test_killed_between_two_trials_it_keeps_the_first_and_goes_on(
     file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, name, following = tmp_path / "timed", file(), harness.reset_trainer_for_recipe
-    monkeypatch.setattr(harness, "following", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(harness, "reset_trainer_for_recipe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         speedrun(recipe_name=name, n=2, eval_split="val", out=str(folder))
-    monkeypatch.setattr(harness, "following", following)
+    monkeypatch.setattr(harness, "reset_trainer_for_recipe", following)
     with (folder / "trials.jsonl").open("a") as lines:
         lines.write('{"seed": 1, "acc')  # as a file system may leave it
     assert json.loads((folder / "summary.json").read_text())["seeds"] == [0]
@@ -172,7 +172,7 @@ def test_a_run_that_does_not_count_is_kept_as_a_miss(
             parts.meter.add(torch.tensor(math.nan), torch.tensor(0), 1)
 
     monkeypatch.setattr(harness, "evaluate", cheating)
-    monkeypatch.setattr(harness, "fit", failing)
+    monkeypatch.setattr(harness, "train_without_evaluation", failing)
     found = speedrun(recipe_name=file(), n=3, eval_split="val", out=str(tmp_path / "timed"))
     trials = [json.loads(line) for line in (tmp_path / "timed" / "trials.jsonl").read_text().splitlines()]
     why = {"evaluation": "the evaluation changed the weights", "training": "the loss or a gradient was not finite"}
@@ -227,7 +227,7 @@ def test_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_average_is_what_is_evaluated(tiny: Make) -> None:
-    parts = build_trainer(tiny(ema=0.9, weights="ema", epochs=1), choose_execution(tiny()))
+    parts = build_trainer(tiny(ema_decay=0.9, eval_weights="ema", epochs=1), choose_execution(tiny()))
     harness.train_without_evaluation(parts, parts.build_train_step())
     assert parts.ema is not None
     assert all(torch.equal(parts.model.state_dict()[name], value) for name, value in parts.ema.average.items())
@@ -237,12 +237,12 @@ def test_the_average_is_what_is_evaluated(tiny: Make) -> None:
     ("values", "asked", "words"),
     [
         ({}, {"target": "93"}, "unknown target '93'"),
-        ({}, {"on": "train"}, "unknown split 'train'"),
-        ({"patience": 3}, {"on": "val"}, "--patience: a timed run goes from the start"),
+        ({}, {"eval_split": "train"}, "unknown split 'train'"),
+        ({"patience": 3}, {"eval_split": "val"}, "--patience: a timed run goes from the start"),
         ({"max_steps": 3}, {}, "--max-steps: a timed run"),
-        ({"weights": "best"}, {"on": "val"}, "looks at no validation split"),
-        ({"schedule": "plateau:3"}, {"on": "val"}, "looks at no validation split"),
-        ({"val_size": 0}, {"on": "val"}, "give --val-size"),
+        ({"eval_weights": "best"}, {"eval_split": "val"}, "looks at no validation split"),
+        ({"schedule": "plateau:3"}, {"eval_split": "val"}, "looks at no validation split"),
+        ({"val_size": 0}, {"eval_split": "val"}, "give --val-size"),
     ],
 )
 def test_fault15_what_cannot_be_timed(file: Any, tmp_path: Path, values: dict, asked: dict, words: str) -> None:

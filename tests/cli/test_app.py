@@ -204,7 +204,7 @@ def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
 
 
 def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
-    code = "import warnings, fastcifar.cli.exit as ending\nwarnings.showwarning = ending.warned\nwarnings.warn('odd')"
+    code = "import warnings, fastcifar.cli.exit as cli_exit\nwarnings.showwarning = cli_exit.print_warning\nwarnings.warn('odd')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stderr == "fastcifar: warning: odd\n"
 
@@ -214,7 +214,7 @@ def test_a_signal_before_the_loop_is_one_line_and_its_exit_code(name: str, exit_
     code = (
         "import os, signal, sys, time, fastcifar.device as device, fastcifar.cli.app as cli\n"
         f"def interrupted(recipe): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
-        "device.examine = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
+        "device.collect_diagnostics = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (exit_code, "", f"fastcifar: stopped by {name}\n")

@@ -28,7 +28,7 @@ SPECS = [
     *("crop:1:zero", "crop:4:zero", "crop:16:zero", "crop:1:reflect", "crop:4:reflect", "crop:16:reflect"),
     *("flip:0.0:random", "flip:0.25:random", "flip:0.5:random", "flip:1.0:random", "flip:0.5:alternating"),
     *("cutout:1:mean", "cutout:7:mean", "cutout:8:mean", "cutout:32:mean", "cutout:8:zero", "cutout:31:zero"),
-    *("erase:0.1:grey", "erase:0.33:mean", "erase:1.0:zero"),
+    *("erase:0.1:gray", "erase:0.33:mean", "erase:1.0:zero"),
 ]
 ALL_SPECS = ",".join(SPECS)
 
@@ -122,7 +122,7 @@ def test_canonical_spellings_come_back(spec: str) -> None:
         ("flip, flip:1", "flip:0.5:random,flip:1.0:random"),
         ("flip:.25", "flip:0.25:random"),
         ("rotate,jitter", "rotate:5,jitter:0.2"),
-        ("flip,erase:0.1,cutmix", "flip:0.5:random,erase:0.1:grey,cutmix:1.0"),
+        ("flip,erase:0.1,cutmix", "flip:0.5:random,erase:0.1:gray,cutmix:1.0"),
         ("autoaugment,randaugment:7,trivialaugment", "autoaugment:cifar10,randaugment:7:2,trivialaugment:wide"),
     ],
 )
@@ -154,7 +154,7 @@ def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
         ("flip:nan", "from 0.0 to 1.0"),
         ("flip:0.3:alternating", "flip:NUMBER:alternating takes 0.5"),
         ("cutout:33", "from 1 to 32"),
-        ("erase:0.01", "erase:NUMBER:grey takes from 0.02 to 1.0"),
+        ("erase:0.01", "erase:NUMBER:gray takes from 0.02 to 1.0"),
         ("erase:0.1:gray", "WORD one of grey, mean, zero"),
         ("crop:4:mirror", "WORD one of zero, reflect"),
         ("crop:4:", "WORD one of zero, reflect"),

@@ -30,7 +30,7 @@ def test_shares_interleave_to_the_batches_of_one_rank(
     batches = [batch for batch in batches if len(batch) == size or not drop]
     assert {steps.steps_per_epoch for steps in shares} == {len(batches)}
     for step, batch in enumerate(batches):
-        parts = [table[step][: steps.count(step)] for table, steps in zip(tables, shares, strict=True)]
+        parts = [table[step][: steps.local_count(step)] for table, steps in zip(tables, shares, strict=True)]
         assert all(np.array_equal(part, batch[rank::ranks]) for rank, part in enumerate(parts))
         assert all(len(part) > 0 for part in parts)
         assert sum(map(len, parts)) == len(batch)

@@ -477,7 +477,9 @@ def test_what_a_killed_writer_left_is_swept(tiny_cifar, cache: Path):
 def test_two_processes_at_once(tmp_path: Path, cache: Path):
     write_pngs(tmp_path / "a", ("ant", "zebra"))
     code = "import sys; from fastcifar.data import cifar; from pathlib import Path;"
-    code += "print(cifar.load(sys.argv[1], cache=Path(sys.argv[2])).train.images.sum(), 'torch' in sys.modules)"
+    code += (
+        "print(cifar.load_dataset(sys.argv[1], cache_dir=Path(sys.argv[2])).train.images.sum(), 'torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "a"), str(cache)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     results = [process.communicate(timeout=60) for process in running]

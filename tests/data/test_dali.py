@@ -75,14 +75,14 @@ def threads() -> int:
         ("cutout:7:zero,flip,crop:4:zero", 3),
         ("flip,flip:0.3,cutout:31:mean", 3),
         ("flip,crop:4:reflect,cutout", 1),
-        ("crop,flip,erase:0.4:grey,erase:1.0:mean", 4),
+        ("crop,flip,erase:0.4:gray,erase:1.0:mean", 4),
         ("crop:4:zero,rotate:20,flip", 1),
         ("none", 0),
     ],
 )
 def test_batches_are_the_tensor_loaders(device: str, spec: str, inside: int) -> None:
     assert count_dali_ops(parse_augment(spec)) == inside
-    ours, theirs = dali(spec, device=device, chunk=45), tensor(spec, device=device)
+    ours, theirs = dali(spec, device=device, chunk_size=45), tensor(spec, device=device)
     for epoch in (0, 1, 2):
         start = 2 if epoch == 2 else 0
         assert differing(ours.batches(epoch, start), theirs.batches(epoch, start)) == 0
@@ -98,16 +98,18 @@ def test_every_face_is_exact_alone(name: str, word: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_chunk_threads_and_ranks_change_nothing(device: str) -> None:
     whole = list(tensor(batch_size=24, device=device).batches(1))
-    for settings in ({"chunk": 1}, {"chunk": 50, "threads": 1}, {"chunk": 10_000, "threads": 3}):
+    for settings in ({"chunk_size": 1}, {"chunk_size": 50, "num_threads": 1}, {"chunk_size": 10_000, "num_threads": 3}):
         assert differing(dali(batch_size=24, device=device, **settings).batches(1), iter(whole)) == 0
     for rank in range(4):
         share = ((images[rank::4], labels[rank::4]) for images, labels in whole)
-        assert differing(dali(batch_size=24, device=device, rank=rank, ranks=4, chunk=12).batches(1), share) == 0
+        assert (
+            differing(dali(batch_size=24, device=device, rank=rank, world_size=4, chunk_size=12).batches(1), share) == 0
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_any_epoch_at_any_time_and_batches_stay_as_they_were(device: str) -> None:
-    ours, theirs = dali(chunk=20, device=device), tensor(device=device)
+    ours, theirs = dali(chunk_size=20, device=device), tensor(device=device)
     held = list(ours.batches(5))
     for epoch, start in ((6, 0), (6, 3), (0, 1), (6, 0), (7, 6), (7, 0)):
         assert differing(ours.batches(epoch, start), theirs.batches(epoch, start)) == 0
@@ -122,7 +124,7 @@ def test_any_epoch_at_any_time_and_batches_stay_as_they_were(device: str) -> Non
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_ops_after_dalis_are_compiled_once() -> None:
     spec = "flip,crop:4:reflect"
-    compiled, plain = dali(spec, compile=True, chunk=50), tensor(spec)
+    compiled, plain = dali(spec, compile=True, chunk_size=50), tensor(spec)
     next(compiled.batches(0))
     with torch.compiler.set_stance("fail_on_recompile"):
         for epoch in range(2):
@@ -172,7 +174,7 @@ def test_threads_stay_over_epochs_and_end_with_the_loader_or_an_unfinished_epoch
 
 
 def test_a_failing_source_is_an_error_at_once_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, ours = threads(), dali(chunk=20)
+    before, ours = threads(), dali(chunk_size=20)
     it = ours.batches(0)
     next(it)
     monkeypatch.setattr(ours._source, "images", IMAGES[:0])
@@ -218,7 +220,7 @@ def test_a_run_equals_the_tensor_loaders(tiny: Callable[..., Recipe]) -> None:
 
 def test_a_run_starts_dali_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = [], DaliPipeline._build_pipeline
-    monkeypatch.setattr(DaliPipeline, "_build", lambda self, plan: built.append(plan) or build(self, plan))
+    monkeypatch.setattr(DaliPipeline, "_build_pipeline", lambda self, plan: built.append(plan) or build(self, plan))
     train(tiny(loader="dali", epochs=2))
     assert len(built) == 1
 
@@ -235,7 +237,7 @@ def test_a_run_on_the_gpu_captures_its_step_before_dali_starts(tiny: Callable[..
 def test_a_capture_while_dali_runs() -> None:
     from fastcifar.training.cuda_graph import capture_cuda_graph
 
-    ours = dali(device="cuda", chunk=20)
+    ours = dali(device="cuda", chunk_size=20)
     it = ours.batches(0)
     first, total = next(it), torch.zeros((), device="cuda")
     static = first[0].clone()
@@ -249,7 +251,7 @@ def test_a_capture_while_dali_runs() -> None:
 @pytest.mark.gpu
 def test_a_busy_gpu_does_not_see_dalis_memory_reused() -> None:
     """Every batch is used late: behind it in the stream lies work that keeps the GPU busy while DALI goes on."""
-    ours, wanted, busy = dali(device="cuda", chunk=20), [], torch.randn(4096, 4096, device="cuda")
+    ours, wanted, busy = dali(device="cuda", chunk_size=20), [], torch.randn(4096, 4096, device="cuda")
     seen = []
     for epoch in range(20):
         for images, _ in ours.batches(epoch):
@@ -275,7 +277,7 @@ def test_three_epochs_of_the_real_images_across_a_resume() -> None:
     theirs, ours = loader(TensorLoader), loader(DaliLoader)
     for epoch in (0, 1):
         assert differing(ours.batches(epoch), theirs.batches(epoch)) == 0
-    resumed = loader(DaliLoader, chunk=2000)
+    resumed = loader(DaliLoader, chunk_size=2000)
     assert differing(resumed.batches(2, 49), theirs.batches(2, 49)) == 0
 
 

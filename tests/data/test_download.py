@@ -150,7 +150,7 @@ def test_errors_of_the_server_and_of_the_network(server: Server, target: Path, m
 
 
 def test_an_endless_body_is_cut(server: Server, target: Path, monkeypatch):
-    monkeypatch.setattr(download, "_MOST_BYTES", 500_000)
+    monkeypatch.setattr(download, "_MAX_BYTES", 500_000)
     with pytest.raises(DataError, match="sends more than 500,000 bytes"):
         download.download_file(server.url, MD5, target)
 
@@ -194,6 +194,6 @@ def test_the_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
 
     real = download._progress_bar
     monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(download, "_progress", bar)
+    monkeypatch.setattr(download, "_progress_bar", bar)
     download.download_file(server.url, MD5, target)
     assert sum(moved) == len(BODY)

@@ -93,7 +93,7 @@ def captured(
     monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any
 ) -> tuple[dict[str, Any], list[plotting.ImageGrid]]:
     drawn: list[list[plotting.ImageGrid]] = []
-    monkeypatch.setattr(plotting, "image_grids", lambda _, grids: drawn.append(grids))
+    monkeypatch.setattr(plotting, "plot_image_grids", lambda _, grids: drawn.append(grids))
     shown = inspection.plot_augmentations(Recipe(data="synthetic:100", **settings), folder / "a.png", 5)
     assert shown["blocks"] == [grid.title for grid in drawn[0]]
     return shown, drawn[0]

@@ -31,7 +31,7 @@ def loader(name: str, batch_size: int = 20, spec: str = SPEC, **settings: Any) -
     takes = inspect.signature(LOADERS[name]).parameters
     own = {key: value for key, value in {"compile": False, "workers": 0, "seed": 0, **settings}.items() if key in takes}
     ops = parse_augment(spec)
-    return LOADERS[name](images, LABELS, batch_size=batch_size, augment=ops, device="cpu", fill=(9, 8, 7), **own)
+    return LOADERS[name](images, LABELS, batch_size=batch_size, augment=ops, device="cpu", fill_color=(9, 8, 7), **own)
 
 
 def joined(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +61,7 @@ def test_drop_last(name: str) -> None:
 @pytest.mark.parametrize("spec", ["none", SPEC])
 def test_ranks_interleave_to_the_batches_of_one(name: str, spec: str) -> None:
     whole = list(loader(name, 20, spec).batches(1))
-    shares = [list(loader(name, 20, spec, rank=rank, ranks=4).batches(1)) for rank in range(4)]
+    shares = [list(loader(name, 20, spec, rank=rank, world_size=4).batches(1)) for rank in range(4)]
     assert {len(share) for share in shares} == {len(whole)}
     for step, (images, labels) in enumerate(whole):
         for rank, share in enumerate(shares):
@@ -72,7 +72,7 @@ def test_ranks_interleave_to_the_batches_of_one(name: str, spec: str) -> None:
 
 def test_a_batch_that_cannot_be_shared_out(name: str) -> None:
     with pytest.raises(UsageError, match="--batch-size 18 cannot be shared out equally to 4 processes"):
-        loader(name, 18, ranks=4)
+        loader(name, 18, world_size=4)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -97,7 +97,7 @@ def test_a_mixers_draws_are_shared_out_as_the_images(name: str, mixer: str) -> N
     ops = parse_augment(f"flip,{mixer}")
     whole = list(mixed_batches(loader(name, 20, "flip"), ops, 0, 0, torch.device("cpu")))
     for rank in range(2):
-        share = mixed_batches(loader(name, 20, "flip", rank=rank, ranks=2), ops, 0, 0, torch.device("cpu"))
+        share = mixed_batches(loader(name, 20, "flip", rank=rank, world_size=2), ops, 0, 0, torch.device("cpu"))
         assert all(torch.equal(mine[2], all_of_it[2][rank::2]) for mine, all_of_it in zip(share, whole, strict=True))
 
 

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (N, 3, 32, 32), dtype=np.uint
 IMAGES.flags.writeable = False
 
 
-def loader(batch_size: int = 32, spec: str = SPEC, **settings: object) -> TensorLoader:
+def loader(batch_size: int = 32, spec: str = SPEC, **settings: Any) -> TensorLoader:
     settings = {"seed": 0, "compile": False, **settings}
     return TensorLoader(
         IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device="cpu", fill_color=FILL, **settings
@@ -148,7 +149,7 @@ def test_a_read_only_memory_map_will_do_without_a_warning(tmp_path: Path) -> Non
 
 def test_large_sets_are_uploaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = joined(loader().batches(0))
-    monkeypatch.setattr(loaders, "UPLOAD", 40)
+    monkeypatch.setattr(loaders, "UPLOAD_IMAGES", 40)
     assert equal(joined(loader().batches(0)), whole)
 
 

@@ -80,7 +80,7 @@ def test_erase_fills_a_box_in_half_of_the_images(word: str, colour: tuple[int, i
 
 
 def test_recipe_b_is_read_by_both_loaders() -> None:
-    ops = parse_augment("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey")
+    ops = parse_augment("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray")
     it = TorchvisionLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", workers=0)
     ours = TensorLoader(IMAGES, np.arange(60), batch_size=20, augment=ops, seed=1, device="cpu", compile=False)
     for (theirs, labels), (images, same) in zip(it.batches(0), ours.batches(0), strict=True):
@@ -148,7 +148,7 @@ class Dies:
 def test_fault24_a_worker_that_dies_ends_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torchvision_loader, "transform", lambda *_: Dies())
+    monkeypatch.setattr(torchvision_loader, "build_transform", lambda *_: Dies())
     started = time.perf_counter()
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         train(tiny(loader="torchvision", workers=2))

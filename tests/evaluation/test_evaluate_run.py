@@ -19,9 +19,9 @@ from fastcifar.training.trainer import Trainer
 
 @pytest.mark.parametrize("weights", ["last", "best", "ema"])
 def test_the_runs_own_weights_have_the_runs_own_accuracy(tiny: Callable[..., Recipe], weights: str) -> None:
-    summary = train(tiny(weights=weights, ema=0.8, epochs=3))
+    summary = train(tiny(weights=weights, ema_decay=0.8, epochs=3))
     scores = evaluate_run(summary["run"])
-    assert (scores["weights"], scores["correct"]) == (weights, summary["correct"])
+    assert (scores["eval_weights"], scores["correct"]) == (weights, summary["correct"])
     assert scores["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
     assert scores["per_class"] == summary["per_class"]
 
@@ -32,12 +32,12 @@ def test_other_weights_are_other_accuracies(tiny: Callable[..., Recipe], monkeyp
         Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=3))
-    last, best = evaluate_run(summary["run"]), evaluate_run(summary["run"], weights="best")
+    last, best = evaluate_run(summary["run"]), evaluate_run(summary["run"], eval_weights="best")
     assert best["checkpoint"].endswith("best.pt")
     assert last["test_loss"] != best["test_loss"]
     assert evaluate_run(best["checkpoint"])["test_loss"] == best["test_loss"]
     with pytest.raises(CheckpointError, match="no average"):
-        evaluate_run(summary["run"], weights="ema")
+        evaluate_run(summary["run"], eval_weights="ema")
 
 
 def test_what_does_not_fit_is_named(tiny: Callable[..., Recipe]) -> None:

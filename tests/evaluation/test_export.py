@@ -113,7 +113,7 @@ def test_the_card_tells_what_the_run_recorded(run: Path) -> None:
         assert expected in card, expected
     other = export_model(str(run / "checkpoints" / "last.pt"), "safetensors", run / "x.safetensors", arch="resnet")
     assert "has not met these weights" in Path(other["card"]).read_text(encoding="utf-8")
-    other = export_model(str(run), "safetensors", run / "y.safetensors", normalise="kuangliu")
+    other = export_model(str(run), "safetensors", run / "y.safetensors", normalize="kuangliu")
     card = Path(other["card"]).read_text(encoding="utf-8")
     assert "not measured with this normalisation, only with `cifar10`" in card
     assert "test accuracy" not in card
@@ -135,12 +135,12 @@ def test_published_weights_are_exported_and_what_does_not_fit_is_named(tmp_path:
     ("changes", "error", "words"),
     [
         ({"format": "onxx"}, UsageError, "onnx"),
-        ({"inputs": "float"}, UsageError, "--input"),
-        ({"outputs": "labels"}, UsageError, "--output"),
+        ({"input_type": "float"}, UsageError, "--input"),
+        ({"output_type": "labels"}, UsageError, "--output"),
         ({"out": Path("/nowhere/at/all.pt2")}, DiskError, "/nowhere/at/all.pt2"),
         ({"run": "/nowhere"}, CheckpointError, "/nowhere"),
         ({"data": "/nowhere"}, DataError, "/nowhere"),
-        ({"weights": "ema"}, CheckpointError, "no average"),
+        ({"eval_weights": "ema"}, CheckpointError, "no average"),
     ],
 )
 def test_bad_input(run: Path, changes: dict, error: type[Exception], words: str) -> None:

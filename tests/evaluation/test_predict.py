@@ -188,14 +188,14 @@ def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, t
     [
         ({"out": Path("a.txt")}, UsageError, "end it in .csv"),
         ({"out": Path("no/a.csv")}, DiskError, "no folder"),
-        ({"show": Path("a.jpg")}, UsageError, "ends in .png"),
-        ({"show": Path("no/such/a.png")}, DiskError, "no folder"),
-        ({"top": 11}, UsageError, "choose 0 to 10"),
+        ({"plot_path": Path("a.jpg")}, UsageError, "ends in .png"),
+        ({"plot_path": Path("no/such/a.png")}, DiskError, "no folder"),
+        ({"top_k": 11}, UsageError, "choose 0 to 10"),
         ({"header": "id"}, UsageError, "two columns"),
-        ({"header": "id,cat", "probabilities": True}, UsageError, "2 columns would be called 'cat'"),
+        ({"header": "id,cat", "with_probabilities": True}, UsageError, "2 columns would be called 'cat'"),
         ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
-        ({"weights": "lats"}, UsageError, "did you mean 'last'"),
-        ({"weights": "ema"}, CheckpointError, "no average"),
+        ({"eval_weights": "lats"}, UsageError, "did you mean 'last'"),
+        ({"eval_weights": "ema"}, CheckpointError, "no average"),
         ({"precision": "fp33"}, UsageError, "--precision"),
         ({"ensemble": ["no.pt"]}, CheckpointError, "no checkpoint no.pt"),
         ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
@@ -238,7 +238,7 @@ def test_published_weights(tmp_path: Path, out: Path) -> None:
     torch.save({"net": state, "acc": 95.8, "epoch": 1}, tmp_path / "ckpt.pth")
     file = str(tmp_path / "ckpt.pth")
     found = predict_to_file(file, "data:test", out, arch="se55", data="synthetic:20", **CPU)
-    assert (found["members"][0]["weights"], found["images"]) == ("published", 10)
+    assert (found["members"][0]["eval_weights"], found["images"]) == ("published", 10)
     with pytest.raises(CheckpointError, match="lacks residual_layers"):
         predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
     with pytest.raises(CheckpointError, match="give --arch se55"):
@@ -247,10 +247,10 @@ def test_published_weights(tmp_path: Path, out: Path) -> None:
 
 def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[bool, bool]] = []
-    monkeypatch.setattr(load_run, "fast_forward", lambda *args: made.append(args[3:5]) or args[1])
+    monkeypatch.setattr(load_run, "optimize_forward", lambda *args: made.append(args[3:5]) or args[1])
     # a GPU's choice, for a network that stays here
     on_gpu = replace(choose_execution(Recipe(compile=True, device="cpu")), cuda_graph=True)
-    monkeypatch.setattr(load_run, "choose", lambda recipe: on_gpu)
+    monkeypatch.setattr(load_run, "choose_execution", lambda recipe: on_gpu)
     cases: list[tuple[int, dict[str, Any]]] = [
         (499, {}),
         (500, {}),

@@ -156,7 +156,7 @@ CSV = (
     + "\n"
     + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
 )
-SUMMARY = {"params": 5266, "steps": 270, "weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
+SUMMARY = {"params": 5266, "steps": 270, "eval_weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
            "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
 REPORTED = {

@@ -30,10 +30,10 @@ MOST_KILLS = 3
 # what is trained: knobs beside those of `children.TINY`, which has dropout
 VARIANTS = {
     "lookahead": ("--epochs", "3"),
-    "average": ("--epochs", "3", "--optimizer", "adamw", "--lr", "0.01", "--ema", "0.9", "--label-smoothing", "0.1",
-                "--save-every", "2s", "--weights", "best"),
-    "ranger": ("--epochs", "3", "--optimizer", "ranger", "--lr", "0.01", "--schedule", "plateau:0", "--clip", "norm:1"),
-    "muon": ("--epochs", "4", "--optimizer", "muon", "--lr", "0.01", "--save-every", "2e", "--warmup-epochs", "1"),
+    "average": ("--epochs", "3", "--optimizer", "adamw", "--lr", "0.01", "--ema-decay", "0.9", "--label-smoothing", "0.1",
+                "--save-every-steps", "2", "--save-every-epochs", "0", "--eval-weights", "best"),
+    "ranger": ("--epochs", "3", "--optimizer", "ranger", "--lr", "0.01", "--schedule", "plateau:0", "--clip-grad", "norm:1"),
+    "muon": ("--epochs", "4", "--optimizer", "muon", "--lr", "0.01", "--save-every-epochs", "2", "--warmup-epochs", "1"),
 }  # fmt: skip
 
 

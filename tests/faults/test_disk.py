@@ -102,7 +102,7 @@ def test_fault07_a_limit_on_files_leaves_the_old_checkpoint(tiny: Make, tmp_path
 def test_fault07_the_estimate_of_a_checkpoint_is_near(tiny: Make, tmp_path: Path) -> None:
     from fastcifar.device import choose_execution
 
-    recipe = tiny(ema=0.9, width=4)
+    recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size
     assert 0.7 * size < trainer.build_trainer(recipe, choose_execution(recipe)).checkpoint_bytes() < size

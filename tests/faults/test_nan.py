@@ -66,7 +66,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], Poison]:
             return poison.parts
 
         monkeypatch.setattr("fastcifar.training.train.assemble", assembled)
-        monkeypatch.setattr(trainer, "loss_and_hits", poison)
+        monkeypatch.setattr(trainer, "loss_and_correct", poison)
         return poison
 
     return put
@@ -78,10 +78,10 @@ def test_fault14_the_weights_are_those_before_the_step_and_the_checkpoint_stays(
     tiny: Make, tmp_path: Path, poisoned: Callable[[Poison], Poison], optimizer: str, where: str
 ) -> None:
     """Step 9 of 15 is bad, the sixth to last before the host looks; Lookahead's step 10 lies between."""
-    train(tiny(optimizer=optimizer, lr=0.01, ema=0.9, epochs=3, max_steps=8, out=str(tmp_path / "good")))
+    train(tiny(optimizer=optimizer, lr=0.01, ema_decay=0.9, epochs=3, max_steps=8, out=str(tmp_path / "good")))
     poison = poisoned(Poison({9}, where))
     with pytest.raises(NonFiniteError, match="was not finite in step 9; use a smaller --lr") as caught:
-        train(tiny(optimizer=optimizer, lr=0.01, ema=0.9, epochs=3))
+        train(tiny(optimizer=optimizer, lr=0.01, ema_decay=0.9, epochs=3))
     assert caught.value.exit_code == 5
     model, good = poison.parts.model, last(tmp_path / "good")
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
@@ -117,7 +117,7 @@ def test_fault14_in_fp16_an_overflow_is_no_failure_and_a_loss_that_is_not_finite
 def test_fault14_the_host_asks_nothing_of_the_device_in_a_step(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    recipe = tiny(optimizer=optimizer, ema=0.9, clip="norm:1.0")
+    recipe = tiny(optimizer=optimizer, ema_decay=0.9, clip_grad="norm:1.0")
     made = build_trainer(recipe, choose_execution(recipe))
     step, batches = made.build_step(loss_and_correct(made.forward, 0.0)), list(made.loader.batches(0))
     step(*batches[0])

@@ -128,7 +128,18 @@ def batches(split: Split, recipe: Recipe, count: int, rank: int, ranks: int) -> 
 def test_fault19_one_of_two_processes_is_killed_and_the_restart_goes_on_from_rank_0(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "40", "--lr", "0.01"]
-    arguments += ["--dropout", "0.1", "--save-every", "7s", "--resume", "auto", "--out", str(out)]
+    arguments += [
+        "--dropout",
+        "0.1",
+        "--save-every-steps",
+        "7",
+        "--save-every-epochs",
+        "0",
+        "--resume",
+        "auto",
+        "--out",
+        str(out),
+    ]
     process = torchrun(*arguments)
     last = out / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 90

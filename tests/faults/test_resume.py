@@ -44,7 +44,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], Path]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(OptimizerWrapper, "between_steps", signalled)
+            patch.setattr(OptimizerWrapper, "after_step", signalled)
             with pytest.raises(Interrupted) as caught:
                 train(recipe)
         assert caught.value.exit_code == 143
@@ -107,7 +107,7 @@ def test_fault21_deterministic_algorithms_alone(tiny: Make, tmp_path: Path, monk
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nondeterministic_afterwards")
-@pytest.mark.parametrize("values", [{}, {"precision": "fp16", "optimizer": "adamw", "ema": 0.9, "lr": 0.01}])
+@pytest.mark.parametrize("values", [{}, {"precision": "fp16", "optimizer": "adamw", "ema_decay": 0.9, "lr": 0.01}])
 def test_fault01_in_a_cuda_graph(
     tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], values: dict[str, Any]
 ) -> None:
@@ -135,14 +135,14 @@ def test_fault01_every_generator_of_random_numbers_is_seeded_and_kept() -> None:
     assert drawn() != first
 
 
-@pytest.mark.parametrize("save_every", ["1e", "3s"])
+@pytest.mark.parametrize("intervals", [{"save_every_epochs": 1}, {"save_every_epochs": 0, "save_every_steps": 3}])
 def test_fault02_with_average_cutmix_smoothing_clipping_early_stop_and_fp16(
-    tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], save_every: str
+    tiny: Make, tmp_path: Path, stopped: Callable[[Recipe, int], Path], intervals: dict[str, int]
 ) -> None:
     values: dict[str, Any] = {
-        "ema": 0.9,
+        "ema_decay": 0.9,
         "label_smoothing": 0.1,
-        "clip": "norm:0.5",
+        "clip_grad": "norm:0.5",
         "patience": 2,
         "epochs": 9,
         "lr": 1e-5,
@@ -150,8 +150,8 @@ def test_fault02_with_average_cutmix_smoothing_clipping_early_stop_and_fp16(
         "warmup_epochs": 1,
         "precision": "fp16",
         "augment": "crop:4:zero,flip,cutmix:1.0",
-        "weights": "best",
-        "save_every": save_every,
+        "eval_weights": "best",
+        **intervals,
     }
     train(tiny(**values))
     assert summary(tmp_path / "run")["stop_reason"] == "patience"
@@ -161,8 +161,8 @@ def test_fault02_with_average_cutmix_smoothing_clipping_early_stop_and_fp16(
 
 
 def test_fault01_a_run_that_max_steps_cut_goes_on(tiny: Make, tmp_path: Path) -> None:
-    train(tiny(epochs=3, weights="best"))
-    cut = {"epochs": 3, "weights": "best", "out": str(tmp_path / "cut")}
+    train(tiny(epochs=3, eval_weights="best"))
+    cut = {"epochs": 3, "eval_weights": "best", "out": str(tmp_path / "cut")}
     assert train(tiny(**cut, max_steps=7))["complete"] is False
     assert len(rows(tmp_path / "cut")) == 2
     assert train(Recipe(resume=str(tmp_path / "cut"), max_steps=12))["steps"] == 12
@@ -208,7 +208,7 @@ def test_fault08_a_damaged_last_resumes_from_the_previous(tiny: Make, tmp_path: 
 
 @pytest.mark.parametrize("file", ["best.pt", "copy.pt"])
 def test_fault01_from_a_checkpoint_file_in_a_new_folder(tiny: Make, tmp_path: Path, file: str) -> None:
-    train(tiny(epochs=3, save_every="1e"))
+    train(tiny(epochs=3, save_every_epochs=1))
     source = tmp_path / "run" / "checkpoints" / file
     if file == "copy.pt":
         shutil.copy(tmp_path / "run" / "checkpoints" / "last.previous.pt", source)
@@ -275,7 +275,7 @@ def test_fault16_every_free_knob_is_one(tiny: Make) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`(--[\w-]+)`", readme.split("Free to differ are ")[1].split("and what the machine is")[0])
     assert set(named) == {
-        option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("machine")}
+        option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("execution")}
     }
 
 
@@ -326,7 +326,7 @@ def test_a_time_budget_fits_once(tiny: Make, tmp_path: Path, monkeypatch: pytest
     from fastcifar.training import dry_run
     from fastcifar.training.dry_run import StepTiming
 
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda parts, step: StepTiming(2.0, 0.05))
     budget = {"time_budget": 0.75, "epochs": 200, "warmup_epochs": 20}
     train(tiny(**budget))
     train(tiny(**budget, max_steps=7, out=str(tmp_path / "cut")))
@@ -342,6 +342,12 @@ def test_fault01_with_a_stem_from_the_images_sizes_and_rates_of_groups(
 ) -> None:
     """A whitening stem is loaded, not made again; an epoch goes on in the size that it began with."""
     values: dict[str, Any] = {"arch": "speed94", "image_size": "16:1,32", "optimizer": "muon", "lr": 0.05}
-    values |= {"bias_lr": 4.0, "head_lr": 9.0, "opt": {"weight_norm": True}, "activation": "gelu", "ema": 0.9}
+    values |= {
+        "bias_lr_mult": 4.0,
+        "head_lr_mult": 9.0,
+        "optimizer_arg": {"weight_norm": True},
+        "activation": "gelu",
+        "ema_decay": 0.9,
+    }
     train(tiny(**values))
     assert_equal_runs(stopped_and_resumed(stopped, tiny, tmp_path / "again", **values), tmp_path / "run")

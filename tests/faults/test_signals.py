@@ -76,7 +76,9 @@ def test_fault05_fault06_one_signal_is_a_checkpoint_of_the_step_and_resume_equal
 
 def test_fault06_a_second_sigint_stops_at_once_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
-    slow = train(log, "--out", str(out), "--epochs", "2", "--save-every", "1s", pause_s=1.5)
+    slow = train(
+        log, "--out", str(out), "--epochs", "2", "--save-every-steps", "1", "--save-every-epochs", "0", pause_s=1.5
+    )
     path = out / "checkpoints" / "last.pt"
     wait_for(path.exists)
     wait_for((path.parent / "manifest.json").exists)

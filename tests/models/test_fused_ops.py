@@ -195,11 +195,11 @@ def calls(dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, ch
     scale, shift = (torch.randn(1 if shared else shape[0], shape[1]) for _ in range(2))
     slope, offset = (torch.randn(shape[:2]) for _ in range(2))
     return {
-        "moments": [(x, chunk)],
+        "chunk_moments": [(x, chunk)],
         "scale_add_relu": [(x, scale, shift, None), (x, scale, shift, y)],
-        "gradient_before_relu": [(gradient, None, x, y, chunk), (gradient, second, x, y, chunk)],
-        "gradient_sums": [(gradient, x, scale, shift, chunk)],
-        "gradient_map": [(gradient, x, scale, None, slope, offset), (gradient, x, scale, shift, slope, offset)],
+        "relu_backward_with_sums": [(gradient, None, x, y, chunk), (gradient, second, x, y, chunk)],
+        "relu_backward_sums": [(gradient, x, scale, shift, chunk)],
+        "norm_input_gradient": [(gradient, x, scale, None, slope, offset), (gradient, x, scale, shift, slope, offset)],
     }
 
 
@@ -249,8 +249,8 @@ def test_kernels_equal_their_plain_forms() -> None:
 
 
 FLOATS = ("means", "squares", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
-OPTIONAL = {"scale_add_relu_kernel": "shortcut_ptr", "gradient_before_relu_kernel": "second_ptr"}
-OPTIONAL |= {"gradient_map_kernel": "shift_ptr"}
+OPTIONAL = {"scale_add_relu_kernel": "shortcut_ptr", "relu_backward_with_sums_kernel": "second_gradient_ptr"}
+OPTIONAL |= {"norm_input_gradient_kernel": "shift_ptr"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -36,11 +36,11 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
 
 
 def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
-    a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, opt={"nesterov": True})
-    b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every="5e", track="mlflow")
+    a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, optimizer_arg={"nesterov": True})
+    b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every_epochs=5, track="mlflow")
     found = compare_paths(a, b)
     assert (found["kind"], found["a"], found["b"]) == ("run", str(a), str(b))
-    assert found["recipe"] == {"lr": [0.1, 0.2], "opt": [{"nesterov": True}, {}], "seed": [0, 3]}
+    assert found["recipe"] == {"lr": [0.1, 0.2], "optimizer_arg": [{"nesterov": True}, {}], "seed": [0, 3]}
     assert found["environment"] == {"versions.torch": ["2.14", "2.15"]}
     assert (found["epochs"], found["equal_epochs"]) == ([3, 2], 2)
     assert found["curves"]["val_acc"] == {"final": [0.5, 0.4], "best": [0.6, 0.4], "at_equal_epochs": [0.6, 0.4]}

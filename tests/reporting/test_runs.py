@@ -205,13 +205,13 @@ def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: C
         return {Path(row["name"]).name for row in select_for_removal([folder], **how)}
 
     assert states(runs)["half"] == "interrupted"
-    assert names(half, unfinished=True) == set()  # it would take the finished run with it
-    assert names(half / "runs", unfinished=True) == {"d"}
-    assert names(unfinished=True) == {"stopped", "torn"}
+    assert names(half, only_unfinished=True) == set()  # it would take the finished run with it
+    assert names(half / "runs", only_unfinished=True) == {"d"}
+    assert names(only_unfinished=True) == {"stopped", "torn"}
     assert names(keep_best=1) == {"good", "fair"}
-    assert names(keep_best=1, unfinished=True) == {"good", "fair", "stopped", "torn"}
+    assert names(keep_best=1, only_unfinished=True) == {"good", "fair", "stopped", "torn"}
     (runs / "good" / "notes.md").write_text("mine")  # which is in the way of what would remove it, and of nothing else
-    assert names(unfinished=True) == {"stopped", "torn"}
+    assert names(only_unfinished=True) == {"stopped", "torn"}
     with pytest.raises(UsageError, match=r"notes\.md is not of a run"):
         names(keep_best=1)
 

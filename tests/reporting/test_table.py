@@ -81,8 +81,8 @@ def test_curves_are_means_over_the_epochs_that_all_runs_have(folders: list[Path]
 
 
 def test_accuracy_is_validations_where_a_run_met_no_test_set(tmp_path: Path) -> None:
-    met = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, weights="best")
-    unmet = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, weights="best")
+    met = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, eval_weights="best")
+    unmet = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, eval_weights="best")
     table = table_of(met, unmet)
     assert table.row_values(table.rows[0])["of"] == "validation, best"
     assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
@@ -207,7 +207,7 @@ def test_sorting(folders: list[Path]) -> None:
         ("summary.json", "[]", "summary.json"),
         (
             "summary.json",
-            '{"params": 1, "steps": 1, "weights": "last", "test_acc": 93.1, "complete": true}',
+            '{"params": 1, "steps": 1, "eval_weights": "last", "test_acc": 93.1, "complete": true}',
             "test_acc",
         ),
         ("recipe.toml", "lr = ", "TOML"),

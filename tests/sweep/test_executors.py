@@ -60,7 +60,7 @@ def test_processes_end_as_one_process_does(tmp_path: Path) -> None:
 
 def test_fault24_a_process_that_dies_fails_its_trial_alone_and_the_sweeps_end_is_theirs(tmp_path: Path) -> None:
     source, folder = file(tmp_path, FEW, epochs=9), tmp_path / "out"
-    arguments = ("sweep", source, "--out", str(folder), "--on", "processes", "--jobs", "2", "--cpus", "1")
+    arguments = ("sweep", source, "--out", str(folder), "--executor", "processes", "--jobs", "2", "--cpus", "1")
     process = children.start(children.fastcifar, tmp_path / "log", 0, *arguments)
     children.wait_for(lambda: training(folder))
     found = training(folder)
@@ -178,7 +178,7 @@ def test_what_ran_on_another_machines_disk_is_brought_home(tmp_path: Path, monke
 def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     source, folder = file(tmp_path, FEW, epochs=40), tmp_path / "ray"
-    arguments = ("sweep", source, "--out", str(folder), "--on", "ray", "--address", "local", "--jobs", "2")
+    arguments = ("sweep", source, "--out", str(folder), "--executor", "ray", "--address", "local", "--jobs", "2")
     process = children.start(children.fastcifar, tmp_path / "log", 0, *arguments)
     children.wait_for(
         lambda: training(folder) or process.exitcode is not None, 300

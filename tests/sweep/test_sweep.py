@@ -99,7 +99,7 @@ def test_what_is_nobodys_mistake_fails_its_trial_alone_and_leaves_its_traceback(
             raise RuntimeError("a bug\nin two lines")
         return finish(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "finish", broken)
+    monkeypatch.setattr(loop, "test_and_summarize", broken)
     found = run_sweep(file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out")
     assert [(row["state"], row["reason"]) for row in found["trials"]] == [
         ("failed", "RuntimeError: a bug"),
@@ -169,7 +169,7 @@ def test_fault17_what_this_machine_lacks_is_found_before_anything_runs_but_anoth
         ("[grid]\nlr = [0.1]\nschedule = ['cosine', 'cosin']\n", "lr=0.1, schedule=cosin: unknown schedule 'cosin'"),
         ("[grid]\noptimizer = ['sgd', 'adamv']\n", "optimizer=adamv: unknown optimizer 'adamv'"),
         ("[[list]]\narch = 'se86'\n", "arch=se86: unknown architecture 'se86'; did you mean 'se68'?"),
-        ("[grid]\nclip = ['value:0.1', '0.1']\n", "--clip '0.1'"),
+        ("[grid]\nclip = ['value:0.1', '0.1']\n", "--clip-grad '0.1'"),
         ("[grid]\naugment = ['flop']\n", "flop"),
     ],
 )
@@ -206,7 +206,7 @@ def test_the_command_ends_with_one_document_and_1_where_a_trial_failed(tmp_path:
     [
         (("--dry-run", "--seeds", "1"), 0, "3 trials, 30 steps to go at most; nothing was written"),
         (("--lr", "1"), 2, "fastcifar: --lr: lr is an axis of this sweep; leave it out, or change the file"),
-        (("--on", "gpus"), 8, "fastcifar: --on gpus: no CUDA device is visible; use --on processes"),
+        (("--executor", "gpus"), 8, "fastcifar: --on gpus: no CUDA device is visible; use --on processes"),
     ],
 )
 def test_the_command_without_a_run(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:

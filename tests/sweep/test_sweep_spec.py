@@ -89,7 +89,7 @@ def test_a_key_lasts_as_long_as_label_seed_and_experiment_do(tmp_path: Path) -> 
     text = "[grid]\nlr = [0.1, 0.05]\n[[list]]\nlabel = 'a / b'\n"
     first, second = trials(tmp_path, text)
     assert first.key == "a-b-lr=0.1-s0-303cdab2"  # another one would have every sweep that was begun run anew
-    assert [t.key for t in trials(tmp_path, text, save_every="5e", batch_size="128")] == [first.key, second.key]
+    assert [t.key for t in trials(tmp_path, text, save_every_epochs="5", batch_size="128")] == [first.key, second.key]
     changed = [trials(tmp_path, text, **flags)[0].key for flags in ({"epochs": "9"}, {"batch_size": "64"})]
     assert len({first.key, *changed}) == 3
     assert trials(tmp_path, text.replace("a / b", "c"))[0].key != first.key

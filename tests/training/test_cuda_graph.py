@@ -73,7 +73,7 @@ def twins(request: pytest.FixtureRequest) -> tuple[Trainer, Trainer, Callable, C
         device="cpu",
         precision="fp32",
         compile=False,
-        ema=0.9,
+        ema_decay=0.9,
         label_smoothing=0.1,
         lr=1e-3,
     )
@@ -118,7 +118,7 @@ def test_compiled_steps_from_eagers_own_state_equal_eager_steps(
 
 
 @pytest.mark.parametrize("wrap", ["graphed", "warmed"])
-@pytest.mark.parametrize("extra", [{}, {"ema": 0.9}, {"dropout": 0.3}, {"precision": "fp16", "optimizer": "sgd"}])
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"dropout": 0.3}, {"precision": "fp16", "optimizer": "sgd"}])
 def test_warm_up_leaves_weights_buffers_optimizer_and_random_state(
     tiny: Callable[..., Recipe], wrap: str, extra: dict
 ) -> None:
@@ -144,8 +144,8 @@ def test_warm_up_leaves_state_that_only_python_knows(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fast: str, optimizer: str
 ) -> None:
     """The slow parts of compiling and capturing are left out; the warm-up is the real one."""
-    monkeypatch.setattr(cuda_graph, "compiled", lambda function, mode: function)
-    monkeypatch.setattr(cuda_graph, "record_on_cuda", lambda work: work)
+    monkeypatch.setattr(cuda_graph, "compile_function", lambda function, mode: function)
+    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
     parts = parts_of(tiny(optimizer=optimizer))
     parts.execution = replace(parts.execution, **{fast: True})
     inner = parts.optimizer.inner
@@ -164,9 +164,9 @@ def test_warm_up_leaves_state_that_only_python_knows(
 
 def test_the_last_short_step_is_captured_too(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
-    monkeypatch.setattr(cuda_graph, "compiled", lambda function, mode: function)
-    monkeypatch.setattr(cuda_graph, "record_on_cuda", lambda work: recorded.append(work) or work)
-    plain_parts, parts = (parts_of(tiny(ema=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
+    monkeypatch.setattr(cuda_graph, "compile_function", lambda function, mode: function)
+    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: recorded.append(work) or work)
+    plain_parts, parts = (parts_of(tiny(ema_decay=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
     assert plain_parts.loader.slicing.local_count(plain_parts.loader.steps_per_epoch - 1) not in (0, 32)
     parts.execution = replace(parts.execution, cuda_graph=True, compile=False)
     plain, captured = plain_parts.build_step(plain_parts.build_loss_function()), parts.build_train_step()
@@ -214,7 +214,7 @@ def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
 def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    plain_parts, parts = (parts_of(tiny(ema=0.9, optimizer=optimizer)) for _ in range(2))
+    plain_parts, parts = (parts_of(tiny(ema_decay=0.9, optimizer=optimizer)) for _ in range(2))
     plain = plain_parts.build_step(loss_and_correct(plain_parts.forward, 0.0))
     step = parts.build_step(loss_and_correct(parts.forward, 0.0))
     captured = cuda_graphed(step, batches(parts, 1)[0], parts.state_tensors(), capture_fn=lambda work: work)
@@ -299,7 +299,7 @@ def test_a_cuda_graph_equals_eager(
 ) -> None:
     has_eps = "eps" in inspect.signature(find_optimizer(optimizer.rpartition(":")[2]).build).parameters
     opt = {"eps": 1e-3} if has_eps else {}  # a gradient of noise alone would else be a whole step
-    recipe = tiny(device="cuda", loader="tensor", ema=0.9, lr=1e-3, optimizer=optimizer, opt=opt)
+    recipe = tiny(device="cuda", loader="tensor", ema_decay=0.9, lr=1e-3, optimizer=optimizer, optimizer_arg=opt)
     plain_parts, parts = parts_of(recipe), parts_of(recipe)
     for setting, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
         monkeypatch.setattr(torch.backends.cudnn, setting, value)
@@ -348,7 +348,7 @@ def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "muon"])
 def test_a_replay_of_several_steps_equals_them_one_by_one(tiny: Callable[..., Recipe], optimizer: str) -> None:
     """The learning rate of each step is an input, beside its batch; it is not what it was when the block was made."""
-    one, several = (parts_of(tiny(optimizer=optimizer, ema=0.9, dropout=0.1)) for _ in range(2))
+    one, several = (parts_of(tiny(optimizer=optimizer, ema_decay=0.9, dropout=0.1)) for _ in range(2))
     rates = [torch.tensor(rate) for rate in (0.1, 0.05, 0.02, 0.01, 0.2, 0.3)]
 
     def stepping(parts: Trainer) -> Callable[..., None]:

@@ -32,7 +32,7 @@ def test_a_rehearsal_writes_nothing_and_adds_up(tiny: Callable[..., Recipe], tmp
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "adamw", "lion"])
 def test_measuring_leaves_everything_as_it_was(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    recipe = tiny(optimizer=optimizer, lr=1e-3, ema=0.9, dropout=0.1)
+    recipe = tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1)
     parts = build_trainer(recipe, choose_execution(recipe))
     step = parts.build_train_step()
     kept = [tensor.detach().clone() for tensor in parts.state_tensors()]
@@ -48,7 +48,7 @@ def test_a_budget_takes_the_epochs_that_fit_and_the_schedule_follows(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 5 steps of 2 s and 40 images of 0.05 s: 12 s an epoch; the test set 2 s; 95 % of 60 s less 7 s: 48 s, 4 epochs
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda parts, step: StepTiming(2.0, 0.05))
     recipe = tiny(time_budget=1.0, epochs=200)
     parts = build_trainer(recipe, choose_execution(recipe))
     fit_epochs_to_time_budget(parts, parts.build_train_step(), elapsed_s=7.0)
@@ -64,7 +64,7 @@ def test_a_budget_takes_the_epochs_that_fit_and_the_schedule_follows(
 
 
 def test_a_run_with_a_budget_ends_complete(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda parts, step: StepTiming(2.0, 0.05))
     summary = train(tiny(time_budget=0.75, epochs=200))
     assert summary["complete"]
     assert summary["epochs"] == summary["config"]["epochs"] == 3
@@ -79,8 +79,8 @@ def test_the_compiler_tries_harder_only_where_the_run_is_long_enough(
     recipe = tiny(epochs=1000)
     parts = build_trainer(recipe, choose_execution(recipe))
     tried: list[str] = []
-    monkeypatch.setattr(Trainer, "fast_step", lambda _, mode: tried.append(mode))
-    monkeypatch.setattr(dry_run, "measure", lambda *_: StepTiming(step_s, 0.0))
+    monkeypatch.setattr(Trainer, "build_train_step", lambda _, mode: tried.append(mode))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(step_s, 0.0))
     dry_run.autotune_step(parts, parts.build_step(parts.build_loss_function()))
     assert tried == [], "a CPU has nothing to tune"
     parts.execution = replace(parts.execution, device="cuda", compile=True)

@@ -127,7 +127,7 @@ def test_an_unknown_view_is_named(tiny: Callable[..., Recipe]) -> None:
 
 
 def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Recipe]) -> None:
-    plain, asked = train(tiny()), train(tiny(tta="10crop", ema=0.5, weights="ema"))
+    plain, asked = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
     assert plain["test_acc_tta"] is None
     parts = build_trainer(tiny(), choose_execution(tiny()))
     saved = torch.load(f"{asked['run']}/checkpoints/last.pt", weights_only=True)
@@ -163,7 +163,7 @@ def test_training_compiles_its_evaluations_where_they_repay_it(
     monkeypatch.setattr("fastcifar.training.trainer.COMPILE_FROM", 400)
     monkeypatch.setattr("fastcifar.training.trainer.fast_forward", lambda *args: made.append(args[3]) or args[1])
     # each epoch 40 images, twice with an average; at the end 40, and 40 for the average and for each of two views
-    for enough, extra in ((9, {}), (4, {"ema": 0.9}), (7, {"tta": "flip"})):
+    for enough, extra in ((9, {}), (4, {"ema_decay": 0.9}), (7, {"tta": "flip"})):
         for epochs in (enough - 1, enough):
             recipe = tiny(epochs=epochs, **extra)
             parts = build_trainer(recipe, choose_execution(recipe))

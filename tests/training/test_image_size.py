@@ -84,7 +84,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
         prepared.append(len(prepared))
         return function
 
-    monkeypatch.setattr(cuda_graph, "compiled", recorded)
+    monkeypatch.setattr(cuda_graph, "compile_function", recorded)
     step = parts.build_train_step()
     assert len(prepared) == 3
     assert [size for size, _ in taken] == [24, 28, 32]  # the warm-up of each
@@ -114,7 +114,7 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 ) -> None:
     parts = parts_of(tiny(image_size="24:3,32", epochs=4))
     seconds = {24: 1.0, 32: 5.0}
-    monkeypatch.setattr(dry_run, "_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
+    monkeypatch.setattr(dry_run, "_measure_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
     pace = measure_step_timing(parts, parts.build_train_step())
     assert pace.step_s == 2.0
     assert parts.progress.epoch == 0
@@ -123,7 +123,7 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 def test_a_budget_shortens_the_stages_with_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "measure", lambda parts, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda parts, step: StepTiming(2.0, 0.05))
     parts = parts_of(tiny(time_budget=1.0, epochs=16, image_size="16:3,24:8,32"))
     fit_epochs_to_time_budget(parts, parts.build_train_step(), elapsed_s=7.0)
     assert (parts.recipe.epochs, parts.recipe.image_size) == (4, "24:2,32")

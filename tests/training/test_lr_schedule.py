@@ -56,7 +56,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, rising: float) -> lr_scheduler.O
     ],
 )  # fmt: skip
 def test_equals_torch(spec: str, lr_min: float, made: Callable) -> None:
-    ours = schedule(spec, lr_min=lr_min)
+    ours = schedule(spec, min_lr=lr_min)
     assert [ours.lr_at(step) for step in range(STEPS)] == pytest.approx(rates_of(made), rel=1e-6, abs=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> N
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_stay_between_the_floor_and_the_peak(name: str) -> None:
-    made = schedule(name, lr_min=0.01)
+    made = schedule(name, min_lr=0.01)
     rates = [made.lr_at(step) for step in range(STEPS + 20)]
     assert all(0.01 - 1e-12 <= rate <= 0.4 + 1e-12 for rate in rates)
     assert len(set(rates[STEPS:])) == 1  # after its end it stays where it is
@@ -108,7 +108,7 @@ def test_schedules_stay_between_the_floor_and_the_peak(name: str) -> None:
 
 
 def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
-    made = LRSchedule(Recipe(lr=0.1, lr_min=0.01, epochs=21, schedule_epochs=20), 10)
+    made = LRSchedule(Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20), 10)
     rates = [made.lr_at(step) for step in range(210)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.055)

@@ -54,7 +54,7 @@ def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 @pytest.mark.parametrize("opt", [{}, {"k": 5, "alpha": 0.8, "use_gc": False}, {"betas": [0.9, 0.99], "eps": 1e-8}])
 def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
     ours, theirs = Network(), Network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt))
     reference = pytorch_optimizer.Ranger(theirs.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt)
     for step in on_the_same_gradients(ours, theirs, steps=50):
         optimizer.set_lr(0.1 / (step + 1))
@@ -68,7 +68,7 @@ def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
 def test_ranger_counts_no_skipped_step() -> None:
     """Ten steps and, among them, skipped ones, the first too, are ten steps."""
     ours, theirs = Network(), Network()
-    recipe = Recipe(optimizer="ranger", lr=0.1, opt={"k": 100})
+    recipe = Recipe(optimizer="ranger", lr=0.1, optimizer_arg={"k": 100})
     with_skips, without = OptimizerWrapper(ours, recipe), OptimizerWrapper(theirs, recipe)
     for step in on_the_same_gradients(ours, theirs, steps=10):
         if step in (0, 7):
@@ -153,7 +153,7 @@ PUBLISHED = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, 
 def test_muon_equals_a_plain_one(opt: dict) -> None:
     """50 steps beside one weight at a time, without batches, views or foreach; Newton-Schulz in bf16 in both."""
     ours, theirs = Network(), Network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt))
     values = {**MUON, "linear": False, "weight_norm": False, **opt}
     buffers = {weight: torch.zeros_like(weight) for weight in theirs.parameters()}
     for step in on_the_same_gradients(ours, theirs, steps=50):

@@ -82,7 +82,7 @@ def assert_equal_weights(ours: nn.Module, theirs: nn.Module, tolerance: float = 
 @pytest.mark.parametrize("opt", [{}, {"nesterov": True}, {"momentum": 0.0}, {"dampening": 0.1}])
 def test_sgd_equals_torch(opt: dict) -> None:
     ours, theirs = network(), network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt))
     reference = torch.optim.SGD(theirs.parameters(), lr=0.1, weight_decay=1e-2, **{"momentum": 0.9, **opt})
     if "dampening" in opt:  # torch's first step has no dampening; ours has, so that every step is the same work
         for weight in theirs.parameters():
@@ -109,7 +109,7 @@ def test_sgd_equals_torch(opt: dict) -> None:
 )
 def test_equals_the_plain_optimizer(name: str, opt: dict, build: Any, arguments: dict) -> None:
     ours, theirs = network(), network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer=name, weight_decay=1e-2, opt=opt))
+    optimizer = OptimizerWrapper(ours, Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt))
     reference = build(theirs.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
     for step in range(20):
         optimizer.set_lr(0.01 / (step + 1))
@@ -123,7 +123,9 @@ def test_equals_the_plain_optimizer(name: str, opt: dict, build: Any, arguments:
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (3, 0.8)])
 def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
     ours, theirs = network(), network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="lookahead:sgd", lr=0.1, opt={"k": k, "alpha": alpha}))
+    optimizer = OptimizerWrapper(
+        ours, Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha})
+    )
     inner = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     reference = ReferenceLookahead(inner, k=k, alpha=alpha, pullback_momentum="none")
     for step in range(50):
@@ -138,7 +140,7 @@ def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
 def test_a_skipped_step_has_no_slow_weights_after_it(name: str) -> None:
     """k = 5: the tenth step is skipped, and neither weights nor slow weights move; the fifteenth is not."""
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, opt={"k": 5}))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, optimizer_arg={"k": 5}))
     for step in range(9):
         advance([(model, optimizer)], step)
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -154,7 +156,7 @@ def test_a_skipped_step_has_no_slow_weights_after_it(name: str) -> None:
 
 def test_learning_rate_is_one_tensor_that_every_group_reads() -> None:
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer="sgd", decay_on="weights"))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="sgd", bias_decay=False))
     assert len(optimizer.inner.param_groups) == 2
     before = copy.deepcopy(model.state_dict())
     optimizer.set_lr(0.0)
@@ -226,11 +228,16 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
 @pytest.mark.parametrize(
     "values",
     [
-        *({"optimizer": name, "opt": {"k": 3} if ":" in name else {}} for name in EVERY),
+        *({"optimizer": name, "optimizer_arg": {"k": 3} if ":" in name else {}} for name in EVERY),
         *({"optimizer": "sgd", "schedule": name} for name in SCHEDULES),
-        {"optimizer": "lookahead:rmsprop", "schedule": "plateau:1", "decay_on": "weights"},
-        {"optimizer": "ranger", "schedule": "plateau:1", "decay_on": "weights", "opt": {"k": 4, "betas": [0.9, 0.99]}},
-        {"optimizer": "muon", "opt": {"weight_norm": True, "nesterov": False}},
+        {"optimizer": "lookahead:rmsprop", "schedule": "plateau:1", "bias_decay": False},
+        {
+            "optimizer": "ranger",
+            "schedule": "plateau:1",
+            "bias_decay": False,
+            "optimizer_arg": {"k": 4, "betas": [0.9, 0.99]},
+        },
+        {"optimizer": "muon", "optimizer_arg": {"weight_norm": True, "nesterov": False}},
     ],
     ids=lambda values: "-".join(str(value) for value in values.values()),
 )
@@ -282,28 +289,28 @@ def test_fault14_a_scaler_skips_what_overflowed_and_steps_otherwise(name: str) -
         ({"optimizer": "rangr"}, "did you mean 'ranger'"),
         ({"optimizer": "lookahead:rmspropp"}, "did you mean 'rmsprop'"),
         ({"optimizer": "lokahead:sgd"}, "lookahead:NAME"),
-        ({"optimizer": "sgd", "opt": {"nesterow": True}}, "did you mean 'nesterov'"),
-        ({"optimizer": "adam", "opt": {"beta": 0.9}}, "did you mean 'betas'"),
-        ({"optimizer": "adam", "opt": {"fused": False}}, "no argument 'fused'"),
-        ({"optimizer": "ranger", "opt": {"n_sma_treshold": 5}}, "did you mean 'n_sma_threshold'"),
-        ({"optimizer": "ranger", "opt": {"kwargs": 5}}, "no argument 'kwargs'"),
-        ({"optimizer": "ranger", "opt": {"betas": [0.9, 1.0]}}, "betas are in"),
-        ({"optimizer": "ranger", "opt": {"k": 0}}, "whole k >= 1"),
+        ({"optimizer": "sgd", "optimizer_arg": {"nesterow": True}}, "did you mean 'nesterov'"),
+        ({"optimizer": "adam", "optimizer_arg": {"beta": 0.9}}, "did you mean 'betas'"),
+        ({"optimizer": "adam", "optimizer_arg": {"fused": False}}, "no argument 'fused'"),
+        ({"optimizer": "ranger", "optimizer_arg": {"n_sma_treshold": 5}}, "did you mean 'n_sma_threshold'"),
+        ({"optimizer": "ranger", "optimizer_arg": {"kwargs": 5}}, "no argument 'kwargs'"),
+        ({"optimizer": "ranger", "optimizer_arg": {"betas": [0.9, 1.0]}}, "betas are in"),
+        ({"optimizer": "ranger", "optimizer_arg": {"k": 0}}, "whole k >= 1"),
         ({"optimizer": "lookahead:ranger"}, "ranger has Lookahead in it"),
-        ({"optimizer": "muon", "opt": {"rest": 3}}, "did you mean 'rest_lr'"),
-        ({"optimizer": "muon", "opt": {"ns_steps": 2.5}}, "ns_steps is a whole number"),
-        ({"optimizer": "muon", "opt": {"momentum": 1}}, "momentum is in"),
-        ({"optimizer": "muon", "opt": {"linear": "no"}}, "linear are true or false"),
-        ({"optimizer": "ranger", "opt": {"use_gc": "no"}}, "use_gc is true or false"),
-        ({"optimizer": "sgd", "opt": {"k": 3}}, "no argument 'k'"),
-        ({"optimizer": "sgd", "opt": {"momentum": -1}}, "momentum"),
-        ({"optimizer": "sgd", "opt": {"momentum": 0, "nesterov": True}}, "Nesterov"),
-        ({"optimizer": "adam", "opt": {"eps": "small"}}, "cannot train"),
-        ({"optimizer": "lion", "opt": {"betas": [2, 0.9]}}, "cannot train"),
-        ({"optimizer": "lookahead:sgd", "opt": {"k": 0}}, "k >= 1"),
-        ({"optimizer": "lookahead:sgd", "opt": {"k": 2.5}}, "k >= 1"),
-        ({"optimizer": "lookahead:adam", "opt": {"alpha": "half"}}, "alpha <= 1"),
-        ({"optimizer": "ranger21"}, "--opt num_iterations=VALUE"),
+        ({"optimizer": "muon", "optimizer_arg": {"rest": 3}}, "did you mean 'rest_lr'"),
+        ({"optimizer": "muon", "optimizer_arg": {"ns_steps": 2.5}}, "ns_steps is a whole number"),
+        ({"optimizer": "muon", "optimizer_arg": {"momentum": 1}}, "momentum is in"),
+        ({"optimizer": "muon", "optimizer_arg": {"linear": "no"}}, "linear are true or false"),
+        ({"optimizer": "ranger", "optimizer_arg": {"use_gc": "no"}}, "use_gc is true or false"),
+        ({"optimizer": "sgd", "optimizer_arg": {"k": 3}}, "no argument 'k'"),
+        ({"optimizer": "sgd", "optimizer_arg": {"momentum": -1}}, "momentum"),
+        ({"optimizer": "sgd", "optimizer_arg": {"momentum": 0, "nesterov": True}}, "Nesterov"),
+        ({"optimizer": "adam", "optimizer_arg": {"eps": "small"}}, "cannot train"),
+        ({"optimizer": "lion", "optimizer_arg": {"betas": [2, 0.9]}}, "cannot train"),
+        ({"optimizer": "lookahead:sgd", "optimizer_arg": {"k": 0}}, "k >= 1"),
+        ({"optimizer": "lookahead:sgd", "optimizer_arg": {"k": 2.5}}, "k >= 1"),
+        ({"optimizer": "lookahead:adam", "optimizer_arg": {"alpha": "half"}}, "alpha <= 1"),
+        ({"optimizer": "ranger21"}, "--optimizer-arg num_iterations=VALUE"),
         ({"optimizer": "alig"}, "learning rate"),
         ({"optimizer": "fromage"}, "--weight-decay 0"),
         ({"optimizer": "schedulefreesgd"}, "evaluates other weights"),
@@ -344,9 +351,9 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_refused() -> None:
 
 
 def test_lookaheads_arguments_are_its_own() -> None:
-    around = OptimizerWrapper(network(), Recipe(optimizer="lookahead:rmsprop", opt={"k": 7, "alpha": 0.8}))
+    around = OptimizerWrapper(network(), Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8}))
     assert (around.lookahead_k, around.lookahead_alpha, around.inner.param_groups[0]["alpha"]) == (7, 0.8, 0.99)
-    bare = OptimizerWrapper(network(), Recipe(optimizer="RMSprop", opt={"alpha": 0.8}))
+    bare = OptimizerWrapper(network(), Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}))
     assert (bare.lookahead_k, bare.inner.param_groups[0]["alpha"]) == (0, 0.8)
 
 
@@ -362,12 +369,12 @@ def test_trying_an_optimizer_leaves_weights_and_random_state() -> None:
 
 def test_groups_cover_every_parameter_once() -> None:
     model = network()
-    decayed, plain = build_param_groups(model, 0.1, "weights")
+    decayed, plain = build_param_groups(model, 0.1, False)
     assert {weight.ndim for weight in decayed["params"]} == {4}
     assert {weight.ndim for weight in plain["params"]} == {1}
     assert plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-    assert len(build_param_groups(model, 0.1, "all")) == 1
+    assert len(build_param_groups(model, 0.1, True)) == 1
 
 
 def network_with_a_head() -> nn.Sequential:
@@ -379,22 +386,24 @@ def network_with_a_head() -> nn.Sequential:
 
 def test_groups_of_rates_cover_every_trainable_parameter_once() -> None:
     model = network_with_a_head()
-    rest, head, biases = build_param_groups(model, 0.1, "all", bias_lr_mult=4.0, head_lr_mult=0.5)
+    rest, head, biases = build_param_groups(model, 0.1, True, bias_lr_mult=4.0, head_lr_mult=0.5)
     assert [weight.ndim for weight in rest["params"]] == [4, 2]
     assert head["params"] == [model[3].weight]
     assert biases["params"] == [model[0].bias, model[1].bias, model[2].bias, model[3].bias]
     assert [group.get("times", 1.0) for group in (rest, head, biases)] == [1.0, 0.5, 4.0]
     assert [group["weight_decay"] for group in (rest, head, biases)] == [0.1, 0.2, 0.025]
-    assert [len(group["params"]) for group in build_param_groups(model, 0.1, "weights", 4.0, 4.0)] == [2, 1, 4]
-    with pytest.raises(UsageError, match="--head-lr 2: the network has no linear layer"):
-        build_param_groups(network(), 0.1, "all", head_lr_mult=2.0)
+    assert [len(group["params"]) for group in build_param_groups(model, 0.1, False, 4.0, 4.0)] == [2, 1, 4]
+    with pytest.raises(UsageError, match="--head-lr-mult 2: the network has no linear layer"):
+        build_param_groups(network(), 0.1, True, head_lr_mult=2.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "lion"])
 def test_groups_of_rates_equal_a_plain_optimizer_with_groups(name: str) -> None:
     """With decay: divided by the multiple of the rate, a decoupled one shrinks each group by lr * decay a step."""
     ours, theirs = network_with_a_head(), network_with_a_head()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr=4.0, head_lr=0.5))
+    optimizer = OptimizerWrapper(
+        ours, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr_mult=4.0, head_lr_mult=0.5)
+    )
     build = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam,
              "rmsprop": torch.optim.RMSprop, "lion": pytorch_optimizer.Lion}[name]  # fmt: skip
     plain = [weight for weight in theirs.parameters() if weight.requires_grad]
@@ -420,7 +429,7 @@ def test_muon_and_sgd_of_two_rates_in_one_optimizer() -> None:
     """The recipe of the speed networks: filters by Muon, biases and head by Nesterov SGD at rates of their own."""
     opt = {"momentum": 0.6, "ns_steps": 3, "weight_norm": True, "rest_lr": 50.0, "rest_momentum": 0.85}
     ours, theirs = network_with_a_head(), network_with_a_head()
-    recipe = Recipe(optimizer="muon", lr=0.24, weight_decay=0, head_lr=12.0, opt=opt)
+    recipe = Recipe(optimizer="muon", lr=0.24, weight_decay=0, head_lr_mult=12.0, optimizer_arg=opt)
     optimizer = OptimizerWrapper(ours, recipe)
     head = theirs[3].weight
     others = [
@@ -446,7 +455,7 @@ def test_muon_and_sgd_of_two_rates_in_one_optimizer() -> None:
 
 @pytest.mark.parametrize("name", ["lookahead:sgd", "muon", "ranger", "lookahead:lion"])
 def test_groups_of_rates_are_resumed(name: str) -> None:
-    values = {"optimizer": name, "bias_lr": 3.0, "decay_on": "weights"}
+    values = {"optimizer": name, "bias_lr_mult": 3.0, "bias_decay": False}
     whole, _ = trained(values, range(12))
     _, saved = trained(values, range(6))
     resumed, _ = trained(values, range(6, 12), resume=saved)
@@ -456,7 +465,7 @@ def test_groups_of_rates_are_resumed(name: str) -> None:
 
 def test_at_a_multiple_of_one_groups_and_state_are_as_without() -> None:
     model = network_with_a_head()
-    (group,) = build_param_groups(model, 0.1, "all")
+    (group,) = build_param_groups(model, 0.1, True)
     assert group.keys() == {"params", "weight_decay"}
     assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
     assert not OptimizerWrapper(model, Recipe(optimizer="sgd")).scaled_lrs
@@ -475,7 +484,7 @@ def test_clip() -> None:
     norm = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
     for wrong in ("0.1", "value", "value:-1", "value:x", "length:1", "norm:inf"):
-        with pytest.raises(UsageError, match="--clip"):
+        with pytest.raises(UsageError, match="--clip-grad"):
             build_grad_clipper(wrong, weights)
 
 

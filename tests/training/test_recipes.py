@@ -21,7 +21,7 @@ from fastcifar.training.trainer import model_from_recipe
 from tests.models.networks import on_meta, small
 
 A = "crop:4:zero,flip,rotate:5,autoaugment:cifar10"
-B = "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:grey"
+B = "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray"
 CROP = "crop:4:zero,flip"
 LOOKAHEAD, SGD = "lookahead:sgd", "sgd"
 
@@ -70,10 +70,17 @@ def test_the_published_accuracy_stands_beside_the_recipe(name: str) -> None:
 def test_a_sources_recipe_has_the_published_values(name: str) -> None:
     recipe = Recipe.make(name)
     length = recipe.schedule_epochs or recipe.epochs
-    of_images = (recipe.batch_size, recipe.clip, recipe.augment, normalization_name(recipe))
-    found = (recipe.arch, recipe.optimizer, recipe.lr, *of_images, recipe.epochs, length, recipe.lr_min)
+    of_images = (recipe.batch_size, recipe.clip_grad, recipe.augment, normalization_name(recipe))
+    found = (recipe.arch, recipe.optimizer, recipe.lr, *of_images, recipe.epochs, length, recipe.min_lr)
     assert found == PUBLISHED[name]
-    rest = (recipe.weight_decay, recipe.decay_on, recipe.schedule, recipe.warmup_epochs, recipe.ema, recipe.val_size)
+    rest = (
+        recipe.weight_decay,
+        recipe.bias_decay,
+        recipe.schedule,
+        recipe.warmup_epochs,
+        recipe.ema_decay,
+        recipe.val_size,
+    )
     assert rest == (5e-4, "all", "cosine", 0.0, 0.0, 5000)
     smoothing, patience = {"coconut": (0.01, 30)}.get(name, (0.0, 0))
     assert (recipe.label_smoothing, recipe.patience) == (smoothing, patience)
@@ -90,9 +97,9 @@ def test_a_shipped_recipe_builds_under_the_budget_and_assembles(name: str) -> No
     optimizer = OptimizerWrapper(small(recipe.arch), recipe)
     for weight in optimizer.parameters:
         weight.grad = torch.ones_like(weight)
-    build_grad_clipper(recipe.clip, optimizer.parameters)()
+    build_grad_clipper(recipe.clip_grad, optimizer.parameters)()
     largest = max(float(weight.grad.max()) for weight in optimizer.parameters if weight.grad is not None)
-    assert largest == pytest.approx(1.0 if recipe.clip == "none" else 0.1)
+    assert largest == pytest.approx(1.0 if recipe.clip_grad == "none" else 0.1)
     schedule = LRSchedule(recipe, steps_per_epoch=10)
     peak = max(schedule.lr_at(step) for step in range(10 * recipe.epochs))
     assert peak == pytest.approx(recipe.lr, rel=0.05)

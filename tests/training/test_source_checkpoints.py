@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_an_independent_computation(
     file = saved(tmp_path, net=net, acc=np.float64(95.49), epoch=173, optimizer=optimizer_state())
     scores = evaluate_run(file, arch=arch, data=SMALL, device="cpu", precision="fp32")
     assert scores["test_loss"] == pytest.approx(loss_by_hand(arch, state, normalise), rel=1e-4)
-    assert (scores["arch"], scores["total"], scores["weights"]) == (arch, 20, "published")
+    assert (scores["arch"], scores["total"], scores["eval_weights"]) == (arch, 20, "published")
     other = PER_IMAGE if normalise is PER_PIXEL else PER_PIXEL
     assert scores["test_loss"] != pytest.approx(loss_by_hand(arch, state, other), rel=1e-3)
 
@@ -99,7 +99,7 @@ def test_normalise_can_be_said(tmp_path: Path) -> None:
     state = weights_of("coconut_leaky")
     file = saved(tmp_path, net=state, acc=95.49, epoch=3)
     scores = evaluate_run(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalise="cifar10")
-    assert scores["normalise"] == "cifar10"
+    assert scores["normalize"] == "cifar10"
     assert scores["test_loss"] == pytest.approx(loss_by_hand("coconut_leaky", state, PER_PIXEL), rel=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_normalise_can_be_said(tmp_path: Path) -> None:
 def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
     assert normalization_mean_std(Recipe(arch=arch)) == (PER_IMAGE if arch.startswith("coconut") else PER_PIXEL)
     assert normalization_name(Recipe(arch=arch, dataset="cifar100")) == "cifar100"
-    assert normalization_name(Recipe(arch=arch, normalise="0.5:0.25")) == "0.5:0.25"
+    assert normalization_name(Recipe(arch=arch, normalize="0.5:0.25")) == "0.5:0.25"
 
 
 @pytest.mark.parametrize(

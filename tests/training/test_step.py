@@ -34,7 +34,7 @@ def test_forward_normalises_as_the_textbook_does() -> None:
 
 
 def test_step_equals_a_textbook_loop(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(optimizer="sgd", clip="norm:0.5", label_smoothing=0.1)
+    recipe = tiny(optimizer="sgd", clip_grad="norm:0.5", label_smoothing=0.1)
     ours, theirs = parts_of(recipe), parts_of(recipe)
     step = ours.build_step(loss_and_correct(ours.forward, 0.1))
     reference = torch.optim.SGD(theirs.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

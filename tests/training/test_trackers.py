@@ -41,7 +41,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(OptimizerWrapper, "between_steps", signalled)
+            patch.setattr(OptimizerWrapper, "after_step", signalled)
             with pytest.raises(Interrupted):
                 train(recipe)
 
@@ -88,7 +88,7 @@ def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
 def test_tensorboard_reads_back_every_metric_of_an_interrupted_run(
     tiny: Make, tmp_path: Path, interrupted: Callable[[Recipe, int], None]
 ) -> None:
-    run, values = tmp_path / "run", {"track": "tensorboard", "epochs": 3, "ema": 0.9}
+    run, values = tmp_path / "run", {"track": "tensorboard", "epochs": 3, "ema_decay": 0.9}
     interrupted(tiny(**values), 8)  # of five an epoch
     assert_the_same_rows(run, tensorboard_rows(run), np.float32)
     train(tiny(**values, resume=str(run), max_steps=13))  # a row of an epoch that is cut short, and taken back then

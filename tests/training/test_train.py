@@ -26,7 +26,7 @@ from tests.faults.runs import assert_equal_runs
 
 KEYS = {
     "run", "arch", "params", "macs", "recipe", "config", "seed", "epochs", "steps", "device", "loader", "compiled",
-    "cuda_graph", "precision", "weights", "val_acc", "test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece",
+    "cuda_graph", "precision", "eval_weights", "val_acc", "test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece",
     "per_class", "images_per_s", "seconds", "peak_memory_bytes", "stop_reason", "complete",
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def rows(run: str) -> list[dict[str, str]]:
 
 
 def test_a_run_learns_and_leaves_a_whole_folder(tiny: Callable[..., Recipe]) -> None:
-    summary = train(tiny(epochs=8, ema=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
+    summary = train(tiny(epochs=8, ema_decay=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
     folder = Path(summary["run"])
     assert {entry.name for entry in folder.iterdir()} == {
         "recipe.toml", "env.json", "metrics.csv", "events.jsonl", "checkpoints", "weights.safetensors", "summary.json",
@@ -83,7 +83,7 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
     monkeypatch.setattr(
         Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
-    summary = train(tiny(epochs=3, weights="best"))
+    summary = train(tiny(epochs=3, eval_weights="best"))
     assert (summary["best_val_acc"], summary["val_acc"]) == (0.9, 0.3)
     best = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "best.pt")
     assert best["epoch"] == 2
@@ -121,7 +121,7 @@ def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None
 
 
 def test_weights_ema_tests_the_average(tiny: Callable[..., Recipe]) -> None:
-    summary = train(tiny(weights="ema", ema=0.5))
+    summary = train(tiny(eval_weights="ema", ema_decay=0.5))
     assert summary["test_acc"] == summary["test_acc_ema"]
     saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
     tested = load_file(Path(summary["run"]) / "weights.safetensors")
@@ -148,7 +148,7 @@ def test_the_test_set_is_read_once(tiny: Callable[..., Recipe], monkeypatch: pyt
 
 def test_fault14_a_run_that_diverges_stops_with_its_weights_safe(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(NonFiniteError) as caught:
-        train(tiny(lr=100.0, clip="none", epochs=60, augment="none", weight_decay=10.0))
+        train(tiny(lr=100.0, clip_grad="none", epochs=60, augment="none", weight_decay=10.0))
     assert caught.value.exit_code == 5
 
 
@@ -190,7 +190,7 @@ def test_a_users_own_architecture_trains(tiny: Callable[..., Recipe], monkeypatc
         ({"batch_size": 100000}, "--batch-size 100000"),
         ({"val_size": 400}, "--val-size"),
         ({"augment": "corp"}, "did you mean 'crop'"),
-        ({"clip": "0.1"}, "--clip"),
+        ({"clip_grad": "0.1"}, "--clip-grad"),
         ({"loader": "tensr"}, "did you mean 'tensor'"),
         ({"arch": "resnet18", "blocks": None, "channels": None}, "--max-params"),
         ({"optimizer": "sdg"}, "did you mean 'sgd'"),
