@@ -23,12 +23,12 @@ def one(arch: str, batch_size: int, keep: bool) -> float:
     """Median seconds of a compiled step on synthetic images, in this process."""
     from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
-    from fastcifar.training import cuda_graph, trainer
+    from fastcifar.training import build, compilation
 
     if not keep:
-        cuda_graph.keep_freed_memory = lambda: False
+        compilation.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
-    run = trainer.build_trainer(recipe, choose_execution(recipe))
+    run = build.build_trainer(recipe, choose_execution(recipe))
     step = run.build_train_step()
     seconds = []
     for epoch in range(STEPS):

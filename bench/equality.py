@@ -34,8 +34,9 @@ from torch import Tensor
 from fastcifar.benchmark.bench import EXECUTION_MODES, prepare_bench_recipe
 from fastcifar.device import choose_execution, describe_device, package_versions
 from fastcifar.recipe import Recipe
+from fastcifar.training.build import build_trainer
 from fastcifar.training.step import TrainStep
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 LOSSES = {"fp32": 1e-5, "bf16": 2e-2}  # how far losses may be apart, absolutely, at a small learning rate
 WEIGHTS = 1e-5  # and all weights together after a step from the same state at a large one, relative to their norm

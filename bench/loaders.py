@@ -38,7 +38,7 @@ from fastcifar.device import choose_execution, collect_environment
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
 from fastcifar.training.build_data import mean_color
-from fastcifar.training.cuda_graph import enable_compile_cache, keep_freed_memory
+from fastcifar.training.compilation import enable_compile_cache, keep_freed_memory
 
 LISTS = (
     "crop:4:zero,flip",

@@ -24,10 +24,10 @@ def first_step(arch: str, batch_size: int) -> None:
     """Everything that `train` does before its second step, but for the run folder."""
     from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
-    from fastcifar.training import trainer
+    from fastcifar.training import build
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
-    run = trainer.build_trainer(recipe, choose_execution(recipe))
+    run = build.build_trainer(recipe, choose_execution(recipe))
     step = run.build_train_step()
     step(*next(run.batches(0)))
     assert run.meter.compute().images == batch_size

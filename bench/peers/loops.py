@@ -27,7 +27,7 @@ from fastcifar.data.cifar import load_dataset, parse_normalization
 from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
-from fastcifar.training.trainer import build_trainer
+from fastcifar.training.build import build_trainer
 
 WORKERS, EPOCHS = 2, 200
 

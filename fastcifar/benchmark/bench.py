@@ -33,10 +33,11 @@ from fastcifar.device import ExecutionPlan, choose_execution, describe_device, p
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.plotting import format_short_number
 from fastcifar.recipe import Recipe
-from fastcifar.training.cuda_graph import preserve_state
+from fastcifar.training.build import build_trainer
 from fastcifar.training.progress import print_lines
+from fastcifar.training.rng_state import preserve_state
 from fastcifar.training.summary import peak_memory_bytes
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 DEFAULT_BENCHMARKS = "loader,step,train"  # on two cores under three minutes
 DEFAULT_TRIAL_S = 2.0  # seconds that a trial should take

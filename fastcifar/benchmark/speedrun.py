@@ -28,13 +28,14 @@ from fastcifar.errors import UsageError, lookup
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, option_flag
 from fastcifar.renamed import upgrade_options
+from fastcifar.training.build import build_trainer, model_from_recipe
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.progress import print_lines
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.step import TrainStep
-from fastcifar.training.trainer import Trainer, build_trainer, model_from_recipe
+from fastcifar.training.trainer import Trainer
 
 # target in percent -> its recipe
 TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96", "96.5": "speed96"}

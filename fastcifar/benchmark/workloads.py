@@ -20,7 +20,7 @@ from torch.nn.functional import conv2d
 from fastcifar.data.loaders import LOADERS
 from fastcifar.models import count_macs
 from fastcifar.models.memory_traffic import ConvCall, count_conv_calls, feature_map_bytes_per_image
-from fastcifar.training import cuda_graph
+from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.step import DTYPES, Forward, TrainStep
 from fastcifar.training.trainer import Trainer
 
@@ -201,7 +201,7 @@ def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
     images = images.contiguous(memory_format=torch.channels_last)
     forward: Forward = trainer.forward
     if trainer.execution.compile:
-        forward = cuda_graph.compile_function(forward, trainer.recipe.compile_mode)
+        forward = compilation.compile_function(forward, trainer.recipe.compile_mode)
     trainer.model.eval()
     try:
         with torch.no_grad():

@@ -24,9 +24,9 @@ from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError, UserError, as_memory_error, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.evaluation.model_card import write_model_card
+from fastcifar.training.build import model_from_recipe
 from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.step import scale_and_shift
-from fastcifar.training.trainer import model_from_recipe
 
 NUM_VERIFICATION_IMAGES = 256  # that a file is compared on
 VERIFICATION_BATCH_SIZES = (1, 7, NUM_VERIFICATION_IMAGES)

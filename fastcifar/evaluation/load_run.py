@@ -18,11 +18,11 @@ from fastcifar.data.cifar import Dataset
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import CheckpointError, DataError, UsageError, lookup
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, cuda_graph, source_checkpoints
+from fastcifar.training import checkpoint, compilation, source_checkpoints
+from fastcifar.training.build import model_from_recipe, to_channels_last
 from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, MIN_IMAGES_TO_COMPILE, VIEWS, optimize_forward
 from fastcifar.training.step import Forward, build_forward
-from fastcifar.training.trainer import model_from_recipe, to_channels_last
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # What a recipe says of the machine it was trained on and of the files of its run is nothing to the one that asks.
@@ -91,9 +91,9 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     choice = choose_execution(recipe)
     device = torch.device(choice.device)
     if device.type == "cpu":
-        cuda_graph.keep_freed_memory()
+        compilation.keep_freed_memory()
     if choice.compile:
-        cuda_graph.enable_compile_cache()
+        compilation.enable_compile_cache()
     model = model_from_recipe(recipe, len(saved["classes"]))
     state = saved["ema"] if which == "ema" else saved["model"]
     if state is None:

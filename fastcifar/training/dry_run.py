@@ -19,12 +19,13 @@ from fastcifar.errors import UsageError
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, parse_image_sizes
 from fastcifar.training import trackers
+from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.step import TrainStep
 from fastcifar.training.summary import peak_memory_bytes
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 TIMED_STEPS = 5  # the first of them is not counted
 TIME_BUDGET_MARGIN = 0.05  # of the budget, for checkpoints and for steps that are slower than those measured

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import eval_batches
 from fastcifar.errors import lookup
-from fastcifar.training.cuda_graph import compile_function, cuda_graphed_forward, pad_batch
+from fastcifar.training.compilation import compile_function
+from fastcifar.training.cuda_graph import cuda_graphed_forward, pad_batch
 from fastcifar.training.step import Forward
 
 EVAL_BATCH_SIZE = 500

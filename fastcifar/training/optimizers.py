@@ -12,8 +12,7 @@ import inspect
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, suggest_name
 from fastcifar.recipe import Recipe
-from fastcifar.training.cuda_graph import preserve_state
 from fastcifar.training.optimizer_classes import Muon, Ranger, RMSprop
+from fastcifar.training.rng_state import preserve_state
 
 
 @dataclass(frozen=True)
@@ -328,52 +327,3 @@ def build_grad_clipper(spec: str, parameters: list[nn.Parameter]) -> Callable[[]
     if kind == "value":
         return lambda: nn.utils.clip_grad_value_(parameters, limit)
     return lambda: nn.utils.clip_grad_norm_(parameters, limit)
-
-
-class Ema:
-    """The exponential moving average of weights and running statistics, updated on the device.
-
-    The first updates weigh more (9 / (10 + t), TensorFlow's rule), so that the random start is soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model_tensors = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-        self.average = {name: value.clone() for name, value in self.model_tensors.items()}
-        self.min_update_weight = 1 - decay
-        self.num_updates = torch.zeros((), device=next(iter(self.model_tensors.values())).device)
-
-    def update(self, skip: Tensor | float = 0.0) -> None:
-        """After a step. `skip`: float32 scalar on the device; 1 leaves the average alone."""
-        self.num_updates += 1 - skip
-        weight = (9 / (10 + self.num_updates)).clamp(min=self.min_update_weight) * (1 - skip)
-        average = list(self.average.values())
-        change = torch._foreach_sub(list(self.model_tensors.values()), average)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(average, change)
-
-    def copy_to_model(self) -> None:
-        """The average becomes the model's weights."""
-        torch._foreach_copy_(list(self.model_tensors.values()), list(self.average.values()))
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The averaged weights stand in the model for as long as the context lasts."""
-        kept = [value.clone() for value in self.model_tensors.values()]
-        self.copy_to_model()
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(list(self.model_tensors.values()), kept)
-
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """A state dict of the model with the averaged weights in it (integer buffers are the model's)."""
-        return {**model.state_dict(), **self.average}
-
-    def load_state_dict(self, state: dict[str, Tensor], num_updates: Tensor) -> None:
-        """What `state_dict` gave, and `updates`, into the tensors that are there."""
-        for name, value in self.average.items():
-            value.copy_(state[name])
-        self.num_updates.copy_(num_updates)
-
-    def state_tensors(self) -> list[Tensor]:
-        return [*self.average.values(), self.num_updates]

@@ -6,10 +6,13 @@ The loaders draw from none of them: their randomness is data, from the seed and 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_all(seed: int) -> None:
@@ -38,3 +41,20 @@ def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     random.setstate(state["python"])
+
+
+@contextmanager
+def preserve_state(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Whatever runs inside, `state` and the random generators are afterwards as before, in the same memory."""
+    kept = [tensor.detach().clone() for tensor in state]
+    host = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)

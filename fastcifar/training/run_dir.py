@@ -173,7 +173,7 @@ class Run:
 
     def with_callbacks(self, callbacks: EpochCallbacks) -> Run:
         """The same run with more sinks, after its own."""
-        return replace(self, sinks=(*self.callbacks, *callbacks))
+        return replace(self, callbacks=(*self.callbacks, *callbacks))
 
     def log_epoch(self, row: EpochRow) -> str:
         """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""

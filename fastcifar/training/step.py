@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastcifar.data.mixers import MixerApplyFn, mix_labels
 from fastcifar.training.distributed import SINGLE_PROCESS, World
-from fastcifar.training.optimizers import Ema, OptimizerWrapper
+from fastcifar.training.ema import Ema
+from fastcifar.training.optimizers import OptimizerWrapper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

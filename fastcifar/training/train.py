@@ -15,6 +15,7 @@ from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, resume
+from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune_step, fit_epochs_to_time_budget
 from fastcifar.training.progress import TrainingDisplay, print_lines
@@ -22,7 +23,7 @@ from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
 from fastcifar.training.step import Metrics, TrainStep
 from fastcifar.training.summary import summarize_run
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 PEEK_EVERY_STEPS = 10  # steps between two looks at the meter
 

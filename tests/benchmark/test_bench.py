@@ -21,7 +21,7 @@ from fastcifar.errors import DataError, UsageError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.training import cuda_graph
-from fastcifar.training.trainer import build_trainer
+from fastcifar.training.build import build_trainer
 
 MEASURED = {"what", "batch_size", "images_per_s", "cpu_us_per_image", "trials", "peak_memory_bytes",
             "setup_s", "compile_s"}  # fmt: skip

@@ -23,8 +23,8 @@ from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import speedrun_table
 from fastcifar.training import checkpoint
+from fastcifar.training.build import build_trainer
 from fastcifar.training.train import train
-from fastcifar.training.trainer import build_trainer
 
 Make = Callable[..., Recipe]
 

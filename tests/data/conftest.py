@@ -82,11 +82,11 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     made = TinyCifar(tmp_path / "official", images, labels)
 
     def small(packing: FileLayout) -> FileLayout:
-        batches = tuple(dataclasses.replace(batch, rows=made.rows, md5="") for batch in packing.batches)
+        batches = tuple(dataclasses.replace(batch, num_images=made.rows, md5="") for batch in packing.batches)
         return dataclasses.replace(packing, batches=batches)
 
     real = DATASETS["cifar10"]
-    row = dataclasses.replace(real, python=small(real.python), binary=small(real.binary), reordered={})
+    row = dataclasses.replace(real, python=small(real.python), binary=small(real.binary), reordered_md5s={})
     monkeypatch.setitem(DATASETS, "cifar10", row)
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
     made.write(made.root, images, labels)
@@ -97,7 +97,7 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
         "train": cifar_files.split_digest(Split(planar[:100], labels[:100])),
         "test": cifar_files.split_digest(Split(planar[100:], labels[100:])),
     }
-    row = dataclasses.replace(row, python=python, binary=with_md5s(row.binary, made.binary), content=content)
+    row = dataclasses.replace(row, python=python, binary=with_md5s(row.binary, made.binary), split_digests=content)
     monkeypatch.setitem(DATASETS, "cifar10", row)
     return made
 

@@ -139,7 +139,7 @@ def test_fault11_one_changed_byte(tiny_cifar, cache: Path, tmp_path: Path, monke
             dataclasses.replace(b, md5="0" * 32) if b.name in known else b for b in tiny_cifar.row.python.batches
         )
         row = dataclasses.replace(
-            tiny_cifar.row, python=dataclasses.replace(tiny_cifar.row.python, batches=batches), reordered=known
+            tiny_cifar.row, python=dataclasses.replace(tiny_cifar.row.python, batches=batches), reordered_md5s=known
         )
         monkeypatch.setitem(cifar.DATASETS, "cifar10", row)
     path = tiny_cifar.python / name
@@ -309,7 +309,7 @@ def test_cifar100_takes_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path
     small = {
         form: dataclasses.replace(
             getattr(row, form),
-            batches=tuple(dataclasses.replace(b, rows=sizes[b.split]) for b in getattr(row, form).batches),
+            batches=tuple(dataclasses.replace(b, num_images=sizes[b.split]) for b in getattr(row, form).batches),
         )
         for form in ("python", "binary")
     }

@@ -75,10 +75,12 @@ def small_row() -> DatasetSpec:
     row = DATASETS["cifar10"]
 
     def small(packing: FileLayout) -> FileLayout:
-        batches = tuple(dataclasses.replace(batch, rows=ROWS, md5="") for batch in packing.batches)
+        batches = tuple(dataclasses.replace(batch, num_images=ROWS, md5="") for batch in packing.batches)
         return dataclasses.replace(packing, batches=batches, meta_md5="")
 
-    return dataclasses.replace(row, python=small(row.python), binary=small(row.binary), content={}, reordered={})
+    return dataclasses.replace(
+        row, python=small(row.python), binary=small(row.binary), split_digests={}, reordered_md5s={}
+    )
 
 
 ROW = small_row()

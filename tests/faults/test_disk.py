@@ -16,7 +16,7 @@ import torch
 
 from fastcifar.errors import DiskError, as_memory_error
 from fastcifar.recipe import Recipe
-from fastcifar.training import trainer
+from fastcifar.training import build, trainer
 from fastcifar.training.train import train
 from tests.faults.runs import last
 
@@ -105,7 +105,7 @@ def test_fault07_the_estimate_of_a_checkpoint_is_near(tiny: Make, tmp_path: Path
     recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size
-    assert 0.7 * size < trainer.build_trainer(recipe, choose_execution(recipe)).checkpoint_bytes() < size
+    assert 0.7 * size < build.build_trainer(recipe, choose_execution(recipe)).checkpoint_bytes() < size
 
 
 def test_memory_that_is_not_there_is_told_with_numbers() -> None:

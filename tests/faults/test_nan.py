@@ -15,9 +15,10 @@ from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer
+from fastcifar.training.build import build_trainer
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 from tests.faults.runs import assert_same, last, rows, summary
 
 Make = Callable[..., Recipe]

@@ -25,9 +25,9 @@ from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
+from fastcifar.training.build import build_trainer
 from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.run_dir import Clock
-from fastcifar.training.trainer import build_trainer
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")

@@ -22,9 +22,9 @@ from fastcifar.recipe import Recipe, option_flag, section_fields
 from fastcifar.training import resume
 from fastcifar.training.checkpoint import read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
+from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
 from fastcifar.training.run_dir import lock_folder
 from fastcifar.training.train import train
-from fastcifar.training.trainer import collect_rng_state, restore_rng_state, seed_all
 from tests.faults.runs import assert_equal_runs, last, rows, summary
 
 Make = Callable[..., Recipe]

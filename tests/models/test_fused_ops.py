@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
 from fastcifar.models import build_model, enable_fused_ops, fused_ops
-from fastcifar.training.cuda_graph import compile_function
+from fastcifar.training.compilation import compile_function
 
 BIT = 2.0**-7  # of bf16: twice the largest relative error of one rounding
 

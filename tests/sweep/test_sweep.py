@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tests.test_cli import fastcifar
 
 from fastcifar.errors import DeviceError, UsageError
 from fastcifar.sweep.sweep import plan_sweep, run_sweep
 from fastcifar.training.run_dir import lock_folder
+from tests.cli.test_app import fastcifar
 from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, file, lines, states
 

@@ -23,19 +23,14 @@ from fastcifar.device import choose_execution
 from fastcifar.errors import DeviceError
 from fastcifar.models.small_convnet import global_max_pool
 from fastcifar.recipe import Recipe
-from fastcifar.training import cuda_graph
-from fastcifar.training.cuda_graph import (
-    compile_function,
-    cuda_graphed,
-    cuda_graphed_forward,
-    dispatch_by_batch_size,
-    pad_batch,
-    precompile,
-)
+from fastcifar.training import compilation, cuda_graph
+from fastcifar.training.build import build_trainer
+from fastcifar.training.compilation import compile_function, precompile
+from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, dispatch_by_batch_size, pad_batch
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.optimizers import OPTIMIZERS, find_optimizer
 from fastcifar.training.step import loss_and_correct
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:
@@ -144,7 +139,7 @@ def test_warm_up_leaves_state_that_only_python_knows(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fast: str, optimizer: str
 ) -> None:
     """The slow parts of compiling and capturing are left out; the warm-up is the real one."""
-    monkeypatch.setattr(cuda_graph, "compile_function", lambda function, mode: function)
+    monkeypatch.setattr(compilation, "compile_function", lambda function, mode: function)
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
     parts = parts_of(tiny(optimizer=optimizer))
     parts.execution = replace(parts.execution, **{fast: True})
@@ -164,7 +159,7 @@ def test_warm_up_leaves_state_that_only_python_knows(
 
 def test_the_last_short_step_is_captured_too(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
-    monkeypatch.setattr(cuda_graph, "compile_function", lambda function, mode: function)
+    monkeypatch.setattr(compilation, "compile_function", lambda function, mode: function)
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: recorded.append(work) or work)
     plain_parts, parts = (parts_of(tiny(ema_decay=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
     assert plain_parts.loader.slicing.local_count(plain_parts.loader.steps_per_epoch - 1) not in (0, 32)
@@ -239,7 +234,7 @@ def test_a_captured_step_names_what_does_not_fit(tiny: Callable[..., Recipe]) ->
 
 
 def test_freed_memory_is_kept_where_there_is_glibc() -> None:
-    code = "from fastcifar.training.cuda_graph import keep_freed_memory as keep; print(keep())"
+    code = "from fastcifar.training.compilation import keep_freed_memory as keep; print(keep())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
@@ -319,8 +314,8 @@ def test_compiled_code_is_kept_in_the_user_cache_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
-    monkeypatch.delenv(cuda_graph.INDUCTOR_CACHE_DIR_VARIABLE, raising=False)
-    assert cuda_graph.enable_compile_cache() == tmp_path / "compiled"
+    monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, raising=False)
+    assert compilation.enable_compile_cache() == tmp_path / "compiled"
     found = []
     for _ in range(2):
         torch._dynamo.reset()  # what a new process would not know
@@ -334,15 +329,15 @@ def test_compiled_code_is_kept_in_the_user_cache_and_found_again(
 def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cuda_graph.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "mine"))
-    assert cuda_graph.enable_compile_cache() == tmp_path / "mine"
+    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "mine"))
+    assert compilation.enable_compile_cache() == tmp_path / "mine"
     (tmp_path / "file").touch()
-    monkeypatch.setenv(cuda_graph.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "file" / "below"))
-    assert cuda_graph.enable_compile_cache() is None
-    monkeypatch.delenv(cuda_graph.INDUCTOR_CACHE_DIR_VARIABLE)
+    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "file" / "below"))
+    assert compilation.enable_compile_cache() is None
+    monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "file"))
-    assert cuda_graph.enable_compile_cache() is None
-    assert cuda_graph.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
+    assert compilation.enable_compile_cache() is None
+    assert compilation.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "muon"])

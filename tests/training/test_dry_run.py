@@ -14,9 +14,10 @@ from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import dry_run
+from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 
 def test_a_rehearsal_writes_nothing_and_adds_up(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

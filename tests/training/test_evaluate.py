@@ -17,6 +17,7 @@ from fastcifar.data.cifar import Split
 from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
+from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import (
     VIEWS,
     apply_view,
@@ -28,7 +29,6 @@ from fastcifar.training.evaluate import (
     predict_logits,
 )
 from fastcifar.training.train import train
-from fastcifar.training.trainer import build_trainer
 
 
 def test_scores_by_hand() -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe, parse_image_sizes, shipped_recipes
-from fastcifar.training import cuda_graph, dry_run
+from fastcifar.training import compilation, dry_run
+from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
 from fastcifar.training.step import loss_and_correct, resized_forward
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:
@@ -84,7 +85,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
         prepared.append(len(prepared))
         return function
 
-    monkeypatch.setattr(cuda_graph, "compile_function", recorded)
+    monkeypatch.setattr(compilation, "compile_function", recorded)
     step = parts.build_train_step()
     assert len(prepared) == 3
     assert [size for size, _ in taken] == [24, 28, 32]  # the warm-up of each
@@ -105,7 +106,7 @@ def test_a_compiled_small_size_equals_the_plain_one() -> None:
     images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
     images = images.contiguous(memory_format=torch.channels_last)
     expected, _ = function(images, labels)
-    found, _ = cuda_graph.compile_function(function)(images, labels)
+    found, _ = compilation.compile_function(function)(images, labels)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -17,11 +17,13 @@ from fastcifar.data.mixers import MIXERS
 from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.cuda_graph import compile_function, cuda_graphed, dispatch_by_batch_size
+from fastcifar.training.build import build_trainer
+from fastcifar.training.compilation import compile_function
+from fastcifar.training.cuda_graph import cuda_graphed, dispatch_by_batch_size
 from fastcifar.training.dry_run import dry_run
 from fastcifar.training.step import build_forward, mixed_loss_and_correct
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:

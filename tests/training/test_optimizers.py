@@ -17,12 +17,12 @@ from torch import nn
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
+from fastcifar.training.ema import Ema
 from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule
 from fastcifar.training.optimizer_classes import Muon
 from fastcifar.training.optimizers import (
     OPTIMIZERS,
     SELF_SCHEDULED_OPTIMIZERS,
-    Ema,
     OptimizerWrapper,
     build_grad_clipper,
     build_param_groups,

@@ -13,11 +13,11 @@ from fastcifar.data.augment import parse_augment, split_mixer
 from fastcifar.data.mixers import MIXERS
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, shipped_recipes
+from fastcifar.training.build import model_from_recipe
 from fastcifar.training.build_data import normalization_name
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizer_classes import Ranger
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
-from fastcifar.training.trainer import model_from_recipe
 from tests.models.networks import on_meta, small
 
 A = "crop:4:zero,flip,rotate:5,autoaugment:cifar10"

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from fastcifar.device import choose_execution
 from fastcifar.recipe import Recipe
+from fastcifar.training.build import build_trainer
 from fastcifar.training.step import Meter, build_forward, compute_found_inf, loss_and_correct
-from fastcifar.training.trainer import Trainer, build_trainer
+from fastcifar.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
