@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe
-from fastcifar.data.cifar import DATASETS, load_dataset, parse_normalization
+from fastcifar.data.cifar import DATASETS, load_dataset
+from fastcifar.data.normalization import parse_normalization
 from fastcifar.device import choose_execution, collect_environment
 from fastcifar.evaluation.predict import predict_to_file
 from fastcifar.models import build_model

@@ -34,10 +34,10 @@ from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_un
 from fastcifar.data import cifar, class_folders
 from fastcifar.data.augment import format_augment, parse_augment
 from fastcifar.data.loaders import LOADERS
+from fastcifar.data.normalization import mean_color
 from fastcifar.device import choose_execution, collect_environment
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
-from fastcifar.training.build_data import mean_color
 from fastcifar.training.compilation import enable_compile_cache, keep_freed_memory
 
 LISTS = (

@@ -10,8 +10,9 @@ import contextlib
 import difflib
 import os
 import re
+import sys
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -96,6 +97,12 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
     free = "".join(f", {available:,} bytes are available" for available in _available_bytes())
     return InsufficientMemoryError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
+
+
+def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """A warning as one line like an error's, without a place in the source."""
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
 
 def first_message_line(error: BaseException, default: str = "") -> str:

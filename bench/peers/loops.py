@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fastcifar.benchmark.workloads import train_workload
-from fastcifar.data.cifar import load_dataset, parse_normalization
+from fastcifar.data.cifar import load_dataset
+from fastcifar.data.normalization import parse_normalization
 from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe

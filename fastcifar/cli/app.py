@@ -1,7 +1,7 @@
-"""The front door: commands of a few lines. No logic, and no torch until a command runs.
+"""The commands of `fastcifar`, a few lines each: no logic here, and torch is not imported until a command runs.
 
-Options are generated from the fields of `Recipe` (options.py); how a command ends is ending.py's. With --json the last
-line of stdout is one document.
+Options are generated from the fields of `Recipe` (options.py); errors become messages and exit codes in exit.py. With
+--json the last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fastcifar.cli.options import DebugOption, DryRunOption, JsonOption, RecipeO
 from fastcifar.recipe import Recipe, section_fields
 
 app = typer.Typer(
-    help="Train networks on CIFAR fast, under a parameter budget, and tell the truth about it.",
+    help="Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-data_app = typer.Typer(help="Check a data set, or look at what an augmentation does to it.", no_args_is_help=True)
+data_app = typer.Typer(help="Verify a data set, or show what an augmentation does to it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 runs_app = typer.Typer(help="List run folders and sweeps, or remove some.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
@@ -41,10 +41,10 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def root_command(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    """Train networks on CIFAR fast, under a parameter budget, and tell the truth about it."""
+    """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
 
 
 @app.command()
@@ -56,9 +56,9 @@ def train(
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Train a network, test it once, keep it in a run folder.
+    """Train a network, evaluate it once on the test set, and save both in a run folder.
 
-    A recipe's values come first, then the options given here; the rest are the defaults.
+    Options given here override the recipe; the recipe overrides the defaults.
     """
     from fastcifar.cli.tables import dry_run_table, summary_table
     from fastcifar.training.dry_run import dry_run as estimate_run
@@ -78,16 +78,24 @@ def train(
     ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
 )
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
-    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw reliability.png and confusion.png")] = None,
-    shifted: Annotated[Path | None, typer.Option(metavar="DIR", help="measure on CIFAR-10.1 too: its .npy")] = None,
-    corruptions: Annotated[bool, typer.Option("--corruptions", help="and on the corrupted test set")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder for the plots reliability.png and confusion.png")
+    ] = None,
+    shifted: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder with the .npy files of CIFAR-10.1, evaluated in addition")
+    ] = None,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="evaluation on corrupted test images in addition")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Measure a run, a checkpoint or a source project's published weights on the test set."""
+    """Evaluate a run, a checkpoint or published weights of a source project on the test set."""
     from fastcifar.cli.tables import scores_table
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
@@ -104,25 +112,36 @@ def evaluate(
     ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
 )
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="pickle, .npy, image, folder of images, data:test or data:train")
+        str, typer.Argument(metavar="INPUT", help="pickle, .npy file, image, folder of images, data:test or data:train")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="to write: .csv, .jsonl or .parquet")],
-    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
-    ensemble: Annotated[
-        list[str] | None, typer.Option("--ensemble", metavar="RUN|CKPT", help="one more network, repeated: mean logits")
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="prediction file to write: .csv, .jsonl or .parquet")
+    ],
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
     ] = None,
-    top: Annotated[int, typer.Option(metavar="INT", help="add so many best classes and their probabilities")] = 0,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", metavar="RUN|CKPT", help="further run whose logits are averaged; may be repeated"),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(metavar="INT", help="number of most probable classes to add, with their probabilities")
+    ] = 0,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="add the probability of every class")] = False,
-    names: Annotated[bool, typer.Option("--names", help="class names instead of numbers")] = False,
-    header: Annotated[str | None, typer.Option(metavar="ID,LABEL", help="of a .csv; default ID,Labels")] = None,
-    show: Annotated[Path | None, typer.Option(metavar="FILE.png", help="a picture of some images, labelled")] = None,
+    names: Annotated[bool, typer.Option("--names", help="class names instead of class indices")] = False,
+    header: Annotated[
+        str | None, typer.Option(metavar="ID,LABEL", help="header of the .csv file, by default ID,Labels")
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="plot of some images with their predicted labels")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Label images with a run, a checkpoint or several, and write them as a file."""
+    """Predict the classes of images with one trained network or an ensemble, and write a prediction file."""
     from fastcifar.cli.tables import predictions_table
     from fastcifar.evaluation.predict import predict_to_file as label
 
@@ -142,17 +161,25 @@ def predict(
 @app.command()
 @recipe_options(("eval_weights", "data", "normalize", "max_params"))
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="a run folder or a checkpoint")],
-    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="what to write")] = "onnx",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="default: in the run folder")] = None,
-    inputs: Annotated[str, typer.Option("--input", metavar="uint8|normalised", help="what goes in")] = "uint8",
-    outputs: Annotated[str, typer.Option("--output", metavar="probabilities|logits")] = "probabilities",
-    arch: Annotated[str | None, typer.Option(metavar="NAME", help="the network of a published checkpoint")] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
+    format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="file format")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file to write, by default in the run folder")
+    ] = None,
+    inputs: Annotated[
+        str, typer.Option("--input", metavar="uint8|normalized", help="type of the input images")
+    ] = "uint8",
+    outputs: Annotated[
+        str, typer.Option("--output", metavar="probabilities|logits", help="type of the output")
+    ] = "probabilities",
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Write a trained network as a file for others, compared with the network before it is kept, and its card."""
+    """Export a trained network with a model card; the file is kept only if its outputs equal the network's."""
     from fastcifar.cli.tables import export_table
     from fastcifar.evaluation.export import export_model as write
 
@@ -163,13 +190,15 @@ def export(
 @app.command()
 @recipe_options(section_fields("network"))
 def models(
-    name: Annotated[str | None, typer.Argument(help="print this architecture's layers")] = None,
-    budget: Annotated[float | None, typer.Option(metavar="PARAMS", help="the largest --width that fits")] = None,
+    name: Annotated[str | None, typer.Argument(help="architecture whose layers are listed")] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="PARAMS", help="parameter budget for which the largest --width is computed")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """List the architectures, print one's layers, or fit one to a budget."""
+    """List the architectures, list the layers of one, or fit its width to a parameter budget."""
     from fastcifar.cli.tables import describe_architectures, describe_layers, fit_width_to_budget
 
     given = Recipe.make(**{**options, "arch": name or options["arch"]})
@@ -183,7 +212,7 @@ def models(
 @data_app.command("verify")
 @recipe_options(("data", "dataset"))
 def data_verify(as_json: JsonOption = False, debug: DebugOption = False, **options: Any) -> None:
-    """Read every file anew and say what was found, where, whether it is official, and what is in it."""
+    """Read and verify every file of a data set, and report its source, its images and its classes."""
     from fastcifar.cli.tables import dataset_table
     from fastcifar.data.inspection import verify_dataset
 
@@ -194,13 +223,15 @@ def data_verify(as_json: JsonOption = False, debug: DebugOption = False, **optio
 @data_app.command("show")
 @recipe_options(("augment", "data", "dataset", "seed"))
 def data_show(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="the picture; overwritten if it is there")],
-    count: Annotated[int, typer.Option("--count", metavar="INT", help="images")] = 8,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.png", help="image file to write; an existing one is overwritten")
+    ],
+    count: Annotated[int, typer.Option("--count", metavar="INT", help="number of images")] = 8,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Draw images before and after each augmentation of the list, and after all of it."""
+    """Plot images before and after each augmentation of the list, and after all of them."""
     from fastcifar.data.inspection import plot_augmentations
 
     shown = plot_augmentations(Recipe.make(**options), out, count)
@@ -212,14 +243,20 @@ def data_show(
 def bench(
     recipe: RecipeOption = None,
     what: Annotated[
-        str, typer.Option(metavar="loader,step,train,infer,conv,replay|all", help="train is end to end")
+        str,
+        typer.Option(
+            metavar="loader,step,train,infer,conv,replay|all",
+            help="benchmarks to run; train is loader and step together",
+        ),
     ] = "loader,step,train",
-    archs: Annotated[str, typer.Option(metavar="NAME,...", help="measure each of these")] = "",
-    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="measure at each of these")] = "",
-    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="measure in each of these")] = "",
-    trials: Annotated[int, typer.Option(min=1, help="timed stretches of each, of a few seconds; all are kept")] = 5,
-    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="write a chrome trace of a few steps")] = None,
-    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw what was measured")] = None,
+    archs: Annotated[str, typer.Option(metavar="NAME,...", help="architectures to measure")] = "",
+    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="batch sizes to measure")] = "",
+    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="execution modes to measure")] = "",
+    trials: Annotated[
+        int, typer.Option(min=1, help="number of timed trials of a few seconds each; all are recorded")
+    ] = 5,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Chrome trace of a few steps to write")] = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="bar chart of the results to write")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
@@ -244,19 +281,24 @@ def bench(
 @recipe_options(Recipe.model_fields)
 def speedrun(
     target: Annotated[
-        str | None, typer.Option("--target", metavar="94|95|96|96.5", help="percent to reach; default 94")
+        str | None, typer.Option("--target", metavar="94|95|96|96.5", help="target accuracy in percent, by default 94")
     ] = None,
     recipe: RecipeOption = None,
-    n: Annotated[int, typer.Option("--n", metavar="INT", min=1, help="runs, of the seeds from --seed on")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", metavar="INT", min=1, help="number of runs, with consecutive seeds from --seed on")
+    ] = 1,
     eval_split: Annotated[
-        str | None, typer.Option(metavar="test|val", help="split to evaluate on, by default test after training on all")
+        str | None,
+        typer.Option(metavar="test|val", help="split to evaluate on; test (the default) trains on all images"),
     ] = None,
-    append: Annotated[Path | None, typer.Option("--append", metavar="DIR", help="go on with an earlier result")] = None,
+    append: Annotated[
+        Path | None, typer.Option("--append", metavar="DIR", help="result folder of an earlier speedrun to add runs to")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Train n times by the clock, evaluate outside of it, and say how often and how fast a target is reached."""
+    """Time n training runs, evaluate them outside the timed region, and report how often a target is reached."""
     from fastcifar.benchmark.speedrun import speedrun as run
     from fastcifar.reporting.benchmark_tables import speedrun_table
 
@@ -268,21 +310,36 @@ def speedrun(
 @app.command()
 @recipe_options(name for name in Recipe.model_fields if name not in ("seed", "out", "resume"))
 def sweep(
-    source: Annotated[str, typer.Argument(metavar="FILE|NAME", help="sweep file, shipped sweep, or a sweep's folder")],
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="its folder; default: sweeps/NAME")] = None,
-    executor: Annotated[str, typer.Option(metavar="process|processes|gpus|ray", help="where trials run")] = "process",
-    seeds: Annotated[str | None, typer.Option(metavar="INT|INT,...", help="how many, or which")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="trials at a time; default: as there is room")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="threads of a trial; default: the cores shared out")] = None,
-    trials_per_gpu: Annotated[int, typer.Option(min=1, help="that share a GPU")] = 1,
-    address: Annotated[str, typer.Option(metavar="auto|local|HOST:PORT", help="of the Ray cluster")] = "auto",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try failed trials again")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials and their steps")] = False,
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="sweep file, name of a shipped sweep, or folder of a sweep")
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="sweep folder, by default sweeps/NAME")] = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="process|processes|gpus|ray", help="where trials run: this process, processes, GPUs or Ray"
+        ),
+    ] = "process",
+    seeds: Annotated[
+        str | None, typer.Option(metavar="INT|INT,...", help="number of seeds, or a list of seeds")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="number of concurrent trials, by default as many as fit")
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads per trial, by default the cores divided equally")
+    ] = None,
+    trials_per_gpu: Annotated[int, typer.Option(min=1, help="number of trials that share a GPU")] = 1,
+    address: Annotated[str, typer.Option(metavar="auto|local|HOST:PORT", help="address of the Ray cluster")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="rerun failed trials")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the trials and their steps without running them")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Run the trials of a file: a grid, a list, random points or a study, times seeds. The same command goes on."""
+    """Run the trials of a sweep file (grid, list, random search or Optuna study, times seeds), or continue them."""
     from fastcifar.sweep.executors import ExecutorOptions
     from fastcifar.sweep.sweep import plan_sweep
     from fastcifar.sweep.sweep import run_sweep as go_through
@@ -300,12 +357,12 @@ def sweep(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a submission, or what `bench --json` printed")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="run folder, prediction file or bench document")],
     b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare two runs, two submissions label by label, or two measurements row by row."""
+    """Compare two runs, two prediction files label by label, or two bench documents row by row."""
     from fastcifar.reporting.compare import COMPARERS
     from fastcifar.reporting.compare import compare_paths as pair
 
@@ -315,13 +372,15 @@ def compare(
 
 @runs_app.command("ls")
 def runs_ls(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to look, at any depth")] = Path("runs"),
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="largest last; name, val_acc, bytes, ...")] = "date",
-    reverse: Annotated[bool, typer.Option("--reverse", help="largest first")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to search, at any depth")] = Path("runs"),
+    sort: Annotated[
+        str, typer.Option(metavar="COLUMN", help="column to sort by, ascending: name, val_acc, bytes, ...")
+    ] = "date",
+    reverse: Annotated[bool, typer.Option("--reverse", help="descending order")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List run folders and sweeps: state, epochs, accuracies, seconds, size, date."""
+    """List run folders and sweeps with state, epochs, accuracies, seconds, size and date."""
     from fastcifar.reporting.runs import list_runs, runs_table
 
     found = list_runs(folder, sort, reverse)
@@ -330,15 +389,20 @@ def runs_ls(
 
 @runs_app.command("rm")
 def runs_rm(
-    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, sweeps; with a filter folders of them")],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="only runs interrupted or damaged")] = False,
-    keep_best: Annotated[int | None, typer.Option(min=0, help="only finished runs, but the best by val_acc")] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="only their checkpoints")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="run or sweep folders; with a filter also folders that contain them"),
+    ],
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="only interrupted or damaged runs")] = False,
+    keep_best: Annotated[
+        int | None, typer.Option(min=0, help="all finished runs but this many with the highest val_acc")
+    ] = None,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="only the checkpoints")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="skip the confirmation")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Remove run folders and sweeps, or their checkpoints; it asks first, and removes nothing that is not theirs."""
+    """Remove run folders and sweeps, or their checkpoints, after a confirmation; files of others are never removed."""
     from fastcifar.reporting.runs import confirm_removal, remove_runs, select_for_removal
 
     console, found = Console(stderr=as_json), select_for_removal(paths, unfinished, keep_best, checkpoints)
@@ -350,13 +414,15 @@ def runs_rm(
 
 @app.command()
 def ui(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of your runs")] = Path("runs"),
-    page: Annotated[str, typer.Option("--with", metavar="auto|mlflow|tensorboard")] = "auto",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: 5000 for mlflow, 6006")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the runs")] = Path("runs"),
+    page: Annotated[str, typer.Option("--with", metavar="auto|mlflow|tensorboard", help="tracker")] = "auto",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="port, by default 5000 for mlflow and 6006 for tensorboard")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Serve MLflow's or TensorBoard's own page over tracked runs (`train --track`), until Ctrl-C."""
+    """Serve the web page of MLflow or TensorBoard for tracked runs (`train --track`) until Ctrl-C."""
     from fastcifar.reporting.ui import serve_tracker_ui
 
     def announce(found: dict[str, str]) -> None:
@@ -368,18 +434,24 @@ def ui(
 @app.command()
 @recipe_options(("data", "device", "precision"))
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run folders, sweeps, or both")],
-    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="to print it in")] = "terminal",
-    sort: Annotated[str | None, typer.Option(metavar="COLUMN", help="by its heading, figures from the largest")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run or sweep folders")],
+    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="output format")] = "terminal",
+    sort: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="column heading to sort by, numbers in descending order")
+    ] = None,
     validation: Annotated[bool, typer.Option("--validation", help="add the accuracy on the validation split")] = False,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="draw accuracy, loss, throughput, classes")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write it all as one page, offline")] = None,
-    mistakes: Annotated[int, typer.Option(min=0, help="ask the networks anew: confusion, so many mistakes")] = 0,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder for plots of accuracy, loss, throughput and classes")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="self-contained HTML page to write")] = None,
+    mistakes: Annotated[
+        int, typer.Option(min=0, help="number of misclassified images to show, with confusion matrices; evaluates anew")
+    ] = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Tabulate runs and sweeps: mean and std over seeds of each row, its curves, and what was not finished."""
+    """Report runs and sweeps: mean and std over seeds, curves, and the runs that are not finished."""
     from fastcifar.reporting.report import build_report as tabulate
 
     asked = {"include_validation": validation, "plots": plots, "html": html, "num_misclassified": mistakes}
@@ -393,7 +465,7 @@ def report(
 @app.command()
 @recipe_options(section_fields("execution"))
 def doctor(as_json: JsonOption = False, debug: DebugOption = False, **options: Any) -> None:
-    """Versions, devices, imports that may be broken, and what `train` would choose here and why."""
+    """Show versions, devices, broken imports, and what `train` would choose on this machine and why."""
     from fastcifar.cli.tables import diagnostics_table
     from fastcifar.device import collect_diagnostics
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastcifar.errors import UsageError, UserError, as_memory_error
+from fastcifar.errors import UsageError, UserError, as_memory_error, print_warning
 from fastcifar.renamed import renaming_remedy
 
 SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 143  # the exit codes
@@ -40,12 +40,6 @@ def run_cli(app: Callable[..., object]) -> NoReturn:
 def handle_sigterm(*_: Any) -> None:
     """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
     sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE))
-
-
-def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as one line like an error's, without a place in the source."""
-    kind = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
 
 def report_error(error: Exception) -> int:

@@ -1,6 +1,6 @@
-"""Recipe fields as command line options, and the options that every command has. No torch, no logic of a command.
+"""Recipe fields as command line options, and the options that several commands share. No torch.
 
-An option's name, help, choices and default come from the field: a knob that is added to `Recipe` is an option at once.
+Name, help, choices and default of an option come from the field: a field added to `Recipe` is an option at once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, option_flag, section_
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
-JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document as the last line of stdout")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="a few steps, then say what the run would take")]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="NAME|FILE", help="shipped recipe, or TOML file")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document as the last line of stdout")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="run a few steps and estimate time and memory of the whole run")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="name of a shipped recipe, or a TOML file")
+]
 
 
 def recipe_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces a command's `**knobs` by one option for each of the recipe's fields `names`."""
+    """Replace the `**options` of a command by one option for each of the recipe fields `names`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]

@@ -22,8 +22,8 @@ from fastcifar.models import (
     max_width_within_budget,
 )
 from fastcifar.recipe import Recipe
+from fastcifar.reporting.compare import format_percent, key_value_table
 
-MAX_LABEL_PAIRS = 15  # of labels in the table of a comparison
 MAX_CLASS_ROWS = 10  # in the table of scores
 
 
@@ -42,19 +42,19 @@ def summary_table(summary: dict[str, Any]) -> Table:
     rows = {
         "run": summary["run"],
         "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:.1f} M MACs",
-        "test accuracy": f"{_format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
+        "test accuracy": f"{format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
         f"weights {summary['weights']})",
-        "  averaged weights": _format_percent(summary["test_acc_ema"]),
+        "  averaged weights": format_percent(summary["test_acc_ema"]),
         **_tta_row(summary["config"]["tta"], summary["test_acc_tta"]),
         "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
-        "validation accuracy": f"{_format_percent(summary['val_acc'])}, best {_format_percent(summary['best_val_acc'])}",
+        "validation accuracy": f"{format_percent(summary['val_acc'])}, best {format_percent(summary['best_val_acc'])}",
         "hardest class": _format_hardest_class(summary["per_class"]),
         "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
         "images/s in training": f"{summary['images_per_s']:,.0f}",
         "seconds": spent,
         "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
     }
-    return _key_value_table("", rows)
+    return key_value_table("", rows)
 
 
 def export_table(result: dict[str, Any]) -> Table:
@@ -66,7 +66,7 @@ def export_table(result: dict[str, Any]) -> Table:
         "sha256": result["sha256"],
         "largest difference": f"{result['difference']:.2g}, on {result['images']} test images in batches of {sizes}",
     }
-    return _key_value_table("", rows)
+    return key_value_table("", rows)
 
 
 def dry_run_table(result: dict[str, Any]) -> Table:
@@ -80,7 +80,7 @@ def dry_run_table(result: dict[str, Any]) -> Table:
         "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
         "written": "nothing",
     }
-    return _key_value_table("", rows)
+    return key_value_table("", rows)
 
 
 def scores_table(scores: dict[str, Any]) -> Group:
@@ -92,8 +92,8 @@ def scores_table(scores: dict[str, Any]) -> Group:
     )
     rows = {
         "checkpoint": scores["checkpoint"],
-        "test accuracy": f"{_format_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,}; 95 %: "
-        f"{_format_percent(low)} to {_format_percent(high)})",
+        "test accuracy": f"{format_percent(scores['test_acc'])}  ({scores['correct']:,} of {scores['total']:,}; 95 %: "
+        f"{format_percent(low)} to {format_percent(high)})",
         **_tta_row(scores["tta"], scores["test_acc_tta"]),
         "test loss, calibration error": f"{scores['test_loss']:.4f}, {scores['ece']:.4f}",
         "  at the best temperature": scaled,
@@ -105,11 +105,11 @@ def scores_table(scores: dict[str, Any]) -> Group:
     if shifted := scores["shifted"]:
         low, high = shifted["acc_interval"]
         rows[shifted["name"]] = (
-            f"{_format_percent(shifted['acc'])}  ({shifted['correct']:,} of {shifted['total']:,}; 95 %: "
-            f"{_format_percent(low)} to {_format_percent(high)}), loss {shifted['loss']:.4f}, "
+            f"{format_percent(shifted['acc'])}  ({shifted['correct']:,} of {shifted['total']:,}; 95 %: "
+            f"{format_percent(low)} to {format_percent(high)}), loss {shifted['loss']:.4f}, "
             f"calibration error {shifted['ece']:.4f}"
         )
-    tables = [_key_value_table("", rows), "", _class_table(scores)]
+    tables = [key_value_table("", rows), "", _class_table(scores)]
     if corruptions := scores["corruptions"]:
         tables += ["", _corruption_table(corruptions)]
     return Group(*tables)
@@ -125,7 +125,7 @@ def _class_table(scores: dict[str, Any]) -> Table:
     for column in ("precision", "recall", "F1"):
         table.add_column(column, justify="right")
     for name in names:
-        table.add_row(name, *(_format_percent(figure[name]) for figure in figures))
+        table.add_row(name, *(format_percent(figure[name]) for figure in figures))
     return table
 
 
@@ -135,8 +135,8 @@ def _corruption_table(corruptions: dict[str, Any]) -> Table:
     for column in ("1", "2", "3", "4", "5", "mean"):
         table.add_column(column, justify="right")
     for name, accuracies in corruptions["acc"].items():
-        table.add_row(name, *map(_format_percent, accuracies), _format_percent(sum(accuracies) / len(accuracies)))
-    table.add_row("mean", "", "", "", "", "", _format_percent(corruptions["mean_acc"]), style="bold")
+        table.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
+    table.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]), style="bold")
     return table
 
 
@@ -148,7 +148,7 @@ def predictions_table(result: dict[str, Any]) -> Table:
     first = result["members"][0]
     seconds = result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
-    return _key_value_table(
+    return key_value_table(
         "",
         {
             "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
@@ -159,30 +159,10 @@ def predictions_table(result: dict[str, Any]) -> Table:
             "images/s": f"{result['images_per_s']:,.0f}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s "
             "to prepare)",
             "labels": counts,
-            "mean confidence": _format_percent(result["confidence"]),
+            "mean confidence": format_percent(result["confidence"]),
             "written": ", ".join(str(result[name]) for name in ("out", "show") if result[name]),
         },
     )
-
-
-def prediction_comparison_table(result: dict[str, Any]) -> Group:
-    """What `fastcifar compare` found of two submissions."""
-    summary = _key_value_table(
-        "",
-        {
-            "a": result["a"],
-            "b": result["b"],
-            "differ": f"{result['differ']:,} of {result['total']:,} labels, {_format_percent(result['share'])}",
-        },
-    )
-    if not result["pairs"]:
-        return Group(summary)
-    pairs = Table("label in a", "label in b", box=None)
-    pairs.add_column("images", justify="right")
-    for pair in result["pairs"][:MAX_LABEL_PAIRS]:
-        pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
-    left = len(result["pairs"]) - MAX_LABEL_PAIRS
-    return Group(summary, "", pairs, *([f"and {left} more pairs (--json has all)"] if left > 0 else []))
 
 
 def dataset_table(result: dict[str, Any]) -> Group:
@@ -204,7 +184,7 @@ def dataset_table(result: dict[str, Any]) -> Group:
         classes.add_column(part, justify="right")
     for name in splits["train"]["per_class"]:
         classes.add_row(name, *(f"{split['per_class'][name]:,}" for split in splits.values()))
-    return Group(_key_value_table("", rows), "", classes)
+    return Group(key_value_table("", rows), "", classes)
 
 
 def describe_architectures() -> TableAndDocument:
@@ -253,7 +233,7 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> TableAndDocument:
         "parameters": f"{document['params']:,} of {budget:,}",
         "MACs": f"{document['macs']:,}",
     }
-    return TableAndDocument(_key_value_table(recipe.arch, shown), document)
+    return TableAndDocument(key_value_table(recipe.arch, shown), document)
 
 
 def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
@@ -268,7 +248,7 @@ def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
     rows |= dict(line.split(": ", 1) for line in (f"train would use {line}" for line in diagnostics["chosen"]))
     if "error" in diagnostics:
         rows["train would stop"] = diagnostics["error"]
-    return _key_value_table("", rows)
+    return key_value_table("", rows)
 
 
 def _build_meta_model(recipe: Recipe) -> torch.nn.Module:
@@ -277,29 +257,16 @@ def _build_meta_model(recipe: Recipe) -> torch.nn.Module:
         return build_model(recipe.arch, **{knob: getattr(recipe, knob) for knob in MODEL_OPTIONS})
 
 
-def _key_value_table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
 def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
     """The line of test-time augmentation, where there was one."""
-    return {} if accuracy is None else {f"  over views, {tta}": _format_percent(accuracy)}
+    return {} if accuracy is None else {f"  over views, {tta}": format_percent(accuracy)}
 
 
 def _format_on_off(value: bool) -> str:
     return "on" if value else "off"
 
 
-def _format_percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
-
 def _format_hardest_class(per_class: dict[str, float | None]) -> str:
     measured = {name: value for name, value in per_class.items() if value is not None}
     name = min(measured, key=lambda name: measured[name])
-    return f"{name}, {_format_percent(measured[name])}"
+    return f"{name}, {format_percent(measured[name])}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data import cifar
+from fastcifar.data import cifar, normalization
 from fastcifar.data.augment import (
     AugmentOp,
     apply_augment,
@@ -26,10 +26,10 @@ from fastcifar.data.augment import (
 from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
+from fastcifar.data.normalization import mean_color
 from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
-from fastcifar.training.build_data import mean_color
 
 SAMPLES_PER_ROW = 4  # columns after the original: four epochs
 MAX_GRID_IMAGES = 100  # images of one picture
@@ -41,7 +41,7 @@ def verify_dataset(recipe: Recipe) -> dict[str, Any]:
     Errors: those of `cifar.load`.
     """
     data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
-    mean, std = cifar.channel_mean_std(data.train.images)
+    mean, std = normalization.channel_mean_std(data.train.images)
     images = data.train.images
     return {
         "dataset": data.name,

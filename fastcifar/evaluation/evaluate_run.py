@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastcifar import plotting
 from fastcifar.data.cifar import Split
+from fastcifar.data.normalization import normalization_name
 from fastcifar.errors import NonFiniteError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.load_run import LoadedRun, load_model
-from fastcifar.training.build_data import normalization_name, split_validation
+from fastcifar.training.build_data import split_validation
 from fastcifar.training.evaluate import VIEWS, compute_scores, evaluate, predict_logits, reliability_bins
 
 if TYPE_CHECKING:

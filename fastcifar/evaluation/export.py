@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastcifar.data.cifar import Dataset
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError, UserError, as_memory_error, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.evaluation.model_card import write_model_card
 from fastcifar.training.build import model_from_recipe
-from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.step import scale_and_shift
 
 NUM_VERIFICATION_IMAGES = 256  # that a file is compared on
 VERIFICATION_BATCH_SIZES = (1, 7, NUM_VERIFICATION_IMAGES)
 EXPORT_TOLERANCE = 1e-3  # largest absolute difference of a logit or a probability
-INPUT_TYPES = ("uint8", "normalised")
+INPUT_TYPES = ("uint8", "normalized")
 OUTPUT_TYPES = ("probabilities", "logits")
 ONNX_REMEDY = "pip install onnx onnxscript onnxruntime"
 
@@ -41,7 +41,7 @@ TensorFunction = Callable[[Tensor], Tensor]
 class DeployedModel(nn.Module):
     """A network with what surrounds it in use: images as they are stored in, probabilities out.
 
-    inputs   "uint8": images uint8 [n,32,32,3], normalised inside; "normalised": float32 [n,3,32,32]
+    inputs   "uint8": images uint8 [n,32,32,3], normalised inside; "normalized": float32 [n,3,32,32]
     outputs  "probabilities" or "logits", float32 [n,classes]
     """
 

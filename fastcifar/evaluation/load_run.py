@@ -15,12 +15,12 @@ from torch import nn
 
 from fastcifar.data import cifar
 from fastcifar.data.cifar import Dataset
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import CheckpointError, DataError, UsageError, lookup
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, source_checkpoints
 from fastcifar.training.build import model_from_recipe, to_channels_last
-from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, MIN_IMAGES_TO_COMPILE, VIEWS, optimize_forward
 from fastcifar.training.step import Forward, build_forward
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from fastcifar._version import __version__
 from fastcifar.data.cifar import Dataset, Split
+from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.evaluation.load_run import LoadedRun
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import section_fields
-from fastcifar.training.build_data import normalization_mean_std, normalization_name
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.run_dir import read_summary
 
 INPUT_DESCRIPTIONS = {
     "uint8": "`images`: uint8 [n, 32, 32, 3], RGB; normalised inside",
-    "normalised": "`images`: float32 [n, 3, 32, 32], RGB in [0, 1], minus the mean, divided by the standard deviation",
+    "normalized": "`images`: float32 [n, 3, 32, 32], RGB in [0, 1], minus the mean, divided by the standard deviation",
 }
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.table import Table
 
-from fastcifar.cli.tables import prediction_comparison_table
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation import prediction_files
 from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
+
+MAX_LABEL_PAIRS = 15  # rows of the table of two prediction files
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,39 @@ def detect_predictions_file(path: Path) -> Path | None:
         return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
     except OSError:
         return path
+
+
+def key_value_table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def format_percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def prediction_comparison_table(result: dict[str, Any]) -> Group:
+    """What `fastcifar compare` found of two submissions."""
+    summary = key_value_table(
+        "",
+        {
+            "a": result["a"],
+            "b": result["b"],
+            "differ": f"{result['differ']:,} of {result['total']:,} labels, {format_percent(result['share'])}",
+        },
+    )
+    if not result["pairs"]:
+        return Group(summary)
+    pairs = Table("label in a", "label in b", box=None)
+    pairs.add_column("images", justify="right")
+    for pair in result["pairs"][:MAX_LABEL_PAIRS]:
+        pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
+    left = len(result["pairs"]) - MAX_LABEL_PAIRS
+    return Group(summary, "", pairs, *([f"and {left} more pairs (--json has all)"] if left > 0 else []))
 
 
 COMPARERS: dict[str, Comparer] = {

@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fastcifar.cli.exit import print_warning
 from fastcifar.device import import_optional
 from fastcifar.errors import (
     DeviceError,
@@ -32,6 +31,7 @@ from fastcifar.errors import (
     as_memory_error,
     first_message_line,
     lookup,
+    print_warning,
 )
 from fastcifar.recipe import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial

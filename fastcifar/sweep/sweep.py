@@ -20,6 +20,7 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import parse_augment
 from fastcifar.data.batch_slicing import slice_epoch
 from fastcifar.data.loaders import LOADERS
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import choose_execution
 from fastcifar.errors import DiskError, UsageError, UserError, lookup
 from fastcifar.recipe import Recipe, load_toml
@@ -31,7 +32,6 @@ from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
 from fastcifar.training import trackers
 from fastcifar.training.build import check_image_sizes, model_from_recipe, resolve_cuda_graph
-from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import LRSchedule

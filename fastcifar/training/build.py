@@ -15,6 +15,7 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE, parse_augment, split_mixer
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import LOADERS
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, enable_deterministic_algorithms
 from fastcifar.errors import DeviceError, UsageError, lookup
 from fastcifar.models import (
@@ -26,7 +27,7 @@ from fastcifar.models import (
 )
 from fastcifar.recipe import Recipe, parse_image_sizes
 from fastcifar.training import compilation
-from fastcifar.training.build_data import build_loader, normalization_mean_std, normalize_images, split_validation
+from fastcifar.training.build_data import build_loader, normalize_images, split_validation
 from fastcifar.training.distributed import get_world
 from fastcifar.training.ema import Ema
 from fastcifar.training.evaluate import VIEWS

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import AugmentOp, FillColor
+from fastcifar.data.augment import AugmentOp
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.normalization import mean_color, normalization_mean_std
 from fastcifar.device import ExecutionPlan
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import World
@@ -57,21 +58,3 @@ def normalize_images(split: Split, recipe: Recipe, device: torch.device) -> Tens
     """Images of `split` as the network sees them, but in float32: [n,3,h,w] on the device."""
     scale, shift = (part.to(device) for part in scale_and_shift(*normalization_mean_std(recipe)))
     return torch.tensor(split.images).to(device) * scale + shift
-
-
-def normalization_mean_std(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
-    return cifar.parse_normalization(normalization_name(recipe))
-
-
-def normalization_name(recipe: Recipe) -> str:
-    """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
-    if recipe.normalize != "auto":
-        return recipe.normalize
-    return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
-
-
-def mean_color(recipe: Recipe) -> FillColor:
-    """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
-    red, green, blue = (round(255 * value) for value in normalization_mean_std(recipe)[0])
-    return red, green, blue

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcifar.data import cifar, dataset_cache
+from fastcifar.data import cifar, dataset_cache, normalization
 from fastcifar.errors import DataError, UsageError
 
 
@@ -535,12 +535,12 @@ def test_split_of_cifar_and_its_errors():
 
 
 def test_normalisation_by_name_and_by_numbers():
-    for name, row in cifar.NORMALIZATIONS.items():
-        assert cifar.parse_normalization(name) == row
-    assert cifar.parse_normalization("0.5,0.4,0.3:0.25,0.2,0.1") == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
-    assert cifar.parse_normalization("0.5:0.25") == ((0.5,) * 3, (0.25,) * 3)
+    for name, row in normalization.NORMALIZATIONS.items():
+        assert normalization.parse_normalization(name) == row
+    assert normalization.parse_normalization("0.5,0.4,0.3:0.25,0.2,0.1") == ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+    assert normalization.parse_normalization("0.5:0.25") == ((0.5,) * 3, (0.25,) * 3)
     with pytest.raises(UsageError, match="did you mean 'cifar10'"):
-        cifar.parse_normalization("cifar-10")
+        normalization.parse_normalization("cifar-10")
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_normalisation_by_name_and_by_numbers():
 )
 def test_normalisation_refuses(spec: str):
     with pytest.raises(UsageError, match="normalis"):
-        cifar.parse_normalization(spec)
+        normalization.parse_normalization(spec)
 
 
 needs_data = pytest.mark.skipif(not os.environ.get("FASTCIFAR_DATA"), reason="needs CIFAR-10: set FASTCIFAR_DATA")
@@ -561,7 +561,7 @@ def test_the_real_set_and_its_normalisation(cache: Path):
     assert loaded.train.images.shape == (50_000, 3, 32, 32)
     assert loaded.test.images.shape == (10_000, 3, 32, 32)
     assert loaded.classes == cifar.DATASETS["cifar10"].class_names
-    mean, std = cifar.NORMALIZATIONS["cifar10"]
+    mean, std = normalization.NORMALIZATIONS["cifar10"]
     values = np.arange(256) / 255
     for channel in range(3):
         parts = np.split(loaded.train.images[:, channel], 50)

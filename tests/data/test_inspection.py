@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 
 from fastcifar import plotting
 from fastcifar.cli.tables import dataset_table
-from fastcifar.data import cifar, inspection
+from fastcifar.data import cifar, inspection, normalization
 from fastcifar.data.augment import draw_epoch, draw_mixer_params, parse_augment
-from fastcifar.data.cifar import NORMALIZATIONS
 from fastcifar.data.mixers import MIXERS
+from fastcifar.data.normalization import NORMALIZATIONS
 from fastcifar.data.policies import STANDARD_SPACE
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.recipe import Recipe
@@ -53,7 +53,7 @@ def test_verify_says_what_is_there(folders: Path, tmp_path: Path) -> None:
 
 def test_statistics_of_many_images_are_exact() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2100, 3, 2, 2), dtype=np.uint8)
-    mean, std = cifar.channel_mean_std(images)
+    mean, std = normalization.channel_mean_std(images)
     assert mean == pytest.approx((images / 255).mean((0, 2, 3)).tolist(), rel=1e-12)
     assert std == pytest.approx((images / 255).std((0, 2, 3)).tolist(), rel=1e-12)
 
@@ -85,7 +85,7 @@ def test_real_cifar10_has_its_known_statistics() -> None:
     data = os.environ.get("FASTCIFAR_DATA")
     if not data:
         pytest.skip("FASTCIFAR_DATA names no CIFAR-10")
-    mean, std = cifar.channel_mean_std(cifar.load_dataset(data).train.images)
+    mean, std = normalization.channel_mean_std(cifar.load_dataset(data).train.images)
     assert (mean, std) == tuple(pytest.approx(values, abs=1e-7) for values in NORMALIZATIONS["cifar10"])
 
 

@@ -14,13 +14,13 @@ from torch._inductor import config
 from typer.testing import CliRunner
 
 from fastcifar.cli.app import app
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.errors import CheckpointError, DataError, DiskError, UsageError, UserError
 from fastcifar.evaluation import export as room
 from fastcifar.evaluation.export import EXPORT_FORMATS, DeployedModel, example_inputs, export_model
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
-from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.train import train
 
 
@@ -65,7 +65,7 @@ def check(run: Path, tmp_path: Path, format: str, outputs: str) -> None:
 
 
 def test_normalised_input_is_the_same_function(run: Path, tmp_path: Path) -> None:
-    export_model(str(run), "pt2", tmp_path / "a.pt2", input_type="normalised", output_type="logits")
+    export_model(str(run), "pt2", tmp_path / "a.pt2", input_type="normalized", output_type="logits")
     rebuilt = load_model(str(run), device="cpu", precision="fp32")
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in normalization_mean_std(rebuilt.recipe))

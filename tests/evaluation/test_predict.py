@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastcifar.cli.tables import predictions_table
-from fastcifar.data import cifar
+from fastcifar.data import cifar, normalization
 from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
 from fastcifar.evaluation import load_run
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[s
 
 
 def normalised(images: np.ndarray) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in cifar.NORMALIZATIONS["cifar10"])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization.NORMALIZATIONS["cifar10"])
     return (torch.from_numpy(images).float() / 255 - mean) / std
 
 

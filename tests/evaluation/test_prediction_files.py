@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar.cli.tables import prediction_comparison_table
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.evaluation.prediction_files import (
     PREDICTION_SERIALIZERS,
@@ -21,6 +20,7 @@ from fastcifar.evaluation.prediction_files import (
     read_predictions,
     write_predictions,
 )
+from fastcifar.reporting.compare import prediction_comparison_table
 
 CLASSES = ["airplane", "cat", "dog, small"]
 LIKELY = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])

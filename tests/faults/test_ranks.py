@@ -21,12 +21,12 @@ from fastcifar.data import cifar
 from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
+from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
-from fastcifar.training.build_data import normalization_mean_std
 from fastcifar.training.run_dir import Clock
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")

@@ -11,10 +11,10 @@ import torch
 
 from fastcifar.data.augment import parse_augment, split_mixer
 from fastcifar.data.mixers import MIXERS
+from fastcifar.data.normalization import normalization_name
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, shipped_recipes
 from fastcifar.training.build import model_from_recipe
-from fastcifar.training.build_data import normalization_name
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizer_classes import Ranger
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper

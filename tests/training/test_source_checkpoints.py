@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcifar.data import cifar
+from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.evaluation.evaluate_run import evaluate_run
 from fastcifar.models import MODELS, build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, source_checkpoints
-from fastcifar.training.build_data import normalization_mean_std, normalization_name
 from fastcifar.training.train import train
 from tests.models.reference import FORWARDS
 
