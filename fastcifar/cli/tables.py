@@ -43,7 +43,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "run": summary["run"],
         "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:.1f} M MACs",
         "test accuracy": f"{format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
-        f"weights {summary['weights']})",
+        f"weights {summary['eval_weights']})",
         "  averaged weights": format_percent(summary["test_acc_ema"]),
         **_tta_row(summary["config"]["tta"], summary["test_acc_tta"]),
         "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
@@ -143,7 +143,7 @@ def _corruption_table(corruptions: dict[str, Any]) -> Table:
 def predictions_table(result: dict[str, Any]) -> Table:
     """What `fastcifar predict` did."""
     members = [
-        f"{member['checkpoint']} ({member['arch']}, weights {member['weights']})" for member in result["members"]
+        f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in result["members"]
     ]
     first = result["members"][0]
     seconds = result["seconds"]

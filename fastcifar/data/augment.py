@@ -102,7 +102,7 @@ def draw_crop(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
 
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """The 32x32 window at (y, x) of the image padded by `op.number`, without building the padded image.
+    """The 32x32 window at (y, x) of the image padded by `op.value`, without building the padded image.
 
     `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
     """
@@ -137,7 +137,7 @@ def draw_cutout(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
 
 
 def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill the square of `op.number` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
+    """Fill the square of `op.value` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
     size = _int_value(op)
     top, left = (params[axis].int() - size // 2 for axis in "yx")
     return crop_flip_erase.fill_box(
@@ -160,7 +160,7 @@ def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillC
 
 
 def draw_rotate(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """`sine` and `cosine` of an angle uniform over -op.number..op.number degrees."""
+    """`sine` and `cosine` of an angle uniform over -op.value..op.value degrees."""
     return policies.draw_rotation_params(_int_value(op), len(context.permutation), context.rng)
 
 
@@ -201,42 +201,42 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=apply_crop,
         default_value=4,
         variants={"zero": (1, 16), "reflect": (1, 16)},
-        help="pad by NUMBER pixels of black or of reflection, then cut a random 32x32 window",
+        help="pad by VALUE pixels of black or of reflection, then cut a random 32x32 window",
     ),
     "flip": AugmentSpec(
         draw=draw_flip,
         apply=apply_flip,
         default_value=0.5,
         variants={"random": (0.0, 1.0), "alternating": (0.5, 0.5)},
-        help="mirror left and right with probability NUMBER, or each image in every other epoch",
+        help="mirror left and right with probability VALUE, or each image in every other epoch",
     ),
     "cutout": AugmentSpec(
         draw=draw_cutout,
         apply=apply_cutout,
         default_value=8,
         variants={"mean": (1, CIFAR_IMAGE_SIZE), "zero": (1, CIFAR_IMAGE_SIZE)},
-        help="fill a square of NUMBER pixels around a random centre with the mean colour or black",
+        help="fill a square of VALUE pixels around a random centre with the mean colour or black",
     ),
     "erase": AugmentSpec(
         draw=draw_erase,
         apply=apply_erase,
         default_value=0.33,
-        variants=dict.fromkeys(("grey", "mean", "zero"), (crop_flip_erase.MIN_ERASE_AREA, 1.0)),
-        help="in half of the images fill a box of 0.02 to NUMBER of the area with mid-grey, mean colour or black",
+        variants=dict.fromkeys(("gray", "mean", "zero"), (crop_flip_erase.MIN_ERASE_AREA, 1.0)),
+        help="in half of the images fill a box of 0.02 to VALUE of the area with mid-gray, mean colour or black",
     ),
     "rotate": AugmentSpec(
         draw=draw_rotate,
         apply=apply_rotate,
         default_value=5,
         variants={"": (1, 180)},
-        help="turn by an angle of at most NUMBER degrees, black outside",
+        help="turn by an angle of at most VALUE degrees, black outside",
     ),
     "jitter": AugmentSpec(
         draw=draw_jitter,
         apply=apply_jitter,
         default_value=0.2,
         variants={"": (0.0, 1.0)},
-        help="change brightness, contrast and saturation by a share of at most NUMBER, the hue by half of it",
+        help="change brightness, contrast and saturation by a share of at most VALUE, the hue by half of it",
     ),
     "autoaugment": AugmentSpec(
         draw=draw_policy,
@@ -252,7 +252,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=apply_policy,
         default_value=9,
         variants={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
-        help="RandAugment: WORD operations of fourteen, at level NUMBER of 30",
+        help="RandAugment: VARIANT operations of fourteen, at level VALUE of 30",
         build_policy=lambda number, word: policies.randaugment_policy(int(number or 0), int(word)),
     ),
     "trivialaugment": AugmentSpec(
@@ -312,9 +312,9 @@ def _parse_item(item: str) -> AugmentOp:
     file = row.accepts_file and word.endswith(".toml")
     if rest or (word not in row.variants and not file):
         grammar = (
-            name + (":NUMBER" if row.default_value is not None else "") + (":WORD" if "" not in row.variants else "")
+            name + (":VALUE" if row.default_value is not None else "") + (":VARIANT" if "" not in row.variants else "")
         )
-        allowed = f", WORD one of {', '.join(row.variants)}" if "" not in row.variants else ""
+        allowed = f", VARIANT one of {', '.join(row.variants)}" if "" not in row.variants else ""
         allowed += " or a .toml file" if row.accepts_file else ""
         raise UsageError(
             f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed} ({row.help})"
@@ -322,7 +322,7 @@ def _parse_item(item: str) -> AugmentOp:
     low, high = row.variants[next(iter(row.variants)) if file else word]
     if number is not None and not low <= number <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
-        grammar = f"{name}:NUMBER:{word}".rstrip(":")
+        grammar = f"{name}:VALUE:{word}".rstrip(":")
         raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
     return AugmentOp(name, number, word, row.build_policy(number, word) if row.build_policy else None)
 

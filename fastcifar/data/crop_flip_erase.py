@@ -15,8 +15,8 @@ LAST_COLUMN = 3 * CIFAR_IMAGE_SIZE - 1  # the last column of a row
 
 RGBColor = tuple[int, int, int]
 
-# What a word fills with; "mean" is the data set's own. Mid-grey is 127.5, and 128 is its nearest even byte.
-FILL_COLORS: dict[str, RGBColor] = {"zero": (0, 0, 0), "grey": (128, 128, 128)}
+# What a word fills with; "mean" is the data set's own. Mid-gray is 127.5, and 128 is its nearest even byte.
+FILL_COLORS: dict[str, RGBColor] = {"zero": (0, 0, 0), "gray": (128, 128, 128)}
 
 # torchvision's RandomErasing: the share of images, the smallest share of the area, aspects (height / width), tries
 ERASE_PROBABILITY = 0.5

@@ -112,7 +112,7 @@ DALI_OPS: dict[tuple[str, str], DaliOp] = {
     ("flip", "alternating"): FLIP,
     ("cutout", "mean"): CUTOUT,
     ("cutout", "zero"): CUTOUT,
-    ("erase", "grey"): ERASE,
+    ("erase", "gray"): ERASE,
     ("erase", "mean"): ERASE,
     ("erase", "zero"): ERASE,
 }

@@ -225,22 +225,22 @@ def _equalize_table(planes: Tensor, value: Tensor, high: Tensor) -> Tensor:
 
 
 def _to_grayscale(planes: Tensor) -> Tensor:
-    """torchvision's grey, floor of a float32 sum of three products: uint8 [b,1,1024]."""
+    """torchvision's gray, floor of a float32 sum of three products: uint8 [b,1,1024]."""
     red, green, blue = (planes[:, channel : channel + 1].double() for channel in range(3))
-    grey = (red * RED_WEIGHT).float().double() + green * GREEN_WEIGHT
-    return _materialize((grey.float().double() + blue * BLUE_WEIGHT).float().floor())
+    gray = (red * RED_WEIGHT).float().double() + green * GREEN_WEIGHT
+    return _materialize((gray.float().double() + blue * BLUE_WEIGHT).float().floor())
 
 
 def _blend_target(planes: Tensor, code: Tensor, names: set[str]) -> Tensor | float:
-    """What an image is blended with: black, its mean grey, or its own grey; float64, broadcast to [b,3,1024]."""
+    """What an image is blended with: black, its mean gray, or its own gray; float64, broadcast to [b,3,1024]."""
     other: Tensor | float = 0.0
     if names & {"Contrast", "Color"}:
-        grey = _to_grayscale(planes)
+        gray = _to_grayscale(planes)
         if "Contrast" in names:
-            mean = grey.int().sum(2, keepdim=True, dtype=torch.int32).double() / CIFAR_IMAGE_AREA
+            mean = gray.int().sum(2, keepdim=True, dtype=torch.int32).double() / CIFAR_IMAGE_AREA
             other = torch.where(code == OPERATION_CODES["Contrast"], mean, other)
         if "Color" in names:
-            other = torch.where(code == OPERATION_CODES["Color"], grey.double(), other)
+            other = torch.where(code == OPERATION_CODES["Color"], gray.double(), other)
     return other
 
 

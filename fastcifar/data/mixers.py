@@ -125,13 +125,13 @@ def apply_ricap(images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
 
 MIXERS: dict[str, MixerSpec] = {
     "mixup": MixerSpec(
-        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with a neighbour by Beta(NUMBER, NUMBER)"
+        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with a neighbour by Beta(VALUE, VALUE)"
     ),
     "cutmix": MixerSpec(
-        draw_cutmix, apply_cutmix, 1.0, {"": (0.01, 100.0)}, "a box of a neighbour, of an area by Beta(NUMBER, NUMBER)"
+        draw_cutmix, apply_cutmix, 1.0, {"": (0.01, 100.0)}, "a box of a neighbour, of an area by Beta(VALUE, VALUE)"
     ),
     "ricap": MixerSpec(
-        draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "patches of four images, cut at Beta(NUMBER, NUMBER)"
+        draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "patches of four images, cut at Beta(VALUE, VALUE)"
     ),
 }
 

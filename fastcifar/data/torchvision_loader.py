@@ -46,20 +46,20 @@ def make_random_erasing(v2: Any, op: AugmentOp, fill_color: FillColor) -> Transf
 
 # (name, word) of an op -> what does the same to a PIL image, from torchvision.transforms.v2, the op and the mean colour
 TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Transform]] = {
-    ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.number),
-    ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.number, padding_mode="reflect"),
-    ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.number),
-    ("cutout", "mean"): lambda _, op, fill: Cutout(op.number, fill),
-    ("cutout", "zero"): lambda _, op, fill: Cutout(op.number, (0, 0, 0)),
-    ("erase", "grey"): lambda v2, op, _: make_random_erasing(v2, op, FILL_COLORS["grey"]),
+    ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value),
+    ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value, padding_mode="reflect"),
+    ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.value),
+    ("cutout", "mean"): lambda _, op, fill: Cutout(op.value, fill),
+    ("cutout", "zero"): lambda _, op, fill: Cutout(op.value, (0, 0, 0)),
+    ("erase", "gray"): lambda v2, op, _: make_random_erasing(v2, op, FILL_COLORS["gray"]),
     ("erase", "mean"): lambda v2, op, fill: make_random_erasing(v2, op, fill),
     ("erase", "zero"): lambda v2, op, _: make_random_erasing(v2, op, FILL_COLORS["zero"]),
-    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.number),
-    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.number, op.number, op.number, op.number / 2),
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.value),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.value, op.value, op.value, op.value / 2),
     ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.number),
-    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.number),
-    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.number),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.value),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.value),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.value),
     ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 

@@ -118,7 +118,7 @@ def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def brightness(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """More of HSV's value; hue and saturation stay, and black becomes grey."""
+    """More of HSV's value; hue and saturation stay, and black becomes gray."""
     more = (0.05, 0.10, 0.15, 0.20, 0.30)[severity - 1]
     value = images.amax(1, keepdim=True)
     brighter = (value + more).clamp(0, 1)
@@ -133,7 +133,7 @@ def contrast(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Less of HSV's saturation at severities 1 and 2, more from 3 on; greys then turn red, as hue 0 is."""
+    """Less of HSV's saturation at severities 1 and 2, more from 3 on; grays then turn red, as hue 0 is."""
     scale, more = ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))[severity - 1]
     value = images.amax(1, keepdim=True)
     saturation = (value - images.amin(1, keepdim=True)) / value.clamp(min=1e-6)

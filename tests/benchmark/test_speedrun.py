@@ -58,7 +58,7 @@ def test_each_run_is_the_one_that_train_would_be(tiny: Make, file: Any, tmp_path
     for trial in trials:
         summary = train(tiny(**values, seed=trial["seed"], out=str(tmp_path / f"run-{trial['seed']}")))
         saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
-        weights = saved["ema"] if values.get("weights") == "ema" else saved["model"]
+        weights = saved["ema"] if values.get("eval_weights") == "ema" else saved["model"]
         assert state_dict_sha256(weights) == trial["sha256"], trial["seed"]
         assert (trial["steps"], trial["refused"]) == (summary["steps"], None)
         assert saved["step"] == trial["steps"]
@@ -168,7 +168,7 @@ def test_a_run_that_does_not_count_is_kept_as_a_miss(
     def failing(parts: Any, step: Any) -> None:
         fit(parts, step)
         if spoilt == "training" and parts.recipe.seed == 1:
-            parts.meter.bad.fill_(1)
+            parts.meter.found_inf.fill_(1)
             parts.meter.add(torch.tensor(math.nan), torch.tensor(0), 1)
 
     monkeypatch.setattr(harness, "evaluate", cheating)

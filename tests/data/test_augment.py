@@ -58,14 +58,14 @@ def cutout_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.
 def erase_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
     """torchvision's own erasing of the box."""
     top, left, height, width = (drawn[name] for name in "yxhw")
-    colour = torch.tensor({"mean": FILL, "grey": (128, 128, 128), "zero": (0, 0, 0)}[op.variant])[:, None, None]
+    colour = torch.tensor({"mean": FILL, "gray": (128, 128, 128), "zero": (0, 0, 0)}[op.variant])[:, None, None]
     return erase(torch.from_numpy(image), top, left, height, width, colour).numpy()
 
 
 ELSEWHERE = {"rotate", "jitter", "autoaugment", "randaugment", "trivialaugment"}  # test_policies.py
 REFERENCE = {"crop": crop_image, "flip": flip_image, "cutout": cutout_image, "erase": erase_image}
 RANGES = {
-    "crop": lambda op: {"y": (0, 2 * op.number), "x": (0, 2 * op.number)},
+    "crop": lambda op: {"y": (0, 2 * op.value), "x": (0, 2 * op.value)},
     "flip": lambda op: {"flip": (0, 1)},
     "cutout": lambda op: {"y": (0, 31), "x": (0, 31)},
     "erase": lambda op: {"y": (0, 32), "x": (0, 32), "h": (0, 31), "w": (0, 31)},
@@ -152,17 +152,17 @@ def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
         ("flip:half", "not a number"),
         ("flip:1.5", "from 0.0 to 1.0"),
         ("flip:nan", "from 0.0 to 1.0"),
-        ("flip:0.3:alternating", "flip:NUMBER:alternating takes 0.5"),
+        ("flip:0.3:alternating", "flip:VALUE:alternating takes 0.5"),
         ("cutout:33", "from 1 to 32"),
-        ("erase:0.01", "erase:NUMBER:gray takes from 0.02 to 1.0"),
-        ("erase:0.1:gray", "WORD one of grey, mean, zero"),
-        ("crop:4:mirror", "WORD one of zero, reflect"),
-        ("crop:4:", "WORD one of zero, reflect"),
+        ("erase:0.01", "erase:VALUE:gray takes from 0.02 to 1.0"),
+        ("erase:0.1:grey", "VARIANT one of gray, mean, zero"),
+        ("crop:4:mirror", "VARIANT one of zero, reflect"),
+        ("crop:4:", "VARIANT one of zero, reflect"),
         ("flip:0.5:random:3", "unexpected '3'"),
         ("cutmx", "did you mean 'cutmix'?"),
-        ("cutmix:0", "cutmix:NUMBER takes from 0.01 to 100.0"),
-        ("mixup:nan", "mixup:NUMBER takes from 0.01 to 100.0"),
-        ("ricap:0.3:zero", "write ricap:NUMBER"),
+        ("cutmix:0", "cutmix:VALUE takes from 0.01 to 100.0"),
+        ("mixup:nan", "mixup:VALUE takes from 0.01 to 100.0"),
+        ("ricap:0.3:zero", "write ricap:VALUE"),
         ("cutmix,flip", "write one mixer, at the list's end"),
         ("flip,mixup:0.2,cutmix", "write one mixer, at the list's end"),
     ],
@@ -191,9 +191,9 @@ def test_rows_without_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch) -> Non
         format_augment(parse_augment("policy,policy:imagenet,rotate,rotate:9"))
         == "policy:cifar10,policy:imagenet,rotate:5,rotate:9"
     )
-    with pytest.raises(UsageError, match="write policy:WORD, WORD one of cifar10, imagenet"):
+    with pytest.raises(UsageError, match="write policy:VARIANT, VARIANT one of cifar10, imagenet"):
         parse_augment("policy:3")
-    with pytest.raises(UsageError, match=r"write rotate:NUMBER \(rotate\)$"):
+    with pytest.raises(UsageError, match=r"write rotate:VALUE \(rotate\)$"):
         parse_augment("rotate:5:zero")
 
 

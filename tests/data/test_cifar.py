@@ -72,7 +72,7 @@ def test_official_files_load_without_a_word(tiny_cifar, cache: Path, tmp_path: P
     for _ in range(2):
         loaded = quiet(path, cache)
         assert loaded.is_official
-        assert loaded.classes == tiny_cifar.row.names
+        assert loaded.classes == tiny_cifar.row.class_names
         assert loaded.name == "cifar10"
         assert same(loaded, tiny_cifar.images, tiny_cifar.labels)
 
@@ -328,9 +328,9 @@ def test_cifar100_takes_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path
             else:
                 (folder / batch.name).write_bytes(np.column_stack([coarse, fine, data]).astype(np.uint8).tobytes())
         if form == "python":
-            (folder / packing.meta).write_bytes(pickle.dumps({b"fine_label_names": names}, 2))
+            (folder / packing.meta_file).write_bytes(pickle.dumps({b"fine_label_names": names}, 2))
         else:
-            (folder / packing.meta).write_text("\n".join(names))
+            (folder / packing.meta_file).write_text("\n".join(names))
         with pytest.warns(UserWarning, match="not the official data set"):
             loaded = cifar.load_dataset(str(folder), "cifar100", cache_dir=cache)
         assert loaded.classes == tuple(names)
@@ -356,10 +356,10 @@ def test_class_folders(tiny_cifar, cache: Path, tmp_path: Path):
         assert not loaded.is_official
         assert loaded.train.labels.tolist() == [0, 1]
         assert np.array_equal(loaded.train.images[0].transpose(1, 2, 0), images[0, 1])
-    shuffled = tuple(reversed(tiny_cifar.row.names))
+    shuffled = tuple(reversed(tiny_cifar.row.class_names))
     write_pngs(tmp_path / "official_names", shuffled, ("train", "val"))
     loaded = quiet(tmp_path / "official_names", cache)
-    assert loaded.classes == tiny_cifar.row.names
+    assert loaded.classes == tiny_cifar.row.class_names
     assert len(loaded.test.labels) == 10
 
 

@@ -39,7 +39,7 @@ Batch = tuple[torch.Tensor, ...]
 def made(kind: type, spec: str = SPEC, batch_size: int = 20, device: str = "cpu", **settings: Any) -> Any:
     settings = {"seed": 0, "compile": False, **settings}
     return kind(
-        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device=device, fill=FILL, **settings
+        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device=device, fill_color=FILL, **settings
     )
 
 
@@ -271,7 +271,7 @@ def test_three_epochs_of_the_real_images_across_a_resume() -> None:
 
     def loader(kind: type, **settings: Any) -> Any:
         return kind(
-            split.images, split.labels, batch_size=512, augment=ops, seed=1, device="cpu", fill=FILL, **settings
+            split.images, split.labels, batch_size=512, augment=ops, seed=1, device="cpu", fill_color=FILL, **settings
         )
 
     theirs, ours = loader(TensorLoader), loader(DaliLoader)

@@ -37,7 +37,7 @@ def mixed(spec: str, images: Tensor, labels: Tensor, draws: np.ndarray) -> tuple
 @pytest.mark.parametrize("name", MIXERS)
 def test_rows_are_complete_and_draw_by_position(name: str) -> None:
     row = MIXERS[name]
-    with pytest.raises(UsageError, match=f"write {name}:NUMBER {re.escape(f'({row.help})')}$"):
+    with pytest.raises(UsageError, match=f"write {name}:VALUE {re.escape(f'({row.help})')}$"):
         parse_augment(f"{name}:1:nonsense")
     (op,) = parse_augment(name)
     assert (op.name, op.value) == (name, row.default_value)

@@ -235,7 +235,7 @@ def test_a_wrong_policy_says_where(tmp_path: Path, text: str, said: str) -> None
 def test_wrong_names_of_policies() -> None:
     with pytest.raises(UsageError, match=r"no policy file nowhere\.toml; write a TOML file, or one of cifar10"):
         parse_augment("autoaugment:nowhere.toml")
-    with pytest.raises(UsageError, match=r"write autoaugment:WORD, WORD one of cifar10 or a \.toml file"):
+    with pytest.raises(UsageError, match=r"write autoaugment:VARIANT, VARIANT one of cifar10 or a \.toml file"):
         parse_augment("autoaugment:imagenet")
     with pytest.raises(UsageError, match=r"unexpected 'x\.toml'"):
         parse_augment("crop:4:x.toml")

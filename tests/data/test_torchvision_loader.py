@@ -68,7 +68,7 @@ def test_cutout_fills_a_square_that_the_border_may_cut(spec: str, colour: tuple[
     assert {0, 31} <= corners
 
 
-@pytest.mark.parametrize(("word", "colour"), [("grey", (128, 128, 128)), ("mean", FILL), ("zero", (0, 0, 0))])
+@pytest.mark.parametrize(("word", "colour"), [("gray", (128, 128, 128)), ("mean", FILL), ("zero", (0, 0, 0))])
 def test_erase_fills_a_box_in_half_of_the_images(word: str, colour: tuple[int, int, int]) -> None:
     changed = 0
     for image in draws(f"erase:0.1:{word}", 200):

@@ -119,7 +119,7 @@ def test_brightness_and_saturation_are_colorsyss(severity: int) -> None:
 
 
 def test_the_noises_have_their_deviations() -> None:
-    grey = torch.full((50, 3, 32, 32), 0.5, dtype=torch.float64)
+    gray = torch.full((50, 3, 32, 32), 0.5, dtype=torch.float64)
     for severity in SEVERITIES:
         std, photons = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1], (500, 250, 100, 75, 50)[severity - 1]
         speckle, share = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1], (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
@@ -128,10 +128,10 @@ def test_the_noises_have_their_deviations() -> None:
             ("shot_noise", math.sqrt(0.5 / photons)),
             ("speckle_noise", 0.5 * speckle),
         ):
-            found = CORRUPTIONS[name](grey, severity, seeded())
+            found = CORRUPTIONS[name](gray, severity, seeded())
             assert found.std().item() == pytest.approx(wanted, rel=0.02), name
             assert found.mean().item() == pytest.approx(0.5, abs=0.002), name
-        impulses = CORRUPTIONS["impulse_noise"](grey, severity, seeded())
+        impulses = CORRUPTIONS["impulse_noise"](gray, severity, seeded())
         for value in (0, 1):
             assert (impulses == value).double().mean().item() == pytest.approx(share / 2, rel=0.08)
 
@@ -174,7 +174,7 @@ def test_fog_and_zoom_and_contrast_keep_what_they_should() -> None:
     for name in ("zoom_blur", "contrast", "gaussian_blur", "defocus_blur", "motion_blur"):
         torch.testing.assert_close(CORRUPTIONS[name](flat, 5, seeded()), flat, rtol=0, atol=1e-9)
     foggy = CORRUPTIONS["fog"](flat, 5, seeded())
-    torch.testing.assert_close(foggy[:, 0], foggy[:, 2])  # a cloud is grey
+    torch.testing.assert_close(foggy[:, 0], foggy[:, 2])  # a cloud is gray
     # from no cloud to all of it: (0.3 + c) 0.3 / (0.3 + 1.5) for c from 0 to 1.5
     torch.testing.assert_close(foggy.amin((1, 2, 3)), torch.full((4,), 0.05, dtype=torch.float64))
     torch.testing.assert_close(foggy.amax((1, 2, 3)), torch.full((4,), 0.3, dtype=torch.float64))

@@ -115,7 +115,9 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 ) -> None:
     parts = parts_of(tiny(image_size="24:3,32", epochs=4))
     seconds = {24: 1.0, 32: 5.0}
-    monkeypatch.setattr(dry_run, "_measure_step_s", lambda parts, step, epoch: seconds[parts.recipe.size_at(epoch)])
+    monkeypatch.setattr(
+        dry_run, "_measure_step_s", lambda parts, step, epoch: seconds[parts.recipe.image_size_at(epoch)]
+    )
     pace = measure_step_timing(parts, parts.build_train_step())
     assert pace.step_s == 2.0
     assert parts.progress.epoch == 0

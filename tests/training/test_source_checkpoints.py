@@ -217,6 +217,6 @@ def test_fault22_the_budget_holds_for_published_files_too(tmp_path: Path) -> Non
 
 def test_a_file_of_ours_knows_its_own(tiny: Callable[..., Recipe]) -> None:
     run = train(tiny(max_steps=1))["run"]
-    assert evaluate_run(run, arch="resnet")["weights"] == "last"
+    assert evaluate_run(run, arch="resnet")["eval_weights"] == "last"
     with pytest.raises(CheckpointError, match="holds resnet, not se68; leave --arch out"):
         evaluate_run(run, arch="se68")
