@@ -18,12 +18,21 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcifar._version import __version__
-from fastcifar.errors import DeviceError, UsageError, UserError, first_message_line
+from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
 from fastcifar.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None
 
 VERSIONED_PACKAGES = (
     "torch",
@@ -194,6 +203,65 @@ def _cpu_name() -> str:
             return next(named, "").partition(":")[2].strip() or platform.machine()
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def usable_cpu_count() -> int:
+    """CPU cores that this process may run on; all cores where the system does not limit a process to some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int | None:
+    """Free bytes of the host's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The peak of the allocator on a GPU, of the process's memory on a CPU; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_times(process_id: str = "self") -> tuple[float, float] | None:
+    """CPU seconds of a process, and seconds since it was started; None where the system has no Linux /proc."""
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        user, system, started = (int(fields[index]) / os.sysconf("SC_CLK_TCK") for index in (11, 12, 19))
+        return user + system, time.clock_gettime(time.CLOCK_BOOTTIME) - started  # `started` counts from the boot
+    except (AttributeError, OSError, ValueError, IndexError):
+        return None
+
+
+def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
+    """What an allocation that failed says to the user, with its numbers; None for another error.
+
+    It knows torch's errors by their names and words, on a GPU, in the host's memory and in a loader's worker.
+    """
+    text = " ".join(str(error).split())
+    remedy = "use a smaller --batch-size or --width"
+    if type(error).__name__ == "OutOfMemoryError":
+        numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
+        return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
+    if text.startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
+        return InsufficientMemoryError(
+            "a worker process of the loader died", "memory may be short: use fewer --workers, or --loader tensor"
+        )
+    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
+        return None
+    asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
+    available = available_memory_bytes()
+    free = "" if available is None else f", {available:,} bytes are available"
+    return InsufficientMemoryError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
 
 
 def result_folder_name(device: str, label: str) -> str:

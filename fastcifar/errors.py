@@ -6,10 +6,7 @@ A wrong state that only a bug can cause is an `assert`, not one of these. No tor
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -78,27 +75,6 @@ class Interrupted(UserError):
         super().__init__(f"stopped by {signal} after step {step}", f"the checkpoint is {checkpoint}")
 
 
-def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
-    """What an allocation that failed says to the user, with its numbers; None for another error.
-
-    It knows torch's errors by their names and words, on a GPU, in the host's memory and in a loader's worker.
-    """
-    text = " ".join(str(error).split())
-    remedy = "use a smaller --batch-size or --width"
-    if type(error).__name__ == "OutOfMemoryError":
-        numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
-        return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
-    if text.startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
-        return InsufficientMemoryError(
-            "a worker process of the loader died", "memory may be short: use fewer --workers, or --loader tensor"
-        )
-    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
-        return None
-    asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
-    free = "".join(f", {available:,} bytes are available" for available in _available_bytes())
-    return InsufficientMemoryError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
-
-
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """A warning as one line like an error's, without a place in the source."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
@@ -108,13 +84,6 @@ def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 def first_message_line(error: BaseException, default: str = "") -> str:
     """The first line of an error's message, or `otherwise` where it has none."""
     return next(iter(str(error).strip().splitlines()), default)
-
-
-def _available_bytes() -> list[int]:
-    """What the host could still give; nothing where it does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        return [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    return []
 
 
 def lookup(table: Mapping[str, T], name: str, noun: str) -> T:

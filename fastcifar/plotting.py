@@ -18,7 +18,7 @@ import numpy as np
 
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError
-from fastcifar.training.checkpoint import write_atomically
+from fastcifar.files import write_atomically
 
 MATPLOTLIB_REMEDY = "pip install 'matplotlib>=3.9'"
 DPI = 150

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastcifar.errors import UsageError, suggest_name
+from fastcifar.files import load_toml
 from fastcifar.renamed import renaming_remedy, upgrade_options
 
 
@@ -319,14 +319,6 @@ def load_recipe_values(source: str) -> dict[str, Any]:
 def load_saved_recipe(folder: Path) -> dict[str, Any]:
     """The options in a run folder's recipe.toml, with today's names. Raises `UsageError`."""
     return upgrade_options(load_toml(folder / "recipe.toml"))
-
-
-def load_toml(path: Path | str) -> dict[str, Any]:
-    """What is in a TOML file. Errors: `UsageError`."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is not a readable TOML file: {error}") from None
 
 
 def _format_validation_error(problem: Any) -> str:

@@ -17,7 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,20 @@ from torch.profiler import ProfilerActivity, profile
 from fastcifar.benchmark.roofline import DeviceTimer, measure_roofline, read_device_state
 from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, BenchmarkCase
 from fastcifar.data import cifar
-from fastcifar.device import ExecutionPlan, choose_execution, describe_device, package_versions
+from fastcifar.device import (
+    ExecutionPlan,
+    choose_execution,
+    describe_device,
+    package_versions,
+    peak_memory_bytes,
+    process_times,
+)
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.plotting import format_short_number
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
 from fastcifar.training.progress import print_lines
 from fastcifar.training.rng_state import preserve_state
-from fastcifar.training.summary import peak_memory_bytes
 from fastcifar.training.trainer import Trainer
 
 DEFAULT_BENCHMARKS = "loader,step,train"  # on two cores under three minutes
@@ -202,7 +208,7 @@ def measure_benchmarks(
             if (
                 name in STEP_BENCHMARKS and trainer.execution.cuda_graph
             ):  # a replay takes none: it was taken by the capture
-                measured["peak_memory_bytes"] = max(step_peak, measured["peak_memory_bytes"])
+                measured["peak_memory_bytes"] = max(step_peak or 0, measured["peak_memory_bytes"])
             yield named | measured
 
 
@@ -303,13 +309,10 @@ def synchronize(device: torch.device) -> None:
 
 def cpu_seconds() -> float:
     """CPU seconds of all threads of this process, of its workers (a DataLoader's) that ended, and of those that live
-    where /proc shows them."""
-    ended, ticks = os.times(), 0
-    for worker in multiprocessing.active_children():
-        with suppress(OSError):
-            fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])  # utime and stime, counted after the name
-    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
+    where the system shows them."""
+    ended = os.times()
+    living = [times[0] for worker in multiprocessing.active_children() if (times := process_times(str(worker.pid)))]
+    return time.process_time() + ended.children_user + ended.children_system + sum(living)
 
 
 def write_trace(workload: Iterator[int], file: Path, device: torch.device) -> None:

@@ -8,10 +8,8 @@ runs share one process and its compiled code; each equals `train` by the same re
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmark.bench import synchronize
 from fastcifar.benchmark.speedrun_results import SpeedrunResults
-from fastcifar.device import choose_execution, collect_environment
+from fastcifar.device import choose_execution, collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, option_flag
@@ -257,12 +255,9 @@ def count_flops(recipe: Recipe, num_classes: int, num_images: int) -> int:
 
 
 def process_uptime_s() -> float | None:
-    """Seconds since this process was started; None where /proc does not say."""
-    with suppress(OSError, ValueError, IndexError, AttributeError):
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    return None
+    """Seconds since this process was started; None where the system does not say."""
+    times = process_times()
+    return times[1] if times else None
 
 
 def format_trial(trial: Mapping[str, Any]) -> str:

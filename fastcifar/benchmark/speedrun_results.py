@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,9 +17,8 @@ from typing import Any
 
 from fastcifar.device import result_folder_name
 from fastcifar.errors import DiskError, UsageError, UserError
+from fastcifar.files import FolderLock, lock_folder, parse_json_object, write_atomically
 from fastcifar.recipe import Recipe
-from fastcifar.training.checkpoint import write_atomically
-from fastcifar.training.run_dir import lock_folder
 
 TRIAL_METRICS = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
 UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that no second depends on
@@ -37,7 +35,7 @@ class SpeedrunResults:
     run_stats: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
-    lock_fd: int | None = None
+    lock: FolderLock | None = None
 
     @classmethod
     def read(cls, folder: Path) -> SpeedrunResults:
@@ -84,18 +82,17 @@ class SpeedrunResults:
                 raise UsageError(f"{folder} is of {trials.run_stats}, not {run_stats}", "give --data as it was")
             trials._write_all(environment)
         except UserError:
-            os.close(lock)
+            lock.release()
             raise
-        trials.lock_fd = lock
+        trials.lock = lock
         return trials
 
     def __enter__(self) -> SpeedrunResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.lock_fd is not None:
-            os.close(self.lock_fd)
-            self.lock_fd = None
+        if self.lock:
+            self.lock.release()
 
     @property
     def next_seed(self) -> int:
@@ -192,8 +189,5 @@ def sample_statistics(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def _parse_trial(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "seed" in found else None
+    trial = parse_json_object(line)
+    return trial if trial and "seed" in trial else None

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastcifar.errors import UsageError, UserError, as_memory_error, print_warning
+from fastcifar.device import as_memory_error
+from fastcifar.errors import UsageError, UserError, print_warning
 from fastcifar.renamed import renaming_remedy
 
 SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 143  # the exit codes

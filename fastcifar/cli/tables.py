@@ -52,7 +52,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
         "images/s in training": f"{summary['images_per_s']:,.0f}",
         "seconds": spent,
-        "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "peak memory": _format_gib(summary["peak_memory_bytes"]),
     }
     return key_value_table("", rows)
 
@@ -77,7 +77,7 @@ def dry_run_table(result: dict[str, Any]) -> Table:
         "epochs, steps": f"{result['epochs']}, {result['steps']:,}",
         "images/s in training": f"{result['images_per_s']:,.0f}",
         "expected seconds": seconds,
-        "peak memory": f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
+        "peak memory": _format_gib(result["peak_memory_bytes"]),
         "written": "nothing",
     }
     return key_value_table("", rows)
@@ -264,6 +264,10 @@ def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
 
 def _format_on_off(value: bool) -> str:
     return "on" if value else "off"
+
+
+def _format_gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _format_hardest_class(per_class: dict[str, float | None]) -> str:

@@ -9,7 +9,6 @@ before, and its threads start with the first batch: after a CUDA graph has been 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from fastcifar.data.compiled_augment import (
 )
 from fastcifar.data.crop_flip_erase import FILL_COLORS
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE
-from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional
+from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
 from fastcifar.errors import DeviceError
 
 CHUNK_IMAGES = {
@@ -207,7 +206,7 @@ class DaliPipeline:
     ) -> None:
         self.dali = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
         self.source, self.chunk_steps, self.fill_color, self.device = source, chunk_steps, fill_color, device
-        self.num_threads = num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self.num_threads = num_threads or min(MAX_THREADS, usable_cpu_count())
         self._queue = _ChunkQueue(source, chunk_steps)
         self._pipeline: Any = None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.errors import DataError, DiskError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two downloads at once are then only kept apart by the MD5
-    fcntl = None
+from fastcifar.files import lock_folder
 
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
 TIMEOUT_S = 30.0
@@ -39,27 +35,13 @@ def download_file(url: str, md5: str, target: Path) -> Path:
     part = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_folder(target.parent):
+        with lock_folder(target.parent, wait=True):
             if not target.exists():  # otherwise another process was first
                 _download_verified(url, md5, part)
                 os.replace(part, target)
     except OSError as error:
         raise DiskError(f"cannot write {part}: {error.strerror or error}", f"free space, or {DATA_REMEDY}") from None
     return target
-
-
-@contextlib.contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder` itself, so that no lock file is left lying about."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _download_verified(url: str, md5: str, part: Path) -> None:

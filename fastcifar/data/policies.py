@@ -18,7 +18,7 @@ import numpy as np
 
 from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, CIFAR_IMAGE_SIZE, encode_operation
 from fastcifar.errors import UsageError, lookup
-from fastcifar.recipe import load_toml
+from fastcifar.files import load_toml
 
 # operation -> its magnitudes at the first and the last level, and whether its sign is a coin's; None: it has none
 OperationSpace = Mapping[str, tuple[float, float, bool] | None]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastcifar.data.cifar import Dataset
 from fastcifar.data.normalization import normalization_mean_std
-from fastcifar.device import import_optional
-from fastcifar.errors import DiskError, UsageError, UserError, as_memory_error, first_message_line, lookup
+from fastcifar.device import as_memory_error, import_optional
+from fastcifar.errors import DiskError, UsageError, UserError, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.evaluation.model_card import write_model_card
 from fastcifar.training.build import model_from_recipe

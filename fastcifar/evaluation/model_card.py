@@ -14,9 +14,9 @@ from fastcifar._version import __version__
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.evaluation.load_run import LoadedRun
+from fastcifar.files import write_atomically
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import section_fields
-from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.run_dir import read_summary
 
 INPUT_DESCRIPTIONS = {

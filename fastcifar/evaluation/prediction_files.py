@@ -17,7 +17,7 @@ import numpy as np
 
 from fastcifar.device import import_optional
 from fastcifar.errors import DataError, DiskError, UsageError
-from fastcifar.training.checkpoint import write_atomically
+from fastcifar.files import write_atomically
 
 PredictionColumns = Mapping[str, Sequence[Any]]
 

@@ -5,13 +5,13 @@ A document is what `bench --json` ends with. Nothing here measures; a figure tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
+from fastcifar.files import parse_json_object
 from fastcifar.plotting import BarPanel, format_short_number
 
 BenchmarkRow = dict[str, Any]
@@ -112,11 +112,8 @@ def _format_device_cells(row: BenchmarkRow) -> Iterator[str]:
 def parse_benchmark(text: str) -> dict[str, Any] | None:
     """The document in what `bench --json` printed, or None if there is none: the whole text, or its last line."""
     for part in (text, (text.strip().splitlines() or [""])[-1]):
-        try:
-            found = json.loads(part)
-        except ValueError:
-            continue
-        rows = found.get("results") if isinstance(found, dict) else None
+        found = parse_json_object(part) or {}
+        rows = found.get("results")
         if isinstance(rows, list) and rows and all(map(_is_benchmark_row, rows)):
             return found
     return None

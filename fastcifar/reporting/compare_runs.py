@@ -6,7 +6,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError
+from fastcifar.files import read_json_object
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe, option_flag
 from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
@@ -37,14 +37,9 @@ def read_run_document(path: Path) -> JsonDocument | None:
         return None
     knobs = Recipe.from_saved(load_saved_recipe(path)).model_dump(mode="json")
     rows = read_metrics_csv(path / "metrics.csv", sys.maxsize)
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError
-    except FileNotFoundError:
-        summary = {}
-    except (OSError, ValueError):
-        raise DataError(f"{path / 'summary.json'} cannot be read", "compare another run") from None
+    summary = read_json_object(path / "summary.json")
+    if not summary and (path / "summary.json").exists():
+        raise DataError(f"{path / 'summary.json'} cannot be read", "compare another run")
     curves = {name: [_finite_float_or_none(row[name]) for row in rows] for name in METRICS_COLUMNS}
     return {"knobs": knobs, "environment": _read_flat_environment(path), "curves": curves, "summary": summary}
 

@@ -21,12 +21,12 @@ from PIL import Image
 from fastcifar._version import __version__
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError
+from fastcifar.files import write_atomically
 from fastcifar.plotting import LineSeries, format_count
 from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.reporting.misclassified import Misclassified
 from fastcifar.reporting.records import add_wrap_points
 from fastcifar.reporting.report_plots import CHARTS, chart_lines
-from fastcifar.training.checkpoint import write_atomically
 
 HTML_REMEDY = "pip install 'fastcifar[html]'"
 MAX_LABELED_ITEMS = 15  # epochs, and classes, that there is room to name each of

@@ -6,7 +6,6 @@ lies in may be anybody's. Nothing here reads a checkpoint.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, lookup
+from fastcifar.files import is_locked, lock_folder
 from fastcifar.recipe import Recipe, load_saved_recipe
 from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
 from fastcifar.training.metrics_file import read_metrics_csv
-from fastcifar.training.run_dir import lock_folder, read_environment, read_summary
+from fastcifar.training.run_dir import read_environment, read_summary
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
 # What a run, a sweep and a sweep's `runs` consist of, exported files and their cards included. More is not ours.
@@ -49,7 +50,7 @@ EXPECTED_FILES = {
         *EXPORTED_PATTERNS,
     ),
     "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
-    "runs": (f"{MLFLOW_DATABASE}*",),  # and what SQLite puts beside it
+    "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # and what SQLite puts beside it; lock files (see files.py)
 }
 
 ListingEntry = dict[str, Any]
@@ -236,19 +237,19 @@ def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False)
     Errors: `UsageError` if one is being trained, before any is removed; `DiskError`.
     """
     folders = [Path(row["name"]) for row in entries]
-    with ExitStack() as locks:
-        for run in [
-            *folders,
-            *(run for sweep in folders if folder_kind(sweep) == "sweep" for run in find_runs_and_sweeps(sweep)),
-        ]:
-            locks.callback(os.close, lock_folder(run))
+    inside = {folder: list(find_runs_and_sweeps(folder)) for folder in folders if folder_kind(folder) == "sweep"}
+    with ExitStack() as stack:
+        locks = {path: stack.enter_context(lock_folder(path)) for path in [*folders, *chain(*inside.values())]}
         for folder in folders:
             _require_removable(folder)
-            for doomed in _checkpoint_folders(folder) if only_checkpoints else [folder]:
+            # a sweep's runs first: the file that locks a run may lie in the sweep's folder, and be in use until then
+            for removed in _checkpoint_folders(folder) if only_checkpoints else [*inside.get(folder, []), folder]:
                 try:
-                    shutil.rmtree(doomed)
+                    shutil.rmtree(removed)
                 except OSError as error:
-                    raise DiskError(f"cannot remove {doomed}: {error.strerror}") from None
+                    raise DiskError(f"cannot remove {removed}: {error.strerror}") from None
+                if removed in locks:
+                    locks[removed].release()
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
@@ -288,23 +289,6 @@ def _foreign_paths(folder: Path, kind: str) -> Iterator[Path]:
             yield path
         elif path.name == "runs":
             yield from _foreign_paths(path, "runs")
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process trains in `folder`; the lock is let go at once."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def folder_size_bytes(folder: Path) -> int:

@@ -145,11 +145,17 @@ def _last_output_line(output: IO[bytes]) -> str:
 
 
 def _stop_server(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server and whatever it started."""
+    """Ends the server and, where the system has process groups, whatever it started."""
     with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
+        if hasattr(os, "killpg"):
+            os.killpg(server.pid, signal.SIGTERM)
+        else:
+            server.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT_S)
     with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(server.pid, signal.SIGKILL)
+        elif server.poll() is None:
+            server.kill()
     server.wait()

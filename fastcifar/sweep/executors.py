@@ -22,17 +22,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fastcifar.device import import_optional
+from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import (
     DeviceError,
     Interrupted,
     UsageError,
     UserError,
-    as_memory_error,
     first_message_line,
     lookup,
     print_warning,
 )
+from fastcifar.files import lock_folder
 from fastcifar.recipe import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
 
@@ -186,12 +186,10 @@ def _failure_reason(error: Exception, folder: Path) -> str:
 
 def _wait_until_unlocked(folder: Path) -> None:
     """Waits for a process that a killed sweep left behind, and that is writing its checkpoint."""
-    from fastcifar.training.run_dir import lock_folder
-
     until = time.monotonic() + CHECKPOINT_TIMEOUT_S
     while folder.is_dir():
         try:
-            os.close(lock_folder(folder))
+            lock_folder(folder).release()
             return
         except UsageError:
             if time.monotonic() > until:
@@ -218,12 +216,15 @@ def _run_sequentially(trials: Iterator[SweepTrial]) -> TrialEvents:
 def _run_in_processes(
     trials: Iterator[SweepTrial], slots: Sequence[dict[str, str]], options: ExecutorOptions
 ) -> TrialEvents:
-    """A process for each trial, forked from a server that has imported torch. `slots`: the environment of each place.
+    """A process for each trial, forked from a server that has imported torch, or where the system cannot fork started
+    anew. `slots`: the environment of each place.
 
     A process that dies is its trial's failure alone.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train"])
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    server: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    if can_fork:
+        server.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train"])
     free, threads = list(slots), _threads_per_trial(options, len(slots))
     busy: dict[Connection, tuple[SweepTrial, Any, dict[str, str]]] = {}
     try:

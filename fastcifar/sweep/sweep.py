@@ -7,7 +7,6 @@ runs. What is over is not run again, what was interrupted goes on, what failed i
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,7 +22,8 @@ from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import choose_execution
 from fastcifar.errors import DiskError, UsageError, UserError, lookup
-from fastcifar.recipe import Recipe, load_toml
+from fastcifar.files import load_toml, lock_folder, write_atomically
+from fastcifar.recipe import Recipe
 from fastcifar.renamed import renamed_options
 from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executor
 from fastcifar.sweep.study import OptunaStudy
@@ -32,12 +32,10 @@ from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
 from fastcifar.training import trackers
 from fastcifar.training.build import check_image_sizes, model_from_recipe, resolve_cuda_graph
-from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.progress import print_lines
-from fastcifar.training.run_dir import lock_folder
 
 
 def run_sweep(
@@ -198,11 +196,8 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot write the sweep's folder {folder}: {error.strerror}", "give --out DIR") from None
-    lock = lock_folder(folder)
-    try:
+    with lock_folder(folder):
         yield
-    finally:
-        os.close(lock)
 
 
 def _start_sweep(

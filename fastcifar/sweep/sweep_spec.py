@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import UsageError, lookup, suggest_name
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, format_toml_value, load_recipe_values, load_toml, option_flag
+from fastcifar.files import load_toml
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, format_toml_value, load_recipe_values, option_flag
 from fastcifar.renamed import renaming_remedy
 
 SPEC_FILE = "sweep.toml"  # in a sweep's folder: what was asked

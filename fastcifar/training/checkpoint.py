@@ -7,15 +7,11 @@ sha256 of each and is written last; `last.previous.pt` is the one before `last.p
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import struct
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
+from fastcifar.files import free_disk_bytes, read_json_object, write_atomically
 from fastcifar.renamed import upgrade_options
 
 CHECKPOINT_FORMAT = 2
@@ -54,35 +51,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             manifest[previous.name] = manifest[path.name]
         _write_manifest(path.parent, {**manifest, path.name: entry})
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        problem = f"cannot write {path} ({len(content):,} bytes, {free:,} are free): {error.strerror}"
+        free = free_disk_bytes(path.parent)
+        known = "" if free is None else f", {free:,} are free"
+        problem = f"cannot write {path} ({len(content):,} bytes{known}): {error.strerror}"
         raise DiskError(problem, "free some space, or give --out") from None
-
-
-def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """`content` as `path`, through a temporary file in the same folder, flushed to the disk.
-
-    What was `path` is then `previous`, if that is given. Errors: `OSError`; both are then as they were.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_current_umask())
-        if previous and path.exists():
-            _link_or_copy(path, previous)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
@@ -164,11 +136,7 @@ SAFE_GLOBALS: list[Any] = [
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> {bytes, sha256}; empty where there is no readable manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    entries = manifest.items() if isinstance(manifest, dict) else ()
+    entries = read_json_object(folder / MANIFEST_NAME).items()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
 
 
@@ -207,21 +175,3 @@ def _require_finite_weights(state: dict[str, Any]) -> None:
         for key, value in (state.get(part) or {}).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise NonFiniteError(f"{key} is not finite", "the checkpoint before it is kept; use a smaller --lr")
-
-
-def _link_or_copy(path: Path, previous: Path) -> None:
-    """`path` under the name `previous` too, while `path` itself never ceases to exist."""
-    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        link.unlink()
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, link)
-    os.replace(link, previous)
-
-
-def _current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

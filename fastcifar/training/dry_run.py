@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from fastcifar.data.cifar import Split
-from fastcifar.device import choose_execution
+from fastcifar.device import choose_execution, peak_memory_bytes
 from fastcifar.errors import UsageError
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, parse_image_sizes
@@ -24,7 +24,6 @@ from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.step import TrainStep
-from fastcifar.training.summary import peak_memory_bytes
 from fastcifar.training.trainer import Trainer
 
 TIMED_STEPS = 5  # the first of them is not counted

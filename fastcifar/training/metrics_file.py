@@ -6,9 +6,10 @@ It reads, and believes nothing: a dying process may have left a file cut short. 
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
+
+from fastcifar.files import parse_json_object
 
 METRICS_COLUMNS: tuple[str, ...] = (
     "epoch",
@@ -40,14 +41,7 @@ def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
 
 def read_event_lines(path: Path, epochs_done: int) -> list[str]:
     """The whole lines of an events.jsonl's first `done` epochs."""
-
-    def parsed(line: str) -> Any:
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-
-    return [line for line in _read_lines(path) if _is_valid_row(parsed(line), epochs_done, ("epoch",))]
+    return [line for line in _read_lines(path) if _is_valid_row(parse_json_object(line), epochs_done, ("epoch",))]
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -6,7 +6,6 @@ Nothing is trained here, and nothing is written before everything is known to fi
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from types import TracebackType
 from typing import Any
 
 from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
+from fastcifar.files import FolderLock, lock_folder
 from fastcifar.recipe import Recipe, load_saved_recipe, option_flag, section_fields
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
-from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, lock_folder, read_environment
+from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
 from fastcifar.training.trainer import Trainer
 
 DEFAULT_OPTIONS = Recipe().model_dump(mode="json")
@@ -57,7 +57,7 @@ class ResumePoint:
     state: dict[str, Any] | None = None
     folder: Path | None = None
     copy_from: Path | None = None
-    lock_fd: int | None = None
+    lock: FolderLock | None = None
     messages: list[str] = field(default_factory=list)
     run: Run | None = None
 
@@ -69,9 +69,8 @@ class ResumePoint:
             stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt | SystemExit)
             for tracker in self.run.trackers:
                 tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
-        if self.lock_fd is not None:
-            os.close(self.lock_fd)
-            self.lock_fd = None
+        if self.lock:
+            self.lock.release()
 
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
         """`open` by rank 0, with more `sinks`; the others take its state, write nothing. Errors: those of `open`."""
@@ -101,11 +100,11 @@ class ResumePoint:
             load_trainer_state(trainer, self.state)
             clock.load_state_dict(self.state["clock"])
             done = trainer.progress.epoch
-        if self.folder and self.lock_fd is not None:
-            run = Run.reopen(self.folder, self.lock_fd, trainer.recipe, self.recipe_name, done)
+        if self.folder and self.lock:
+            run = Run.reopen(self.folder, self.lock, trainer.recipe, self.recipe_name, done)
         else:
             run = Run.create(trainer.recipe, self.recipe_name)
-            self.lock_fd = run.lock_fd
+            self.lock = run.lock
             if self.copy_from:
                 self._copy_rows_and_best(self.copy_from, run, done)
             if not run.checkpoint_path("best").is_file():
@@ -184,7 +183,7 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
             except RunFinishedError as error:
                 why = error.problem
         elif folder.is_dir() and not _list_files(folder):  # of a process that was killed when it had just made it
-            new.folder, new.lock_fd = folder, lock_folder(folder)
+            new.folder, new.lock = folder, lock_folder(folder)
     else:
         why = "no unfinished run of this recipe in runs"
         for folder in _run_folders_newest_first(Path("runs")):
@@ -228,12 +227,12 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
             problem = f"{folder} is finished: {done.epoch} epochs, {done.step:,} steps"
             raise RunFinishedError(problem, f"give more {option_flag(reason)} to go on with it")
     except BaseException:
-        os.close(lock)
+        lock.release()
         raise
     where = f"from step {state['step']:,}" if state else "from the beginning, for it has no checkpoint yet"
     lines = [f"resume: {folder} {where}", *describe_changed_options({**DEFAULT_OPTIONS, **saved}, going_on)]
     return ResumePoint(
-        going_on, read_environment(folder).get("recipe", recipe_name), state, folder, lock_fd=lock, messages=lines
+        going_on, read_environment(folder).get("recipe", recipe_name), state, folder, lock=lock, messages=lines
     )
 
 

@@ -7,7 +7,6 @@ here computes a metric.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -26,9 +25,9 @@ from torch import Tensor
 
 from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
+from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, read_json_object, write_atomically
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
-from fastcifar.training.checkpoint import write_atomically
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
 from fastcifar.training.trackers import Tracker, parse_tracker_names
 
@@ -82,11 +81,11 @@ FILE_CALLBACKS = ("csv", "events")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is this process's own for as long as `lock` is open. `name`: the recipe's, for tables."""
+    """A run folder that is this process's own until `lock` is released. `name`: the recipe's, for tables."""
 
     folder: Path
     recipe_name: str
-    lock_fd: int
+    lock: FolderLock | None
     callbacks: tuple[EpochCallback, ...]
 
     @classmethod
@@ -98,19 +97,19 @@ class Run:
         named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
-            folder, held = _create_unique_folder(wanted)
-            return cls._open(folder, held, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0)
+            folder, lock = _create_unique_folder(wanted)
+            return cls._open(folder, lock, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
 
     @classmethod
     def for_other_rank(cls, folder: Path, recipe_name: str) -> Run:
         """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
-        return cls(folder, recipe_name, -1, ())
+        return cls(folder, recipe_name, None, ())
 
     @classmethod
-    def reopen(cls, folder: Path, lock_fd: int, recipe: Recipe, recipe_name: str, epochs_done: int) -> Run:
-        """The folder of a run that stopped, `held` by `lock`: rows after its first `done` epochs and its summary go.
+    def reopen(cls, folder: Path, lock: FolderLock, recipe: Recipe, recipe_name: str, epochs_done: int) -> Run:
+        """The folder of a run that stopped, held by `lock`: rows after its first `done` epochs and its summary go.
 
         Errors: `DiskError` when it cannot be written.
         """
@@ -119,13 +118,13 @@ class Run:
         try:
             for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return cls._open(folder, lock_fd, recipe, environment_then, epochs_done)
+            return cls._open(folder, lock, recipe, environment_then, epochs_done)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", "give --out DIR") from None
 
     @classmethod
     def _open(
-        cls, folder: Path, lock_fd: int, recipe: Recipe, environment_now: dict[str, Any], epochs_done: int
+        cls, folder: Path, lock: FolderLock, recipe: Recipe, environment_now: dict[str, Any], epochs_done: int
     ) -> Run:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
@@ -134,7 +133,7 @@ class Run:
             CALLBACK_FACTORIES[name](folder, epochs_done)
             for name in (*FILE_CALLBACKS, *parse_tracker_names(recipe.track))
         )
-        return cls(folder, environment_now["recipe"], lock_fd, sinks)
+        return cls(folder, environment_now["recipe"], lock, sinks)
 
     @property
     def trackers(self) -> list[Tracker]:
@@ -163,8 +162,8 @@ class Run:
 
     def require_disk_space(self, num_bytes: int) -> None:
         """Errors: `DiskError` if a checkpoint of `needed` bytes does not fit beside what is there."""
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
+        free = free_disk_bytes(self.folder)
+        if free is not None and free < num_bytes:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
             raise DiskError(problem, "free some space, or give --out")
 
@@ -289,50 +288,20 @@ class Clock:
         self._finished_epochs_s = self.seconds["train"] - state["epoch"]
 
 
-def lock_folder(folder: Path) -> int:
-    """Locks a run folder for this process until the handle that it returns is closed, or the process ends.
-
-    Errors: `UsageError` if another process holds it, `DiskError` if it cannot be read. Where the file system has no
-    locks there is none.
-    """
-    try:
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise DiskError(f"cannot read the run folder {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise UsageError(
-            f"{folder} is being trained by another process", "wait for it, or give another --out"
-        ) from None
-    except OSError:
-        pass
-    return held
-
-
 def read_environment(folder: Path) -> dict[str, Any]:
     """env.json of a run folder; empty where there is none that can be read."""
-    found = _read_json_object(folder / "env.json")
+    found = read_json_object(folder / "env.json")
     return found if isinstance(found.get("recipe"), str) else {}
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a finished run's folder, with today's names; empty where there is none that can be read."""
-    summary = _read_json_object(folder / "summary.json")
+    summary = read_json_object(folder / "summary.json")
     if isinstance(config := summary.get("config"), dict):
         summary["config"] = upgrade_options(config)
     if "weights" in summary:
         summary["eval_weights"] = summary.pop("weights")
     return summary
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _launch_info(recipe: Recipe) -> dict[str, Any]:
@@ -343,7 +312,7 @@ def _launch_info(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _create_unique_folder(wanted: Path) -> tuple[Path, int]:
+def _create_unique_folder(wanted: Path) -> tuple[Path, FolderLock]:
     """`wanted`, or with -2, -3, ... the first that no other run has, locked; `mkdir` decides between two processes."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1

@@ -5,12 +5,9 @@ Figures that were not measured are None, never 0. Nothing is measured here but t
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import Any
 
-import torch
-
+from fastcifar.device import peak_memory_bytes
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.training.run_dir import Clock, Run
 from fastcifar.training.trainer import TestResult, Trainer
@@ -58,11 +55,3 @@ def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestRes
         "stop_reason": progress.stop_reason,
         "complete": progress.stop_reason == "patience" or progress.step == trainer.total_steps,
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's largest resident size on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

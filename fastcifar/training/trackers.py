@@ -7,21 +7,19 @@ where a recipe asks for them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import time
-import tomllib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, first_message_line, lookup
+from fastcifar.files import load_toml, lock_folder
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import EpochRow, read_event_lines
 
@@ -229,7 +227,7 @@ def _import_mlflow() -> Any:
 def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
     """A client of `store`, and the id of our experiment there; both made if need be."""
     mlflow = _import_mlflow()
-    with _folder_lock(runs_folder):  # two processes that found one data base would both make its tables
+    with lock_folder(runs_folder, wait=True):  # two processes that found one data base would both make its tables
         client = mlflow.MlflowClient(resolve_tracking_uri(runs_folder))
         if found := client.get_experiment_by_name(MLFLOW_EXPERIMENT):
             return client, found.experiment_id
@@ -237,18 +235,6 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
         return client, client.create_experiment(
             MLFLOW_EXPERIMENT, artifact_location=location, tags=MLFLOW_EXPERIMENT_TAGS
         )
-
-
-@contextmanager
-def _folder_lock(runs_folder: Path) -> Iterator[None]:
-    """Holds a lock on the folder `runs`, where its file system has locks."""
-    held = os.open(runs_folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
@@ -292,7 +278,7 @@ def _log_parameters(client: Any, run_id: str, options: dict[str, Any]) -> None:
 
 def _read_options(folder: Path) -> dict[str, Any]:
     """The recipe of a run folder as trackers take it: numbers, switches and text."""
-    knobs = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    knobs = load_toml(folder / "recipe.toml")
     return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in knobs.items()}
 
 

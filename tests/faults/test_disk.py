@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastcifar.errors import DiskError, as_memory_error
+from fastcifar.device import as_memory_error
+from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training import build, trainer
 from fastcifar.training.train import train

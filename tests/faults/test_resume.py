@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from fastcifar.errors import CheckpointError, Interrupted, UsageError
+from fastcifar.files import lock_folder
 from fastcifar.recipe import Recipe, option_flag, section_fields
 from fastcifar.training import resume
 from fastcifar.training.checkpoint import read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
 from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
-from fastcifar.training.run_dir import lock_folder
 from fastcifar.training.train import train
 from tests.faults.runs import assert_equal_runs, last, rows, summary
 
@@ -294,7 +294,7 @@ def test_auto_takes_the_newest_unfinished_run_of_the_recipe(
     busy = lock_folder(recipes / "late")
     with resume.find_resume_point(asked, "custom") as origin:
         assert origin.folder == Path("runs/b")
-    os.close(busy)
+    busy.release()
     with resume.find_resume_point(asked, "custom") as origin:
         assert origin.folder == Path("runs/late")
     for origin in (
@@ -310,14 +310,11 @@ def test_auto_takes_the_newest_unfinished_run_of_the_recipe(
 
 def test_fault23_a_run_that_is_being_trained_is_not_resumed(tiny: Make, tmp_path: Path) -> None:
     train(tiny(max_steps=3))
-    held = lock_folder(tmp_path / "run")
-    try:
+    with lock_folder(tmp_path / "run"):
         for asked in (Recipe(resume=str(tmp_path / "run")), tiny(resume="auto")):
             with pytest.raises(UsageError, match="run is being trained by another process; wait for it") as caught:
                 train(asked)
             assert caught.value.exit_code == 2
-    finally:
-        os.close(held)
     train(tiny(resume="auto"))
     assert len(json.loads((tmp_path / "run" / "env.json").read_text())["resumed"]) == 1
 

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from fastcifar.errors import DeviceError, UsageError
+from fastcifar.files import lock_folder
 from fastcifar.sweep.sweep import plan_sweep, run_sweep
-from fastcifar.training.run_dir import lock_folder
 from tests.cli.test_app import fastcifar
 from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, file, lines, states
@@ -182,10 +182,8 @@ def test_fault15_a_wrong_name_is_found_before_anything_runs(tmp_path: Path, more
 
 def test_fault23_a_sweep_that_runs_is_not_run_twice(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    held = lock_folder(tmp_path / "out")
-    with pytest.raises(UsageError, match="another process"):
+    with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="another process"):
         run_sweep(file(tmp_path), tmp_path / "out")
-    os.close(held)
     with pytest.raises(UsageError, match="unknown place 'gpu'; did you mean 'gpus'"):
         run_sweep(file(tmp_path), tmp_path / "new", "gpu")
     assert not (tmp_path / "new").exists()
