@@ -1,15 +1,14 @@
-"""BatchNorm, squeeze-and-excitation, shortcut and ReLU in two reads of the map, forward and backward: `norm_relu`.
+"""Fused BatchNorm, squeeze-and-excitation (SE), shortcut addition and ReLU: `norm_relu`.
 
-A map is touched by two passes forward and two backward, each an operator: in plain PyTorch here, for CPU tensors, and a
-Triton kernel in `kernels.py`, for CUDA tensors. What lies between the passes is small and plain: the means and squared
-deviations of every image's channels give the batch's statistics, and the squeeze of an SE too, for the mean of a
-normalised channel follows from the channel's. No tensor is read back to the host.
+The forward pass reads its input twice, and so does the backward pass. Each of these reads is one custom operator,
+written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA tensors. Between two operators only small
+tensors are computed: the batch's statistics follow from the mean and the squared deviations of every channel of every
+image, and so does the input of the SE, because the mean of a normalized channel is a linear function of the channel's
+mean. Nothing is copied to the host.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,22 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The passes. A map is [n, C, H, W], channels_last; a factor float32 [n, C], or [1, C] for all images. Sums are over
-# `chunk` positions of an image, S chunks to an image, the last perhaps shorter: float32 [n, S, C].
+from fastcifar.models.fused_ops_shapes import choose_chunk_size, empty_channels_last_like, empty_chunk_sums
+
+# The operators. Feature maps are [n, C, H, W] in channels_last. Per-channel factors (scale, shift, slope, offset) are
+# float32 [n, C], or [1, C] where all images share them. Results for each chunk of `chunk` positions are float32
+# [n, S, C], S chunks in an image.
 
 
 @torch.library.custom_op("fastcifar::chunk_moments", mutates_args=(), device_types="cpu")
 def chunk_moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Means over each chunk, and sums of squared deviations from them."""
+    """Mean of each chunk of x, and sum of squared deviations from that mean; both [n, S, C]."""
     parts = [part.float() for part in x.flatten(2).split(chunk, 2)]
     means = [part.mean(2) for part in parts]
-    squares = [(part - mean[..., None]).square().sum(2) for part, mean in zip(parts, means, strict=True)]
-    return torch.stack(means, 1), torch.stack(squares, 1)
+    squared_deviations = [(part - mean[..., None]).square().sum(2) for part, mean in zip(parts, means, strict=True)]
+    return torch.stack(means, 1), torch.stack(squared_deviations, 1)
 
 
 @torch.library.custom_op("fastcifar::scale_add_relu", mutates_args=(), device_types="cpu")
 def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
-    """relu(x * scale + shift + shortcut), a map of x's dtype."""
+    """relu(x * scale + shift + shortcut), of x's shape and dtype."""
     y = x * scale[..., None, None] + shift[..., None, None]
     return F.relu(y if shortcut is None else y + shortcut).to(x.dtype, memory_format=torch.channels_last)
 
@@ -41,27 +43,38 @@ def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | N
 def relu_backward_with_sums(
     gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g = gradient + second where y > 0, a map of y's dtype; the sums of g, and those of g * x."""
+    """Backward pass of the ReLU whose output is y, with the sums that the gradients of scale and shift need.
+
+    Returns gradient + second_gradient where y > 0 and 0 elsewhere, of y's shape and dtype; the sums of that gradient
+    over each chunk, and the sums of its product with x, both [n, S, C].
+    """
     total = gradient.float() if second_gradient is None else gradient.float() + second_gradient
-    g = total.masked_fill(y <= 0, 0).to(y.dtype, memory_format=torch.channels_last)
-    return g, _chunk_sums(g.float(), chunk), _chunk_sums(g.float() * x, chunk)
+    masked = total.masked_fill(y <= 0, 0).to(y.dtype, memory_format=torch.channels_last)
+    return masked, _chunk_sums(masked.float(), chunk), _chunk_sums(masked.float() * x, chunk)
 
 
 @torch.library.custom_op("fastcifar::relu_backward_sums", mutates_args=(), device_types="cpu")
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The same sums where there is no shortcut, for x says then where the ReLU is open; g is not kept."""
-    g = _mask_relu_gradient(gradient, x, scale, shift)
-    return _chunk_sums(g, chunk), _chunk_sums(g * x, chunk)
+    """The sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift).
+
+    Without a shortcut the sign of x * scale + shift replaces y, and the masked gradient is not stored:
+    `norm_input_gradient` computes it again.
+    """
+    masked = _mask_relu_gradient(gradient, x, scale, shift)
+    return _chunk_sums(masked, chunk), _chunk_sums(masked * x, chunk)
 
 
 @torch.library.custom_op("fastcifar::norm_input_gradient", mutates_args=(), device_types="cpu")
 def norm_input_gradient(
-    g: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor
+    gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    """g * scale + x * slope + offset, a map of x's dtype. With a shift, g is still to be 0 where the ReLU is shut."""
-    open_g = g.float() if shift is None else _mask_relu_gradient(g, x, scale, shift)
-    moved = open_g * scale[..., None, None] + x * slope[..., None, None] + offset[..., None, None]
-    return moved.to(x.dtype, memory_format=torch.channels_last)
+    """gradient * scale + x * slope + offset, of x's shape and dtype.
+
+    With a `shift`, `gradient` is that of relu(x * scale + shift) and is masked first; without one it already is.
+    """
+    masked = gradient.float() if shift is None else _mask_relu_gradient(gradient, x, scale, shift)
+    input_gradient = masked * scale[..., None, None] + x * slope[..., None, None] + offset[..., None, None]
+    return input_gradient.to(x.dtype, memory_format=torch.channels_last)
 
 
 def _mask_relu_gradient(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -72,38 +85,19 @@ def _chunk_sums(feature_map: Tensor, chunk: int) -> Tensor:
     return torch.stack([part.sum(2) for part in feature_map.flatten(2).split(chunk, 2)], 1)
 
 
-def choose_chunk_size(x: Tensor) -> int:
-    """Positions in a chunk of the map x: a power of two that keeps a kernel's tile at 8,192 elements or fewer."""
-    return min(next_power_of_two(x.shape[2] * x.shape[3]), 8192 // min(64, next_power_of_two(x.shape[1])))
-
-
-def next_power_of_two(count: int) -> int:
-    """The smallest power of two that is `count` or more."""
-    return 1 << max(0, count - 1).bit_length()
-
-
-def empty_chunk_sums(x: Tensor, chunk: int) -> Tensor:
-    """Room for sums over the map x."""
-    chunks = math.ceil(x.shape[2] * x.shape[3] / chunk)
-    return torch.empty(x.shape[0], chunks, x.shape[1], dtype=torch.float32, device=x.device)
-
-
-def empty_channels_last_like(x: Tensor) -> Tensor:
-    """Room for a map like x."""
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 def _lazy_cuda_kernel(name: str) -> Any:
-    """The kernel of that name in `kernels.py`, imported when it first runs: Triton is not everywhere."""
+    """The function `name` of `triton_kernels`, imported at its first call: Triton is not available everywhere."""
 
     def run(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("fastcifar.models.triton_kernels"), name)(*arguments)
+        from fastcifar.models import triton_kernels
+
+        return getattr(triton_kernels, name)(*arguments)
 
     return run
 
 
-for _pass in (chunk_moments, scale_add_relu, relu_backward_with_sums, relu_backward_sums, norm_input_gradient):
-    _pass.register_kernel("cuda", _lazy_cuda_kernel(_pass._opoverload._opname))
+for _operator in (chunk_moments, scale_add_relu, relu_backward_with_sums, relu_backward_sums, norm_input_gradient):
+    _operator.register_kernel("cuda", _lazy_cuda_kernel(_operator._opoverload._opname))
 
 
 @chunk_moments.register_fake
@@ -117,7 +111,9 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tenso
 
 
 @relu_backward_with_sums.register_fake
-def _(gradient: Tensor, second: Tensor | None, x: Tensor, y: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_channels_last_like(y), empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
 
 
@@ -127,39 +123,42 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> 
 
 
 @norm_input_gradient.register_fake
-def _(g: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor) -> Tensor:
+def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor) -> Tensor:
     return empty_channels_last_like(x)
 
 
-# Between the passes.
+# The small tensors between the operators.
 
 
 def norm_scale_and_shift(
     means: Tensor, squared_deviations: Tensor, num_positions: int, eps: float, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and shift that make a map its BatchNorm, gated by an SE if there are weights for one.
+    """Scale and shift for which x * scale + shift is the BatchNorm of x in training mode, and the SE after it, if any.
 
-    `weights`: weight and bias of the BatchNorm, then perhaps of the SE's two layers. `means`, `squares`: of each
-    image's channels, [n, C], the latter sums of squared deviations over the `positions`.
-    Returns scale and shift, [n, C] with a gate and [1, C] without, then the batch's mean and biased variance, [C].
+    `means`, `squared_deviations`: of each image's channels, [n, C]; the latter are sums over the
+    `num_positions` = H * W. `params`: weight and bias of the BatchNorm, then, with an SE, those of the SE's two layers.
+    Returns scale and shift, [n, C] with an SE and [1, C] without, and the batch's mean and biased variance, [C].
     """
-    weight, bias, *gate = params
+    weight, bias, *se_params = params
     mean = means.mean(0)
     variance = (squared_deviations / num_positions + (means - mean).square()).mean(0)
     scale = weight * (variance + eps).rsqrt()
     shift = bias - mean * scale
-    if not gate:
+    if not se_params:
         return scale[None], shift[None], mean, variance
-    down, down_bias, up, up_bias = gate
-    hidden = F.relu(F.linear(means * scale + shift, down.flatten(1), down_bias))
-    gates = F.linear(hidden, up.flatten(1), up_bias).sigmoid()
+    reduce_weight, reduce_bias, expand_weight, expand_bias = se_params
+    hidden = F.relu(F.linear(means * scale + shift, reduce_weight.flatten(1), reduce_bias))
+    gates = F.linear(hidden, expand_weight.flatten(1), expand_bias).sigmoid()
     return scale * gates, shift * gates, mean, variance
 
 
 def merge_chunk_moments(
     means: Tensor, squared_deviations: Tensor, num_positions: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Means and squared deviations of chunks, [n, S, C], as those of whole images, [n, C]."""
+    """Means and squared deviations of chunks, [n, S, C], combined into those of whole images, [n, C].
+
+    The combination of Chan et al. (1979); `num_positions`: H * W.
+    """
     starts = chunk * torch.arange(means.shape[1], device=means.device)
     counts = (num_positions - starts).clamp(max=chunk)[:, None]
     mean = (means * counts).sum(1) / num_positions
@@ -167,16 +166,17 @@ def merge_chunk_moments(
 
 
 class _NormRelu(torch.autograd.Function):
-    """relu(gate * BatchNorm(x) + shortcut), twice: each use of the output hands its gradient back by itself."""
+    """relu(SE(BatchNorm(x)) + shortcut), returned twice: the gradients of the two outputs arrive separately."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:
-        chunk, positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
-        means, squares = chunk_moments(x, chunk)
-        means, squares = merge_chunk_moments(means, squares, positions, chunk)
-        scale, shift, mean, variance = norm_scale_and_shift(means, squares, positions, eps, params)
+        chunk, num_positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
+        means, squared_deviations = chunk_moments(x, chunk)
+        means, squared_deviations = merge_chunk_moments(means, squared_deviations, num_positions, chunk)
+        scale, shift, mean, variance = norm_scale_and_shift(means, squared_deviations, num_positions, eps, params)
         y = scale_add_relu(x, scale, shift, shortcut)
-        ctx.save_for_backward(x, None if shortcut is None else y, means, squares, scale, shift, *params)
+        saved_y = None if shortcut is None else y
+        ctx.save_for_backward(x, saved_y, means, squared_deviations, scale, shift, *params)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
@@ -184,23 +184,24 @@ class _NormRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, means, squares, scale, shift, *small = ctx.saved_tensors
-        chunk, positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
-        gradient, *second = [given for given in gradients[:2] if given is not None]
+        x, y, means, squared_deviations, scale, shift, *params = ctx.saved_tensors
+        chunk, num_positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
+        gradient, *second = [output for output in gradients[:2] if output is not None]
         if y is None:
-            g = gradient + second[0] if second else gradient
-            sums, products = relu_backward_sums(g, x, scale, shift, chunk)
+            gradient = gradient + second[0] if second else gradient
+            sums, products = relu_backward_sums(gradient, x, scale, shift, chunk)
         else:
-            g, sums, products = relu_backward_with_sums(gradient, second[0] if second else None, x, y, chunk)
-        of_shift, of_scale = sums.sum(1).sum_to_size(shift.shape), products.sum(1).sum_to_size(scale.shape)
+            gradient, sums, products = relu_backward_with_sums(gradient, second[0] if second else None, x, y, chunk)
+        grad_shift, grad_scale = sums.sum(1).sum_to_size(shift.shape), products.sum(1).sum_to_size(scale.shape)
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in (means, squares, *small)]
-            outputs = norm_scale_and_shift(leaves[0], leaves[1], positions, ctx.eps, leaves[2:])[:2]
-        of_means, of_squares, *of_small = torch.autograd.grad(outputs, leaves, (of_scale, of_shift))
-        slope = 2 * of_squares  # x moves its image's squares by 2 (x - mean), and its mean by 1 / positions
-        offset = of_means / positions - slope * means
-        of_x = norm_input_gradient(g, x, scale, shift if y is None else None, slope, offset)
-        return of_x, None if y is None else g, None, *of_small
+            inputs = [tensor.detach().requires_grad_() for tensor in (means, squared_deviations, *params)]
+            outputs = norm_scale_and_shift(inputs[0], inputs[1], num_positions, ctx.eps, inputs[2:])[:2]
+        grad_means, grad_deviations, *grad_params = torch.autograd.grad(outputs, inputs, (grad_scale, grad_shift))
+        # The derivative of an image's squared deviations with respect to x is 2 (x - mean), that of its mean 1 / (H W).
+        slope = 2 * grad_deviations
+        offset = grad_means / num_positions - slope * means
+        grad_x = norm_input_gradient(gradient, x, scale, shift if y is None else None, slope, offset)
+        return grad_x, None if y is None else gradient, None, *grad_params
 
 
 @torch.compiler.allow_in_graph
@@ -212,13 +213,13 @@ def _norm_relu(x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) 
 def norm_relu(
     x: Tensor, bn: nn.BatchNorm2d, se_params: tuple[Tensor, ...] = (), shortcut: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu(SE(bn(x)) + shortcut) in training mode, twice: where each of two uses takes its own, their gradients are
-    added on the way instead of beforehand.
+    """relu(SE(bn(x)) + shortcut) in training mode; updates the running statistics of `bn` as its forward pass does.
 
-    x, shortcut, outputs: maps [n, C, H, W]. `gate`: weight and bias of the SE's two layers, or none of them. The
-    running statistics of `bn` move as its own forward moves them.
+    x, shortcut: [n, C, H, W]. `se_params`: weight and bias of the SE's two layers, or () for no SE.
+    Returns the result twice, each [n, C, H, W]. An output that is used in two places should give each place its own
+    copy: then the backward kernel adds their two gradients, which saves autograd a separate addition.
     """
-    y, again, mean, variance = _norm_relu(x, shortcut, bn.eps, bn.weight, bn.bias, *se_params)
+    y, second_y, mean, variance = _norm_relu(x, shortcut, bn.eps, bn.weight, bn.bias, *se_params)
     assert bn.running_mean is not None
     assert bn.running_var is not None
     assert bn.num_batches_tracked is not None
@@ -228,4 +229,4 @@ def norm_relu(
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(variance * (count / (count - 1)), bn.momentum)
         bn.num_batches_tracked.add_(1)
-    return y, again
+    return y, second_y

@@ -248,7 +248,7 @@ def test_kernels_equal_their_plain_forms() -> None:
         assert error < (BIT if "bfloat16" in name else 1e-5), worst
 
 
-FLOATS = ("means", "squares", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
+FLOATS = ("means", "deviations", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
 OPTIONAL = {"scale_add_relu_kernel": "shortcut_ptr", "relu_backward_with_sums_kernel": "second_gradient_ptr"}
 OPTIONAL |= {"norm_input_gradient_kernel": "shift_ptr"}
 
