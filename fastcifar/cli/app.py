@@ -199,14 +199,21 @@ def models(
     **options: Any,
 ) -> None:
     """List the architectures, list the layers of one, or fit its width to a parameter budget."""
-    from fastcifar.cli.tables import describe_architectures, describe_layers, fit_width_to_budget
+    from fastcifar.cli.tables import architectures_table, layers_table, width_table
+    from fastcifar.models.describe import describe_architectures, describe_layers, fit_width_to_budget
 
-    given = Recipe.make(**{**options, "arch": name or options["arch"]})
+    arch = name or options["arch"]
+    given = Recipe.make(**{**options, "arch": arch})
     if budget is not None:
-        found: Any = fit_width_to_budget(given, int(budget))
+        result: Any = fit_width_to_budget(given, int(budget))
+        table = width_table(result)
+    elif arch:
+        result = describe_layers(given)
+        table = layers_table(result)
     else:
-        found = describe_layers(given) if name or options["arch"] else describe_architectures()
-    print(json.dumps(found.document)) if as_json else Console().print(found.table)
+        result = describe_architectures()
+        table = architectures_table(result)
+    print(json.dumps(result)) if as_json else Console().print(table)
 
 
 @data_app.command("verify")

@@ -1,42 +1,22 @@
-"""Tables for people, and the same as documents for programs: summaries, scores, networks, the machine.
+"""The documents that commands print with --json, as tables for a terminal.
 
-It formats what the other rooms measured; a figure that was not measured is a dash, never a zero.
+A public function formats one document; nothing is measured or built here. A value that was not measured is a dash.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
-from fastcifar.models import (
-    MODEL_OPTIONS,
-    MODELS,
-    build_model,
-    count_macs,
-    count_parameters,
-    layer_table,
-    max_width_within_budget,
-)
-from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import format_percent, key_value_table
 
 MAX_CLASS_ROWS = 10  # in the table of scores
 
 
-@dataclass(frozen=True)
-class TableAndDocument:
-    """The same answer twice: `table` for a terminal, `document` for --json."""
-
-    table: Table
-    document: Any
-
-
 def summary_table(summary: dict[str, Any]) -> Table:
-    """What a person wants at the end of a run. `summary`: as in summary.json."""
+    """The main results of a run. `summary`: the document in summary.json."""
     seconds = summary["seconds"]
     spent = "  ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     rows = {
@@ -58,7 +38,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def export_table(result: dict[str, Any]) -> Table:
-    """What was written and how it was checked. `found`: as `export` returns it."""
+    """An exported file and its comparison with the network. `result`: as `export_model` returns it."""
     sizes = ", ".join(map(str, result["batch_sizes"]))
     rows = {
         "file": f"{result['file']}, {result['bytes']:,} bytes",
@@ -70,7 +50,7 @@ def export_table(result: dict[str, Any]) -> Table:
 
 
 def dry_run_table(result: dict[str, Any]) -> Table:
-    """What `--dry-run` found. `found`: as `rehearse` returns it."""
+    """The estimates of `fastcifar train --dry-run`. `result`: as `dry_run` returns it."""
     seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in result["seconds"].items())
     rows = {
         **dict(line.split(": ", 1) for line in result["chosen"]),
@@ -84,7 +64,7 @@ def dry_run_table(result: dict[str, Any]) -> Table:
 
 
 def scores_table(scores: dict[str, Any]) -> Group:
-    """The scores of `fastcifar eval`."""
+    """The scores of a trained network. `scores`: as `evaluate_run` returns them."""
     low, high = scores["test_acc_interval"]
     scaled = scores["temperature_missing"] or (
         f"{scores['loss_scaled']:.4f}, {scores['ece_scaled']:.4f}  (logits divided by {scores['temperature']:.3f}, "
@@ -116,7 +96,7 @@ def scores_table(scores: dict[str, Any]) -> Group:
 
 
 def _class_table(scores: dict[str, Any]) -> Table:
-    """The classes in their order, or of many the hardest."""
+    """Precision, recall and F1 of every class in order; of more than 10 classes, of the 10 with the lowest F1."""
     figures = [scores[f"{name}_per_class"] for name in ("precision", "recall", "f1")]
     names = scores["classes"]
     if many := len(names) > MAX_CLASS_ROWS:
@@ -130,7 +110,7 @@ def _class_table(scores: dict[str, Any]) -> Table:
 
 
 def _corruption_table(corruptions: dict[str, Any]) -> Table:
-    """A row for each corruption, a column for each severity."""
+    """Accuracy for each corruption (rows) and severity (columns)."""
     table = Table("accuracy at severity", box=None)
     for column in ("1", "2", "3", "4", "5", "mean"):
         table.add_column(column, justify="right")
@@ -141,7 +121,7 @@ def _corruption_table(corruptions: dict[str, Any]) -> Table:
 
 
 def predictions_table(result: dict[str, Any]) -> Table:
-    """What `fastcifar predict` did."""
+    """A summary of predictions. `result`: as `predict_to_file` returns it."""
     members = [
         f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in result["members"]
     ]
@@ -166,7 +146,7 @@ def predictions_table(result: dict[str, Any]) -> Table:
 
 
 def dataset_table(result: dict[str, Any]) -> Group:
-    """What `fastcifar data verify` found."""
+    """The data set that `fastcifar data verify` checked, with the number of images of each class."""
     splits = result["splits"]
     shapes = {part: " x ".join(map(str, split["shape"])) for part, split in splits.items()}
     rows = {
@@ -187,57 +167,40 @@ def dataset_table(result: dict[str, Any]) -> Group:
     return Group(key_value_table("", rows), "", classes)
 
 
-def describe_architectures() -> TableAndDocument:
-    """Every architecture with its parameters and forward MACs of one 32x32 image."""
+def architectures_table(architectures: list[dict[str, Any]]) -> Table:
+    """The architectures with their sizes. `architectures`: as `describe_architectures` returns them."""
     table = Table("name", title="architectures", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
-    document = []
-    for name in MODELS:
-        model = _build_meta_model(Recipe(arch=name))
-        document.append({"name": name, "params": count_parameters(model), "macs": count_macs(model)})
-        table.add_row(name, f"{document[-1]['params']:,}", f"{document[-1]['macs'] / 1e6:,.2f} M")
-    return TableAndDocument(table, document)
+    for row in architectures:
+        table.add_row(row["name"], f"{row['params']:,}", f"{row['macs'] / 1e6:,.2f} M")
+    return table
 
 
-def describe_layers(recipe: Recipe) -> TableAndDocument:
-    """The layers of the recipe's network in the order of the forward pass."""
-    model = _build_meta_model(recipe)
-    rows = layer_table(model)
-    title = f"{recipe.arch}: {count_parameters(model):,} parameters, {count_macs(model) / 1e6:,.2f} M MACs"
+def layers_table(network: dict[str, Any]) -> Table:
+    """The layers of one network in the order of its forward pass. `network`: as `describe_layers` returns it."""
+    title = f"{network['name']}: {network['params']:,} parameters, {network['macs'] / 1e6:,.2f} M MACs"
     table = Table("layer", "kind", "output", title=title, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
-    for row in rows:
+    for row in network["layers"]:
         shape = " x ".join(map(str, row["output"]))
         table.add_row(row["name"], row["kind"], shape, f"{row['params']:,}", f"{row['macs']:,}")
-    return TableAndDocument(
-        table, {"name": recipe.arch, "params": count_parameters(model), "macs": count_macs(model), "layers": rows}
-    )
+    return table
 
 
-def fit_width_to_budget(recipe: Recipe, budget: int) -> TableAndDocument:
-    """The recipe's network at the largest width that has at most `budget` parameters."""
-    given = {knob: getattr(recipe, knob) for knob in MODEL_OPTIONS if knob != "width"}
-    width = max_width_within_budget(recipe.arch, budget, **given)
-    model = _build_meta_model(recipe.model_copy(update={"width": width}))
-    document = {
-        "name": recipe.arch,
-        "width": width,
-        "params": count_parameters(model),
-        "macs": count_macs(model),
-        "budget": budget,
+def width_table(result: dict[str, Any]) -> Table:
+    """The largest width within a parameter budget. `result`: as `fit_width_to_budget` returns it."""
+    rows = {
+        "--width": f"{result['width']:g}",
+        "parameters": f"{result['params']:,} of {result['budget']:,}",
+        "MACs": f"{result['macs']:,}",
     }
-    shown = {
-        "--width": f"{width:g}",
-        "parameters": f"{document['params']:,} of {budget:,}",
-        "MACs": f"{document['macs']:,}",
-    }
-    return TableAndDocument(key_value_table(recipe.arch, shown), document)
+    return key_value_table(result["name"], rows)
 
 
 def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
-    """What `doctor` found."""
+    """The environment and the choices of `fastcifar doctor`. `diagnostics`: as `collect_diagnostics` returns them."""
     rows: dict[str, str] = {
         "device": diagnostics["device"],
         "python": diagnostics["python"],
@@ -251,14 +214,8 @@ def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
     return key_value_table("", rows)
 
 
-def _build_meta_model(recipe: Recipe) -> torch.nn.Module:
-    """The recipe's network on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return build_model(recipe.arch, **{knob: getattr(recipe, knob) for knob in MODEL_OPTIONS})
-
-
 def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
-    """The line of test-time augmentation, where there was one."""
+    """The row of the accuracy with test-time augmentation, if it was used."""
     return {} if accuracy is None else {f"  over views, {tta}": format_percent(accuracy)}
 
 

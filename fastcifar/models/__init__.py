@@ -1,7 +1,7 @@
-"""The networks by name: `MODELS`, `build`, and what a network costs.
+"""Architectures by name (`MODELS`), building one (`build_model`), and fitting one to a parameter budget.
 
-An architecture is a row of `MODELS`: a function that takes `num_classes` and any of the knobs by keyword, and returns a
-module from images [n, 3, 32, 32] to logits [n, num_classes]. Nothing here trains, moves or loads a network.
+An entry of `MODELS` is a function that takes `num_classes` and any of the options in `MODEL_OPTIONS` by keyword and
+returns a module that maps images [n, 3, 32, 32] to logits [n, num_classes].
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "MODELS",
     "MODEL_OPTIONS",
+    "build_meta_model",
     "build_model",
     "check_param_budget",
     "count_macs",
@@ -47,12 +48,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_se": partial(bottleneck_resnet, blocks=(2, 4, 6, 2), se_stages=(3,)),
     "coconut_2452": partial(bottleneck_resnet, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
     "coconut_sep": partial(bottleneck_resnet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
-    # As its README describes it, which names no activation: over the budget.
+    # As the source's README describes it; the README names no activation. Over the default parameter budget.
     "coconut_over": partial(bottleneck_resnet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
-    # The fourth source's README names five architectures, and of them 512 last channels, LeakyReLU and one dropout
-    # layer; the exact widths are unknown. These four are our readings: ResNet-10, the standard shape that ends in 512
-    # channels under five million; deeper with narrower stages; three stages, whose last maps are larger; and the first
-    # with LeakyReLU and a dropout of a probability that is ours too.
+    # The README of the fourth source names five architectures and mentions 512 channels in the last stage, LeakyReLU
+    # and one dropout layer, but not the exact widths. These four are reconstructions within five million parameters:
+    # ResNet-10; a deeper network with narrower stages; three stages, which leave larger feature maps in the last; and
+    # ResNet-10 with LeakyReLU and a dropout layer, whose probability is unknown too.
     "res512a": partial(se_resnet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
     "res512b": partial(se_resnet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
     "res512c": partial(se_resnet, blocks=(4, 4, 1), channels=(64, 128, 512)),
@@ -64,44 +65,53 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         dropout=0.2,
         dropout_at="head",
     ),
-    # For short schedules: pools early, no shortcuts.
+    # For short schedules: early pooling, no shortcuts.
     "speednet": small_convnet,
-    # For the shortest: a stem that whitens. Each the widest of its shape, or nearly, that the budget allows.
+    # For the shortest schedules: a whitening stem. speed95 and speed96 nearly use up the default parameter budget.
     "speed94": airbench_net,
     "speed95": partial(airbench_net, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
     "speed96": partial(airbench_net, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
-    # The baseline, over the budget.
+    # The baseline; over the default parameter budget.
     "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 
-# The knobs of an architecture that the command line has an option for; `build` takes whatever the row's function takes.
+# The keyword arguments of architectures that are options of a recipe; `build_model` accepts others too.
 MODEL_OPTIONS = tuple(name for name in section_fields("network") if name not in ("arch", "max_params"))
 
-# Where `largest_width` looks: at the lower end every sensible row is at its 8 channels a stage.
+# The range that `max_width_within_budget` searches: at its lower end every stage has the minimum of 8 channels.
 MIN_WIDTH, MAX_WIDTH = 2.0**-10, 64.0
 
 
 def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
-    """The network of the row `arch`, freshly initialised on the default device, in train mode.
+    """The architecture `arch`, newly initialized on the default device, in training mode.
 
-    `knobs` that are None are the row's own. A row whose function takes no `num_classes` is called without it.
-    Raises UsageError for an unknown name, for a knob the row's function does not take, and for values it refuses.
+    `overrides` that are None leave the architecture's own values. A function in `MODELS` without a `num_classes`
+    parameter is called without it.
+    Raises `UsageError` for an unknown architecture, an option it does not have, and an invalid value.
     """
-    row = lookup(MODELS, arch, "architecture")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    takes = inspect.signature(row).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    for name in given:
-        if name not in takes and not takes_any:
-            options = ", ".join(option_flag(knob) for knob in MODEL_OPTIONS if knob in takes)
-            raise UsageError(f"architecture {arch} takes no {option_flag(name)}", f"it takes {options or 'no options'}")
-    if "num_classes" in takes or takes_any:
-        given["num_classes"] = num_classes
-    return row(**given)
+    builder = lookup(MODELS, arch, "architecture")
+    arguments = {name: value for name, value in overrides.items() if value is not None}
+    parameters = inspect.signature(builder).parameters
+    accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not accepts_any:
+            flags = ", ".join(option_flag(option) for option in MODEL_OPTIONS if option in parameters)
+            raise UsageError(
+                f"architecture {arch} has no option {option_flag(name)}", f"its options: {flags or 'none'}"
+            )
+    if "num_classes" in parameters or accepts_any:
+        arguments["num_classes"] = num_classes
+    return builder(**arguments)
+
+
+def build_meta_model(arch: str, **overrides: Any) -> nn.Module:
+    """`build_model` on the meta device: no memory is allocated and no random numbers are drawn."""
+    with torch.device("meta"):
+        return build_model(arch, **overrides)
 
 
 def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:
-    """Raises UsageError if `model` has more than `max_params` trainable parameters; the message calls it `arch`."""
+    """Raises `UsageError` if `model`, called `arch` in the message, has more than `max_params` trainable parameters."""
     count = count_parameters(model)
     if count > max_params:
         raise UsageError(
@@ -111,42 +121,41 @@ def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:
 
 
 def max_width_within_budget(arch: str, max_params: int, **overrides: Any) -> float:
-    """The largest `width` at which `arch`, built with the other `knobs`, has at most `budget` trainable parameters.
+    """The largest `width` at which `arch` with the other `overrides` has at most `max_params` trainable parameters.
 
-    The channels are rounded, so a range of widths builds the same network: of the widest that fits, this is the largest
-    width that needs no more decimals than it must. Nothing is allocated (meta device) and no random number is drawn.
-    Raises UsageError if the row takes no width, if even the narrowest network is over the budget, or if none is.
+    Channels are rounded, so a range of widths builds the same network; of that range the result is the largest width
+    with the fewest decimals that build it. Networks are built on the meta device.
+    Raises `UsageError` if the architecture has no width, and if the budget is too small or too large for every width.
     """
 
     def count(width: float) -> int:
-        with torch.device("meta"):
-            return count_parameters(build_model(arch, **{**overrides, "width": width}))
+        return count_parameters(build_meta_model(arch, **{**overrides, "width": width}))
 
-    fits, over = MIN_WIDTH, 1.0
-    if count(fits) > max_params:
+    low, high = MIN_WIDTH, 1.0  # `low` is within the budget, and after the first loop `high` is over it
+    if count(low) > max_params:
         raise UsageError(
-            f"even the narrowest {arch} has {count(fits):,} parameters, over the budget of {max_params:,}",
-            f"take fewer blocks, or a budget of {count(fits)} or more",
+            f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {max_params:,}",
+            f"use fewer blocks, or a budget of at least {count(low)}",
         )
-    # From exactly 1, where the channels are not rounded: it may fit where the widths on both sides of it do not.
-    while count(over) <= max_params:
-        fits, over = over, 2 * over
-        if over > MAX_WIDTH:
-            raise UsageError(f"{arch} fits {max_params:,} parameters at any width", "give a smaller budget")
-    # Two neighbouring settings of multiples of 8 channels are further apart than this for any network of under 10,000.
-    while over - fits > 1e-9:
-        middle = (fits + over) / 2
+    # Starts at exactly 1, where channels are not rounded: it may be within the budget although widths near it are not.
+    while count(high) <= max_params:
+        low, high = high, 2 * high
+        if high > MAX_WIDTH:
+            raise UsageError(f"{arch} has at most {max_params:,} parameters at every width", "give a smaller budget")
+    # Two widths at which the rounded channels change are further apart than this, if no stage has 10,000 channels.
+    while high - low > 1e-9:
+        middle = (low + high) / 2
         if count(middle) <= max_params:
-            fits = middle
+            low = middle
         else:
-            over = middle
-    return truncate_decimals(fits, lambda width: width > 0 and count(width) == count(fits))
+            high = middle
+    return _truncate_decimals(low, lambda width: width > 0 and count(width) == count(low))
 
 
-def truncate_decimals(number: float, is_equivalent: Callable[[float], bool]) -> float:
-    """`number` cut off after as few decimals as leave it the `same`."""
+def _truncate_decimals(number: float, is_equivalent: Callable[[float], bool]) -> float:
+    """`number` truncated to the fewest decimals for which `is_equivalent` holds."""
     for decimals in range(16):
-        cut = math.floor(number * 10**decimals) / 10**decimals
-        if is_equivalent(cut):
-            return cut
+        truncated = math.floor(number * 10**decimals) / 10**decimals
+        if is_equivalent(truncated):
+            return truncated
     return number

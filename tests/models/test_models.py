@@ -168,7 +168,7 @@ def test_largest_width_takes_the_other_knobs_and_refuses_the_impossible() -> Non
 
 def test_largest_width_refuses_a_row_without_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
-    with pytest.raises(UsageError, match="mine takes no --width"):
+    with pytest.raises(UsageError, match="mine has no option --width"):
         max_width_within_budget("mine", BUDGET)
 
 
@@ -176,17 +176,21 @@ def test_largest_width_refuses_a_row_without_width(monkeypatch: pytest.MonkeyPat
     ("arch", "knobs", "message"),
     [
         ("se86", {}, "unknown architecture 'se86'; did you mean 'se68'"),
-        ("coconut_se", {"shortcut_kernel": 3}, "coconut_se takes no --shortcut-kernel; it takes .*--se-reduction"),
-        ("se68", {"se_stages": (3,)}, "se68 takes no --se-stages; it takes --width"),
+        (
+            "coconut_se",
+            {"shortcut_kernel": 3},
+            "coconut_se has no option --shortcut-kernel; its options: .*--se-reduction",
+        ),
+        ("se68", {"se_stages": (3,)}, "se68 has no option --se-stages; its options: --width"),
         ("se68", {"blocks": (4, 4)}, "2 stages of blocks but 3 of channels; .*--channels"),
-        ("resnet", {"blocks": (1,), "channels": (8,)}, "1 stages do not fit"),
-        ("resnet", {"blocks": (1,) * 6, "channels": (8,) * 6}, "6 stages do not fit"),
+        ("resnet", {"blocks": (1,), "channels": (8,)}, "1 stages: there must be 2 to 5"),
+        ("resnet", {"blocks": (1,) * 6, "channels": (8,) * 6}, "6 stages: there must be 2 to 5"),
         ("resnet", {"blocks": (1, 0, 1)}, "--blocks 1,0,1"),
         ("resnet", {"channels": (8, -8, 8)}, "--channels 8,-8,8"),
         ("resnet", {"kernel": 4}, "--kernel 4 .*odd"),
         ("resnet", {"shortcut_kernel": -1}, "--shortcut-kernel -1 .*odd"),
-        ("resnet", {"width": 0.0}, "width of 0.0"),
-        ("resnet", {"width": float("nan")}, "width of nan"),
+        ("resnet", {"width": 0.0}, "--width 0.0 is not a positive"),
+        ("resnet", {"width": float("nan")}, "--width nan is not a positive"),
         ("resnet", {"dropout": 1.0}, "--dropout 1.0"),
         ("resnet", {"se_reduction": 0}, "--se-reduction 0"),
         ("resnet", {"se": "blocks"}, "unknown SE placement 'blocks'; did you mean 'block'"),
@@ -220,6 +224,6 @@ def test_a_users_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_parameters(on_meta("mine", depth=2)) == 3072 * 3073 + 30730
     assert build_model("fixed")(images).shape == (2, 10)
     assert build_model("anything", num_classes=3, depth=9)(images).shape == (2, 3)
-    with pytest.raises(UsageError, match="architecture fixed takes no --se-reduction; it takes no options"):
+    with pytest.raises(UsageError, match="architecture fixed has no option --se-reduction; its options: none"):
         build_model("fixed", se_reduction=8)
     assert (count_parameters(build_model("mine")), count_macs(build_model("mine"))) == (30730, 30720)
