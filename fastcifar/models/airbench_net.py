@@ -1,9 +1,9 @@
 """Networks for the shortest schedules: a stem that whitens the training images, then few wide layers that pool early.
 
-The stem's filters are computed from the data (`start_from`) and never trained, nor are BatchNorm's scales; convolutions
-start by passing their input on, the output is divided by its width. So the first step already has a sensible scale, and
-rates far above the usual ones work. After Page (2019) and the airbench networks of Jordan (2024). Loading the data, and
-the order of these things in a run, belong to others.
+The filters of the stem are computed from the data (`init_whitening`) and are not trained; neither are the weights of
+BatchNorm. Convolutions start by passing their inputs on (Dirac initialization); the logits are divided by the number of
+features. So activations are well scaled from the first step on, and learning rates far above the usual ones work.
+After Page (2019) and the airbench networks of Jordan (2024).
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from fastcifar.models.resnet import (
 )
 from fastcifar.models.small_convnet import ConvBlock, global_max_pool
 
-PATCH_SIZE = 2  # pixels a side of what is whitened
-WHITENING_EPS = 5e-4  # added to the variance along each direction, so that those of mere noise are not blown up
-BATCH_NORM_MOMENTUM = 0.4  # of BatchNorm's statistics: a run has only some hundred steps
-MAX_GROUPS = 4  # a fifth pool would leave nothing of 32x32 pixels
+PATCH_SIZE = 2  # height and width of the whitened patches in pixels
+WHITENING_EPS = 5e-4  # added to the variance along each direction, so that directions of noise are not amplified
+BATCH_NORM_MOMENTUM = 0.4  # larger than the default, because a run has only a few hundred steps
+MAX_GROUPS = 4  # each halves height and width: a fifth would leave no pixels of 32x32 images
 SE_PER_GROUP = {"none": False, "block": True}
 
 
 class ConvGroup(nn.Module):
-    """conv, max pool 2, BN, act, then conv, BN, act for each further one, SE if any; [n, C_in, H, W] -> half of H, W.
+    """conv, 2x2 max pooling, BN, act, then depth - 1 times conv, BN, act, then [SE].
 
-    `residual`: where there are two convolutions or more after the first, they are added to what it gave.
+    [n, C_in, H, W] -> [n, C, H/2, W/2].
+    `residual`: if depth > 2, the result of the first convolution is added to that of the others.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ConvGroup(nn.Module):
 
 
 class AirbenchNet(nn.Module):
-    """Whitening stem, groups that each pool once, maximum over the pixels, linear; [n, 3, H, W] -> [n, num_classes]."""
+    """Whitening stem, groups that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes]."""
 
     def __init__(
         self,
@@ -94,15 +95,15 @@ class AirbenchNet(nn.Module):
 
     @torch.no_grad()
     def init_whitening(self, images: Tensor) -> None:
-        """Sets the stem's filters: the principal directions of the patches of `images`, scaled to a response of
-        variance 1, and their negatives. Nothing is drawn: the same images give the same filters.
+        """Sets the filters of the stem to the principal components of the patches of `images`, and to their negatives.
 
-        `images`: of the training set, float [n, 3, H, W], normalised as the network will see them.
+        Each is scaled to a response of variance 1. No random numbers are drawn: the same images give the same filters.
+        `images`: training images, float [n, 3, H, W], normalized like the network's inputs.
         """
         size = 3 * PATCH_SIZE**2
         products, count = torch.zeros(size, size, dtype=torch.float64, device=images.device), 0
         for part in images.split(500):
-            patches = F.unfold(part, PATCH_SIZE).transpose(0, 1).flatten(1)  # rows in the order of a filter's weights
+            patches = F.unfold(part, PATCH_SIZE).transpose(0, 1).flatten(1)  # rows ordered like a filter's weights
             products += (patches @ patches.T).double()
             count += patches.shape[1]
         variances, directions = torch.linalg.eigh((products / count).cpu())
@@ -111,7 +112,7 @@ class AirbenchNet(nn.Module):
 
 
 def dirac_init(block: ConvBlock) -> ConvBlock:
-    """`block` as it starts here: the first outputs pass the inputs on, and BatchNorm keeps a scale of 1."""
+    """`block` with its first C_in output channels initialized to the identity, and a BatchNorm weight fixed at 1."""
     nn.init.dirac_(block.conv.weight.data[: block.conv.in_channels])
     block.bn.momentum = BATCH_NORM_MOMENTUM
     block.bn.weight.requires_grad = False
@@ -129,15 +130,17 @@ def airbench_net(
     dropout: float = 0.0,
     residual: bool = False,
 ) -> AirbenchNet:
-    """`blocks[i]` convolutions of `channels[i]` channels in group i, the first of which halves the map.
+    """A network with `blocks[i]` convolutions of `channels[i]` channels in group i; the first halves height and width.
 
-    width: multiplier of all channels, see `resnet.scaled`. se: `none` or `block`, one at the end of each group, of
-    C/se_reduction hidden channels. residual: see `Group`. dropout: probability in [0, 1) before the linear layer.
-    Raises UsageError for values that make no network.
+    width: multiplier of all channels, see `scale_channels`. se: `none` or `block` (at the end of each group), with
+    C / se_reduction hidden channels. residual: see `ConvGroup`. dropout: probability before the linear layer, at least
+    0 and below 1. Raises `UsageError` for invalid values. After the airbench networks of Jordan (2024).
     """
     check_stages(blocks, channels)
     if len(blocks) > MAX_GROUPS:
-        raise UsageError(f"{len(blocks)} stages that halve 32x32 images leave none", f"give at most {MAX_GROUPS}")
+        raise UsageError(
+            f"{len(blocks)} stages are too many for 32x32 images: each halves their size", f"give at most {MAX_GROUPS}"
+        )
     check_dropout(dropout)
     check_se_reduction(se_reduction)
     reduction = se_reduction if lookup(SE_PER_GROUP, se, "SE placement") else 0

@@ -1,8 +1,8 @@
-"""Residual networks of bottlenecks with squeeze-and-excitation after the addition: the coconut rows.
+"""Residual networks of bottlenecks with squeeze-and-excitation (SE) after the shortcut addition: coconut_*.
 
-Their place of the SE, their key names and their two-convolution stem differ from the SE-ResNets', so they are written
-apart; what is the same comes from `resnet.py`. The state-dict keys are those of the published checkpoints.
-No op here may leave channels_last or branch on the data.
+They differ from the SE-ResNets in the location of the SE, the names of the layers and the two convolutions of the stem;
+the layers that are the same come from `resnet`. The state-dict keys are those of the published checkpoints and may not
+change. Forward passes keep channels_last and have no data-dependent control flow.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from fastcifar.models.resnet import (
     shortcut_layer,
 )
 
-EXPANSION = 4  # channels after a bottleneck, over its width
+EXPANSION = 4  # ratio of the output channels of a bottleneck to its width
 STAGE_NUMBERS = (1, 2, 3, 4)
-# What --se asks for: the stages whose blocks have a squeeze-and-excitation.
+# Values of --se: the stages whose blocks have a squeeze-and-excitation.
 SE_STAGES: dict[str, tuple[int, ...]] = {"none": (), "block": STAGE_NUMBERS}
 
 
 class LinearSqueezeExcitation(nn.Module):
-    """Squeeze-and-excitation by linear layers on [n, C]; [n, C, H, W] -> the same. The hidden layer has C/reduction."""
+    """Squeeze-and-excitation (Hu et al., 2018) with linear layers; [n, C, H, W] -> [n, C, H, W].
+
+    The hidden layer has C / reduction features, rounded down, at least 1.
+    """
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class LinearSqueezeExcitation(nn.Module):
 
 
 class BottleneckConfig(NamedTuple):
-    """What the blocks of one stage share; `se_reduction` 0 means no squeeze-and-excitation."""
+    """What all blocks of a stage have in common; `se_reduction` 0 means no squeeze-and-excitation."""
 
     activation: Callable[[], nn.Module]
     dropout: float
@@ -55,9 +58,9 @@ class BottleneckConfig(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """1x1-BN-act, 3x3-BN-act, 1x1-BN, add the shortcut, [SE on the sum], act, [dropout].
+    """1x1-BN-act, 3x3-BN-act, 1x1-BN, shortcut addition, [SE on the sum], act, [dropout].
 
-    [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. If separable, `conv2` is the depthwise half.
+    [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. If separable, `conv2` is depthwise, followed by `pointwise`.
     """
 
     def __init__(self, in_channels: int, width: int, stride: int, config: BottleneckConfig) -> None:
@@ -82,9 +85,10 @@ class Bottleneck(nn.Module):
 
 
 class BottleneckResNet(nn.Module):
-    """Two stem convolutions, four stages of bottlenecks, mean over the pixels, linear; [n, 3, H, W] -> [n, classes].
+    """Two stem convolutions, four stages of bottlenecks, global average pooling, linear.
 
-    On 32x32 images the mean equals the source's average pool 4; other sizes work too.
+    Images [n, 3, H, W] -> logits [n, num_classes].
+    For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """
 
     def __init__(
@@ -102,13 +106,13 @@ class BottleneckResNet(nn.Module):
         self.conv2 = nn.Conv2d(stem_channels, stem_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(stem_channels)
         self.activation = stem_activation()
-        ends = [EXPANSION * width for width in widths]
+        out_channels = [EXPANSION * width for width in widths]
         self.layer1 = bottleneck_stage(stem_channels, widths[0], blocks[0], 1, stage_configs[0])
-        self.layer2 = bottleneck_stage(ends[0], widths[1], blocks[1], 2, stage_configs[1])
-        self.layer3 = bottleneck_stage(ends[1], widths[2], blocks[2], 2, stage_configs[2])
-        self.layer4 = bottleneck_stage(ends[2], widths[3], blocks[3], 2, stage_configs[3])
+        self.layer2 = bottleneck_stage(out_channels[0], widths[1], blocks[1], 2, stage_configs[1])
+        self.layer3 = bottleneck_stage(out_channels[1], widths[2], blocks[2], 2, stage_configs[2])
+        self.layer4 = bottleneck_stage(out_channels[2], widths[3], blocks[3], 2, stage_configs[3])
         self.dropout = dropout_layer(stage_configs[3].dropout)
-        self.linear = nn.Linear(ends[3], num_classes)
+        self.linear = nn.Linear(out_channels[3], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.activation(self.bn1(self.conv1(images)))
@@ -130,13 +134,15 @@ def bottleneck_resnet(
     dropout: float = 0.0,
     activation: str | None = None,
 ) -> BottleneckResNet:
-    """Four stages of `blocks[i]` bottlenecks of inner width `channels[i]`, four times that outside; stem `channels[0]`.
+    """Four stages of `blocks[i]` bottlenecks of width `channels[i]`, after a stem of `channels[0]` channels.
 
-    se_stages, leaky_stages, separable_stages: the stages (from 1) with an SE of C/se_reduction hidden features, with
-    LeakyReLU(0.01) in place of ReLU, and with a depthwise-separable 3x3. se: `none` or `block` (every stage), in place
-    of se_stages; activation: one for the whole network, in place of leaky_stages. width: multiplier of the channels,
-    see `scaled`. dropout: probability in [0, 1), after every block and before the linear layer.
-    Raises UsageError for values that make no network. Source: ECE7123-DL-Project1.
+    A bottleneck has four times its width as output channels; every stage but the first halves height and width.
+    se_stages, leaky_stages, separable_stages: the stages, counted from 1, with an SE of C / se_reduction hidden
+    features, with LeakyReLU(0.01) instead of ReLU, and with a depthwise-separable 3x3 convolution. se: `none` or
+    `block` (every stage); replaces se_stages. activation: that of the whole network; replaces leaky_stages. width:
+    multiplier of all channels, see `scale_channels`. dropout: probability, at least 0 and below 1, after every block
+    and before the linear layer.
+    Raises `UsageError` for invalid values. Source: ECE7123-DL-Project1.
     """
     check_stages(blocks, channels)
     if len(blocks) != len(STAGE_NUMBERS):
@@ -147,10 +153,12 @@ def bottleneck_resnet(
     check_se_reduction(se_reduction)
     if se is not None:
         se_stages = lookup(SE_STAGES, se, "SE placement")
-    names = {number: activation or ("leaky_relu" if number in leaky_stages else "relu") for number in STAGE_NUMBERS}
-    styles = [
+    activations = {
+        number: activation or ("leaky_relu" if number in leaky_stages else "relu") for number in STAGE_NUMBERS
+    }
+    stage_configs = [
         BottleneckConfig(
-            activation=lookup(ACTIVATIONS, names[number], "activation"),
+            activation=lookup(ACTIVATIONS, activations[number], "activation"),
             dropout=dropout,
             separable=number in separable_stages,
             se_reduction=se_reduction if number in se_stages else 0,
@@ -158,10 +166,10 @@ def bottleneck_resnet(
         for number in STAGE_NUMBERS
     ]
     widths = scale_channels(channels, width)
-    return BottleneckResNet(num_classes, blocks, widths[0], widths, ACTIVATIONS[activation or "relu"], styles)
+    return BottleneckResNet(num_classes, blocks, widths[0], widths, ACTIVATIONS[activation or "relu"], stage_configs)
 
 
 def bottleneck_stage(in_channels: int, width: int, depth: int, stride: int, config: BottleneckConfig) -> nn.Sequential:
-    """`depth` bottlenecks; the first changes the shape."""
+    """`depth` bottlenecks, the first with `stride`; [n, in_channels, H, W] -> [n, 4 * width, H/stride, W/stride]."""
     rest = (Bottleneck(EXPANSION * width, width, 1, config) for _ in range(depth - 1))
     return nn.Sequential(Bottleneck(in_channels, width, stride, config), *rest)

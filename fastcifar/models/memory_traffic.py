@@ -1,7 +1,7 @@
-"""What a network moves: bytes through memory an image, and its convolutions with their shapes.
+"""Memory traffic of a network's feature maps, and its convolutions with their shapes.
 
-Seen by recording the operations of one image on the meta device, where nothing is computed. A model of what well-fused
-kernels must move, not of what a compiler does; it knows no architecture by name.
+The operations of one image are recorded on the meta device, where tensors have shapes but no data. The traffic is an
+estimate for well-fused kernels, not a measurement of what a compiler generates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADD_OPS = ("aten.add.Tensor", "aten.add_.Tensor")
 
 
 class ConvCall(NamedTuple):
-    """A convolution as it is called on one image: `input` [C, H, W], `weight` [out, C / groups, h, w], `output`."""
+    """One call of a convolution with one image: input [C_in, H, W], weight [C_out, C_in / groups, h, w], output."""
 
     input_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
@@ -37,50 +37,52 @@ class ConvCall(NamedTuple):
         return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
 
     def __str__(self) -> str:
-        grouped = f", {self.groups} groups" if self.groups > 1 else ""
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
         shapes = " -> ".join("x".join(map(str, shape)) for shape in (self.input_shape, self.output_shape))
-        return f"{shapes}, {self.weight_shape[2]}x{self.weight_shape[3]}{grouped}"
+        return f"{shapes}, {self.weight_shape[2]}x{self.weight_shape[3]}{groups}"
 
 
 def count_conv_calls(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> Counter[ConvCall]:
-    """The convolutions of one image of `shape` [C, H, W] in forward order, each with how often it is called."""
-    found: Counter[ConvCall] = Counter()
+    """The convolutions of one image of `shape` [C, H, W] in forward order, each with its number of calls."""
+    calls: Counter[ConvCall] = Counter()
     for name, arguments, output in record_operations(model, shape):
         if name == CONV_OP:
             images, weight, _bias, stride, padding, _dilation, _transposed, _out_padding, groups = arguments
-            sizes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
-            found[ConvCall(*sizes, tuple(stride), tuple(padding), groups)] += 1
-    return found
+            shapes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
+            calls[ConvCall(*shapes, tuple(stride), tuple(padding), groups)] += 1
+    return calls
 
 
 def feature_map_bytes_per_image(
     model: nn.Module, training: bool, element_size: int = 2, shape: tuple[int, int, int] = (3, 32, 32)
 ) -> int:
-    """Bytes that the feature maps of one image move through memory, of `element` bytes each.
+    """Bytes of feature maps that are read and written for one image of `shape` [C, H, W], `element_size` bytes each.
 
-    A step of training reads and writes, in whole feature maps:
-    - a convolution: input and output, once forward, once for the input's gradient and once for the weight's;
-    - a BatchNorm, in two passes, with what follows it element by element fused in: forward the output of the
-      convolution twice (statistics, then application) and its result once; backward the gradient and that output twice,
-      and the new gradient once: eight;
-    - an addition: the shortcut forward, and its gradient in both backward passes of the norm before it: three.
-    Evaluation: a convolution its input and output, a norm one read and one write, an addition one read. Activations,
-    dropout, squeezes and gates ride along. Weights and optimizer, which a batch shares, are left out.
+    Counted in whole feature maps, a training step reads and writes:
+    - a convolution: its input and output three times: forward, gradient of the input, gradient of the weight;
+    - a BatchNorm with the elementwise operations after it fused into it: eight times its size. Forward it reads its
+      input twice (statistics, normalization) and writes its output; backward it reads gradient and input twice each
+      and writes the new gradient;
+    - an addition: three times its size: the shortcut forward, and its gradient in the two backward reads of the
+      BatchNorm before it.
+    In evaluation a convolution reads its input and writes its output, a BatchNorm reads and writes once, an addition
+    reads once. Activations, dropout and squeeze-and-excitation are assumed to be fused. Weights and optimizer state are
+    left out, because a batch shares them.
     """
-    conv, norm, addition = (3, 8, 3) if training else (1, 2, 1)
+    conv_factor, norm_factor, addition_factor = (3, 8, 3) if training else (1, 2, 1)
     elements = 0
     for name, arguments, output in record_operations(model, shape):
         if name == CONV_OP:
-            elements += conv * (arguments[0].numel() + output.numel())
+            elements += conv_factor * (arguments[0].numel() + output.numel())
         elif name == BATCH_NORM_OP:
-            elements += norm * output[0].numel()
+            elements += norm_factor * output[0].numel()
         elif name in ADD_OPS and output.dim() == 4:
-            elements += addition * output.numel()
+            elements += addition_factor * output.numel()
     return element_size * elements
 
 
 def record_operations(model: nn.Module, shape: tuple[int, int, int]) -> list[tuple[str, tuple[Any, ...], Any]]:
-    """Name, positional arguments and result of every operation on one image of `shape`, as meta tensors."""
+    """Name, positional arguments and result (meta tensors) of every operation on one image of `shape` [C, H, W]."""
     recorder = _OperationRecorder()
     with recorder:
         run_on_meta_device(model, shape, lambda *_: None)

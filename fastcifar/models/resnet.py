@@ -1,8 +1,8 @@
-"""Residual networks of basic blocks, with or without squeeze-and-excitation: every SE-ResNet of the project.
+"""Residual networks of basic blocks with optional squeeze-and-excitation (SE): `se_resnet`.
 
-One function, `se_resnet`, builds them all; the rows of `MODELS` bind its arguments. The state-dict keys are those of
-the published checkpoints and may not change. No op here may leave channels_last or branch on the data: the forward pass
-is compiled and captured as one graph. Moving, casting and counting belong to other files.
+The layers that the other architectures share are here too. The state-dict keys are those of the published checkpoints
+and may not change. Forward passes keep channels_last and have no data-dependent control flow, because they are compiled
+and captured as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models.fused_ops import norm_relu
 
-# In place where autograd needs only the output: one activation map less to keep for each.
+# In place where autograd needs only the output: it saves the memory of one feature map for each activation.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     "leaky_relu": partial(nn.LeakyReLU, negative_slope=0.01, inplace=True),
@@ -26,18 +26,18 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "mish": nn.Mish,
 }
-# Where the squeeze-and-excitation sits: (after the stem, in every block).
+# Locations of squeeze-and-excitation: (after the stem, in every block).
 SE_PLACEMENTS = {"none": (False, False), "stem": (True, False), "block": (False, True)}
-# Are the convolutions of the blocks depthwise then pointwise?
+# Whether the convolutions of the blocks are depthwise-separable.
 CONV_TYPES = {"full": False, "separable": True}
-# Which dropout layers exist: (after every block, before the linear layer).
+# Locations of dropout: (after every block, before the linear layer).
 DROPOUT_PLACEMENTS = {"all": (True, True), "head": (False, True)}
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel by a gate computed from the channels' means (Hu et al., 2018); [n, C, H, W] -> the same.
+    """Squeeze-and-excitation (Hu et al., 2018): scales each channel by a gate computed from the means of all channels.
 
-    `reduction` divides the channels of the hidden layer, rounded down, at least 1.
+    [n, C, H, W] -> [n, C, H, W]. The hidden layer has C / reduction channels, rounded down, at least 1.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
@@ -53,16 +53,16 @@ class SqueezeExcitation(nn.Module):
 
 
 def se_parameters(seblock: nn.Module) -> tuple[Tensor, ...]:
-    """Weight and bias of the two layers of a squeeze-and-excitation, as `norm_relu` takes them; none of an identity."""
+    """Weight and bias of the two layers of a `SqueezeExcitation`, as `norm_relu` takes them; () for an identity."""
     return tuple(seblock.parameters())
 
 
-# A map for two uses, each with its own: see `norm_relu`.
+# A feature map twice, for the two places that use it: see `norm_relu`.
 TensorPair = tuple[Tensor, Tensor]
 
 
 class BasicBlockConfig(NamedTuple):
-    """What all blocks of one network share; `se_reduction` 0 means no squeeze-and-excitation in the blocks."""
+    """What all blocks of a network have in common; `se_reduction` 0 means no squeeze-and-excitation in the blocks."""
 
     activation: Callable[[], nn.Module]
     dropout: float
@@ -73,12 +73,12 @@ class BasicBlockConfig(NamedTuple):
 
 
 class BasicBlock(nn.Module):
-    """conv-BN-act-conv-BN, [SE], add the shortcut, act, [dropout]; [n, C_in, H, W] -> [n, C, H/stride, W/stride].
+    """conv-BN-act-conv-BN, [SE], shortcut addition, act, [dropout]; [n, C_in, H, W] -> [n, C, H/stride, W/stride].
 
-    A separable convolution keeps the name of the full one for its depthwise half; `pointwise1` and `pointwise2` follow.
+    With separable convolutions, `conv1` and `conv2` are depthwise, and `pointwise1` and `pointwise2` follow them.
     """
 
-    uses_fused_ops = False  # see `fuse`
+    uses_fused_ops = False  # set by `enable_fused_ops`
 
     def __init__(self, in_channels: int, channels: int, stride: int, config: BasicBlockConfig) -> None:
         super().__init__()
@@ -92,25 +92,24 @@ class BasicBlock(nn.Module):
         self.dropout = dropout_layer(config.dropout)
 
     def forward(self, x: Tensor | TensorPair) -> Tensor | TensorPair:
-        x, again = x if isinstance(x, tuple) else (x, x)
+        x, shortcut_input = x if isinstance(x, tuple) else (x, x)
         if self.uses_fused_ops and self.training:
             out, _ = norm_relu(self.pointwise1(self.conv1(x)), self.bn1)
-            return norm_relu(
-                self.pointwise2(self.conv2(out)), self.bn2, se_parameters(self.seblock), self.shortcut(again)
-            )
+            out = self.pointwise2(self.conv2(out))
+            return norm_relu(out, self.bn2, se_parameters(self.seblock), self.shortcut(shortcut_input))
         out = self.activation(self.bn1(self.pointwise1(self.conv1(x))))
         out = self.seblock(self.bn2(self.pointwise2(self.conv2(out))))
-        out = self.activation(out + self.shortcut(again))
+        out = self.activation(out + self.shortcut(shortcut_input))
         return self.dropout(out)
 
 
 class SEResNet(nn.Module):
-    """Stem, stages of basic blocks, mean over the pixels, linear; images [n, 3, H, W] -> logits [n, num_classes].
+    """Stem, stages of basic blocks, global average pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    On 32x32 images the mean equals the sources' average pool (8 after three stages, 4 after four); other sizes work.
+    For 32x32 images the pooling equals that of the published networks (8x8 after three stages, 4x4 after four).
     """
 
-    uses_fused_ops = False  # see `fuse`
+    uses_fused_ops = False  # set by `enable_fused_ops`
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class SEResNet(nn.Module):
         return self.linear(self.dropout(x.mean((2, 3))))
 
     def forward_stem(self, images: Tensor) -> Tensor | TensorPair:
-        """Images to the map of the first block."""
+        """Images [n, 3, H, W] to the input of the first block, [n, channels[0], H, W]."""
         x = self.conv1(images)
         if self.uses_fused_ops and self.training:
             return norm_relu(x, self.bn1)
@@ -162,14 +161,15 @@ def se_resnet(
     shortcut_kernel: int = 1,
     conv: str = "full",
 ) -> SEResNet:
-    """An SE-ResNet: `blocks[i]` basic blocks of `channels[i]` channels in stage i; all but the first halve the map.
+    """An SE-ResNet with `blocks[i]` basic blocks of `channels[i]` channels in stage i, with PyTorch's initialization.
 
-    se: `none`, `stem` (one after the stem) or `block` (in each block, before the addition), of C/se_reduction hidden
-    channels. width: multiplier of the channels, see `scaled`. dropout: probability in [0, 1), after every block and
-    before the linear layer, or only there (`dropout_at` "head"). kernel, shortcut_kernel: odd sizes of the convolutions
-    of the blocks and of the projections. conv: `full` or `separable` block convolutions. PyTorch's default
-    initialisation.
-    Raises UsageError for values that make no network. Source of the family: the published SEResNet68 (se68, se55).
+    Every stage but the first halves height and width.
+    se: `none`, `stem` (after the stem) or `block` (in every block, before the addition), with C / se_reduction hidden
+    channels. width: multiplier of all channels, see `scale_channels`. dropout: probability, at least 0 and below 1;
+    dropout_at: `all` (after every block and before the linear layer) or `head` (only before the linear layer). kernel,
+    shortcut_kernel: odd kernel sizes of the block convolutions and of the projection shortcuts. conv: `full` or
+    `separable` block convolutions.
+    Raises `UsageError` for invalid values. Source: the published SEResNet68 (se68, se55).
     """
     check_stages(blocks, channels)
     check_dropout(dropout)
@@ -178,7 +178,7 @@ def se_resnet(
     check_kernel_size("--shortcut-kernel", shortcut_kernel)
     in_stem, in_blocks = lookup(SE_PLACEMENTS, se, "SE placement")
     after_blocks, before_linear = lookup(DROPOUT_PLACEMENTS, dropout_at, "dropout placement")
-    style = BasicBlockConfig(
+    config = BasicBlockConfig(
         activation=lookup(ACTIVATIONS, activation, "activation"),
         dropout=dropout if after_blocks else 0.0,
         kernel=kernel,
@@ -190,22 +190,24 @@ def se_resnet(
         num_classes,
         blocks,
         scale_channels(channels, width),
-        style,
+        config,
         stem_se_reduction=se_reduction if in_stem else 0,
         dropout=dropout if before_linear else 0.0,
     )
 
 
 def enable_fused_ops(model: nn.Module) -> None:
-    """Has `model` train through `norm_relu`: in every block, and after the stem unless an SE follows its ReLU.
+    """Makes `model` use `norm_relu` in training mode: in every block, and after the stem unless the stem has an SE.
 
-    Keys, weights and evaluation stay as they are. Raises UsageError for what is no SE-ResNet of ReLUs without dropout
-    in its blocks.
+    State-dict keys, weights and evaluation mode do not change.
+    Raises `UsageError` unless `model` is an `SEResNet` with ReLU and without dropout in its blocks.
     """
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
-    fits = all(isinstance(block.activation, nn.ReLU) and isinstance(block.dropout, nn.Identity) for block in blocks)
-    if not (isinstance(model, SEResNet) and fits):
-        raise UsageError("--fused-ops is for SE-ResNets of ReLUs without dropout in their blocks", "leave it out")
+    supported = all(isinstance(b.activation, nn.ReLU) and isinstance(b.dropout, nn.Identity) for b in blocks)
+    if not (isinstance(model, SEResNet) and supported):
+        raise UsageError(
+            "--fused-ops supports only SE-ResNets with ReLU and no dropout in their blocks", "leave it out"
+        )
     for block in blocks:
         block.uses_fused_ops = True
     model.uses_fused_ops = isinstance(model.seblock, nn.Identity)
@@ -214,16 +216,21 @@ def enable_fused_ops(model: nn.Module) -> None:
 def block_conv(
     in_channels: int, channels: int, kernel: int, stride: int, separable: bool
 ) -> tuple[nn.Conv2d, nn.Conv2d | nn.Identity]:
-    """The convolution of a block, no bias, and what follows it: the pointwise half if separable, else nothing."""
+    """A convolution without bias, [n, in_channels, H, W] -> [n, channels, H/stride, W/stride], as two modules in order.
+
+    If separable, the depthwise and the pointwise convolution; otherwise the whole convolution and an identity.
+    """
     if not separable:
-        full = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
-        return full, nn.Identity()
+        return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False), nn.Identity()
     depthwise = nn.Conv2d(in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False)
     return depthwise, nn.Conv2d(in_channels, channels, 1, bias=False)
 
 
 def shortcut_layer(in_channels: int, channels: int, stride: int, kernel: int = 1) -> nn.Module:
-    """The shortcut: the identity, or conv + BN where the shape changes."""
+    """The shortcut of a block: an identity if the shape does not change, otherwise a convolution and a BatchNorm.
+
+    [n, in_channels, H, W] -> [n, channels, H/stride, W/stride].
+    """
     if stride == 1 and in_channels == channels:
         return nn.Identity()
     conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
@@ -231,50 +238,50 @@ def shortcut_layer(in_channels: int, channels: int, stride: int, kernel: int = 1
 
 
 def dropout_layer(probability: float) -> nn.Module:
-    """Dropout, or the identity at probability 0."""
+    """Dropout, or an identity for probability 0."""
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
 def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
-    """`channels` times `width`, each rounded to the nearest multiple of 8 (halves up), at least 8; at 1 just as given.
+    """`channels` times `width`, rounded to the nearest multiples of 8 (halves up), at least 8; unchanged for width 1.
 
-    Raises UsageError unless `width` is finite and positive.
+    Raises `UsageError` unless `width` is finite and positive.
     """
     if not (math.isfinite(width) and width > 0):
-        raise UsageError(f"a width of {width} makes no network", "give --width a positive number, such as 0.5")
+        raise UsageError(f"--width {width} is not a positive finite number", "give a positive number, such as 0.5")
     if width == 1:
         return tuple(channels)
     return tuple(max(8, 8 * math.floor(count * width / 8 + 0.5)) for count in channels)
 
 
 def check_stages(blocks: Sequence[int], channels: Sequence[int]) -> None:
-    """Raises UsageError unless there are two to five stages, each with a positive number of blocks and of channels."""
+    """Raises `UsageError` unless there are two to five stages with positive numbers of blocks and of channels."""
     if len(blocks) != len(channels):
         raise UsageError(
             f"{len(blocks)} stages of blocks but {len(channels)} of channels",
             "give --blocks and --channels one number for each stage",
         )
     if not 2 <= len(blocks) <= 5:
-        raise UsageError(f"{len(blocks)} stages do not fit 32x32 images", "give --blocks and --channels 2 to 5 numbers")
+        raise UsageError(f"{len(blocks)} stages: there must be 2 to 5", "give --blocks and --channels 2 to 5 numbers")
     for option, counts in (("--blocks", blocks), ("--channels", channels)):
         if min(counts) < 1:
-            given = ",".join(str(count) for count in counts)
-            raise UsageError(f"{option} {given} has a stage without any", "each number must be 1 or more")
+            values = ",".join(str(count) for count in counts)
+            raise UsageError(f"{option} {values} contains a number below 1", "each number must be 1 or more")
 
 
 def check_dropout(probability: float) -> None:
-    """Raises UsageError unless `probability` is in [0, 1)."""
+    """Raises `UsageError` unless `probability` is at least 0 and below 1."""
     if not 0 <= probability < 1:
-        raise UsageError(f"--dropout {probability} is no probability below 1", "give a number in [0, 1)")
+        raise UsageError(f"--dropout {probability} is out of range", "give a probability of at least 0 and below 1")
 
 
 def check_se_reduction(reduction: int) -> None:
-    """Raises UsageError unless the hidden layer keeps a channel: `reduction` is 1 or more."""
+    """Raises `UsageError` unless `reduction` is 1 or more."""
     if reduction < 1:
-        raise UsageError(f"--se-reduction {reduction} divides no channels", "give 1 or more")
+        raise UsageError(f"--se-reduction {reduction} is out of range", "give 1 or more")
 
 
 def check_kernel_size(option: str, size: int) -> None:
-    """Raises UsageError unless the kernel `size` of the command-line `option` is odd and positive."""
+    """Raises `UsageError` unless `size`, the value of the command-line `option`, is odd and positive."""
     if size < 1 or size % 2 == 0:
-        raise UsageError(f"{option} {size} has no centre pixel", "give an odd number, such as 3")
+        raise UsageError(f"{option} {size} is not a positive odd number", "give an odd number, such as 3")

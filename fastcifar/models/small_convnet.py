@@ -1,8 +1,8 @@
-"""Networks for short schedules: plain convolutions that pool early, so that little is computed at full resolution.
+"""Networks for short schedules: convolutions without shortcuts that pool early, to compute little at full resolution.
 
-On a CPU the memory-bound work at 32x32 pixels (BatchNorm, activations) costs as much as the convolutions there; a
-narrow stem and a pool inside the first convolution of each stage leave most of the work where the maps are small.
-No shortcut, no branch on the data; channels_last throughout. Training recipes belong to recipes/*.toml.
+On a CPU the memory-bound operations at 32x32 pixels (BatchNorm, activations) take as long as the convolutions. With a
+narrow stem, and max pooling directly after the first convolution of each stage, most operations are on small feature
+maps. Forward passes keep channels_last and have no data-dependent control flow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastcifar.models.resnet import ACTIVATIONS, check_dropout, check_stages, dr
 
 
 class ConvBlock(nn.Module):
-    """conv3x3, [max pool 2], BN, act; [n, C_in, H, W] -> [n, C, H, W], or half of both with `pool`."""
+    """conv3x3, [2x2 max pooling], BN, act; [n, C_in, H, W] -> [n, C, H, W], or [n, C, H/2, W/2] with `pool`."""
 
     def __init__(self, in_channels: int, channels: int, activation: Callable[[], nn.Module], pool: bool) -> None:
         super().__init__()
@@ -30,16 +30,16 @@ class ConvBlock(nn.Module):
 
 
 def global_max_pool(x: Tensor) -> Tensor:
-    """The maximum over the pixels, [n, C, H, W] -> [n, C].
+    """Global max pooling, [n, C, H, W] -> [n, C].
 
-    By its index: `amax` goes back to whatever equals the maximum, and a compiled backward pass, which computes a bf16
-    activation anew in float32, finds nothing that does and divides by 0.
+    It uses `max`, whose backward pass goes through the index of the maximum. That of `amax` compares the input with the
+    maximum; a compiled backward pass recomputes a bf16 activation in float32, finds no equal element and divides by 0.
     """
     return x.flatten(2).max(2).values
 
 
 class SmallConvNet(nn.Module):
-    """Stem, stages that each pool once, maximum over the pixels, linear; images [n, 3, H, W] -> [n, num_classes]."""
+    """Stem, stages that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes]."""
 
     def __init__(
         self,
@@ -75,10 +75,11 @@ def small_convnet(
     dropout: float = 0.0,
     activation: str = "relu",
 ) -> SmallConvNet:
-    """`blocks[i]` convolutions of `channels[i]` channels in stage i, the first of which halves the map.
+    """A network with `blocks[i]` convolutions of `channels[i]` channels in stage i; the first halves height and width.
 
-    stem: channels of the full-resolution convolution. width: multiplier of all channels, see `resnet.scaled`. dropout:
-    probability in [0, 1) before the linear layer. Raises UsageError for values that make no network.
+    stem_channels: channels of the stem, which has full resolution. width: multiplier of all channels, see
+    `scale_channels`. dropout: probability before the linear layer, at least 0 and below 1.
+    Raises `UsageError` for invalid values.
     """
     check_stages(blocks, channels)
     check_dropout(dropout)
