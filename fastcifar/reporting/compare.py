@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation import prediction_files
+from fastcifar.format import format_percent
 from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
 
@@ -60,10 +61,6 @@ def key_value_table(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def format_percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def prediction_comparison_table(result: dict[str, Any]) -> Group:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def read_event_lines(path: Path, epochs_done: int) -> list[str]:
             return None
 
     return [line for line in _read_lines(path) if _is_valid_row(parsed(line), epochs_done, ("epoch",))]
+
+
+def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
+    """A cell of metrics.csv or a value of a JSON document as a float; None unless its absolute value is below `limit`.
+
+    NaN, infinity and whatever is not a number are None.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) < limit else None
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
+from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.checkpoint import write_atomically
@@ -95,7 +96,7 @@ class Run:
 
         Errors: `DiskError` when the folder cannot be made or written: before training, not after.
         """
-        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
             folder, held = _create_unique_folder(wanted)
@@ -338,7 +339,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 def _launch_info(recipe: Recipe) -> dict[str, Any]:
     return {
         "command": sys.argv,
-        "started": time.strftime("%FT%TZ", time.gmtime()),
+        "started": format_timestamp(),
         **collect_environment(recipe.device),
     }
 
