@@ -39,8 +39,8 @@ def format_short_number(value: float | None) -> str:
 
 def format_mean_std(mean: float, std: float | None, digits: int = 2, scale: float = 1) -> str:
     """`scale` times a mean and its standard deviation: `93.99 ± 0.12`; the mean alone if `std` is None."""
-    spread = "" if std is None else f" ± {format_decimal(std, digits, scale)}"
-    return f"{format_decimal(mean, digits, scale)}{spread}"
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
 
 
 def format_memory(num_bytes: float) -> str:
