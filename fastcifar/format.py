@@ -80,6 +80,11 @@ def format_option_value(value: Any, missing: str = MISSING) -> str:
     return missing if value is None else one_line(value)
 
 
+def format_options(options: Mapping[str, Any], separator: str = ", ") -> str:
+    """Options with their values: `arch=se68, blocks=4,4,3`."""
+    return separator.join(f"{name}={format_option_value(value)}" for name, value in options.items())
+
+
 def format_differences(
     before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str], format_name: Callable[[str], str] = str
 ) -> str:

@@ -27,6 +27,7 @@ from fastcifar.format import (
     format_mean_std,
     format_memory,
     format_option_value,
+    format_options,
     format_percent,
     format_short_number,
     format_timestamp,
@@ -130,6 +131,13 @@ def test_an_option_that_is_not_set_can_be_named() -> None:
 @given(st.floats(allow_nan=False))
 def test_two_numbers_never_have_one_text(value: float) -> None:
     assert float(format_option_value(value)) == value
+
+
+def test_options_are_listed_with_their_values() -> None:
+    options = {"arch": "se68", "blocks": (4, 4, 3), "bias_decay": False}
+    assert format_options(options) == "arch=se68, blocks=4,4,3, bias_decay=off"
+    assert format_options(options, separator=" ") == "arch=se68 blocks=4,4,3 bias_decay=off"
+    assert format_options({}) == ""
 
 
 def test_differences_name_what_is_expected_and_what_was_found() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastcifar.format import format_option_value
+from fastcifar.format import format_options
 from fastcifar.recipe import OUTPUT_OPTIONS
 from fastcifar.reporting.records import RunRecord
 
@@ -167,11 +167,10 @@ def varying_options(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _disambiguated_name(row: RunGroup, groups: Sequence[RunGroup]) -> str:
-    """The row's name and the knobs that tell it from the rows of that name, where there are any."""
-    known = [
-        (knob, row.options.get(knob)) for knob in varying_options([other for other in groups if other.name == row.name])
-    ]
-    return " ".join([row.name, *(f"{knob}={format_option_value(value)}" for knob, value in known if value is not None)])
+    """The row's name with the options that distinguish it from the other rows of that name, if there are any."""
+    names = varying_options([other for other in groups if other.name == row.name])
+    options = {name: row.options[name] for name in names if row.options.get(name) is not None}
+    return " ".join(filter(None, (row.name, format_options(options, separator=" "))))
 
 
 def _run_accuracy(record: RunRecord, split: str) -> float | None:
