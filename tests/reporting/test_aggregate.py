@@ -20,9 +20,8 @@ def test_mean_std_and_standard_error_are_those_of_numpy() -> None:
 
 
 def test_a_single_value_has_no_deviation() -> None:
-    found = MeanStd.from_values([0.5])
-    assert found == MeanStd(mean=0.5, std=None, n=1)
-    assert found.standard_error is None
+    assert MeanStd.from_values([0.5]) == MeanStd(mean=0.5, std=None, n=1)
+    assert MeanStd(mean=0.5, std=None, n=1).standard_error is None
 
 
 def test_there_is_no_mean_where_a_value_is_missing() -> None:
