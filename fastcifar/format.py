@@ -31,7 +31,7 @@ def format_count(count: float | None) -> str:
 
 
 def format_short_number(value: float | None) -> str:
-    """A measurement, such as images/s, with three significant digits below 100 and none after the point from there."""
+    """A measurement, such as images/s: three significant digits below 100, a whole number from 100 on."""
     if value is None:
         return MISSING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
