@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import results_folder
+
+from fastcifar.reporting.aggregate import MeanStd
 
 FIGURES = ("test_acc", "test_acc_ema", "test_loss", "val_acc", "images_per_s")
 
@@ -41,9 +42,8 @@ def summary(what: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     out["train_flops"] = 6 * first["macs"] * first["images_trained"]
     for name in FIGURES:
         values = [trial[name] for trial in trials]
-        if None not in values:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            out[name] = {"mean": statistics.fmean(values), "std": deviation, "trials": values}
+        if spread := MeanStd.from_values(values):
+            out[name] = {"mean": spread.mean, "std": spread.std, "trials": values}
     out["seconds_total"] = [trial["seconds"]["total"] for trial in trials]
     return out
 

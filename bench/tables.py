@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastcifar.format import MISSING, format_mean_std, format_percent
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
@@ -30,11 +32,10 @@ def accuracy() -> str:
     rows = []
     for folder, summary, environment in recorded("test_acc"):
         tested = summary["test_acc"]
-        spread = "" if tested["std"] is None else f" ± {100 * tested['std']:.2f}"
         seconds = summary["seconds_total"]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {summary['epochs']} | {summary['n']} "
-            f"| {100 * tested['mean']:.2f}{spread} % | {', '.join(f'{100 * value:.2f}' for value in tested['trials'])} "
+            f"| {mean_and_std(tested, 100, 2, ' %')} | {', '.join(f'{100 * value:.2f}' for value in tested['trials'])} "
             f"| {summary['train_flops'] / 1e15:.3f} | {min(seconds):.0f}-{max(seconds):.0f} "
             f"| {environment['device']}, {summary['precision']} | `{folder.name}` |"
         )
@@ -138,7 +139,7 @@ def airbench() -> str:
             ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
             own = found["own_s"]
             rows.append(
-                f"| `{script}` | {len(found['accuracy'])} | {100 * statistics.fmean(found['accuracy']):.2f} % "
+                f"| `{script}` | {len(found['accuracy'])} | {format_percent(statistics.fmean(found['accuracy']))} "
                 f"| {f'{statistics.fmean(own):.2f}' if own else '-'} | {' | '.join(ours)} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
@@ -161,8 +162,8 @@ def speedruns() -> str:
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
-            f"| {plain} | {views} | {100 * best['share']:.0f} % | {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
-            f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
+            f"| {plain} | {views} | {format_percent(best['share'], 0)} | {mean_and_std(summary['seconds'], 1, 1)} "
+            f"| {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
 
@@ -182,7 +183,7 @@ def pairs() -> str:
             flops = "-" if None in found["flops"] else f"{statistics.fmean(found['flops']) / 1e15:.4f}"
             rows.append(
                 f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
-                f"| {100 * summary['mean_acc_tta'][side]:.2f} % | {100 * summary['mean_acc'][side]:.2f} % "
+                f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
                 f"| {statistics.fmean(found['seconds']):.1f} "
                 f"| {', '.join(f'{value:.1f}' for value in found['seconds'])} | {ratio} | {flops} "
                 f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
@@ -192,10 +193,7 @@ def pairs() -> str:
 
 def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
     """`93.99 ± 0.12 %`, without the deviation where there was one run, or a dash where nothing was measured."""
-    if figure is None:
-        return "-"
-    spread = "" if figure["std"] is None else f" ± {unit * figure['std']:.{decimals}f}"
-    return f"{unit * figure['mean']:.{decimals}f}{spread}{sign}"
+    return f"{format_mean_std(figure['mean'], figure['std'], decimals, unit)}{sign}" if figure else MISSING
 
 
 def faults() -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcifar._version import __version__
 from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
+from fastcifar.format import format_option_value, format_timestamp
 from fastcifar.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ExecutionPlan:
     def format_lines(self) -> list[str]:
         """`device: cpu (no CUDA device is visible)`, a line for each knob."""
         values = {name: getattr(self, name) for name in ("device", "precision", "loader", "compile", "cuda_graph")}
-        return [f"{name}: {_format_setting(value)} ({self.reasons[name]})" for name, value in values.items()]
+        return [f"{name}: {format_option_value(value)} ({self.reasons[name]})" for name, value in values.items()]
 
 
 def choose_execution(recipe: Recipe) -> ExecutionPlan:
@@ -267,7 +268,7 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
 def result_folder_name(device: str, label: str) -> str:
     """The name of a result's folder, <UTC>_<device>_<what>. `device`: in words."""
     spelt = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}_{spelt}_{label}"
+    return f"{format_timestamp(for_file_name=True)}_{spelt}_{label}"
 
 
 def collect_environment(device: str) -> dict[str, Any]:
@@ -336,7 +337,3 @@ def collect_diagnostics(recipe: Recipe) -> dict[str, Any]:
     except (DeviceError, UsageError) as error:
         choice = {"chosen": [], "error": str(error)}
     return {**collect_environment(recipe.device), "imports": imports, **choice}
-
-
-def _format_setting(value: Any) -> str:
-    return ("off", "on")[value] if isinstance(value, bool) else str(value)

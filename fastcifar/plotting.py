@@ -19,6 +19,7 @@ import numpy as np
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import write_atomically
+from fastcifar.format import format_count, format_short_number
 
 MATPLOTLIB_REMEDY = "pip install 'matplotlib>=3.9'"
 DPI = 150
@@ -259,16 +260,6 @@ def plot_fraction_heatmap(path: Path, title: str, rows: Mapping[str, Mapping[str
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     _save_figure(figure, path)
-
-
-def format_count(count: float) -> str:
-    """A count, or a mean of counts to one decimal."""
-    return f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
-
-
-def format_short_number(value: float) -> str:
-    """A figure to read: whole from a hundred on, three digits below."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def require_png(path: Path) -> None:

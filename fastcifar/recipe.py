@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fastcifar.errors import UsageError, suggest_name
 from fastcifar.files import load_toml
+from fastcifar.format import format_toml_value, option_flag
 from fastcifar.renamed import renaming_remedy, upgrade_options
 
 
@@ -295,11 +296,6 @@ def section_fields(name: str) -> tuple[str, ...]:
     return tuple(fields[fields.index(starts[first]) : end])
 
 
-def option_flag(name: str) -> str:
-    """A field's name as the command line spells it: `batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")
-
-
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package: name -> TOML file."""
     folder = Path(str(resources.files("fastcifar"))) / "recipes"
@@ -328,12 +324,3 @@ def _format_validation_error(problem: Any) -> str:
         return message
     name = option_flag(str(problem["loc"][0]))
     return f"{name} {message} (got {problem['input']!r})"
-
-
-def format_toml_value(value: Any) -> str:
-    """A value in TOML's spelling: JSON's, but that TOML has no surrogate pairs and escapes DEL."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {format_toml_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(format_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -11,6 +11,8 @@ import tomllib
 from importlib import resources
 from typing import Any
 
+from fastcifar.format import option_flag
+
 
 @functools.cache
 def renamed_options(command: str = "") -> dict[str, list[str]]:
@@ -23,7 +25,7 @@ def renamed_options(command: str = "") -> dict[str, list[str]]:
 def renaming_remedy(name: str, command: str = "") -> str:
     """What to write instead of the option `name`, as flags; "" if it was never renamed."""
     new_names = renamed_options(command).get(name, [])
-    return f"it was renamed: use {' or '.join(map(_flag, new_names))}" if new_names else ""
+    return f"it was renamed: use {' or '.join(map(option_flag, new_names))}" if new_names else ""
 
 
 def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +49,3 @@ def _upgrade_save_every(value: str) -> dict[str, int]:
     """`500s`, every 500 steps and not at the ends of epochs, or `1e`, every epoch."""
     count = int(value[:-1]) if value[:-1].isdigit() else 1
     return {"save_every_epochs": 0, "save_every_steps": count} if value.endswith("s") else {"save_every_epochs": count}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
+from fastcifar.format import option_flag
 from fastcifar.recipe import (
     SECTION_FIRST_FIELDS,
     Recipe,
     load_recipe_values,
-    option_flag,
     section_fields,
     shipped_recipes,
 )

@@ -38,8 +38,9 @@ from fastcifar.device import (
     process_times,
 )
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
-from fastcifar.plotting import format_short_number
+from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
+from fastcifar.reporting.benchmark_tables import setting_texts
 from fastcifar.training.build import build_trainer
 from fastcifar.training.progress import print_lines
 from fastcifar.training.rng_state import preserve_state
@@ -259,8 +260,9 @@ def compute_utilization(row: dict[str, Any], rooflines: dict[str, dict[str, floa
 
 
 def format_bench_row(row: dict[str, Any]) -> str:
-    """A row as progress: `step (se68, 128): 170 images/s`."""
-    about = ", ".join(str(row[name]) for name in ("arch", "batch_size", "conv", "direction") if name in row)
+    """A row as progress: `step (se68, batch 128): 170 images/s`."""
+    texts = setting_texts(row)
+    about = ", ".join(texts[name] for name in ("arch", "batch_size", "conv", "direction") if name in texts)
     return f"{row['what']} ({about}): {format_short_number(row['images_per_s'])} images/s"
 
 

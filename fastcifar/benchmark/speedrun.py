@@ -23,8 +23,9 @@ from fastcifar.benchmark.bench import synchronize
 from fastcifar.benchmark.speedrun_results import SpeedrunResults
 from fastcifar.device import choose_execution, collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
+from fastcifar.format import format_percent, option_flag
 from fastcifar.models import count_macs, count_parameters
-from fastcifar.recipe import Recipe, option_flag
+from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.build import build_trainer, model_from_recipe
 from fastcifar.training.distributed import is_distributed_launch
@@ -262,6 +263,6 @@ def process_uptime_s() -> float | None:
 
 def format_trial(trial: Mapping[str, Any]) -> str:
     """A trial as progress."""
-    tta = "" if trial["acc_tta"] is None else f", {100 * trial['acc_tta']:.2f} % with test-time augmentation"
+    tta = "" if trial["acc_tta"] is None else f", {format_percent(trial['acc_tta'])} with test-time augmentation"
     why = f" (does not count: {trial['refused']})" if trial["refused"] else ""
-    return f"seed {trial['seed']}: {100 * trial['acc']:.2f} %{tta}, {trial['seconds']:.1f} s{why}"
+    return f"seed {trial['seed']}: {format_percent(trial['acc'])}{tta}, {trial['seconds']:.1f} s{why}"

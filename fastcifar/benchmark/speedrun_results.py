@@ -6,9 +6,6 @@ A trial is on the disk as soon as it ends, and the summary is made anew from all
 from __future__ import annotations
 
 import json
-import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,9 @@ from typing import Any
 from fastcifar.device import result_folder_name
 from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.files import FolderLock, lock_folder, parse_json_object, write_atomically
+from fastcifar.format import format_differences, format_timestamp
 from fastcifar.recipe import Recipe
+from fastcifar.reporting.aggregate import MeanStd
 
 TRIAL_METRICS = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
 UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that no second depends on
@@ -105,12 +104,12 @@ class SpeedrunResults:
         mine, other = ({**defaults, **of, **of["config"], "config": None} for of in (self.document, document))
         differing = [key for key in other if other[key] != mine.get(key)]
         if differing:
-            listed = ", ".join(f"{key} {mine.get(key)}, not {other[key]}" for key in differing)
+            listed = format_differences(mine, other, differing)
             raise UsageError(f"{self.folder} is of another recipe: {listed}", "give --out for a result of its own")
         then, now = timing_environment(self.environment), timing_environment(environment)
         differing = [name for name in then if name in now and then[name] != now[name]]
         if differing:
-            listed = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
+            listed = format_differences(then, now, differing)
             raise UsageError(f"{self.folder} is of another clock: {listed}", "give --out for a result of its own")
         there = {trial["seed"] for trial in self.trials} & set(seeds)
         if there:
@@ -153,7 +152,7 @@ class SpeedrunResults:
         }
 
     def _write_all(self, environment: dict[str, Any]) -> None:
-        now = {**environment, "started": time.strftime("%FT%TZ", time.gmtime())}
+        now = {**environment, "started": format_timestamp()}
         files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.run_stats}}
         if not (self.folder / "env.json").exists():
             files["env.json"] = now
@@ -176,16 +175,14 @@ def timing_environment(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_statistics(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """`mean`, `std` (of a sample), `stderr` of the mean and the values as `trials`; None where one is missing.
+    """`mean`, sample standard deviation `std`, standard error of the mean `stderr` and the values as `trials`.
 
-    One value has no deviation.
+    None if there are no values, or if one is None. A single value has no deviation and no standard error.
     """
-    found = [value for value in values if value is not None]
-    if not found or len(found) < len(values):
+    found = MeanStd.from_values(values)
+    if found is None:
         return None
-    std = statistics.stdev(found) if len(found) > 1 else None
-    stderr = None if std is None else std / math.sqrt(len(found))
-    return {"mean": statistics.fmean(found), "std": std, "stderr": stderr, "trials": found}
+    return {"mean": found.mean, "std": found.std, "stderr": found.standard_error, "trials": list(values)}
 
 
 def _parse_trial(line: str) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, option_flag, section_fields
+from fastcifar.format import format_option_value, option_flag
+from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
@@ -43,8 +44,8 @@ def _option_parameter(name: str) -> inspect.Parameter:
     field, spelling = Recipe.model_fields[name], option_flag(name)
     panel = next(title for title in SECTION_FIRST_FIELDS if name in section_fields(title)).capitalize()
     boolean = bool in (field.annotation, *typing.get_args(field.annotation))
-    shown_default = "on" if field.default is True else field.default
-    default = "" if field.default in (None, False) or name == "optimizer_arg" else f" \\[default: {shown_default}]"
+    has_default = field.default not in (None, False) and name != "optimizer_arg"
+    default = f" \\[default: {format_option_value(field.default)}]" if has_default else ""
     if boolean and field.default is not False:
         spelling = f"{spelling}/--no-{name.replace('_', '-')}"
     shown = {"help": f"{field.description}{default}", "rich_help_panel": panel, "show_default": False}

@@ -10,18 +10,23 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from fastcifar.reporting.compare import format_percent, key_value_table
+from fastcifar.format import (
+    format_decimal,
+    format_memory,
+    format_option_value,
+    format_percent,
+    format_short_number,
+    key_value_table,
+)
 
 MAX_CLASS_ROWS = 10  # in the table of scores
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """The main results of a run. `summary`: the document in summary.json."""
-    seconds = summary["seconds"]
-    spent = "  ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     rows = {
         "run": summary["run"],
-        "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:.1f} M MACs",
+        "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:,.2f} M MACs",
         "test accuracy": f"{format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
         f"weights {summary['eval_weights']})",
         "  averaged weights": format_percent(summary["test_acc_ema"]),
@@ -30,9 +35,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "validation accuracy": f"{format_percent(summary['val_acc'])}, best {format_percent(summary['best_val_acc'])}",
         "hardest class": _format_hardest_class(summary["per_class"]),
         "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
-        "images/s in training": f"{summary['images_per_s']:,.0f}",
-        "seconds": spent,
-        "peak memory": _format_gib(summary["peak_memory_bytes"]),
+        "images/s in training": format_short_number(summary["images_per_s"]),
+        "seconds": _phase_seconds(summary["seconds"]),
+        "peak memory": format_memory(summary["peak_memory_bytes"]),
     }
     return key_value_table("", rows)
 
@@ -51,13 +56,12 @@ def export_table(result: dict[str, Any]) -> Table:
 
 def dry_run_table(result: dict[str, Any]) -> Table:
     """The estimates of `fastcifar train --dry-run`. `result`: as `dry_run` returns it."""
-    seconds = "  ".join(f"{phase} {value:,.0f}" for phase, value in result["seconds"].items())
     rows = {
         **dict(line.split(": ", 1) for line in result["chosen"]),
         "epochs, steps": f"{result['epochs']}, {result['steps']:,}",
-        "images/s in training": f"{result['images_per_s']:,.0f}",
-        "expected seconds": seconds,
-        "peak memory": _format_gib(result["peak_memory_bytes"]),
+        "images/s in training": format_short_number(result["images_per_s"]),
+        "expected seconds": _phase_seconds(result["seconds"]),
+        "peak memory": format_memory(result["peak_memory_bytes"]),
         "written": "nothing",
     }
     return key_value_table("", rows)
@@ -126,7 +130,8 @@ def predictions_table(result: dict[str, Any]) -> Table:
         f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in result["members"]
     ]
     first = result["members"][0]
-    seconds = result["seconds"]
+    compiled, cuda_graph = (format_option_value(first[name]) for name in ("compiled", "cuda_graph"))
+    speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
     return key_value_table(
         "",
@@ -134,10 +139,8 @@ def predictions_table(result: dict[str, Any]) -> Table:
             "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
             "by": "\n".join(members),
             "test-time augmentation": result["tta"],
-            "measured with": f"{first['precision']} on {first['device']}, compile {_format_on_off(first['compiled'])}, "
-            f"CUDA graph {_format_on_off(first['cuda_graph'])}",
-            "images/s": f"{result['images_per_s']:,.0f}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s "
-            "to prepare)",
+            "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
+            "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s to prepare)",
             "labels": counts,
             "mean confidence": format_percent(result["confidence"]),
             "written": ", ".join(str(result[name]) for name in ("out", "show") if result[name]),
@@ -219,12 +222,9 @@ def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
     return {} if accuracy is None else {f"  over views, {tta}": format_percent(accuracy)}
 
 
-def _format_on_off(value: bool) -> str:
-    return "on" if value else "off"
-
-
-def _format_gib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+def _phase_seconds(seconds: dict[str, float]) -> str:
+    """`setup 3  compile 41  train 612`."""
+    return "  ".join(f"{phase} {format_decimal(value, 0)}" for phase, value in seconds.items())
 
 
 def _format_hardest_class(per_class: dict[str, float | None]) -> str:

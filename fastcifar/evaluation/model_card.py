@@ -15,6 +15,7 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.evaluation.load_run import LoadedRun
 from fastcifar.files import write_atomically
+from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import section_fields
 from fastcifar.training.run_dir import read_summary
@@ -96,7 +97,7 @@ def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
         return [f"- not measured with this normalisation, only with `{known}`; see `fastcifar eval`"]
     right = f"{summary['correct']:,} of {summary['total']:,}"
     return [
-        f"- test accuracy {100 * summary['test_acc']:.2f} %, {right}, n = 1 seed",
+        f"- test accuracy {format_percent(summary['test_acc'])}, {right}, n = 1 seed",
         f"- test loss {summary['test_loss']:.4f} nats, expected calibration error {summary['ece']:.4f} (15 bins)",
         f"- complete: {'yes' if summary['complete'] else 'no'}, stopped by {summary['stop_reason']}",
     ]

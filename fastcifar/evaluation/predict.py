@@ -25,6 +25,7 @@ from fastcifar.data.predict_inputs import InputImages
 from fastcifar.errors import CheckpointError, NonFiniteError, UsageError
 from fastcifar.evaluation import prediction_files
 from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.format import format_percent
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, VIEWS, predict_logits
 
 IMAGES_PER_CHUNK = 4 * EVAL_BATCH_SIZE  # images between two looks at the bar
@@ -141,12 +142,12 @@ def _describe_member(member: LoadedRun) -> dict[str, Any]:
 
 def _plot_predictions(path: Path, input_images: InputImages, probabilities: np.ndarray, classes: list[str]) -> None:
     """Images evenly spaced through the input with their labels and confidences; what is known to be wrong in red."""
-    count, labels = len(input_images.ids), probabilities.argmax(1)
+    count, labels, confidences = len(input_images.ids), probabilities.argmax(1), probabilities.max(1)
     places = np.unique(np.linspace(0, count - 1, min(count, MAX_PLOTTED_IMAGES)).round().astype(np.int64))
     truth = labels if input_images.labels is None else input_images.labels
     wrong = [bool(labels[place] != truth[place]) for place in places]
     captions = [
-        f"{classes[labels[place]]} {100 * probabilities[place, labels[place]]:.0f} %"
+        f"{classes[labels[place]]} {format_percent(confidences[place], 0)}"
         + (f"\nnot {classes[truth[place]]}" if mark else "")
         for place, mark in zip(places, wrong, strict=True)
     ]

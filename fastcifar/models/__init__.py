@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from fastcifar.errors import UsageError, lookup
+from fastcifar.format import option_flag
 from fastcifar.models.airbench_net import airbench_net
 from fastcifar.models.coconut import bottleneck_resnet
 from fastcifar.models.count import count_macs, count_parameters, layer_table
 from fastcifar.models.resnet import ACTIVATIONS, enable_fused_ops, se_resnet
 from fastcifar.models.small_convnet import small_convnet
-from fastcifar.recipe import option_flag, section_fields
+from fastcifar.recipe import section_fields
 
 __all__ = [
     "ACTIVATIONS",

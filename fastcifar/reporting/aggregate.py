@@ -6,6 +6,7 @@ Only finished runs are averaged; the others are counted and named. Pure: nothing
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from fastcifar.format import format_options
 from fastcifar.recipe import OUTPUT_OPTIONS
-from fastcifar.reporting.records import RunRecord, format_value
+from fastcifar.reporting.records import RunRecord
 
 MetricRow = dict[str, float | None]
 TEST_SPLIT, VALIDATION_SPLIT = "test", "validation"
@@ -22,18 +24,24 @@ TEST_SPLIT, VALIDATION_SPLIT = "test", "validation"
 
 @dataclass(frozen=True)
 class MeanStd:
-    """A mean over `n` values and their sample standard deviation, None of a single one."""
+    """A mean over `n` values and their sample standard deviation, None of a single value."""
 
     mean: float
     std: float | None
     n: int
 
     @classmethod
-    def from_values(cls, values: Sequence[float]) -> MeanStd | None:
-        """None of no values."""
-        if not values:
+    def from_values(cls, values: Sequence[float | None]) -> MeanStd | None:
+        """None if there are no values, or if one of them is None."""
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
             return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+    @property
+    def standard_error(self) -> float | None:
+        """The standard error of the mean, None of a single value."""
+        return None if self.std is None else self.std / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,13 @@ class RunGroup:
 
     def accuracy(self, split: str) -> MeanStd | None:
         """Of the weights that the recipe names, on TEST or VALIDATION; None unless all finished runs were measured."""
-        found = [_run_accuracy(record, split) for record in self.finished_runs]
-        return MeanStd.from_values([value for value in found if value is not None]) if None not in found else None
+        return MeanStd.from_values([_run_accuracy(record, split) for record in self.finished_runs])
 
     @cached_property
     def total_seconds(self) -> MeanStd | None:
         """Start to end; None unless all finished runs say so and ran on one kind of device."""
         found = [record.summary.seconds.get("total") for record in self.finished_runs if record.summary]
-        if None in found or len(self.devices) > 1:
-            return None
-        return MeanStd.from_values([value for value in found if value is not None])
+        return MeanStd.from_values(found) if len(self.devices) <= 1 else None
 
     @cached_property
     def devices(self) -> list[str]:
@@ -119,8 +124,8 @@ class RunGroup:
         found = [record.summary.per_class for record in self.finished_runs if record.summary]
         if not found or any(list(classes) != list(found[0]) for classes in found):
             return {}
-        columns = {name: [classes[name] for classes in found] for name in found[0]}
-        return {name: statistics.fmean(values) for name, values in columns.items() if None not in values}  # type: ignore[type-var]
+        spreads = {name: MeanStd.from_values([classes[name] for classes in found]) for name in found[0]}
+        return {name: spread.mean for name, spread in spreads.items() if spread}
 
     def curve(self, column: str) -> MetricCurve | None:
         """`column` over the epochs that all runs drawn have: a mean over ever fewer runs would bend where one ends."""
@@ -162,11 +167,10 @@ def varying_options(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _disambiguated_name(row: RunGroup, groups: Sequence[RunGroup]) -> str:
-    """The row's name and the knobs that tell it from the rows of that name, where there are any."""
-    known = [
-        (knob, row.options.get(knob)) for knob in varying_options([other for other in groups if other.name == row.name])
-    ]
-    return " ".join([row.name, *(f"{knob}={format_value(value)}" for knob, value in known if value is not None)])
+    """The row's name with the options that distinguish it from the other rows of that name, if there are any."""
+    names = varying_options([other for other in groups if other.name == row.name])
+    options = {name: row.options[name] for name in names if row.options.get(name) is not None}
+    return " ".join(filter(None, (row.name, format_options(options, separator=" "))))
 
 
 def _run_accuracy(record: RunRecord, split: str) -> float | None:

@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.files import parse_json_object
-from fastcifar.plotting import BarPanel, format_short_number
+from fastcifar.format import format_decimal, format_option_value, format_percent, format_short_number
+from fastcifar.plotting import BarPanel
 
 BenchmarkRow = dict[str, Any]
 
@@ -20,11 +21,11 @@ BenchmarkRow = dict[str, Any]
 SETTING_NAMES = ("arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction")
 
 
-def format_settings(row: BenchmarkRow) -> dict[str, str]:
-    """A row's settings in words, by name; compile and graph are one, the mode."""
+def setting_texts(row: BenchmarkRow) -> dict[str, str]:
+    """The settings of a row as text, by name; `compiled` and `cuda_graph` together are the mode."""
     mode = "captured" if row.get("cuda_graph") else "compiled" if row.get("compiled") else "eager"
     known = row | ({"mode": mode} if "compiled" in row else {})
-    words = {name: str(known[name]) for name in SETTING_NAMES if name in known}
+    words = {name: format_option_value(known[name]) for name in SETTING_NAMES if name in known}
     if "batch_size" in words:
         words["batch_size"] = f"batch {words['batch_size']}"
     if "direction" in words:
@@ -34,7 +35,7 @@ def format_settings(row: BenchmarkRow) -> dict[str, str]:
 
 def label_rows(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, str]]:
     """For each row the settings that tell it from others of its kind, and the settings that all share, by name."""
-    words = [format_settings(row) for row in rows]
+    words = [setting_texts(row) for row in rows]
     values = {name: {word[name] for word in words if name in word} for name in SETTING_NAMES}
     found = []
     for row, word in zip(rows, words, strict=True):
@@ -54,7 +55,7 @@ def bench_table(document: dict[str, Any]) -> Group:
         table.add_row(
             " ".join(filter(None, (row["what"], label))),
             *map(format_short_number, (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
-            f"{row['cpu_us_per_image']:,.1f}",
+            format_decimal(row["cpu_us_per_image"], 1),
             *_format_device_cells(row),
         )
     return Group(*describe_setup(document, shared), table)
@@ -86,9 +87,7 @@ def bench_panels(document: dict[str, Any]) -> tuple[str, list[BarPanel]]:
         panels.append(
             BarPanel(
                 title=f"{what}: {'TFLOP/s' if what == 'conv' else 'images/s'}",
-                groups=[
-                    row["direction"] if what == "conv" else format_settings(row).get("mode", "") for row, _ in mine
-                ],
+                groups=[row["direction"] if what == "conv" else setting_texts(row).get("mode", "") for row, _ in mine],
                 labels=[label or row.get("arch", row.get("loader", "")) for row, label in mine],
                 medians=[row["images_per_s"] * unit for (row, _), unit in zip(mine, scale, strict=True)],
                 trials=[[speed * unit for speed in row["trials"]] for (row, _), unit in zip(mine, scale, strict=True)],
@@ -99,14 +98,14 @@ def bench_panels(document: dict[str, Any]) -> tuple[str, list[BarPanel]]:
 
 
 def _bar_notes(row: BenchmarkRow) -> list[str]:
-    shown = {"latency_ms": "{:.2f} ms", "mfu": "{:.0%} of peak"}
-    return [text.format(row[name]) for name, text in shown.items() if name in row]
+    latency = [f"{format_decimal(row['latency_ms'], 2)} ms"] if "latency_ms" in row else []
+    return [*latency, *([f"{format_percent(row['mfu'], 0)} of peak"] if "mfu" in row else [])]
 
 
 def _format_device_cells(row: BenchmarkRow) -> Iterator[str]:
     for name in ("latency_ms", "tflop_per_s", "mfu", "gb_per_s", "mbu"):
-        form = "{:.0%}".format if name in ("mfu", "mbu") else format_short_number
-        yield form(row[name]) if name in row else "-"
+        value = row.get(name)
+        yield format_percent(value, 0) if name in ("mfu", "mbu") else format_short_number(value)
 
 
 def parse_benchmark(text: str) -> dict[str, Any] | None:
@@ -167,7 +166,7 @@ def benchmark_row_key(row: BenchmarkRow) -> tuple[tuple[str, Any], ...]:
 
 def benchmark_comparison_table(comparison: dict[str, Any]) -> Group:
     """What `compare_benchmarks` found; above it what differs beside the figures, below it what has no partner."""
-    named = [{"what": row["what"], **format_settings(row)} for row in comparison["rows"]]
+    named = [{"what": row["what"], **setting_texts(row)} for row in comparison["rows"]]
     table = Table("what", box=None, title_justify="left")
     for heading in ("A", "B", "B / A", "the trials"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -180,9 +179,12 @@ def benchmark_comparison_table(comparison: dict[str, Any]) -> Group:
             f"{row['ratio']:.3f}",
             told,
         )
-    differ = [f"{name}: {a} in A, {b} in B" for name, (a, b) in comparison["differ"].items()]
+    differ = [
+        "{}: {} in A, {} in B".format(name, *map(format_option_value, values))
+        for name, values in comparison["differ"].items()
+    ]
     alone = [
-        f"only in {side}: {', '.join([row['what'], *format_settings(row).values()])}"
+        f"only in {side}: {', '.join([row['what'], *setting_texts(row).values()])}"
         for side, rows in (("A", comparison["only_a"]), ("B", comparison["only_b"]))
         for row in rows
     ]
@@ -194,7 +196,7 @@ def speedrun_table(summary: dict[str, Any]) -> Group:
     table = Table("", box=None, title_justify="left")
     for heading in ("mean", "std", "std. error", f"over {100 * summary['target']:g} %", "each seed"):
         table.add_column(heading, justify="right")
-    units = {
+    figures = {
         "acc": ("accuracy, %", 100),
         "acc_tta": (f"with {summary['tta']}, %", 100),
         "seconds": ("seconds", 1),
@@ -202,12 +204,12 @@ def speedrun_table(summary: dict[str, Any]) -> Group:
         "prepare_s": ("  preparing", 1),
         "build_s": ("building, free", 1),
     }
-    for name, (heading, unit) in units.items():
+    for name, (heading, scale) in figures.items():
         if figure := summary[name]:
-            values = [figure["mean"], figure["std"], figure["stderr"]]
-            cells = ["-" if value is None else f"{unit * value:.2f}" for value in values]
-            share = f"{100 * figure['share']:.0f} %" if "share" in figure else ""
-            table.add_row(heading, *cells, share, ", ".join(f"{unit * value:.2f}" for value in figure["trials"]))
+            values = [figure["mean"], figure["std"], figure["stderr"], *figure["trials"]]
+            mean, std, stderr, *trials = (format_decimal(value, 2, scale) for value in values)
+            share = format_percent(figure["share"], 0) if "share" in figure else ""
+            table.add_row(heading, mean, std, stderr, share, ", ".join(trials))
     cold = "".join(
         f", {value:.1f} s from the start of a process to the end of its first run" for value in summary["cold_start_s"]
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation import prediction_files
+from fastcifar.format import format_percent, key_value_table
 from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
 
@@ -51,19 +52,6 @@ def detect_predictions_file(path: Path) -> Path | None:
         return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
     except OSError:
         return path
-
-
-def key_value_table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def format_percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def prediction_comparison_table(result: dict[str, Any]) -> Group:

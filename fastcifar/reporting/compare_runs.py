@@ -16,8 +16,9 @@ from rich.table import Table
 
 from fastcifar.errors import DataError
 from fastcifar.files import read_json_object
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe, option_flag
-from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
+from fastcifar.format import format_decimal, format_option_value, format_percent, option_flag
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe
+from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 
 COMPARED_CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
@@ -40,7 +41,7 @@ def read_run_document(path: Path) -> JsonDocument | None:
     summary = read_json_object(path / "summary.json")
     if not summary and (path / "summary.json").exists():
         raise DataError(f"{path / 'summary.json'} cannot be read", "compare another run")
-    curves = {name: [_finite_float_or_none(row[name]) for row in rows] for name in METRICS_COLUMNS}
+    curves = {name: [parse_finite_float(row[name]) for row in rows] for name in METRICS_COLUMNS}
     return {"knobs": knobs, "environment": _read_flat_environment(path), "curves": curves, "summary": summary}
 
 
@@ -95,7 +96,7 @@ def _compare_accuracy(a: JsonDocument, b: JsonDocument) -> JsonDocument | None:
     """
     for name in ("test_acc", "val_acc"):
         found = [
-            _finite_float_or_none(run["summary"].get(name, _last_value(run["curves"].get(name, [])))) for run in (a, b)
+            parse_finite_float(run["summary"].get(name, _last_value(run["curves"].get(name, [])))) for run in (a, b)
         ]
         sizes = [_split_size(run, name) for run in (a, b)]
         if all(value is not None and 0 <= value <= 1 for value in found) and all(sizes):
@@ -130,14 +131,6 @@ def _read_flat_environment(path: Path) -> JsonDocument:
     return flat
 
 
-def _finite_float_or_none(cell: Any) -> float | None:
-    try:
-        value = float(cell)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _last_value(curve: MetricValues) -> float | None:
     return curve[-1] if curve else None
 
@@ -146,16 +139,16 @@ def run_comparison_table(comparison: JsonDocument) -> Group:
     """What a person sees of `compare_runs`."""
     asked = Table("differs", "A", "B", box=None)
     for name, values in comparison["recipe"].items():
-        asked.add_row(option_flag(name), *map(_format_or_dash, values))
+        asked.add_row(option_flag(name), *map(format_option_value, values))
     for name, values in comparison["environment"].items():
-        asked.add_row(name, *map(_format_or_dash, values))
+        asked.add_row(name, *map(format_option_value, values))
     curves = Table("curve", box=None)
     for heading in ("last A", "last B", "best A", "best B", f"A after {comparison['equal_epochs']}", "B"):
         curves.add_column(heading, justify="right", no_wrap=True)
     for name, figures in comparison["curves"].items():
         cells = [value for pair in ("final", "best", "at_equal_epochs") for value in figures[pair]]
         if any(value is not None for value in cells):
-            curves.add_row(name, *("-" if value is None else f"{value:.4f}" for value in cells))
+            curves.add_row(name, *(format_decimal(value, 4) for value in cells))
     same = "the same recipe and environment"
     return Group(
         f"A: {comparison['a']}",
@@ -182,8 +175,5 @@ def _summary_lines(comparison: JsonDocument) -> list[str]:
     verdict = "within" if accuracy["within_noise"] else "beyond"
     noise = f"{verdict} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
     change = f"{100 * accuracy['difference']:+.2f} points from A to B"
-    return [*lines, f"{accuracy['measured']}: {accuracy['a']:.2%} and {accuracy['b']:.2%}, {change}, {noise}"]
-
-
-def _format_or_dash(value: Any) -> str:
-    return "-" if value is None else str(value)
+    a, b = (format_percent(accuracy[name]) for name in ("a", "b"))
+    return [*lines, f"{accuracy['measured']}: {a} and {b}, {change}, {noise}"]

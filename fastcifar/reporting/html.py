@@ -22,10 +22,10 @@ from fastcifar._version import __version__
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import write_atomically
-from fastcifar.plotting import LineSeries, format_count
+from fastcifar.format import add_wrap_points, format_count
+from fastcifar.plotting import LineSeries
 from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.reporting.misclassified import Misclassified
-from fastcifar.reporting.records import add_wrap_points
 from fastcifar.reporting.report_plots import CHARTS, chart_lines
 
 HTML_REMEDY = "pip install 'fastcifar[html]'"

@@ -15,6 +15,7 @@ from rich.console import Console
 from fastcifar.errors import CheckpointError, NonFiniteError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.load_run import load_model
+from fastcifar.format import format_percent
 from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.training.evaluate import predict_logits
 
@@ -36,7 +37,7 @@ class Misclassified:
     def captions(self) -> list[str]:
         """`cat 98 %, not dog` for each image."""
         return [
-            f"{self.classes[said]} {100 * sure:.0f} %, not {self.classes[label]}"
+            f"{self.classes[said]} {format_percent(sure, 0)}, not {self.classes[label]}"
             for said, sure, label in zip(self.predictions, self.confidences, self.labels, strict=True)
         ]
 

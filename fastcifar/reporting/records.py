@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -19,9 +18,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
+from fastcifar.format import one_line
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe
 from fastcifar.renamed import upgrade_options
-from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics_csv
+from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 
 TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
@@ -167,15 +167,7 @@ def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
         rows = read_metrics_csv(folder / METRICS_FILE, sys.maxsize)
     except OSError:
         return []
-    return [{name: _parse_metric(row[name]) for name in METRICS_COLUMNS} for row in rows]
-
-
-def _parse_metric(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if abs(value) < MAX_METRIC_VALUE else None
+    return [{name: parse_finite_float(row[name], MAX_METRIC_VALUE) for name in METRICS_COLUMNS} for row in rows]
 
 
 def read_sweep_records(folder: Path) -> list[RunRecord]:
@@ -224,27 +216,6 @@ def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
     if trial.state in ("failed", "pruned"):
         return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason was given"), summary=None)
     return record
-
-
-def one_line(text: object) -> str:
-    """`text` as it may stand in a table: nothing but printable characters and single spaces."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
-
-
-def add_wrap_points(text: str) -> str:
-    """A list of names, such as augmentations, with spaces where it may go on in the next line."""
-    return re.sub(r",(?=[a-z])", ", ", text)
-
-
-def format_value(value: Any) -> str:
-    """A knob's value as the command line spells it; a dash for none."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={json.dumps(item)}" for key, item in value.items()) or "-"
-    return "-" if value is None else one_line(f"{value:g}" if isinstance(value, float) else value)
 
 
 def _describe_read_error(error: ValidationError | OSError) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from fastcifar.errors import UsageError, lookup
+from fastcifar.format import one_line
 from fastcifar.plotting import create_plots_dir
 from fastcifar.reporting import report_plots
 from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.html import check_html_output, write_html_report
 from fastcifar.reporting.misclassified import Misclassified, find_misclassified
-from fastcifar.reporting.records import one_line, read_records
+from fastcifar.reporting.records import read_records
 from fastcifar.reporting.table import build_report_table
 from fastcifar.reporting.table_formats import TABLE_FORMATS
 

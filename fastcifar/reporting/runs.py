@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,9 +23,10 @@ from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import is_locked, lock_folder
+from fastcifar.format import MISSING, format_count, format_decimal, format_percent, format_timestamp
 from fastcifar.recipe import Recipe, load_saved_recipe
 from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
-from fastcifar.training.metrics_file import read_metrics_csv
+from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment, read_summary
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
@@ -123,10 +123,10 @@ def _describe_run(folder: Path) -> ListingEntry:
         "state": state,
         "arch": knobs.get("arch"),
         "recipe": environment.get("recipe"),
-        "epochs": int(_float_or_none(summary.get("epochs")) or len(rows)),
-        "val_acc": _float_or_none(summary.get("val_acc", last.get("val_acc"))),
-        "test_acc": _float_or_none(summary.get("test_acc")),
-        "seconds": _float_or_none(_dict_or_empty(summary, "seconds").get("total", last.get("seconds"))),
+        "epochs": int(parse_finite_float(summary.get("epochs")) or len(rows)),
+        "val_acc": parse_finite_float(summary.get("val_acc", last.get("val_acc"))),
+        "test_acc": parse_finite_float(summary.get("test_acc")),
+        "seconds": parse_finite_float(_dict_or_empty(summary, "seconds").get("total", last.get("seconds"))),
         "date": str(environment.get("started") or _modified_at(folder / RECIPE_FILE)),
     }
 
@@ -159,11 +159,11 @@ SORT_COLUMNS: dict[str, Callable[[Any], str]] = {
     "state": str,
     "arch": str,
     "recipe": str,
-    "epochs": "{:,}".format,
-    "val_acc": "{:.2%}".format,
-    "test_acc": "{:.2%}".format,
-    "seconds": "{:,.0f}".format,
-    "bytes": lambda count: f"{count / 1e6:,.1f} MB",
+    "epochs": format_count,
+    "val_acc": format_percent,
+    "test_acc": format_percent,
+    "seconds": lambda seconds: format_decimal(seconds, 0),
+    "bytes": lambda num_bytes: f"{format_decimal(num_bytes / 1e6, 1)} MB",
     "date": lambda started: started[:10],
 }
 
@@ -177,7 +177,7 @@ def runs_table(entries: Sequence[ListingEntry]) -> Table:
     for heading in (*figures.values(), "date"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in entries:
-        shown = {name: "-" if row[name] is None else spell(row[name]) for name, spell in SORT_COLUMNS.items()}
+        shown = {name: MISSING if row[name] is None else spell(row[name]) for name, spell in SORT_COLUMNS.items()}
         cells = (shown[name] for name in (*figures, "date"))
         table.add_row(shown["name"], shown["state"], f"{shown['arch']}, {shown['recipe']}", *cells)
     return table
@@ -304,16 +304,9 @@ def folder_size_bytes(folder: Path) -> int:
 
 
 def _modified_at(path: Path) -> str:
-    return time.strftime("%FT%TZ", time.gmtime(path.stat().st_mtime))
+    return format_timestamp(path.stat().st_mtime)
 
 
 def _dict_or_empty(document: ListingEntry, key: str) -> ListingEntry:
     found = document.get(key)
     return found if isinstance(found, dict) else {}
-
-
-def _float_or_none(cell: Any) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return None

@@ -8,13 +8,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from fastcifar.errors import lookup
+from fastcifar.format import MISSING, format_count, format_duration, format_mean_std, format_option_value, one_line
 from fastcifar.models import MODELS
 from fastcifar.reporting.aggregate import VALIDATION_SPLIT, MeanStd, RunGroup, varying_options
-from fastcifar.reporting.records import format_value, one_line
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def _accuracy_mean_column(split: Callable[[RunGroup], str]) -> Column:
     """The accuracy on a split: its mean, a fraction."""
     return Column(
         lambda row: _field_or_none(row.accuracy(split(row)), "mean"),
-        lambda row: _format_mean_std(row.accuracy(split(row))),
+        lambda row: _accuracy_text(row.accuracy(split(row))),
     )
 
 
@@ -79,7 +78,7 @@ OPTION_COLUMNS = {
 }
 OPTIONS_WITH_COLUMNS = ("arch", "blocks", "optimizer", "lr", "augment", "clip_grad", "batch_size")  # the knobs in KNOBS
 RESULT_COLUMNS = {
-    "params": Column(_parameter_count, lambda row: _format_count(_parameter_count(row))),
+    "params": Column(_parameter_count, lambda row: format_count(_parameter_count(row))),
     "accuracy %": _accuracy_mean_column(lambda row: row.accuracy_split),
     "std": _accuracy_std_column(lambda row: row.accuracy_split),
     "of": Column(_split_and_weights),
@@ -88,7 +87,7 @@ RESULT_COLUMNS = {
     "n": Column(lambda row: len(row.finished_runs)),
     "time": Column(
         lambda row: _field_or_none(row.total_seconds, "mean"),
-        lambda row: _format_duration(_field_or_none(row.total_seconds, "mean")),
+        lambda row: format_duration(_field_or_none(row.total_seconds, "mean")),
     ),
     "notes": Column(lambda row: ", ".join([*row.notes, *_excluded_state_counts(row)])),
 }
@@ -109,7 +108,7 @@ class ReportTable:
     def row_texts(self, row: RunGroup) -> dict[str, str]:
         """The row for people."""
         return {
-            heading: column.text(row) if column.text else format_value(column.value(row))
+            heading: column.text(row) if column.text else format_option_value(column.value(row))
             for heading, column in self.columns.items()
             if heading not in STD_COLUMNS
         }
@@ -119,7 +118,7 @@ class ReportTable:
         return [
             {
                 "row": row.name,
-                "seed": format_value(record.seed),
+                "seed": format_option_value(record.seed),
                 "state": record.state,
                 "reason": record.reason,
                 "folder": one_line(record.folder),
@@ -157,23 +156,11 @@ def build_report_table(
     def key(row: RunGroup) -> tuple[bool, float, str]:
         value = by.value(row)
         is_number = isinstance(value, int | float)
-        return value is None or value == "", -value if is_number else 0.0, "" if is_number else format_value(value)
+        text = "" if is_number else format_option_value(value)
+        return value is None or value == "", -value if is_number else 0.0, text
 
     return ReportTable(sorted(groups, key=key), columns)
 
 
-def _format_mean_std(spread: MeanStd | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{100 * spread.mean:.2f} ± {'-' if spread.std is None else f'{100 * spread.std:.2f}'}"
-
-
-def _format_count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _format_duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds; of a run of less than ten seconds their tenths."""
-    if seconds is None:
-        return "-"
-    return str(timedelta(seconds=round(seconds))) if round(seconds) >= 10 else f"{seconds:.1f} s"
+def _accuracy_text(spread: MeanStd | None) -> str:
+    return format_mean_std(spread.mean, spread.std, scale=100) if spread else MISSING

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastcifar.reporting.records import add_wrap_points, format_value
+from fastcifar.format import add_wrap_points, format_option_value
 from fastcifar.reporting.table import RESULT_COLUMNS, ReportTable
 
 ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ by the seed alone"
@@ -89,8 +89,10 @@ def render_csv(table: ReportTable) -> str:
         values = table.row_values(row)
         if place == 0:
             writer.writerow([*values, EXCLUDED_HEADING])
-        missing = [f"seed {format_value(record.seed)} {record.state}: {record.reason}" for record in row.excluded_runs]
-        cells = [format_value(value) if isinstance(value, list | dict) else value for value in values.values()]
+        missing = [
+            f"seed {format_option_value(record.seed)} {record.state}: {record.reason}" for record in row.excluded_runs
+        ]
+        cells = [format_option_value(value) if isinstance(value, list | dict) else value for value in values.values()]
         writer.writerow([*cells, "; ".join(missing)])
     return text.getvalue().rstrip("\n")
 

@@ -33,7 +33,7 @@ from fastcifar.errors import (
     print_warning,
 )
 from fastcifar.files import lock_folder
-from fastcifar.recipe import option_flag
+from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
 
 RAY_MAX_RETRIES = 3  # of a Ray task whose worker died

@@ -5,7 +5,7 @@ It only shows what the ledger and the runs' metrics say.
 
 from __future__ import annotations
 
-import csv
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +15,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from fastcifar.format import format_count, format_decimal, format_percent
 from fastcifar.sweep.executors import TrialEvent
 from fastcifar.sweep.trial_log import TrialLog
+from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
 from fastcifar.training.progress import print_lines
 
 MAX_LIVE_ROWS = 30  # trials in the live table: those that run, then the newest
@@ -48,8 +50,8 @@ class SweepDisplay:
             return
         (row,) = self.trial_log.trial_rows([event.trial.key])
         over = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
-        figures = [f"{name} {_format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
-        seconds = [f"{row['seconds']:.0f} s"] if row["seconds"] else []
+        figures = [f"{name} {format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
+        seconds = [f"{format_decimal(row['seconds'], 0)} s"] if row["seconds"] else []
         what = f"{event.state}: {event.reason}" if event.reason else event.state
         said = ", ".join([what, *figures, *seconds])
         print_lines(self.console, [f"{over} of {self.total}  {row['label']}, seed {row['seed']}: {said}"])
@@ -76,8 +78,8 @@ def plan_table(result: dict[str, Any]) -> Group:
     for name in ("seed", "epochs", "steps"):
         table.add_column(name, justify="right")
     for row in result["trials"]:
-        steps = "-" if row["steps"] is None else f"{row['steps']:,}"
-        table.add_row(escape(row["label"]), row["state"], str(row["seed"]), str(row["epochs"]), steps)
+        figures = (str(row["seed"]), str(row["epochs"]), format_count(row["steps"]))
+        table.add_row(escape(row["label"]), row["state"], *figures)
     steps = "" if result["steps"] is None else f", {result['steps']:,} steps to go at most"
     return Group(table, f"{result['sweep']}: {result['n']} trials{steps}; nothing was written")
 
@@ -90,28 +92,18 @@ def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = N
     for row in rows:
         label = escape(f"{row['label']}  ({row['reason']})" if row["reason"] else row["label"])
         state = (progress or {}).get(row["trial"]) or row["state"]
-        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        table.add_row(
-            label, str(row["seed"]), state, _format_percent(row["val_acc"]), _format_percent(row["test_acc"]), seconds
-        )
+        accuracies = (format_percent(row[name]) for name in ("val_acc", "test_acc"))
+        table.add_row(label, str(row["seed"]), state, *accuracies, format_decimal(row["seconds"], 0))
     return table
 
 
 def _format_progress(run: Path) -> str:
     """How far a running trial is, from its metrics: `3 epochs, 61.20 %`; "" where they are on another machine."""
     try:
-        with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
+        rows = read_metrics_csv(run / "metrics.csv", sys.maxsize)
+    except OSError:
         return ""
     if not rows:
         return ""
-    accuracy = rows[-1].get("val_acc") or rows[-1].get("train_acc")
-    try:
-        return f"{len(rows)} epochs, {_format_percent(float(str(accuracy)))}"
-    except ValueError:
-        return f"{len(rows)} epochs"
-
-
-def _format_percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+    accuracy = parse_finite_float(rows[-1]["val_acc"] or rows[-1]["train_acc"])
+    return f"{len(rows)} epochs" + (f", {format_percent(accuracy)}" if accuracy is not None else "")

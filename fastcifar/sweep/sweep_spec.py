@@ -20,7 +20,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fastcifar.errors import UsageError, lookup, suggest_name
 from fastcifar.files import load_toml
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, format_toml_value, load_recipe_values, option_flag
+from fastcifar.format import format_toml_value, option_flag
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
 SPEC_FILE = "sweep.toml"  # in a sweep's folder: what was asked
@@ -263,15 +264,19 @@ def _trial_key(label: str, recipe: Recipe) -> str:
     return f"{slug}-s{recipe.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
-def settings_label(settings: Mapping[str, Any]) -> str:
-    """`lr=0.1, blocks=1,1`: settings as a label."""
-    return ", ".join(f"{name}={_format_label_value(value)}" for name, value in settings.items())
+def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
+    """Settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`.
 
+    The label is part of a trial's key and of the lines in trials.jsonl. Values therefore are written as Python prints
+    them, and not by `format_option_value`: a trial keeps its key when the text in tables changes.
+    """
 
-def _format_label_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{name}={_format_label_value(item)}" for name, item in value.items())
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    def value_text(value: Any) -> str:
+        if isinstance(value, dict):
+            return settings_label(value, separator=" ")
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    return separator.join(f"{name}={value_text(value)}" for name, value in settings.items())
 
 
 def _draw_random_points(spec: RandomSearchSpec) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ It reads, and believes nothing: a dying process may have left a file cut short. 
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
 def read_event_lines(path: Path, epochs_done: int) -> list[str]:
     """The whole lines of an events.jsonl's first `done` epochs."""
     return [line for line in _read_lines(path) if _is_valid_row(parse_json_object(line), epochs_done, ("epoch",))]
+
+
+def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
+    """A cell of metrics.csv or a value of a JSON document as a float; None unless its absolute value is below `limit`.
+
+    NaN, infinity and whatever is not a number are None.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) < limit else None
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastcifar.format import format_short_number
 from fastcifar.training.step import Metrics
 
 
@@ -54,7 +55,7 @@ class TrainingDisplay:
             (steps_done - self.steps_done) * self.batch_size / max(time.perf_counter() - self.last_update_time, 1e-9)
         )
         self.last_update_time, self.steps_done = time.perf_counter(), steps_done
-        state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {speed:,.0f} images/s"
+        state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {format_short_number(speed)} images/s"
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
     def show_epoch(self, row: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ class TrainingDisplay:
             f"acc {row['train_acc']:.4f}",
             *(f"{name} {row[name]:.4f}" for name in ("val_loss", "val_acc", "ema_val_acc") if row[name] is not None),
             f"lr {row['lr']:.4g}",
-            f"{row['images_per_s']:,.0f} images/s",
+            f"{format_short_number(row['images_per_s'])} images/s",
             f"{row['seconds']:.0f} s",
         ]
         print_lines(self.console, ["  ".join(parts)])

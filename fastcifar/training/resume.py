@@ -14,7 +14,8 @@ from typing import Any
 
 from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
 from fastcifar.files import FolderLock, lock_folder
-from fastcifar.recipe import Recipe, load_saved_recipe, option_flag, section_fields
+from fastcifar.format import format_differences, format_option_value, option_flag
+from fastcifar.recipe import Recipe, load_saved_recipe, section_fields
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
@@ -254,10 +255,7 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
     wanted = {**saved, **asked}
     differing = [name for name in wanted if name not in RESUMABLE_OPTIONS and wanted[name] != saved.get(name)]
     if differing:
-        listed = ", ".join(
-            f"{option_flag(name)} {_format_value(saved.get(name))}, not {_format_value(wanted[name])}"
-            for name in differing
-        )
+        listed = format_differences(saved, wanted, differing, option_flag)
         raise CheckpointError(f"{source} is another run: {listed}", "give what it has, or leave --resume out")
     if wanted["epochs"] < epochs_done:
         raise UsageError(f"--epochs {wanted['epochs']}: {source} has done {epochs_done}", "give more")
@@ -272,13 +270,10 @@ def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]
     now = recipe.model_dump(mode="json")
     differing = [name for name, meaning in RESUMABLE_OPTIONS.items() if meaning and now[name] != saved[name]]
     return [
-        f"{option_flag(name)} {_format_value(saved[name])} -> {_format_value(now[name])}: {RESUMABLE_OPTIONS[name]}"
+        f"{option_flag(name)} {format_option_value(saved[name], 'unset')} -> "
+        f"{format_option_value(now[name], 'unset')}: {RESUMABLE_OPTIONS[name]}"
         for name in differing
     ]
-
-
-def _format_value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def require_resumable_state(state: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, read_json_object, write_atomically
+from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
@@ -94,7 +95,7 @@ class Run:
 
         Errors: `DiskError` when the folder cannot be made or written: before training, not after.
         """
-        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         wanted = Path(recipe.out) if recipe.out else Path("runs") / named
         try:
             folder, lock = _create_unique_folder(wanted)
@@ -307,7 +308,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def _launch_info(recipe: Recipe) -> dict[str, Any]:
     return {
         "command": sys.argv,
-        "started": time.strftime("%FT%TZ", time.gmtime()),
+        "started": format_timestamp(),
         **collect_environment(recipe.device),
     }
 

@@ -20,6 +20,7 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
+from fastcifar.format import format_options
 from fastcifar.models import (
     count_parameters,
 )
@@ -100,7 +101,7 @@ class Trainer:
             f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} to train, "
             f"{len(self.val_split.labels):,} to choose by, {len(self.data.test.labels):,} to test",
             f"network: {self.recipe.arch}, {count_parameters(self.model):,} parameters",
-            f"recipe: {', '.join(f'{key}={value}' for key, value in self.recipe.non_default_options().items()) or 'defaults'}",
+            f"recipe: {format_options(self.recipe.non_default_options()) or 'defaults'}",
             *([f"optimizer: {own}"] if self.optimizer.spec.self_scheduled else []),
         ]
 

@@ -108,7 +108,7 @@ def test_a_folder_goes_on_with_its_own_recipe_and_no_other(file: Any, tmp_path: 
     for change, words in (
         ({"device": "a GPU"}, "another clock: device a GPU, not "),
         ({"versions": {**environment["versions"], "torch": "2.0", "typer": "0"}}, "another clock: torch 2.0, not "),
-        ({"chosen": {**environment["chosen"], "compiled": True}}, "another clock: compiled True, not False"),
+        ({"chosen": {**environment["chosen"], "compiled": True}}, "another clock: compiled on, not off"),
     ):
         (folder / "env.json").write_text(json.dumps({**environment, **change}))
         with pytest.raises(UsageError, match=words):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastcifar.recipe import Recipe, option_flag
+from fastcifar.format import option_flag
+from fastcifar.recipe import Recipe
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
         "--batch-size", "32", "--epochs", "1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip

@@ -19,7 +19,8 @@ import torch
 
 from fastcifar.errors import CheckpointError, Interrupted, UsageError
 from fastcifar.files import lock_folder
-from fastcifar.recipe import Recipe, option_flag, section_fields
+from fastcifar.format import option_flag
+from fastcifar.recipe import Recipe, section_fields
 from fastcifar.training import resume
 from fastcifar.training.checkpoint import read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper

@@ -1,0 +1,130 @@
+"""Numbers, times and option values as text, for every layer.
+
+A value that was not measured is a dash, never a zero.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.table import Table
+
+MISSING = "-"  # the text of a value that was not measured
+
+
+def format_percent(fraction: float | None, digits: int = 2) -> str:
+    """A fraction as a percentage with `digits` decimals: 0.9399 -> `93.99 %`."""
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def format_decimal(value: float | None, digits: int, scale: float = 1) -> str:
+    """`scale` times a number, with `digits` decimals and commas between thousands: (1234.5, 2) -> `1,234.50`."""
+    return MISSING if value is None else f"{scale * value:,.{digits}f}"
+
+
+def format_count(count: float | None) -> str:
+    """A count as a whole number, a mean of counts with one decimal: 4697742 -> `4,697,742`, 7.5 -> `7.5`."""
+    return MISSING if count is None else format_decimal(count, 0 if count == round(count) else 1)
+
+
+def format_short_number(value: float | None) -> str:
+    """A measurement, such as images/s: three significant digits below 100, a whole number from 100 on."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def format_mean_std(mean: float, std: float | None, digits: int = 2, scale: float = 1) -> str:
+    """`scale` times a mean and its standard deviation: `93.99 ± 0.12`; the mean alone if `std` is None."""
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * mean:.{digits}f}{spread}"
+
+
+def format_memory(num_bytes: float) -> str:
+    """A number of bytes in GiB with two decimals."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds, `2:01:40`; seconds with one decimal, `9.5 s`, below ten seconds."""
+    if seconds is None:
+        return MISSING
+    return str(timedelta(seconds=round(seconds))) if round(seconds) >= 10 else f"{seconds:.1f} s"
+
+
+def format_timestamp(seconds: float | None = None, *, for_file_name: bool = False) -> str:
+    """A time in UTC by ISO 8601, `2026-11-21T05:20:22Z`, or `20261121T052022Z` for the name of a file or folder.
+
+    seconds: since 1970 (the Unix epoch); now by default.
+    """
+    return time.strftime("%Y%m%dT%H%M%SZ" if for_file_name else "%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def format_option_value(value: Any, missing: str = MISSING) -> str:
+    """An option's value in one line: `on`, `4,4,3`, `0.0005`, `nesterov=true, momentum=0.9`; `missing` for None.
+
+    Two different numbers never have the same text.
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, Mapping):
+        value = ", ".join(f"{key}={json.dumps(item, default=str)}" for key, item in value.items()) or missing
+    elif isinstance(value, float):
+        short = f"{value:g}"
+        value = short if float(short) == value else repr(float(value))
+    return missing if value is None else one_line(value)
+
+
+def format_options(options: Mapping[str, Any], separator: str = ", ") -> str:
+    """Options with their values: `arch=se68, blocks=4,4,3`."""
+    return separator.join(f"{name}={format_option_value(value)}" for name, value in options.items())
+
+
+def format_differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str], format_name: Callable[[str], str] = str
+) -> str:
+    """What differs between two sets of options, for an error message: `lr 0.1, not 0.5, width unset, not 2`."""
+    texts = ((name, *(format_option_value(side.get(name), "unset") for side in (before, after))) for name in names)
+    return ", ".join(f"{format_name(name)} {expected}, not {found}" for name, expected, found in texts)
+
+
+def format_toml_value(value: Any) -> str:
+    """A value as TOML: JSON's syntax, except that TOML has no surrogate pairs and escapes DEL."""
+    if isinstance(value, dict):
+        items = (f"{format_toml_value(str(key))} = {format_toml_value(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(format_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def option_flag(name: str) -> str:
+    """An option as it is written on the command line: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def one_line(text: object) -> str:
+    """`text` in one line of printable characters, with single spaces."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def add_wrap_points(text: str) -> str:
+    """A list such as `crop:4:zero,flip` with a space after each comma, where a table may break the line."""
+    return re.sub(r",(?=[a-z])", ", ", text)
+
+
+def key_value_table(title: str, rows: dict[str, str]) -> Table:
+    """A table of two columns without a header, names in bold."""
+    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

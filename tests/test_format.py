@@ -1,0 +1,179 @@
+"""Numbers, times and option values as text, and the layer that this module belongs to."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcifar import format as format_module
+from fastcifar.format import (
+    MISSING,
+    add_wrap_points,
+    format_count,
+    format_decimal,
+    format_differences,
+    format_duration,
+    format_mean_std,
+    format_memory,
+    format_option_value,
+    format_options,
+    format_percent,
+    format_short_number,
+    format_timestamp,
+    format_toml_value,
+    one_line,
+    option_flag,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_percent(0.9399), "93.99 %"),
+        (format_percent(1), "100.00 %"),
+        (format_percent(0.0), "0.00 %"),
+        (format_percent(0.984, 0), "98 %"),
+        (format_decimal(1234.5, 2), "1,234.50"),
+        (format_decimal(-0.00004, 4), "-0.0000"),
+        (format_decimal(0.91234, 1, 100), "91.2"),
+        (format_decimal(7300, 0), "7,300"),
+        (format_count(4_697_742), "4,697,742"),
+        (format_count(0), "0"),
+        (format_count(7.5), "7.5"),
+        (format_count(np.float64(12)), "12"),
+        (format_short_number(12345.6), "12,346"),
+        (format_short_number(100.4), "100"),
+        (format_short_number(99.44), "99.4"),
+        (format_short_number(0.012345), "0.0123"),
+        (format_short_number(-1234), "-1,234"),
+        (format_mean_std(93.994, 0.123), "93.99 ± 0.12"),
+        (format_mean_std(0.9399, 0.00123, scale=100), "93.99 ± 0.12"),
+        (format_mean_std(2300.94, 220.31, 1), "2300.9 ± 220.3"),
+        (format_mean_std(0.3, None, scale=100), "30.00"),
+        (format_memory(3 * 2**30 // 2), "1.50 GiB"),
+        (format_duration(0), "0.0 s"),
+        (format_duration(9.49), "9.5 s"),
+        (format_duration(9.5), "0:00:10"),
+        (format_duration(7300.4), "2:01:40"),
+        (format_timestamp(0), "1970-01-01T00:00:00Z"),
+        (format_timestamp(1_795_238_422.9), "2026-11-21T05:20:22Z"),
+        (format_timestamp(1_795_238_422.9, for_file_name=True), "20261121T052022Z"),
+        (option_flag("save_every_epochs"), "--save-every-epochs"),
+        (add_wrap_points("crop:4:zero,flip,1,2"), "crop:4:zero, flip,1,2"),
+        (one_line("  a\n\tb\x00\u202ec\x1b[1m "), "a b c [1m"),
+    ],
+)
+def test_texts(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    assert MISSING == "-"
+    for function in (format_percent, format_count, format_short_number, format_duration, format_option_value):
+        assert function(None) == "-"
+    assert format_decimal(None, 2) == "-"
+    assert format_decimal(None, 2, 100) == "-"
+
+
+def test_a_timestamp_is_now_by_default() -> None:
+    before = time.time()
+    assert format_timestamp(before) <= format_timestamp() <= format_timestamp(time.time())
+
+
+def test_a_timestamp_is_in_utc_in_every_time_zone() -> None:
+    code = "from fastcifar.format import format_timestamp; print(format_timestamp(0))"
+    run = [sys.executable, "-c", code]
+    environment = {**os.environ, "TZ": "America/New_York"}
+    assert subprocess.run(run, capture_output=True, text=True, env=environment).stdout == "1970-01-01T00:00:00Z\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, "on"),
+        (False, "off"),
+        ("value:0.1", "value:0.1"),
+        (128, "128"),
+        (5_000_000, "5000000"),
+        (0.1, "0.1"),
+        (5e-4, "0.0005"),
+        (200.0, "200"),
+        (np.float64(0.25), "0.25"),
+        (np.float64(0.1234567), "0.1234567"),
+        ((4, 4, 3), "4,4,3"),
+        ([], ""),
+        ({"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]}, "nesterov=true, momentum=0.9, betas=[0.9, 0.99]"),
+        ({}, "-"),
+        ("two\nlines", "two lines"),
+        (["two\nlines", "b"], "two lines,b"),
+    ],
+)
+def test_option_values(value: Any, expected: str) -> None:
+    assert format_option_value(value) == expected
+
+
+def test_an_option_that_is_not_set_can_be_named() -> None:
+    assert format_option_value(None, "unset") == format_option_value({}, "unset") == "unset"
+    assert format_option_value(0, "unset") == "0"
+
+
+@given(st.floats(allow_nan=False))
+def test_two_numbers_never_have_one_text(value: float) -> None:
+    assert float(format_option_value(value)) == value
+
+
+def test_options_are_listed_with_their_values() -> None:
+    options = {"arch": "se68", "blocks": (4, 4, 3), "bias_decay": False}
+    assert format_options(options) == "arch=se68, blocks=4,4,3, bias_decay=off"
+    assert format_options(options, separator=" ") == "arch=se68 blocks=4,4,3 bias_decay=off"
+    assert format_options({}) == ""
+
+
+def test_differences_name_what_is_expected_and_what_was_found() -> None:
+    before, after = {"lr": 0.1, "blocks": [4, 4, 3], "width": None}, {"lr": 0.5, "blocks": [1], "width": 2.0, "seed": 1}
+    assert format_differences(before, after, ["lr", "width"]) == "lr 0.1, not 0.5, width unset, not 2"
+    assert format_differences(before, after, ["seed"]) == "seed unset, not 1"
+    assert format_differences(before, after, ["blocks"], str.upper) == "BLOCKS 4,4,3, not 1"
+    assert format_differences(before, after, []) == ""
+
+
+# what a recipe or a sweep file holds: no surrogates, which no file in UTF-8 can have
+TOML_VALUES = st.recursive(
+    st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",))),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(TOML_VALUES)
+def test_toml_values_are_read_back(value: Any) -> None:
+    assert tomllib.loads(f"key = {format_toml_value(value)}\n") == {"key": value}
+
+
+def test_toml_tuples_are_arrays() -> None:
+    assert tomllib.loads(f"key = {format_toml_value((1, (2.0, 'a')))}") == {"key": [1, [2.0, "a"]]}
+
+
+def test_it_imports_nothing_of_the_package_but_errors() -> None:
+    tree = ast.parse(Path(str(format_module.__file__)).read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert [name for name in modules if name.startswith("fastcifar") and name != "fastcifar.errors"] == []
+    assert "torch" not in modules
