@@ -14,7 +14,7 @@ def test_exit_codes_are_the_documented_ones() -> None:
         "DataError": 3,
         "CheckpointError": 4,
         "NonFiniteError": 5,
-        "MemoryShortError": 6,
+        "InsufficientMemoryError": 6,
         "DiskError": 7,
         "DeviceError": 8,
     }

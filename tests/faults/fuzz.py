@@ -186,7 +186,7 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
                      in_a_file("events.jsonl", lambda path: run_dir.read_event_lines(path, 2))),
     **{f"{name} of a report": ([content], in_a_report(name)) for name, content in REPORTED.items()},
-    "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\nopt = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
+    "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\noptimizer_arg = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
                     in_a_file("a.toml", lambda path: Recipe.make(str(path)))),
 }  # fmt: skip
 

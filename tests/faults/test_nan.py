@@ -66,7 +66,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], Poison]:
             poison.parts = build_trainer(*given)
             return poison.parts
 
-        monkeypatch.setattr("fastcifar.training.train.assemble", assembled)
+        monkeypatch.setattr("fastcifar.training.train.build_trainer", assembled)
         monkeypatch.setattr(trainer, "loss_and_correct", poison)
         return poison
 

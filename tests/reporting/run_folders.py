@@ -33,7 +33,7 @@ def write_run(
             writer.writerow(dict.fromkeys(METRICS_COLUMNS, "") | row | {"seconds": 1})
     if finished:
         summary = {
-            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps, "weights": recipe.eval_weights,
+            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps, "eval_weights": recipe.eval_weights,
             "val_acc": val_accs[-1], "best_val_acc": max(val_accs), "test_acc": test_acc,
             "per_class": dict.fromkeys(CLASSES, test_acc), "seconds": {"train": seconds - 1, "total": seconds},
             "stop_reason": stop_reason, "complete": stop_reason != "max_steps",

@@ -96,12 +96,12 @@ def test_a_key_lasts_as_long_as_label_seed_and_experiment_do(tmp_path: Path) -> 
 
 
 def test_the_copy_in_the_sweeps_folder_asks_for_the_same(tmp_path: Path) -> None:
-    (tmp_path / "own.toml").write_text("arch = 'se55'\nopt = { nesterov = true }\n")
+    (tmp_path / "own.toml").write_text("arch = 'se55'\noptimizer_arg = { nesterov = true }\n")
     text = """
         recipe = "own.toml"
         seeds = 2
         [base]
-        opt = { momentum = 0.8 }
+        optimizer_arg = { momentum = 0.8 }
         [grid]
         blocks = [[1, 1], [2, 2]]
         [random]

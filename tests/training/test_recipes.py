@@ -81,7 +81,7 @@ def test_a_sources_recipe_has_the_published_values(name: str) -> None:
         recipe.ema_decay,
         recipe.val_size,
     )
-    assert rest == (5e-4, "all", "cosine", 0.0, 0.0, 5000)
+    assert rest == (5e-4, True, "cosine", 0.0, 0.0, 5000)
     smoothing, patience = {"coconut": (0.01, 30)}.get(name, (0.0, 0))
     assert (recipe.label_smoothing, recipe.patience) == (smoothing, patience)
 
