@@ -1,6 +1,6 @@
-"""Before a run: how fast this machine takes its steps, what they need, and so how long the whole will take.
+"""Before a run: measure how fast this machine trains, and estimate time and memory of the whole run.
 
-`--dry-run` ends here and writes nothing; `--time-budget` takes as many whole epochs as fit. What is measured leaves
+`--dry-run` ends here and writes nothing; `--time-budget` chooses the number of epochs that fits. Measuring leaves
 weights, optimizer and random state as they were.
 """
 
@@ -23,136 +23,133 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.run_dir import Clock
-from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer
 
 TIMED_STEPS = 5  # the first of them is not counted
-TIME_BUDGET_MARGIN = 0.05  # of the budget, for checkpoints and for steps that are slower than those measured
+TIME_BUDGET_MARGIN = 0.05  # share of the budget kept for checkpoints and for steps slower than those measured
 
-# What max-autotune-no-cudagraphs gives and takes, as others measured it on convolutions: 1 to 5 %, about 100 s.
+# Gain and cost of max-autotune-no-cudagraphs, as measured by others on convolutions: 1 to 5 %, about 100 s.
 AUTOTUNE_SPEEDUP, AUTOTUNE_EXTRA_COMPILE_S = 0.03, 100
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds of a training step, the mean over the epochs' sizes of image, and of the evaluation of one image."""
+    """Seconds of a training step, averaged over the image sizes of all epochs, and of evaluating one image."""
 
     step_s: float
     eval_s_per_image: float
 
     def epoch_s(self, trainer: Trainer) -> float:
-        """An epoch with its validation."""
+        """Seconds of an epoch with its validation."""
         return trainer.loader.steps_per_epoch * self.step_s + trainer.images_per_validation * self.eval_s_per_image
 
     def test_s(self, trainer: Trainer) -> float:
-        """The test set at the end."""
+        """Seconds of the evaluation on the test set."""
         return trainer.images_per_test * self.eval_s_per_image
 
 
-def measure_step_timing(trainer: Trainer, step: TrainStep) -> StepTiming:
-    """The pace of `step` on the run's own first batches, and of evaluation on training images: medians."""
-    images = []
+def measure_step_timing(trainer: Trainer) -> StepTiming:
+    """Time training steps on the first batches of the run, and evaluation on training images; medians."""
+    seconds_per_image = []
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
     sizes = [trainer.recipe.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
     with trainer.preserve_state():
-        step_s = {size: _measure_step_s(trainer, step, sizes.index(size)) for size in dict.fromkeys(sizes)}
+        step_s = {size: _measure_step_s(trainer, sizes.index(size)) for size in dict.fromkeys(sizes)}
         for _ in range(3):
-            started = time.perf_counter()
+            start = time.perf_counter()
             predict_logits(trainer.model, trainer.eval_forward, few, trainer.device)
-            images.append((time.perf_counter() - started) / len(few.labels))
-    return StepTiming(statistics.fmean(step_s[size] for size in sizes), statistics.median(images[1:]))
+            seconds_per_image.append((time.perf_counter() - start) / len(few.labels))
+    mean_step_s = statistics.fmean(step_s[size] for size in sizes)
+    return StepTiming(mean_step_s, statistics.median(seconds_per_image[1:]))
 
 
-def _measure_step_s(trainer: Trainer, step: TrainStep, epoch: int) -> float:
-    """Seconds of a step as it is in `epoch`: the median over the run's first batches."""
-    running, seconds = trainer.progress.epoch, []
+def _measure_step_s(trainer: Trainer, epoch: int) -> float:
+    """Median seconds of a step as in `epoch`, over the first batches of the run."""
+    seconds = []
     trainer.progress.epoch = epoch
     for batch in itertools.islice(itertools.cycle(trainer.batches(0)), TIMED_STEPS):
-        started = time.perf_counter()
-        step(*batch)
+        start = time.perf_counter()
+        trainer.train_step(batch)
         trainer.meter.compute()
-        seconds.append(time.perf_counter() - started)
-    trainer.progress.epoch = running
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 
-def autotune_step(trainer: Trainer, step: TrainStep) -> TrainStep:
-    """`step`, or on CUDA one compiled with more effort, where the rest of the run is long enough to repay that."""
+def autotune(trainer: Trainer) -> None:
+    """On CUDA, compile the step with max-autotune if the rest of the run is long enough to repay that."""
     if (trainer.execution.device, trainer.execution.compile, trainer.recipe.compile_mode) != ("cuda", True, "auto"):
-        return step
-    left = trainer.total_steps - trainer.progress.step
-    expected_s = trainer.world.broadcast_object(left * measure_step_timing(trainer, step).step_s)
-    return (
-        trainer.build_train_step("max-autotune-no-cudagraphs")
-        if AUTOTUNE_SPEEDUP * expected_s > AUTOTUNE_EXTRA_COMPILE_S
-        else step
-    )
-
-
-def fit_epochs_to_time_budget(trainer: Trainer, step: TrainStep, elapsed_s: float) -> None:
-    """With a `time_budget`, sets the run's epochs, and its schedule, to as many as fit after `elapsed_s`.
-
-    Errors: `UsageError` if not one epoch fits, with the budget that one would need.
-    """
-    if trainer.recipe.time_budget is None:
         return
-    pace = StepTiming(*trainer.world.broadcast_object(astuple(measure_step_timing(trainer, step))))
+    steps_left = trainer.total_steps - trainer.progress.step
+    expected_s = trainer.world.broadcast_object(steps_left * measure_step_timing(trainer).step_s)
+    if AUTOTUNE_SPEEDUP * expected_s > AUTOTUNE_EXTRA_COMPILE_S:
+        trainer.optimize("max-autotune-no-cudagraphs")
+
+
+def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
+    """With `--time-budget`, set the epochs of the run, and its schedule, to as many as fit after `elapsed_s` seconds.
+
+    Warm-up, schedule and image-size stages are scaled with the epochs. Raises `UsageError`, with the budget that one
+    epoch needs, if not even one fits.
+    """
+    recipe = trainer.recipe
+    if recipe.time_budget is None:
+        return
+    timing = StepTiming(*trainer.world.broadcast_object(astuple(measure_step_timing(trainer))))
     elapsed_s = trainer.world.broadcast_object(elapsed_s)
-    left_s = trainer.recipe.time_budget * 60 * (1 - TIME_BUDGET_MARGIN) - elapsed_s - pace.test_s(trainer)
-    epochs = math.floor(left_s / pace.epoch_s(trainer))
+    left_s = recipe.time_budget * 60 * (1 - TIME_BUDGET_MARGIN) - elapsed_s - timing.test_s(trainer)
+    epochs = math.floor(left_s / timing.epoch_s(trainer))
     if epochs < 1:
-        needed = (elapsed_s + pace.test_s(trainer) + pace.epoch_s(trainer)) / 60 / (1 - TIME_BUDGET_MARGIN)
-        problem = (
-            f"not one epoch of {pace.epoch_s(trainer):,.0f} s fits into --time-budget {trainer.recipe.time_budget:g}"
-        )
-        raise UsageError(problem, f"give {math.ceil(needed)} minutes or more, or a smaller network")
-    share = epochs / trainer.recipe.epochs  # of warm-up and schedule too: the shape stays the recipe's
-    length = trainer.recipe.schedule_epochs
+        needed_s = elapsed_s + timing.test_s(trainer) + timing.epoch_s(trainer)
+        minutes = math.ceil(needed_s / 60 / (1 - TIME_BUDGET_MARGIN))
+        problem = f"not one epoch of {timing.epoch_s(trainer):,.0f} s fits into --time-budget {recipe.time_budget:g}"
+        raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
+    factor = epochs / recipe.epochs
     changes = {
-        "warmup_epochs": trainer.recipe.warmup_epochs * share,
-        "schedule_epochs": length and length * share,
-        "image_size": scale_image_size_stages(trainer.recipe.image_size, share),
+        "epochs": epochs,
+        "warmup_epochs": recipe.warmup_epochs * factor,
+        "schedule_epochs": recipe.schedule_epochs and recipe.schedule_epochs * factor,
+        "image_size": scale_image_size_stages(recipe.image_size, factor),
     }
-    trainer.recipe = trainer.recipe.model_copy(update={"epochs": epochs, **changes})
+    trainer.recipe = recipe.model_copy(update=changes)
     trainer.schedule = LRSchedule(trainer.recipe, trainer.loader.steps_per_epoch)
 
 
 def scale_image_size_stages(image_size: str, factor: float) -> str:
-    """`image_size` for `share` of the epochs: whole ones, rounded down, so that none are missing at the full size."""
-    kept = [(size, epochs and math.floor(epochs * factor)) for size, epochs in parse_image_sizes(image_size)]
-    return ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in kept if epochs != 0)
+    """`image_size` with the epochs of its stages times `factor`, rounded down so that the full size loses none."""
+    stages = [(size, epochs and math.floor(epochs * factor)) for size, epochs in parse_image_sizes(image_size)]
+    return ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in stages if epochs != 0)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Builds everything, runs a few steps and evaluates a batch; what the whole run would take. Writes nothing.
+    """Build everything, run a few steps, evaluate a batch, and estimate the whole run. Nothing is written.
 
-    Returns seconds (`setup` and `compile` measured, `train`, `eval` and `total` expected), `step_s`, `images_per_s`,
-    `peak_memory_bytes` and what was chosen. Errors: those of `train`.
+    Returns seconds (`setup` and `compile` measured; `train`, `eval` and `total` estimated), `step_s`, `images_per_s`,
+    `peak_memory_bytes` and the lines that describe the run. Raises what `train` raises.
     """
     if recipe.resume:
-        raise UsageError("--dry-run starts nothing, so it resumes nothing", "leave --resume out")
+        raise UsageError("--dry-run cannot be combined with --resume", "leave one of them out")
     clock = Clock()
     trackers.require_trackers(recipe)
     with clock.phase("setup"):
-        parts = build_trainer(recipe, choose_execution(recipe))
+        trainer = build_trainer(recipe, choose_execution(recipe))
     with clock.phase("compile"):
-        step = parts.build_train_step()
-    fit_epochs_to_time_budget(parts, step, clock.total_s())
-    pace = measure_step_timing(parts, step)
+        trainer.optimize()
+    fit_epochs_to_time_budget(trainer, clock.total_s())
+    timing = measure_step_timing(trainer)
     seconds = dict(clock.seconds)
-    seconds["train"] = parts.total_steps * pace.step_s
-    seconds["eval"] = parts.recipe.epochs * pace.epoch_s(parts) - seconds["train"] + pace.test_s(parts)
+    seconds["train"] = trainer.total_steps * timing.step_s
+    seconds["eval"] = trainer.recipe.epochs * timing.epoch_s(trainer) - seconds["train"] + timing.test_s(trainer)
     seconds["total"] = sum(seconds.values())
     return {
         "dry_run": True,
         "arch": recipe.arch,
-        "params": count_parameters(parts.model),
-        "macs": count_macs(parts.model),
-        "epochs": parts.recipe.epochs,
-        "steps": parts.total_steps,
-        "step_s": pace.step_s,
-        "images_per_s": recipe.batch_size / pace.step_s,
+        "params": count_parameters(trainer.model),
+        "macs": count_macs(trainer.model),
+        "epochs": trainer.recipe.epochs,
+        "steps": trainer.total_steps,
+        "step_s": timing.step_s,
+        "images_per_s": recipe.batch_size / timing.step_s,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "peak_memory_bytes": peak_memory_bytes(parts.device),
-        "chosen": [*parts.summary_lines(), *parts.execution.format_lines()],
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "chosen": [*trainer.summary_lines(), *trainer.execution.format_lines()],
     }

@@ -1,14 +1,14 @@
-"""What a run is made of, assembled from its recipe: data, network, optimizer, step, evaluation.
+"""`Trainer`: the objects that one run trains with, and the protocol of a training step.
 
-Every name and number of the recipe is checked here, before anything is written. The loop itself is in `train.py`.
+`build.py` makes it from a recipe; the loop over epochs is in `train.py`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from fastcifar.data.loaders import Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
 from fastcifar.format import format_options
-from fastcifar.models import (
-    count_parameters,
-)
+from fastcifar.models import count_parameters
 from fastcifar.recipe import Recipe, parse_image_sizes
 from fastcifar.training import checkpoint, compilation, cuda_graph
 from fastcifar.training.distributed import World
@@ -48,8 +46,12 @@ from fastcifar.training.step import (
 
 @dataclass(frozen=True)
 class TestResult:
-    """What the test set said: scores of the recipe's weights; accuracy of the average of the weights, if there is one,
-    and of the recipe's weights over the views of `--tta`, if it was asked for."""
+    """The evaluation on the test set.
+
+    scores   of the weights that the recipe evaluates
+    ema_acc  accuracy of the moving average of the weights; None without one
+    tta_acc  accuracy of the evaluated weights with test-time augmentation; None without `--tta`
+    """
 
     scores: Scores
     ema_acc: float | None
@@ -58,9 +60,11 @@ class TestResult:
 
 @dataclass
 class Trainer:
-    """The parts of one run, on its device. Shapes: images uint8 [n,3,32,32], labels int64 [n].
+    """Everything that one run trains with, on its device, and the protocol of a training step.
 
-    `augment` is the whole list; the loader applies it but for a mixer, which is the step's.
+    `build_trainer` makes one. `train_step` runs eagerly until `optimize` has compiled and captured the step. Shapes:
+    images uint8 [n, 3, 32, 32], labels int64 [n]; a mixer adds its parameters as a third tensor of a batch.
+    `augment_ops` is the whole list of augmentations: the loader applies all but the mixer, which the step applies.
     """
 
     recipe: Recipe
@@ -76,12 +80,16 @@ class Trainer:
     ema: Ema | None
     meter: Meter
     forward: Forward
-    eval_forward: Forward  # the same pass as evaluation runs it: `forward` itself until `fast_step` makes a faster one
+    eval_forward: Forward  # `forward` in evaluation mode; compiled and captured by `optimize`
     schedule: LRSchedule
     clip_gradients: Callable[[], object]
     scaler: torch.amp.GradScaler
-    prepare_s: float = 0.0  # of what needed the training images: the loader's copy of them, the network's start
+    prepare_s: float = 0.0  # seconds spent on the training images: the loader's copy of them, the whitening
     progress: TrainingProgress = field(default_factory=TrainingProgress)
+    step: TrainStep = field(init=False)  # forward, backward and update of one batch
+
+    def __post_init__(self) -> None:
+        self.step = self.build_train_step(eager=True)
 
     @property
     def world(self) -> World:
@@ -90,48 +98,69 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, if nothing stops it."""
+        """Number of steps of the whole run, if nothing stops it."""
         return self.recipe.epochs * self.loader.steps_per_epoch
 
     def summary_lines(self) -> list[str]:
-        """What a person should know before the first step."""
+        """Data set, network and recipe in a line each, for the user."""
         official = "" if self.data.is_official else ", not the official files"
-        own = f"{self.optimizer.name} sets or scales its learning rate itself, beside --schedule {self.recipe.schedule}"
+        scheduled = f"{self.optimizer.name} schedules its learning rate itself, in addition to --schedule"
         return [
-            f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} to train, "
-            f"{len(self.val_split.labels):,} to choose by, {len(self.data.test.labels):,} to test",
+            f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} training, "
+            f"{len(self.val_split.labels):,} validation, {len(self.data.test.labels):,} test images",
             f"network: {self.recipe.arch}, {count_parameters(self.model):,} parameters",
             f"recipe: {format_options(self.recipe.non_default_options()) or 'defaults'}",
-            *([f"optimizer: {own}"] if self.optimizer.spec.self_scheduled else []),
+            *([f"optimizer: {scheduled} {self.recipe.schedule}"] if self.optimizer.spec.self_scheduled else []),
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The epoch's batches from `start_step` on, as a step takes them."""
+        """The batches of an epoch from step `start_step` on, as `train_step` takes them."""
         return mixed_batches(self.loader, self.augment_ops, epoch, self.recipe.seed, self.device, start_step)
 
-    def warm_up_loader(self) -> None:
-        """One batch of the loader, so that its kernel is compiled and its threads run.
+    def train_step(self, batch: Sequence[Tensor]) -> None:
+        """Train on one batch of `batches`: the whole protocol of a step, without a host synchronization.
 
-        The last batch of an epoch: one that is left before its end would end DALI's threads again.
+        Sets the learning rate; runs forward, backward, gradient clipping, update, moving average and counters; counts
+        the step; updates Lookahead's slow weights. `train`, `speedrun`, `bench` and the dry run call this.
+        """
+        self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))
+        self.step(*batch)
+        self.progress.step += 1
+        self.progress.epoch_step += 1
+        self.optimizer.after_step(self.progress.step, self.meter.found_inf)
+
+    def optimize(self, compile_mode: str = "auto") -> None:
+        """Compile the step and the evaluation's forward pass and capture them in CUDA graphs, as `execution` says.
+
+        Then the loader is started: its threads would disturb a capture. The state of the run is left as it was.
+        `compile_mode` applies where the recipe says auto.
+        """
+        self.step = self.build_train_step(compile_mode)
+        self.eval_forward = self.build_eval_forward()
+        self.warm_up_loader()
+
+    def warm_up_loader(self) -> None:
+        """Load one batch, so that the loader's kernel is compiled and its threads are running.
+
+        It is the last batch of an epoch: leaving an epoch before its end would stop DALI's threads again.
         """
         for _ in self.batches(0, self.loader.steps_per_epoch - 1):
             pass
 
     def example_batch(self, batch_size: int | None = None) -> tuple[Tensor, ...]:
-        """A batch of the shapes of `batches`, full unless its `size` is given: black images."""
+        """A batch of black images with the shapes and types of `batches`; full unless `batch_size` is given."""
         batch_size = batch_size or self.loader.slicing.local_batch_size
         images = torch.zeros(batch_size, 3, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        batch = (images.contiguous(memory_format=torch.channels_last), labels)
         _, mixer = split_mixer(self.augment_ops)
-        drawn = (
-            [torch.from_numpy(draw_mixer_params(self.augment_ops, batch_size, 0, self.recipe.seed)).to(self.device)]
-            if mixer
-            else []
-        )
-        return images.contiguous(memory_format=torch.channels_last), labels, *drawn
+        if not mixer:
+            return batch
+        params = draw_mixer_params(self.augment_ops, batch_size, 0, self.recipe.seed)
+        return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
-        """What a step computes before it goes back: of mixed images, if the recipe has a mixer, resized to `size`."""
+        """The forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
         _, mixer = split_mixer(self.augment_ops)
         forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
         if mixer:
@@ -139,8 +168,7 @@ class Trainer:
         return loss_and_correct(forward, self.recipe.label_smoothing)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
-        """The training step around `function`, which is compiled or not."""
-        statistics = BufferSnapshot(self.model)
+        """A training step around `loss_function`, which may be compiled."""
         return build_step_function(
             loss_function,
             self.optimizer,
@@ -148,93 +176,101 @@ class Trainer:
             self.meter,
             self.ema,
             self.scaler,
-            statistics,
+            BufferSnapshot(self.model),
             self.world,
         )
 
-    def build_train_step(self, compile_mode: str = "auto") -> TrainStep:
-        """The step as this machine runs it fastest, compiled and captured; its state is untouched by that.
+    def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
+        """A step for the batches of every epoch: one step per image size, and one for a smaller last batch.
 
-        Of each size of image one, made here, of which a call takes that of the running epoch. `mode`: the compiler's
-        effort, where the recipe leaves it open.
+        Compiled and captured as `execution` says, or `eager`. Nothing else of the trainer changes.
         """
         sizes = dict.fromkeys(size for size, _ in parse_image_sizes(self.recipe.image_size))
-        fast = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
-        last = {size: self.build_last_step(size) for size in sizes}
-        self.eval_forward = self.build_eval_forward()
-        self.warm_up_loader()  # after the capture
-        share = self.loader.slicing.local_batch_size
-        steps = {size: cuda_graph.dispatch_by_batch_size(fast[size], last[size], share) for size in sizes}
+        if eager:
+            full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
+        else:
+            full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
+            last = {size: self.build_last_step(size) for size in sizes}
+        local_batch_size = self.loader.slicing.local_batch_size
+        steps = {size: cuda_graph.dispatch_by_batch_size(full[size], last[size], local_batch_size) for size in sizes}
         return lambda *batch: steps[self.recipe.image_size_at(self.progress.epoch)](*batch)
 
     def build_step_block(
         self, num_steps: int, compile_mode: str = "auto", image_size: int = CIFAR_IMAGE_SIZE
     ) -> Callable[..., None]:
-        """`count` steps on full batches as one function of all their tensors (see `cuda_graph.in_blocks`)."""
-        function, example = self.build_loss_function(image_size), self.example_batch() * num_steps
+        """`num_steps` steps on full batches as one function of all their tensors (see `cuda_graph.unroll_steps`)."""
+        loss_function, example = self.build_loss_function(image_size), self.example_batch() * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
         self.model.train()
         with self.preserve_state():
-            step = self.build_step(
-                compilation.compile_function(function, compile_mode) if self.execution.compile else function
-            )
+            if self.execution.compile:
+                loss_function = compilation.compile_function(loss_function, compile_mode)
+            step = self.build_step(loss_function)
             block = step if num_steps == 1 else cuda_graph.unroll_steps(step, num_steps)
             if self.execution.cuda_graph:
                 return cuda_graph.cuda_graphed(block, example, self.state_tensors())
             return compilation.precompile(block, example, self.state_tensors()) if self.execution.compile else block
 
     def build_last_step(self, image_size: int = CIFAR_IMAGE_SIZE) -> TrainStep:
-        """The step of an epoch's last batch, which may be short: once an epoch repays no compilation, but it is
-        captured where the others are."""
+        """The step of an epoch's last batch, which may be smaller.
+
+        It runs once an epoch, too rarely to repay a compilation; it is captured if the other steps are.
+        """
         step = self.build_step(self.build_loss_function(image_size))
-        count = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
-        if not self.execution.cuda_graph or count == self.loader.slicing.local_batch_size:
+        batch_size = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
+        if not self.execution.cuda_graph or batch_size == self.loader.slicing.local_batch_size:
             return step
         self.model.train()
         with self.preserve_state():
-            return cuda_graph.cuda_graphed(step, self.example_batch(count), self.state_tensors())
+            return cuda_graph.cuda_graphed(step, self.example_batch(batch_size), self.state_tensors())
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Whatever steps run inside, the run is afterwards as before: they update nothing, for not every optimizer's
-        state could be put back."""
-        scale = self.scaler.state_dict()
+        """Context in which steps may run and after which the run is as before.
+
+        The steps skip their updates, as after a NaN: the state of some optimizers could not be restored.
+        """
+        scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
             self.meter.found_inf.fill_(1)
             yield
         self.scaler.load_state_dict(scale)
+        self.progress = progress
 
     def build_eval_forward(self) -> Forward:
-        """`forward` for evaluation: captured where the step is, compiled where the whole run's evaluations repay it."""
+        """`forward` for evaluation: captured if the step is, compiled if the run evaluates enough images to repay it."""
         images = self.recipe.epochs * self.images_per_validation + self.images_per_test
-        repaid = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
+        compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
         return optimize_forward(
-            self.model, self.forward, self.device, repaid, self.execution.cuda_graph, self.recipe.compile_mode
+            self.model, self.forward, self.device, compiled, self.execution.cuda_graph, self.recipe.compile_mode
         )
 
     @property
     def images_per_validation(self) -> int:
-        """Images through the network at the end of an epoch."""
+        """Number of images evaluated at the end of an epoch."""
         return (2 if self.ema else 1) * len(self.val_split.labels)
 
     @property
     def images_per_test(self) -> int:
-        """Images through the network at the end of the run."""
+        """Number of images evaluated at the end of the run, each view of a test-time augmentation counted."""
         views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
         return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
     def state_tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        average = self.ema.state_tensors() if self.ema else []
+        ema_tensors = self.ema.state_tensors() if self.ema else []
         return [
             *self.model.state_dict().values(),
             *self.optimizer.state_tensors(),
             *self.meter.state_tensors(),
-            *average,
+            *ema_tensors,
         ]
 
     def validate(self) -> dict[str, float | None]:
-        """The validation columns of metrics.csv, as rank 0 finds them: None without a split, or without an average."""
+        """Evaluate on the validation split: the validation columns of metrics.csv, computed by rank 0.
+
+        A column is None without a validation split or without a moving average.
+        """
         return self.world.broadcast_object(self._compute_validation_metrics() if self.world.is_main_process else None)
 
     def _compute_validation_metrics(self) -> dict[str, float | None]:
@@ -247,25 +283,29 @@ class Trainer:
                     row["ema_val_acc"] = evaluate(self.model, self.eval_forward, self.val_split, self.device).accuracy
         return row
 
-    def evaluate_test_set(self, best_checkpoint: Path) -> TestResult:
-        """The test set, once, by the weights the recipe names; the model is left with them."""
-        test, averaged = self.data.test, None
+    def test(self, best_checkpoint: Path) -> TestResult:
+        """Evaluate once on the test set. The model is left with the weights that the recipe evaluates."""
+        test_split, averaged_scores = self.data.test, None
         if self.ema:
             with self.ema.averaged_weights():
-                averaged = evaluate(self.model, self.eval_forward, test, self.device)
+                averaged_scores = evaluate(self.model, self.eval_forward, test_split, self.device)
             if self.recipe.eval_weights == "ema":
                 self.ema.copy_to_model()
         if self.recipe.eval_weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
-        scores = averaged if averaged and self.recipe.eval_weights == "ema" else None
-        scores = scores or evaluate(self.model, self.eval_forward, test, self.device)
-        tta = None
+        scores = averaged_scores if self.recipe.eval_weights == "ema" else None
+        scores = scores or evaluate(self.model, self.eval_forward, test_split, self.device)
+        tta_acc = None
         if self.recipe.tta != "none":
-            tta = evaluate(self.model, self.eval_forward, test, self.device, self.recipe.tta).accuracy
-        return TestResult(scores, averaged.accuracy if averaged else None, tta)
+            tta_acc = evaluate(self.model, self.eval_forward, test_split, self.device, self.recipe.tta).accuracy
+        return TestResult(scores, averaged_scores.accuracy if averaged_scores else None, tta_acc)
 
     def checkpoint_state(self, clock: Clock) -> dict[str, Any]:
-        """What a checkpoint holds: all that the rest of the run depends on."""
+        """The content of a checkpoint: `state_dict` and the seconds spent so far."""
+        return {**self.state_dict(), "clock": clock.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on. A collective call: every rank adds its random state."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
@@ -278,12 +318,11 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums,
             "random": self.world.all_gather_object(collect_rng_state(self.device)),
-            "clock": clock.state_dict(),
             **asdict(self.progress),
         }
 
-    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """A checkpoint of the same run into the tensors that are there; the clock is its owner's."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned into the existing tensors, to which a captured step is bound."""
         checkpoint.load_weights(self.model, state["model"], "the checkpoint")
         if self.ema:
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
@@ -292,16 +331,16 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_sums(state["meter"])
-        of_ranks = state["random"]
-        if len(of_ranks) != self.world.world_size:
+        rng_states = state["random"]
+        if len(rng_states) != self.world.world_size:
             warnings.warn(
-                f"the run had {len(of_ranks)} processes and goes on with {self.world.world_size}: another random state, and "
-                "statistics of BatchNorm over other shares",
+                f"the checkpoint is from {len(rng_states)} processes and this run has {self.world.world_size}: random "
+                "numbers and the statistics of BatchNorm will differ",
                 stacklevel=2,
             )
-        restore_rng_state(of_ranks[self.world.rank % len(of_ranks)], self.device)
+        restore_rng_state(rng_states[self.world.rank % len(rng_states)], self.device)
         self.progress = TrainingProgress.from_checkpoint(state)
 
     def checkpoint_bytes(self) -> int:
-        """About what a checkpoint will need on the disk."""
+        """Approximate size of a checkpoint in bytes."""
         return sum(tensor.nbytes for tensor in self.state_tensors())

@@ -1,0 +1,149 @@
+"""`resolve`: a recipe with every spelling parsed and every name looked up, before any data is read or downloaded.
+
+`train`, `sweep`, `bench`, `speedrun` and the dry run all start here, so that they accept and refuse the same recipes.
+What trains takes the parsed values from `Resolved` and parses nothing again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, parse_augment, split_mixer
+from fastcifar.data.cifar import DATASETS
+from fastcifar.data.loaders import LOADERS
+from fastcifar.data.normalization import normalization_mean_std
+from fastcifar.device import ExecutionPlan, choose_execution
+from fastcifar.errors import DeviceError, UsageError, lookup
+from fastcifar.models import MODEL_OPTIONS, build_model, check_param_budget, count_macs, enable_fused_ops
+from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.training import trackers
+from fastcifar.training.distributed import get_world
+from fastcifar.training.evaluate import VIEWS
+from fastcifar.training.lr_schedule import ParsedSchedule, check_schedule, parse_schedule
+from fastcifar.training.optimizers import (
+    OPTIMIZERS,
+    GradClip,
+    OptimizerWrapper,
+    ParsedOptimizer,
+    build_param_groups,
+    parse_clip_grad,
+    parse_optimizer,
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The parsed form of a recipe.
+
+    execution    device, precision, loader, compilation and CUDA graph, as chosen for this machine
+    pixel_ops    augmentations that the loader applies
+    mixer        the augmentation that the training step applies, if there is one
+    mean, std    input normalization per channel, of pixels in [0, 1]
+    image_sizes  training image size in pixels of every stage, with its number of epochs; None: all remaining ones
+    clip_grad    None for no gradient clipping
+    """
+
+    recipe: Recipe
+    execution: ExecutionPlan
+    pixel_ops: tuple[AugmentOp, ...]
+    mixer: AugmentOp | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_sizes: tuple[tuple[int, int | None], ...]
+    optimizer: ParsedOptimizer
+    schedule: ParsedSchedule
+    clip_grad: GradClip | None
+    trackers: tuple[str, ...]
+
+    @property
+    def augment_ops(self) -> tuple[AugmentOp, ...]:
+        """All augmentations, the mixer last."""
+        return (*self.pixel_ops, *([self.mixer] if self.mixer else []))
+
+    def image_size_at(self, epoch: int) -> int:
+        """Training image size in pixels in `epoch` (from 0)."""
+        for size, epochs in self.image_sizes:
+            if epochs is None or epoch < epochs:
+                return size
+            epoch -= epochs
+        raise AssertionError(self.image_sizes)  # the last stage has no number of epochs
+
+
+def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
+    """Parse and look up everything in `recipe`; nothing is read, written or allocated.
+
+    `execution`: the choice for this machine, `choose_execution(recipe)` by default. Raises `UsageError` for a spelling
+    that cannot be parsed, an unknown name (with the nearest one), an optimizer argument that does not exist and a
+    network over the budget; `DeviceError` for what this machine lacks.
+    """
+    execution = execution or choose_execution(recipe)
+    pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
+    world_size = get_world().world_size
+    if mixer and recipe.batch_size < 2 * world_size:
+        problem = f"--augment {mixer.name} mixes the images of a batch"
+        raise UsageError(problem, f"use a --batch-size of {2 * world_size} or more")
+    lookup(VIEWS, recipe.tta, "test-time augmentation")
+    lookup(LOADERS, execution.loader, "loader")
+    mean, std = normalization_mean_std(recipe)
+    optimizer = parse_optimizer(recipe)
+    schedule = parse_schedule(recipe.schedule)
+    check_schedule(recipe, schedule)
+    clip_grad = parse_clip_grad(recipe.clip_grad)
+    with torch.device("meta"):
+        model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
+        check_image_sizes(model, recipe)
+        build_param_groups(model, recipe)
+    OptimizerWrapper(_tiny_network(), recipe, optimizer)
+    return Resolved(
+        recipe=recipe,
+        execution=resolve_cuda_graph(execution, recipe, optimizer),
+        pixel_ops=pixel_ops,
+        mixer=mixer,
+        mean=mean,
+        std=std,
+        image_sizes=tuple(parse_image_sizes(recipe.image_size)),
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_grad=clip_grad,
+        trackers=trackers.parse_tracker_names(recipe.track),
+    )
+
+
+def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The network of a recipe, newly initialized. Raises `UsageError`, also if it is over the parameter budget."""
+    model = build_model(recipe.arch, num_classes, **{name: getattr(recipe, name) for name in MODEL_OPTIONS})
+    check_param_budget(recipe.arch, model, recipe.max_params)
+    if recipe.fused_ops:
+        enable_fused_ops(model)
+    return model
+
+
+def _tiny_network() -> nn.Module:
+    """Parameters of every shape that the networks have, to try an optimizer and its arguments on."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_image_sizes(model: nn.Module, recipe: Recipe) -> None:
+    """Raise `UsageError` if the network does not accept images of every size of the recipe."""
+    for size in {size for size, _ in parse_image_sizes(recipe.image_size)} - {CIFAR_IMAGE_SIZE}:
+        try:
+            count_macs(model, (3, size, size))
+        except RuntimeError:
+            problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
+            raise UsageError(problem, "leave that size out") from None
+
+
+def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: ParsedOptimizer) -> ExecutionPlan:
+    """`execution` without a CUDA graph if the optimizer cannot be captured.
+
+    Raises `DeviceError` if the recipe asks for the graph.
+    """
+    if optimizer.spec.capturable or not execution.cuda_graph:
+        return execution
+    reason = f"{optimizer.name} counts its steps in Python and cannot be captured"
+    if recipe.cuda_graph:
+        raise DeviceError(f"--cuda-graph: {reason}", f"leave it out, or choose from {', '.join(OPTIMIZERS)}")
+    return replace(execution, cuda_graph=False, reasons={**execution.reasons, "cuda_graph": reason})
