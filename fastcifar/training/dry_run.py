@@ -14,14 +14,15 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from fastcifar.data.cifar import Split
-from fastcifar.device import choose_execution, peak_memory_bytes
+from fastcifar.device import peak_memory_bytes
 from fastcifar.errors import UsageError
 from fastcifar.models import count_macs, count_parameters
-from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.recipe import Recipe
 from fastcifar.training import trackers
 from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
 from fastcifar.training.lr_schedule import LRSchedule
+from fastcifar.training.resolve import Resolved, resolve
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.trainer import Trainer
 
@@ -52,7 +53,7 @@ def measure_step_timing(trainer: Trainer) -> StepTiming:
     """Time training steps on the first batches of the run, and evaluation on training images; medians."""
     seconds_per_image = []
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
-    sizes = [trainer.recipe.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
+    sizes = [trainer.resolved.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
     with trainer.preserve_state():
         step_s = {size: _measure_step_s(trainer, sizes.index(size)) for size in dict.fromkeys(sizes)}
         for _ in range(3):
@@ -104,20 +105,23 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         problem = f"not one epoch of {timing.epoch_s(trainer):,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
     factor = epochs / recipe.epochs
-    changes = {
-        "epochs": epochs,
+    scaled = recipe.model_copy(update={"epochs": epochs, **scale_schedule(trainer.resolved, factor)})
+    trainer.resolved = resolve(scaled, trainer.execution)
+    trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
+
+
+def scale_schedule(resolved: Resolved, factor: float) -> dict[str, Any]:
+    """The options of warm-up, schedule and image-size stages for `factor` times the epochs.
+
+    Epochs of a stage are rounded down, so that the last size loses none.
+    """
+    recipe = resolved.recipe
+    stages = [(size, epochs and math.floor(epochs * factor)) for size, epochs in resolved.image_sizes]
+    return {
         "warmup_epochs": recipe.warmup_epochs * factor,
         "schedule_epochs": recipe.schedule_epochs and recipe.schedule_epochs * factor,
-        "image_size": scale_image_size_stages(recipe.image_size, factor),
+        "image_size": ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in stages if epochs != 0),
     }
-    trainer.recipe = recipe.model_copy(update=changes)
-    trainer.schedule = LRSchedule(trainer.recipe, trainer.loader.steps_per_epoch)
-
-
-def scale_image_size_stages(image_size: str, factor: float) -> str:
-    """`image_size` with the epochs of its stages times `factor`, rounded down so that the full size loses none."""
-    stages = [(size, epochs and math.floor(epochs * factor)) for size, epochs in parse_image_sizes(image_size)]
-    return ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in stages if epochs != 0)
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     clock = Clock()
     trackers.require_trackers(recipe)
     with clock.phase("setup"):
-        trainer = build_trainer(recipe, choose_execution(recipe))
+        trainer = build_trainer(resolve(recipe))
     with clock.phase("compile"):
         trainer.optimize()
     fit_epochs_to_time_budget(trainer, clock.total_s())

@@ -19,6 +19,7 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
 from fastcifar.training.progress import TrainingDisplay, print_lines
+from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
 from fastcifar.training.step import Metrics
@@ -43,18 +44,18 @@ def train(
         resume.find_resume_point_on_all_ranks(recipe, recipe_name, world) as resume_point,
     ):
         with clock.phase("setup"):
-            trainer = build_trainer(resume_point.recipe, choose_execution(resume_point.recipe))
-        lines = [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()]
-        print_lines(console, lines)
+            trainer = build_trainer(resolve(resume_point.recipe))
+        print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
         with clock.phase("compile"):
             trainer.optimize()
             if resume_point.is_new:
                 fit_epochs_to_time_budget(trainer, clock.total_s())
             autotune(trainer)
         run = resume_point.open_run_on_all_ranks(trainer, clock, callbacks)
-        epochs, steps = trainer.recipe.epochs, trainer.total_steps
-        print_lines(console, [f"run: {run.folder}, {epochs} epochs, {steps:,} steps"])
-        display = TrainingDisplay(console, steps, epochs, recipe.batch_size, trainer.progress.step)
+        print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.total_steps:,} steps"])
+        display = TrainingDisplay(
+            console, trainer.total_steps, trainer.recipe.epochs, recipe.batch_size, trainer.progress.step
+        )
         with display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, draw_mixer_params, split_mixer
+from fastcifar.data.augment import CIFAR_IMAGE_SIZE, draw_mixer_params
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import Loader, mixed_batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
 from fastcifar.format import format_options
 from fastcifar.models import count_parameters
-from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, cuda_graph
 from fastcifar.training.distributed import World
 from fastcifar.training.ema import Ema
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.resolve import Resolved
 from fastcifar.training.rng_state import collect_rng_state, preserve_state, restore_rng_state
 from fastcifar.training.run_dir import Clock, TrainingProgress
 from fastcifar.training.step import (
@@ -64,12 +65,9 @@ class Trainer:
 
     `build_trainer` makes one. `train_step` runs eagerly until `optimize` has compiled and captured the step. Shapes:
     images uint8 [n, 3, 32, 32], labels int64 [n]; a mixer adds its parameters as a third tensor of a batch.
-    `augment_ops` is the whole list of augmentations: the loader applies all but the mixer, which the step applies.
     """
 
-    recipe: Recipe
-    execution: ExecutionPlan
-    augment_ops: tuple[AugmentOp, ...]
+    resolved: Resolved
     device: torch.device
     data: Dataset
     train_split: Split
@@ -90,6 +88,16 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.step = self.build_train_step(eager=True)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of this run."""
+        return self.resolved.recipe
+
+    @property
+    def execution(self) -> ExecutionPlan:
+        """Device, precision, loader, compilation and CUDA graph of this run."""
+        return self.resolved.execution
 
     @property
     def world(self) -> World:
@@ -115,7 +123,8 @@ class Trainer:
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of an epoch from step `start_step` on, as `train_step` takes them."""
-        return mixed_batches(self.loader, self.augment_ops, epoch, self.recipe.seed, self.device, start_step)
+        ops = self.resolved.augment_ops
+        return mixed_batches(self.loader, ops, epoch, self.recipe.seed, self.device, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
         """Train on one batch of `batches`: the whole protocol of a step, without a host synchronization.
@@ -153,15 +162,14 @@ class Trainer:
         images = torch.zeros(batch_size, 3, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         batch = (images.contiguous(memory_format=torch.channels_last), labels)
-        _, mixer = split_mixer(self.augment_ops)
-        if not mixer:
+        if not self.resolved.mixer:
             return batch
-        params = draw_mixer_params(self.augment_ops, batch_size, 0, self.recipe.seed)
+        params = draw_mixer_params(self.resolved.augment_ops, batch_size, 0, self.recipe.seed)
         return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
         """The forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
-        _, mixer = split_mixer(self.augment_ops)
+        mixer = self.resolved.mixer
         forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
         if mixer:
             return mixed_loss_and_correct(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
@@ -185,7 +193,7 @@ class Trainer:
 
         Compiled and captured as `execution` says, or `eager`. Nothing else of the trainer changes.
         """
-        sizes = dict.fromkeys(size for size, _ in parse_image_sizes(self.recipe.image_size))
+        sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
         if eager:
             full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
         else:
@@ -193,7 +201,7 @@ class Trainer:
             last = {size: self.build_last_step(size) for size in sizes}
         local_batch_size = self.loader.slicing.local_batch_size
         steps = {size: cuda_graph.dispatch_by_batch_size(full[size], last[size], local_batch_size) for size in sizes}
-        return lambda *batch: steps[self.recipe.image_size_at(self.progress.epoch)](*batch)
+        return lambda *batch: steps[self.resolved.image_size_at(self.progress.epoch)](*batch)
 
     def build_step_block(
         self, num_steps: int, compile_mode: str = "auto", image_size: int = CIFAR_IMAGE_SIZE
