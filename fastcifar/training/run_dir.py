@@ -86,6 +86,7 @@ CALLBACK_FACTORIES: dict[str, Callable[[Path, int], EpochCallback]] = {
     "mlflow": partial(Tracker, "mlflow"),
 }
 FILE_CALLBACKS = ("csv", "events")
+
 WRITABLE_REMEDY = "give a writable folder with --out"
 
 
