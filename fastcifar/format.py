@@ -45,9 +45,9 @@ def format_mean_std(mean: float, std: float | None, digits: int = 2, scale: floa
     return f"{scale * mean:.{digits}f}{spread}"
 
 
-def format_memory(num_bytes: float) -> str:
+def format_memory(num_bytes: float | None) -> str:
     """A number of bytes in GiB with two decimals."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return MISSING if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
 
 
 def format_duration(seconds: float | None) -> str:

@@ -62,6 +62,7 @@ from fastcifar.format import (
         (format_mean_std(2300.94, 220.31, 1), "2300.9 ± 220.3"),
         (format_mean_std(0.3, None, scale=100), "30.00"),
         (format_memory(3 * 2**30 // 2), "1.50 GiB"),
+        (format_memory(None), "-"),
         (format_duration(0), "0.0 s"),
         (format_duration(9.49), "9.5 s"),
         (format_duration(9.5), "0:00:10"),

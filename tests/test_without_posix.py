@@ -1,6 +1,7 @@
-"""The package works on a system without POSIX: what only POSIX has is hidden in a child process, which trains there.
+"""Tests that the package works without the modules and functions that only POSIX systems have, as on Windows.
 
-The child cannot hide everything that Windows lacks, but it hides all that the package would otherwise use.
+A child process removes those that the package uses and trains without them. It cannot remove everything that Windows
+lacks, because torch and the standard library need some of it on Linux.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from fastcifar.training.train import train
 from tests.faults.runs import assert_equal_runs, last
 
 PACKAGE = Path(__file__).parents[1] / "fastcifar"
-MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
-ATTRIBUTES = {
+# modules and attributes of modules that exist on POSIX systems only
+POSIX_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
+POSIX_ATTRIBUTES = {
     "os": {"O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod", "fork", "forkpty", "geteuid", "getloadavg", "getpgid",
            "getuid", "killpg", "mkfifo", "sched_getaffinity", "setsid", "statvfs", "sysconf", "uname"},
     "signal": {"SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGUSR1", "SIGUSR2", "setitimer"},
     "time": {"CLOCK_BOOTTIME", "clock_gettime"},
 }  # fmt: skip
-# the files that may use these, because each says what it does where they are missing
+# the files that may use them, because they handle their absence
 GUARDED_FILES = {PACKAGE / "files.py", PACKAGE / "device.py", PACKAGE / "reporting" / "ui.py"}
-# what the package uses of them; torch and the standard library need some of the rest on Linux
+# those that the child process removes
 HIDDEN_MODULES = ("fcntl", "resource")
 HIDDEN_ATTRIBUTES = {
     "os": ("O_DIRECTORY", "sysconf", "killpg", "sched_getaffinity", "fork", "statvfs"),
@@ -38,23 +40,23 @@ HIDDEN_ATTRIBUTES = {
     "time": ("CLOCK_BOOTTIME",),
 }
 
-HIDE = f"""
+HIDE_POSIX = f"""
 import os, signal, sys, time
 
 for name in {HIDDEN_MODULES}:
-    sys.modules[name] = None  # importing it raises ImportError
+    sys.modules[name] = None  # makes its import raise ImportError
 for module, names in {HIDDEN_ATTRIBUTES}.items():
     for name in names:
         delattr(sys.modules[module], name)
 
-def open_files_only(path, *arguments, open=os.open, **options):
+def open_files_only(path, *args, open=os.open, **kwargs):
     if os.path.isdir(path):
         raise PermissionError(13, "Permission denied", path)  # as on Windows
-    return open(path, *arguments, **options)
+    return open(path, *args, **kwargs)
 
 os.open = open_files_only
 """
-TRAIN = """
+TRAIN_AND_RESUME = """
 import importlib, pkgutil, subprocess
 from pathlib import Path
 
@@ -71,22 +73,22 @@ for module in pkgutil.walk_packages(fastcifar.__path__, "fastcifar."):
         importlib.import_module(module.name)
 
 
-def fastcifar(*arguments):
-    sys.argv = ["fastcifar", *arguments]
+def run_command(*args):
+    sys.argv = ["fastcifar", *args]
     try:
         main()
-    except SystemExit as end:
-        assert end.code == 0, end.code
+    except SystemExit as error:
+        assert error.code == 0, error.code
     sys.stdout.flush()
 
 
 run = Path("run")
-fastcifar("train", "--recipe", "recipe.toml", "--out", "run", "--max-steps", "7")
-fastcifar("train", "--resume", "run")
+run_command("train", "--recipe", "recipe.toml", "--out", "run", "--max-steps", "7")
+run_command("train", "--resume", "run")
 with files.lock_folder(run):
     assert files.is_locked(run)
     try:
-        fastcifar("train", "--resume", "run", "--epochs", "3")
+        run_command("train", "--resume", "run", "--epochs", "3")
     except AssertionError as error:
         assert error.args == (UsageError.exit_code,)
     else:
@@ -99,56 +101,59 @@ assert device.available_memory_bytes() is device.process_times() is None
 assert "out of memory" in str(device.as_memory_error(MemoryError()))
 assert importlib.import_module("fastcifar.benchmark.bench").cpu_seconds() > 0
 assert importlib.import_module("fastcifar.benchmark.speedrun").process_uptime_s() is None
-quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # nor does it keep the pipes of this process open
+# Without its own output streams the server would keep the pipes of this process open.
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **quiet)
 importlib.import_module("fastcifar.reporting.ui")._stop_server(server)
 assert server.returncode is not None
 
-fastcifar("runs", "ls", ".", "--json")
+run_command("runs", "ls", ".", "--json")
 """
 
 
-def test_a_run_without_posix_is_the_same_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_run_without_posix_equals_a_run_with_it(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     child = tmp_path / "child"
     child.mkdir()
     (child / "recipe.toml").write_text(tiny(out=None).to_toml())
-    command = [sys.executable, "-c", HIDE + TRAIN]
+    command = [sys.executable, "-c", HIDE_POSIX + TRAIN_AND_RESUME]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run(command, cwd=child, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(
+        command, cwd=child, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (row,) = json.loads(process.stdout.splitlines()[-1])
     assert (row["name"], row["state"], row["epochs"]) == ("run", "finished", 2)
     assert sorted(path.name for path in child.iterdir()) == ["recipe.toml", "run"]
 
     train(tiny(), "recipe.toml")
     assert last(child / "run")["step"] == 10
     assert_equal_runs(child / "run", tmp_path / "run")
-    peaks = [
+    peak_memory_bytes = [
         json.loads((folder / "run" / "summary.json").read_text())["peak_memory_bytes"] for folder in (child, tmp_path)
     ]
-    assert peaks[0] is None
-    assert peaks[1] > 0
+    assert peak_memory_bytes[0] is None
+    assert peak_memory_bytes[1] > 0
 
 
 def posix_names(path: Path) -> set[str]:
-    """The names in a source file that only POSIX systems have."""
-    found: set[str] = set()
+    """Return the names in a source file that exist on POSIX systems only."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & MODULES
+            names |= {alias.name for alias in node.names} & POSIX_MODULES
         elif isinstance(node, ast.ImportFrom):
-            found |= {alias.name for alias in node.names} & ATTRIBUTES.get(str(node.module), set())
-            found |= {str(node.module)} & MODULES
+            names |= {alias.name for alias in node.names} & POSIX_ATTRIBUTES.get(str(node.module), set())
+            names |= {str(node.module)} & POSIX_MODULES
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found |= {node.attr} & ATTRIBUTES.get(node.value.id, set())
-    return found
+            names |= {node.attr} & POSIX_ATTRIBUTES.get(node.value.id, set())
+    return names
 
 
-def test_posix_is_used_in_few_files() -> None:
+def test_posix_names_are_used_only_in_guarded_files() -> None:
     assert {path for path in PACKAGE.rglob("*.py") if posix_names(path)} == GUARDED_FILES
 
 
-def test_trials_run_in_processes_of_their_own_without_fork(
+def test_sweep_trials_run_in_spawned_processes_without_fork(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import multiprocessing
@@ -159,12 +164,12 @@ def test_trials_run_in_processes_of_their_own_without_fork(
     methods: list[str] = []
     get_context = multiprocessing.get_context
 
-    def record(method: str) -> Any:
+    def recording_get_context(method: str) -> Any:
         methods.append(method)
         return get_context(method)
 
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    monkeypatch.setattr(multiprocessing, "get_context", record)
+    monkeypatch.setattr(multiprocessing, "get_context", recording_get_context)
     trial = SweepTrial(key="a", label="label", options={}, recipe_name="recipe", recipe=tiny(epochs=1))
     events = list(multiprocess_executor(ExecutorOptions(jobs=1))(iter([trial])))
     assert [event.state for event in events] == ["running", "done"], events[-1].reason

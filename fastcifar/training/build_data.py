@@ -1,6 +1,6 @@
-"""A run's images, as its recipe has them: split, normalised, and fed by a loader of its own.
+"""The data of a run: the validation split, the loader, and normalized images.
 
-What an augmentation does, and how a batch is made, is the business of `data`; nothing here knows a network.
+Augmentations and loaders are implemented in `fastcifar.data`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from fastcifar.training.step import scale_and_shift
 
 
 def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
-    """The training images without the validation split, and the split."""
+    """Split `train` into training and validation images, stratified by class.
+
+    `val_size` is the number of validation images; with 0 all images are training images. The same `val_seed` selects
+    the same images. Raises `UsageError` if `val_size` does not fit the number of images.
+    """
     if val_size == 0:
         return train, Split(train.images[:0], train.labels[:0])
     train_index, val_index = cifar.stratified_split(train.labels, val_size, val_seed)
@@ -35,11 +39,15 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
 def build_loader(
     split: Split, ops: tuple[AugmentOp, ...], recipe: Recipe, execution: ExecutionPlan, world: World
 ) -> Loader:
-    """The chosen loader of this rank's shares of `split`. Errors: `UsageError`, `DeviceError`."""
-    kind = LOADERS[execution.loader]
-    takes = inspect.signature(kind).parameters
-    own = {"compile": execution.compile, "workers": recipe.workers}
-    return kind(
+    """Return the loader of this rank's share of each batch of `split`, with the augmentations `ops`.
+
+    Raises `UsageError` if the batch size does not fit the split or the number of ranks, and `DeviceError` if the
+    loader cannot run on this machine.
+    """
+    loader_class = LOADERS[execution.loader]
+    parameters = inspect.signature(loader_class).parameters
+    loader_options = {"compile": execution.compile, "workers": recipe.workers}  # which not every loader takes
+    return loader_class(
         split.images,
         split.labels,
         batch_size=recipe.batch_size,
@@ -50,11 +58,11 @@ def build_loader(
         drop_last=recipe.drop_last,
         rank=world.rank,
         world_size=world.world_size,
-        **{name: value for name, value in own.items() if name in takes},
+        **{name: value for name, value in loader_options.items() if name in parameters},
     )
 
 
 def normalize_images(split: Split, recipe: Recipe, device: torch.device) -> Tensor:
-    """Images of `split` as the network sees them, but in float32: [n,3,h,w] on the device."""
-    scale, shift = (part.to(device) for part in scale_and_shift(*normalization_mean_std(recipe)))
+    """Return the images of `split`, normalized as in training: float32 [n,3,h,w] on `device`."""
+    scale, shift = (tensor.to(device) for tensor in scale_and_shift(*normalization_mean_std(recipe)))
     return torch.tensor(split.images).to(device) * scale + shift

@@ -1,7 +1,7 @@
-"""Where a run starts: anew, or at a checkpoint of the run that it goes on with.
+"""Where a run starts: at its first step, or at a checkpoint of the run that it resumes.
 
-What may differ between a run and its continuation is the table FREE, and only that: the rest is another experiment.
-Nothing is trained here, and nothing is written before everything is known to fit.
+A resumed run may differ from the saved one only in the options of `RESUMABLE_OPTIONS`; with any other difference it
+would be another experiment, and it is refused. Nothing is written before all checks have passed.
 """
 
 from __future__ import annotations
@@ -22,35 +22,42 @@ from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgr
 from fastcifar.training.trainer import Trainer
 
 DEFAULT_OPTIONS = Recipe().model_dump(mode="json")
-MAX_ROLLBACKS = 3  # and then a run that is not finite stops after all
+MAX_ROLLBACKS = 3  # a run that is not finite once more stops
+RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
 
-# what may differ -> what a difference means
+# option that may change -> the effect of a change, for the user; changes of an option without a text are not reported
 RESUMABLE_OPTIONS: dict[str, str] = {
-    "epochs": "the schedule is computed anew over the new length, from the current step on",
-    "patience": "the epochs without a better one count on",
-    "max_steps": "steps of the whole run, those before included",
-    "max_params": "a limit, not a part of the network",
-    "eval_weights": "which weights meet the test set at the end",
-    "data": "the same images in another place; another number of them is refused",
-    "out": "another folder: the run goes on there, and the old one stays as it is",
+    "epochs": "the schedule is recomputed for the new number of epochs, from the current step on",
+    "patience": "the epochs without an improvement so far still count",
+    "max_steps": "the steps before the run was resumed count too",
+    "max_params": "this is only a limit, the network does not change",
+    "eval_weights": "which weights are evaluated on the test set",
+    "data": "the training images must be the same; another number of images is refused",
+    "out": "the run continues in this folder, and the folder of the checkpoint does not change",
     "resume": "",
     "save_every_epochs": "",
     "save_every_steps": "",
-    "track": "a tracker that is new gets the rows before too",
+    "track": "a new tracker also receives the rows of the earlier epochs",
     "on_nan": "",
-    "deterministic": "sums may round otherwise",
-    **dict.fromkeys(section_fields("execution"), "sums may round otherwise: the same run, no longer bit for bit"),
+    "deterministic": "sums may be rounded differently",
+    **dict.fromkeys(section_fields("execution"), "sums may be rounded differently: the run is no longer bit-identical"),
 }
-# with --time-budget these were made to fit, so that the command says something else than the run's recipe
+# `--time-budget` changes these options of a run, so its saved recipe differs from its command line.
 TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
 
 
 @dataclass
 class ResumePoint:
-    """Where a run starts. A context: at its end the run is closed, and the lock on its folder let go.
+    """Where a run starts. As a context manager it closes the run's trackers and releases the lock on its folder.
 
-    `recipe`: what to train by. `state`: the checkpoint to go on from, None from the beginning. `folder`: the run
-    folder to go on in, None for a new one. `rows`: the folder whose rows and best weights are copied into a new one.
+    recipe       the recipe to train with
+    recipe_name  its name, for tables
+    state        the checkpoint to resume from; None to start at the first step
+    folder       the run folder to continue in; None for a new one
+    copy_from    the run folder whose rows and best checkpoint are copied into the new one
+    lock         the lock on `folder`
+    messages     lines for the user
+    run          the run, once it is open (rank 0 only)
     """
 
     recipe: Recipe
@@ -65,230 +72,254 @@ class ResumePoint:
     def __enter__(self) -> ResumePoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self.run:
-            stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt | SystemExit)
+            stopped = exc_type is not None and issubclass(exc_type, Interrupted | KeyboardInterrupt | SystemExit)
             for tracker in self.run.trackers:
-                tracker.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+                tracker.close("KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
         if self.lock:
             self.lock.release()
 
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
-        """`open` by rank 0, with more `sinks`; the others take its state, write nothing. Errors: those of `open`."""
+        """Open the run on rank 0, with `callbacks` after the run's own; the other ranks write nothing.
+
+        Every rank loads the checkpoint into its `trainer`. Raises the errors of `open_run`.
+        """
         if not trainer.world.is_main_process and self.state:
             load_trainer_state(trainer, self.state)
         run = self.open_run(trainer, clock) if trainer.world.is_main_process else None
-        folder, best = trainer.world.broadcast_object([str(run.folder), trainer.progress.best] if run else None)
-        trainer.progress.best = best
+        folder, best_val_acc = trainer.world.broadcast_object([str(run.folder), trainer.progress.best] if run else None)
+        trainer.progress.best = best_val_acc
         if trainer.recipe.on_nan == "rollback":
-            state = trainer.checkpoint_state(clock)  # of all ranks
+            state = trainer.checkpoint_state(clock)  # on every rank: it gathers their random states
             if run and not run.checkpoint_path("last").is_file():
-                checkpoint.save_checkpoint(run.checkpoint_path("last"), state)  # what the first epoch may go back to
+                # a rollback within the first epoch needs a checkpoint
+                checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
         return run.with_callbacks(callbacks) if run else Run.for_other_rank(Path(folder), self.recipe_name)
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing of the run was there before, but perhaps a folder."""
+        """Whether the run starts at its first step, in a folder without a recipe."""
         return self.state is None and not (self.folder and (self.folder / "recipe.toml").is_file())
 
     def open_run(self, trainer: Trainer, clock: Clock) -> Run:
-        """The run's folder, locked and written to, with room for a checkpoint; the state is put into the parts.
+        """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder and lock it.
 
-        Errors: `DiskError`, `CheckpointError`.
+        Raises `DiskError` if the folder cannot be written or has no space for a checkpoint, and `CheckpointError` if
+        the checkpoint does not fit the trainer.
         """
-        done = 0
+        epochs_done = 0
         if self.state:
             load_trainer_state(trainer, self.state)
             clock.load_state_dict(self.state["clock"])
-            done = trainer.progress.epoch
+            epochs_done = trainer.progress.epoch
         if self.folder and self.lock:
-            run = Run.reopen(self.folder, self.lock, trainer.recipe, self.recipe_name, done)
+            run = Run.reopen(self.folder, self.lock, trainer.recipe, self.recipe_name, epochs_done)
         else:
             run = Run.create(trainer.recipe, self.recipe_name)
             self.lock = run.lock
             if self.copy_from:
-                self._copy_rows_and_best(self.copy_from, run, done)
+                run.copy_rows_from(self.copy_from, epochs_done)
+                best = checkpoint.resolve_checkpoint_path(str(self.copy_from), "best")
+                if best.is_file():
+                    checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
             if not run.checkpoint_path("best").is_file():
                 trainer.progress.best = None
         self.run = run
         run.require_disk_space(trainer.checkpoint_bytes())
         return run
 
-    def _copy_rows_and_best(self, source: Path, run: Run, done: int) -> None:
-        """The rows of the finished epochs, and the best weights so far, from the folder that was left."""
-        run.copy_rows_from(source, done)
-        best = checkpoint.resolve_checkpoint_path(str(source), "best")
-        if best.is_file():
-            checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
-
 
 class RunFinishedError(UsageError):
-    """A run that has nothing left to train and has been tested."""
+    """The run has been trained to its end and evaluated on the test set."""
 
 
 def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
-    """Where `recipe` asks to start. `name`: the recipe's, for tables.
+    """Return where a run with `recipe` starts, by `recipe.resume`. `recipe_name`: its name, for tables.
 
-    Errors: `CheckpointError` with what differs, `UsageError` for a run that is being trained, or is finished.
+    Raises `CheckpointError` if there is no such checkpoint or the recipe differs from the saved one, and `UsageError`
+    if another process trains the run or the run is finished.
     """
     if recipe.resume is None:
         return ResumePoint(recipe, recipe_name)
     if recipe.resume == "auto":
         return _resume_auto(recipe, recipe_name)
-    asked = Path(recipe.resume)
-    if asked.is_dir() and (recipe.out is None or Path(recipe.out).resolve() == asked.resolve()):
-        return _resume_in_place(recipe, recipe_name, asked)
+    resumed_path = Path(recipe.resume)
+    if resumed_path.is_dir() and (recipe.out is None or Path(recipe.out).resolve() == resumed_path.resolve()):
+        return _resume_in_place(recipe, recipe_name, resumed_path)
     path = checkpoint.resolve_checkpoint_path(recipe.resume)
     if not path.exists():
-        raise CheckpointError(f"no run or checkpoint {path}", "give a run folder, a .pt file or auto")
+        raise CheckpointError(f"{path} is no run folder or checkpoint", RESUME_REMEDY)
     folder = path.parent.parent
-    is_a_run = path.parent.name == "checkpoints" and (folder / "recipe.toml").is_file()
-    recipe_name = read_environment(folder).get("recipe", recipe_name) if is_a_run else recipe_name
+    is_in_run_folder = path.parent.name == "checkpoints" and (folder / "recipe.toml").is_file()
+    recipe_name = read_environment(folder).get("recipe", recipe_name) if is_in_run_folder else recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
-    going_on = merge_resumed_recipe(recipe, {**DEFAULT_OPTIONS, **state["recipe"]}, path, state["epoch"])
-    lines = [
-        f"resume: from {path}, step {state['step']:,}, in a new folder",
-        *describe_changed_options({**DEFAULT_OPTIONS, **state["recipe"]}, going_on),
+    saved = {**DEFAULT_OPTIONS, **state["recipe"]}
+    merged = merge_resumed_recipe(recipe, saved, path, state["epoch"])
+    messages = [
+        f"resume: from step {state['step']:,} of {path}, in a new run folder",
+        *describe_changed_options(saved, merged),
     ]
-    return ResumePoint(going_on, recipe_name, state, copy_from=folder if is_a_run else None, messages=lines)
+    return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
 
 
 def find_resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) -> ResumePoint:
-    """`find` by rank 0, which alone reads the disk; the others start where it does. Errors: those of `find`."""
-    with ExitStack() as undo:
-        origin = undo.enter_context(
+    """Find the resume point on rank 0, which alone reads the disk, and broadcast it to the other ranks.
+
+    Raises the errors of `find_resume_point`, and `UsageError` if a tracker of the recipe cannot be used.
+    """
+    with ExitStack() as stack:  # releases the lock if a tracker cannot be used
+        resume_point = stack.enter_context(
             find_resume_point(recipe, recipe_name) if world.is_main_process else ResumePoint(recipe, recipe_name)
         )
         if world.is_main_process:
-            trackers.require_trackers(origin.recipe)
-        undo.pop_all()
-    values, is_new = world.broadcast_object([origin.recipe.model_dump(mode="json"), origin.is_new])
-    state = world.broadcast_tensors(origin.state)
+            trackers.require_trackers(resume_point.recipe)
+        stack.pop_all()
+    options, is_new = world.broadcast_object([resume_point.recipe.model_dump(mode="json"), resume_point.is_new])
+    state = world.broadcast_tensors(resume_point.state)
     if world.is_main_process:
-        return origin
-    return ResumePoint(Recipe.from_dict(values), recipe_name, state, folder=None if is_new else Path())
+        return resume_point
+    return ResumePoint(Recipe.from_dict(options), recipe_name, state, folder=None if is_new else Path())
 
 
 def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
-    """The newest run of this recipe and name that is neither finished nor being trained; otherwise a new one.
+    """Resume the newest run of this recipe and name that is unfinished and not being trained, or start a new run.
 
-    With `--out` it is that folder or none: another recipe's run there, or a busy one, is an error.
+    With `--out`, only that folder is considered; a run of another recipe or a locked run there is an error.
     """
     new = ResumePoint(recipe.model_copy(update={"resume": None}), recipe_name)
     if recipe.out:
         folder = Path(recipe.out)
-        why = f"no run in {folder}"
+        reason = f"no run in {folder}"
         if (folder / "recipe.toml").is_file():
             try:
                 return _resume_in_place(recipe, recipe_name, folder)
             except RunFinishedError as error:
-                why = error.problem
-        elif folder.is_dir() and not _list_files(folder):  # of a process that was killed when it had just made it
+                reason = error.problem
+        elif folder.is_dir() and not _list_files(folder):  # left by a process killed right after it created the folder
             new.folder, new.lock = folder, lock_folder(folder)
     else:
-        why = "no unfinished run of this recipe in runs"
+        reason = "no unfinished run of this recipe in runs"
         for folder in _run_folders_newest_first(Path("runs")):
             if read_environment(folder).get("recipe") != recipe_name or (folder / "summary.json").exists():
                 continue
             try:
                 return _resume_in_place(recipe, recipe_name, folder)
-            except UserError:  # another recipe's, damaged, or being trained
+            except UserError:  # a run with other options, a damaged one, or one that another process trains
                 continue
-    new.messages = [f"resume: {why}, so a new one starts"]
+    new.messages = [f"resume: {reason}; starting a new run"]
     return new
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """The files below `folder`, without temporary ones that were left."""
+    """Return the files below `folder`, except temporary ones."""
     return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
 def _run_folders_newest_first(parent: Path) -> list[Path]:
-    """The run folders in `parent`, by the time of their last checkpoint, or of their start."""
+    """Return the run folders in `parent`, sorted by the time of the last checkpoint, or of the start without one."""
 
-    def written(folder: Path) -> float:
+    def modified(folder: Path) -> float:
         last = checkpoint.resolve_checkpoint_path(str(folder), "last")
         return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
 
-    return sorted((file.parent for file in parent.glob("*/recipe.toml")), key=written, reverse=True)
+    return sorted((file.parent for file in parent.glob("*/recipe.toml")), key=modified, reverse=True)
 
 
 def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePoint:
-    """`folder` goes on, from its last checkpoint or, where there is none yet, from the beginning; it is locked."""
+    """Lock `folder` and continue its run from the last checkpoint, or from the first step if there is none."""
     last = checkpoint.resolve_checkpoint_path(str(folder), "last")
     if not last.is_file() and not (folder / "recipe.toml").is_file():
-        raise CheckpointError(f"no run or checkpoint in {folder}", "give a run folder, a .pt file or auto")
+        raise CheckpointError(f"no run or checkpoint in {folder}", RESUME_REMEDY)
     lock = lock_folder(folder)
     try:
         state = require_resumable_state(checkpoint.load_checkpoint(last), last) if last.is_file() else None
-        saved = state["recipe"] if state else load_saved_recipe(folder)
-        done = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
-        going_on = merge_resumed_recipe(recipe, {**DEFAULT_OPTIONS, **saved}, folder, done.epoch)
-        if (folder / "summary.json").exists() and (reason := done.find_stop_reason(going_on)):
-            problem = f"{folder} is finished: {done.epoch} epochs, {done.step:,} steps"
-            raise RunFinishedError(problem, f"give more {option_flag(reason)} to go on with it")
+        saved = {**DEFAULT_OPTIONS, **(state["recipe"] if state else load_saved_recipe(folder))}
+        progress = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
+        merged = merge_resumed_recipe(recipe, saved, folder, progress.epoch)
+        if (folder / "summary.json").exists() and (stop_reason := progress.find_stop_reason(merged)):
+            problem = f"{folder} is finished: {progress.epoch} epochs, {progress.step:,} steps"
+            raise RunFinishedError(problem, f"give a larger {option_flag(stop_reason)} to continue it")
     except BaseException:
         lock.release()
         raise
-    where = f"from step {state['step']:,}" if state else "from the beginning, for it has no checkpoint yet"
-    lines = [f"resume: {folder} {where}", *describe_changed_options({**DEFAULT_OPTIONS, **saved}, going_on)]
+    start = f"from step {state['step']:,}" if state else "from the first step, because it has no checkpoint yet"
     return ResumePoint(
-        going_on, read_environment(folder).get("recipe", recipe_name), state, folder, lock=lock, messages=lines
+        merged,
+        read_environment(folder).get("recipe", recipe_name),
+        state,
+        folder,
+        lock=lock,
+        messages=[f"resume: {folder} {start}", *describe_changed_options(saved, merged)],
     )
 
 
 def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int) -> Recipe:
-    """The recipe to go on by after `done` epochs: the saved one, with what was asked for now.
+    """Return the recipe of the resumed run: the `saved` options, overridden by those of `recipe`.
 
-    With `auto` all of `recipe` is asked for, else the knobs that were set; `max_steps` is never taken over. Errors:
-    `CheckpointError` that lists what differs and may not, `UsageError` for fewer epochs than were done.
+    With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. A saved
+    `max_steps` is dropped. Raises `CheckpointError` with the list of options that differ and must not, and
+    `UsageError` if `epochs` is less than `epochs_done`.
     """
-    asked = recipe.model_dump(mode="json")
+    requested = recipe.model_dump(mode="json")
     if recipe.resume != "auto":
-        asked = {name: value for name, value in asked.items() if name in recipe.model_fields_set}
+        requested = {name: value for name, value in requested.items() if name in recipe.model_fields_set}
     saved = {**saved, "max_steps": None}
     if saved["time_budget"] is not None:
-        if asked.get("time_budget") == saved["time_budget"]:
-            asked = {name: value for name, value in asked.items() if name not in TIME_BUDGET_OPTIONS}
-        elif "epochs" in asked and "time_budget" not in asked:
+        if requested.get("time_budget") == saved["time_budget"]:
+            requested = {name: value for name, value in requested.items() if name not in TIME_BUDGET_OPTIONS}
+        elif "epochs" in requested and "time_budget" not in requested:
             saved = {**saved, "time_budget": None}
-    wanted = {**saved, **asked}
-    differing = [name for name in wanted if name not in RESUMABLE_OPTIONS and wanted[name] != saved.get(name)]
+    merged = {**saved, **requested}
+    differing = [name for name in merged if name not in RESUMABLE_OPTIONS and merged[name] != saved.get(name)]
     if differing:
-        listed = format_differences(saved, wanted, differing, option_flag)
-        raise CheckpointError(f"{source} is another run: {listed}", "give what it has, or leave --resume out")
-    if wanted["epochs"] < epochs_done:
-        raise UsageError(f"--epochs {wanted['epochs']}: {source} has done {epochs_done}", "give more")
+        differences = format_differences(saved, merged, differing, option_flag)
+        raise CheckpointError(
+            f"{source} was trained with other options: {differences}", "give its options, or leave --resume out"
+        )
+    if merged["epochs"] < epochs_done:
+        raise UsageError(
+            f"--epochs {merged['epochs']}: {source} has already trained for {epochs_done} epochs",
+            f"give --epochs {epochs_done} or more",
+        )
     try:
-        return Recipe.from_dict({**wanted, "resume": None})
+        return Recipe.from_dict({**merged, "resume": None})
     except UsageError as error:
-        raise CheckpointError(f"{source} does not go on: {error}") from None
+        raise CheckpointError(f"{source} cannot be resumed: {error}") from None
 
 
 def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """A line for each knob that changed and what that means."""
-    now = recipe.model_dump(mode="json")
-    differing = [name for name, meaning in RESUMABLE_OPTIONS.items() if meaning and now[name] != saved[name]]
+    """Return a line for each option of `recipe` that differs from the `saved` one, with the effect of the change."""
+    options = recipe.model_dump(mode="json")
     return [
         f"{option_flag(name)} {format_option_value(saved[name], 'unset')} -> "
-        f"{format_option_value(now[name], 'unset')}: {RESUMABLE_OPTIONS[name]}"
-        for name in differing
+        f"{format_option_value(options[name], 'unset')}: {effect}"
+        for name, effect in RESUMABLE_OPTIONS.items()
+        if effect and options[name] != saved[name]
     ]
 
 
 def require_resumable_state(state: dict[str, Any], source: Path) -> dict[str, Any]:
-    """`state` if it holds all that a run needs. Errors: `CheckpointError`."""
+    """Return `state`, the checkpoint of the file `source`. Raises `CheckpointError` if it has no training state."""
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
-        raise CheckpointError(f"{source} holds weights, but not the state of a run", "`fastcifar eval` can measure it")
+        raise CheckpointError(
+            f"{source} holds weights but no training state, so it cannot be resumed",
+            "evaluate it with `fastcifar eval`",
+        )
     return state
 
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
-    """The state into the parts of the same run. Errors: `CheckpointError`."""
-    found = (len(trainer.train_split.labels), list(trainer.data.classes))
-    if found != (state["samples"], state["classes"]):
-        problem = f"the checkpoint is of {state['samples']:,} training images in {len(state['classes'])} classes"
-        raise CheckpointError(f"{problem}, not {found[0]:,} in {len(found[1])}", "give --data as it was")
+    """Load the checkpoint `state` into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
+    num_images, classes = len(trainer.train_split.labels), list(trainer.data.classes)
+    if (num_images, classes) != (state["samples"], state["classes"]):
+        raise CheckpointError(
+            f"the checkpoint was trained on {state['samples']:,} images of {len(state['classes'])} classes, "
+            f"not on {num_images:,} images of {len(classes)} classes",
+            "give the --data that the run was trained on",
+        )
     try:
         trainer.load_checkpoint_state(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -297,9 +328,9 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
-    """The run back at its last checkpoint, from where on every learning rate is half of what it was; says so.
+    """Return the run to its last checkpoint, with the learning rate halved from there on; return a line for the user.
 
-    Raises `error` where the recipe does not want that, and after ROLLBACKS times.
+    Raises `error` unless `--on-nan` is "rollback", and after `MAX_ROLLBACKS` rollbacks.
     """
     if trainer.recipe.on_nan != "rollback" or trainer.progress.rollbacks == MAX_ROLLBACKS:
         raise error
@@ -312,5 +343,7 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     trainer.progress.rollbacks = trainer.schedule.halvings = rollbacks
     if trainer.world.is_main_process:
         run.truncate_rows(trainer.progress.epoch)
-    where = f"back to step {trainer.progress.step:,}, learning rate times {0.5**rollbacks:g}"
-    return f"{error.problem}: {where} from there on (rollback {rollbacks} of {MAX_ROLLBACKS})"
+    return (
+        f"{error.problem}: rolled back to step {trainer.progress.step:,}, with the learning rate scaled by "
+        f"{0.5**rollbacks:g} from there on (rollback {rollbacks} of {MAX_ROLLBACKS})"
+    )

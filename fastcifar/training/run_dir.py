@@ -1,7 +1,7 @@
-"""A run folder (recipe, environment, metrics, events, summary), the sinks and the clock of one run.
+"""The run folder, and the epoch callbacks, the progress and the timer of one run.
 
-A folder belongs to one process at a time, which holds a lock on it; `-2` is added to a name that is taken. Nothing
-here computes a metric.
+A run folder holds the recipe, environment, metrics, events, checkpoints and summary. The process that writes to it
+holds a lock on it. If a folder of the same name exists, `-2`, `-3`, ... is appended. No metric is computed here.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
 from fastcifar.training.trackers import Tracker, parse_tracker_names
 
-# a function of each epoch's row; a reason that it returns ends the run
+# Called with the row of metrics of each epoch. If it returns a text, training stops with it as the stop reason.
 EpochCallback = Callable[[EpochRow], str | None]
 EpochCallbacks = Sequence[EpochCallback]
 
 
 def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """metrics.csv: one header ever, one row an epoch, on the disk before the epoch's checkpoint is."""
+    """Return a callback that appends a row to metrics.csv in `folder`, keeping the rows of the first `epochs_done`.
+
+    A row is flushed to the disk, so that it is there before the checkpoint of its epoch.
+    """
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, METRICS_COLUMNS)
@@ -48,8 +51,9 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
 
     def write(row: EpochRow) -> None:
         with path.open("a", newline="", encoding="utf-8") as file:
+            cells = {name: row.get(name) for name in METRICS_COLUMNS}
             csv.DictWriter(file, METRICS_COLUMNS).writerow(
-                {name: _format_cell(row.get(name)) for name in METRICS_COLUMNS}
+                {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in cells.items()}
             )
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +62,10 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
 
 
 def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """events.jsonl: the same rows, one JSON object a line, with the wall clock."""
+    """Return a callback that appends a row to events.jsonl in `folder`, keeping the rows of the first `epochs_done`.
+
+    Each line is a JSON object: the row, and `time`, in seconds since 1970.
+    """
     path = folder / "events.jsonl"
     write_atomically(path, "".join(f"{line}\n" for line in read_event_lines(path, epochs_done)).encode())
 
@@ -69,8 +76,9 @@ def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
     return write
 
 
-# name -> what opens the sink in a run folder, keeping the rows of the first `done` epochs; it returns a function of
-# one row. The files come first, for trackers read what is in them, and are opened only where the recipe asks.
+# name -> factory(folder, epochs_done), which returns a callback that writes the rows of a run and keeps those of its
+# first `epochs_done` epochs. The files precede the trackers, which read the earlier rows from them; a tracker is used
+# only if the recipe names it.
 CALLBACK_FACTORIES: dict[str, Callable[[Path, int], EpochCallback]] = {
     "csv": build_csv_callback,
     "events": build_jsonl_callback,
@@ -79,10 +87,15 @@ CALLBACK_FACTORIES: dict[str, Callable[[Path, int], EpochCallback]] = {
 }
 FILE_CALLBACKS = ("csv", "events")
 
+WRITABLE_REMEDY = "give a writable folder with --out"
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that is this process's own until `lock` is released. `name`: the recipe's, for tables."""
+    """A run folder, locked by this process until `lock` is released, and the callbacks of its epochs.
+
+    `recipe_name`: the name of the recipe, for tables.
+    """
 
     folder: Path
     recipe_name: str
@@ -91,58 +104,58 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, recipe_name: str) -> Run:
-        """Makes the folder (`--out`, else runs/ARCH-`name`-...), with recipe.toml and env.json in it.
+        """Create the run folder with recipe.toml and env.json: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default.
 
-        Errors: `DiskError` when the folder cannot be made or written: before training, not after.
+        Raises `DiskError` if the folder cannot be created or written.
         """
-        named = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
-        wanted = Path(recipe.out) if recipe.out else Path("runs") / named
+        default_name = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
+        path = Path(recipe.out) if recipe.out else Path("runs") / default_name
         try:
-            folder, lock = _create_unique_folder(wanted)
+            folder, lock = _create_unique_folder(path)
             return cls._open(folder, lock, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0)
         except OSError as error:
-            raise DiskError(f"cannot write the run folder {wanted}: {error.strerror}", "give --out DIR") from None
+            raise DiskError(f"cannot write the run folder {path}: {error.strerror}", WRITABLE_REMEDY) from None
 
     @classmethod
     def for_other_rank(cls, folder: Path, recipe_name: str) -> Run:
-        """Rank 0's run as the others have it: rows go nowhere, and nothing is written."""
+        """Return the run of a rank other than 0, which writes nothing."""
         return cls(folder, recipe_name, None, ())
 
     @classmethod
     def reopen(cls, folder: Path, lock: FolderLock, recipe: Recipe, recipe_name: str, epochs_done: int) -> Run:
-        """The folder of a run that stopped, held by `lock`: rows after its first `done` epochs and its summary go.
+        """Reopen the folder of a stopped run, which `lock` locks, to continue after its first `epochs_done` epochs.
 
-        Errors: `DiskError` when it cannot be written.
+        Later rows, the summary and temporary files are removed. Raises `DiskError` if the folder cannot be written.
         """
-        environment_then = read_environment(folder) or {"recipe": recipe_name, **_launch_info(recipe)}
-        environment_then["resumed"] = [*environment_then.get("resumed", []), _launch_info(recipe)]
+        environment = read_environment(folder) or {"recipe": recipe_name, **_launch_info(recipe)}
+        environment["resumed"] = [*environment.get("resumed", []), _launch_info(recipe)]
         try:
             for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return cls._open(folder, lock, recipe, environment_then, epochs_done)
+            return cls._open(folder, lock, recipe, environment, epochs_done)
         except OSError as error:
-            raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", "give --out DIR") from None
+            raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", WRITABLE_REMEDY) from None
 
     @classmethod
     def _open(
-        cls, folder: Path, lock: FolderLock, recipe: Recipe, environment_now: dict[str, Any], epochs_done: int
+        cls, folder: Path, lock: FolderLock, recipe: Recipe, environment: dict[str, Any], epochs_done: int
     ) -> Run:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
-        write_atomically(folder / "env.json", (json.dumps(environment_now, indent=1) + "\n").encode())
-        sinks = tuple(
+        write_atomically(folder / "env.json", (json.dumps(environment, indent=1) + "\n").encode())
+        callbacks = tuple(
             CALLBACK_FACTORIES[name](folder, epochs_done)
             for name in (*FILE_CALLBACKS, *parse_tracker_names(recipe.track))
         )
-        return cls(folder, environment_now["recipe"], lock, sinks)
+        return cls(folder, environment["recipe"], lock, callbacks)
 
     @property
     def trackers(self) -> list[Tracker]:
-        """Those of the sinks that follow the run elsewhere; see `Tracker`."""
-        return [sink for sink in self.callbacks if isinstance(sink, Tracker)]
+        """The callbacks that are experiment trackers."""
+        return [callback for callback in self.callbacks if isinstance(callback, Tracker)]
 
     def truncate_rows(self, epochs_done: int) -> None:
-        """Removes the rows after the first `done` epochs. Errors: `DiskError`."""
+        """Remove the rows after the first `epochs_done` epochs from files and trackers. Raises `DiskError`."""
         try:
             for name in FILE_CALLBACKS:
                 CALLBACK_FACTORIES[name](self.folder, epochs_done)
@@ -152,7 +165,7 @@ class Run:
             raise self._disk_error(error) from None
 
     def copy_rows_from(self, source: Path, epochs_done: int) -> None:
-        """The rows of the first `done` epochs in the run folder `source`, here. Errors: `DiskError`."""
+        """Copy the rows of the first `epochs_done` epochs from the run folder `source`. Raises `DiskError`."""
         try:
             for name in ("metrics.csv", "events.jsonl"):
                 if (source / name).is_file():
@@ -162,31 +175,35 @@ class Run:
         self.truncate_rows(epochs_done)
 
     def require_disk_space(self, num_bytes: int) -> None:
-        """Errors: `DiskError` if a checkpoint of `needed` bytes does not fit beside what is there."""
+        """Raise `DiskError` if the file system of the run folder has less than `num_bytes` bytes free."""
         free = free_disk_bytes(self.folder)
         if free is not None and free < num_bytes:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
-            raise DiskError(problem, "free some space, or give --out")
+            raise DiskError(problem, "free some space, or give --out on another disk")
 
     def _disk_error(self, error: OSError) -> DiskError:
         return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
 
     def with_callbacks(self, callbacks: EpochCallbacks) -> Run:
-        """The same run with more sinks, after its own."""
+        """Return this run with `callbacks` after its own."""
         return replace(self, callbacks=(*self.callbacks, *callbacks))
 
     def log_epoch(self, row: EpochRow) -> str:
-        """One epoch's row to every sink; the first reason that one gives to end the run, or "". Errors: `DiskError`."""
+        """Call every callback with the row of an epoch and return the first stop reason, or "". Raises `DiskError`."""
         try:
-            return next(filter(None, [write(row) for write in self.callbacks]), "")
+            return next(filter(None, [callback(row) for callback in self.callbacks]), "")
         except OSError as error:
             raise self._disk_error(error) from None
 
     def checkpoint_path(self, name: str) -> Path:
+        """Return the path of the checkpoint `name`: "last" or "best"."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def finish(self, summary: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """summary.json, and the weights that met the test set as weights.safetensors. Errors: `DiskError`."""
+        """Write summary.json and weights.safetensors, and pass the summary to the trackers. Raises `DiskError`.
+
+        `weights`: the state dict that was evaluated on the test set.
+        """
         try:
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_file(contiguous, self.folder / "weights.safetensors", {"arch": str(summary["arch"])})
@@ -199,8 +216,17 @@ class Run:
 
 @dataclass
 class TrainingProgress:
-    """Where a run stands: whole epochs, steps in all and in the running epoch, images of whole epochs, the last and
-    the best val_acc with the epochs since, and how often it was rolled back."""
+    """The progress of a run.
+
+    epoch              completed epochs
+    epoch_step         steps in the current epoch
+    step               steps since the start of the run
+    images             training images of the completed epochs
+    val_acc, best      validation accuracy of the last and of the best epoch, in [0, 1]; None without a validation split
+    epochs_since_best  epochs since the best one
+    rollbacks          rollbacks after a loss or gradient that was not finite
+    stop_reason        why the run stopped; empty while it trains
+    """
 
     epoch: int = 0
     epoch_step: int = 0
@@ -214,17 +240,18 @@ class TrainingProgress:
 
     @classmethod
     def from_checkpoint(cls, state: dict[str, Any]) -> TrainingProgress:
-        """The progress in a checkpoint; the reason why it stopped is not carried on."""
+        """Return the progress saved in a checkpoint, without its stop reason, so that a resumed run trains on."""
         return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
 
-    def record_epoch(self, images: int, val_acc: float | None, is_whole: bool) -> bool:
-        """Counts an epoch of so many `images`; whether its `val_acc` is the best.
+    def record_epoch(self, images: int, val_acc: float | None, is_complete: bool) -> bool:
+        """Count an epoch of `images` training images and return whether its validation accuracy is the best so far.
 
-        One that `max_steps` cut is best only where there is none: a run that goes on in it knows nothing of this one.
+        An epoch that `max_steps` cut short is the best only if there is no other, because a resumed run completes that
+        epoch and must not depend on the interruption.
         """
         self.epoch, self.images, self.val_acc = self.epoch + 1, self.images + images, val_acc
-        self.epoch_step = 0 if is_whole else self.epoch_step
-        is_best = val_acc is not None and (self.best is None or (is_whole and val_acc > self.best))
+        self.epoch_step = 0 if is_complete else self.epoch_step
+        is_best = val_acc is not None and (self.best is None or (is_complete and val_acc > self.best))
         if is_best:
             self.best, self.epochs_since_best = val_acc, 0
         else:
@@ -232,7 +259,7 @@ class TrainingProgress:
         return is_best
 
     def find_stop_reason(self, recipe: Recipe) -> str:
-        """Why a run by `recipe` is over ("max_steps", "patience", "epochs", or a sink's reason), or ""."""
+        """Return why training stops: "max_steps", "patience", "epochs" or a callback's reason; "" if it continues."""
         if self.stop_reason:
             return self.stop_reason
         if recipe.max_steps and self.step >= recipe.max_steps:
@@ -243,19 +270,20 @@ class TrainingProgress:
 
 
 class Clock:
-    """Seconds of a run by phase ("setup", "compile", "train", "eval"), and in all since it was made.
+    """A timer of the phases of a run ("setup", "compile", "train", "eval") and of its total time, all in seconds.
 
-    A run that is resumed goes on from the seconds in its checkpoint.
+    The total starts when the clock is created. The times of a resumed run include those of its checkpoint.
     """
 
     def __init__(self) -> None:
         self.start_time = time.perf_counter()
         self.seconds: dict[str, float] = {"setup": 0.0, "compile": 0.0, "train": 0.0, "eval": 0.0}
         self._active_phase: tuple[str, float] | None = None
-        self._finished_epochs_s = 0.0  # of "train"
+        self._completed_epochs_s = 0.0  # seconds of "train" until the last `end_epoch`
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the duration of the `with` block to the phase `name`."""
         self._active_phase = (name, time.perf_counter())
         try:
             yield
@@ -263,40 +291,43 @@ class Clock:
             self.seconds, self._active_phase = self.elapsed_by_phase(), None
 
     def elapsed_by_phase(self) -> dict[str, float]:
-        """The seconds of each phase, the running one's included."""
+        """Return the seconds of each phase, including the time so far of the active one."""
         if self._active_phase is None:
             return dict(self.seconds)
         name, started = self._active_phase
         return {**self.seconds, name: self.seconds[name] + time.perf_counter() - started}
 
     def total_s(self) -> float:
+        """Return the seconds since the start of the run."""
         return time.perf_counter() - self.start_time
 
     def epoch_train_s(self) -> float:
-        """Seconds of training since the last epoch ended."""
-        return self.elapsed_by_phase()["train"] - self._finished_epochs_s
+        """Return the training seconds since the last `end_epoch`."""
+        return self.elapsed_by_phase()["train"] - self._completed_epochs_s
 
     def end_epoch(self) -> None:
-        self._finished_epochs_s = self.elapsed_by_phase()["train"]
+        """Restart the seconds of `epoch_train_s` from 0."""
+        self._completed_epochs_s = self.elapsed_by_phase()["train"]
 
     def state_dict(self) -> dict[str, float]:
+        """Return the seconds of each phase, of training in the current epoch ("epoch"), and in total."""
         return {**self.elapsed_by_phase(), "epoch": self.epoch_train_s(), "total": self.total_s()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Adds the seconds of the processes before this one."""
+        """Add the seconds of the processes that trained the run before this one."""
         self.start_time -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
-        self._finished_epochs_s = self.seconds["train"] - state["epoch"]
+        self._completed_epochs_s = self.seconds["train"] - state["epoch"]
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """env.json of a run folder; empty where there is none that can be read."""
-    found = read_json_object(folder / "env.json")
-    return found if isinstance(found.get("recipe"), str) else {}
+    """Return env.json of a run folder, or an empty dict if it is missing or invalid."""
+    environment = read_json_object(folder / "env.json")
+    return environment if isinstance(environment.get("recipe"), str) else {}
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run's folder, with today's names; empty where there is none that can be read."""
+    """Return summary.json of a run folder, with current option names; an empty dict if it is missing or invalid."""
     summary = read_json_object(folder / "summary.json")
     if isinstance(config := summary.get("config"), dict):
         summary["config"] = upgrade_options(config)
@@ -306,25 +337,20 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _launch_info(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "command": sys.argv,
-        "started": format_timestamp(),
-        **collect_environment(recipe.device),
-    }
+    return {"command": sys.argv, "started": format_timestamp(), **collect_environment(recipe.device)}
 
 
-def _create_unique_folder(wanted: Path) -> tuple[Path, FolderLock]:
-    """`wanted`, or with -2, -3, ... the first that no other run has, locked; `mkdir` decides between two processes."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
+def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
+    """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist.
+
+    `mkdir` is atomic, so two processes never get the same folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
             folder.mkdir()
             return folder, lock_folder(folder)
-        except (FileExistsError, UsageError):  # or a process that resumes was quicker to lock it
+        except (FileExistsError, UsageError):  # it exists, or a process that resumes a run has locked it first
             number += 1
-
-
-def _format_cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,6 +1,6 @@
-"""summary.json: what a finished run was and what it reached, in one flat document.
+"""The summary of a finished run: the content of summary.json.
 
-Figures that were not measured are None, never 0. Nothing is measured here but the peak of memory.
+Values that were not measured are None, never 0.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from fastcifar.training.trainer import TestResult, Trainer
 
 
 def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestResult) -> dict[str, Any]:
-    """The summary. Accuracies are fractions, times seconds, `val_acc` is the last epoch's and `best_val_acc` the best.
+    """Return the summary of a run. Accuracies are fractions in [0, 1], times are in seconds, memory is in bytes.
 
-    `images_per_s`: training images over the seconds inside the loop, without setup, compilation and evaluation.
+    `val_acc` is the validation accuracy of the last epoch and `best_val_acc` that of the best one. `images_per_s` is
+    the number of training images divided by the seconds of training, without setup, compilation and evaluation.
     """
-    recipe, choice, progress = trainer.recipe, trainer.execution, trainer.progress
+    recipe, execution, progress = trainer.recipe, trainer.execution, trainer.progress
     scores = test_result.scores
     seconds = {**clock.seconds, "total": clock.total_s()}
     return {
@@ -32,11 +33,11 @@ def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestRes
         "epochs": progress.epoch,
         "steps": progress.step,
         "images_trained": progress.images,
-        "device": choice.device,
-        "loader": choice.loader,
-        "compiled": choice.compile,
-        "cuda_graph": choice.cuda_graph,
-        "precision": choice.precision,
+        "device": execution.device,
+        "loader": execution.loader,
+        "compiled": execution.compile,
+        "cuda_graph": execution.cuda_graph,
+        "precision": execution.precision,
         "eval_weights": recipe.eval_weights,
         "val_acc": progress.val_acc,
         "best_val_acc": progress.best,

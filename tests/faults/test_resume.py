@@ -242,21 +242,21 @@ def test_fault16_what_is_another_run_is_refused_with_all_that_differs(tiny: Make
         assert caught.value.exit_code == 4
         for words in ("--channels 8,16, not 8,32", "--optimizer lookahead:sgd, not adamw", "--batch-size 32, not 16"):
             assert words in str(caught.value)
-    with pytest.raises(CheckpointError, match="of 160 training images in 10 classes, not 360"):
+    with pytest.raises(CheckpointError, match="on 160 images of 10 classes, not on 360 images"):
         train(Recipe(resume=str(tmp_path / "run"), data="synthetic:400"))
-    with pytest.raises(CheckpointError, match="not the state of a run"):
+    with pytest.raises(CheckpointError, match="no training state"):
         resume.require_resumable_state({"model": {}, "recipe": {}}, tmp_path)
 
 
 def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make, tmp_path: Path) -> None:
     train(tiny(epochs=4, out=str(tmp_path / "four")))
     train(tiny())
-    with pytest.raises(UsageError, match="run is finished: 2 epochs, 10 steps; give more --epochs"):
+    with pytest.raises(UsageError, match="run is finished: 2 epochs, 10 steps; give a larger --epochs"):
         train(Recipe(resume=str(tmp_path / "run")))
     origin = resume.find_resume_point(Recipe(resume=str(tmp_path / "run"), epochs=4), "custom")
     with origin:
         assert origin.messages[1] == (
-            "--epochs 2 -> 4: the schedule is computed anew over the new length, from the current step on"
+            "--epochs 2 -> 4: the schedule is recomputed for the new number of epochs, from the current step on"
         )
     assert train(Recipe(resume=str(tmp_path / "run"), epochs=4))["complete"]
     four, two = rows(tmp_path / "four"), rows(tmp_path / "run")
@@ -264,7 +264,9 @@ def test_fault16_more_epochs_follow_the_new_schedule_from_the_step_on(tiny: Make
     assert two[1]["lr"] < four[1]["lr"]
     assert last(tmp_path / "run")["recipe"]["epochs"] == 4
     assert Recipe.make(str(tmp_path / "run" / "recipe.toml")).epochs == 4
-    with pytest.raises(UsageError, match=r"--epochs 3: .*run has done 4"):
+    with pytest.raises(
+        UsageError, match=r"--epochs 3: .*run has already trained for 4 epochs; give --epochs 4 or more"
+    ):
         train(Recipe(resume=str(tmp_path / "run"), epochs=3))
 
 
@@ -306,7 +308,7 @@ def test_auto_takes_the_newest_unfinished_run_of_the_recipe(
     ):
         assert origin.is_new
         assert origin.recipe.resume is None
-        assert "so a new one starts" in origin.messages[0]
+        assert "starting a new run" in origin.messages[0]
 
 
 def test_fault23_a_run_that_is_being_trained_is_not_resumed(tiny: Make, tmp_path: Path) -> None:

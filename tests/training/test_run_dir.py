@@ -1,4 +1,4 @@
-"""The run folder, its sinks, the clock and the signals."""
+"""Tests of the run folder, the epoch callbacks, the clock and the signal handler."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fastcifar.training.signals import SignalHandler
 ROW = dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
 
 
-def test_a_run_folder_holds_recipe_and_environment(
+def test_run_folder_contains_recipe_and_environment(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is there, and not what trains
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the recipe trains on the CPU all the same
     run = Run.create(recipe, "name")
     assert Recipe.make(str(run.folder / "recipe.toml")) == recipe
     environment = json.loads((run.folder / "env.json").read_text())
@@ -35,7 +35,7 @@ def test_a_run_folder_holds_recipe_and_environment(
     assert environment["device"] == describe_device("cpu")
 
 
-def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: Callable[..., Recipe]) -> None:
+def test_fault23_concurrent_runs_of_the_same_name_get_numbered_folders(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     folders: list[Path] = []
     threads = [threading.Thread(target=lambda: folders.append(Run.create(recipe, "x").folder)) for _ in range(6)]
@@ -46,14 +46,14 @@ def test_fault23_a_taken_name_gets_a_number_and_two_at_once_do_not_share(tiny: C
     assert sorted(folder.name for folder in folders) == ["run", "run-2", "run-3", "run-4", "run-5", "run-6"]
 
 
-def test_fault07_a_file_in_the_way_is_a_disk_error(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_fault07_a_file_at_the_path_of_a_folder_is_a_disk_error(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot write the run folder"):
         Run.create(tiny(out=str(tmp_path / "file" / "run")), "x")
 
 
 @pytest.mark.parametrize("name", FILE_CALLBACKS)
-def test_the_files_get_a_row_each(name: str, tmp_path: Path) -> None:
+def test_file_callbacks_write_one_row_per_call(name: str, tmp_path: Path) -> None:
     write = CALLBACK_FACTORIES[name](tmp_path, 0)
     write(ROW)
     write({**ROW, "epoch": 1})
@@ -68,7 +68,7 @@ def test_the_files_get_a_row_each(name: str, tmp_path: Path) -> None:
         assert json.loads(text.splitlines()[1])["epoch"] == 1
 
 
-def test_clock_adds_up_phases() -> None:
+def test_clock_sums_the_time_of_each_phase() -> None:
     clock = Clock()
     for _ in range(2):
         with clock.phase("train"):
@@ -78,7 +78,7 @@ def test_clock_adds_up_phases() -> None:
     assert clock.epoch_train_s() == 0
 
 
-def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
+def test_clock_state_saved_within_a_phase_is_restored() -> None:
     before, after = Clock(), Clock()
     with before.phase("eval"):
         pass
@@ -87,14 +87,14 @@ def test_a_clock_goes_on_from_a_checkpoint_even_in_a_phase() -> None:
         saved = before.state_dict()
     with after.phase("eval"):
         pass
-    now = after.seconds["eval"]
+    eval_s = after.seconds["eval"]
     after.load_state_dict({**saved, "total": 1000.0})
-    assert after.seconds["eval"] == pytest.approx(saved["eval"] + now)
+    assert after.seconds["eval"] == pytest.approx(saved["eval"] + eval_s)
     assert after.epoch_train_s() == pytest.approx(saved["train"], abs=1e-4)
     assert after.total_s() > 1000
 
 
-def test_one_signal_is_a_flag_and_a_second_sigint_stops_at_once() -> None:
+def test_first_signal_sets_a_flag_and_a_second_sigint_raises() -> None:
     before = signal.getsignal(signal.SIGINT)
     with SignalHandler() as stop:
         os.kill(os.getpid(), signal.SIGINT)

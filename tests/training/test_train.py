@@ -1,4 +1,4 @@
-"""Whole runs on a tiny network: what is written, what is chosen by, what stops them."""
+"""Tests of complete runs of a tiny network: the files they write, the weights they evaluate, why they stop."""
 
 from __future__ import annotations
 
@@ -24,41 +24,42 @@ from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
 from tests.faults.runs import assert_equal_runs
 
-KEYS = {
+SUMMARY_KEYS = {
     "run", "arch", "params", "macs", "recipe", "config", "seed", "epochs", "steps", "device", "loader", "compiled",
-    "cuda_graph", "precision", "eval_weights", "val_acc", "test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece",
-    "per_class", "images_per_s", "seconds", "peak_memory_bytes", "stop_reason", "complete",
+    "cuda_graph", "precision", "eval_weights", "val_acc", "test_acc", "test_acc_ema", "test_acc_tta", "test_loss",
+    "ece", "per_class", "images_per_s", "seconds", "peak_memory_bytes", "stop_reason", "complete",
 }  # fmt: skip
 
 
-def rows(run: str) -> list[dict[str, str]]:
+def read_metrics(run: str) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv."""
     with (Path(run) / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_a_run_learns_and_leaves_a_whole_folder(tiny: Callable[..., Recipe]) -> None:
+def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(epochs=8, ema_decay=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
     folder = Path(summary["run"])
     assert {entry.name for entry in folder.iterdir()} == {
         "recipe.toml", "env.json", "metrics.csv", "events.jsonl", "checkpoints", "weights.safetensors", "summary.json",
     }  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert summary.keys() >= KEYS
+    assert summary.keys() >= SUMMARY_KEYS
     assert summary["seconds"].keys() == {"setup", "compile", "train", "eval", "total"}
     assert (summary["epochs"], summary["steps"], summary["stop_reason"], summary["complete"]) == (8, 80, "epochs", True)
     assert summary["test_acc"] > 0.3
     assert summary["test_acc"] == summary["correct"] / summary["total"]
     assert 0 <= summary["test_acc_ema"] <= 1
-    table = rows(summary["run"])
-    assert [int(row["epoch"]) for row in table] == list(range(8))
-    assert float(table[-1]["val_acc"]) == pytest.approx(summary["val_acc"], rel=1e-5)
-    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    rows = read_metrics(summary["run"])
+    assert [int(row["epoch"]) for row in rows] == list(range(8))
+    assert float(rows[-1]["val_acc"]) == pytest.approx(summary["val_acc"], rel=1e-5)
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     last = checkpoint.load_checkpoint(folder / "checkpoints" / "last.pt")
     for key, value in load_file(folder / "weights.safetensors").items():
         assert torch.equal(value, last["model"][key])
 
 
-def test_fault21_the_same_seed_is_the_same_run_and_another_is_not(tiny: Callable[..., Recipe]) -> None:
+def test_fault21_equal_seeds_give_equal_runs_and_other_seeds_do_not(tiny: Callable[..., Recipe]) -> None:
     first, second, other = (train(tiny(seed=seed, dropout=0.1)) for seed in (3, 3, 4))
     weights = [
         checkpoint.load_checkpoint(Path(run["run"]) / "checkpoints" / "last.pt")["model"]
@@ -67,11 +68,14 @@ def test_fault21_the_same_seed_is_the_same_run_and_another_is_not(tiny: Callable
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["linear.weight"], weights[2]["linear.weight"])
     times = ("images_per_s", "seconds")
-    plain = [[{k: v for k, v in row.items() if k not in times} for row in rows(run["run"])] for run in (first, second)]
-    assert plain[0] == plain[1]
+    metrics = [
+        [{name: value for name, value in row.items() if name not in times} for row in read_metrics(run["run"])]
+        for run in (first, second)
+    ]
+    assert metrics[0] == metrics[1]
 
 
-def test_without_a_split_all_images_train_and_nothing_is_chosen(tiny: Callable[..., Recipe]) -> None:
+def test_without_a_validation_split_all_images_train_and_no_epoch_is_best(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(val_size=0))
     assert summary["steps"] == 2 * 7
     assert summary["val_acc"] is None
@@ -87,8 +91,8 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
     assert (summary["best_val_acc"], summary["val_acc"]) == (0.9, 0.3)
     best = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "best.pt")
     assert best["epoch"] == 2
-    tested = load_file(Path(summary["run"]) / "weights.safetensors")
-    assert all(torch.equal(value, best["model"][key]) for key, value in tested.items())
+    evaluated = load_file(Path(summary["run"]) / "weights.safetensors")
+    assert all(torch.equal(value, best["model"][key]) for key, value in evaluated.items())
 
 
 def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +104,7 @@ def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypa
     assert (summary["epochs"], summary["stop_reason"], summary["complete"]) == (4, "patience", True)
 
 
-def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
+def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((1.0, 1.0, 1.0, 0.5))
@@ -108,62 +112,62 @@ def test_plateau_lowers_the_rate_of_the_epochs_that_follow(
         Trainer, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None}
     )
     summary = train(tiny(epochs=4, schedule="plateau:1"))
-    rates = [float(row["lr"]) for row in rows(summary["run"])]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
+    learning_rates = [float(row["lr"]) for row in read_metrics(summary["run"])]
+    assert learning_rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
     last = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
     assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1, "halvings": 0}
 
 
-def test_max_steps_cuts_the_run_and_says_so(tiny: Callable[..., Recipe]) -> None:
+def test_max_steps_ends_the_run_as_incomplete(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=7))
     assert (summary["steps"], summary["stop_reason"], summary["complete"]) == (7, "max_steps", False)
     assert 0 <= summary["test_acc"] <= 1
 
 
-def test_weights_ema_tests_the_average(tiny: Callable[..., Recipe]) -> None:
+def test_eval_weights_ema_evaluates_the_averaged_weights(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(eval_weights="ema", ema_decay=0.5))
     assert summary["test_acc"] == summary["test_acc_ema"]
     saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
-    tested = load_file(Path(summary["run"]) / "weights.safetensors")
-    assert all(torch.equal(value, saved["ema"][key]) for key, value in tested.items())
+    evaluated = load_file(Path(summary["run"]) / "weights.safetensors")
+    assert all(torch.equal(value, saved["ema"][key]) for key, value in evaluated.items())
 
 
-def test_the_test_set_is_read_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_set_is_evaluated_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcifar.training import trainer
 
-    seen: list[int] = []
+    evaluated_sizes: list[int] = []
     evaluate = trainer.evaluate
 
-    def counted(model: Any, forward: Any, split: Any, device: Any) -> Any:
-        seen.append(len(split.labels))
+    def recording_evaluate(model: Any, forward: Any, split: Any, device: Any) -> Any:
+        evaluated_sizes.append(len(split.labels))
         return evaluate(model, forward, split, device)
 
-    monkeypatch.setattr(trainer, "evaluate", counted)
+    monkeypatch.setattr(trainer, "evaluate", recording_evaluate)
     train(tiny(epochs=3))
-    assert seen == [40, 40, 40, 40]  # three validations of 40 images and one test of 40
-    seen.clear()
+    assert evaluated_sizes == [40, 40, 40, 40]  # three validations on 40 images and one test on 40 images
+    evaluated_sizes.clear()
     train(tiny(epochs=3, val_size=30))
-    assert seen == [30, 30, 30, 40]
+    assert evaluated_sizes == [30, 30, 30, 40]
 
 
-def test_fault14_a_run_that_diverges_stops_with_its_weights_safe(tiny: Callable[..., Recipe]) -> None:
+def test_fault14_a_diverging_run_raises_non_finite_error(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(NonFiniteError) as caught:
         train(tiny(lr=100.0, clip_grad="none", epochs=60, augment="none", weight_decay=10.0))
     assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step(
+def test_a_signal_ends_the_run_and_saves_a_checkpoint_of_the_step(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     recipe = tiny()
 
-    def interrupting(self: LRSchedule, step: int) -> float:
+    def lr_at_with_signal(self: LRSchedule, step: int) -> float:
         if step == 6:
             os.kill(os.getpid(), number)
         return 0.1
 
-    monkeypatch.setattr(LRSchedule, "lr_at", interrupting)
+    monkeypatch.setattr(LRSchedule, "lr_at", lr_at_with_signal)
     with pytest.raises(Interrupted) as caught:
         train(recipe)
     assert caught.value.exit_code == code
@@ -171,20 +175,20 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step(
     assert (saved["step"], saved["epoch"]) == (7, 1)
 
 
-def test_a_users_own_architecture_trains(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    def mine(num_classes: int) -> torch.nn.Module:
+def test_user_defined_architecture_trains(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def custom_model(num_classes: int) -> torch.nn.Module:
         layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Flatten(), torch.nn.LazyLinear(num_classes)]
         model = torch.nn.Sequential(*layers)
         model(torch.zeros(1, 3, 32, 32))
         return model
 
-    monkeypatch.setitem(MODELS, "mine", mine)
-    assert train(Recipe(arch="mine", data="synthetic:200", val_size=40, epochs=1, batch_size=32, device="cpu",
-                        compile=False, out=tiny().out))["arch"] == "mine"  # fmt: skip
+    monkeypatch.setitem(MODELS, "custom", custom_model)
+    assert train(Recipe(arch="custom", data="synthetic:200", val_size=40, epochs=1, batch_size=32, device="cpu",
+                        compile=False, out=tiny().out))["arch"] == "custom"  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("options", "message"),
     [
         ({"arch": "se86"}, "did you mean 'se68'"),
         ({"batch_size": 100000}, "--batch-size 100000"),
@@ -198,32 +202,32 @@ def test_a_users_own_architecture_trains(tiny: Callable[..., Recipe], monkeypatc
         ({"schedule": "plateau", "val_size": 0}, "--val-size"),
     ],
 )
-def test_fault15_what_is_wrong_is_found_before_anything_is_written(
-    tiny: Callable[..., Recipe], values: dict, words: str
+def test_fault15_invalid_options_are_refused_before_files_are_written(
+    tiny: Callable[..., Recipe], options: dict[str, Any], message: str
 ) -> None:
-    recipe = tiny(**values)
-    recipe = Recipe.from_dict({**recipe.model_dump(), **values})
-    with pytest.raises(UsageError, match=words):
+    recipe = tiny(**options)
+    recipe = Recipe.from_dict({**recipe.model_dump(), **options})
+    with pytest.raises(UsageError, match=message):
         train(recipe)
     assert not Path(str(recipe.out)).exists()
 
 
-def test_accuracies_of_an_untrained_network_are_chance(tiny: Callable[..., Recipe]) -> None:
+def test_loss_of_an_untrained_network_is_that_of_chance(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=1, lr=1e-6))
     assert summary["test_loss"] == pytest.approx(math.log(10), abs=0.5)
 
 
-def test_a_sinks_reason_ends_the_run_which_may_go_on(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_callback_can_stop_a_run_that_is_resumed_later(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     train(tiny(epochs=4))
-    seen: list[int] = []
+    epochs: list[int] = []
 
-    def enough(row: dict[str, Any]) -> str | None:
-        seen.append(row["epoch"])
+    def stop_after_epoch_1(row: dict[str, Any]) -> str | None:
+        epochs.append(row["epoch"])
         return "enough" if row["epoch"] == 1 else None
 
-    asked = {"epochs": 4, "out": str(tmp_path / "ended")}
-    ended = train(tiny(**asked), callbacks=[enough])
-    assert (ended["epochs"], ended["stop_reason"], ended["complete"], seen) == (2, "enough", False, [0, 1])
-    assert ended["test_acc"] is not None
-    train(tiny(**asked, resume="auto"))
-    assert_equal_runs(tmp_path / "ended", tmp_path / "run")
+    options = {"epochs": 4, "out": str(tmp_path / "stopped")}
+    summary = train(tiny(**options), callbacks=[stop_after_epoch_1])
+    assert (summary["epochs"], summary["stop_reason"], summary["complete"], epochs) == (2, "enough", False, [0, 1])
+    assert summary["test_acc"] is not None
+    train(tiny(**options, resume="auto"))
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "run")
