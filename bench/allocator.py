@@ -21,14 +21,14 @@ STEPS, WARM_UP = 36, 6
 
 def one(arch: str, batch_size: int, keep: bool) -> float:
     """Median seconds of a compiled step on synthetic images, in this process."""
-    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build, compilation
+    from fastcifar.training.resolve import resolve
 
     if not keep:
         compilation.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
-    run = build.build_trainer(recipe, choose_execution(recipe))
+    run = build.build_trainer(resolve(recipe))
     step = run.build_train_step()
     seconds = []
     for epoch in range(STEPS):

@@ -35,6 +35,7 @@ from fastcifar.benchmark.bench import EXECUTION_MODES, prepare_bench_recipe
 from fastcifar.device import choose_execution, describe_device, package_versions
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer
 
@@ -64,7 +65,7 @@ def checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
 def form(recipe: Recipe, mode: str, precision: str) -> Form:
     """The parts of a run in `mode`, and its step, with its Lookahead's and meter's state as at the start."""
     changed = Recipe.from_dict({**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
-    parts = build_trainer(changed, choose_execution(changed))
+    parts = build_trainer(resolve(changed))
     torch.backends.cudnn.benchmark = False  # a run has it on
     return parts, parts.build_train_step()
 

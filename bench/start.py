@@ -22,12 +22,12 @@ import results_folder
 
 def first_step(arch: str, batch_size: int) -> None:
     """Everything that `train` does before its second step, but for the run folder."""
-    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build
+    from fastcifar.training.resolve import resolve
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
-    run = build.build_trainer(recipe, choose_execution(recipe))
+    run = build.build_trainer(resolve(recipe))
     step = run.build_train_step()
     step(*next(run.batches(0)))
     assert run.meter.compute().images == batch_size

@@ -25,10 +25,10 @@ from torchvision import transforms
 from fastcifar.benchmark.workloads import train_workload
 from fastcifar.data.cifar import load_dataset
 from fastcifar.data.normalization import parse_normalization
-from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 
 WORKERS, EPOCHS = 2, 200
 
@@ -117,7 +117,7 @@ def ours(setting: Setting) -> Iterator[int]:
         device=setting.device,  # type: ignore[arg-type]
         val_size=0,
     )
-    parts = build_trainer(recipe, choose_execution(recipe))
+    parts = build_trainer(resolve(recipe))
     yield from train_workload(parts, parts.build_train_step())
 
 

@@ -27,11 +27,12 @@ from fastcifar.format import format_percent, option_flag
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
-from fastcifar.training.build import build_trainer, model_from_recipe
+from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.progress import print_lines
+from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer

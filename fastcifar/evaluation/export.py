@@ -25,7 +25,7 @@ from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import DiskError, UsageError, UserError, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.evaluation.model_card import write_model_card
-from fastcifar.training.build import model_from_recipe
+from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import scale_and_shift
 
 NUM_VERIFICATION_IMAGES = 256  # that a file is compared on

@@ -20,8 +20,9 @@ from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import CheckpointError, DataError, UsageError, lookup
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, source_checkpoints
-from fastcifar.training.build import model_from_recipe, to_channels_last
+from fastcifar.training.build import to_channels_last
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, MIN_IMAGES_TO_COMPILE, VIEWS, optimize_forward
+from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))

@@ -31,11 +31,11 @@ from fastcifar.sweep.sweep_progress import SweepDisplay
 from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_trials, read_sweep_spec
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
 from fastcifar.training import trackers
-from fastcifar.training.build import check_image_sizes, model_from_recipe, resolve_cuda_graph
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.progress import print_lines
+from fastcifar.training.resolve import check_image_sizes, model_from_recipe, resolve_cuda_graph
 
 
 def run_sweep(

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import AugmentOp
 from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.data.normalization import mean_color, normalization_mean_std
-from fastcifar.device import ExecutionPlan
-from fastcifar.recipe import Recipe
+from fastcifar.data.normalization import mean_color
 from fastcifar.training.distributed import World
+from fastcifar.training.resolve import Resolved
 from fastcifar.training.step import scale_and_shift
 
 
@@ -36,14 +34,13 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
     )
 
 
-def build_loader(
-    split: Split, ops: tuple[AugmentOp, ...], recipe: Recipe, execution: ExecutionPlan, world: World
-) -> Loader:
-    """Return the loader of this rank's share of each batch of `split`, with the augmentations `ops`.
+def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
+    """Return the loader of this rank's share of each batch of `split`, with all augmentations but the mixer.
 
     Raises `UsageError` if the batch size does not fit the split or the number of ranks, and `DeviceError` if the
     loader cannot run on this machine.
     """
+    recipe, execution = resolved.recipe, resolved.execution
     loader_class = LOADERS[execution.loader]
     parameters = inspect.signature(loader_class).parameters
     loader_options = {"compile": execution.compile, "workers": recipe.workers}  # which not every loader takes
@@ -51,10 +48,10 @@ def build_loader(
         split.images,
         split.labels,
         batch_size=recipe.batch_size,
-        augment=ops,
+        augment=resolved.pixel_ops,
         seed=recipe.seed,
         device=torch.device(execution.device),
-        fill_color=mean_color(recipe),
+        fill_color=mean_color(resolved.mean),
         drop_last=recipe.drop_last,
         rank=world.rank,
         world_size=world.world_size,
@@ -62,7 +59,7 @@ def build_loader(
     )
 
 
-def normalize_images(split: Split, recipe: Recipe, device: torch.device) -> Tensor:
+def normalize_images(split: Split, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """Return the images of `split`, normalized as in training: float32 [n,3,h,w] on `device`."""
-    scale, shift = (tensor.to(device) for tensor in scale_and_shift(*normalization_mean_std(recipe)))
+    scale, shift = (tensor.to(device) for tensor in scale_and_shift(mean, std))
     return torch.tensor(split.images).to(device) * scale + shift

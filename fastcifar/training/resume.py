@@ -321,7 +321,7 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
             "give the --data that the run was trained on",
         )
     try:
-        trainer.load_checkpoint_state(state)
+        trainer.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from None

@@ -16,12 +16,12 @@ from fastcifar.benchmark import workloads
 from fastcifar.benchmark.bench import TimedTrial, bench
 from fastcifar.benchmark.workloads import BENCHMARKS
 from fastcifar.data import cifar
-from fastcifar.device import choose_execution
 from fastcifar.errors import DataError, UsageError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.training import cuda_graph
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 
 MEASURED = {"what", "batch_size", "images_per_s", "cpu_us_per_image", "trials", "peak_memory_bytes",
             "setup_s", "compile_s"}  # fmt: skip
@@ -69,7 +69,7 @@ def test_by_default_it_measures_the_loader_the_step_and_both(tiny: Callable[...,
     assert [row["what"] for row in rows] == ["loader", "step", "train"]
     assert "compile_s" not in rows[0]  # prepared with the step, in one
     assert rows[1]["compile_s"] == rows[2]["compile_s"]
-    assert rows[1]["flop_per_image"] == 6 * count_macs(build_trainer(tiny(), choose_execution(tiny())).model)
+    assert rows[1]["flop_per_image"] == 6 * count_macs(build_trainer(resolve(tiny())).model)
 
 
 def test_the_median_stands_for_trials_none_of_which_is_left_out(
@@ -115,14 +115,14 @@ def test_a_wrong_grid_is_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("what", ["loader", "step", "train"])
 def test_work_is_endless_and_counts_its_images(tiny: Callable[..., Recipe], what: str) -> None:
-    parts = build_trainer(tiny(val_size=0), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny(val_size=0)))
     (job,) = BENCHMARKS[what](parts, parts.build_train_step())
     images = [next(job.workload) for _ in range(14)]  # two epochs of 200 images in batches of 32
     assert sum(images) == (14 * 32 if what == "step" else 400)
 
 
 def test_the_fixed_batch_moves_no_weight(tiny: Callable[..., Recipe]) -> None:
-    parts = build_trainer(tiny(), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny()))
     before = [weight.detach().clone() for weight in parts.model.parameters()]
     work = workloads.step_workload(parts, parts.build_train_step())
     for _ in range(6):
@@ -132,7 +132,7 @@ def test_the_fixed_batch_moves_no_weight(tiny: Callable[..., Recipe]) -> None:
 
 
 def test_inference_is_in_evaluation_mode_and_leaves_training_mode(tiny: Callable[..., Recipe]) -> None:
-    parts = build_trainer(tiny(), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny()))
     before = [tensor.clone() for tensor in parts.state_tensors()]
     for job in BENCHMARKS["infer"](parts, None):
         next(job.workload)
@@ -146,7 +146,7 @@ def test_a_captured_forward_pass_equals_the_plain_one(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
-    parts = build_trainer(tiny(), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny()))
     parts.model.eval()
     first, second = (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_trial_beyond_an_epoch_is_of_whole_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, unit_s: float, units: int
 ) -> None:
     """Of 0.2 seconds: 4 units, 200 and 8, where an epoch has 7."""
-    parts = build_trainer(tiny(val_size=0), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny(val_size=0)))
     monkeypatch.setattr(clock, "time_units", lambda _, units, device: TimedTrial(units, units * unit_s, 0.0))
     assert clock.calibrate_units(workloads.loader_workload(parts), parts, 0.2) == units
 

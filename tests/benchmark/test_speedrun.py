@@ -17,13 +17,13 @@ from torch import nn
 from fastcifar.benchmark import speedrun as harness
 from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
 from fastcifar.benchmark.speedrun_results import SpeedrunResults, sample_statistics
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import speedrun_table
 from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 
 Make = Callable[..., Recipe]
@@ -227,7 +227,7 @@ def test_operations_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_average_is_what_is_evaluated(tiny: Make) -> None:
-    parts = build_trainer(tiny(ema_decay=0.9, eval_weights="ema", epochs=1), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny(ema_decay=0.9, eval_weights="ema", epochs=1)))
     harness.train_without_evaluation(parts, parts.build_train_step())
     assert parts.ema is not None
     assert all(torch.equal(parts.model.state_dict()[name], value) for name, value in parts.ema.average.items())

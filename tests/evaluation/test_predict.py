@@ -26,7 +26,7 @@ from fastcifar.evaluation.predict import predict_to_file
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.build import model_from_recipe
+from fastcifar.training.resolve import model_from_recipe
 
 DATA = "synthetic:1000"  # 200 images to test
 CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}

@@ -18,6 +18,7 @@ from fastcifar.device import as_memory_error
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training import build, trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from tests.faults.runs import last
 
@@ -101,12 +102,11 @@ def test_fault07_a_limit_on_files_leaves_the_old_checkpoint(tiny: Make, tmp_path
 
 
 def test_fault07_the_estimate_of_a_checkpoint_is_near(tiny: Make, tmp_path: Path) -> None:
-    from fastcifar.device import choose_execution
 
     recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size
-    assert 0.7 * size < build.build_trainer(recipe, choose_execution(recipe)).checkpoint_bytes() < size
+    assert 0.7 * size < build.build_trainer(resolve(recipe)).checkpoint_bytes() < size
 
 
 def test_memory_that_is_not_there_is_told_with_numbers() -> None:

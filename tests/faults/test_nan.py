@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
@@ -119,7 +119,7 @@ def test_fault14_the_host_asks_nothing_of_the_device_in_a_step(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     recipe = tiny(optimizer=optimizer, ema_decay=0.9, clip_grad="norm:1.0")
-    made = build_trainer(recipe, choose_execution(recipe))
+    made = build_trainer(resolve(recipe))
     step, batches = made.build_step(loss_and_correct(made.forward, 0.0)), list(made.loader.batches(0))
     step(*batches[0])
     with monkeypatch.context() as patch:

@@ -22,11 +22,11 @@ from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.normalization import normalization_mean_std
-from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
@@ -181,7 +181,7 @@ def rank_of(torchrun_pid: int, rank: int) -> int:
 
 def test_fault16_a_checkpoint_of_two_processes_goes_on_in_one_with_a_warning(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
-    parts = build_trainer(recipe, choose_execution(recipe))
+    parts = build_trainer(resolve(recipe))
     state = parts.checkpoint_state(Clock())
     state["random"] = state["random"] * 2
     with pytest.warns(UserWarning, match="had 2 processes and goes on with 1"):

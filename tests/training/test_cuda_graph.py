@@ -29,12 +29,13 @@ from fastcifar.training.compilation import compile_function, precompile
 from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, dispatch_by_batch_size, pad_batch
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.optimizers import OPTIMIZERS, find_optimizer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:
-    return build_trainer(recipe, choose_execution(recipe))
+    return build_trainer(resolve(recipe))
 
 
 def batches(parts: Trainer, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import dry_run
 from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
+from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
 
@@ -34,7 +34,7 @@ def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe]
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "adamw", "lion"])
 def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], optimizer: str) -> None:
     recipe = tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1)
-    trainer = build_trainer(recipe, choose_execution(recipe))
+    trainer = build_trainer(resolve(recipe))
     step = trainer.build_train_step()
     state_before = [tensor.detach().clone() for tensor in trainer.state_tensors()]
     rng_state = torch.get_rng_state()
@@ -50,13 +50,13 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
     # The budget leaves 0.95 * 60 s - 7 s - 2 s = 48 s for training: 4 epochs.
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer, step: StepTiming(2.0, 0.05))
     recipe = tiny(time_budget=1.0, epochs=200)
-    trainer = build_trainer(recipe, choose_execution(recipe))
+    trainer = build_trainer(resolve(recipe))
     fit_epochs_to_time_budget(trainer, trainer.build_train_step(), elapsed_s=7.0)
     assert (trainer.recipe.epochs, trainer.total_steps) == (4, 20)
     assert trainer.schedule.lr_at(20) == 0.0
     assert trainer.schedule.lr_at(10) == pytest.approx(0.05)
     recipe = tiny(time_budget=1.0, epochs=16, warmup_epochs=8, schedule_epochs=32)
-    warmup_trainer = build_trainer(recipe, choose_execution(recipe))
+    warmup_trainer = build_trainer(resolve(recipe))
     fit_epochs_to_time_budget(warmup_trainer, warmup_trainer.build_train_step(), elapsed_s=7.0)
     scaled = warmup_trainer.recipe
     assert (scaled.epochs, scaled.warmup_epochs, scaled.schedule_epochs) == (4, 2.0, 8.0)
@@ -78,7 +78,7 @@ def test_autotuning_only_for_long_runs_on_cuda(
 ) -> None:
     """Autotuning must save more than its 100 s: 3 % of the training time, 5,000 steps of 1 s or of 1 ms."""
     recipe = tiny(epochs=1000)
-    trainer = build_trainer(recipe, choose_execution(recipe))
+    trainer = build_trainer(resolve(recipe))
     modes: list[str] = []
     monkeypatch.setattr(Trainer, "build_train_step", lambda _, mode: modes.append(mode))
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(step_s, 0.0))

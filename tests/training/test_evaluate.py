@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.transforms import functional as images_as_torchvision
 
 from fastcifar.data.cifar import Split
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
@@ -28,6 +27,7 @@ from fastcifar.training.evaluate import (
     optimize_forward,
     predict_logits,
 )
+from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 
 
@@ -48,7 +48,7 @@ def test_calibration_error_averages_within_a_bin() -> None:
 
 def test_fault26_evaluation_changes_no_parameter_and_no_buffer(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = build_trainer(recipe, choose_execution(recipe))
+    parts = build_trainer(resolve(recipe))
     parts.model.train()
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     first = evaluate(parts.model, parts.forward, parts.data.test, parts.device)
@@ -59,7 +59,7 @@ def test_fault26_evaluation_changes_no_parameter_and_no_buffer(tiny: Callable[..
 
 def test_logits_come_in_the_images_order(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny()
-    parts = build_trainer(recipe, choose_execution(recipe))
+    parts = build_trainer(resolve(recipe))
     whole = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
     monkeypatch.setattr("fastcifar.training.evaluate.BATCH_SIZE", 7)
     by_seven = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
@@ -123,13 +123,13 @@ def test_a_view_is_uint8_and_channels_last() -> None:
 def test_an_unknown_view_is_named(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(tta="6veiw")
     with pytest.raises(UsageError, match="did you mean '6view'"):
-        build_trainer(recipe, choose_execution(recipe))
+        build_trainer(resolve(recipe))
 
 
 def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Recipe]) -> None:
     plain, asked = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
     assert plain["test_acc_tta"] is None
-    parts = build_trainer(tiny(), choose_execution(tiny()))
+    parts = build_trainer(resolve(tiny()))
     saved = torch.load(f"{asked['run']}/checkpoints/last.pt", weights_only=True)
     parts.model.load_state_dict(saved["ema"])
     images = torch.from_numpy(parts.data.test.images)
@@ -140,7 +140,7 @@ def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Re
 
 def test_a_compiled_evaluation_equals_the_eager_one_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = build_trainer(recipe, choose_execution(recipe))
+    parts = build_trainer(resolve(recipe))
     parts.model.train()
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     few = Split(parts.data.test.images[:7], parts.data.test.labels[:7])
@@ -166,7 +166,7 @@ def test_training_compiles_its_evaluations_where_they_repay_it(
     for enough, extra in ((9, {}), (4, {"ema_decay": 0.9}), (7, {"tta": "flip"})):
         for epochs in (enough - 1, enough):
             recipe = tiny(epochs=epochs, **extra)
-            parts = build_trainer(recipe, choose_execution(recipe))
+            parts = build_trainer(resolve(recipe))
             parts.execution = replace(parts.execution, compile=True)
             parts.build_eval_forward()
     assert made == [False, True] * 3

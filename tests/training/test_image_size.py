@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe, parse_image_sizes, shipped_recipes
 from fastcifar.training import compilation, dry_run
 from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct, resized_forward
 from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:
-    return build_trainer(recipe, choose_execution(recipe))
+    return build_trainer(resolve(recipe))
 
 
 def test_the_sizes_of_the_epochs() -> None:

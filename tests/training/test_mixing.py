@@ -14,20 +14,20 @@ from fastcifar.benchmark.bench import bench
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import batches
 from fastcifar.data.mixers import MIXERS
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
 from fastcifar.training.compilation import compile_function
 from fastcifar.training.cuda_graph import cuda_graphed, dispatch_by_batch_size
 from fastcifar.training.dry_run import dry_run
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import build_forward, mixed_loss_and_correct
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
 
 
 def parts_of(recipe: Recipe) -> Trainer:
-    return build_trainer(recipe, choose_execution(recipe))
+    return build_trainer(resolve(recipe))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

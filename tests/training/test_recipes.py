@@ -14,10 +14,10 @@ from fastcifar.data.mixers import MIXERS
 from fastcifar.data.normalization import normalization_name
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, shipped_recipes
-from fastcifar.training.build import model_from_recipe
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizer_classes import Ranger
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
+from fastcifar.training.resolve import model_from_recipe
 from tests.models.networks import on_meta, small
 
 CROP = "crop:4:zero,flip"

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,9 @@ def test_fault15_every_command_refuses_before_reading_data(
 
 
 def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(augment="flip,cutmix", image_size="24:1,28:1,32", epochs=4, clip_grad="norm:2", schedule="one_cycle:0.2")
+    recipe = tiny(
+        augment="flip,cutmix", image_size="24:1,28:1,32", epochs=4, clip_grad="norm:2", schedule="one_cycle:0.2"
+    )
     resolved = resolve(recipe)
     assert [op.name for op in resolved.pixel_ops] == ["flip"]
     assert resolved.mixer is not None
@@ -88,7 +89,14 @@ def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
 
 def test_recipe_strings_are_parsed_in_two_files_only() -> None:
     """The functions that parse a recipe's strings are called by resolve.py, and by commands that train nothing."""
-    parsers = {"parse_augment", "parse_schedule", "parse_clip_grad", "parse_optimizer", "parse_image_sizes", "parse_tracker_names"}
+    parsers = {
+        "parse_augment",
+        "parse_schedule",
+        "parse_clip_grad",
+        "parse_optimizer",
+        "parse_image_sizes",
+        "parse_tracker_names",
+    }
     allowed = {"training/resolve.py", "recipe.py", "data/inspection.py", "data/loaders.py", "training/trackers.py"}
     for path in PACKAGE.rglob("*.py"):
         calls = {

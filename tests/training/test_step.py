@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastcifar.device import choose_execution
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import Meter, build_forward, compute_found_inf, loss_and_correct
 from fastcifar.training.trainer import Trainer
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def parts_of(recipe: Recipe) -> Trainer:
-    return build_trainer(recipe, choose_execution(recipe))
+    return build_trainer(resolve(recipe))
 
 
 def batch(parts: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
