@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, verified, strict, and never run anything."""
+"""Checkpoints are written atomically, verified, loaded strictly, and never execute code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastcifar.training import checkpoint
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
-    return {"recipe": {"arch": "mine"}, "model": {"weight": torch.full((3, 2), value)}, "ema": None, "step": 7}
+    return {"recipe": {"arch": "custom"}, "model": {"weight": torch.full((3, 2), value)}, "ema": None, "step": 7}
 
 
 @pytest.fixture
@@ -38,40 +38,38 @@ def test_round_trip_with_manifest_and_previous(path: Path) -> None:
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["last.previous.pt", "last.pt", "manifest.json"]
 
 
-def test_fault04_the_first_of_its_name_is_whole_wherever_the_process_dies(
+def test_fault04_first_checkpoint_is_complete_or_absent_after_a_crash_at_any_replace(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save_checkpoint(
-        path.with_name("best.pt"), state(1.0)
-    )  # so that there is a manifest, which does not know `last`
-    replace, left = os.replace, [0]
+    checkpoint.save_checkpoint(path.with_name("best.pt"), state(1.0))  # creates a manifest without last.pt
+    replace, remaining_calls = os.replace, [0]
 
-    def dying(*given: Any) -> None:
-        if left[0] == 0:
+    def interrupted_replace(*args: Any) -> None:
+        if remaining_calls[0] == 0:
             raise KeyboardInterrupt
-        left[0] -= 1
-        replace(*given)
+        remaining_calls[0] -= 1
+        replace(*args)
 
-    survived = 0
-    for survived in range(4):
+    completed_calls = 0
+    for completed_calls in range(4):
         with monkeypatch.context() as patch:
-            left[0] = survived
-            patch.setattr(os, "replace", dying)
+            remaining_calls[0] = completed_calls
+            patch.setattr(os, "replace", interrupted_replace)
             try:
                 checkpoint.save_checkpoint(path, state(2.0))
             except KeyboardInterrupt:
-                assert survived < 3
+                assert completed_calls < 3
         if path.exists():
             assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 2.0))
             path.unlink()
         else:
-            assert survived < 2
+            assert completed_calls < 2
         (path.parent / "manifest.json").unlink()
         checkpoint.save_checkpoint(path.with_name("best.pt"), state(1.0))
-    assert survived == 3
+    assert completed_calls == 3
 
 
-def test_mode_follows_the_umask(path: Path) -> None:
+def test_file_mode_follows_the_umask(path: Path) -> None:
     before = os.umask(0o027)
     try:
         checkpoint.save_checkpoint(path, state())
@@ -80,16 +78,16 @@ def test_mode_follows_the_umask(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_fault07_a_failed_write_keeps_the_old_one_and_leaves_nothing(
+def test_fault07_failed_write_keeps_the_old_checkpoint_and_no_temporary_files(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save_checkpoint(path, state(1.0))
     before = path.read_bytes()
 
-    def full(_: int) -> None:
+    def disk_full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(DiskError, match=r"last\.pt.*bytes.*No space left"):
         checkpoint.save_checkpoint(path, state(2.0))
     assert path.read_bytes() == before
@@ -107,7 +105,9 @@ def test_fault07_a_failed_write_keeps_the_old_one_and_leaves_nothing(
     ],
     ids=["truncated", "empty", "zeros", "html", "one bit"],
 )
-def test_fault08_a_damaged_file_gives_the_previous_with_one_warning_or_an_error(path: Path, damage: Any) -> None:
+def test_fault08_damaged_file_falls_back_to_the_previous_one_with_one_warning_or_raises(
+    path: Path, damage: Any
+) -> None:
     checkpoint.save_checkpoint(path, state(1.0))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError):
@@ -122,51 +122,51 @@ def test_fault08_a_damaged_file_gives_the_previous_with_one_warning_or_an_error(
     assert torch.equal(loaded["model"]["weight"], torch.full((3, 2), 1.0))
 
 
-class Evil:
+class MaliciousObject:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch sentinel",)
 
 
-def test_fault09_a_malicious_file_is_refused_and_runs_nothing(
+def test_fault09_malicious_file_is_rejected_and_executes_nothing(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"recipe": {}, "model": Evil()}, path)
+    torch.save({"recipe": {}, "model": MaliciousObject()}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         checkpoint.load_checkpoint(path)
     assert not (tmp_path / "sentinel").exists()
 
 
-def test_another_torch_file_is_refused(path: Path) -> None:
+def test_other_torch_files_and_missing_files_are_rejected(path: Path) -> None:
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="no model and recipe"):
         checkpoint.load_checkpoint(path)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint .*none\.pt does not exist"):
         checkpoint.load_checkpoint(path.with_name("none.pt"))
 
 
-def test_fault14_what_is_not_finite_is_not_written(path: Path) -> None:
+def test_fault14_non_finite_weights_are_not_written(path: Path) -> None:
     checkpoint.save_checkpoint(path, state(1.0))
     with pytest.raises(NonFiniteError, match="weight is not finite"):
         checkpoint.save_checkpoint(path, state(float("nan")))
     assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 1.0))
 
 
-def test_weights_load_strictly_and_prefixes_go() -> None:
+def test_weights_load_strictly_without_wrapper_prefixes() -> None:
     model = nn.Linear(2, 3)
     weights = {f"module._orig_mod.{key}": value + 1 for key, value in model.state_dict().items()}
     expected = model.weight.detach() + 1
     checkpoint.load_weights(model, weights, "file")
     assert torch.equal(model.weight, expected)
-    for wrong, words in (
+    for invalid, message in (
         ({"weight": model.weight}, "lacks bias"),
-        ({**model.state_dict(), "more": torch.ones(1)}, "has unknown more"),
+        ({**model.state_dict(), "more": torch.ones(1)}, "has unexpected more"),
         ({**model.state_dict(), "bias": torch.ones(4)}, "has other shapes for bias"),
     ):
-        with pytest.raises(CheckpointError, match=words):
-            checkpoint.load_weights(model, wrong, "file")
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_weights(model, invalid, "file")
 
 
-def test_find(tmp_path: Path) -> None:
+def test_checkpoint_path_of_a_run_folder_or_file(tmp_path: Path) -> None:
     assert checkpoint.resolve_checkpoint_path(str(tmp_path), "best") == tmp_path / "checkpoints" / "best.pt"
     assert checkpoint.resolve_checkpoint_path(str(tmp_path / "file.pt")) == tmp_path / "file.pt"
