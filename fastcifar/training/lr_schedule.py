@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
@@ -79,25 +79,26 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 }
 
 
+class ParsedSchedule(NamedTuple):
+    """The schedule of a recipe and its argument."""
+
+    spec: ScheduleSpec
+    arg: float
+
+
 class LRSchedule:
     """The learning rate of each step, from the recipe's `schedule`: `NAME` or `NAME:NUMBER`.
 
     After a linear warm-up from 0, the schedule runs between `lr` and `min_lr` over `schedule_epochs` (default:
     `epochs`); later steps keep its last value. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the
     validation loss has not improved for more than PATIENCE epochs.
-    Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
-    or a plateau without a validation split.
     """
 
-    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
-        self.spec, self.arg = _parse_schedule(recipe.schedule)
+    def __init__(self, recipe: Recipe, parsed: ParsedSchedule, steps_per_epoch: int) -> None:
+        self.spec, self.arg = parsed
         self.peak_lr, self.min_lr = recipe.lr, recipe.min_lr
         self.total_steps = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
         self.warmup_steps = recipe.warmup_epochs * steps_per_epoch
-        if self.warmup_steps >= self.total_steps:
-            raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
-        if self.spec.uses_val_loss and recipe.val_size == 0:
-            raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")
         self.best_val_loss, self.num_bad_epochs, self.plateau_scale = math.inf, 0, 1.0
         self.halvings = 0  # of all learning rates, by `--on-nan rollback`
 
@@ -139,8 +140,21 @@ class LRSchedule:
         self.halvings = state["halvings"]
 
 
-def _parse_schedule(schedule: str) -> tuple[ScheduleSpec, float]:
-    """Parse `NAME` or `NAME:NUMBER` into a ScheduleSpec and its argument (0.0 if it has none)."""
+def parse_schedule(recipe: Recipe) -> ParsedSchedule:
+    """Parse `NAME` or `NAME:NUMBER`; the argument is 0.0 if the schedule has none.
+
+    Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
+    or a plateau without a validation split.
+    """
+    spec, arg = _parse_name_and_arg(recipe.schedule)
+    if recipe.warmup_epochs >= (recipe.schedule_epochs or recipe.epochs):
+        raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
+    if spec.uses_val_loss and recipe.val_size == 0:
+        raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")
+    return ParsedSchedule(spec, arg)
+
+
+def _parse_name_and_arg(schedule: str) -> tuple[ScheduleSpec, float]:
     name, colon, text = schedule.partition(":")
     spec = lookup(SCHEDULES, name, "schedule")
     if spec.default_arg is None:

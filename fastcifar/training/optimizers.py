@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, suggest_name
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import ClipGrad, Recipe
 from fastcifar.training.optimizer_classes import Muon, Ranger, RMSprop
 from fastcifar.training.rng_state import preserve_state
 
@@ -66,6 +66,37 @@ LR_MULT = "times"  # key of a parameter group: the multiplier of its learning ra
 RESERVED_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
 
 
+@dataclass(frozen=True)
+class ParsedOptimizer:
+    """The optimizer of a recipe. `arguments`: those of `--optimizer-arg`; `lookahead_k` is 0 without Lookahead."""
+
+    name: str
+    spec: OptimizerSpec
+    arguments: dict[str, Any]
+    lookahead_k: int
+    lookahead_alpha: float
+
+
+def parse_optimizer(recipe: Recipe) -> ParsedOptimizer:
+    """Parse `NAME` or `lookahead:NAME` and the names of the arguments.
+
+    Raises `UsageError` for an unknown optimizer or argument, with the nearest name.
+    """
+    prefix, _, name = recipe.optimizer.rpartition(":")
+    if prefix not in ("", "lookahead"):
+        raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "use NAME or lookahead:NAME")
+    spec = find_optimizer(name)
+    if prefix and spec.lookahead:
+        raise UsageError(f"{name} already includes Lookahead", f"use --optimizer {name}")
+    lookahead_defaults = LOOKAHEAD_DEFAULTS if prefix else spec.lookahead
+    arguments = _validate_optimizer_args(recipe, name, spec, lookahead_defaults)
+    lookahead = {key: arguments.pop(key, default) for key, default in lookahead_defaults.items()}
+    k, alpha = lookahead.get("k", 0), lookahead.get("alpha", 1.0)
+    if lookahead and not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+        raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
+    return ParsedOptimizer(name, spec, arguments, k, float(alpha))
+
+
 class OptimizerWrapper:
     """A torch optimizer with the learning rate in a device tensor, optionally with Lookahead.
 
@@ -73,20 +104,12 @@ class OptimizerWrapper:
 
     `lookahead:NAME` (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow. `k` and `alpha`
     are then arguments of Lookahead, even if the inner optimizer has arguments with these names.
-    Raises `UsageError` for an unknown optimizer or argument, naming the nearest one, and for an optimizer that the
-    training loop does not support.
+    Raises `UsageError` for an argument that the optimizer refuses, and for an optimizer that the training loop does not
+    support.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        prefix, _, self.name = recipe.optimizer.rpartition(":")
-        if prefix not in ("", "lookahead"):
-            raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "use NAME or lookahead:NAME")
-        self.spec = find_optimizer(self.name)
-        if prefix and self.spec.lookahead:
-            raise UsageError(f"{self.name} already includes Lookahead", f"use --optimizer {self.name}")
-        lookahead_defaults = LOOKAHEAD_DEFAULTS if prefix else self.spec.lookahead
-        arguments = _validate_optimizer_args(recipe, self.name, self.spec, lookahead_defaults)
-        lookahead = {key: arguments.pop(key, default) for key, default in lookahead_defaults.items()}
+    def __init__(self, model: nn.Module, recipe: Recipe, parsed: ParsedOptimizer) -> None:
+        self.name, self.spec = parsed.name, parsed.spec
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
         groups = build_param_groups(
@@ -97,12 +120,9 @@ class OptimizerWrapper:
             if LR_MULT in group:
                 scaled_lr = self.scaled_lrs[group[LR_MULT]]
                 group["lr"] = scaled_lr if self.spec.capturable else recipe.lr * group[LR_MULT]
-        self.inner = self._build_inner(groups, {**self.spec.defaults, **arguments}, recipe)
-        k, alpha = lookahead.get("k", 0), lookahead.get("alpha", 1.0)
-        if lookahead and not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
-            raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
-        self.lookahead_k, self.lookahead_alpha = k, float(alpha)
-        self.slow_weights = [weight.detach().clone() for weight in self.parameters] if lookahead else []
+        self.inner = self._build_inner(groups, {**self.spec.defaults, **parsed.arguments}, recipe)
+        self.lookahead_k, self.lookahead_alpha = parsed.lookahead_k, parsed.lookahead_alpha
+        self.slow_weights = [weight.detach().clone() for weight in self.parameters] if self.lookahead_k else []
 
     def _build_inner(
         self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe
@@ -302,7 +322,7 @@ def _optimizer_state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def build_param_groups(
-    model: nn.Module, weight_decay: float, bias_decay: bool, bias_lr_mult: float = 1.0, head_lr_mult: float = 1.0
+    model: nn.Module, weight_decay: float, bias_decay: bool = True, bias_lr_mult: float = 1.0, head_lr_mult: float = 1.0
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer that contain every trainable parameter exactly once.
 
@@ -333,22 +353,10 @@ def build_param_groups(
     return groups
 
 
-def build_grad_clipper(spec: str, parameters: list[nn.Parameter]) -> Callable[[], object]:
-    """Return a function that clips the gradients of `parameters` in place.
-
-    `spec`: `value:LIMIT`, `norm:LIMIT` or `none`. Raises `UsageError` for any other value.
-    """
-    kind, _, limit_text = spec.partition(":")
-    if spec == "none":
+def build_grad_clipper(clip_grad: ClipGrad | None, parameters: list[nn.Parameter]) -> Callable[[], object]:
+    """Return a function that clips the gradients of `parameters` in place; None clips nothing."""
+    if clip_grad is None:
         return lambda: None
-    try:
-        limit = float(limit_text)
-    except ValueError:
-        limit = math.nan
-    if kind not in ("value", "norm") or not 0 < limit < math.inf:
-        raise UsageError(
-            f"--clip-grad {spec!r} is not value:LIMIT, norm:LIMIT or none", "use a value such as value:0.1"
-        )
-    if kind == "value":
-        return lambda: nn.utils.clip_grad_value_(parameters, limit)
-    return lambda: nn.utils.clip_grad_norm_(parameters, limit)
+    if clip_grad.kind == "value":
+        return lambda: nn.utils.clip_grad_value_(parameters, clip_grad.limit)
+    return lambda: nn.utils.clip_grad_norm_(parameters, clip_grad.limit)

@@ -18,18 +18,16 @@ from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import DeviceError, UsageError, lookup
 from fastcifar.models import MODEL_OPTIONS, build_model, check_param_budget, count_macs, enable_fused_ops
-from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.recipe import ClipGrad, Recipe, parse_clip_grad, parse_image_sizes
 from fastcifar.training import trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
-from fastcifar.training.lr_schedule import ParsedSchedule, check_schedule, parse_schedule
+from fastcifar.training.lr_schedule import ParsedSchedule, parse_schedule
 from fastcifar.training.optimizers import (
     OPTIMIZERS,
-    GradClip,
     OptimizerWrapper,
     ParsedOptimizer,
     build_param_groups,
-    parse_clip_grad,
     parse_optimizer,
 )
 
@@ -55,7 +53,7 @@ class Resolved:
     image_sizes: tuple[tuple[int, int | None], ...]
     optimizer: ParsedOptimizer
     schedule: ParsedSchedule
-    clip_grad: GradClip | None
+    clip_grad: ClipGrad | None
     trackers: tuple[str, ...]
 
     @property
@@ -89,13 +87,12 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     lookup(LOADERS, execution.loader, "loader")
     mean, std = normalization_mean_std(recipe)
     optimizer = parse_optimizer(recipe)
-    schedule = parse_schedule(recipe.schedule)
-    check_schedule(recipe, schedule)
+    schedule = parse_schedule(recipe)
     clip_grad = parse_clip_grad(recipe.clip_grad)
     with torch.device("meta"):
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
         check_image_sizes(model, recipe)
-        build_param_groups(model, recipe)
+        build_param_groups(model, recipe.weight_decay, head_lr_mult=recipe.head_lr_mult)
     OptimizerWrapper(_tiny_network(), recipe, optimizer)
     return Resolved(
         recipe=recipe,
@@ -108,7 +105,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         optimizer=optimizer,
         schedule=schedule,
         clip_grad=clip_grad,
-        trackers=trackers.parse_tracker_names(recipe.track),
+        trackers=tuple(trackers.parse_tracker_names(recipe.track)),
     )
 
 
