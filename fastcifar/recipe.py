@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,14 +54,24 @@ def _parse_literal(text: str) -> Any:
     return text
 
 
-def _check_image_sizes(value: str) -> str:
-    parse_image_sizes(value)
-    return value
+def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
+    """A validator that keeps the text and raises the `ValueError` of `parse`."""
+
+    def validate(text: str) -> str:
+        parse(text)
+        return text
+
+    return AfterValidator(validate)
 
 
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
-ImageSizeSpec = Annotated[str, AfterValidator(_check_image_sizes)]
+ImageSizeSpec = Annotated[str, _validate_by(lambda text: parse_image_sizes(text))]
+ClipGradSpec = Annotated[str, _validate_by(lambda text: parse_clip_grad(text))]
+ScheduleSpec = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
+AugmentSpec = Annotated[
+    str, _validate_by(lambda text: [_check_spelling(item, "NAME[:VALUE[:VARIANT]],...", 2) for item in text.split(",")])
+]
 
 
 class Recipe(BaseModel):
@@ -113,7 +125,7 @@ class Recipe(BaseModel):
         description="input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (the data set's; kuangliu for "
         "the architectures coconut_*)",
     )
-    augment: str = Field(
+    augment: AugmentSpec = Field(
         default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
         description="augmentations in the order of their application, NAME[:VALUE[:VARIANT]],..., or none",
     )
@@ -143,7 +155,7 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay coefficient")
     bias_decay: bool = Field(default=True, description="weight decay of biases and normalization parameters")
-    schedule: str = Field(
+    schedule: ScheduleSpec = Field(
         default="cosine", description="learning-rate schedule, NAME[:VALUE], such as cosine or linear"
     )
     schedule_epochs: float | None = Field(
@@ -153,7 +165,9 @@ class Recipe(BaseModel):
         default=0.0, ge=0, description="length of the linear warm-up in epochs, included in that of the schedule"
     )
     min_lr: float = Field(default=0.0, ge=0, description="final learning rate of the schedule")
-    clip_grad: str = Field(default="value:0.1", description="gradient clipping: value:LIMIT, norm:LIMIT or none")
+    clip_grad: ClipGradSpec = Field(
+        default="value:0.1", description="gradient clipping: value:LIMIT, norm:LIMIT or none"
+    )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing factor")
     ema_decay: float = Field(
         default=0.0,
@@ -221,6 +235,16 @@ class Recipe(BaseModel):
         description="fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)",
     )
 
+    def __init__(self, **options: Any) -> None:
+        for name in options:
+            if name not in type(self).model_fields:
+                remedy = renaming_remedy(name, format_name=str) or suggest_name(name, type(self).model_fields)
+                raise UsageError(f"unknown recipe key {name!r}", remedy)
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise UsageError("; ".join(_format_validation_error(problem) for problem in error.errors())) from None
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
         if self.val_size == 0 and self.eval_weights == "best":
@@ -236,15 +260,6 @@ class Recipe(BaseModel):
                 f"set --epochs to more than {early_epochs}"
             )
         return self
-
-    def image_size_at(self, epoch: int) -> int:
-        """Return the height and width of the training images in pixels in `epoch`, counted from 0."""
-        end = 0
-        for size, epochs in parse_image_sizes(self.image_size):
-            end += epochs or 0
-            if epochs is None or epoch < end:
-                return size
-        raise AssertionError("the last stage has no end")
 
     @classmethod
     def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
@@ -269,14 +284,7 @@ class Recipe(BaseModel):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Return the recipe with the options `values`. Raises `UsageError` with a message of one line."""
-        for name in values:
-            if name not in cls.model_fields:
-                remedy = renaming_remedy(name, format_name=str) or suggest_name(name, cls.model_fields)
-                raise UsageError(f"unknown recipe key {name!r}", remedy)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UsageError("; ".join(_format_validation_error(problem) for problem in error.errors())) from None
+        return cls(**values)
 
     def non_default_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for TOML, JSON and tables."""
@@ -286,6 +294,34 @@ class Recipe(BaseModel):
         """Return the recipe as a TOML document that `make` reads: every option that is not None."""
         options = self.model_dump(mode="json").items()
         return "".join(f"{name} = {format_toml_value(value)}\n" for name, value in options if value is not None)
+
+
+class ClipGrad(NamedTuple):
+    """Gradient clipping by "value" or by "norm", with its limit."""
+
+    kind: str
+    limit: float
+
+
+def parse_clip_grad(text: str) -> ClipGrad | None:
+    """Parse `value:LIMIT`, `norm:LIMIT` or `none`. Raises `ValueError`."""
+    if text == "none":
+        return None
+    kind, _, limit_text = text.partition(":")
+    try:
+        limit = float(limit_text)
+    except ValueError:
+        limit = math.nan
+    if kind not in ("value", "norm") or not 0 < limit < math.inf:
+        raise ValueError("should be value:LIMIT, norm:LIMIT or none, such as value:0.1")
+    return ClipGrad(kind, limit)
+
+
+def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
+    """Check that `text` is a name with at most `max_parts` further parts; the names are looked up later."""
+    name, *parts = text.split(":")
+    if not name.strip() or len(parts) > max_parts or not all(part.strip() for part in parts):
+        raise ValueError(f"should be {grammar}")
 
 
 def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
