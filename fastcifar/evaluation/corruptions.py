@@ -199,7 +199,9 @@ def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     chrominance = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1) + 128
-    bias = images.new_tensor([0.25, 0.5]).repeat(IMAGE_SIZE // 4)  # alternates by column, as in libjpeg
+    bias = images.new_tensor([0.25, 0.5]).repeat(
+        IMAGE_SIZE // 4
+    )  # alternates by column, as in libjpeg, to avoid a systematic shift
     downsampled = (F.avg_pool2d(chrominance.round(), 2) + bias).floor()
     luminance = _quantize_dct(luminance.round()[:, None], LUMINANCE_QUANTIZATION, quality)[:, 0]
     chrominance = _quantize_dct(downsampled, CHROMINANCE_QUANTIZATION, quality)

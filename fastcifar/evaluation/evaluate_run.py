@@ -58,18 +58,17 @@ def evaluate_run(
     loaded.compile_for(num_images + robustness_eval.num_images(num_test_images))
     logits, labels = _predict_finite_logits(loaded, data.test)
     scores = asdict(compute_scores(logits, labels))
-    tta_accuracy = None
-    if tta != "none":
-        tta_accuracy = evaluate(loaded.model, loaded.forward, data.test, loaded.device, tta).accuracy
+    tta_scores = evaluate(loaded.model, loaded.forward, data.test, loaded.device, tta) if tta != "none" else None
     temperature = None
     if not no_temperature_reason:
         temperature = metrics.fit_temperature(*_predict_finite_logits(loaded, validation))
-        no_temperature_reason = "no finite temperature minimizes the loss on the validation split"
+        low, high = metrics.TEMPERATURE_RANGE
+        no_temperature_reason = f"no temperature from {low:g} to {high:g} minimizes the loss on the validation split"
     if plots_dir is not None:
         _save_plots(plots_dir, logits, labels, loaded.classes, temperature)
     return {
         "test_acc": scores.pop("accuracy"),
-        "test_acc_tta": tta_accuracy,
+        "test_acc_tta": tta_scores.accuracy if tta_scores else None,
         "tta": tta,
         "test_loss": scores.pop("loss"),
         **scores,
