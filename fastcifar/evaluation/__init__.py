@@ -1,1 +1,1 @@
-"""One trained model: load, evaluate, predict, export."""
+"""Load, evaluate and export one trained model, and predict with it."""

@@ -1,13 +1,10 @@
-"""`fastcifar eval`: a finished run, rebuilt from its checkpoint alone and measured on the test set.
-
-It measures and says by what; the network comes from `finished`, the figures from `metrics`, the table from `tables`.
-"""
+"""Evaluate a trained network on the test set: the implementation of `fastcifar eval`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,13 +16,9 @@ from fastcifar.data.normalization import normalization_name
 from fastcifar.errors import NonFiniteError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.robustness import RobustnessEval, load_cifar10_1
 from fastcifar.training.build_data import split_validation
 from fastcifar.training.evaluate import VIEWS, compute_scores, evaluate, predict_logits, reliability_bins
-
-if TYPE_CHECKING:
-    from fastcifar.evaluation.robustness import RobustnessEval
-
-NOT_EVALUATED = {"shifted": None, "corruptions": None}
 
 
 def evaluate_run(
@@ -39,76 +32,72 @@ def evaluate_run(
     console: Console | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """The test set through `run`; the arguments are `rebuild`'s.
+    """Evaluate the network of `run` on the test set.
 
-    `weights`: "last", "best" or "ema" (default: the recipe's). `arch`: the network of a file that does not say it.
-    `pictures`: a folder for the reliability diagram and the confusion matrix. `shifted`: a folder of CIFAR-10.1.
-    `corruptions`: the corrupted test set too. `changes`: data, device, precision, normalise, max_params, tta; None
-    keeps the recipe's. Returns `test_acc` (a fraction), `test_acc_tta` (over the views of `tta`, None without),
-    `test_loss` (nats), `correct`, `total`, `ece`, `per_class`, what `_figures` adds, `shifted` and `corruptions`
-    (None unless asked for) and what they were measured with. Errors: those of `rebuild`, `DataError`,
-    `NonFiniteError`, `DiskError`.
+    run, eval_weights, arch  as for `load_model`
+    plots_dir                folder for the plots reliability.png and confusion.png, or None for no plots
+    shifted_dir              folder with the files of CIFAR-10.1, evaluated in addition
+    with_corruptions         whether to evaluate on the corrupted test set in addition
+    overrides                recipe options such as data, device, precision and tta; None keeps the recipe's value
+
+    Returns `test_acc` (a fraction), `test_acc_tta` (averaged over the views of `tta`, or None), `test_loss` (nats),
+    `correct`, `total`, `ece`, `per_class`, the entries of `_compute_metrics`, `shifted` and `corruptions` (None unless
+    requested), and the settings of the evaluation.
+    Raises `DataError` for an invalid data set, `NonFiniteError` if the logits contain NaN or infinity, `DiskError` if
+    a plot cannot be written, and the errors of `load_model`.
     """
-    found = load_model(run, eval_weights, arch, **overrides)
-    data = found.load_dataset()
+    loaded = load_model(run, eval_weights, arch, **overrides)
+    data = loaded.load_dataset()
     if plots_dir is not None:
         plotting.create_plots_dir(plots_dir)
-    tta, tests = found.recipe.tta, len(data.test.labels)
-    held_out, missing = _validation_split(found, data.train)
-    images = tests * (1 + len(VIEWS[tta]) * (tta != "none")) + len(held_out.labels)
-    beyond = _build_robustness_eval(shifted_dir, with_corruptions, found.classes)
-    images += beyond.num_images(tests) if beyond else 0
-    found.compile_for(images)
-    logits, labels = _predict_finite_logits(found, data.test)
+    tta, num_test_images = loaded.recipe.tta, len(data.test.labels)
+    validation, no_temperature_reason = _validation_split(loaded, data.train)
+    num_images = num_test_images * (1 + len(VIEWS[tta]) * (tta != "none")) + len(validation.labels)
+    shifted_test_set = load_cifar10_1(shifted_dir, loaded.classes) if shifted_dir else None
+    robustness_eval = RobustnessEval(shifted_test_set, with_corruptions)
+    loaded.compile_for(num_images + robustness_eval.num_images(num_test_images))
+    logits, labels = _predict_finite_logits(loaded, data.test)
     scores = asdict(compute_scores(logits, labels))
-    views = evaluate(found.model, found.forward, data.test, found.device, tta).accuracy if tta != "none" else None
-    temperature = None if missing else metrics.fit_temperature(*_predict_finite_logits(found, held_out))
+    tta_scores = evaluate(loaded.model, loaded.forward, data.test, loaded.device, tta) if tta != "none" else None
+    temperature = None
+    if not no_temperature_reason:
+        temperature = metrics.fit_temperature(*_predict_finite_logits(loaded, validation))
+        low, high = metrics.TEMPERATURE_RANGE
+        no_temperature_reason = f"no temperature from {low:g} to {high:g} minimizes the loss on the validation split"
     if plots_dir is not None:
-        _save_plots(plots_dir, logits, labels, list(data.classes), temperature)
+        _save_plots(plots_dir, logits, labels, loaded.classes, temperature)
     return {
         "test_acc": scores.pop("accuracy"),
-        "test_acc_tta": views,
+        "test_acc_tta": tta_scores.accuracy if tta_scores else None,
         "tta": tta,
         "test_loss": scores.pop("loss"),
         **scores,
-        "per_class": dict(zip(data.classes, scores["per_class"], strict=True)),
-        **_compute_metrics(logits, labels, list(data.classes), temperature),
-        "temperature_missing": missing or (None if temperature else "none is best on the validation split"),
-        **(beyond.evaluate(found, data.test, console) if beyond else NOT_EVALUATED),
+        "per_class": dict(zip(loaded.classes, scores["per_class"], strict=True)),
+        **_compute_metrics(logits, labels, loaded.classes, temperature),
+        "temperature_missing": None if temperature else no_temperature_reason,
+        **robustness_eval.evaluate(loaded, data.test, console),
         "plots": str(plots_dir) if plots_dir else None,
-        **_evaluation_settings(found, data.source),
+        **_evaluation_settings(loaded, data.source),
     }
 
 
-def _build_robustness_eval(
-    shifted_dir: Path | None, with_corruptions: bool, classes: list[str]
-) -> RobustnessEval | None:
-    """What else is asked for, read before anything is measured. Errors: `DataError`."""
-    if not shifted_dir and not with_corruptions:
-        return None
-    from fastcifar.evaluation import robustness
-
-    return robustness.RobustnessEval(
-        robustness.load_cifar10_1(shifted_dir, classes) if shifted_dir else None, with_corruptions
-    )
-
-
 def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> dict[str, Any]:
-    """What follows from the test set's logits: see `metrics`. By class name: `precision_per_class` and so on.
+    """Compute the metrics that follow from the logits [n, classes] and the labels [n] of the test set.
 
-    `confusion`: rows are labels, columns predictions, in the order of `classes`. `reliability`: the bins of `ece`.
-    `loss_scaled`, `ece_scaled`: at the temperature, None without one.
+    `precision_per_class`, `recall_per_class` and `f1_per_class` map class names to values. `confusion` has a row for
+    each label and a column for each predicted class, in the order of `classes`. `reliability` lists the bins of `ece`.
+    `loss_scaled` and `ece_scaled` are computed after temperature scaling, and None without a temperature.
     """
-    counts = metrics.compute_confusion_matrix(logits, labels)
-    by_class = asdict(metrics.per_class_metrics(counts))
+    confusion_matrix = metrics.compute_confusion_matrix(logits, labels)
+    per_class = asdict(metrics.per_class_metrics(confusion_matrix))
     scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
     return {
-        "test_acc_interval": metrics.wilson_interval(int(counts.trace()), len(labels)),
-        **{f"{name}_per_class": dict(zip(classes, values, strict=True)) for name, values in by_class.items()},
-        "confusion": counts.tolist(),
+        "test_acc_interval": metrics.wilson_interval(int(confusion_matrix.trace()), len(labels)),
+        **{f"{name}_per_class": dict(zip(classes, values, strict=True)) for name, values in per_class.items()},
+        "confusion": confusion_matrix.tolist(),
         "classes": classes,
         "brier": metrics.brier_score(logits, labels),
-        "reliability": [cell._asdict() for cell in reliability_bins(logits, logits.argmax(1) == labels)],
+        "reliability": [item._asdict() for item in reliability_bins(logits, logits.argmax(1) == labels)],
         "temperature": temperature,
         "loss_scaled": scaled.loss if scaled else None,
         "ece_scaled": scaled.ece if scaled else None,
@@ -116,35 +105,40 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
 
 
 def _validation_split(loaded: LoadedRun, train: Split) -> tuple[Split, str]:
-    """The validation split of the run, or none and why there is none."""
-    recipe, nothing = loaded.recipe, Split(train.images[:0], train.labels[:0])
+    """Return the validation split of the run and "", or an empty split and the reason why there is none."""
+    recipe, empty = loaded.recipe, Split(train.images[:0], train.labels[:0])
     if loaded.weights == "published":
-        return nothing, "the file does not say what it was not trained on"
+        return empty, "the checkpoint does not record a validation split"
     if recipe.val_size == 0:
-        return nothing, "the run had no validation split"
+        return empty, "the run had no validation split"
     if recipe.val_size >= len(train.labels):
-        return nothing, f"{recipe.val_size:,} images were held out, and this data set trains on {len(train.labels):,}"
+        sizes = f"{recipe.val_size:,} images, but this data set has only {len(train.labels):,} training images"
+        return empty, f"the run's validation split has {sizes}"
     return split_validation(train, recipe.val_size, recipe.val_seed)[1], ""
 
 
 def _predict_finite_logits(loaded: LoadedRun, split: Split) -> tuple[Tensor, Tensor]:
-    """float32 logits [n, classes] and int64 labels [n]. Errors: `NonFiniteError`."""
+    """Return the float32 logits [n, classes] and int64 labels [n] of a split.
+
+    Raises `NonFiniteError` if the logits contain NaN or infinity.
+    """
     logits = predict_logits(loaded.model, loaded.forward, split, loaded.device)
     if not torch.isfinite(logits).all():
-        raise NonFiniteError("the network gives logits that are not finite", "use --precision fp32, or other weights")
+        raise NonFiniteError(
+            "the logits of the network contain NaN or infinity", "use --precision fp32, or other weights"
+        )
     return logits, torch.from_numpy(split.labels)
 
 
 def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> None:
-    """reliability.png and confusion.png."""
-    hits = logits.argmax(1) == labels
-    curves = {"as trained": reliability_bins(logits, hits)}
+    """Write reliability.png and confusion.png."""
+    correct = logits.argmax(1) == labels
+    curves = {"as trained": reliability_bins(logits, correct)}
     if temperature:
-        curves[f"at temperature {temperature:.2f}"] = reliability_bins(logits.double() / temperature, hits)
+        curves[f"at temperature {temperature:.2f}"] = reliability_bins(logits.double() / temperature, correct)
     plotting.plot_reliability_diagram(folder / "reliability.png", curves)
-    plotting.plot_confusion_matrix(
-        folder / "confusion.png", metrics.compute_confusion_matrix(logits, labels).numpy(), classes
-    )
+    confusion_matrix = metrics.compute_confusion_matrix(logits, labels).numpy()
+    plotting.plot_confusion_matrix(folder / "confusion.png", confusion_matrix, classes)
 
 
 def _evaluation_settings(loaded: LoadedRun, source: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""`fastcifar export`: a trained network as a file for others, kept only if it computes what the network computes.
+"""Export a trained network to a file for deployment: the implementation of `fastcifar export`.
 
-Each format is written beside its place, run by its own runtime on real images in several batch sizes, compared with
-eager float32, and only then moved to its place, with a model card beside it.
+The exported file is written to a temporary folder, run by the runtime of its format on test images in several batch
+sizes, and compared with the eager float32 network. It is moved to its destination, with a model card beside it, only
+if the outputs agree.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from fastcifar.evaluation.model_card import write_model_card
 from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import scale_and_shift
 
-NUM_VERIFICATION_IMAGES = 256  # that a file is compared on
+NUM_VERIFICATION_IMAGES = 256
 VERIFICATION_BATCH_SIZES = (1, 7, NUM_VERIFICATION_IMAGES)
-EXPORT_TOLERANCE = 1e-3  # largest absolute difference of a logit or a probability
+EXPORT_TOLERANCE = 1e-3  # maximum absolute difference of logits or probabilities
 INPUT_TYPES = ("uint8", "normalized")
 OUTPUT_TYPES = ("probabilities", "logits")
 ONNX_REMEDY = "pip install onnx onnxscript onnxruntime"
@@ -39,10 +40,11 @@ TensorFunction = Callable[[Tensor], Tensor]
 
 
 class DeployedModel(nn.Module):
-    """A network with what surrounds it in use: images as they are stored in, probabilities out.
+    """A network with its input normalization and its output activation.
 
-    inputs   "uint8": images uint8 [n,32,32,3], normalised inside; "normalized": float32 [n,3,32,32]
-    outputs  "probabilities" or "logits", float32 [n,classes]
+    input_type   "uint8" for images uint8 [n,32,32,3], which the module normalizes, or "normalized" for normalized
+                 images float32 [n,3,32,32]
+    output_type  "probabilities" or "logits", float32 [n,classes]
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class DeployedModel(nn.Module):
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A row of FORMATS. `write` puts a file at a path, `load` makes of the file what computes as it does."""
+    """An export format: its file suffix, the function that writes a file, and the one that loads it for inference."""
 
     suffix: str
     write: Callable[[DeployedModel, Tensor, Path], None]
@@ -73,7 +75,7 @@ class ExportFormat:
 
 
 def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Through the dynamo exporter, with any number of images, in one file."""
+    """Export to a single ONNX file with a dynamic batch size, using the exporter based on TorchDynamo."""
     import_optional("onnxscript", ONNX_REMEDY)
     dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}
     torch.onnx.export(
@@ -81,7 +83,7 @@ def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
         (images,),
         str(path),
         dynamo=True,
-        external_data=False,  # one file
+        external_data=False,
         dynamic_shapes=dynamic,
         input_names=["images"],
         output_names=[deployed.output_type],
@@ -90,7 +92,7 @@ def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
 
 
 def load_onnx(path: Path, deployed: DeployedModel, _: LoadedRun) -> TensorFunction:
-    """ONNX Runtime on the CPU."""
+    """Return a function that runs the file with ONNX Runtime on the CPU."""
     session = import_optional("onnxruntime", ONNX_REMEDY).InferenceSession(
         str(path), providers=["CPUExecutionProvider"]
     )
@@ -98,41 +100,41 @@ def load_onnx(path: Path, deployed: DeployedModel, _: LoadedRun) -> TensorFuncti
 
 
 def export_program(deployed: DeployedModel, images: Tensor) -> torch.export.ExportedProgram:
-    """The program with any number of images of at least one. `images`: an example of more than one."""
+    """Export with a dynamic batch size of at least one. The example input `images` must contain more than one image."""
     return torch.export.export(deployed, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
 def write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """The exported program, weights and all."""
+    """Save the program of `torch.export`, including the weights."""
     torch.export.save(export_program(deployed, images), path)
 
 
 def load_pt2(path: Path, *_: Any) -> TensorFunction:
-    """The program, through torch alone."""
+    """Load the saved program as a module."""
     return torch.export.load(path).module()
 
 
 def write_aoti(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """C++ of the program, compiled into a package for this kind of CPU."""
+    """Compile with AOTInductor into a package for the CPU architecture of this machine."""
     torch._inductor.aoti_compile_and_package(export_program(deployed, images), package_path=str(path))
 
 
 def load_aoti(path: Path, *_: Any) -> TensorFunction:
-    """The package's compiled code."""
+    """Load the compiled package."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def write_safetensors(deployed: DeployedModel, _: Tensor, path: Path) -> None:
-    """The network's weights alone; what is around them is `Deployed`'s."""
+    """Save the weights of the network alone, without the normalization and the output activation."""
     weights = {key: value.contiguous() for key, value in deployed.network.state_dict().items()}
     save_file(weights, path)
 
 
 def load_safetensors(path: Path, deployed: DeployedModel, loaded: LoadedRun) -> TensorFunction:
-    """The weights in a network that is made anew, between the same input and output."""
-    fresh = model_from_recipe(loaded.recipe, len(loaded.classes)).eval()
-    fresh.load_state_dict(load_file(path), strict=True)
-    return DeployedModel(fresh, *normalization_mean_std(loaded.recipe), deployed.input_type, deployed.output_type)
+    """Load the weights into a newly built network with the same input and output type."""
+    model = model_from_recipe(loaded.recipe, len(loaded.classes)).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    return DeployedModel(model, *normalization_mean_std(loaded.recipe), deployed.input_type, deployed.output_type)
 
 
 EXPORT_FORMATS: dict[str, ExportFormat] = {
@@ -153,72 +155,86 @@ def export_model(
     arch: str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Writes `run`'s network to a file that was seen to compute the same, and a model card beside it.
+    """Export the network of `run` to a file, verify its outputs, and write a model card beside it.
 
-    format   a row of FORMATS
-    out      the file; default: the architecture's name, in the run folder or beside the checkpoint
-    inputs, outputs  what goes in and comes out, see `Deployed`
-    weights, arch, changes: as for `rebuild`
-    Returns `file`, `card`, `bytes`, `sha256`, `difference` (the largest, absolute), `images`, `batch_sizes`.
-    Errors: `UsageError`, `CheckpointError`, `DataError`; `UserError` if it cannot be made, or computes something else.
+    run, eval_weights, arch, overrides  as for `load_model`
+    format                   a name in `EXPORT_FORMATS`
+    out                      file to write; by default named after the architecture, in the folder of the run
+    input_type, output_type  see `DeployedModel`
+
+    Returns `file`, `card`, `bytes`, `sha256`, `difference` (the maximum absolute difference of the outputs), `images`,
+    `batch_sizes` and `data`.
+    Raises `UsageError`, `CheckpointError`, `DataError` or `DiskError`, and `UserError` if the export fails or its
+    outputs differ from the network's.
     """
-    row = lookup(EXPORT_FORMATS, format, "format")
+    export_format = lookup(EXPORT_FORMATS, format, "format")
     for value, allowed, name in ((input_type, INPUT_TYPES, "--input"), (output_type, OUTPUT_TYPES, "--output")):
         if value not in allowed:
             raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-    # One that reads a file reads it on any machine, so it is made of float32 on the CPU.
-    found = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
-    data = found.load_dataset()
-    folder = Path(run) if Path(run).is_dir() else found.checkpoint_path.parent
-    out = out or folder / f"{found.recipe.arch}{row.suffix}"
-    card = out.with_name(f"{out.name}.md")
-    deployed = DeployedModel(found.model, *normalization_mean_std(found.recipe), input_type, output_type).eval()
+    # The exported file must run on any machine, so the network is in float32 on the CPU.
+    loaded = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
+    data = loaded.load_dataset()
+    folder = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
+    out = out or folder / f"{loaded.recipe.arch}{export_format.suffix}"
+    card_path = out.with_name(f"{out.name}.md")
+    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), input_type, output_type).eval()
     images = example_inputs(deployed, data)
-    compared = {
+    verification: dict[str, Any] = {
         "images": len(images),
         "batch_sizes": [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)],
     }
     try:
-        compared["difference"] = write_and_verify(row, out, deployed, images, found)
-        made_as = {"format": format, "inputs": input_type, "outputs": output_type}
-        digest = write_model_card(card, out, found, data, folder, made_as | compared)
+        verification["difference"] = write_and_verify(export_format, out, deployed, images, loaded)
+        export_info = {"format": format, "inputs": input_type, "outputs": output_type, **verification}
+        digest = write_model_card(card_path, out, loaded, data, folder, export_info)
     except OSError as error:
-        raise DiskError(f"cannot write {out}: {error.strerror or error}", "give another --out") from None
-    size = out.stat().st_size
-    return {"file": str(out), "card": str(card), "bytes": size, "sha256": digest, **compared, "data": data.source}
+        raise DiskError(f"cannot write {out}: {error.strerror or error}", "choose another file with --out") from None
+    return {
+        "file": str(out),
+        "card": str(card_path),
+        "bytes": out.stat().st_size,
+        "sha256": digest,
+        **verification,
+        "data": data.source,
+    }
 
 
 def write_and_verify(
     export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor, loaded: LoadedRun
 ) -> float:
-    """Puts the file at `out` if it computes what `deployed` computes, and returns by how much it differs.
+    """Write the exported file to `out` if its outputs agree with those of `deployed`; return their largest difference.
 
-    Errors: `UserError`, and `out` is as it was.
+    Raises `UserError` if the export fails or the difference exceeds `EXPORT_TOLERANCE`; `out` is then unchanged.
     """
-    quiet = warnings.catch_warnings(action="ignore")  # what the exporters warn of is theirs; what counts is compared
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as beside, torch.no_grad(), quiet:
-        made = Path(beside) / f"made{export_format.suffix}"
+    # The outputs are compared below, so warnings of the exporters give the user no further information.
+    ignore_warnings = warnings.catch_warnings(action="ignore")
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as folder, torch.no_grad(), ignore_warnings:
+        temporary_file = Path(folder) / f"model{export_format.suffix}"
         try:
-            export_format.write(deployed, images, made)
-            difference = max_abs_difference(export_format.load(made, deployed, loaded), deployed, images)
+            export_format.write(deployed, images, temporary_file)
+            function = export_format.load(temporary_file, deployed, loaded)
+            difference = max_abs_difference(function, deployed, images)
         except (UserError, OSError):
             raise
-        except Exception as error:  # exporters, compilers and runtimes have no class of errors in common
+        except Exception as error:  # the errors of exporters, compilers and runtimes have no common base class
             if as_memory_error(error):
                 raise
-            problem = f"{out} cannot be made: {type(error).__name__}: {first_message_line(error)}"
-            raise UserError(problem, "give another --format; `fastcifar doctor` knows the compiler") from error
+            problem = f"cannot export {out}: {type(error).__name__}: {first_message_line(error)}"
+            raise UserError(
+                problem, "choose another --format, or check the compiler with `fastcifar doctor`"
+            ) from error
         if not difference <= EXPORT_TOLERANCE:
             raise UserError(
-                f"{out} would differ from the network by {difference:.2g} and was not kept",
-                f"at most {EXPORT_TOLERANCE:g} is allowed: please report it",
+                f"the outputs of {out} differ from the network's by {difference:.2g}, more than {EXPORT_TOLERANCE:g}; "
+                "the file was not kept",
+                "choose another --format, and please report the problem",
             )
-        os.replace(made, out)
+        os.replace(temporary_file, out)
     return difference
 
 
 def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
-    """The first test images as `deployed` takes them."""
+    """Return the first test images in the input format of `deployed`."""
     images = torch.from_numpy(np.array(data.test.images[:NUM_VERIFICATION_IMAGES]))
     if deployed.input_type == "uint8":
         return images.permute(0, 2, 3, 1).contiguous()
@@ -226,10 +242,14 @@ def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
 
 
 def max_abs_difference(function: TensorFunction, deployed: DeployedModel, images: Tensor) -> float:
-    """Of `function` from eager, over all outputs of all batch sizes; not finite is infinite."""
-    wanted = deployed(images)
-    differences = []
-    for size in VERIFICATION_BATCH_SIZES:
-        if size <= len(images):
-            differences.append((function(images[:size].clone()) - wanted[:size]).abs().max().item())
+    """Return the maximum absolute difference between the outputs of `function` and `deployed` over all batch sizes.
+
+    Returns infinity if an output is not finite.
+    """
+    expected = deployed(images)
+    differences = [
+        (function(images[:size].clone()) - expected[:size]).abs().max().item()
+        for size in VERIFICATION_BATCH_SIZES
+        if size <= len(images)
+    ]
     return max(value if np.isfinite(value) else np.inf for value in differences)

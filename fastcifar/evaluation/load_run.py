@@ -1,7 +1,8 @@
-"""A finished run as a network ready to be asked, rebuilt from its checkpoint alone: what eval and predict begin with.
+"""Load the network of a run for inference from its checkpoint alone.
 
-The network, its normalisation and its classes are the checkpoint's own recipe; only where and how it runs may differ.
-A checkpoint of a source project holds no recipe: the architecture is named, the rest is known from it.
+The architecture, the normalization and the classes come from the checkpoint; the options that say where and how the
+network runs may be overridden. A checkpoint of a source project contains no recipe: the caller names the architecture,
+which determines the rest.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
-# What a recipe says of the machine it was trained on and of the files of its run is nothing to the one that asks.
+# Options that describe the training machine, the run folder or the training protocol do not apply to inference.
 RESET_ON_LOAD = {"compile": None, "cuda_graph": None, "fused_ops": False, "loader": "auto", "out": None, "tta": "none"}
 
 
 @dataclass
 class LoadedRun:
-    """A network with its weights on its device. `forward`: uint8 images [b,3,32,32] -> float32 logits [b,classes]."""
+    """A trained network with its weights, on its device.
+
+    `forward` maps uint8 images [b,3,32,32] to float32 logits [b,classes].
+    """
 
     recipe: Recipe
     execution: ExecutionPlan
@@ -44,74 +48,80 @@ class LoadedRun:
     weights: str  # "last", "best", "ema" or "published"
 
     def load_dataset(self) -> Dataset:
-        """The data set of the recipe. Errors: those of `cifar.load`, `DataError` for one of other classes."""
-        found = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
-        if list(found.classes) != self.classes:
-            problem = f"{self.checkpoint_path} was trained on other classes than {found.source} has"
-            raise DataError(problem, "give its own data set")
-        return found
+        """Load the data set of the recipe.
+
+        Raises `DataError` if its classes are not those of the checkpoint, and the errors of `cifar.load_dataset`.
+        """
+        data = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
+        if list(data.classes) != self.classes:
+            problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
+            raise DataError(problem, "give --data for the data set the run was trained on")
+        return data
 
     def compile_for(self, num_images: int) -> None:
-        """Makes `forward` as fast as `images` of them repay: compiled from COMPILE_FROM on, captured from a batch on.
+        """Compile `forward` and capture it in a CUDA graph where `num_images` images make up for the setup time.
 
-        Asking for either (`--compile`, `--cuda-graph`) or refusing it decides instead.
+        Compilation needs at least `MIN_IMAGES_TO_COMPILE` images and a CUDA graph at least `EVAL_BATCH_SIZE`. The
+        options `--compile` and `--cuda-graph` take precedence in both directions.
         """
-        asked, choice = self.recipe, self.execution
-        if asked.compile is None and choice.compile and num_images < MIN_IMAGES_TO_COMPILE:
-            reason = f"{num_images:,} images do not repay it, {MIN_IMAGES_TO_COMPILE:,} would"
-            choice = replace(choice, compile=False, reasons={**choice.reasons, "compile": reason})
-        if asked.cuda_graph is None and choice.cuda_graph and num_images < EVAL_BATCH_SIZE:
-            reason = "less than a batch of images"
-            choice = replace(choice, cuda_graph=False, reasons={**choice.reasons, "cuda_graph": reason})
-        self.execution = choice
+        recipe, execution = self.recipe, self.execution
+        if recipe.compile is None and execution.compile and num_images < MIN_IMAGES_TO_COMPILE:
+            reason = f"{num_images:,} images are too few to save time, at least {MIN_IMAGES_TO_COMPILE:,} are needed"
+            execution = replace(execution, compile=False, reasons={**execution.reasons, "compile": reason})
+        if recipe.cuda_graph is None and execution.cuda_graph and num_images < EVAL_BATCH_SIZE:
+            reason = f"{num_images:,} images are fewer than one batch of {EVAL_BATCH_SIZE:,}"
+            execution = replace(execution, cuda_graph=False, reasons={**execution.reasons, "cuda_graph": reason})
+        self.execution = execution
         self.forward = optimize_forward(
-            self.model, self.forward, self.device, choice.compile, choice.cuda_graph, asked.compile_mode
+            self.model, self.forward, self.device, execution.compile, execution.cuda_graph, recipe.compile_mode
         )
 
 
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
-    """`run`, a run folder or a checkpoint file, ours or of a source project.
+    """Load the network of `run`, a run folder or a checkpoint file, which may come from a source project.
 
-    `weights`: "last", "best" or "ema" (default: the recipe's). `arch`: the network of a file that does not say it.
-    `changes`: of the recipe's knobs; None keeps the recipe's. Errors: `CheckpointError`, `DeviceError`, `UsageError`.
+    eval_weights  "last", "best" or "ema"; by default the recipe's
+    arch          architecture of a checkpoint that does not name it
+    overrides     recipe options; None keeps the recipe's value
+
+    Raises `CheckpointError` for a missing or invalid checkpoint, or one without the requested weights, `DeviceError`
+    if the device is not available, and `UsageError` for an invalid name or override.
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
     saved = source_checkpoints.load_any_checkpoint(path, arch)
-    which = eval_weights or str(saved["recipe"].get("eval_weights", "last"))
-    if which == "best":
+    eval_weights = eval_weights or str(saved["recipe"].get("eval_weights", "last"))
+    if eval_weights == "best":
         path = checkpoint.resolve_checkpoint_path(run, "best")
         saved = source_checkpoints.load_any_checkpoint(path, arch)
-    asked = {key: value for key, value in overrides.items() if value is not None}
-    lookup(EVAL_WEIGHTS, which, "weights")
-    Recipe.from_dict(asked)  # so that what is wrong with a knob that was asked for is not blamed on the file
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    lookup(EVAL_WEIGHTS, eval_weights, "weights")
+    Recipe.from_dict(overrides)  # validated on their own, so that an invalid override is not blamed on the checkpoint
     try:
-        recipe = Recipe.from_dict({**saved["recipe"], **RESET_ON_LOAD, **asked})
+        recipe = Recipe.from_dict({**saved["recipe"], **RESET_ON_LOAD, **overrides})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lookup(VIEWS, recipe.tta, "test-time augmentation")
-    choice = choose_execution(recipe)
-    device = torch.device(choice.device)
+    execution = choose_execution(recipe)
+    device = torch.device(execution.device)
     if device.type == "cpu":
         compilation.keep_freed_memory()
-    if choice.compile:
+    if execution.compile:
         compilation.enable_compile_cache()
     model = model_from_recipe(recipe, len(saved["classes"]))
-    state = saved["ema"] if which == "ema" else saved["model"]
+    state = saved["ema"] if eval_weights == "ema" else saved["model"]
     if state is None:
-        raise CheckpointError(
-            f"{path} holds no average of the weights", "use --eval-weights last, or train with --ema-decay"
-        )
+        raise CheckpointError(f"{path} contains no EMA weights", "use --eval-weights last, or train with --ema-decay")
     checkpoint.load_weights(model, state, path)
     forward = build_forward(
-        to_channels_last(model, device).eval(), *normalization_mean_std(recipe), choice.precision, device
+        to_channels_last(model, device).eval(), *normalization_mean_std(recipe), execution.precision, device
     )
     return LoadedRun(
         recipe=recipe,
-        execution=choice,
+        execution=execution,
         device=device,
         classes=saved["classes"],
         model=model,
         forward=forward,
         checkpoint_path=path,
-        weights=which if "format" in saved else "published",
+        weights=eval_weights if "format" in saved else "published",
     )

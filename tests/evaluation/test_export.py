@@ -1,4 +1,4 @@
-"""Every format computes what the network computes; nothing else is kept."""
+"""Test that every export format reproduces the outputs of the network, and that other files are not kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fastcifar.cli.app import app
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.errors import CheckpointError, DataError, DiskError, UsageError, UserError
-from fastcifar.evaluation import export as room
+from fastcifar.evaluation import export
 from fastcifar.evaluation.export import EXPORT_FORMATS, DeployedModel, example_inputs, export_model
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.models import build_model
@@ -26,7 +26,7 @@ from fastcifar.training.train import train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained SE network of 300 synthetic test images and ten classes."""
+    """Train a small SE-ResNet on synthetic images of ten classes and return its run folder."""
     out = tmp_path_factory.mktemp("export") / "run"
     recipe = Recipe.make(
         arch="resnet", blocks=(1, 1), channels=(8, 16), se="block", data="synthetic:300", val_size=40, epochs=1,
@@ -35,104 +35,105 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(train(recipe)["run"])
 
 
-@pytest.mark.parametrize("outputs", room.OUTPUT_TYPES)
+@pytest.mark.parametrize("output_type", export.OUTPUT_TYPES)
 @pytest.mark.parametrize("format", [name for name in EXPORT_FORMATS if name != "aoti"])
-def test_a_format_computes_what_the_run_computes(run: Path, tmp_path: Path, format: str, outputs: str) -> None:
-    check(run, tmp_path, format, outputs)
+def test_exported_file_reproduces_the_outputs(run: Path, tmp_path: Path, format: str, output_type: str) -> None:
+    check_export(run, tmp_path, format, output_type)
 
 
-def test_compiled_code_computes_what_the_run_computes(run: Path, tmp_path: Path) -> None:
-    check(run, tmp_path, "aoti", "logits")
+def test_aoti_package_reproduces_the_outputs(run: Path, tmp_path: Path) -> None:
+    check_export(run, tmp_path, "aoti", "logits")
 
 
-def check(run: Path, tmp_path: Path, format: str, outputs: str) -> None:
-    """Against the training room's own forward pass, which normalises by itself; on batches that export never tried."""
+def check_export(run: Path, tmp_path: Path, format: str, output_type: str) -> None:
+    """Compare the file with the forward pass of training, on a batch size that the export did not verify."""
     out = tmp_path / "file.bin"
-    found = export_model(str(run), format, out, output_type=outputs)
-    assert (found["images"], found["batch_sizes"]) == (256, [1, 7, 256]) or found["images"] < 256
-    assert found["difference"] <= room.EXPORT_TOLERANCE
-    assert found["bytes"] == out.stat().st_size
-    assert found["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
-    rebuilt = load_model(str(run), device="cpu", precision="fp32")
-    deployed = DeployedModel(rebuilt.model, *normalization_mean_std(rebuilt.recipe), "uint8", outputs).eval()
-    function = EXPORT_FORMATS[format].load(out, deployed, rebuilt)
+    result = export_model(str(run), format, out, output_type=output_type)
+    assert (result["images"], result["batch_sizes"]) == (256, [1, 7, 256]) or result["images"] < 256
+    assert result["difference"] <= export.EXPORT_TOLERANCE
+    assert result["bytes"] == out.stat().st_size
+    assert result["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    loaded = load_model(str(run), device="cpu", precision="fp32")
+    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), "uint8", output_type).eval()
+    function = EXPORT_FORMATS[format].load(out, deployed, loaded)
     images = torch.randint(256, (13, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = rebuilt.forward(images)
-        wanted = wanted.softmax(1) if outputs == "probabilities" else wanted
-        assert torch.allclose(function(images.permute(0, 2, 3, 1).contiguous()), wanted, atol=1e-5)
+        expected = loaded.forward(images)
+        expected = expected.softmax(1) if output_type == "probabilities" else expected
+        assert torch.allclose(function(images.permute(0, 2, 3, 1).contiguous()), expected, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.bin", "file.bin.md"]
 
 
-def test_normalised_input_is_the_same_function(run: Path, tmp_path: Path) -> None:
+def test_normalized_input_gives_the_same_outputs(run: Path, tmp_path: Path) -> None:
     export_model(str(run), "pt2", tmp_path / "a.pt2", input_type="normalized", output_type="logits")
-    rebuilt = load_model(str(run), device="cpu", precision="fp32")
+    loaded = load_model(str(run), device="cpu", precision="fp32")
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in normalization_mean_std(rebuilt.recipe))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization_mean_std(loaded.recipe))
     function = torch.export.load(tmp_path / "a.pt2").module()
     with torch.no_grad():
-        assert torch.allclose(function((images / 255 - mean) / std), rebuilt.forward(images), atol=1e-4)
+        assert torch.allclose(function((images / 255 - mean) / std), loaded.forward(images), atol=1e-4)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load_wrong(*given: object) -> Callable:
-        function = room.load_pt2(*given)  # type: ignore[arg-type]
+def test_file_with_different_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_wrong(*args: object) -> Callable:
+        function = export.load_pt2(*args)  # type: ignore[arg-type]
         return lambda images: function(images) + (0.01 if len(images) == 7 else 0)
 
     monkeypatch.setitem(EXPORT_FORMATS, "pt2", replace(EXPORT_FORMATS["pt2"], load=load_wrong))
-    with pytest.raises(UserError, match=r"would differ from the network by 0\.01 and was not kept"):
+    with pytest.raises(UserError, match=r"differ from the network's by 0\.01, .* not kept"):
         export_model(str(run), "pt2", tmp_path / "a.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_an_exporter_cannot_do_is_one_line(run: Path, tmp_path: Path) -> None:
-    none = config.patch("cpp.cxx", (None, "/nowhere/g++"))
-    with none, pytest.raises(UserError, match=r"a\.pt2 cannot be made: \w+: .*No working C\+\+ compiler") as caught:
+def test_failed_export_is_reported_in_one_line(run: Path, tmp_path: Path) -> None:
+    no_compiler = config.patch("cpp.cxx", (None, "/nowhere/g++"))
+    with (
+        no_compiler,
+        pytest.raises(UserError, match=r"cannot export .*a\.pt2: \w+: .*No working C\+\+ compiler") as caught,
+    ):
         export_model(str(run), "aoti", tmp_path / "a.pt2")
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_tells_what_the_run_recorded(run: Path) -> None:
-    found = export_model(str(run), "safetensors")
-    assert Path(found["file"]) == run / "resnet.safetensors"
-    card = Path(found["card"]).read_text(encoding="utf-8")
+def test_model_card_contains_the_records_of_the_run(run: Path) -> None:
+    result = export_model(str(run), "safetensors")
+    assert Path(result["file"]) == run / "resnet.safetensors"
+    card = Path(result["card"]).read_text(encoding="utf-8")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     for expected in (
-        found["sha256"],
+        result["sha256"],
         f"{summary['params']:,} trainable parameters",
         f"test accuracy {100 * summary['test_acc']:.2f} %, {summary['correct']} of {summary['total']}, n = 1 seed",
         f"calibration error {summary['ece']:.4f}",
-        "held out of training to choose by: 40 images",
+        "validation split: 40 of the training images",
         "seed 0, 1 epochs, lookahead:sgd",
         "not the official files",
     ):
         assert expected in card, expected
     other = export_model(str(run / "checkpoints" / "last.pt"), "safetensors", run / "x.safetensors", arch="resnet")
-    assert "has not met these weights" in Path(other["card"]).read_text(encoding="utf-8")
+    assert "were not evaluated on the test set in this run" in Path(other["card"]).read_text(encoding="utf-8")
     other = export_model(str(run), "safetensors", run / "y.safetensors", normalize="kuangliu")
     card = Path(other["card"]).read_text(encoding="utf-8")
-    assert "not measured with this normalisation, only with `cifar10`" in card
+    assert "not evaluated with this normalization, only with `cifar10`" in card
     assert "test accuracy" not in card
 
 
-def test_published_weights_are_exported_and_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    net = build_model("coconut_sep").state_dict()
+def test_published_weights_are_exported_and_mismatches_refused(tmp_path: Path) -> None:
+    state_dict = build_model("coconut_sep").state_dict()
     file = tmp_path / "ckpt.pth"
-    torch.save({"net": {f"module.{key}": value for key, value in net.items()}, "acc": 95.0, "epoch": 3}, file)
-    found = export_model(str(file), "safetensors", arch="coconut_sep", data="synthetic:20")
-    assert Path(found["file"]).name == "coconut_sep.safetensors"
-    assert "`kuangliu`" in Path(found["card"]).read_text(encoding="utf-8")
-    torch.save({"net": {**net, "extra.weight": torch.ones(1)}}, file)
+    torch.save({"net": {f"module.{key}": value for key, value in state_dict.items()}, "acc": 95.0, "epoch": 3}, file)
+    result = export_model(str(file), "safetensors", arch="coconut_sep", data="synthetic:20")
+    assert Path(result["file"]).name == "coconut_sep.safetensors"
+    assert "`kuangliu`" in Path(result["card"]).read_text(encoding="utf-8")
+    torch.save({"net": {**state_dict, "extra.weight": torch.ones(1)}}, file)
     with pytest.raises(CheckpointError, match=r"extra\.weight"):
         export_model(str(file), "safetensors", arch="coconut_sep", data="synthetic:20")
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"),
+    ("changes", "error", "pattern"),
     [
         ({"format": "onxx"}, UsageError, "onnx"),
         ({"input_type": "float"}, UsageError, "--input"),
@@ -140,33 +141,33 @@ def test_published_weights_are_exported_and_what_does_not_fit_is_named(tmp_path:
         ({"out": Path("/nowhere/at/all.pt2")}, DiskError, "/nowhere/at/all.pt2"),
         ({"run": "/nowhere"}, CheckpointError, "/nowhere"),
         ({"data": "/nowhere"}, DataError, "/nowhere"),
-        ({"eval_weights": "ema"}, CheckpointError, "no average"),
+        ({"eval_weights": "ema"}, CheckpointError, "no EMA weights"),
     ],
 )
-def test_bad_input(run: Path, changes: dict, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_invalid_arguments_are_refused(run: Path, changes: dict, error: type[Exception], pattern: str) -> None:
+    with pytest.raises(error, match=pattern):
         export_model(**{"run": str(run), "format": "pt2", **changes})
 
 
-def test_a_missing_library_is_named_with_its_install_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_reported_with_the_install_command(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UsageError, match="pip install onnx"):
         export_model(str(run), "onnx")
     assert not list(run.glob("*.onnx*"))
 
 
-def test_the_command(run: Path, tmp_path: Path) -> None:
+def test_export_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "net.pt2"
-    done = CliRunner().invoke(app, ["export", str(run), "--format", "pt2", "--out", str(out), "--json"])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["file"] == str(out)
+    result = CliRunner().invoke(app, ["export", str(run), "--format", "pt2", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["file"] == str(out)
 
 
-def test_example_images_are_the_test_sets(run: Path) -> None:
-    rebuilt = load_model(str(run), device="cpu", precision="fp32")
+def test_example_inputs_are_the_first_test_images(run: Path) -> None:
+    loaded = load_model(str(run), device="cpu", precision="fp32")
     from fastcifar.data import cifar
 
-    data = cifar.load_dataset(rebuilt.recipe.data)
-    deployed = DeployedModel(rebuilt.model, *normalization_mean_std(rebuilt.recipe), "uint8", "logits")
+    data = cifar.load_dataset(loaded.recipe.data)
+    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), "uint8", "logits")
     images = example_inputs(deployed, data)
-    assert torch.equal(images.permute(0, 3, 1, 2), torch.from_numpy(data.test.images[: room.NUM_VERIFICATION_IMAGES]))
+    assert torch.equal(images.permute(0, 3, 1, 2), torch.from_numpy(data.test.images[: export.NUM_VERIFICATION_IMAGES]))

@@ -1,4 +1,4 @@
-"""`predict`: the same images in every layout get the same labels, and these are what a plain forward pass gives."""
+"""Test predictions against a simple forward pass, for every layout of the input images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.resolve import model_from_recipe
 
-DATA = "synthetic:1000"  # 200 images to test
-CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+DATA = "synthetic:1000"  # 200 test images
+CPU_OPTIONS: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[str]:
-    """Two networks that tell the images apart: statistics of the images themselves, a steep and even last layer."""
+    """Save two networks that distinguish the images: batch-norm statistics of the images and a scaled linear layer."""
     recipe = Recipe.make(arch="resnet", blocks=(1, 1), channels=(8, 16), data=DATA, val_size=40, device="cpu")
     folder = tmp_path_factory.mktemp("runs")
     paths = []
@@ -47,13 +47,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[s
         torch.manual_seed(seed)
         model = model_from_recipe(recipe, 10)
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-            norm.momentum = None  # the statistics of the one batch below
+            norm.momentum = None  # use the statistics of the single batch below
         with torch.no_grad():
-            model(normalised(images))
-            last = model.get_submodule("linear")
-            assert isinstance(last, nn.Linear)
-            last.weight *= 30
-            last.bias -= model.eval()(normalised(images)).mean(0)
+            model(normalized(images))
+            linear = model.get_submodule("linear")
+            assert isinstance(linear, nn.Linear)
+            linear.weight *= 30
+            linear.bias -= model.eval()(normalized(images)).mean(0)
         paths.append(folder / f"{seed}.pt")
         names = list(cifar.load_dataset(DATA).classes)
         state = {"recipe": recipe.model_dump(mode="json"), "classes": names, "model": model.state_dict(), "ema": None}
@@ -61,21 +61,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> list[s
     return [str(path) for path in paths]
 
 
-def normalised(images: np.ndarray) -> Tensor:
+def normalized(images: np.ndarray) -> Tensor:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization.NORMALIZATIONS["cifar10"])
     return (torch.from_numpy(images).float() / 255 - mean) / std
 
 
-def plain_logits(run: str, images: np.ndarray) -> Tensor:
-    """Of an independent forward pass: whole, NCHW, in float32."""
+def reference_logits(run: str, images: np.ndarray) -> Tensor:
+    """Return the logits of an independent forward pass in one batch, NCHW and float32."""
     saved = checkpoint.load_checkpoint(Path(run))
     model = model_from_recipe(Recipe.from_dict(saved["recipe"]), 10)
     model.load_state_dict(saved["model"])
     with torch.no_grad():
-        return model.eval()(normalised(images))
+        return model.eval()(normalized(images))
 
 
-def labels_of(path: Path) -> dict[int, int]:
+def read_labels(path: Path) -> dict[int, int]:
     rows = list(csv.reader(path.read_text().splitlines()))
     return {int(key): int(label) for key, label in rows[1:]}
 
@@ -89,23 +89,23 @@ def write_pickle(path: Path, images: np.ndarray, ids: list[int], key: Callable[[
 def out(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "out").mkdir()
     yield tmp_path / "out" / "a.csv"
-    assert not list(tmp_path.glob("out/.*")), "a temporary file was left"
+    assert not list(tmp_path.glob("out/.*")), "a temporary file remains"
 
 
 def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
     runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
 ) -> None:
     ids = np.random.default_rng(0).permutation(5000)[:200].tolist()
-    wanted = dict(zip(ids, plain_logits(runs[0], images).argmax(1).tolist(), strict=True))
-    assert len(set(wanted.values())) >= 5, "labels that could not tell a scrambled image"
+    expected = dict(zip(ids, reference_logits(runs[0], images).argmax(1).tolist(), strict=True))
+    assert len(set(expected.values())) >= 5, "too few classes to detect wrongly decoded images"
     shuffled = np.random.default_rng(1).permutation(200)
     for layout in (images.reshape(200, 3072), images.transpose(0, 2, 3, 1), images):
         for key in (str, str.encode):
             for order in (np.arange(200), shuffled):
-                source = write_pickle(tmp_path / "in", layout[order], [ids[place] for place in order], key)
-                predict_to_file(runs[0], source, out, **CPU)
-                assert labels_of(out) == wanted
-                assert list(labels_of(out)) == [ids[place] for place in order]
+                source = write_pickle(tmp_path / "in", layout[order], [ids[index] for index in order], key)
+                predict_to_file(runs[0], source, out, **CPU_OPTIONS)
+                assert read_labels(out) == expected
+                assert list(read_labels(out)) == [ids[index] for index in order]
 
 
 @pytest.mark.parametrize(
@@ -126,110 +126,108 @@ def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
     ids=["float", "nan", "28x28", "ambiguous", "data twice", "id twice", "id missing", "no ids", "no data", "array",
          "html"],
 )  # fmt: skip
-def test_fault13_a_malformed_input_writes_nothing(runs: list[str], tmp_path: Path, out: Path, content: Any) -> None:
+def test_fault13_malformed_input_writes_nothing(runs: list[str], tmp_path: Path, out: Path, content: Any) -> None:
     (tmp_path / "in.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     with pytest.raises(DataError) as caught:
-        predict_to_file(runs[0], str(tmp_path / "in.pkl"), out, plot_path=out.with_suffix(".png"), **CPU)
+        predict_to_file(runs[0], str(tmp_path / "in.pkl"), out, plot_path=out.with_suffix(".png"), **CPU_OPTIONS)
     assert caught.value.exit_code == 3
     assert not list(out.parent.iterdir())
 
 
-def test_fault13_a_submission_is_what_kaggle_takes(
-    runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
-) -> None:
+def test_fault13_csv_is_a_kaggle_submission(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
     ids = list(range(199, -1, -1))
     source = write_pickle(tmp_path / "in.pkl", images, ids)
-    found = predict_to_file(runs[0], source, out, **CPU)
+    result = predict_to_file(runs[0], source, out, **CPU_OPTIONS)
     lines = out.read_text().split("\n")
     assert (lines[0], len(lines), lines[-1]) == ("ID,Labels", 202, "")
     assert [line.split(",")[0] for line in lines[1:-1]] == [str(value) for value in ids]
     assert {line.split(",")[1] for line in lines[1:-1]} <= set("0123456789")
-    assert sum(found["counts"].values()) == found["images"] == 200
-    assert found["images_per_s"] == pytest.approx(200 / found["seconds"]["predict"])
-    assert predictions_table(found)
-    predict_to_file(runs[0], source, out, header="id,label", use_class_names=True, **CPU)
+    assert sum(result["counts"].values()) == result["images"] == 200
+    assert result["images_per_s"] == pytest.approx(200 / result["seconds"]["predict"])
+    assert predictions_table(result)
+    predict_to_file(runs[0], source, out, header="id,label", use_class_names=True, **CPU_OPTIONS)
     assert out.read_text().startswith("id,label\n199,")
     assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load_dataset(DATA).classes)
 
 
-def test_the_mean_of_the_logits_over_views_and_networks(runs: list[str], images: np.ndarray, out: Path) -> None:
+def test_logits_are_averaged_over_views_and_members(runs: list[str], images: np.ndarray, out: Path) -> None:
     out = out.with_suffix(".jsonl")
-    mirrored = np.ascontiguousarray(images[..., ::-1])
-    logits = sum(plain_logits(run, seen) for run in runs for seen in (images, mirrored)) / 4
+    flipped = np.ascontiguousarray(images[..., ::-1])
+    logits = sum(reference_logits(run, view) for run in runs for view in (images, flipped)) / 4
     assert isinstance(logits, Tensor)
-    found = predict_to_file(
-        runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top_k=3, with_probabilities=True, **CPU
+    result = predict_to_file(
+        runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top_k=3, with_probabilities=True, **CPU_OPTIONS
     )
-    assert [member["checkpoint"] for member in found["members"]] == runs
+    assert [member["checkpoint"] for member in result["members"]] == runs
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     classes = list(cifar.load_dataset(DATA).classes)
-    likely = torch.tensor([[row[name] for name in classes] for row in rows])
-    torch.testing.assert_close(likely, logits.softmax(1), rtol=1e-3, atol=1e-4)
-    assert [row["Labels"] for row in rows] == likely.argmax(1).tolist()
-    for row, probabilities in zip(rows, likely, strict=True):
-        best = probabilities.topk(3)
+    probabilities = torch.tensor([[row[name] for name in classes] for row in rows])
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=1e-3, atol=1e-4)
+    assert [row["Labels"] for row in rows] == probabilities.argmax(1).tolist()
+    for row, row_probabilities in zip(rows, probabilities, strict=True):
+        best = row_probabilities.topk(3)
         assert [row[f"top_{rank}_probability"] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
         assert [row[classes[row[f"top_{rank}"]]] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
 
 
-def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
+def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(9):
         Image.fromarray(images[number].transpose(1, 2, 0)).save(tmp_path / "in" / f"{number}.png")
-    predict_to_file(runs[0], str(tmp_path / "in"), out, plot_path=out.with_suffix(".png"), **CPU)
-    assert labels_of(out) == dict(enumerate(plain_logits(runs[0], images[:9]).argmax(1).tolist()))
-    with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.width > 9 * 100
-    predict_to_file(runs[0], "data:test", out, plot_path=out.with_suffix(".png"), **CPU)
+    predict_to_file(runs[0], str(tmp_path / "in"), out, plot_path=out.with_suffix(".png"), **CPU_OPTIONS)
+    assert read_labels(out) == dict(enumerate(reference_logits(runs[0], images[:9]).argmax(1).tolist()))
+    with Image.open(out.with_suffix(".png")) as plot:
+        assert plot.width > 9 * 100
+    predict_to_file(runs[0], "data:test", out, plot_path=out.with_suffix(".png"), **CPU_OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "words"),
+    ("arguments", "error", "message"),
     [
-        ({"out": Path("a.txt")}, UsageError, "end it in .csv"),
+        ({"out": Path("a.txt")}, UsageError, "ends in one of .csv"),
         ({"out": Path("no/a.csv")}, DiskError, "no folder"),
         ({"plot_path": Path("a.jpg")}, UsageError, "ends in .png"),
         ({"plot_path": Path("no/such/a.png")}, DiskError, "no folder"),
         ({"top_k": 11}, UsageError, "choose 0 to 10"),
-        ({"header": "id"}, UsageError, "two columns"),
-        ({"header": "id,cat", "with_probabilities": True}, UsageError, "2 columns would be called 'cat'"),
+        ({"header": "id"}, UsageError, "two different columns"),
+        ({"header": "id,cat", "with_probabilities": True}, UsageError, "2 columns would be named 'cat'"),
         ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
         ({"eval_weights": "lats"}, UsageError, "did you mean 'last'"),
-        ({"eval_weights": "ema"}, CheckpointError, "no average"),
+        ({"eval_weights": "ema"}, CheckpointError, "no EMA weights"),
         ({"precision": "fp33"}, UsageError, "--precision"),
         ({"ensemble": ["no.pt"]}, CheckpointError, "checkpoint no.pt does not exist"),
         ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_invalid_arguments_are_refused_before_anything_is_written(
     runs: list[str],
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
-    asked: dict[str, Any],
-    kind: type[UserError],
-    words: str,
+    arguments: dict[str, Any],
+    error: type[UserError],
+    message: str,
 ) -> None:
     monkeypatch.chdir(out.parent)
-    options: dict[str, Any] = {"out": Path("a.csv"), **CPU, **asked}
-    with pytest.raises(kind, match=re.escape(words)):
-        predict_to_file(runs[0], "data:test", **options)
+    arguments = {"out": Path("a.csv"), **CPU_OPTIONS, **arguments}
+    with pytest.raises(error, match=re.escape(message)):
+        predict_to_file(runs[0], "data:test", **arguments)
     assert not list(out.parent.iterdir())
 
 
-def test_logits_that_are_not_finite_are_no_labels(runs: list[str], tmp_path: Path, out: Path) -> None:
+def test_non_finite_logits_are_refused(runs: list[str], tmp_path: Path, out: Path) -> None:
     saved = checkpoint.load_checkpoint(Path(runs[0]))
     saved["model"]["linear.bias"][3] = torch.nan
     torch.save(saved, tmp_path / "nan.pt")
     with pytest.raises(NonFiniteError):
-        predict_to_file(str(tmp_path / "nan.pt"), "data:test", out, **CPU)
+        predict_to_file(str(tmp_path / "nan.pt"), "data:test", out, **CPU_OPTIONS)
     assert not list(out.parent.iterdir())
 
 
-def test_members_know_the_same_classes(runs: list[str], tmp_path: Path, out: Path) -> None:
+def test_ensemble_members_must_have_the_same_classes(runs: list[str], tmp_path: Path, out: Path) -> None:
     saved = checkpoint.load_checkpoint(Path(runs[0]))
     torch.save({**saved, "classes": [*saved["classes"][::-1]]}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="other classes"):
-        predict_to_file(runs[0], "data:test", out, ensemble=[str(tmp_path / "other.pt")], **CPU)
+        predict_to_file(runs[0], "data:test", out, ensemble=[str(tmp_path / "other.pt")], **CPU_OPTIONS)
 
 
 def test_published_weights(tmp_path: Path, out: Path) -> None:
@@ -237,20 +235,22 @@ def test_published_weights(tmp_path: Path, out: Path) -> None:
     state = {f"module.{key}": value for key, value in build_model("se55").state_dict().items()}
     torch.save({"net": state, "acc": 95.8, "epoch": 1}, tmp_path / "ckpt.pth")
     file = str(tmp_path / "ckpt.pth")
-    found = predict_to_file(file, "data:test", out, arch="se55", data="synthetic:20", **CPU)
-    assert (found["members"][0]["eval_weights"], found["images"]) == ("published", 10)
+    result = predict_to_file(file, "data:test", out, arch="se55", data="synthetic:20", **CPU_OPTIONS)
+    assert (result["members"][0]["eval_weights"], result["images"]) == ("published", 10)
     with pytest.raises(CheckpointError, match="lacks residual_layers"):
-        predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
-    with pytest.raises(CheckpointError, match="set --arch se55"):
-        predict_to_file(file, "data:test", out, data="synthetic:20", **CPU)
+        predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU_OPTIONS)
+    with pytest.raises(CheckpointError, match="give --arch se55"):
+        predict_to_file(file, "data:test", out, data="synthetic:20", **CPU_OPTIONS)
 
 
-def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[bool, bool]] = []
-    monkeypatch.setattr(load_run, "optimize_forward", lambda *args: made.append(args[3:5]) or args[1])
-    # a GPU's choice, for a network that stays here
-    on_gpu = replace(choose_execution(Recipe(compile=True, device="cpu")), cuda_graph=True)
-    monkeypatch.setattr(load_run, "choose_execution", lambda recipe: on_gpu)
+def test_compilation_and_cuda_graph_depend_on_the_number_of_images(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[bool, bool]] = []  # (compile, use_cuda_graph)
+    monkeypatch.setattr(load_run, "optimize_forward", lambda *args: calls.append(args[3:5]) or args[1])
+    # The execution plan of a GPU, although the network stays on the CPU.
+    gpu_execution = replace(choose_execution(Recipe(compile=True, device="cpu")), cuda_graph=True)
+    monkeypatch.setattr(load_run, "choose_execution", lambda recipe: gpu_execution)
     cases: list[tuple[int, dict[str, Any]]] = [
         (499, {}),
         (500, {}),
@@ -258,6 +258,6 @@ def test_compiled_and_captured_where_it_pays(runs: list[str], monkeypatch: pytes
         (100_000, {}),
         (10, {"compile": True}),
     ]
-    for images, asked in cases:
-        load_run.load_model(runs[0], **asked).compile_for(images)
-    assert made == [(False, False), (False, True), (False, True), (True, True), (True, False)]
+    for num_images, overrides in cases:
+        load_run.load_model(runs[0], **overrides).compile_for(num_images)
+    assert calls == [(False, False), (False, True), (False, True), (True, True), (True, False)]

@@ -1,4 +1,4 @@
-"""Predictions as files, read back by other readers; the comparison of two against one worked out by hand."""
+"""Test prediction files with independent readers, and their comparison with a result computed by hand."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastcifar.evaluation.prediction_files import (
 from fastcifar.reporting.compare import prediction_comparison_table
 
 CLASSES = ["airplane", "cat", "dog, small"]
-LIKELY = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])
+PROBABILITIES = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])
 
 
-def test_columns_by_hand() -> None:
-    assert prediction_columns([9, 4], LIKELY, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
-    named = prediction_columns([9, 4], LIKELY, CLASSES, use_class_names=True, top_k=2, with_probabilities=True)
+def test_prediction_columns() -> None:
+    assert prediction_columns([9, 4], PROBABILITIES, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
+    named = prediction_columns([9, 4], PROBABILITIES, CLASSES, use_class_names=True, top_k=2, with_probabilities=True)
     assert named == {
         "ID": [9, 4],
         "Labels": ["cat", "dog, small"],
@@ -40,34 +40,35 @@ def test_columns_by_hand() -> None:
         "cat": [0.5, 0.0],
         "dog, small": [0.3, 0.876543],
     }
-    assert list(prediction_columns([9, 4], LIKELY, CLASSES, ("id", "label"), top_k=1))[:3] == ["id", "label", "top_1"]
+    renamed = prediction_columns([9, 4], PROBABILITIES, CLASSES, ("id", "label"), top_k=1)
+    assert list(renamed)[:3] == ["id", "label", "top_1"]
 
 
-@pytest.mark.parametrize(("header", "twice"), [(("id", "cat"), "cat"), (("top_1", "label"), "top_1")])
-def test_no_column_replaces_another(header: tuple[str, str], twice: str) -> None:
-    with pytest.raises(UsageError, match=f"2 columns would be called '{twice}'"):
-        prediction_columns([9, 4], LIKELY, CLASSES, header, top_k=1, with_probabilities=True)
+@pytest.mark.parametrize(("header", "duplicate"), [(("id", "cat"), "cat"), (("top_1", "label"), "top_1")])
+def test_duplicate_column_names_are_refused(header: tuple[str, str], duplicate: str) -> None:
+    with pytest.raises(UsageError, match=f"2 columns would be named '{duplicate}'"):
+        prediction_columns([9, 4], PROBABILITIES, CLASSES, header, top_k=1, with_probabilities=True)
 
 
-def test_csv_and_json_lines_are_read_back(tmp_path: Path) -> None:
-    table = prediction_columns([9, 4], LIKELY, CLASSES, use_class_names=True, with_probabilities=True)
+def test_csv_and_jsonl_round_trip(tmp_path: Path) -> None:
+    columns = prediction_columns([9, 4], PROBABILITIES, CLASSES, use_class_names=True, with_probabilities=True)
     for suffix in (".csv", ".jsonl"):
-        write_predictions(tmp_path / f"a{suffix}", PREDICTION_SERIALIZERS[suffix](table))
+        write_predictions(tmp_path / f"a{suffix}", PREDICTION_SERIALIZERS[suffix](columns))
     assert (tmp_path / "a.csv").read_text().startswith("ID,Labels,airplane,")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        wanted = {name: values[place] for name, values in table.items()}
-        assert line == wanted
-        assert row == {name: str(value) for name, value in wanted.items()}
+    for index, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        expected = {name: values[index] for name, values in columns.items()}
+        assert line == expected
+        assert row == {name: str(value) for name, value in expected.items()}
 
 
-def test_parquet_is_read_back(tmp_path: Path) -> None:
+def test_parquet_round_trip(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    table = prediction_columns([9, 4], LIKELY, CLASSES, top_k=1)
-    write_predictions(tmp_path / "a.parquet", PREDICTION_SERIALIZERS[".parquet"](table))
-    assert parquet.read_table(tmp_path / "a.parquet").to_pydict() == table
+    columns = prediction_columns([9, 4], PROBABILITIES, CLASSES, top_k=1)
+    write_predictions(tmp_path / "a.parquet", PREDICTION_SERIALIZERS[".parquet"](columns))
+    assert parquet.read_table(tmp_path / "a.parquet").to_pydict() == columns
 
 
 def test_fault18_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +77,8 @@ def test_fault18_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.Mon
         get_prediction_serializer(tmp_path / "a.parquet")
 
 
-def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"end it in \.csv, \.jsonl, \.parquet"):
+def test_unwritable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"ends in one of \.csv, \.jsonl, \.parquet"):
         get_prediction_serializer(tmp_path / "a.txt")
     with pytest.raises(DiskError):
         get_prediction_serializer(tmp_path / "missing" / "a.csv")
@@ -87,7 +88,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_a_header_names_two_columns(tmp_path: Path) -> None:
+def test_parse_header(tmp_path: Path) -> None:
     assert parse_header(None, Path("a.jsonl")) == ("ID", "Labels")
     assert parse_header("id,label", Path("a.csv")) == ("id", "label")
     for header, out in (("id", "a.csv"), ("a,b,c", "a.csv"), ("a,a", "a.csv"), ("", "a.csv"), ("a,b", "a.jsonl")):
@@ -95,31 +96,31 @@ def test_a_header_names_two_columns(tmp_path: Path) -> None:
             parse_header(header, Path(out))
 
 
-def test_a_comparison_by_hand(tmp_path: Path) -> None:
+def test_compare_predictions(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,3\n2,5\n3,3\n4,0\n5,3\n")
     (tmp_path / "b.csv").write_text("id,label,sure\r\n5,5,0.4\r\n4,0,0.9\r\n3,5,0.7\r\n2,3,0.6\r\n1,3,0.5\r\n")
-    found = compare_predictions(tmp_path / "a.csv", tmp_path / "b.csv")
-    assert (found["differ"], found["total"], found["share"]) == (3, 5, 0.6)
-    assert found["pairs"] == [{"a": "3", "b": "5", "count": 2}, {"a": "5", "b": "3", "count": 1}]
-    assert prediction_comparison_table(found)
+    comparison = compare_predictions(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (comparison["differ"], comparison["total"], comparison["share"]) == (3, 5, 0.6)
+    assert comparison["pairs"] == [{"a": "3", "b": "5", "count": 2}, {"a": "5", "b": "3", "count": 1}]
+    assert prediction_comparison_table(comparison)
     assert compare_predictions(tmp_path / "a.csv", tmp_path / "a.csv")["differ"] == 0
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("ID,Labels\n1,3\n2,5\n2,5\n", "line 4: the id '2' is there twice"),
+        ("ID,Labels\n1,3\n2,5\n2,5\n", "line 4: the id '2' occurs twice"),
         ("ID,Labels\n1,3\n", "1 ids only in"),
-        ("ID,Labels\n1,cat\n2,dog\n", "holds class names"),
+        ("ID,Labels\n1,cat\n2,dog\n", "contains class names"),
         ("ID,Labels\n1,3\n2\n", "expected an id and a label"),
-        ("ID,Labels\n", "holds no predictions"),
-        ("", "holds no predictions"),
+        ("ID,Labels\n", "contains no predictions"),
+        ("", "contains no predictions"),
     ],
 )
-def test_fault13_what_is_no_submission_of_the_same_images(tmp_path: Path, text: str, words: str) -> None:
+def test_fault13_incomparable_prediction_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,3\n2,5\n")
     (tmp_path / "b.csv").write_text(text)
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         compare_predictions(tmp_path / "a.csv", tmp_path / "b.csv")
     assert caught.value.exit_code == 3
     with pytest.raises(DataError):
