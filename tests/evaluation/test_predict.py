@@ -239,7 +239,7 @@ def test_published_weights(tmp_path: Path, out: Path) -> None:
     assert (result["members"][0]["eval_weights"], result["images"]) == ("published", 10)
     with pytest.raises(CheckpointError, match="lacks residual_layers"):
         predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU_OPTIONS)
-    with pytest.raises(CheckpointError, match="give --arch se55"):
+    with pytest.raises(CheckpointError, match="set --arch se55"):
         predict_to_file(file, "data:test", out, data="synthetic:20", **CPU_OPTIONS)
 
 
