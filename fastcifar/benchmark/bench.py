@@ -64,7 +64,7 @@ BenchGrid = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class TimedTrial:
-    """One timed trial: number of images, wall-clock seconds, and CPU seconds summed over all threads and workers."""
+    """One timed trial: number of images, elapsed seconds, and CPU seconds of all threads and worker processes."""
 
     images: int
     seconds: float
@@ -165,9 +165,7 @@ def prepare_bench_recipe(recipe: Recipe) -> Recipe:
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
         return recipe
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # `build_trainer` loads the data set again and repeats the warnings
+        with warnings.catch_warnings(action="ignore"):  # `build_trainer` loads the data set again, with warnings
             cifar.load_dataset(None, recipe.dataset, download=False)
     except DataError as error:
         warnings.warn(f"{error.problem}; using synthetic images instead", UserWarning, stacklevel=2)

@@ -39,7 +39,8 @@ DISTRIBUTIONS: dict[str, Callable[[ModuleType, list[Any]], Any]] = {
 class OptunaStudy:
     """The Optuna study of a sweep, in its folder.
 
-    The name of the study is a hash of the sweep file, so that a changed file starts a new study in the same journal.
+    The name of the study is a hash of the sweep file without n. Increasing n therefore continues the study, and any
+    other change starts a new study in the same journal.
 
     Raises `UsageError` if the sweep file combines [study] with what it does not support, or Optuna is not installed.
     """

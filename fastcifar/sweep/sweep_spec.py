@@ -265,20 +265,20 @@ def build_trial(
     sweep_base = {**(load_recipe_values(spec.recipe) if spec.recipe else {}), **spec.base}
     try:
         recipe = Recipe.from_dict({**row_base, **settings, "seed": seed, "out": None, "resume": None})
-        base_values = Recipe.from_dict({**sweep_base, "seed": seed, "out": None, "resume": None}).model_dump(
-            mode="json"
-        )
+        base_recipe = Recipe.from_dict({**sweep_base, "seed": seed, "out": None, "resume": None})
     except UsageError as error:
         raise UsageError(f"{label}: {error.problem}", error.remedy) from None
-    values = recipe.model_dump(mode="json")
+    values, base_values = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")
     options = {key: value for key, value in values.items() if value != base_values[key] or key in settings}
-    return SweepTrial(
-        _trial_key(label, recipe), label, options, Path(source).stem if source else name, recipe, trial_ref
-    )
+    recipe_name = Path(source).stem if source else name
+    return SweepTrial(_trial_key(label, recipe), label, options, recipe_name, recipe, trial_ref)
 
 
 def _trial_key(label: str, recipe: Recipe) -> str:
-    """Return a key such as `relu-s0-1a2b3c4d`: label, seed, and a hash of label and non-default options."""
+    """Return a key such as `relu-s0-1a2b3c4d`: label, seed, and a hash of the label and the non-default options.
+
+    Options that do not change what is trained (`OUTPUT_OPTIONS`) are left out of the hash.
+    """
     experiment = {name: value for name, value in recipe.non_default_options().items() if name not in OUTPUT_OPTIONS}
     identity = json.dumps([label, experiment], sort_keys=True)
     slug = re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:60]
@@ -323,9 +323,7 @@ def _parse_range(name: str, value: Any) -> tuple[str, list[Any]]:
         )
     if not isinstance(value, dict) or len(value) != 1:
         kinds = ", ".join(RANGE_SAMPLERS)
-        raise UsageError(
-            f"invalid range {value!r} for {name}", f"write {name}.KIND = [LOW, HIGH], with KIND of {kinds}"
-        )
+        raise UsageError(f"invalid range {value!r} for {name}", f"write {name}.KIND = [LOW, HIGH], KIND one of {kinds}")
     ((kind, ends),) = value.items()
     lookup(RANGE_SAMPLERS, kind, "kind of range")
     number_types = (int,) if kind == "integer" else (int, float)
