@@ -169,7 +169,7 @@ def test_fault17_unavailable_devices_are_refused_before_anything_runs_except_on_
         ("[grid]\nlr = [0.1]\nschedule = ['cosine', 'cosin']\n", "lr=0.1, schedule=cosin: unknown schedule 'cosin'"),
         ("[grid]\noptimizer = ['sgd', 'adamv']\n", "optimizer=adamv: unknown optimizer 'adamv'"),
         ("[[list]]\narch = 'se86'\n", "arch=se86: unknown architecture 'se86'; did you mean 'se68'?"),
-        ("[grid]\nclip = ['value:0.1', '0.1']\n", "--clip-grad '0.1'"),
+        ("[grid]\nclip_grad = ['value:0.1', '0.1']\n", "--clip-grad '0.1'"),
         ("[grid]\naugment = ['flop']\n", "flop"),
     ],
 )
