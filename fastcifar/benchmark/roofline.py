@@ -1,7 +1,6 @@
-"""What the device could do at most, measured: its matrix product and its copy; and how it is doing just now.
+"""Measure the limits of the device (matrix product, memory copy), and read its clocks, power and temperature.
 
-The shares that a benchmark reaches are of these figures, not of a data sheet's. Clocks and power are read where the
-machine shows them, and left out where it does not.
+Utilization in `bench.py` is relative to these measured limits, not to a data sheet.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import torch
 
 from fastcifar.training.step import DTYPES
 
-MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # sides of the squares
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # bytes, far beyond the caches
-PASSES_PER_REPEAT = {"cuda": 5, "cpu": 1}  # of a stretch
-MIN_REPEATS, MIN_SECONDS = 3, 0.5  # the best of at least so many, and of what fits into so long
+MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
+PASSES_PER_REPEAT = {"cuda": 5, "cpu": 1}
+MIN_REPEATS, MIN_SECONDS = 3, 0.5  # repeat at least this often and at least this long, and keep the best
 NVIDIA_SMI_QUERY = (
     "nvidia-smi",
     "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu",
@@ -32,7 +31,10 @@ NVIDIA_SMI_FIELDS = ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c"
 
 @functools.cache
 def measure_roofline(device: torch.device, precision: str) -> dict[str, float]:
-    """`matmul_tflop_per_s` in `precision`, of the best size, and `copy_gb_per_s`, which counts reads and writes."""
+    """Return `matmul_tflop_per_s` in `precision`, at the fastest of `MATMUL_SIZES`, and `copy_gb_per_s`.
+
+    The copy counts bytes read plus bytes written.
+    """
     sides = MATMUL_SIZES[device.type]
     return {
         "matmul_tflop_per_s": max(measure_matmul_flop_per_s(device, precision, side) for side in sides) / 1e12,
@@ -41,44 +43,47 @@ def measure_roofline(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -> float:
-    """Operations a second of the product of two square matrices; float32 on CUDA through TF32, as convolutions are."""
+    """Return the operations per second of a product of two matrices [size,size].
+
+    float32 on CUDA uses TF32, as convolutions do by default.
+    """
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     result = torch.empty_like(left)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    previous_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else previous_precision)
     try:
         return 2 * size**3 / best_pass_seconds(lambda: torch.mm(left, right, out=result), device)
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous_precision)
 
 
 def measure_copy_bytes_per_s(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes within the device's memory."""
+    """Return the bytes per second, read plus written, of a copy of `num_bytes` bytes in device memory."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
     return 2 * num_bytes / best_pass_seconds(lambda: target.copy_(source), device)
 
 
 def best_pass_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one pass of `work`, in the best of a few stretches after a warm-up."""
+    """Return the seconds of one call of `function`, in the fastest repeat after a warm-up."""
     function()
-    passes, found = PASSES_PER_REPEAT[device.type], [math.inf]
+    passes, seconds = PASSES_PER_REPEAT[device.type], [math.inf]
     deadline = time.perf_counter() + MIN_SECONDS
-    while len(found) <= MIN_REPEATS or time.perf_counter() < deadline:
-        found.append(time_passes(function, passes, device))
-    return min(found) / passes
+    while len(seconds) <= MIN_REPEATS or time.perf_counter() < deadline:
+        seconds.append(time_passes(function, passes, device))
+    return min(seconds) / passes
 
 
 def time_passes(function: Callable[[], object], passes: int, device: torch.device) -> float:
-    """Seconds of so many passes of `work`, from an idle device to an idle device."""
-    clock = DeviceTimer(device)
+    """Return the seconds of `passes` calls of `function`; the device is idle at the start and at the end."""
+    timer = DeviceTimer(device)
     for _ in range(passes):
         function()
-    return clock.elapsed_s()
+    return timer.elapsed_s()
 
 
 class DeviceTimer:
-    """Runs from when it is made, on an idle device: CUDA events on a GPU, the processor's clock elsewhere."""
+    """Timer that starts, on an idle device, when it is created; uses CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -90,7 +95,7 @@ class DeviceTimer:
             self.start_time = time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Seconds until the device has done what it was given."""
+        """Return the seconds until the device has finished all work submitted so far."""
         if self.device.type != "cuda":
             return time.perf_counter() - self.start_time
         self.end_event.record(torch.cuda.current_stream(self.device))
@@ -99,33 +104,36 @@ class DeviceTimer:
 
 
 def read_device_state(device: torch.device, function: Callable[[], object]) -> dict[str, float]:
-    """Clocks and power while `busy` runs again and again: what `nvidia-smi`, or /proc/cpuinfo, shows of SHOWN."""
+    """Return clocks, power and temperature while `function` runs repeatedly.
+
+    The values come from `nvidia-smi` (keys: `NVIDIA_SMI_FIELDS`) or from /proc/cpuinfo; unavailable values are omitted.
+    """
     if device.type == "cpu":
         return read_cpu_clock(Path("/proc/cpuinfo"))
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = ("-i", f"GPU-{uuid}") if uuid else ()
+    selection = ("-i", f"GPU-{uuid}") if uuid else ()
     try:
-        asked = subprocess.Popen(
-            [*NVIDIA_SMI_QUERY, *which], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        process = subprocess.Popen(
+            [*NVIDIA_SMI_QUERY, *selection], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
     except OSError:
         return {}
-    while asked.poll() is None:
+    while process.poll() is None:
         function()
     torch.cuda.synchronize(device)
-    assert asked.stdout is not None
-    return parse_nvidia_smi_line(asked.stdout.read())
+    assert process.stdout is not None
+    return parse_nvidia_smi_line(process.stdout.read())
 
 
 def parse_nvidia_smi_line(output: str) -> dict[str, float]:
-    """The numbers of a line of `nvidia-smi`, by name; a value that it does not know is left out."""
+    """Parse the numbers in the output of `nvidia-smi`; unavailable values are omitted."""
     cells = (output.splitlines() or [""])[0].split(",")
     numbers = zip(NVIDIA_SMI_FIELDS, (cell.strip() for cell in cells), strict=False)
     return {name: float(text) for name, text in numbers if re.fullmatch(r"\d+(\.\d+)?", text)}
 
 
 def read_cpu_clock(cpuinfo: Path) -> dict[str, float]:
-    """The mean clock of the cores, in MHz; empty where the file does not say."""
+    """Return the mean clock frequency of the CPU cores in MHz, or an empty dictionary if it is not available."""
     try:
         clocks = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

@@ -1,8 +1,9 @@
-"""Time to an accuracy: n runs of one recipe, of which the clock and the evaluation belong to this harness.
+"""Measure the time to reach a target accuracy, over n training runs of one recipe.
 
-Build (assembling, compiling) is free and reported. Prepare, what needs the training images before the first step, is
-charged. Training is timed without a look at anything. Then the network is evaluated, and hashed before and after. The
-runs share one process and its compiled code; each equals `train` by the same recipe and seed, bit for bit on a CPU.
+The seconds of a run are the preparation, which is the work that needs the training images before the first step, plus
+the training, in which nothing is evaluated. Building and compiling the trainer is reported separately. The model is
+evaluated after training, and its weights are hashed before and after the evaluation. All runs share one process and its
+compiled code. Each is identical to `train` with the same recipe and seed, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ from fastcifar.training.run_dir import Clock
 from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer
 
-# target in percent -> its recipe
+# target accuracy in percent -> recipe
 TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96", "96.5": "speed96"}
-EVAL_SPLITS = {"test": "the test set, once a run", "val": "the validation split, to tune a recipe on"}
-PER_RUN_OPTIONS = ("seed", "out")  # what runs of one result may differ in
+EVAL_SPLITS = {"test": "the test set, once per run", "val": "the validation split, for tuning a recipe"}
+PER_RUN_OPTIONS = ("seed", "out")  # may differ between the runs of a result folder
 FORBIDDEN_OPTIONS = (
     "patience",
     "time_budget",
     "max_steps",
     "resume",
-)  # what would end or begin a run elsewhere than its recipe
-FLOP_COUNT_IMAGES = 8  # images whose operations are counted
+)  # would change where the timed training starts or ends
+FLOP_COUNT_IMAGES = 8  # batch size of the passes whose operations are counted
 
 
 @dataclass(frozen=True)
 class SpeedrunPlan:
-    """What is run: `target` a row of TARGETS, `name` the recipe's, `on` a row of SPLITS."""
+    """The runs to time: a key of `TARGET_RECIPES`, a recipe and its name, and a key of `EVAL_SPLITS`."""
 
     target: str
     recipe_name: str
@@ -60,7 +61,10 @@ class SpeedrunPlan:
     recipe: Recipe
 
     def document(self) -> dict[str, Any]:
-        """What two results must have in common to be one; of a data set not its place, unless it is synthetic."""
+        """Return the settings that all trials of a result folder share.
+
+        The path of the data set is left out, unless it is synthetic.
+        """
         config = {
             key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in PER_RUN_OPTIONS
         }
@@ -77,47 +81,56 @@ def speedrun(
     console: Console | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Runs the recipe `name` with the seeds from its own on, `n` of them; the summary of all trials of its folder.
+    """Time `n` training runs and return the summary of all trials in the result folder.
 
-    `target` (94) decides the recipe where none is named. `on`: "test" (default), after training on all images unless
-    `val_size` is given, or "val". `append`: a folder of earlier trials, whose recipe it takes and whose seeds it goes
-    on from. `knobs`: of the recipe, those that are not None. Errors: those of `train`, and `UsageError` for another
-    recipe or clock than the folder's, and for a recipe that ends early.
+    Args:
+        target: target accuracy in percent, a key of `TARGET_RECIPES`; "94" by default.
+        recipe_name: recipe to run; by default the recipe of `target`.
+        n: number of runs, with consecutive seeds.
+        eval_split: "test" (default), where all images are used for training unless `val_size` is given, or "val".
+        append: result folder of earlier trials; its recipe is used and its seeds are continued.
+        console: console for progress lines; None prints nothing.
+        options: recipe options that override the recipe; None values are ignored.
+
+    Raises `UsageError` if the recipe or the environment differs from that of `append`, a seed is already in `append`,
+    or the recipe is unsuitable (see `plan_speedrun`); raises the other `UserError`s of a training run.
     """
-    found = SpeedrunResults.read(append) if append else None
-    plan = plan_speedrun(found.document if found else {}, target, recipe_name, eval_split, options)
-    first = options.get("seed")
-    first = int(first) if first is not None else found.next_seed if found else plan.recipe.seed
-    recipes = [plan.recipe.model_copy(update={"seed": first + index}) for index in range(n)]
-    choice, seeds = choose_execution(plan.recipe), [recipe.seed for recipe in recipes]
-    chosen = {name: getattr(choice, name) for name in ("device", "precision", "loader")} | {"compiled": choice.compile}
-    machine = {**collect_environment(choice.device), "chosen": chosen}
-    if found:
-        found.require_compatible(plan.document(), machine, seeds)
+    earlier = SpeedrunResults.read(append) if append else None
+    plan = plan_speedrun(earlier.document if earlier else {}, target, recipe_name, eval_split, options)
+    seed = options.get("seed")
+    first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else plan.recipe.seed
+    recipes = [plan.recipe.model_copy(update={"seed": first_seed + index}) for index in range(n)]
+    execution, seeds = choose_execution(plan.recipe), [recipe.seed for recipe in recipes]
+    chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader")}
+    chosen["compiled"] = execution.compile
+    environment = {**collect_environment(execution.device), "chosen": chosen}
+    if earlier:
+        earlier.require_compatible(plan.document(), environment, seeds)
     started = time.perf_counter()
-    parts = build_trainer(recipes[0], choice)
-    print_lines(console, [*parts.summary_lines(), *parts.execution.format_lines()])
-    flops = count_flops(plan.recipe, len(parts.data.classes), count_training_images(parts))
-    about = {
-        "params": count_parameters(parts.model),
-        "macs": count_macs(parts.model),
-        "images": count_training_images(parts),
+    trainer = build_trainer(recipes[0], execution)
+    print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
+    num_images = count_training_images(trainer)
+    flops = count_flops(plan.recipe, len(trainer.data.classes), num_images)
+    run_stats = {
+        "params": count_parameters(trainer.model),
+        "macs": count_macs(trainer.model),
+        "images": num_images,
         "flops": flops,
     }
-    with SpeedrunResults.open(append, plan.recipe.out, plan.document(), about, machine, seeds) as tally:
-        print_lines(console, [f"trials: {tally.folder}", f"evaluation: {EVAL_SPLITS[plan.eval_split]}"])
-        step = parts.build_train_step()
-        build_s = time.perf_counter() - started - parts.prepare_s
+    with SpeedrunResults.open(append, plan.recipe.out, plan.document(), run_stats, environment, seeds) as results:
+        print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[plan.eval_split]}"])
+        step = trainer.build_train_step()
+        build_s = time.perf_counter() - started - trainer.prepare_s
         for recipe in recipes:
             if recipe is not recipes[0]:
-                build_s = reset_trainer_for_recipe(parts, recipe)
+                build_s = reset_trainer_for_recipe(trainer, recipe)
             trial = {
-                **time_training(parts, step, is_cold_start=recipe is recipes[0]),
-                **evaluate_trial(parts, plan.eval_split),
+                **time_training(trainer, step, is_cold_start=recipe is recipes[0]),
+                **evaluate_trial(trainer, plan.eval_split),
             }
-            tally.add_trial({"seed": recipe.seed, **chosen, "flops": flops, "build_s": build_s, **trial})
-            print_lines(console, [format_trial(tally.trials[-1])])
-        return {"folder": str(tally.folder), **tally.summary()}
+            results.add_trial({"seed": recipe.seed, **chosen, "flops": flops, "build_s": build_s, **trial})
+            print_lines(console, [format_trial(results.trials[-1])])
+        return {"folder": str(results.folder), **results.summary()}
 
 
 def plan_speedrun(
@@ -127,54 +140,61 @@ def plan_speedrun(
     eval_split: str | None,
     options: Mapping[str, Any],
 ) -> SpeedrunPlan:
-    """What is asked for, by a folder's `document` where it has one and nothing else is said.
+    """Return the plan of a speedrun; arguments that are None default to the values in `document`.
 
-    Errors: `UsageError` for unknown names, and for a recipe whose runs end early or that has nothing to evaluate on.
+    Args:
+        document: contents of recipe.json in the result folder to append to, or an empty mapping.
+
+    Raises `UsageError` if a name is unknown, the recipe may stop early or needs a validation split during training, or
+    there is no data to evaluate on.
     """
     if is_distributed_launch():
-        raise UsageError("speedrun is for one process", "start it without torchrun")
+        raise UsageError("speedrun does not support distributed training", "start it without torchrun")
     target, eval_split = str(target or document.get("target", "94")), str(eval_split or document.get("on", "test"))
-    own = lookup(TARGET_RECIPES, target, "target")
+    target_recipe = lookup(TARGET_RECIPES, target, "target")
     lookup(EVAL_SPLITS, eval_split, "split")
-    asked = {key: value for key, value in options.items() if value is not None}
+    overrides = {key: value for key, value in options.items() if value is not None}
     if document and not recipe_name:
-        recipe_name, recipe = (
-            str(document["recipe"]),
-            Recipe.from_dict({**upgrade_options(document["config"]), **asked}),
-        )
+        recipe_name = str(document["recipe"])
+        recipe = Recipe.from_dict({**upgrade_options(document["config"]), **overrides})
     else:
-        recipe_name = recipe_name or own
-        recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | asked)
-        if recipe.tta == "none" and "tta" not in asked:
+        recipe_name = recipe_name or target_recipe
+        recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | overrides)
+        if recipe.tta == "none" and "tta" not in overrides:
             recipe = recipe.model_copy(update={"tta": "6view"})
     defaults = Recipe()
-    for knob in FORBIDDEN_OPTIONS:
-        if getattr(recipe, knob) != getattr(defaults, knob):
-            raise UsageError(f"{option_flag(knob)}: a timed run goes from the start to its last epoch", "leave it out")
+    for option in FORBIDDEN_OPTIONS:
+        if getattr(recipe, option) != getattr(defaults, option):
+            raise UsageError(f"{option_flag(option)}: a speedrun trains from scratch for all epochs", "leave it out")
     if recipe.eval_weights == "best" or lookup(SCHEDULES, recipe.schedule.partition(":")[0], "schedule").uses_val_loss:
-        raise UsageError("a timed run looks at no validation split", "use --eval-weights last and another --schedule")
+        problem = "a speedrun does not evaluate on a validation split during training"
+        raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
     if eval_split == "val" and not recipe.val_size:
-        raise UsageError("--on val needs a validation split", "give --val-size")
+        raise UsageError("--eval-split val needs a validation split", "set --val-size")
     return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, recipe)
 
 
 def time_training(trainer: Trainer, step: TrainStep, is_cold_start: bool) -> dict[str, Any]:
-    """Trains, and says how long that took: `seconds` are those of `prepare_s` and `train_s`.
+    """Train and return the timing: `seconds` is the sum of `prepare_s` and `train_s`.
 
-    `cold`: the first run of this process, whose seconds since it was started are told too, where the system knows.
+    For the first run of a process, `cold_start_s` is the time since the process was started, where the system provides
+    it.
     """
     synchronize(trainer.device)
     started = time.perf_counter()
     train_without_evaluation(trainer, step)
     synchronize(trainer.device)
     train_s = time.perf_counter() - started
-    figures = {"seconds": trainer.prepare_s + train_s, "train_s": train_s, "prepare_s": trainer.prepare_s}
-    return {**figures, "cold_start_s": process_uptime_s() if is_cold_start else None}
+    return {
+        "seconds": trainer.prepare_s + train_s,
+        "train_s": train_s,
+        "prepare_s": trainer.prepare_s,
+        "cold_start_s": process_uptime_s() if is_cold_start else None,
+    }
 
 
 def train_without_evaluation(trainer: Trainer, step: TrainStep) -> None:
-    """The run's steps as the loop of `train` takes them, and nothing else; the model is left with the weights that the
-    recipe evaluates."""
+    """Run the training steps of `train`, and leave the model with the weights to be evaluated."""
     progress = trainer.progress
     trainer.model.train()
     while progress.epoch < trainer.recipe.epochs:
@@ -189,43 +209,50 @@ def train_without_evaluation(trainer: Trainer, step: TrainStep) -> None:
 
 
 def reset_trainer_for_recipe(trainer: Trainer, recipe: Recipe) -> float:
-    """`parts`, which are compiled, become the run of another seed; the seconds of that without what is charged.
+    """Reset the compiled `trainer` to the start of a run of `recipe`, which may differ in its seed only.
 
-    Its own parts are assembled as for any run, and their state goes the way of a checkpoint into the tensors that the
-    compiled step is bound to.
+    A new trainer is built, and its checkpoint is loaded into the tensors that the compiled step uses. Returns the
+    seconds that this takes, without the preparation, which belongs to the timed run.
     """
     started = time.perf_counter()
-    fresh = build_trainer(recipe, trainer.execution)
-    state = fresh.checkpoint_state(Clock())
-    trainer.recipe, trainer.loader, trainer.schedule = fresh.recipe, fresh.loader, fresh.schedule
-    trainer.prepare_s = fresh.prepare_s
+    new_trainer = build_trainer(recipe, trainer.execution)
+    state = new_trainer.checkpoint_state(Clock())
+    trainer.recipe, trainer.loader, trainer.schedule = new_trainer.recipe, new_trainer.loader, new_trainer.schedule
+    trainer.prepare_s = new_trainer.prepare_s
     trainer.load_checkpoint_state(state)
-    trainer.warm_up_loader()  # as in `fast_step`
+    trainer.warm_up_loader()  # as `build_train_step` does for the first run
     return time.perf_counter() - started - trainer.prepare_s
 
 
 def evaluate_trial(trainer: Trainer, eval_split: str) -> dict[str, Any]:
-    """Accuracies on the split `on`, the network's hash, and why the run does not count, if it does not.
+    """Evaluate the model on `eval_split`; return accuracies, loss, steps and the SHA-256 of the weights.
 
-    What does not count is a run that was not finite, and one whose weights the evaluation changed.
+    `refused` is the reason why the trial is invalid, or None: a loss or gradient was NaN or Inf, or the evaluation
+    changed the weights.
     """
     finite = trainer.meter.compute().is_finite
     sha256 = state_dict_sha256(trainer.model.state_dict())
     split = trainer.data.test if eval_split == "test" else trainer.val_split
     scores = evaluate(trainer.model, trainer.eval_forward, split, trainer.device)
     tta = trainer.recipe.tta
-    with_tta = (
+    acc_tta = (
         evaluate(trainer.model, trainer.eval_forward, split, trainer.device, tta).accuracy if tta != "none" else None
     )
-    refused = None if finite else "the loss or a gradient was not finite"
+    refused = None if finite else "the loss or a gradient became NaN or Inf"
     if state_dict_sha256(trainer.model.state_dict()) != sha256:
         refused = "the evaluation changed the weights"
-    found = {"acc": scores.accuracy, "acc_tta": with_tta, "loss": scores.loss, "sha256": sha256}
-    return {**found, "steps": trainer.progress.step, "refused": refused}
+    return {
+        "acc": scores.accuracy,
+        "acc_tta": acc_tta,
+        "loss": scores.loss,
+        "sha256": sha256,
+        "steps": trainer.progress.step,
+        "refused": refused,
+    }
 
 
 def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """sha256 of the names, weights and statistics of a state dict."""
+    """Return the SHA-256 of the names and values (parameters and buffers) of a state dict."""
     digest = hashlib.sha256()
     for name, value in state_dict.items():
         digest.update(name.encode())
@@ -234,36 +261,36 @@ def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def count_training_images(trainer: Trainer) -> int:
-    """Training images of a whole run, each as often as it is seen."""
-    steps = trainer.loader.slicing
-    return trainer.recipe.epochs * min(steps.num_samples, steps.steps_per_epoch * steps.batch_size)
+    """Return the number of training images of a whole run, where each image counts once per epoch."""
+    slicing = trainer.loader.slicing
+    return trainer.recipe.epochs * min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
 
 
 def count_flops(recipe: Recipe, num_classes: int, num_images: int) -> int:
-    """Floating-point operations of the forward and backward passes of `images`, as torch's FlopCounterMode counts them.
+    """Return the floating-point operations of the forward and backward passes of `num_images` training images.
 
-    Convolutions and matrix products, two operations a multiply-accumulate, on a few images of each size; nothing is
-    computed (meta device). The optimizer's are left out, and those of evaluation.
+    Counts convolutions and matrix products with `FlopCounterMode`, which counts two operations per multiply-accumulate,
+    on the meta device at each image size of the recipe. The optimizer and the evaluation are not included.
     """
     with torch.device("meta"):
-        model = model_from_recipe(recipe.model_copy(update={"fused_ops": False}), num_classes)  # the same operations
-    epochs = [recipe.image_size_at(epoch) for epoch in range(recipe.epochs)]
-    of_image: dict[int, float] = {}
-    for size in dict.fromkeys(epochs):
+        model = model_from_recipe(recipe.model_copy(update={"fused_ops": False}), num_classes)  # same operation count
+    image_sizes = [recipe.image_size_at(epoch) for epoch in range(recipe.epochs)]
+    flops_per_image: dict[int, float] = {}
+    for size in dict.fromkeys(image_sizes):
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(FLOP_COUNT_IMAGES, 3, size, size, device="meta")).sum().backward()
-        of_image[size] = counter.get_total_flops() / FLOP_COUNT_IMAGES
-    return round(sum(of_image[size] for size in epochs) * num_images / len(epochs))
+        flops_per_image[size] = counter.get_total_flops() / FLOP_COUNT_IMAGES
+    return round(sum(flops_per_image[size] for size in image_sizes) * num_images / len(image_sizes))
 
 
 def process_uptime_s() -> float | None:
-    """Seconds since this process was started; None where the system does not say."""
+    """Return the seconds since this process was started, or None where the system does not provide them."""
     times = process_times()
     return times[1] if times else None
 
 
 def format_trial(trial: Mapping[str, Any]) -> str:
-    """A trial as progress."""
+    """Format a trial as a progress line."""
     tta = "" if trial["acc_tta"] is None else f", {format_percent(trial['acc_tta'])} with test-time augmentation"
-    why = f" (does not count: {trial['refused']})" if trial["refused"] else ""
-    return f"seed {trial['seed']}: {format_percent(trial['acc'])}{tta}, {trial['seconds']:.1f} s{why}"
+    invalid = f" (invalid: {trial['refused']})" if trial["refused"] else ""
+    return f"seed {trial['seed']}: {format_percent(trial['acc'])}{tta}, {trial['seconds']:.1f} s{invalid}"

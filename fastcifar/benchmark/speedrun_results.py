@@ -1,6 +1,6 @@
-"""The result folder of a speedrun: `recipe.json`, `env.json`, `trials.jsonl`, `summary.json`; its arithmetic.
+"""The result folder of a speedrun (`recipe.json`, `env.json`, `trials.jsonl`, `summary.json`) and its statistics.
 
-A trial is on the disk as soon as it ends, and the summary is made anew from all of them. Nothing is run or timed here.
+Each trial is written to disk as soon as it ends, and the summary is recomputed from all trials.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import MeanStd
 
 TRIAL_METRICS = ("acc", "acc_tta", "seconds", "train_s", "prepare_s", "build_s")
-UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that no second depends on
+UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that do not affect the timing
 
 
 @dataclass
 class SpeedrunResults:
-    """A folder and its trials, oldest first. `document`: what is run (target, recipe, on, config). `about`: params,
-    macs, images and flops of a run. `environment`: what env.json says, with what was `chosen` on that machine. A
-    context, in which the folder is this process's own."""
+    """A result folder and its trials, oldest first. As a context manager, it holds the lock of the folder.
+
+    Args:
+        document: what is run; keys "target", "recipe", "on" (the evaluation split) and "config" (the recipe options).
+        run_stats: parameters, MACs, training images and FLOPs of one run.
+        environment: contents of env.json, whose key "chosen" holds device, precision, loader and compilation.
+    """
 
     folder: Path
     document: dict[str, Any]
@@ -38,16 +42,20 @@ class SpeedrunResults:
 
     @classmethod
     def read(cls, folder: Path) -> SpeedrunResults:
-        """What is in a folder; a line that a dying process cut short is not a trial. Errors: `UsageError`."""
+        """Read a result folder, without trials that are incomplete because their process was killed.
+
+        Raises `UsageError` if it is not a result folder.
+        """
         try:
             document = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-            about = document.pop("about")
-            there = (folder / "env.json").is_file()
-            environment = json.loads((folder / "env.json").read_text(encoding="utf-8")) if there else {}
+            run_stats = document.pop("about")
+            env_file = folder / "env.json"
+            environment = json.loads(env_file.read_text(encoding="utf-8")) if env_file.is_file() else {}
             lines = (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"{folder} holds no trials: {type(error).__name__}", "give a speedrun's folder") from None
-        return cls(folder, document, about, environment, [trial for line in lines if (trial := _parse_trial(line))])
+            problem = f"{folder} is not a result folder of a speedrun: {type(error).__name__}"
+            raise UsageError(problem, "choose another folder") from None
+        return cls(folder, document, run_stats, environment, [trial for line in lines if (trial := _parse_trial(line))])
 
     @classmethod
     def open(
@@ -59,9 +67,10 @@ class SpeedrunResults:
         environment: dict[str, Any],
         seeds: Sequence[int],
     ) -> SpeedrunResults:
-        """The folder `append` goes on with `seeds`; else a new one, `out` or speedruns/<UTC>_<device>_<recipe>.
+        """Lock the folder `append`, or create a new folder: `out` or speedruns/<UTC>_<device>_<recipe>.
 
-        Errors: `UsageError` for a folder that is there already, and those of `require_same`; `DiskError`.
+        Raises `UsageError` if the new folder exists or `require_compatible` fails, and `DiskError` if it cannot be
+        created.
         """
         folder = append or Path(
             out or Path("speedruns") / result_folder_name(environment["device"], document["recipe"])
@@ -70,21 +79,22 @@ class SpeedrunResults:
             if not append:
                 folder.mkdir(parents=True)
         except FileExistsError:
-            raise UsageError(f"{folder} is there already", f"--append {folder} adds to it") from None
+            raise UsageError(f"{folder} already exists", f"use --append {folder} to add trials to it") from None
         except OSError as error:
-            raise DiskError(f"cannot make {folder}: {error.strerror}", "give --out DIR") from None
+            raise DiskError(f"cannot create {folder}: {error.strerror}", "choose another --out DIR") from None
         lock = lock_folder(folder)
         try:
-            trials = cls.read(folder) if append else cls(folder, document, run_stats, environment)
-            trials.require_compatible(document, environment, seeds)  # also of what was added until it was locked
-            if trials.run_stats != run_stats:
-                raise UsageError(f"{folder} is of {trials.run_stats}, not {run_stats}", "give --data as it was")
-            trials._write_all(environment)
+            results = cls.read(folder) if append else cls(folder, document, run_stats, environment)
+            # checked again under the lock, because another process may have added trials
+            results.require_compatible(document, environment, seeds)
+            if results.run_stats != run_stats:
+                raise UsageError(f"{folder} has runs of {results.run_stats}, not {run_stats}", "use the same --data")
+            results._write_all(environment)
         except UserError:
             lock.release()
             raise
-        trials.lock = lock
-        return trials
+        results.lock = lock
+        return results
 
     def __enter__(self) -> SpeedrunResults:
         return self
@@ -95,46 +105,55 @@ class SpeedrunResults:
 
     @property
     def next_seed(self) -> int:
-        """The seed after those that are there."""
+        """The seed after the largest one in the folder."""
         return max((trial["seed"] for trial in self.trials), default=-1) + 1
 
     def require_compatible(self, document: dict[str, Any], environment: dict[str, Any], seeds: Sequence[int]) -> None:
-        """Errors: `UsageError` that names what differs of the recipe or the clock, or a seed that is there already."""
-        defaults = Recipe().model_dump(mode="json")  # of knobs that there were not yet when the folder was made
-        mine, other = ({**defaults, **of, **of["config"], "config": None} for of in (self.document, document))
-        differing = [key for key in other if other[key] != mine.get(key)]
+        """Raise `UsageError` if the recipe or the environment differs, or a seed is already in the folder."""
+        defaults = Recipe().model_dump(mode="json")  # for options that are newer than the folder
+        saved, current = (
+            {**defaults, **settings, **settings["config"], "config": None} for settings in (self.document, document)
+        )
+        differing = [key for key in current if current[key] != saved.get(key)]
         if differing:
-            listed = format_differences(mine, other, differing)
-            raise UsageError(f"{self.folder} is of another recipe: {listed}", "give --out for a result of its own")
-        then, now = timing_environment(self.environment), timing_environment(environment)
-        differing = [name for name in then if name in now and then[name] != now[name]]
+            differences = format_differences(saved, current, differing)
+            raise UsageError(f"{self.folder} has another recipe: {differences}", "use --out to start a new folder")
+        saved, current = timing_environment(self.environment), timing_environment(environment)
+        differing = [name for name in saved if name in current and saved[name] != current[name]]
         if differing:
-            listed = format_differences(then, now, differing)
-            raise UsageError(f"{self.folder} is of another clock: {listed}", "give --out for a result of its own")
-        there = {trial["seed"] for trial in self.trials} & set(seeds)
-        if there:
-            raise UsageError(f"{self.folder} has seed {min(there)} already", f"begin at --seed {self.next_seed}")
+            differences = format_differences(saved, current, differing)
+            raise UsageError(
+                f"{self.folder} was timed in another environment: {differences}", "use --out to start a new folder"
+            )
+        repeated = {trial["seed"] for trial in self.trials} & set(seeds)
+        if repeated:
+            raise UsageError(
+                f"{self.folder} already has a trial with seed {min(repeated)}", f"start at --seed {self.next_seed}"
+            )
 
     def add_trial(self, trial: dict[str, Any]) -> None:
-        """Keeps a trial, and the summary with it. Errors: `DiskError`."""
+        """Add a trial and write it to disk, together with the summary.
+
+        Raises `DiskError` if the files cannot be written.
+        """
         self.trials.append(trial)
-        self._write_files({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
+        self._write_trials()
         self._write_files({"summary.json": json.dumps(self.summary(), indent=1) + "\n"})
 
     def summary(self) -> dict[str, Any]:
-        """Of every trial: the figures' mean, standard deviation and standard error, and the share over the target.
+        """Return the statistics over all trials.
 
-        A refused trial counts among the runs, as one that missed the target, and is in no mean: where there is one,
-        the target is not reached.
+        These are mean, standard deviation, standard error, and the share of trials that reach the target. Invalid
+        trials are left out of the means, count as misses in the share, and keep the target from being reached.
         """
-        counted = [trial for trial in self.trials if not trial["refused"]]
+        valid = [trial for trial in self.trials if not trial["refused"]]
         target = float(self.document["target"]) / 100
-        figures = {name: sample_statistics([trial[name] for trial in counted]) for name in TRIAL_METRICS}
+        metrics = {name: sample_statistics([trial[name] for trial in valid]) for name in TRIAL_METRICS}
         for name in ("acc", "acc_tta"):
-            if found := figures[name]:
-                found["share"] = sum(value >= target for value in found["trials"]) / len(self.trials)
-        best = figures["acc_tta"] or figures["acc"]
-        reached = best is not None and best["mean"] >= target and len(counted) == len(self.trials)
+            if accuracies := metrics[name]:
+                accuracies["share"] = sum(value >= target for value in accuracies["trials"]) / len(self.trials)
+        best = metrics["acc_tta"] or metrics["acc"]
+        reached = best is not None and best["mean"] >= target and len(valid) == len(self.trials)
         config = self.document["config"]
         return {
             "target": target,
@@ -143,20 +162,22 @@ class SpeedrunResults:
             **{name: config[name] for name in ("arch", "epochs", "tta", "eval_weights")},
             **self.run_stats,
             "n": len(self.trials),
-            "refused": len(self.trials) - len(counted),
+            "refused": len(self.trials) - len(valid),
             "seeds": [trial["seed"] for trial in self.trials],
-            **figures,
+            **metrics,
             "cold_start_s": [trial["cold_start_s"] for trial in self.trials if trial["cold_start_s"] is not None],
             "reached": reached,
             "flops_to_target": self.run_stats["flops"] if reached else None,
         }
 
     def _write_all(self, environment: dict[str, Any]) -> None:
-        now = {**environment, "started": format_timestamp()}
         files: dict[str, dict[str, Any]] = {"recipe.json": {**self.document, "about": self.run_stats}}
         if not (self.folder / "env.json").exists():
-            files["env.json"] = now
+            files["env.json"] = {**environment, "started": format_timestamp()}
         self._write_files({name: json.dumps(content, indent=1) + "\n" for name, content in files.items()})
+        self._write_trials()
+
+    def _write_trials(self) -> None:
         self._write_files({"trials.jsonl": "".join(json.dumps(trial) + "\n" for trial in self.trials)})
 
     def _write_files(self, files: dict[str, str]) -> None:
@@ -168,21 +189,21 @@ class SpeedrunResults:
 
 
 def timing_environment(environment: dict[str, Any]) -> dict[str, Any]:
-    """What of an env.json seconds depend on: versions, what was chosen, and the device with its threads."""
-    versions = {name: found for name, found in environment.get("versions", {}).items() if name not in UNTIMED_PACKAGES}
+    """Return the part of env.json that affects timing: versions, chosen execution, device and threads."""
+    versions = {name: text for name, text in environment.get("versions", {}).items() if name not in UNTIMED_PACKAGES}
     machine = {name: environment[name] for name in ("device", "threads", "cuda", "cudnn") if name in environment}
     return {**versions, **environment.get("chosen", {}), **machine}
 
 
 def sample_statistics(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """`mean`, sample standard deviation `std`, standard error of the mean `stderr` and the values as `trials`.
+    """Return `mean`, sample standard deviation `std`, standard error of the mean `stderr`, and the values as `trials`.
 
-    None if there are no values, or if one is None. A single value has no deviation and no standard error.
+    Returns None if there are no values or one of them is None. `std` and `stderr` of a single value are None.
     """
-    found = MeanStd.from_values(values)
-    if found is None:
+    mean_std = MeanStd.from_values(values)
+    if mean_std is None:
         return None
-    return {"mean": found.mean, "std": found.std, "stderr": found.standard_error, "trials": list(values)}
+    return {"mean": mean_std.mean, "std": mean_std.std, "stderr": mean_std.standard_error, "trials": list(values)}
 
 
 def _parse_trial(line: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""What is timed: the loader, the step, training, inference, single convolutions; a row of WHATS each.
+"""Workloads to be timed: the loader, the training step, training, inference and single convolutions.
 
-A work does one unit (a batch, a step) each time it is asked and says how many images that was, for ever. What runs here
-is what `train` runs: the parts of `parts.assemble`. Nothing here looks at a clock.
+A workload is an endless generator that performs one unit of work (a batch or a step) per `next` and yields its number
+of images. It runs the code of `train`, on a trainer of `build_trainer`. Timing is done in `bench.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.step import DTYPES, Forward, TrainStep
 from fastcifar.training.trainer import Trainer
 
-Workload = Generator[int]  # one unit of work each time it is asked; the number of its images comes out
+Workload = Generator[int]  # performs one unit of work per `next` and yields its number of images
 
-# Images of a batch of inference: the first for its latency, and among the others the fastest is looked for.
+# batch sizes of the inference benchmark; batch size 1 measures latency
 INFERENCE_BATCH_SIZES = {"cuda": (1, 256, 1024, 4096), "cpu": (1, 64, 256)}
 
 STEPS_PER_REPLAY = (1, 2, 5, 10)
@@ -34,11 +34,13 @@ STEPS_PER_REPLAY = (1, 2, 5, 10)
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """A row of results to be: the settings that name it, its work, and what an image costs there.
+    """A workload and the settings that identify its row in the results.
 
-    flop, bytes  operations and bytes moved an image, where a model knows them
-    share        of the usual length of a trial
-    latency      is the time of one unit of interest, beside images a second?
+    Args:
+        flop_per_image: floating-point operations per image, if known.
+        bytes_per_image: bytes read and written per image, if known.
+        trial_s_factor: trial length relative to the default.
+        reports_latency: whether the time of one unit is reported as latency.
     """
 
     settings: dict[str, Any]
@@ -50,7 +52,7 @@ class BenchmarkCase:
 
 
 def loader_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """The loader's batches with nothing done to them."""
+    """Yield the case of the loader alone."""
     yield BenchmarkCase(
         select_settings(trainer, "loader", "augment", "batch_size", "workers", "compiled", "data"),
         loader_workload(trainer),
@@ -58,14 +60,14 @@ def loader_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCas
 
 
 def step_cases(trainer: Trainer, step: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """The training step on one batch that lies on the device."""
+    """Yield the case of the training step on a fixed batch that is already on the device."""
     assert step is not None
-    named = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
-    yield BenchmarkCase(named, step_workload(trainer, step), *training_cost_per_image(trainer))
+    settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
+    yield BenchmarkCase(settings, step_workload(trainer, step), *training_cost_per_image(trainer))
 
 
 def train_cases(trainer: Trainer, step: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """Training, end to end."""
+    """Yield the case of end-to-end training: loader and step."""
     assert step is not None
     names = ("arch", "loader", "augment", "batch_size", "workers", "precision", "compiled", "cuda_graph", "data")
     yield BenchmarkCase(
@@ -74,25 +76,28 @@ def train_cases(trainer: Trainer, step: TrainStep | None) -> Iterator[BenchmarkC
 
 
 def inference_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """The forward pass on batches of several sizes that lie on the device."""
+    """Yield a case of the forward pass for each batch size of `INFERENCE_BATCH_SIZES`."""
     cost = 2 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, False, bytes_per_element(trainer))
-    for size in INFERENCE_BATCH_SIZES[trainer.device.type]:
-        named = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
+    for batch_size in INFERENCE_BATCH_SIZES[trainer.device.type]:
+        settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
         yield BenchmarkCase(
-            named | {"batch_size": size}, inference_workload(trainer, size), *cost, reports_latency=size == 1
+            settings | {"batch_size": batch_size},
+            inference_workload(trainer, batch_size),
+            *cost,
+            reports_latency=batch_size == 1,
         )
 
 
 def conv_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """The network's convolutions one by one, in the run's precision: forward alone, and with both its gradients."""
-    named = select_settings(trainer, "arch", "batch_size", "precision")
+    """Yield two cases for each distinct convolution of the model: forward pass, and forward and backward pass."""
+    settings = select_settings(trainer, "arch", "batch_size", "precision")
     for conv, calls in count_conv_calls(trainer.model).items():
-        if conv.output_shape[1:] == (1, 1):  # of a squeeze: a matrix product of next to nothing
+        if conv.output_shape[1:] == (1, 1):  # a negligible matrix product in a squeeze-and-excitation block
             continue
-        of_images = conv.input_shape == (3, 32, 32)  # which have no gradient
-        for direction, passes in (("forward", 1), ("forward_backward", 2 if of_images else 3)):
+        is_first_layer = conv.input_shape == (3, 32, 32)  # images have no gradient
+        for direction, passes in (("forward", 1), ("forward_backward", 2 if is_first_layer else 3)):
             yield BenchmarkCase(
-                named | {"conv": str(conv), "calls": calls, "direction": direction},
+                settings | {"conv": str(conv), "calls": calls, "direction": direction},
                 conv_workload(trainer, conv, passes),
                 flop_per_image=2 * passes * conv.macs,
                 bytes_per_image=passes
@@ -103,11 +108,11 @@ def conv_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]
 
 
 def replay_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
-    """Several training steps a replay: what is left to gain by launching less often."""
+    """Yield cases with several training steps per CUDA graph replay, which show the cost of launching replays."""
     for count in STEPS_PER_REPLAY:
-        named = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
+        settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
         yield BenchmarkCase(
-            named | {"steps_per_replay": count},
+            settings | {"steps_per_replay": count},
             replay_workload(trainer, count),
             *training_cost_per_image(trainer),
             trial_s_factor=0.5,
@@ -122,81 +127,83 @@ BENCHMARKS: dict[str, Callable[[Trainer, TrainStep | None], Iterator[BenchmarkCa
     "conv": conv_cases,
     "replay": replay_cases,
 }
-STEP_BENCHMARKS = {"step", "train"}  # those that need the training step built
+STEP_BENCHMARKS = {"step", "train"}  # benchmarks that need a training step
 
 
 def select_settings(trainer: Trainer, *names: str) -> dict[str, Any]:
-    """What a figure depends on, by name; `workers` only of a loader that has them."""
-    recipe, choice = trainer.recipe, trainer.execution
-    known = {
+    """Return the named settings of the trainer; `workers` only if the loader has workers."""
+    recipe, execution = trainer.recipe, trainer.execution
+    settings = {
         **recipe.model_dump(include={"arch", "augment", "batch_size"}),
-        "loader": choice.loader,
-        "precision": choice.precision,
-        "compiled": choice.compile,
-        "cuda_graph": choice.cuda_graph,
+        "loader": execution.loader,
+        "precision": execution.precision,
+        "compiled": execution.compile,
+        "cuda_graph": execution.cuda_graph,
         "data": trainer.data.source,
     }
-    if "workers" in inspect.signature(LOADERS[choice.loader]).parameters:
-        known["workers"] = recipe.workers
-    return {name: known[name] for name in names if name in known}
+    if "workers" in inspect.signature(LOADERS[execution.loader]).parameters:
+        settings["workers"] = recipe.workers
+    return {name: settings[name] for name in names if name in settings}
 
 
 def training_cost_per_image(trainer: Trainer) -> tuple[int, int]:
-    """Operations and bytes of an image: backward costs twice forward, a multiply-accumulate is two operations."""
+    """Return the operations and the bytes per training image.
+
+    The backward pass costs twice the forward pass, and a multiply-accumulate is two operations.
+    """
     return 6 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, True, bytes_per_element(trainer))
 
 
 def bytes_per_element(trainer: Trainer) -> int:
-    """Bytes of an element of a feature map."""
+    """Return the size of a feature map element in bytes."""
     return DTYPES[trainer.execution.precision].itemsize
 
 
 def loader_workload(trainer: Trainer) -> Workload:
-    """The loader's batches, epoch after epoch."""
+    """Load batches, epoch after epoch."""
     for epoch in itertools.count():
         for _images, labels in trainer.loader.batches(epoch):
             yield len(labels)
 
 
 def step_workload(trainer: Trainer, step: TrainStep) -> Workload:
-    """The step on the loader's first batch, at a learning rate of 0.
+    """Run the training step on the first batch of the loader, with a learning rate of 0.
 
-    The work is the same, and a network that learnt its one batch by heart would compute with other numbers in the last
-    trial than in the first.
+    Otherwise the model would overfit this batch, and the values that it computes with would change from trial to trial.
     """
-    batch = [tensor.clone() for tensor in next(trainer.batches(0))]  # a loader may use its memory again
+    batch = [tensor.clone() for tensor in next(trainer.batches(0))]  # a loader may reuse its memory
     trainer.optimizer.set_lr(0.0)
-    for done in itertools.count(1):
+    for step_count in itertools.count(1):
         step(*batch)
-        trainer.optimizer.after_step(done)
+        trainer.optimizer.after_step(step_count)
         yield len(batch[1])
 
 
 def replay_workload(trainer: Trainer, steps_per_replay: int) -> Workload:
-    """`count` steps a unit, on the loader's first batch, at a learning rate of 0."""
+    """Run blocks of `steps_per_replay` training steps on the first batch, with a learning rate of 0."""
     block = trainer.build_step_block(steps_per_replay)
     batch = [tensor.clone() for tensor in next(trainer.batches(0))]
     trainer.optimizer.set_lr(0.0)
-    for done in itertools.count(steps_per_replay, steps_per_replay):
+    for step_count in itertools.count(steps_per_replay, steps_per_replay):
         block(*batch * steps_per_replay)
-        trainer.optimizer.after_step(done)
+        trainer.optimizer.after_step(step_count)
         yield len(batch[1]) * steps_per_replay
 
 
 def train_workload(trainer: Trainer, step: TrainStep) -> Workload:
-    """The loader's batches through the step, as the loop of `train` does it."""
-    done = 0
+    """Run the training step on the batches of the loader, as `train` does."""
+    step_count = 0
     for epoch in itertools.count():
         for batch in trainer.batches(epoch):
-            trainer.optimizer.set_lr(trainer.schedule.lr_at(done))
+            trainer.optimizer.set_lr(trainer.schedule.lr_at(step_count))
             step(*batch)
-            done += 1
-            trainer.optimizer.after_step(done)
+            step_count += 1
+            trainer.optimizer.after_step(step_count)
             yield len(batch[1])
 
 
 def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
-    """uint8 images to logits in evaluation mode, compiled and captured as the step would be."""
+    """Compute logits of random uint8 images in evaluation mode, with the execution options of the trainer."""
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8).to(trainer.device)
     images = images.contiguous(memory_format=torch.channels_last)
     forward: Forward = trainer.forward
@@ -209,7 +216,7 @@ def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
             if trainer.execution.cuda_graph:
                 forward = cuda_graphed_inference(forward, images, logits)
         while True:
-            with torch.no_grad():  # not around the yield: it would reach whoever asks
+            with torch.no_grad():  # not around the yield, where it would affect the caller
                 forward(images)
             yield batch_size
     finally:
@@ -217,34 +224,37 @@ def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
 
 
 def cuda_graphed_inference(forward: Forward, images: Tensor, logits: Tensor) -> Forward:
-    """`forward` as one replay, into `logits`."""
+    """Return `forward` as a CUDA graph replay that writes into `logits`."""
 
-    def write(images: Tensor) -> None:
+    def forward_into_logits(images: Tensor) -> None:
         logits.copy_(forward(images))
 
-    replay = cuda_graph.cuda_graphed(write, (images,), ())
+    replay = cuda_graph.cuda_graphed(forward_into_logits, (images,), ())
 
-    def run(images: Tensor) -> Tensor:
+    def run_graph(images: Tensor) -> Tensor:
         replay(images)
         return logits
 
-    return run
+    return run_graph
 
 
 def conv_workload(trainer: Trainer, conv: ConvCall, passes: int) -> Workload:
-    """One convolution on a batch of random feature maps: 1 pass is forward, 2 add the weight's gradient, 3 both."""
-    size, dtype = trainer.recipe.batch_size, DTYPES[trainer.execution.precision]
+    """Run one convolution on a batch of random feature maps.
+
+    With `passes` 1 it runs the forward pass, with 2 also the gradient of the weight, with 3 also that of the input.
+    """
+    batch_size, dtype = trainer.recipe.batch_size, DTYPES[trainer.execution.precision]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=trainer.device).to(dtype).contiguous(memory_format=torch.channels_last)
 
-    images, weight = random(size, *conv.input_shape), random(*conv.weight_shape)
+    images, weight = random(batch_size, *conv.input_shape), random(*conv.weight_shape)
     inputs = (weight, images)[: passes - 1]
     for tensor in inputs:
         tensor.requires_grad_()
-    gradient = random(size, *conv.output_shape)
+    gradient = random(batch_size, *conv.output_shape)
     while True:
         output = conv2d(images, weight, None, conv.stride, conv.padding, 1, conv.groups)
         if inputs:
             torch.autograd.grad(output, inputs, gradient)
-        yield size
+        yield batch_size

@@ -1,7 +1,7 @@
-"""An Optuna study as a sweep: it chooses the points, one after the other, and its pruner ends the hopeless ones.
+"""A sweep whose points are sampled by Optuna, one after the other, and whose unpromising trials are pruned.
 
-Optuna's journal in the sweep's folder is all of its state; points, pruning and their mathematics are Optuna's. What is
-maximised is the accuracy on the validation split after each epoch.
+The state of a study is Optuna's journal in the sweep folder. The objective, which is maximized, is the accuracy on the
+validation split after each epoch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastcifar.training.run_dir import EpochCallback, EpochRow
 JOURNAL_FILE = "study.log"
 OPTUNA_REMEDY = "pip install 'fastcifar[sweep]'"
 
-# name -> Optuna's pruner; `median:5` compares with the median once 5 trials are complete, `asha:4` keeps one of 4
+# name -> pruner; `median:5` starts to prune after 5 completed trials, `asha:4` keeps one of 4 trials at each rung
 PRUNERS: dict[str, Callable[[ModuleType, int | None], Any]] = {
     "median": lambda optuna, number: optuna.pruners.MedianPruner(n_startup_trials=5 if number is None else number),
     "asha": lambda optuna, number: optuna.pruners.SuccessiveHalvingPruner(reduction_factor=number or 4),
     "none": lambda optuna, number: optuna.pruners.NopPruner(),
 }
 
-# kind of range (see trials.RANGES) -> Optuna's distribution
+# kind of range (a key of `RANGE_SAMPLERS`) -> Optuna distribution
 DISTRIBUTIONS: dict[str, Callable[[ModuleType, list[Any]], Any]] = {
     "uniform": lambda optuna, ends: optuna.distributions.FloatDistribution(*ends),
     "log": lambda optuna, ends: optuna.distributions.FloatDistribution(*ends, log=True),
@@ -37,9 +37,12 @@ DISTRIBUTIONS: dict[str, Callable[[ModuleType, list[Any]], Any]] = {
 
 
 class OptunaStudy:
-    """The study that `asked` means, in `folder`; another question there is another study in the same journal.
+    """The Optuna study of a sweep, in its folder.
 
-    Errors: `UsageError` for what a study cannot have, and without Optuna.
+    The name of the study is a hash of the sweep file without n. Increasing n therefore continues the study, and any
+    other change starts a new study in the same journal.
+
+    Raises `UsageError` if the sweep file combines [study] with what it does not support, or Optuna is not installed.
     """
 
     def __init__(self, spec: SweepSpec, name: str, folder: Path) -> None:
@@ -47,25 +50,26 @@ class OptunaStudy:
         self.spec, self.name, self.study_spec = spec, name, spec.study
         self.optuna = import_optuna()
         if spec.grid or spec.rows or spec.random:
-            raise UsageError("a [study] chooses all points itself", "leave [grid], [[list]] and [random] out")
+            raise UsageError("a [study] samples all points itself", "remove [grid], [[list]] and [random]")
         if len(spec.seeds) > 1:
-            raise UsageError("a [study] takes one seed", "run its best points again, as a [[list]] with seeds")
+            raise UsageError(
+                "a [study] supports only one seed", "rerun its best points as a [[list]] with several seeds"
+            )
         if any(trial.recipe.val_size == 0 for trial in self.boundary_trials()):
-            raise UsageError("a [study] ranks by the validation split", "set val_size")
+            raise UsageError("a [study] needs a validation split to rank its trials", "set val_size")
         build_pruner(self.optuna, self.study_spec.pruner)
-        told = spec.model_copy(update={"study": self.study_spec.model_copy(update={"n": 1})}).to_toml()
-        self.journal_path = str(
-            (folder / JOURNAL_FILE).absolute()
-        )  # the journal's lock is a link, which must not be relative
-        self.study_name = hashlib.sha256(told.encode()).hexdigest()[:8]
+        # absolute, because the lock of the journal is a symbolic link to it
+        self.journal_path = str((folder / JOURNAL_FILE).absolute())
+        spec_without_n = spec.model_copy(update={"study": self.study_spec.model_copy(update={"n": 1})}).to_toml()
+        self.study_name = hashlib.sha256(spec_without_n.encode()).hexdigest()[:8]
 
     def boundary_trials(self) -> list[SweepTrial]:
-        """Trials at the ends of the ranges, all of their lowest and all of their highest, and at each choice.
+        """Return trials at the lowest value of all ranges, at the highest, and at each choice, to check their recipes.
 
-        Errors: `UsageError` for a value that its knob cannot have.
+        Raises `UsageError` if a value is invalid for its option.
         """
         ranges = self.study_spec.ranges
-        ends = [{name: values[at] for name, (_, values) in ranges.items()} for at in (0, -1)]
+        ends = [{name: values[index] for name, (_, values) in ranges.items()} for index in (0, -1)]
         choices = [{name: value} for name, (kind, values) in ranges.items() if kind == "choice" for value in values]
         return [
             build_trial(self.spec, self.name, settings_label(point), point, self.spec.seeds[0])
@@ -73,7 +77,7 @@ class OptunaStudy:
         ]
 
     def open_study(self) -> None:
-        """Makes the journal, or goes on with the one that is there."""
+        """Create the study, or load it from an existing journal."""
         sampler = self.optuna.samplers.TPESampler(seed=self.study_spec.sampler_seed)
         self.optuna_study = self.optuna.create_study(
             study_name=self.study_name,
@@ -85,61 +89,61 @@ class OptunaStudy:
         )
 
     def existing_trials(self) -> list[SweepTrial]:
-        """The trials that were chosen so far, whatever came of them."""
-        return [self._to_sweep_trial(known.number, known.params) for known in self._sampled_trials()]
+        """Return the trials sampled so far, in any state."""
+        return [self._to_sweep_trial(trial.number, trial.params) for trial in self._sampled_trials()]
 
     def remaining_trials(self) -> Iterator[SweepTrial]:
-        """Those that a killed sweep left unfinished, then new ones, each chosen when asked for, up to n in all."""
-        known = self._sampled_trials()
-        for left in known:
-            if left.state == self.optuna.trial.TrialState.RUNNING:
-                yield self._to_sweep_trial(left.number, left.params)
+        """Yield the unfinished trials of an earlier process, then new ones, sampled on demand, up to n in total."""
+        sampled = self._sampled_trials()
+        for trial in sampled:
+            if trial.state == self.optuna.trial.TrialState.RUNNING:
+                yield self._to_sweep_trial(trial.number, trial.params)
         ranges = self.study_spec.ranges.items()
         distributions = {name: DISTRIBUTIONS[kind](self.optuna, ends) for name, (kind, ends) in ranges}
-        for _ in range(len(known), self.study_spec.n):
-            # seeded anew for each, so that a study that was killed chooses as if it never was
+        for _ in range(len(sampled), self.study_spec.n):
+            # a new sampler for each trial, so that a resumed study samples the same points as an uninterrupted one
             seed = self.study_spec.sampler_seed + len(self.optuna_study.trials)
             self.optuna_study.sampler = self.optuna.samplers.TPESampler(seed=seed % 2**32)
-            chosen = self.optuna_study.ask(distributions)
-            yield self._to_sweep_trial(chosen.number, chosen.params)
+            trial = self.optuna_study.ask(distributions)
+            yield self._to_sweep_trial(trial.number, trial.params)
 
     def _sampled_trials(self) -> list[Any]:
-        """Optuna's trials, without those of which a killed sweep had not yet chosen every knob."""
-        known = []
+        """Return Optuna's trials; those whose sampling was interrupted are left out and marked as failed."""
+        sampled = []
         for trial in self.optuna_study.trials:
             if trial.params.keys() == self.study_spec.ranges.keys():
-                known.append(trial)
+                sampled.append(trial)
             else:
                 self.optuna_study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
-        return known
+        return sampled
 
     def _to_sweep_trial(self, number: int, params: dict[str, Any]) -> SweepTrial:
         settings = {
             name: round_to_4_digits(value) if isinstance(value, float) else value for name, value in params.items()
         }
-        ticket = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
+        trial_ref = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
         try:
             label = f"{number}: {settings_label({name: settings[name] for name in self.study_spec.ranges})}"
-            return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=ticket)
+            return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
         except UserError:
             self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
             raise
 
     def tell(self, trial: SweepTrial, state: str, summary: dict[str, Any] | None) -> None:
-        """What came of a trial; nothing while it runs."""
+        """Report the final state of a trial to Optuna; ignore running trials."""
         if state == "running":
             return
         assert trial.trial_ref is not None
         states = self.optuna.trial.TrialState
-        ended = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
+        optuna_state = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
         value = summary["val_acc"] if summary and state == "done" else None
-        self.optuna_study.tell(trial.trial_ref.trial_number, value, state=ended, skip_if_finished=True)
+        self.optuna_study.tell(trial.trial_ref.trial_number, value, state=optuna_state, skip_if_finished=True)
 
 
 def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
-    """A sink that reports each epoch's validation accuracy and answers "pruned" where the pruner says so.
+    """Return a callback that reports each epoch's validation accuracy, and returns "pruned" if the trial should stop.
 
-    It is never asked about the last of `epochs`: that trial is complete.
+    A trial is not pruned after the last of its `epochs`, because it is complete then.
     """
     optuna = import_optuna()
     study = optuna.load_study(
@@ -147,11 +151,11 @@ def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
         storage=journal_storage(optuna, trial_ref.journal_path),
         pruner=build_pruner(optuna, trial_ref.pruner),
     )
-    known = study.trials[trial_ref.trial_number]
-    trial = optuna.trial.Trial(study, known._trial_id)  # Optuna has no public way to a trial of another process
+    frozen_trial = study.trials[trial_ref.trial_number]
+    trial = optuna.trial.Trial(study, frozen_trial._trial_id)  # no public API opens a trial of another process
 
     def report(row: EpochRow) -> str | None:
-        if row["epoch"] not in known.intermediate_values:  # a resumed run may come by an epoch twice
+        if row["epoch"] not in frozen_trial.intermediate_values:  # a resumed run may repeat an epoch
             trial.report(row["val_acc"], row["epoch"])
         return "pruned" if row["epoch"] + 1 < epochs and trial.should_prune() else None
 
@@ -159,21 +163,21 @@ def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
 
 
 def import_optuna() -> Any:
-    """Optuna, without its running commentary. Errors: `UsageError` with the install line."""
+    """Import Optuna and silence its progress messages. Raises `UsageError` if it is not installed."""
     optuna = import_optional("optuna", OPTUNA_REMEDY)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 
 def journal_storage(optuna: Any, file: str) -> Any:
-    """Optuna's storage in `file`, which processes and machines that share it may write at the same time."""
+    """Return the storage in the journal `file`, to which several processes and machines can write."""
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(file))
 
 
 def build_pruner(optuna: Any, spec: str) -> Any:
-    """`median`, `asha:3`, ... as Optuna's. Errors: `UsageError`."""
+    """Build a pruner from text such as `median` or `asha:3`. Raises `UsageError` if the text is invalid."""
     name, colon, number = spec.partition(":")
-    make = lookup(PRUNERS, name, "pruner")
+    build = lookup(PRUNERS, name, "pruner")
     if colon and not (number.isascii() and number.isdigit() and int(number) > (name == "asha")):
-        raise UsageError(f"pruner {spec!r}: {number!r} is no number of trials", f"such as {name}:4")
-    return make(optuna, int(number) if colon else None)
+        raise UsageError(f"pruner {spec!r}: {number!r} is not a valid number of trials", f"use for example {name}:4")
+    return build(optuna, int(number) if colon else None)

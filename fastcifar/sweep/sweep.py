@@ -1,7 +1,7 @@
-"""Sweeps: the trials of a file, each an ordinary run in the sweep's folder, until every one is over.
+"""Sweeps: run the trials of a sweep file, each as an ordinary run in the sweep folder.
 
-The folder says how far the sweep is: `sweep.toml` what was asked, `trials.jsonl` what came of each trial, `runs/` the
-runs. What is over is not run again, what was interrupted goes on, what failed is left with its reason.
+The sweep folder holds the state: `sweep.toml` is the sweep file, `trials.jsonl` the state of each trial, `runs/` the
+run folders. Finished trials are not repeated, interrupted ones are resumed, and failed ones are kept with the reason.
 """
 
 from __future__ import annotations
@@ -48,105 +48,117 @@ def run_sweep(
     console: Console | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Runs what is not over of the sweep `source` (a shipped name, a file, a sweep's folder); returns `document`.
+    """Run the unfinished trials of a sweep and return `sweep_document`.
 
-    out            the sweep's folder; default: sweeps/NAME, or the folder that `source` is
-    on, how        a row of PLACES, and how much of it
-    retry_failed   failed trials once more
-    flags          knobs above every recipe of the sweep
-    Errors: `UserError`s, before anything is written; `Interrupted` and KeyboardInterrupt leave a sweep that goes on.
+    Args:
+        source: name of a shipped sweep, path of a sweep file, or a sweep folder.
+        out: sweep folder; by default sweeps/NAME, or `source` if it is a folder.
+        executor: key of `EXECUTORS`.
+        executor_options: resources that the executor may use.
+        seeds: number of seeds or comma-separated seeds, instead of those in the file.
+        retry_failed: whether failed trials are rerun.
+        console: console for progress; None shows nothing.
+        overrides: recipe options that override those of all trials; None values are ignored.
+
+    Raises a `UserError` before anything is written if the sweep is invalid. After `Interrupted` or KeyboardInterrupt,
+    the sweep can be continued.
     """
-    asked, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
+    spec, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     if study and retry_failed:
-        raise UsageError("a [study] does not try a point again", "leave --retry-failed out: it goes on to others")
+        raise UsageError("a [study] does not rerun failed trials", "leave --retry-failed out")
     print_lines(console, describe_duplicate_recipes(trials))
-    run = build_executor(executor, executor_options or ExecutorOptions())
+    run_trials = build_executor(executor, executor_options or ExecutorOptions())
     with _locked_folder(folder):
-        ledger = TrialLog(folder)
+        trial_log = TrialLog(folder)
         if study:
             study.open_study()
             trials = [trial.with_sweep_folder(folder) for trial in study.existing_trials()]
-        print_lines(console, _start_sweep(folder, asked, ledger, trials, retry_failed))
+        print_lines(console, _start_sweep(folder, spec, trial_log, trials, retry_failed))
         total = study.study_spec.n if study else len(trials)
-        over = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
-        unfinished: Iterator[SweepTrial] = (trial for trial in trials if ledger.trial_state(trial.key) not in over)
+        skipped = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
+        remaining: Iterator[SweepTrial] = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
         if study:
-            unfinished = (trial.with_sweep_folder(folder) for trial in study.remaining_trials())
-        wanted = [trial.key for trial in trials]
-        with SweepDisplay(console, ledger, total) as board, closing(run(unfinished)) as events:
-            for told in events:
-                _log_event(ledger, folder, told)
-                wanted += [] if told.trial.key in wanted else [told.trial.key]
-                board.on_event(told, wanted)
+            remaining = (trial.with_sweep_folder(folder) for trial in study.remaining_trials())
+        trial_keys = [trial.key for trial in trials]
+        with SweepDisplay(console, trial_log, total) as display, closing(run_trials(remaining)) as events:
+            for event in events:
+                _log_event(trial_log, folder, event)
+                if event.trial.key not in trial_keys:
+                    trial_keys.append(event.trial.key)
+                display.on_event(event, trial_keys)
                 if study:
-                    study.tell(told.trial, told.state, told.summary)
-        return sweep_document(folder, ledger, wanted)
+                    study.tell(event.trial, event.state, event.summary)
+        return sweep_document(folder, trial_log, trial_keys)
 
 
 def prepare_sweep(
     source: str, out: Path | None, executor: str, seeds: str | None, overrides: dict[str, Any]
 ) -> tuple[SweepSpec, Path, list[SweepTrial], OptunaStudy | None]:
-    """What is asked, the sweep's folder, and its trials, all checked; of a study none yet, for it chooses later."""
-    asked, name = read_sweep_spec(source, seeds, overrides)
+    """Return the spec, the sweep folder, the checked trials, and the study if there is one.
+
+    The list of trials is empty for a study, which samples them later.
+    """
+    spec, name = read_sweep_spec(source, seeds, overrides)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
     _require_current_names(folder)
-    if asked.study:
-        study = OptunaStudy(asked, name, folder)
+    if spec.study:
+        study = OptunaStudy(spec, name, folder)
         check_trials(study.boundary_trials(), executor)
-        return asked, folder, [], study
-    trials = [trial.with_sweep_folder(folder) for trial in expand_trials(asked, name)]
+        return spec, folder, [], study
+    trials = [trial.with_sweep_folder(folder) for trial in expand_trials(spec, name)]
     check_trials(trials, executor)
-    return asked, folder, trials, None
+    return spec, folder, trials, None
 
 
 def _require_current_names(folder: Path) -> None:
-    """Raises `UsageError` for a sweep of an earlier version: its trials are named by options that were renamed since."""
+    """Raise `UsageError` if the sweep is of an earlier version, in which the options in trial names were different."""
     for file in folder.glob("runs/*/recipe.toml"):
         if renamed_options().keys() & load_toml(file).keys():
-            problem = f"{folder} was made by an earlier version, in which options had other names"
-            raise UsageError(problem, "it can be reported, not continued: give another --out")
+            problem = f"{folder} was created by an earlier version, in which options had other names"
+            raise UsageError(problem, "such a sweep cannot be continued, only reported: choose another --out")
         return
 
 
 def plan_sweep(
     source: str, out: Path | None = None, executor: str = "process", seeds: str | None = None, **overrides: Any
 ) -> dict[str, Any]:
-    """What `sweep` would run: `{"sweep", "n", "steps", "trials": [{"trial", "label", "seed", "knobs", "state", ...}]}`.
+    """Return what `run_sweep` would run, without writing anything.
 
-    `n`: trials. `steps`: training steps still to go, at most; None where the data set is not here, or where a trial
-    would fail by it. Of a [study] the trials are the ends of its ranges. Nothing is written.
+    Returns a dictionary with the keys "sweep" (the folder), "n" (number of trials), "steps" and "trials". "steps" is
+    the maximum number of remaining training steps, or None if the data set is not on disk or a trial cannot be trained
+    on it. The trials of a study are those at the ends of its ranges.
     """
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
-    ledger = TrialLog(folder)
-    listed = [
+    trial_log = TrialLog(folder)
+    rows = [
         {
             "trial": trial.key,
             "label": trial.label,
             "seed": trial.recipe.seed,
             "knobs": trial.options,
-            "state": ledger.trial_state(trial.key),
+            "state": trial_log.trial_state(trial.key),
             "epochs": trial.recipe.epochs,
             "steps": count_training_steps(trial.recipe),
         }
         for trial in (study.boundary_trials() if study else trials)
     ]
-    steps = [row["steps"] for row in listed if row["state"] not in FINISHED_STATES]
-    known = None if None in steps else max(steps, default=0) * study.study_spec.n if study else sum(steps)
-    return {"sweep": str(folder), "n": study.study_spec.n if study else len(trials), "steps": known, "trials": listed}
+    num_trials = study.study_spec.n if study else len(trials)
+    steps = [row["steps"] for row in rows if row["state"] not in FINISHED_STATES]
+    total_steps = None if None in steps else max(steps, default=0) * num_trials if study else sum(steps)
+    return {"sweep": str(folder), "n": num_trials, "steps": total_steps, "trials": rows}
 
 
 def sweep_document(folder: Path, trial_log: TrialLog, trial_keys: Iterable[str]) -> dict[str, Any]:
-    """`{"sweep": folder, "counts": {state: trials}, "trials": [...]}`: the ledger's lines, with accuracies."""
+    """Return the trials with their accuracies: `{"sweep": folder, "counts": {state: trials}, "trials": [...]}`."""
     rows = trial_log.trial_rows(trial_keys)
     counts = Counter(row["state"] for row in rows)
     return {"sweep": str(folder), "counts": {state: counts[state] for state in TRIAL_STATES}, "trials": rows}
 
 
 def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
-    """Everything in the trials' recipes that is a name in a table, looked up, and that this machine has what they ask
-    for, unless they run `on` others; one trial of a label stands for all, which differ by the seed.
+    """Check all names in the trials' recipes, and that this machine supports their options unless they run on Ray.
 
-    Errors: `UserError` with the label.
+    One trial per label is checked, because the others differ only in the seed. Raises a `UserError` with the label.
     """
     for trial in {trial.label: trial for trial in trials}.values():
         recipe = trial.recipe
@@ -168,34 +180,37 @@ def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
 
 
 def describe_duplicate_recipes(trials: Sequence[SweepTrial]) -> list[str]:
-    """A line for rows that have the same recipe: options may have taken away what they differed in."""
+    """Return a line for each group of labels with identical recipes, which may result from overrides."""
     labels: dict[str, dict[str, None]] = defaultdict(dict)
     for trial in trials:
-        knobs = trial.recipe.model_dump(mode="json", exclude={"out", "resume", "seed"})
-        labels[json.dumps(knobs)][trial.label] = None
-    return [f"{' and '.join(same)} have the same recipe here" for same in labels.values() if len(same) > 1]
+        options = trial.recipe.model_dump(mode="json", exclude={"out", "resume", "seed"})
+        labels[json.dumps(options)][trial.label] = None
+    return [f"{' and '.join(equal)} have identical recipes" for equal in labels.values() if len(equal) > 1]
 
 
 def count_training_steps(recipe: Recipe) -> int | None:
-    """Training steps of a run by `recipe`; None without its data set, which is not downloaded for this, or where the
-    data set cannot be cut as the recipe wants it: the run will say so."""
+    """Return the training steps of a run, or None if the data set is not on disk or does not fit the recipe."""
     try:
         images = len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
-        steps = (
-            recipe.epochs * slice_epoch(images - recipe.val_size, recipe.batch_size, recipe.drop_last).steps_per_epoch
-        )
+        slicing = slice_epoch(images - recipe.val_size, recipe.batch_size, recipe.drop_last)
     except UserError:
         return None
+    steps = recipe.epochs * slicing.steps_per_epoch
     return min(steps, recipe.max_steps or steps)
 
 
 @contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """The sweep's folder, made if it is not there, for this process alone. Errors: `DiskError`, `UsageError`."""
+    """Create the sweep folder if necessary and lock it.
+
+    Raises `DiskError` if it cannot be created, and `UsageError` if another process has locked it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"cannot write the sweep's folder {folder}: {error.strerror}", "give --out DIR") from None
+        raise DiskError(
+            f"cannot create the sweep folder {folder}: {error.strerror}", "choose another --out DIR"
+        ) from None
     with lock_folder(folder):
         yield
 
@@ -203,31 +218,29 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 def _start_sweep(
     folder: Path, spec: SweepSpec, trial_log: TrialLog, trials: list[SweepTrial], retry_failed: bool
 ) -> list[str]:
-    """Writes down what is asked, and says how far the sweep is and whether it is another than before."""
-    lines, copy, text = [], folder / SPEC_FILE, spec.to_toml()
+    """Write the sweep file and update the trial log; return lines about changes and the state of the trials."""
+    lines, spec_file, text = [], folder / SPEC_FILE, spec.to_toml()
     added = sum(trial.key not in trial_log.last_lines for trial in trials)
-    apart = trial_log.mark_removed(trial.key for trial in trials)
-    if copy.is_file() and copy.read_text("utf-8") != text:
-        lines.append(f"the sweep has changed: {added} trials added, {len(apart)} no longer asked for and kept")
+    removed = trial_log.mark_removed(trial.key for trial in trials)
+    if spec_file.is_file() and spec_file.read_text("utf-8") != text:
+        lines.append(f"the sweep file has changed: {added} trials added, {len(removed)} removed (their runs are kept)")
     try:
-        write_atomically(copy, text.encode())
+        write_atomically(spec_file, text.encode())
     except OSError as error:
-        raise DiskError(f"cannot write {copy}: {error.strerror}", "give another --out DIR") from None
+        raise DiskError(f"cannot write {spec_file}: {error.strerror}", "choose another --out DIR") from None
     trial_log.restore_labels(trials)
     counts = Counter(trial_log.trial_state(trial.key) for trial in trials)
-    words = {"waiting": "to begin", "running": "to go on with", "failed": "failed"}
-    words["failed"] += ", to try again" if retry_failed else " (--retry-failed tries again)"
-    told = [f"{count} {words.get(state, state)}" for state, count in counts.items()]
-    return [
-        *lines,
-        f"{folder}: {spec.study.n if spec.study else len(trials)} trials: {', '.join(told) or 'none yet'}",
-    ]
+    words = {"waiting": "to start", "running": "to resume", "failed": "failed"}
+    words["failed"] += ", to rerun" if retry_failed else " (--retry-failed reruns them)"
+    states = [f"{count} {words.get(state, state)}" for state, count in counts.items()]
+    num_trials = spec.study.n if spec.study else len(trials)
+    return [*lines, f"{folder}: {num_trials} trials: {', '.join(states) or 'none started'}"]
 
 
 def _log_event(trial_log: TrialLog, folder: Path, event: TrialEvent) -> None:
-    """One event into the ledger; of a run on another machine's disk the small files are kept here.
+    """Write an event to the trial log, and the files of a run on another machine to its run folder here.
 
-    Errors: `DiskError`.
+    Raises `DiskError` if a file cannot be written.
     """
     run = folder / "runs" / event.trial.key
     try:
@@ -235,5 +248,5 @@ def _log_event(trial_log: TrialLog, folder: Path, event: TrialEvent) -> None:
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / name, content)
     except OSError as error:
-        raise DiskError(f"cannot write {run}: {error.strerror}", "free some space; the same command goes on") from None
+        raise DiskError(f"cannot write {run}: {error.strerror}", "free some space and repeat the command") from None
     trial_log.log_state(event.trial, event.state, event.reason, event.summary)

@@ -1,6 +1,6 @@
-"""What a person sees of a sweep: a live table of its trials on a terminal, one line a trial elsewhere; tables of both.
+"""Progress of a sweep: a live table on a terminal, one line per trial elsewhere; and the tables of its results.
 
-It only shows what the ledger and the runs' metrics say.
+Everything shown is read from the trial log and from the metrics of the runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastcifar.sweep.trial_log import TrialLog
 from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
 from fastcifar.training.progress import print_lines
 
-MAX_LIVE_ROWS = 30  # trials in the live table: those that run, then the newest
+MAX_LIVE_ROWS = 30  # rows of the live table: running trials first, then the most recent ones
 
 
 class SweepDisplay:
-    """A context around a sweep of `total` trials. `console` None shows nothing."""
+    """Context manager that shows the progress of a sweep of `total` trials; a `console` of None shows nothing."""
 
     def __init__(self, console: Console | None, trial_log: TrialLog, total: int) -> None:
         self.console, self.trial_log, self.total = console, trial_log, total
@@ -44,48 +44,48 @@ class SweepDisplay:
             self.live.stop()
 
     def on_event(self, event: TrialEvent, trial_keys: list[str]) -> None:
-        """Called with every event; `wanted`: the sweep's trials so far."""
+        """Show an event, which is already in the trial log; `trial_keys` are the trials of the sweep so far."""
         self.trial_keys = list(trial_keys)
         if self.live or event.state == "running":
             return
         (row,) = self.trial_log.trial_rows([event.trial.key])
-        over = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
-        figures = [f"{name} {format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
+        ended = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
+        accuracies = [f"{name} {format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
         seconds = [f"{format_decimal(row['seconds'], 0)} s"] if row["seconds"] else []
-        what = f"{event.state}: {event.reason}" if event.reason else event.state
-        said = ", ".join([what, *figures, *seconds])
-        print_lines(self.console, [f"{over} of {self.total}  {row['label']}, seed {row['seed']}: {said}"])
+        state = f"{event.state}: {event.reason}" if event.reason else event.state
+        outcome = ", ".join([state, *accuracies, *seconds])
+        print_lines(self.console, [f"{ended} of {self.total}  {row['label']}, seed {row['seed']}: {outcome}"])
 
     def _live_table(self) -> Group:
-        """Called by a thread of its own, once a second."""
+        """Return the current table; rich calls this once per second in another thread."""
         rows = self.trial_log.trial_rows(list(self.trial_keys))
         running = [row for row in rows if row["state"] == "running"]
         others = [row for row in rows if row["state"] != "running"]
         shown = [*running, *others[::-1]][:MAX_LIVE_ROWS]
-        epochs = {row["trial"]: _format_progress(self.trial_log.folder / row["run"]) for row in running}
-        return Group(trials_table(shown, epochs), f"{len(others)} of {self.total} over, {len(running)} running")
+        progress = {row["trial"]: _format_progress(self.trial_log.folder / row["run"]) for row in running}
+        return Group(trials_table(shown, progress), f"{len(others)} of {self.total} ended, {len(running)} running")
 
 
 def sweep_table(result: dict[str, Any]) -> Group:
-    """The trials of a sweep, and how many came to what. `found`: as `sweep` returns it."""
+    """Return a table of the trials of a sweep and their number in each state, from the result of `run_sweep`."""
     counts = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
     return Group(trials_table(result["trials"]), f"{result['sweep']}: {counts or 'nothing to run'}")
 
 
 def plan_table(result: dict[str, Any]) -> Group:
-    """The trials that a sweep would run. `found`: as `plan` returns it."""
+    """Return a table of the trials that a sweep would run, from the result of `plan_sweep`."""
     table = Table("trial", "state", box=None)
     for name in ("seed", "epochs", "steps"):
         table.add_column(name, justify="right")
     for row in result["trials"]:
-        figures = (str(row["seed"]), str(row["epochs"]), format_count(row["steps"]))
-        table.add_row(escape(row["label"]), row["state"], *figures)
-    steps = "" if result["steps"] is None else f", {result['steps']:,} steps to go at most"
+        numbers = (str(row["seed"]), str(row["epochs"]), format_count(row["steps"]))
+        table.add_row(escape(row["label"]), row["state"], *numbers)
+    steps = "" if result["steps"] is None else f", at most {result['steps']:,} steps remaining"
     return Group(table, f"{result['sweep']}: {result['n']} trials{steps}; nothing was written")
 
 
 def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = None) -> Table:
-    """One row a trial. `epochs`: how far those are that run."""
+    """Return a table with one row per trial; `progress` maps running trials to the text of their progress."""
     table = Table("trial", box=None)
     for name in ("seed", "state", "validation", "test", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -98,7 +98,7 @@ def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = N
 
 
 def _format_progress(run: Path) -> str:
-    """How far a running trial is, from its metrics: `3 epochs, 61.20 %`; "" where they are on another machine."""
+    """Return the progress of a running trial, `3 epochs, 61.20 %`, or "" if its metrics are on another machine."""
     try:
         rows = read_metrics_csv(run / "metrics.csv", sys.maxsize)
     except OSError:

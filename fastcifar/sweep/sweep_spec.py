@@ -1,6 +1,6 @@
-"""A sweep file as trials: rows, grid, random draws and seeds over a base, each with every other.
+"""Sweep files and their trials: the combinations of list entries, grid values, random points and seeds.
 
-Every trial's recipe is checked here, by `Recipe` itself, before one is run. Nothing is run or written, and no torch.
+The recipe of each trial is validated here, before any trial runs. Nothing is run or written, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
-SPEC_FILE = "sweep.toml"  # in a sweep's folder: what was asked
+SPEC_FILE = "sweep.toml"  # copy of the sweep file in the sweep folder
 RESERVED_OPTIONS = {
-    "seed": "write seeds = [0, 1, 2], beside the axes",
-    "out": "every trial has a folder of its own; give the sweep's --out",
-    "resume": "a sweep goes on by itself",
+    "seed": "set seeds = [0, 1, 2] at the top level",
+    "out": "each trial has its own run folder; use --out for the sweep folder",
+    "resume": "a sweep resumes its trials automatically",
 }
 
-# kind of range -> its value at u, uniform in [0, 1); `ends`: the lowest and the highest, or the choices
+# kind of range -> function of u, uniform in [0, 1), and of the range (lowest and highest value, or the choices)
 RANGE_SAMPLERS: dict[str, Callable[[float, Sequence[Any]], Any]] = {
     "uniform": lambda u, ends: round_to_4_digits(ends[0] + u * (ends[1] - ends[0])),
     "log": lambda u, ends: round_to_4_digits(ends[0] * (ends[1] / ends[0]) ** u),
@@ -41,19 +41,19 @@ RANGE_SAMPLERS: dict[str, Callable[[float, Sequence[Any]], Any]] = {
 
 
 def round_to_4_digits(value: float) -> float:
-    """To four digits, so that the label of a trial holds its very value."""
+    """Round to 4 significant digits, so that the label of a trial shows the exact value."""
     return float(f"{value:.4g}")
 
 
 def _parse_seeds(value: Any) -> Any:
-    """`3` as [0, 1, 2], also as text; `"4,5"` as the command line spells a list."""
+    """Convert a number of seeds n, or its text, to 0..n-1, and a comma-separated list to a list."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")] if "," in value else int(value)
     return range(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else value
 
 
 def _check_list_row(value: dict[str, Any]) -> dict[str, Any]:
-    """A row of [[list]], whose label and recipe are text."""
+    """Check that label and recipe of a [[list]] entry are text."""
     for name in ("label", "recipe"):
         if not isinstance(value.get(name, ""), str):
             raise ValueError(f"{name} should be text")
@@ -61,7 +61,10 @@ def _check_list_row(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class RandomSearchSpec(BaseModel):
-    """[random]: `n` points, drawn from a range for each other key. Range: `lr.log = [0.01, 1.0]`, a row of RANGES."""
+    """[random]: `n` points, sampled from a range for each other key, such as `lr.log = [0.01, 1.0]`.
+
+    The kind of a range is a key of `RANGE_SAMPLERS`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -70,18 +73,18 @@ class RandomSearchSpec(BaseModel):
 
     @property
     def ranges(self) -> dict[str, tuple[str, list[Any]]]:
-        """Knob -> the kind of its range, and the range's ends or choices. Errors: `UsageError`."""
+        """Option -> kind of its range, and the two ends or the choices. Raises `UsageError` for an invalid range."""
         return {name: _parse_range(name, value) for name, value in (self.model_extra or {}).items()}
 
 
 class StudySpec(RandomSearchSpec):
-    """[study]: the same, but Optuna chooses the points, and a pruner (a row of study.PRUNERS) ends hopeless ones."""
+    """[study]: ranges as in [random], from which Optuna samples, and a pruner (see `study.PRUNERS`)."""
 
     pruner: str = "median"
 
 
 class SweepSpec(BaseModel):
-    """A sweep file. `rows`: its [[list]]."""
+    """The contents of a sweep file; `rows` are its [[list]] entries."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -96,31 +99,34 @@ class SweepSpec(BaseModel):
     study: StudySpec | None = None
 
     def axes(self) -> set[str]:
-        """The knobs that trials differ in by the file. Errors: `UsageError` for one that has two axes."""
-        drawn = [name for draws in (self.random, self.study) if draws for name in draws.ranges]
-        named = [*self.grid, *drawn, *{name for row in self.rows for name in row if name not in ("label", "recipe")}]
-        for name in named:
-            if named.count(name) > 1:
-                raise UsageError(f"{name} has two axes", "leave it in one of [grid], [[list]], [random] and [study]")
-        return set(named)
+        """Return the options that the sweep varies.
+
+        Raises `UsageError` if an option is in more than one of [grid], [[list]], [random] and [study].
+        """
+        sampled = [name for search in (self.random, self.study) if search for name in search.ranges]
+        listed = {name for row in self.rows for name in row if name not in ("label", "recipe")}
+        names = [*self.grid, *sampled, *listed]
+        for name in names:
+            if names.count(name) > 1:
+                problem = f"{name} is in more than one of [grid], [[list]], [random] and [study]"
+                raise UsageError(problem, "keep it in one of them")
+        return set(names)
 
     def to_toml(self) -> str:
-        """A file that `read` reads back as this."""
+        """Return the text of a sweep file from which `read_sweep_spec` reads the same spec."""
         document = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         rows = document.pop("list", [])
         tables = {name: value for name, value in document.items() if isinstance(value, dict)}
         lines = [f"{name} = {format_toml_value(value)}" for name, value in document.items() if name not in tables]
-        for head, table in [
-            *((f"[{name}]", table) for name, table in tables.items()),
-            *(("[[list]]", row) for row in rows),
-        ]:
-            lines += ["", head, *(f"{name} = {format_toml_value(value)}" for name, value in table.items())]
+        sections = [(f"[{name}]", table) for name, table in tables.items()] + [("[[list]]", row) for row in rows]
+        for header, table in sections:
+            lines += ["", header, *(f"{name} = {format_toml_value(value)}" for name, value in table.items())]
         return "\n".join([*lines, ""])
 
 
 @dataclass(frozen=True)
 class TrialRef:
-    """A trial's place in an Optuna study: what a process needs to report to it. `file`: the journal."""
+    """Reference to a trial of an Optuna study, with which another process can report to it."""
 
     journal_path: str
     study_name: str
@@ -132,10 +138,12 @@ class TrialRef:
 class SweepTrial:
     """One run of a sweep.
 
-    key     names its folder; it lasts as long as label, seed and recipe do
-    label   the row it belongs to: everything but the seed
-    knobs   what differs from the sweep's base
-    name    its recipe's, for tables
+    Args:
+        key: name of the run folder; a function of label, seed and recipe.
+        label: identifies the trial without its seed; trials with equal labels form one row of a report.
+        options: the options that differ from the base of the sweep.
+        recipe_name: name of the recipe in reports.
+        trial_ref: the trial of the Optuna study, if there is one.
     """
 
     key: str
@@ -146,7 +154,7 @@ class SweepTrial:
     trial_ref: TrialRef | None = None
 
     def with_sweep_folder(self, folder: Path) -> SweepTrial:
-        """The same with its run folder in the sweep's, where it goes on if it has begun."""
+        """Return the trial with its run folder in the sweep folder, where it resumes if the run exists."""
         out = str(folder / "runs" / self.key)
         return replace(self, recipe=self.recipe.model_copy(update={"out": out, "resume": "auto"}))
 
@@ -154,30 +162,35 @@ class SweepTrial:
 def read_sweep_spec(
     source: str, seeds: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> tuple[SweepSpec, str]:
-    """What the shipped sweep or the file `source` asks for, under `flags` (knobs, None where not given), and its name.
+    """Read a sweep file and return its spec and its name.
 
-    A flag stands above every recipe and [base]; above an axis it cannot, and is refused. A sweep's folder stands for
-    the copy in it. Errors: `UsageError`.
+    Args:
+        source: name of a shipped sweep, path of a sweep file, or a sweep folder, whose copy of the file is read.
+        seeds: number of seeds or comma-separated seeds, instead of those in the file.
+        overrides: recipe options that take precedence over all recipes and [base]; None values are ignored.
+
+    Raises `UsageError` if the file is missing or invalid, or if the sweep varies one of the overrides.
     """
     path = shipped_sweeps().get(source) or Path(source)
     path = path / SPEC_FILE if path.is_dir() else path
     if not path.is_file():
-        raise UsageError(f"no sweep {source!r}", f"{suggest_name(source, list(shipped_sweeps()))} or give a TOML file")
+        suggestion = suggest_name(source, list(shipped_sweeps()))
+        raise UsageError(f"unknown sweep {source!r}", f"give a TOML file or the name of a shipped sweep; {suggestion}")
     values = load_toml(path)
-    known = [field.alias or name for name, field in SweepSpec.model_fields.items()]
+    keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     for name in values:
-        if name not in known:
+        if name not in keys:
             raise UsageError(
-                f"{path}: unknown key {name!r}", f"{suggest_name(name, known)} A knob belongs under [base]"
+                f"{path}: unknown key {name!r}", f"recipe options belong under [base]; {suggest_name(name, keys)}"
             )
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    asked = _validate_spec(path, values if seeds is None else {**values, "seeds": seeds})
-    for name in asked.axes() & given.keys():
-        raise UsageError(f"{option_flag(name)}: {name} is an axis of this sweep", "leave it out, or change the file")
-    rows = [_resolve_recipe_path(row, path.parent) for row in asked.rows]
-    top = _resolve_recipe_path({"recipe": asked.recipe} if asked.recipe else {}, path.parent)
-    changes = {**top, "base": {**asked.base, **given}, "rows": rows}
-    return asked.model_copy(update=changes), path.parent.name if path.name == SPEC_FILE else path.stem
+    base = {name: value for name, value in (overrides or {}).items() if value is not None}
+    spec = _validate_spec(path, values if seeds is None else {**values, "seeds": seeds})
+    for name in spec.axes() & base.keys():
+        raise UsageError(f"{option_flag(name)}: {name} is varied by the sweep", "leave it out, or edit the sweep file")
+    rows = [_resolve_recipe_path(row, path.parent) for row in spec.rows]
+    top = _resolve_recipe_path({"recipe": spec.recipe} if spec.recipe else {}, path.parent)
+    changes = {**top, "base": {**spec.base, **base}, "rows": rows}
+    return spec.model_copy(update=changes), path.parent.name if path.name == SPEC_FILE else path.stem
 
 
 def _validate_spec(path: Path, values: dict[str, Any]) -> SweepSpec:
@@ -191,41 +204,42 @@ def _validate_spec(path: Path, values: dict[str, Any]) -> SweepSpec:
 
 
 def _resolve_recipe_path(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`row` with a recipe file that lies beside the sweep file by its whole path."""
+    """Make the path of a recipe file absolute if the file is in the folder of the sweep file."""
     source = row.get("recipe")
-    beside = folder / str(source)
-    return (
-        {**row, "recipe": str(beside.absolute())} if source and source.endswith(".toml") and beside.is_file() else row
-    )
+    file = folder / str(source)
+    return {**row, "recipe": str(file.absolute())} if source and source.endswith(".toml") and file.is_file() else row
 
 
 def shipped_sweeps() -> dict[str, Path]:
-    """The sweeps that come with the package: name -> TOML file."""
+    """Return the sweeps that are part of the package: name -> TOML file."""
     folder = Path(str(resources.files("fastcifar"))) / "sweeps"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
-    """Every trial of a sweep called `name`, seed by seed, so that a sweep cut short has each row as often as another.
+    """Return all trials of a sweep called `name`, ordered by seed.
 
-    Errors: `UsageError` for the first recipe that is none, with its label.
+    In this order, the rows of a sweep that is stopped early have similar numbers of seeds.
+
+    Raises `UsageError` with the label of the first trial whose recipe is invalid.
     """
-    points = [*map(dict, itertools.product(*([(key, value) for value in values] for key, values in spec.grid.items())))]
-    drawn = list(_draw_random_points(spec.random)) if spec.random else [{}]
+    axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
+    grid_points = [dict(point) for point in itertools.product(*axes)]
+    random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]
     trials: dict[str, SweepTrial] = {}
     labels = set()
     for row in spec.rows or [{}]:
         settings = {key: value for key, value in row.items() if key not in ("label", "recipe")}
-        title = row.get("label") or ", ".join(
-            filter(None, (Path(row.get("recipe", "")).stem, settings_label(settings)))
-        )
-        if title in labels:
-            raise UsageError(f"two rows of [[list]] are called {title!r}", "give each a label of its own")
-        labels.add(title)
-        for point, draw in itertools.product(points, drawn):
-            label = ", ".join(filter(None, (title, settings_label({**point, **draw})))) or "base"
+        recipe_name = Path(row.get("recipe", "")).stem
+        row_label = row.get("label") or ", ".join(filter(None, (recipe_name, settings_label(settings))))
+        if row_label in labels:
+            raise UsageError(f"two [[list]] entries have the label {row_label!r}", "give each entry a unique label")
+        labels.add(row_label)
+        for grid_point, random_point in itertools.product(grid_points, random_points):
+            point = {**grid_point, **random_point}
+            label = ", ".join(filter(None, (row_label, settings_label(point)))) or "base"
             for seed in spec.seeds:
-                trial = build_trial(spec, name, label, {**settings, **point, **draw}, seed, row.get("recipe"))
+                trial = build_trial(spec, name, label, {**settings, **point}, seed, row.get("recipe"))
                 trials[trial.key] = trial
     return sorted(trials.values(), key=lambda trial: spec.seeds.index(trial.recipe.seed))
 
@@ -239,36 +253,43 @@ def build_trial(
     source: str | None = None,
     trial_ref: TrialRef | None = None,
 ) -> SweepTrial:
-    """One trial. `source`: the row's own recipe, instead of the sweep's. Errors: `UsageError` with the label."""
+    """Build one trial; `source` is the recipe of the [[list]] entry, which replaces that of the sweep.
+
+    Raises `UsageError` with the label if the recipe is invalid.
+    """
     source = source or spec.recipe
     for key in (*spec.base, *settings):
         if key in RESERVED_OPTIONS:
-            raise UsageError(f"{key} is no knob of a sweep", RESERVED_OPTIONS[key])
-    base = {**(load_recipe_values(source) if source else {}), **spec.base}
-    common = {**(load_recipe_values(spec.recipe) if spec.recipe else {}), **spec.base}
+            raise UsageError(f"{key} cannot be set in a sweep file", RESERVED_OPTIONS[key])
+    row_base = {**(load_recipe_values(source) if source else {}), **spec.base}
+    sweep_base = {**(load_recipe_values(spec.recipe) if spec.recipe else {}), **spec.base}
     try:
-        recipe = Recipe.from_dict({**base, **settings, "seed": seed, "out": None, "resume": None})
-        against = Recipe.from_dict({**common, "seed": seed, "out": None, "resume": None}).model_dump(mode="json")
+        recipe = Recipe.from_dict({**row_base, **settings, "seed": seed, "out": None, "resume": None})
+        base_recipe = Recipe.from_dict({**sweep_base, "seed": seed, "out": None, "resume": None})
     except UsageError as error:
         raise UsageError(f"{label}: {error.problem}", error.remedy) from None
-    plain = recipe.model_dump(mode="json")
-    knobs = {key: value for key, value in plain.items() if value != against[key] or key in settings}
-    return SweepTrial(_trial_key(label, recipe), label, knobs, Path(source).stem if source else name, recipe, trial_ref)
+    values, base_values = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")
+    options = {key: value for key, value in values.items() if value != base_values[key] or key in settings}
+    recipe_name = Path(source).stem if source else name
+    return SweepTrial(_trial_key(label, recipe), label, options, recipe_name, recipe, trial_ref)
 
 
 def _trial_key(label: str, recipe: Recipe) -> str:
-    """`relu-s0-1a2b3c4d`: label and seed to read, and a hash of the knobs of the experiment not at their defaults."""
+    """Return a key such as `relu-s0-1a2b3c4d`: label, seed, and a hash of the label and the non-default options.
+
+    Options that do not change what is trained (`OUTPUT_OPTIONS`) are left out of the hash.
+    """
     experiment = {name: value for name, value in recipe.non_default_options().items() if name not in OUTPUT_OPTIONS}
-    told = json.dumps([label, experiment], sort_keys=True)
+    identity = json.dumps([label, experiment], sort_keys=True)
     slug = re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:60]
-    return f"{slug}-s{recipe.seed}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return f"{slug}-s{recipe.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
-    """Settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`.
+    """Format settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`.
 
-    The label is part of a trial's key and of the lines in trials.jsonl. Values therefore are written as Python prints
-    them, and not by `format_option_value`: a trial keeps its key when the text in tables changes.
+    The label is part of a trial's key and of trials.jsonl. Values are therefore formatted with `str` instead of
+    `format_option_value`, so that a change of the text in tables does not change the keys of trials.
     """
 
     def value_text(value: Any) -> str:
@@ -280,35 +301,37 @@ def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
 
 
 def _draw_random_points(spec: RandomSearchSpec) -> Iterator[dict[str, Any]]:
-    """The points of [random]: the i-th depends on the seed and i alone, so that more of them are the same and more."""
+    """Yield the points of [random].
+
+    The i-th point depends only on i and the seed, so that increasing `n` keeps the first points.
+    """
     for index in range(spec.n):
-        # Raw words, not `random`: numpy promises the bit stream for ever, the methods built on it only per version.
+        # NumPy guarantees that raw bits never change, but not the values of distribution methods such as `random`.
         words = np.random.Philox(key=[spec.sampler_seed, index]).random_raw(len(spec.ranges))
-        units = (int(word) / 2**64 for word in np.atleast_1d(words))
+        uniform = (int(word) / 2**64 for word in np.atleast_1d(words))
         yield {
             name: RANGE_SAMPLERS[kind](u, ends)
-            for u, (name, (kind, ends)) in zip(units, spec.ranges.items(), strict=True)
+            for u, (name, (kind, ends)) in zip(uniform, spec.ranges.items(), strict=True)
         }
 
 
 def _parse_range(name: str, value: Any) -> tuple[str, list[Any]]:
-    """`{log = [0.01, 1.0]}` as its kind and ends. Errors: `UsageError`."""
+    """Parse a range such as `{log = [0.01, 1.0]}` into its kind and ends. Raises `UsageError` if it is invalid."""
     if name not in Recipe.model_fields:
         raise UsageError(
             f"unknown recipe key {name!r}", renaming_remedy(name) or suggest_name(name, Recipe.model_fields)
         )
     if not isinstance(value, dict) or len(value) != 1:
-        raise UsageError(
-            f"the range of {name} is {value!r}", f"write {name}.KIND = [LOW, HIGH], KIND {', '.join(RANGE_SAMPLERS)}"
-        )
+        kinds = ", ".join(RANGE_SAMPLERS)
+        raise UsageError(f"invalid range {value!r} for {name}", f"write {name}.KIND = [LOW, HIGH], KIND one of {kinds}")
     ((kind, ends),) = value.items()
     lookup(RANGE_SAMPLERS, kind, "kind of range")
-    numbers = (int,) if kind == "integer" else (int, float)
+    number_types = (int,) if kind == "integer" else (int, float)
     if kind == "choice":
-        right = isinstance(ends, list) and bool(ends)
+        is_valid = isinstance(ends, list) and bool(ends)
     else:
-        right = isinstance(ends, list) and len(ends) == 2 and all(type(end) in numbers for end in ends)
-        right = right and ends[0] < ends[1] and (kind != "log" or ends[0] > 0)
-    if not right:
-        raise UsageError(f"{name}.{kind} = {ends!r} is no range", f"such as {name}.log = [0.01, 1.0]")
+        is_valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) in number_types for end in ends)
+        is_valid = is_valid and ends[0] < ends[1] and (kind != "log" or ends[0] > 0)
+    if not is_valid:
+        raise UsageError(f"invalid range {name}.{kind} = {ends!r}", f"write for example {name}.log = [0.01, 1.0]")
     return kind, ends

@@ -1,6 +1,6 @@
-"""trials.jsonl: what a sweep knows of its trials, one line whenever the state of one changes; the last line stands.
+"""The trial log of a sweep (trials.jsonl), with one line per change of the state of a trial; the last line is current.
 
-Lines are only ever added, so that a sweep that is killed loses none, and a line cut short counts as none.
+Lines are only appended, so that killing a sweep loses none; an incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ TrialLogLine = dict[str, Any]
 
 
 class TrialLog:
-    """The ledger of the sweep in `folder`. `lines`: trial -> its last line, in the order of their first."""
+    """The trial log of the sweep in `folder`; `last_lines` maps each trial to its last line, in order of creation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / TRIALS_FILE
         self._accuracies: dict[str, TrialLogLine] = {}
-        found, self._complete_bytes = read_trial_log(self.path)  # bytes; what is after them goes with the next line
-        self.last_lines = {key: trial.model_dump() for key, trial in found.items()}
+        # an incomplete last line, after `_complete_bytes`, is truncated before the next line is written
+        records, self._complete_bytes = read_trial_log(self.path)
+        self.last_lines = {key: record.model_dump() for key, record in records.items()}
 
     def trial_state(self, key: str) -> str:
-        """One of STATES, or "waiting"."""
+        """Return the state of a trial: one of `TRIAL_STATES`, or "waiting"."""
         return str(self.last_lines.get(key, {}).get("state", "waiting"))
 
     def log_state(
         self, trial: SweepTrial, state: str, reason: str | None = None, summary: TrialLogLine | None = None
     ) -> None:
-        """What became of a trial, as a line. Errors: `DiskError`."""
+        """Append a line with the new state of a trial. Raises `DiskError` if it cannot be written."""
+        run_name = Path(summary["run"]).name if summary else trial.key
         line = {
             "trial": trial.key,
             "label": trial.label,
@@ -47,29 +49,32 @@ class TrialLog:
             "seed": trial.recipe.seed,
             "state": state,
             "reason": reason,
-            "run": str(Path("runs") / (Path(summary["run"]).name if summary else trial.key)),
+            "run": str(Path("runs") / run_name),
             "seconds": summary["seconds"]["total"] if summary else None,
         }
         self._append_line(line)
 
     def mark_removed(self, trial_keys: Iterable[str]) -> list[str]:
-        """The trials that are not among the `wanted` any more: their labels say so, for they are of another row now."""
-        trial_keys = set(trial_keys)
-        apart = [key for key in self.last_lines if key not in trial_keys]
-        for line in [self.last_lines[key] for key in apart]:
+        """Mark the labels of trials that are not in `trial_keys`, and return these trials.
+
+        A different label keeps them apart from current trials in reports.
+        """
+        current = set(trial_keys)
+        removed = [key for key in self.last_lines if key not in current]
+        for line in [self.last_lines[key] for key in removed]:
             if not line["label"].endswith(REMOVED_SUFFIX):
                 self._append_line({**line, "label": f"{line['label']}{REMOVED_SUFFIX}"})
-        return apart
+        return removed
 
     def restore_labels(self, trials: Iterable[SweepTrial]) -> None:
-        """Gives trials that are asked for again their labels back."""
+        """Restore the labels of trials that are part of the sweep again."""
         for trial in trials:
             line = self.last_lines.get(trial.key)
             if line and line["label"] != trial.label:
                 self._append_line({**line, "label": trial.label})
 
     def trial_rows(self, trial_keys: Iterable[str]) -> list[TrialLogLine]:
-        """The last lines of the trials `wanted`, with `val_acc` and `test_acc` of those that are over."""
+        """Return the last lines of the given trials, with `val_acc` and `test_acc` of finished ones."""
         return [
             {**self.last_lines[key], **self._read_accuracies(self.last_lines[key])}
             for key in trial_keys
@@ -93,5 +98,5 @@ class TrialLog:
                 os.fsync(file.fileno())
                 self._complete_bytes = file.tell()
         except OSError as error:
-            raise DiskError(f"cannot write {self.path}: {error.strerror}", "give another --out DIR") from None
+            raise DiskError(f"cannot write {self.path}: {error.strerror}", "choose another --out DIR") from None
         self.last_lines[line["trial"]] = line

@@ -1,4 +1,4 @@
-"""What the device could do: the figures are of the order that the work takes, and odd answers are left out."""
+"""The measured limits of the device, and the parsing of its clocks, power and temperature."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastcifar.benchmark import roofline
 CPU = torch.device("cpu")
 
 
-def test_limits_count_operations_and_bytes_of_the_time_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "best_pass_seconds", lambda work, device: (work(), 0.5)[1])
+def test_rates_from_operations_bytes_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "best_pass_seconds", lambda function, device: (function(), 0.5)[1])
     assert roofline.measure_matmul_flop_per_s(CPU, "fp32", 8) == 2 * 8**3 / 0.5
     assert roofline.measure_copy_bytes_per_s(CPU, 4096) == 2 * 4096 / 0.5
     monkeypatch.setitem(roofline.MATMUL_SIZES, "cpu", (8, 16))
@@ -26,18 +26,18 @@ def test_limits_count_operations_and_bytes_of_the_time_they_took(monkeypatch: py
     roofline.measure_roofline.cache_clear()
 
 
-def test_the_shortest_stretch_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_repeat_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "MIN_SECONDS", 0.0)
     seconds = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(roofline, "time_passes", lambda *_: next(seconds))
     assert roofline.best_pass_seconds(lambda: None, CPU) == 1.0
 
 
-def test_a_matrix_product_is_measured() -> None:
+def test_matmul_rate_is_plausible() -> None:
     assert 1e7 < roofline.measure_matmul_flop_per_s(CPU, "fp32", 128) < 1e14
 
 
-def test_what_the_machine_does_not_show_is_left_out(tmp_path: Path) -> None:
+def test_unavailable_device_state_is_omitted(tmp_path: Path) -> None:
     assert roofline.parse_nvidia_smi_line("1980, 2619, 512.33, 45\n") == {
         "clock_mhz": 1980, "memory_clock_mhz": 2619, "power_w": 512.33, "temperature_c": 45
     }  # fmt: skip

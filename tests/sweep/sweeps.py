@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: a file of tiny trials, and what a sweep's folder holds."""
+"""Helpers of the sweep tests: a sweep file of tiny trials, and the contents of a sweep folder."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ compile = false
 GRID = "[grid]\nlr = [0.1, 0.02, 0.005]\n"
 
 
-def file(folder: Path, more: str = GRID, epochs: int = 2) -> str:
-    """A sweep file of six trials, or of others."""
+def write_sweep_file(folder: Path, axes: str = GRID, epochs: int = 2) -> str:
+    """Write a sweep file, by default of six trials, and return its path."""
     path = folder / "tiny.toml"
-    path.write_text(TINY.format(epochs=epochs) + more)
+    path.write_text(TINY.format(epochs=epochs) + axes)
     return str(path)
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of trials.jsonl; one that is being written does not count yet."""
+def read_log_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of trials.jsonl, without an incomplete last line."""
     path = folder / "trials.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def states(folder: Path) -> dict[str, str]:
-    """trial -> its state, as its last line has it."""
-    return {line["trial"]: line["state"] for line in lines(folder)}
+def trial_states(folder: Path) -> dict[str, str]:
+    """Return the last state of each trial."""
+    return {line["trial"]: line["state"] for line in read_log_lines(folder)}
 
 
-def table(folder: Path) -> dict[str, tuple[float, float]]:
-    """trial -> validation and test accuracy of those that are done."""
-    done = [line for line in lines(folder) if line["state"] == "done"]
-    found = {line["trial"]: json.loads((folder / line["run"] / "summary.json").read_text()) for line in done}
-    return {trial: (summary["val_acc"], summary["test_acc"]) for trial, summary in found.items()}
+def trial_accuracies(folder: Path) -> dict[str, tuple[float, float]]:
+    """Return validation and test accuracy of each trial that is done."""
+    done = [line for line in read_log_lines(folder) if line["state"] == "done"]
+    summaries = {line["trial"]: json.loads((folder / line["run"] / "summary.json").read_text()) for line in done}
+    return {trial: (summary["val_acc"], summary["test_acc"]) for trial, summary in summaries.items()}
 
 
-def assert_equal_sweeps(mine: Path, other: Path) -> None:
-    """The same trials, every one done, and every pair of runs equal to the last bit."""
-    assert states(mine) == states(other)
-    assert set(states(mine).values()) == {"done"}
-    assert table(mine) == table(other)
-    for trial in states(mine):
-        assert_equal_runs(mine / "runs" / trial, other / "runs" / trial)
+def assert_equal_sweeps(first: Path, second: Path) -> None:
+    """Assert that both sweeps have the same trials, that all are done, and that their runs are bit-identical."""
+    assert trial_states(first) == trial_states(second)
+    assert set(trial_states(first).values()) == {"done"}
+    assert trial_accuracies(first) == trial_accuracies(second)
+    for trial in trial_states(first):
+        assert_equal_runs(first / "runs" / trial, second / "runs" / trial)

@@ -199,7 +199,7 @@ def test_graphs_are_recorded_without_the_collector_and_can_be_given_up(monkeypat
 def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(optimizer="lookahead:lion")
     on = replace(choose_execution(recipe), cuda_graph=True)
-    parts = build_trainer(recipe, on)
+    parts = build_trainer(resolve(recipe, on))
     assert not parts.execution.cuda_graph
     assert any("lion counts its steps in Python" in line for line in parts.execution.format_lines())
     assert build_trainer(tiny(optimizer="rmsprop"), on).execution.cuda_graph
