@@ -127,7 +127,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Callable[[], object]:
-    """Lock `folder` and return the function that releases the lock. Raises `BlockingIOError` if another process holds it."""
+    """Lock `folder`; return the function that releases the lock. Raises `BlockingIOError` if it is already locked."""
     assert fcntl
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -28,7 +28,7 @@ def format_decimal(value: float | None, digits: int, scale: float = 1) -> str:
 
 
 def format_count(count: float | None) -> str:
-    """Format a count as an integer and a fractional mean of counts with one decimal: 4697742 -> `4,697,742`, 7.5 -> `7.5`."""
+    """Format a count as an integer, a mean of counts with one decimal: 4697742 -> `4,697,742`, 7.5 -> `7.5`."""
     return MISSING if count is None else format_decimal(count, 0 if count == round(count) else 1)
 
 

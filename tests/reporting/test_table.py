@@ -56,7 +56,12 @@ def test_mean_and_std_are_numpys_and_only_finished_runs_count(folders: list[Path
     assert (first["n"], first["time"], first["of"]) == (3, pytest.approx(np.mean(times)), "test, last")
     assert first["notes"] == "1 unfinished"
     assert (low["accuracy"], low["std"], low["n"], low["lr"]) == (0.3, None, 1, 0.01)
-    assert (first["blocks"], first["batch"], first["clip_grad"], first["params"]) == ([4, 4, 3], 128, "value:0.1", 4_697_742)
+    assert (first["blocks"], first["batch"], first["clip_grad"], first["params"]) == (
+        [4, 4, 3],
+        128,
+        "value:0.1",
+        4_697_742,
+    )
     texts = [table.row_texts(row) for row in table.rows]
     assert [text["accuracy %"] for text in texts] == ["92.19 ± 0.77", "30.00"]
     assert [text["time"] for text in texts] == ["0:01:50", "2:01:40"]
