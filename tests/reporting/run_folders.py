@@ -15,10 +15,11 @@ CLASSES = ("cat", "dog")
 
 
 def write_run(
-    folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "recipe", seconds: float = 60.0,
-    finished: bool = True, device: str = "a device", steps: int = 100, stop_reason: str = "epochs", **options: Any,
+    folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "baseline",
+    seconds: float = 60.0, finished: bool = True, device: str = "a device", steps: int = 100,
+    stop_reason: str = "epochs", **options: Any,
 ) -> Path:  # fmt: skip
-    """Write a run with one epoch for each of `val_accs`; without `finished` it has no summary, like an interrupted run."""
+    """Write a run with one epoch for each of `val_accs`; without `finished` it has no summary, as if interrupted."""
     folder.mkdir(parents=True)
     recipe = Recipe.make(**{"epochs": len(val_accs), **options})
     (folder / "recipe.toml").write_text(recipe.to_toml())
@@ -34,9 +35,10 @@ def write_run(
     if finished:
         summary = {
             "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps,
-            "eval_weights": recipe.eval_weights, "val_acc": val_accs[-1], "best_val_acc": max(val_accs), "test_acc": test_acc,
-            "per_class": dict.fromkeys(CLASSES, test_acc), "seconds": {"train": seconds - 1, "total": seconds},
-            "stop_reason": stop_reason, "complete": stop_reason != "max_steps",
+            "eval_weights": recipe.eval_weights, "val_acc": val_accs[-1], "best_val_acc": max(val_accs),
+            "test_acc": test_acc, "per_class": dict.fromkeys(CLASSES, test_acc),
+            "seconds": {"train": seconds - 1, "total": seconds}, "stop_reason": stop_reason,
+            "complete": stop_reason != "max_steps",
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder

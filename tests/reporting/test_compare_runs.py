@@ -22,7 +22,7 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
     folder.mkdir()
     (folder / "recipe.toml").write_text(Recipe.make(**options).to_toml())
     versions = {"torch": "2.15" if test_acc else "2.14", "numpy": "2.0"}
-    environment = {"recipe": "recipe", "started": folder.name, "command": [folder.name], "device": "a CPU"}
+    environment = {"recipe": "baseline", "started": folder.name, "command": [folder.name], "device": "a CPU"}
     (folder / "env.json").write_text(json.dumps({**environment, "versions": versions}))
     rows = [dict.fromkeys(METRICS_COLUMNS, "0.5") | {"epoch": str(i), "val_acc": str(v)} for i, v in enumerate(val_acc)]
     rows = [{**row, "ema_val_acc": "", "seconds": folder.name} for row in rows]
@@ -106,6 +106,6 @@ def test_compare_command_on_trained_runs(tiny: Callable[..., Recipe], tmp_path: 
         "the same recipe and environment",
         "do not differ in the 2 common epochs",
         "+0.00 points",
-        "within the noise of 40 images",
+        "within the noise of 40",
     ):
         assert words in table, words
