@@ -1,4 +1,4 @@
-"""Read run folders and sweeps as records: the options of each run, its results, and why it has none if it has none.
+"""Read run folders and sweeps as records: the options of each run and its results, or the reason why it has none.
 
 A damaged or unfinished folder becomes a record with that state and the reason. No model is built.
 """
@@ -144,7 +144,7 @@ def read_run_record(folder: Path) -> RunRecord:
         summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
     except (ValidationError, OSError) as error:
         return replace(record, state="damaged", reason=f"{SUMMARY_FILE}: {_describe_read_error(error)}")
-    if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps was reached, as requested
+    if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
         return replace(record, reason=f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps")
     if not record.metric_rows:
         warnings.warn(f"{folder / METRICS_FILE} has no valid row; its curves are omitted", stacklevel=2)

@@ -248,7 +248,7 @@ def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, con
     console.print(runs_table(entries))
     what = "the checkpoints of these" if only_checkpoints else "these"
     if not (sys.stdin.isatty() and console.is_terminal):
-        raise UsageError("removal needs a confirmation, and there is no terminal to ask on", "add --yes")
+        raise UsageError("removal needs confirmation, but there is no terminal", "add --yes")
     if not Confirm.ask(f"remove {what} {len(entries)} folders?", console=console, default=False):
         raise UsageError("nothing was removed")
 

@@ -252,7 +252,7 @@ def test_runs_commands_on_a_trained_run(tiny: Callable[..., Recipe], tmp_path: P
     assert (entry["test_acc"], entry["bytes"]) == (summary["test_acc"], folder_size_bytes(tmp_path / "runs" / "real"))
     refused = fastcifar("rm", "runs/real")
     assert refused.returncode == 2
-    assert refused.stderr == "fastcifar: removal needs a confirmation, and there is no terminal to ask on; add --yes\n"
+    assert refused.stderr == "fastcifar: removal needs confirmation, but there is no terminal; add --yes\n"
     assert (tmp_path / "runs" / "real").is_dir()
     removed = fastcifar("rm", "runs/real", "--yes", "--json")
     assert removed.returncode == 0, removed.stderr

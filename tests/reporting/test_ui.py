@@ -48,11 +48,11 @@ def descendants(pid: int) -> list[str]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-    found, generation = set(), {pid}
+    processes, generation = set(), {pid}
     while generation:
-        generation = {child for child, parent in parents.items() if parent in generation} - found
-        found |= generation
-    return sorted(map(str, found))
+        generation = {child for child, parent in parents.items() if parent in generation} - processes
+        processes |= generation
+    return sorted(map(str, processes))
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
