@@ -1,7 +1,7 @@
-"""Files and folders on every system: atomic writes, locks, and reading documents that may be damaged.
+"""File operations that work on every operating system: atomic writes, folder locks, reading possibly damaged files.
 
-`fcntl`, `os.O_DIRECTORY` and `os.statvfs` exist on POSIX systems only. They are used nowhere else in the package, and
-each function here says what it does without them. No torch here.
+`fcntl`, `os.O_DIRECTORY` and `os.statvfs` exist on POSIX systems only. No other module of the package uses them, and
+each function here documents what it does without them. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ except ImportError:  # not a POSIX system: see `_acquire_lock_file`
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Writes `content` to `path` through a temporary file in the same folder, flushed to the disk.
+    """Write `content` to `path` through a temporary file in the same folder that is flushed to the disk.
 
-    If `previous` is given, it is what `path` was before. Raises `OSError`; both files are then as they were.
+    If `previous` is given, the old content of `path` is kept under that name. Raises `OSError` if writing fails; both
+    files are then unchanged.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -49,7 +50,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk. Does nothing on a system that cannot open folders (Windows)."""
+    """Flush the directory entries of `folder` to the disk; do nothing on Windows, which cannot open folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,7 +61,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _link_or_copy(path: Path, previous: Path) -> None:
-    """Gives `path` the name `previous` as well, while `path` itself never ceases to exist."""
+    """Make `previous` a hard link to, or a copy of, `path`; `path` exists at every moment."""
     link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         link.unlink()
@@ -78,13 +79,13 @@ def _current_umask() -> int:
 
 
 class FolderLock:
-    """An exclusive lock on a folder, held until `release`, the end of its `with` block, or the end of the process."""
+    """An exclusive lock on a folder, held until `release`, the end of its `with` block or the end of the process."""
 
     def __init__(self, unlock: Callable[[], object]) -> None:
         self._unlock: Callable[[], object] | None = unlock
 
     def release(self) -> None:
-        """Releases the lock; a second call does nothing."""
+        """Release the lock; further calls do nothing."""
         if self._unlock:
             self._unlock()
             self._unlock = None
@@ -97,10 +98,10 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
-    """Locks `folder` for this process. With `wait`, other processes that hold the lock are waited for.
+    """Lock `folder` for this process. With `wait`, block until no other process holds the lock.
 
-    On POSIX systems `flock` locks the folder itself; elsewhere the `filelock` library locks the file `.NAME.lock`
-    beside it, and removes that file afterwards. On a file system without locks nothing is locked.
+    On POSIX systems `flock` locks the folder itself; on other systems the `filelock` library locks the file
+    `.NAME.lock` next to it and removes that file afterwards. On a file system without locks nothing is locked.
     Raises `UsageError` if another process holds the lock, and `DiskError` if the folder cannot be read.
     """
     try:
@@ -114,7 +115,7 @@ def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock on `folder`. The lock is free again afterwards if it was before."""
+    """Return whether a process holds the lock on `folder`. A free lock is still free afterwards."""
     try:
         unlock = _acquire_flock(folder, shared=True) if fcntl else _acquire_lock_file(folder)
     except BlockingIOError:
@@ -126,7 +127,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Callable[[], object]:
-    """Returns the function that releases the lock. Raises `BlockingIOError` if another process holds it."""
+    """Lock `folder`; return the function that releases the lock. Raises `BlockingIOError` if it is already locked."""
     assert fcntl
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -140,23 +141,23 @@ def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Ca
 
 
 def _acquire_lock_file(folder: Path, wait: bool = False) -> Callable[[], object]:
-    """Like `_acquire_flock`. The lock file is not in the folder, which can then be removed while it is locked."""
+    """Like `_acquire_flock`. The lock file is outside the folder, so that a locked folder can be removed."""
     import filelock
 
-    os.scandir(folder).close()  # raises what opening the folder raises elsewhere
+    os.scandir(folder).close()  # raises the same errors as opening the folder does on POSIX systems
     folder = folder.resolve()
     lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         raise BlockingIOError from None
-    except OSError:  # no lock file can be written beside the folder
+    except OSError:  # the lock file cannot be written
         pass
     return lock.release
 
 
 def free_disk_bytes(folder: Path) -> int | None:
-    """Free bytes on the disk of `folder`; None where the system cannot say."""
+    """Return the free bytes on the disk of `folder`, or None if the system does not report them."""
     try:
         return shutil.disk_usage(folder).free
     except AttributeError:  # neither `os.statvfs` nor Windows
@@ -164,7 +165,7 @@ def free_disk_bytes(folder: Path) -> int | None:
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:
-    """The content of a TOML file. Raises `UsageError` if it cannot be read."""
+    """Return the content of a TOML file. Raises `UsageError` if it cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -172,7 +173,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is missing, damaged, or holds something else."""
+    """Return the JSON object in a file; an empty one if the file is missing, damaged or holds anything else."""
     try:
         return parse_json_object(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError):
@@ -180,7 +181,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object in `text`; None if it is damaged or something else."""
+    """Return the JSON object in `text`, or None if the text is damaged or holds anything else."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):

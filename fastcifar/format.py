@@ -1,6 +1,6 @@
-"""Numbers, times and option values as text, for every layer.
+"""Format numbers, times and option values as text, for every layer of the package.
 
-A value that was not measured is a dash, never a zero.
+A value that was not measured is shown as a dash, never as zero.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ MISSING = "-"  # the text of a value that was not measured
 
 
 def format_percent(fraction: float | None, digits: int = 2) -> str:
-    """A fraction as a percentage with `digits` decimals: 0.9399 -> `93.99 %`."""
+    """Format a fraction as a percentage with `digits` decimals: 0.9399 -> `93.99 %`."""
     return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def format_decimal(value: float | None, digits: int, scale: float = 1) -> str:
-    """`scale` times a number, with `digits` decimals and commas between thousands: (1234.5, 2) -> `1,234.50`."""
+    """Format `scale * value` with `digits` decimals and thousands separators: (1234.5, 2) -> `1,234.50`."""
     return MISSING if value is None else f"{scale * value:,.{digits}f}"
 
 
 def format_count(count: float | None) -> str:
-    """A count as a whole number, a mean of counts with one decimal: 4697742 -> `4,697,742`, 7.5 -> `7.5`."""
+    """Format a count as an integer, a mean of counts with one decimal: 4697742 -> `4,697,742`, 7.5 -> `7.5`."""
     return MISSING if count is None else format_decimal(count, 0 if count == round(count) else 1)
 
 
 def format_short_number(value: float | None) -> str:
-    """A measurement, such as images/s: three significant digits below 100, a whole number from 100 on."""
+    """Format a measurement, such as images/s: three significant digits below 100, an integer from 100 on."""
     if value is None:
         return MISSING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def format_mean_std(mean: float, std: float | None, digits: int = 2, scale: float = 1) -> str:
-    """`scale` times a mean and its standard deviation: `93.99 ± 0.12`; the mean alone if `std` is None."""
+    """Format a mean and its standard deviation, both times `scale`: `93.99 ± 0.12`; only the mean if `std` is None."""
     spread = "" if std is None else f" ± {scale * std:.{digits}f}"
     return f"{scale * mean:.{digits}f}{spread}"
 
 
 def format_memory(num_bytes: float | None) -> str:
-    """A number of bytes in GiB with two decimals."""
+    """Format a number of bytes in GiB with two decimals."""
     return MISSING if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
 
 
 def format_duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds, `2:01:40`; seconds with one decimal, `9.5 s`, below ten seconds."""
+    """Format a duration as `2:01:40` (hours, minutes, seconds), or as `9.5 s` below ten seconds."""
     if seconds is None:
         return MISSING
     return str(timedelta(seconds=round(seconds))) if round(seconds) >= 10 else f"{seconds:.1f} s"
 
 
 def format_timestamp(seconds: float | None = None, *, for_file_name: bool = False) -> str:
-    """A time in UTC by ISO 8601, `2026-11-21T05:20:22Z`, or `20261121T052022Z` for the name of a file or folder.
+    """Format a time as ISO 8601 in UTC, `2026-11-21T05:20:22Z`, or as `20261121T052022Z` for a file name.
 
-    seconds: since 1970 (the Unix epoch); now by default.
+    `seconds` counts from the Unix epoch (1970); the default is the current time.
     """
     return time.strftime("%Y%m%dT%H%M%SZ" if for_file_name else "%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def format_option_value(value: Any, missing: str = MISSING) -> str:
-    """An option's value in one line: `on`, `4,4,3`, `0.0005`, `nesterov=true, momentum=0.9`; `missing` for None.
+    """Format the value of an option on one line: `on`, `4,4,3`, `0.0005`, `nesterov=true, momentum=0.9`.
 
-    Two different numbers never have the same text.
+    None and an empty mapping become `missing`. Two different numbers never have the same text.
     """
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -83,20 +83,20 @@ def format_option_value(value: Any, missing: str = MISSING) -> str:
 
 
 def format_options(options: Mapping[str, Any], separator: str = ", ") -> str:
-    """Options with their values: `arch=se68, blocks=4,4,3`."""
+    """Format options with their values: `arch=se68, blocks=4,4,3`."""
     return separator.join(f"{name}={format_option_value(value)}" for name, value in options.items())
 
 
 def format_differences(
     before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str], format_name: Callable[[str], str] = str
 ) -> str:
-    """What differs between two sets of options, for an error message: `lr 0.1, not 0.5, width unset, not 2`."""
+    """Format the options `names` that differ, for an error message: `lr 0.1, not 0.5, width unset, not 2`."""
     texts = ((name, *(format_option_value(side.get(name), "unset") for side in (before, after))) for name in names)
-    return ", ".join(f"{format_name(name)} {expected}, not {found}" for name, expected, found in texts)
+    return ", ".join(f"{format_name(name)} {expected}, not {actual}" for name, expected, actual in texts)
 
 
 def format_toml_value(value: Any) -> str:
-    """A value as TOML: JSON's syntax, except that TOML has no surrogate pairs and escapes DEL."""
+    """Format a value as TOML: the syntax of JSON, except that TOML has no surrogate pairs and escapes DEL."""
     if isinstance(value, dict):
         items = (f"{format_toml_value(str(key))} = {format_toml_value(item)}" for key, item in value.items())
         return "{" + ", ".join(items) + "}"
@@ -106,22 +106,22 @@ def format_toml_value(value: Any) -> str:
 
 
 def option_flag(name: str) -> str:
-    """An option as it is written on the command line: `batch_size` -> `--batch-size`."""
+    """Return the command-line flag of an option: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
 def one_line(text: object) -> str:
-    """`text` in one line of printable characters, with single spaces."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+    """Return `text` on one line, with printable characters only and single spaces."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 
 def add_wrap_points(text: str) -> str:
-    """A list such as `crop:4:zero,flip` with a space after each comma, where a table may break the line."""
+    """Insert a space after each comma of a list such as `crop:4:zero,flip`, so that a table can wrap the text."""
     return re.sub(r",(?=[a-z])", ", ", text)
 
 
 def key_value_table(title: str, rows: dict[str, str]) -> Table:
-    """A table of two columns without a header, names in bold."""
+    """Return a table of two columns without a header, with the names in bold."""
     table = Table(title=title or None, show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

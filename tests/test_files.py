@@ -1,4 +1,4 @@
-"""Locks exclude other processes by either method, and documents that are damaged are recognized."""
+"""Folder locks exclude other processes with either method, and damaged files are detected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sys.stdin.read()
 
 @pytest.fixture(params=["flock", "lock file"])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How `files` locks a folder during the test."""
+    """The method by which `files` locks a folder during the test."""
     if request.param == "lock file":
         monkeypatch.setattr(files, "fcntl", None)
     return request.param
@@ -36,7 +36,7 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def other_process(method: str) -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
-    """Starts a process that holds the lock on a folder until its standard input is closed."""
+    """Start a process that holds the lock on a folder until its standard input is closed."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -52,7 +52,7 @@ def other_process(method: str) -> Iterator[Callable[[Path], subprocess.Popen[byt
         process.communicate()
 
 
-def test_fault23_a_folder_is_locked_by_one_process(
+def test_fault23_only_one_process_locks_a_folder(
     tmp_path: Path, other_process: Callable[[Path], subprocess.Popen[bytes]]
 ) -> None:
     folder = tmp_path / "run"
@@ -62,7 +62,7 @@ def test_fault23_a_folder_is_locked_by_one_process(
     assert files.is_locked(folder)
     with pytest.raises(UsageError, match="run is being trained by another process; wait for it"):
         files.lock_folder(folder)
-    process.kill()  # the lock goes with the process
+    process.kill()  # which releases the lock
     process.wait()
     assert not files.is_locked(folder)
     with files.lock_folder(folder) as lock:
@@ -70,7 +70,7 @@ def test_fault23_a_folder_is_locked_by_one_process(
         assert not list(folder.iterdir())
         os.rmdir(folder)  # a locked folder can be removed
         folder.mkdir()
-    lock.release()  # a second time
+    lock.release()  # a second release does nothing
     assert not files.is_locked(folder)
 
 
@@ -90,7 +90,7 @@ def test_waiting_for_a_lock(tmp_path: Path, method: str) -> None:
     assert order == ["first", "second"]
 
 
-def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path: Path, method: str) -> None:
+def test_locking_a_missing_folder_is_refused(tmp_path: Path, method: str) -> None:
     assert not files.is_locked(tmp_path / "none")
     with pytest.raises(DiskError, match=r"cannot read the folder .*none: No such file"):
         files.lock_folder(tmp_path / "none")
@@ -108,7 +108,7 @@ def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path: Path, method: str
         (b"[" * 100_000, {}),
     ],
 )
-def test_only_a_json_object_is_read(tmp_path: Path, content: bytes, document: dict[str, object]) -> None:
+def test_read_json_object(tmp_path: Path, content: bytes, document: dict[str, object]) -> None:
     path = tmp_path / "document.json"
     assert files.read_json_object(path) == {}
     path.write_bytes(content)
@@ -116,7 +116,7 @@ def test_only_a_json_object_is_read(tmp_path: Path, content: bytes, document: di
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff"])
-def test_fault15_a_toml_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+def test_fault15_unreadable_toml_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.toml"
     with pytest.raises(UsageError, match=r"recipe\.toml is not a readable TOML file: .*No such file"):
         files.load_toml(path)

@@ -1,4 +1,4 @@
-"""Numbers, times and option values as text, and the layer that this module belongs to."""
+"""Formatting of numbers, times and option values, and the imports of `fastcifar.format`."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ from fastcifar.format import (
         (one_line("  a\n\tb\x00\u202ec\x1b[1m "), "a b c [1m"),
     ],
 )
-def test_texts(text: str, expected: str) -> None:
+def test_formatted_text(text: str, expected: str) -> None:
     assert text == expected
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
+def test_missing_values_are_dashes() -> None:
     assert MISSING == "-"
     for function in (format_percent, format_count, format_short_number, format_duration, format_option_value):
         assert function(None) == "-"
@@ -87,12 +87,12 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert format_decimal(None, 2, 100) == "-"
 
 
-def test_a_timestamp_is_now_by_default() -> None:
+def test_timestamp_defaults_to_the_current_time() -> None:
     before = time.time()
     assert format_timestamp(before) <= format_timestamp() <= format_timestamp(time.time())
 
 
-def test_a_timestamp_is_in_utc_in_every_time_zone() -> None:
+def test_timestamp_is_utc_in_every_time_zone() -> None:
     code = "from fastcifar.format import format_timestamp; print(format_timestamp(0))"
     run = [sys.executable, "-c", code]
     environment = {**os.environ, "TZ": "America/New_York"}
@@ -120,28 +120,28 @@ def test_a_timestamp_is_in_utc_in_every_time_zone() -> None:
         (["two\nlines", "b"], "two lines,b"),
     ],
 )
-def test_option_values(value: Any, expected: str) -> None:
+def test_formatted_option_values(value: Any, expected: str) -> None:
     assert format_option_value(value) == expected
 
 
-def test_an_option_that_is_not_set_can_be_named() -> None:
+def test_text_of_a_missing_option_value() -> None:
     assert format_option_value(None, "unset") == format_option_value({}, "unset") == "unset"
     assert format_option_value(0, "unset") == "0"
 
 
 @given(st.floats(allow_nan=False))
-def test_two_numbers_never_have_one_text(value: float) -> None:
+def test_different_numbers_have_different_texts(value: float) -> None:
     assert float(format_option_value(value)) == value
 
 
-def test_options_are_listed_with_their_values() -> None:
+def test_formatted_options() -> None:
     options = {"arch": "se68", "blocks": (4, 4, 3), "bias_decay": False}
     assert format_options(options) == "arch=se68, blocks=4,4,3, bias_decay=off"
     assert format_options(options, separator=" ") == "arch=se68 blocks=4,4,3 bias_decay=off"
     assert format_options({}) == ""
 
 
-def test_differences_name_what_is_expected_and_what_was_found() -> None:
+def test_formatted_differences() -> None:
     before, after = {"lr": 0.1, "blocks": [4, 4, 3], "width": None}, {"lr": 0.5, "blocks": [1], "width": 2.0, "seed": 1}
     assert format_differences(before, after, ["lr", "width"]) == "lr 0.1, not 0.5, width unset, not 2"
     assert format_differences(before, after, ["seed"]) == "seed unset, not 1"
@@ -149,7 +149,7 @@ def test_differences_name_what_is_expected_and_what_was_found() -> None:
     assert format_differences(before, after, []) == ""
 
 
-# what a recipe or a sweep file holds: no surrogates, which no file in UTF-8 can have
+# values that a recipe or sweep file can hold; surrogates cannot occur in a UTF-8 file
 TOML_VALUES = st.recursive(
     st.booleans()
     | st.integers(-(2**63), 2**63 - 1)
@@ -164,15 +164,15 @@ TOML_VALUES = st.recursive(
 
 
 @given(TOML_VALUES)
-def test_toml_values_are_read_back(value: Any) -> None:
+def test_toml_values_round_trip(value: Any) -> None:
     assert tomllib.loads(f"key = {format_toml_value(value)}\n") == {"key": value}
 
 
-def test_toml_tuples_are_arrays() -> None:
+def test_toml_arrays_from_tuples() -> None:
     assert tomllib.loads(f"key = {format_toml_value((1, (2.0, 'a')))}") == {"key": [1, [2.0, "a"]]}
 
 
-def test_it_imports_nothing_of_the_package_but_errors() -> None:
+def test_only_errors_is_imported_from_the_package() -> None:
     tree = ast.parse(Path(str(format_module.__file__)).read_text(encoding="utf-8"))
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]

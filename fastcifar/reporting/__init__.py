@@ -1,1 +1,1 @@
-"""Many runs: records, aggregation over seeds, tables, plots, HTML."""
+"""Reports on many runs: records, aggregation over seeds, tables, plots, HTML pages, comparison and removal."""

@@ -1,6 +1,6 @@
-"""Runs that differ by the seed alone as one row: mean and sample standard deviation, over runs and epoch by epoch.
+"""Groups of runs that differ only by the seed: mean and sample standard deviation of their results and curves.
 
-Only finished runs are averaged; the others are counted and named. Pure: nothing is read, drawn or measured here.
+Only finished runs are averaged; the others are listed with the reason. This module reads no files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEST_SPLIT, VALIDATION_SPLIT = "test", "validation"
 
 @dataclass(frozen=True)
 class MeanStd:
-    """A mean over `n` values and their sample standard deviation, None of a single value."""
+    """The mean of `n` values and their sample standard deviation, which is None for a single value."""
 
     mean: float
     std: float | None
@@ -32,21 +32,24 @@ class MeanStd:
 
     @classmethod
     def from_values(cls, values: Sequence[float | None]) -> MeanStd | None:
-        """None if there are no values, or if one of them is None."""
-        known = [value for value in values if value is not None]
-        if not known or len(known) < len(values):
+        """Compute the statistics of `values`, or return None if there are no values or any value is None."""
+        measured = [value for value in values if value is not None]
+        if not measured or len(measured) < len(values):
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+        return cls(statistics.fmean(measured), statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
 
     @property
     def standard_error(self) -> float | None:
-        """The standard error of the mean, None of a single value."""
+        """The standard error of the mean, or None for a single value."""
         return None if self.std is None else self.std / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
 class MetricCurve:
-    """A column of metrics.csv over `epochs` (counted from 1), in as many values: the mean over runs, and their std."""
+    """Mean and standard deviation over runs of a column of metrics.csv, for each of `epochs` (counted from 1).
+
+    `std` is None for a single run.
+    """
 
     epochs: list[int]
     mean: list[float]
@@ -55,34 +58,34 @@ class MetricCurve:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ by the seed alone. `name` tells the row from the others."""
+    """Runs that differ only by the seed, one row of a report. `name` is unique within the report."""
 
     name: str
     records: list[RunRecord]
 
     @cached_property
     def finished_runs(self) -> list[RunRecord]:
-        """The runs that are averaged."""
+        """The finished runs, which are averaged."""
         return [record for record in self.records if record.state == "done"]
 
     @cached_property
     def excluded_runs(self) -> list[RunRecord]:
-        """The runs that are not."""
+        """The other runs, which are not averaged."""
         return [record for record in self.records if record.state != "done"]
 
     @cached_property
     def plotted_runs(self) -> list[RunRecord]:
-        """The runs that curves are of: those that are averaged, and where there are none, those that have begun."""
+        """The finished runs or, if there are none, all runs; only those that have metrics to plot."""
         return [record for record in self.finished_runs or self.records if record.metric_rows]
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Its runs' knobs, which are the same but for the seed; of runs that left nothing behind, those known."""
+        """The options that the runs share, taken from the record that has the most: a trial without a run has few."""
         return max((record.options for record in self.records), key=len)
 
     @cached_property
     def accuracy_split(self) -> str:
-        """TEST where every finished run met the test set, else VALIDATION; "" without a finished run."""
+        """`TEST_SPLIT` if all finished runs have a test accuracy, else `VALIDATION_SPLIT`; "" if no run is finished."""
         if not self.finished_runs:
             return ""
         return (
@@ -92,103 +95,110 @@ class RunGroup:
         )
 
     def accuracy(self, split: str) -> MeanStd | None:
-        """Of the weights that the recipe names, on TEST or VALIDATION; None unless all finished runs were measured."""
+        """Return the accuracy on `TEST_SPLIT` or `VALIDATION_SPLIT` with the weights that the recipe selects.
+
+        The result is None unless all finished runs have this accuracy.
+        """
         return MeanStd.from_values([_run_accuracy(record, split) for record in self.finished_runs])
 
     @cached_property
     def total_seconds(self) -> MeanStd | None:
-        """Start to end; None unless all finished runs say so and ran on one kind of device."""
-        found = [record.summary.seconds.get("total") for record in self.finished_runs if record.summary]
-        return MeanStd.from_values(found) if len(self.devices) <= 1 else None
+        """The duration of a run; None unless all finished runs report it and ran on the same kind of device."""
+        totals = [record.summary.seconds.get("total") for record in self.finished_runs if record.summary]
+        return MeanStd.from_values(totals) if len(self.devices) <= 1 else None
 
     @cached_property
     def devices(self) -> list[str]:
-        """The devices of the finished runs, in words."""
+        """The names of the devices that the finished runs used."""
         return list(dict.fromkeys(record.device for record in self.finished_runs if record.device))
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a reader has to know before comparing its figures with another row's."""
+        """Caveats for comparing this group with others: a step limit, repeated seeds, different devices."""
         steps = {
             record.summary.steps for record in self.finished_runs if record.summary and not record.summary.complete
         }
-        twice = [seed for seed, count in Counter(record.seed for record in self.finished_runs).items() if count > 1]
+        seed_counts = Counter(record.seed for record in self.finished_runs)
         return [
-            *(f"cut at {count:,} steps" for count in sorted(steps)),
-            *(f"seed {seed} more than once" for seed in twice),
+            *(f"stopped at {count:,} steps" for count in sorted(steps)),
+            *(f"seed {seed} more than once" for seed, count in seed_counts.items() if count > 1),
             *([f"{len(self.devices)} kinds of device"] if len(self.devices) > 1 else []),
         ]
 
     def per_class_accuracy(self) -> dict[str, float]:
-        """Test accuracy of each class, the mean over the finished runs; {} where they do not know the same classes."""
-        found = [record.summary.per_class for record in self.finished_runs if record.summary]
-        if not found or any(list(classes) != list(found[0]) for classes in found):
+        """Return the mean test accuracy of each class; {} if the finished runs do not have the same classes."""
+        per_run = [record.summary.per_class for record in self.finished_runs if record.summary]
+        if not per_run or any(list(accuracies) != list(per_run[0]) for accuracies in per_run):
             return {}
-        spreads = {name: MeanStd.from_values([classes[name] for classes in found]) for name in found[0]}
-        return {name: spread.mean for name, spread in spreads.items() if spread}
+        by_class = {name: MeanStd.from_values([accuracies[name] for accuracies in per_run]) for name in per_run[0]}
+        return {name: accuracy.mean for name, accuracy in by_class.items() if accuracy}
 
     def curve(self, column: str) -> MetricCurve | None:
-        """`column` over the epochs that all runs drawn have: a mean over ever fewer runs would bend where one ends."""
+        """Return `column` of metrics.csv over the epochs that all plotted runs have; None if there are none.
+
+        A mean over fewer and fewer runs would change its direction where a run ends.
+        """
         series = [_values_by_epoch(record.metric_rows, column) for record in self.plotted_runs]
         epochs = sorted(set.intersection(*map(set, series))) if series else []
-        spreads = [MeanStd.from_values([values[epoch] for values in series]) for epoch in epochs]
-        found = [spread for spread in spreads if spread]
-        if not found:
+        per_epoch = [MeanStd.from_values([values[epoch] for values in series]) for epoch in epochs]
+        statistics_by_epoch = [epoch_statistics for epoch_statistics in per_epoch if epoch_statistics]
+        if not statistics_by_epoch:
             return None
-        stds = [spread.std for spread in found if spread.std is not None]
-        return MetricCurve([epoch + 1 for epoch in epochs], [spread.mean for spread in found], stds or None)
+        means = [epoch_statistics.mean for epoch_statistics in statistics_by_epoch]
+        stds = [epoch_statistics.std for epoch_statistics in statistics_by_epoch if epoch_statistics.std is not None]
+        return MetricCurve([epoch + 1 for epoch in epochs], means, stds or None)
 
     @cached_property
     def best_epoch(self) -> int | None:
-        """The epoch (from 1) of the highest mean validation accuracy, the first of equals."""
+        """The first epoch (counted from 1) with the highest mean validation accuracy."""
         curve = self.curve("val_acc")
         return curve.epochs[curve.mean.index(max(curve.mean))] if curve else None
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """The records by their group, in the order of the first of each."""
-    groups: dict[str, list[RunRecord]] = {}
+    """Group the records by `group_key`, in the order of first appearance, and give each group a unique name."""
+    records_by_key: dict[str, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(record.group_key, []).append(record)
-    found = [RunGroup(members[0].name, members) for members in groups.values()]
-    names = [_disambiguated_name(row, found) for row in found]
+        records_by_key.setdefault(record.group_key, []).append(record)
+    groups = [RunGroup(members[0].name, members) for members in records_by_key.values()]
+    names = [_disambiguated_name(group, groups) for group in groups]
     numbered = [f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)]
     return [
-        RunGroup(number if names.count(name) > 1 else name, row.records)
-        for row, name, number in zip(found, names, numbered, strict=True)
+        RunGroup(numbered_name if names.count(name) > 1 else name, group.records)
+        for group, name, numbered_name in zip(groups, names, numbered, strict=True)
     ]
 
 
 def varying_options(groups: Sequence[RunGroup]) -> list[str]:
-    """The knobs that differ between rows, without the seed and where runs are kept."""
-    names = dict.fromkeys(name for row in groups for name in row.options if name not in ("seed", *OUTPUT_OPTIONS))
-    values = {name: {json.dumps(row.options.get(name), sort_keys=True) for row in groups} for name in names}
+    """Return the names of the options that differ between groups, without the seed and the output options."""
+    names = dict.fromkeys(name for group in groups for name in group.options if name not in ("seed", *OUTPUT_OPTIONS))
+    values = {name: {json.dumps(group.options.get(name), sort_keys=True) for group in groups} for name in names}
     return [name for name in names if len(values[name]) > 1]
 
 
-def _disambiguated_name(row: RunGroup, groups: Sequence[RunGroup]) -> str:
-    """The row's name with the options that distinguish it from the other rows of that name, if there are any."""
-    names = varying_options([other for other in groups if other.name == row.name])
-    options = {name: row.options[name] for name in names if row.options.get(name) is not None}
-    return " ".join(filter(None, (row.name, format_options(options, separator=" "))))
+def _disambiguated_name(group: RunGroup, groups: Sequence[RunGroup]) -> str:
+    """Return the group's name followed by the options that distinguish it from other groups of the same name."""
+    names = varying_options([other for other in groups if other.name == group.name])
+    options = {name: group.options[name] for name in names if group.options.get(name) is not None}
+    return " ".join(filter(None, (group.name, format_options(options, separator=" "))))
 
 
 def _run_accuracy(record: RunRecord, split: str) -> float | None:
-    """Of the weights that the recipe names: on TEST, or on VALIDATION at the epoch that they are of."""
+    """Return the accuracy of the weights that the recipe selects; on validation data, at the epoch they are from."""
     summary = record.summary
     if summary is None:
         return None
     if split == TEST_SPLIT:
         return summary.test_acc
-    averaged = record.metric_rows[-1]["ema_val_acc"] if record.metric_rows else None
-    return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": averaged}[summary.eval_weights]
+    ema_val_acc = record.metric_rows[-1]["ema_val_acc"] if record.metric_rows else None
+    return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": ema_val_acc}[summary.eval_weights]
 
 
 def _values_by_epoch(metric_rows: Sequence[MetricRow], column: str) -> dict[int, float]:
-    """epoch -> value, where there is one; of an epoch that is there twice the later row stands."""
-    found = {}
+    """Map epochs to the values of `column` that are present; the last row of a repeated epoch wins."""
+    values_by_epoch = {}
     for row in metric_rows:
         epoch, value = row["epoch"], row[column]
         if epoch is not None and value is not None:
-            found[int(epoch)] = value
-    return found
+            values_by_epoch[int(epoch)] = value
+    return values_by_epoch

@@ -1,6 +1,6 @@
-"""What `bench` and `speedrun` measured, for people: tables, the panels of the chart, and two measurements compared.
+"""Tables and charts of the results of `bench` and `speedrun`, and the comparison of two benchmark documents.
 
-A document is what `bench --json` ends with. Nothing here measures; a figure that is not there is a dash.
+A document is the JSON object that `bench --json` prints. Missing values are shown as dashes.
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ from fastcifar.plotting import BarPanel
 
 BenchmarkRow = dict[str, Any]
 
-# What names a row beside `what`, in the order of reading: the settings that its figure depends on.
+# The settings that identify a row besides `what`, in display order: its result depends on them.
 SETTING_NAMES = ("arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction")
 
 
 def setting_texts(row: BenchmarkRow) -> dict[str, str]:
-    """The settings of a row as text, by name; `compiled` and `cuda_graph` together are the mode."""
+    """Return the settings of a row as text, by name; `mode` combines `compiled` and `cuda_graph`."""
     mode = "captured" if row.get("cuda_graph") else "compiled" if row.get("compiled") else "eager"
-    known = row | ({"mode": mode} if "compiled" in row else {})
-    words = {name: format_option_value(known[name]) for name in SETTING_NAMES if name in known}
-    if "batch_size" in words:
-        words["batch_size"] = f"batch {words['batch_size']}"
-    if "direction" in words:
-        words["direction"] = words["direction"].replace("_", " + ")
-    return words
+    settings = row | ({"mode": mode} if "compiled" in row else {})
+    texts = {name: format_option_value(settings[name]) for name in SETTING_NAMES if name in settings}
+    if "batch_size" in texts:
+        texts["batch_size"] = f"batch {texts['batch_size']}"
+    if "direction" in texts:
+        texts["direction"] = texts["direction"].replace("_", " + ")
+    return texts
 
 
 def label_rows(rows: Sequence[BenchmarkRow]) -> tuple[list[str], dict[str, str]]:
-    """For each row the settings that tell it from others of its kind, and the settings that all share, by name."""
-    words = [setting_texts(row) for row in rows]
-    values = {name: {word[name] for word in words if name in word} for name in SETTING_NAMES}
-    found = []
-    for row, word in zip(rows, words, strict=True):
-        same_kind = [other for other, its in zip(words, rows, strict=True) if its["what"] == row["what"]]
-        found.append(", ".join(word[name] for name in word if len({other.get(name) for other in same_kind}) > 1))
-    return found, {name: next(iter(values[name])) for name in SETTING_NAMES if len(values[name]) == 1}
+    """Return a label for each row, and the settings that all rows share, by name.
+
+    A label lists the settings in which the row differs from other rows with the same `what`.
+    """
+    settings = [setting_texts(row) for row in rows]
+    values = {name: {texts[name] for texts in settings if name in texts} for name in SETTING_NAMES}
+    labels = []
+    for row, texts in zip(rows, settings, strict=True):
+        alike = [other for other, other_row in zip(settings, rows, strict=True) if other_row["what"] == row["what"]]
+        labels.append(", ".join(texts[name] for name in texts if len({other.get(name) for other in alike}) > 1))
+    return labels, {name: next(iter(values[name])) for name in SETTING_NAMES if len(values[name]) == 1}
 
 
 def bench_table(document: dict[str, Any]) -> Group:
-    """A line for each row of a document: images/s with the range of the trials, and what the device made of it."""
+    """Return the table of a document: images/s, the range of the trials, and the utilization of the device."""
     rows = document["results"]
-    own, shared = label_rows(rows)
+    labels, shared = label_rows(rows)
     table = Table("what", box=None, title_justify="left")
     for heading in ("images/s", "lowest", "highest", "CPU us/image", "ms", "TFLOP/s", "of peak", "GB/s", "of copy"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, label in zip(rows, own, strict=True):
+    for row, label in zip(rows, labels, strict=True):
         table.add_row(
             " ".join(filter(None, (row["what"], label))),
             *map(format_short_number, (row["images_per_s"], min(row["trials"]), max(row["trials"]))),
@@ -62,36 +65,41 @@ def bench_table(document: dict[str, Any]) -> Group:
 
 
 def describe_setup(document: dict[str, Any], shared: dict[str, str]) -> list[str]:
-    """What holds for all rows: the device and its limits, shared settings, trials, seconds before them."""
+    """Return lines on what all rows share: device, settings, peak throughput, number of trials, longest setup time."""
     rows = document["results"]
-    spent = {name: {row[name] for row in rows if name in row} for name in ("setup_s", "compile_s")}
-    seconds = (f"{name} {max(values):.1f}" for name, values in spent.items() if values)
+    setup_times = {name: {row[name] for row in rows if name in row} for name in ("setup_s", "compile_s")}
+    seconds = (f"{name} {max(values):.1f}" for name, values in setup_times.items() if values)
     peaks = (
-        f"{precision}: matrix product {format_short_number(most['matmul_tflop_per_s'])} TFLOP/s, "
-        f"copy {format_short_number(most['copy_gb_per_s'])} GB/s"
-        for precision, most in document.get("limits", {}).items()
+        f"{precision}: matrix product {format_short_number(peak['matmul_tflop_per_s'])} TFLOP/s, "
+        f"copy {format_short_number(peak['copy_gb_per_s'])} GB/s"
+        for precision, peak in document.get("limits", {}).items()
     )
     settings = ", ".join((document["device"], *shared.values()))
     return [settings, *peaks, f"median of {len(rows[0]['trials'])} trials; longest {', '.join(seconds)}", ""]
 
 
 def bench_panels(document: dict[str, Any]) -> tuple[str, list[BarPanel]]:
-    """A title and a panel for each `what`, a bar for each row: images/s, or TFLOP/s of convolutions."""
+    """Return the chart title and a panel for each `what` with a bar for each row: images/s, for `conv` TFLOP/s."""
     rows = document["results"]
-    own, shared = label_rows(rows)
+    all_labels, shared = label_rows(rows)
     panels = []
     for what in dict.fromkeys(row["what"] for row in rows):
-        mine = [(row, label) for row, label in zip(rows, own, strict=True) if row["what"] == what]
-        scale = [row["flop_per_image"] / 1e12 if what == "conv" else 1.0 for row, _ in mine]
-        notes = [", ".join(_bar_notes(row)) for row, _ in mine]
+        is_conv = what == "conv"
+        panel_rows = [row for row in rows if row["what"] == what]
+        labels = [label for row, label in zip(rows, all_labels, strict=True) if row["what"] == what]
+        scales = [row["flop_per_image"] / 1e12 if is_conv else 1.0 for row in panel_rows]
+        scaled_rows = list(zip(panel_rows, scales, strict=True))
         panels.append(
             BarPanel(
-                title=f"{what}: {'TFLOP/s' if what == 'conv' else 'images/s'}",
-                groups=[row["direction"] if what == "conv" else setting_texts(row).get("mode", "") for row, _ in mine],
-                labels=[label or row.get("arch", row.get("loader", "")) for row, label in mine],
-                medians=[row["images_per_s"] * unit for (row, _), unit in zip(mine, scale, strict=True)],
-                trials=[[speed * unit for speed in row["trials"]] for (row, _), unit in zip(mine, scale, strict=True)],
-                notes=notes,
+                title=f"{what}: {'TFLOP/s' if is_conv else 'images/s'}",
+                groups=[row["direction"] if is_conv else setting_texts(row).get("mode", "") for row in panel_rows],
+                labels=[
+                    label or row.get("arch", row.get("loader", ""))
+                    for row, label in zip(panel_rows, labels, strict=True)
+                ],
+                medians=[row["images_per_s"] * scale for row, scale in scaled_rows],
+                trials=[[speed * scale for speed in row["trials"]] for row, scale in scaled_rows],
+                notes=[", ".join(_bar_notes(row)) for row in panel_rows],
             )
         )
     return "\n".join(line for line in describe_setup(document, shared) if line), panels
@@ -109,12 +117,12 @@ def _format_device_cells(row: BenchmarkRow) -> Iterator[str]:
 
 
 def parse_benchmark(text: str) -> dict[str, Any] | None:
-    """The document in what `bench --json` printed, or None if there is none: the whole text, or its last line."""
-    for part in (text, (text.strip().splitlines() or [""])[-1]):
-        found = parse_json_object(part) or {}
-        rows = found.get("results")
+    """Return the document in the output of `bench --json`, which is all of `text` or its last line; None otherwise."""
+    for candidate in (text, (text.strip().splitlines() or [""])[-1]):
+        document = parse_json_object(candidate) or {}
+        rows = document.get("results")
         if isinstance(rows, list) and rows and all(map(_is_benchmark_row, rows)):
-            return found
+            return document
     return None
 
 
@@ -123,99 +131,112 @@ def _is_benchmark_row(row: Any) -> bool:
 
 
 def compare_benchmarks(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Two documents row by row: `rows` that both have, `only_a`, `only_b`, and the device and versions that `differ`.
+    """Compare two documents row by row.
 
-    A row has its settings, the medians `a` and `b`, their `ratio` b / a, and whether the trials' ranges `overlap`:
-    if they do, the trials do not tell the two apart.
+    Returns `rows` (in both documents), `only_a`, `only_b`, and the device and versions that `differ`. A row has its
+    settings, the medians `a` and `b` in images/s, their `ratio` b / a, the trials, and whether the ranges of the trials
+    `overlap`; if they do, the trials do not show a difference.
     """
-    of_a, of_b = ({benchmark_row_key(row): row for row in found["results"]} for found in (a, b))
+    rows_a, rows_b = ({benchmark_row_key(row): row for row in document["results"]} for document in (a, b))
     rows = []
-    for name in of_a.keys() & of_b.keys():
-        mine, other = of_a[name], of_b[name]
-        ranges = [(min(row["trials"]), max(row["trials"])) for row in (mine, other)]
+    for key, row_a in rows_a.items():
+        if key not in rows_b:
+            continue
+        row_b = rows_b[key]
+        trials_a, trials_b = row_a["trials"], row_b["trials"]
         rows.append(
             {
-                **dict(name),
-                "a": mine["images_per_s"],
-                "b": other["images_per_s"],
-                "ratio": other["images_per_s"] / mine["images_per_s"],
-                "overlap": ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1],
-                "a_trials": mine["trials"],
-                "b_trials": other["trials"],
+                **dict(key),
+                "a": row_a["images_per_s"],
+                "b": row_b["images_per_s"],
+                "ratio": row_b["images_per_s"] / row_a["images_per_s"],
+                "overlap": min(trials_a) <= max(trials_b) and min(trials_b) <= max(trials_a),
+                "a_trials": trials_a,
+                "b_trials": trials_b,
             }
         )
-    order = list(of_a)
-    about_a, about_b = ({"device": found.get("device"), **found.get("versions", {})} for found in (a, b))
+    setup_a, setup_b = ({"device": document.get("device"), **document.get("versions", {})} for document in (a, b))
     return {
-        "rows": sorted(rows, key=lambda row: order.index(benchmark_row_key(row))),
-        "only_a": [dict(name) for name in of_a if name not in of_b],
-        "only_b": [dict(name) for name in of_b if name not in of_a],
+        "rows": rows,
+        "only_a": [dict(key) for key in rows_a if key not in rows_b],
+        "only_b": [dict(key) for key in rows_b if key not in rows_a],
         "differ": {
-            name: [about_a.get(name), about_b.get(name)]
-            for name in about_a | about_b
-            if about_a.get(name) != about_b.get(name)
+            name: [setup_a.get(name), setup_b.get(name)]
+            for name in setup_a | setup_b
+            if setup_a.get(name) != setup_b.get(name)
         },
     }
 
 
 def benchmark_row_key(row: BenchmarkRow) -> tuple[tuple[str, Any], ...]:
-    """What a row measured: two rows of one key can be compared. A data set's folder is no part of that."""
+    """Return the settings of a row as a key: rows with equal keys are comparable. The data folder is not part of it."""
     names = ("what", *(name for name in (*SETTING_NAMES, "compiled", "cuda_graph") if name in row and name != "data"))
     return tuple((name, row[name]) for name in names)
 
 
 def benchmark_comparison_table(comparison: dict[str, Any]) -> Group:
-    """What `compare_benchmarks` found; above it what differs beside the figures, below it what has no partner."""
-    named = [{"what": row["what"], **setting_texts(row)} for row in comparison["rows"]]
+    """Return the table of a comparison by `compare_benchmarks`.
+
+    The lines above it list differences in device and versions, those below it the rows of only one document.
+    """
     table = Table("what", box=None, title_justify="left")
-    for heading in ("A", "B", "B / A", "the trials"):
+    for heading in ("A", "B", "B / A", "trials"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row, words in zip(comparison["rows"], named, strict=True):
-        told = "overlap" if row["overlap"] else "B is faster" if row["ratio"] > 1 else "B is slower"
+    for row in comparison["rows"]:
+        verdict = "overlap" if row["overlap"] else "B is faster" if row["ratio"] > 1 else "B is slower"
         table.add_row(
-            ", ".join(words.values()),
+            _describe_row(row),
             format_short_number(row["a"]),
             format_short_number(row["b"]),
             f"{row['ratio']:.3f}",
-            told,
+            verdict,
         )
-    differ = [
+    differences = [
         "{}: {} in A, {} in B".format(name, *map(format_option_value, values))
         for name, values in comparison["differ"].items()
     ]
-    alone = [
-        f"only in {side}: {', '.join([row['what'], *setting_texts(row).values()])}"
+    unpaired = [
+        f"only in {side}: {_describe_row(row)}"
         for side, rows in (("A", comparison["only_a"]), ("B", comparison["only_b"]))
         for row in rows
     ]
-    return Group(*differ, "images/s, medians", table, *alone)
+    return Group(*differences, "median images/s", table, *unpaired)
+
+
+def _describe_row(row: BenchmarkRow) -> str:
+    return ", ".join([row["what"], *setting_texts(row).values()])
 
 
 def speedrun_table(summary: dict[str, Any]) -> Group:
-    """A line for each figure of a speedrun's summary: mean, deviation, error of the mean, share over the target."""
+    """Return the table of a speedrun's summary.
+
+    For each quantity: mean, standard deviation, standard error, fraction of the runs above the target, each run.
+    """
     table = Table("", box=None, title_justify="left")
     for heading in ("mean", "std", "std. error", f"over {100 * summary['target']:g} %", "each seed"):
         table.add_column(heading, justify="right")
-    figures = {
+    quantities = {
         "acc": ("accuracy, %", 100),
         "acc_tta": (f"with {summary['tta']}, %", 100),
         "seconds": ("seconds", 1),
         "train_s": ("  training", 1),
-        "prepare_s": ("  preparing", 1),
-        "build_s": ("building, free", 1),
+        "prepare_s": ("  preparation", 1),
+        "build_s": ("build, not timed", 1),
     }
-    for name, (heading, scale) in figures.items():
-        if figure := summary[name]:
-            values = [figure["mean"], figure["std"], figure["stderr"], *figure["trials"]]
+    for name, (heading, scale) in quantities.items():
+        if quantity := summary[name]:
+            values = [quantity["mean"], quantity["std"], quantity["stderr"], *quantity["trials"]]
             mean, std, stderr, *trials = (format_decimal(value, 2, scale) for value in values)
-            share = format_percent(figure["share"], 0) if "share" in figure else ""
+            share = format_percent(quantity["share"], 0) if "share" in quantity else ""
             table.add_row(heading, mean, std, stderr, share, ", ".join(trials))
-    cold = "".join(
-        f", {value:.1f} s from the start of a process to the end of its first run" for value in summary["cold_start_s"]
+    split = "test set" if summary["on"] == "test" else "validation split"
+    cold_starts = "".join(
+        f", {seconds:.1f} s from the start of a process to the end of its first run"
+        for seconds in summary["cold_start_s"]
     )
     lines = [
-        f"{summary['recipe']} on the {'test set' if summary['on'] == 'test' else 'validation split'}: {summary['n']} runs of "
-        f"{summary['epochs']} epochs, {summary['flops'] / 1e15:.3f} PFLOP each{cold}",
-        *([f"{summary['refused']} of them do not count; see trials.jsonl"] if summary["refused"] else []),
+        f"{summary['recipe']} on the {split}: {summary['n']} runs of {summary['epochs']} epochs, "
+        f"{summary['flops'] / 1e15:.3f} PFLOP each{cold_starts}",
+        *([f"{summary['refused']} invalid runs are not in the means; see trials.jsonl"] if summary["refused"] else []),
     ]
-    return Group(*lines, table, f"result: {summary['folder']}")
+    return Group(*lines, table, f"results: {summary['folder']}")

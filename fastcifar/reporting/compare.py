@@ -1,6 +1,6 @@
-"""`fastcifar compare A B`: two runs, or two files of one kind, compared as that kind is. A kind is a row of COMPARERS.
+"""`fastcifar compare A B`: compare two runs, two benchmark files or two prediction files.
 
-The kind is told from what is there, never from its name. Nothing here measures.
+The kinds are the entries of `COMPARERS`. The kind of a path is detected from its content, never from its name.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fastcifar.format import format_percent, key_value_table
 from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
 
-MAX_LABEL_PAIRS = 15  # rows of the table of two prediction files
+MAX_LABEL_PAIRS = 15  # maximum number of rows in the table of two prediction files
 
 
 @dataclass(frozen=True)
 class Comparer:
-    """How one kind is compared.
+    """The functions that compare one kind of path.
 
-    read     a path -> its content, or None if it is not of this kind
-    compare  two contents -> the document of --json
-    table    that document -> what a person sees
+    read         path -> its content, or None if the path is of another kind
+    compare      two contents -> the document of --json
+    build_table  that document -> its table for the terminal
     """
 
     read: Callable[[Path], Any]
@@ -37,7 +37,7 @@ class Comparer:
 
 
 def read_benchmark_file(path: Path) -> dict[str, Any] | None:
-    """The document of a file that `bench --json` was written to."""
+    """Return the document in a file with the output of `bench --json`, or None for any other file."""
     try:
         return parse_benchmark(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -45,7 +45,7 @@ def read_benchmark_file(path: Path) -> dict[str, Any] | None:
 
 
 def detect_predictions_file(path: Path) -> Path | None:
-    """The path of a file that is no JSON: what it is instead, its comparison says."""
+    """Return `path` if it is a file that is not JSON, else None; the comparison checks its content."""
     if path.is_dir():
         return None
     try:
@@ -55,7 +55,7 @@ def detect_predictions_file(path: Path) -> Path | None:
 
 
 def prediction_comparison_table(result: dict[str, Any]) -> Group:
-    """What `fastcifar compare` found of two submissions."""
+    """Return the table of a comparison of two prediction files."""
     summary = key_value_table(
         "",
         {
@@ -70,8 +70,8 @@ def prediction_comparison_table(result: dict[str, Any]) -> Group:
     pairs.add_column("images", justify="right")
     for pair in result["pairs"][:MAX_LABEL_PAIRS]:
         pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
-    left = len(result["pairs"]) - MAX_LABEL_PAIRS
-    return Group(summary, "", pairs, *([f"and {left} more pairs (--json has all)"] if left > 0 else []))
+    omitted = len(result["pairs"]) - MAX_LABEL_PAIRS
+    return Group(summary, "", pairs, *([f"and {omitted} more pairs (--json lists all)"] if omitted > 0 else []))
 
 
 COMPARERS: dict[str, Comparer] = {
@@ -82,25 +82,29 @@ COMPARERS: dict[str, Comparer] = {
 
 
 def compare_paths(a: Path, b: Path) -> dict[str, Any]:
-    """`{"kind", "a", "b"}` and what the kind's comparer found.
+    """Return `{"kind", "a", "b"}` and the result of the comparer of that kind.
 
-    Errors: `UsageError` unless both are of one kind, and the kind's own.
+    Raises `UsageError` if the kinds differ, and the errors of `detect_kind` and of the comparer.
     """
-    found = [detect_kind(path) for path in (a, b)]
-    (kind, mine), (other_kind, other) = found
+    kind, content_a = detect_kind(a)
+    other_kind, content_b = detect_kind(b)
     if kind != other_kind:
-        raise UsageError(f"{a} is a {kind} and {b} is a {other_kind}", "give two of one kind")
-    return {"kind": kind, "a": str(a), "b": str(b), **COMPARERS[kind].compare(mine, other)}
+        raise UsageError(f"{a} is a {kind} and {b} is a {other_kind}", "give two paths of the same kind")
+    return {"kind": kind, "a": str(a), "b": str(b), **COMPARERS[kind].compare(content_a, content_b)}
 
 
 def detect_kind(path: Path) -> tuple[str, Any]:
-    """The kind of `path` and its content. Errors: `DataError` for what is not there, `UsageError` for no kind."""
+    """Return the kind of `path` and its content.
+
+    Raises `DataError` if `path` does not exist, and `UsageError` if it is of no kind in `COMPARERS`.
+    """
     if not path.exists():
-        raise DataError(f"there is no {path}", "check the path")
+        raise DataError(f"{path} does not exist", "check the path")
     for kind, comparer in COMPARERS.items():
         content = comparer.read(path)
         if content is not None:
             return kind, content
     raise UsageError(
-        f"{path} is no {' or '.join(COMPARERS)}", "give run folders, what `bench --json` printed, or CSVs of `predict`"
+        f"{path} is not a {' or '.join(COMPARERS)}",
+        "give run folders, outputs of `bench --json` or CSV files of `predict`",
     )

@@ -1,7 +1,6 @@
-"""`fastcifar compare RUN RUN`: what two runs were asked, where they ran, their curves and accuracies, side by side.
+"""`fastcifar compare RUN RUN`: compare the recipes, environments, curves and accuracies of two runs.
 
-It reads run folders, finished or not; a figure that one of them lacks is None. Nothing here measures, or reads a
-checkpoint.
+The run folders can be finished or not; a missing value is None. Checkpoints are not read.
 """
 
 from __future__ import annotations
@@ -22,54 +21,58 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float,
 from fastcifar.training.run_dir import read_environment
 
 COMPARED_CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
-TIMING_COLUMNS = ("images_per_s", "seconds")  # columns that differ even where nothing else does
-Z_95 = 1.96  # standard errors that 95 % of the differences by chance are within
+TIMING_COLUMNS = ("images_per_s", "seconds")  # columns that differ between otherwise identical runs
+Z_95 = 1.96  # standard errors; the two-sided 95 % quantile of the normal distribution
 
 JsonDocument = dict[str, Any]
 MetricValues = list[float | None]
 
 
 def read_run_document(path: Path) -> JsonDocument | None:
-    """A run folder's recipe, environment, curves (column -> a value an epoch) and summary; None for what is none.
+    """Return the options, environment, curves (column -> one value per epoch) and summary of a run folder.
 
-    Errors: `DataError` for one that is damaged.
+    Returns None if `path` is not a run folder. Raises `DataError` if its summary is damaged, and `UsageError` if its
+    recipe is invalid.
     """
     if not (path / "recipe.toml").is_file():
         return None
-    knobs = Recipe.from_saved(load_saved_recipe(path)).model_dump(mode="json")
+    options = Recipe.from_saved(load_saved_recipe(path)).model_dump(mode="json")
     rows = read_metrics_csv(path / "metrics.csv", sys.maxsize)
     summary = read_json_object(path / "summary.json")
     if not summary and (path / "summary.json").exists():
         raise DataError(f"{path / 'summary.json'} cannot be read", "compare another run")
     curves = {name: [parse_finite_float(row[name]) for row in rows] for name in METRICS_COLUMNS}
-    return {"knobs": knobs, "environment": _read_flat_environment(path), "curves": curves, "summary": summary}
+    return {"options": options, "environment": _read_flat_environment(path), "curves": curves, "summary": summary}
 
 
 def compare_runs(a: JsonDocument, b: JsonDocument) -> JsonDocument:
-    """What differs, each as [a's, b's]: `recipe` by knob, `environment` by what; `curves` and `accuracy`.
+    """Compare two documents of `read_run_document`; values are pairs [of a, of b].
 
-    curves: of each column `final`, `best` and `at_equal_epochs` (the last epoch that both have); `epochs` of each;
-    `first_difference`, the first epoch and its columns whose printed values are not the same, None if there is none.
+    recipe, environment  the options and environment entries that differ
+    epochs               the number of epochs of each run; `equal_epochs`: the smaller of the two
+    curves               for each column `final`, `best` and `at_equal_epochs` (after `equal_epochs` epochs)
+    first_difference     the first epoch, from 0, whose metrics differ, and the columns that differ; None if none do
+    accuracy             see `_compare_accuracy`
     """
-    mine, other = a["curves"], b["curves"]
-    both = min(len(mine["epoch"]), len(other["epoch"]))
+    curves_a, curves_b = a["curves"], b["curves"]
+    equal_epochs = min(len(curves_a["epoch"]), len(curves_b["epoch"]))
     return {
-        "recipe": _differing_items(a["knobs"], b["knobs"], OUTPUT_OPTIONS),
+        "recipe": _differing_items(a["options"], b["options"], OUTPUT_OPTIONS),
         "environment": _differing_items(a["environment"], b["environment"]),
-        "epochs": [len(mine["epoch"]), len(other["epoch"])],
-        "equal_epochs": both,
+        "epochs": [len(curves_a["epoch"]), len(curves_b["epoch"])],
+        "equal_epochs": equal_epochs,
         "curves": {
             name: {
-                "final": [_last_value(curve) for curve in (mine[name], other[name])],
+                "final": [_last_value(curve) for curve in (curves_a[name], curves_b[name])],
                 "best": [
-                    best((value for value in curve if value is not None), default=None)
-                    for curve in (mine[name], other[name])
+                    min_or_max((value for value in curve if value is not None), default=None)
+                    for curve in (curves_a[name], curves_b[name])
                 ],
-                "at_equal_epochs": [_last_value(curve[:both]) for curve in (mine[name], other[name])],
+                "at_equal_epochs": [_last_value(curve[:equal_epochs]) for curve in (curves_a[name], curves_b[name])],
             }
-            for name, best in COMPARED_CURVES.items()
+            for name, min_or_max in COMPARED_CURVES.items()
         },
-        "first_difference": _first_differing_epoch(mine, other, both),
+        "first_difference": _first_differing_epoch(curves_a, curves_b, equal_epochs),
         "accuracy": _compare_accuracy(a, b),
     }
 
@@ -82,46 +85,47 @@ def _differing_items(a: JsonDocument, b: JsonDocument, exclude: tuple[str, ...] 
 def _first_differing_epoch(a: dict[str, MetricValues], b: dict[str, MetricValues], epochs: int) -> JsonDocument | None:
     columns = [name for name in METRICS_COLUMNS if name not in TIMING_COLUMNS]
     for epoch in range(epochs):
-        found = [name for name in columns if a[name][epoch] != b[name][epoch]]
-        if found:
-            return {"epoch": epoch, "columns": found}
+        differing = [name for name in columns if a[name][epoch] != b[name][epoch]]
+        if differing:
+            return {"epoch": epoch, "columns": differing}
     return None
 
 
 def _compare_accuracy(a: JsonDocument, b: JsonDocument) -> JsonDocument | None:
-    """Both accuracies on the test set, or where one was not tested on the validation split, with their noise.
+    """Compare the accuracies on the test set or, if one of the runs was not tested, on the validation split.
 
-    `standard_error` of the difference, as if each had drawn images of its own; on the same images it is smaller, so
-    that a difference `within_noise` may still be one. None where there is nothing to compare.
+    The binomial `standard_error` of the difference treats the images of the two runs as independent samples. On the
+    same images the true error is smaller, so a difference `within_noise` can still be real. Returns None if neither
+    accuracy is available for both runs.
     """
     for name in ("test_acc", "val_acc"):
-        found = [
+        accuracies = [
             parse_finite_float(run["summary"].get(name, _last_value(run["curves"].get(name, [])))) for run in (a, b)
         ]
         sizes = [_split_size(run, name) for run in (a, b)]
-        if all(value is not None and 0 <= value <= 1 for value in found) and all(sizes):
-            mine, other = (float(value or 0) for value in found)
-            error = math.sqrt(sum(p * (1 - p) / n for p, n in zip((mine, other), sizes, strict=True)))
+        if all(accuracy is not None and 0 <= accuracy <= 1 for accuracy in accuracies) and all(sizes):
+            acc_a, acc_b = (float(accuracy or 0) for accuracy in accuracies)
+            standard_error = math.sqrt(sum(p * (1 - p) / n for p, n in zip((acc_a, acc_b), sizes, strict=True)))
             return {
                 "measured": name,
-                "a": mine,
-                "b": other,
-                "difference": other - mine,
+                "a": acc_a,
+                "b": acc_b,
+                "difference": acc_b - acc_a,
                 "n": sizes,
-                "standard_error": error,
-                "within_noise": abs(other - mine) <= Z_95 * error,
+                "standard_error": standard_error,
+                "within_noise": abs(acc_b - acc_a) <= Z_95 * standard_error,
             }
     return None
 
 
 def _split_size(run: JsonDocument, name: str) -> int:
-    """The images that an accuracy is of."""
-    found = run["summary"].get("total") if name == "test_acc" else run["knobs"]["val_size"]
-    return found if isinstance(found, int) else 0
+    """Return the number of images of the split that the accuracy `name` was measured on; 0 if unknown."""
+    size = run["summary"].get("total") if name == "test_acc" else run["options"]["val_size"]
+    return size if isinstance(size, int) else 0
 
 
 def _read_flat_environment(path: Path) -> JsonDocument:
-    """env.json, flat: `versions.torch` and so on, without when and how the run was started."""
+    """Return env.json with dotted names such as `versions.torch`, without the command and start times of the run."""
     flat: JsonDocument = {}
     for name, value in read_environment(path).items():
         if isinstance(value, dict):
@@ -136,25 +140,25 @@ def _last_value(curve: MetricValues) -> float | None:
 
 
 def run_comparison_table(comparison: JsonDocument) -> Group:
-    """What a person sees of `compare_runs`."""
-    asked = Table("differs", "A", "B", box=None)
+    """Return the table of a comparison by `compare_runs`, with the paths `a` and `b` in it."""
+    differences = Table("differs", "A", "B", box=None)
     for name, values in comparison["recipe"].items():
-        asked.add_row(option_flag(name), *map(format_option_value, values))
+        differences.add_row(option_flag(name), *map(format_option_value, values))
     for name, values in comparison["environment"].items():
-        asked.add_row(name, *map(format_option_value, values))
+        differences.add_row(name, *map(format_option_value, values))
     curves = Table("curve", box=None)
-    for heading in ("last A", "last B", "best A", "best B", f"A after {comparison['equal_epochs']}", "B"):
+    equal_epochs = comparison["equal_epochs"]
+    for heading in ("last A", "last B", "best A", "best B", f"A after {equal_epochs}", f"B after {equal_epochs}"):
         curves.add_column(heading, justify="right", no_wrap=True)
-    for name, figures in comparison["curves"].items():
-        cells = [value for pair in ("final", "best", "at_equal_epochs") for value in figures[pair]]
-        if any(value is not None for value in cells):
-            curves.add_row(name, *(format_decimal(value, 4) for value in cells))
-    same = "the same recipe and environment"
+    for name, values in comparison["curves"].items():
+        figures = [figure for pair in ("final", "best", "at_equal_epochs") for figure in values[pair]]
+        if any(figure is not None for figure in figures):
+            curves.add_row(name, *(format_decimal(figure, 4) for figure in figures))
     return Group(
         f"A: {comparison['a']}",
         f"B: {comparison['b']}",
         "",
-        *([asked] if asked.row_count else [same]),
+        *([differences] if differences.row_count else ["the same recipe and environment"]),
         "",
         curves,
         *_summary_lines(comparison),
@@ -167,13 +171,13 @@ def _summary_lines(comparison: JsonDocument) -> list[str]:
     lines = [
         f"{epochs}; the curves first differ in epoch {first['epoch']}: {', '.join(first['columns'])}"
         if first
-        else f"{epochs}; the curves do not differ in the {comparison['equal_epochs']} that both have"
+        else f"{epochs}; the curves do not differ in the {comparison['equal_epochs']} common epochs"
     ]
     if accuracy is None:
-        return [*lines, "accuracy: not measured in both"]
+        return [*lines, "accuracy: not measured in both runs"]
     n = " and ".join(f"{size:,}" for size in dict.fromkeys(accuracy["n"]))
-    verdict = "within" if accuracy["within_noise"] else "beyond"
-    noise = f"{verdict} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
+    relation = "within" if accuracy["within_noise"] else "beyond"
+    noise = f"{relation} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
     change = f"{100 * accuracy['difference']:+.2f} points from A to B"
     a, b = (format_percent(accuracy[name]) for name in ("a", "b"))
     return [*lines, f"{accuracy['measured']}: {a} and {b}, {change}, {noise}"]

@@ -1,6 +1,6 @@
-"""What the networks of a row get wrong: their mean confusion matrix, and the images that they are surest of and miss.
+"""Misclassified test images of a group of runs: the mean confusion matrix and the most confident wrong predictions.
 
-The networks are asked for the test set again, by the weights that met it in training; nothing is chosen by it.
+The models are evaluated on the test set again, with the weights of the original evaluation; no choice is based on it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from fastcifar.training.evaluate import predict_logits
 
 @dataclass(frozen=True, eq=False)
 class Misclassified:
-    """confusion: float64 [classes, classes], images of a class (the row) that a network calls another, the mean over
-    the networks. The rest is of single images, the worst first: uint8 [n, 32, 32, 3], class numbers int64 [n], and the
-    probability [n] that the networks give what they say, in the mean over them."""
+    """Test images that the models of a group misclassify.
+
+    confusion_matrix     float64 [classes, classes], the mean over the models of the number of images of each true class
+                         (row) with each predicted class (column)
+    images               uint8 [n, 32, 32, 3], misclassified images, the most confident first
+    labels, predictions  int64 [n], true and predicted class numbers
+    confidences          float64 [n], probability of the predicted class, the mean over the models
+    """
 
     classes: list[str]
     num_models: int
@@ -35,56 +40,57 @@ class Misclassified:
     confidences: np.ndarray
 
     def captions(self) -> list[str]:
-        """`cat 98 %, not dog` for each image."""
+        """Return a caption such as `cat 98 %, not dog` for each image."""
         return [
-            f"{self.classes[said]} {format_percent(sure, 0)}, not {self.classes[label]}"
-            for said, sure, label in zip(self.predictions, self.confidences, self.labels, strict=True)
+            f"{self.classes[prediction]} {format_percent(confidence, 0)}, not {self.classes[label]}"
+            for prediction, confidence, label in zip(self.predictions, self.confidences, self.labels, strict=True)
         ]
 
 
-def find_misclassified(row: RunGroup, count: int, console: Console | None = None, **overrides: Any) -> Misclassified:
-    """The mistakes of the finished runs of `row`, at most `count` images of them.
+def find_misclassified(group: RunGroup, count: int, console: Console | None = None, **overrides: Any) -> Misclassified:
+    """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
 
-    What several networks say is their mean probability. `changes`: of their recipes (data, device, precision); None
-    keeps the recipe's. Errors: those of `rebuild`, `DataError`, `NonFiniteError`, `CheckpointError` if they do not know
-    the same classes.
+    The predictions are those of the mean probabilities over the models. `overrides` replaces options of their recipes
+    (data, device, precision); None keeps the option of the recipe. Raises the errors of `load_model`, `DataError` if
+    the test set cannot be read, `NonFiniteError` if logits are not finite, and `CheckpointError` if the models have
+    different classes.
     """
-    matrices, likely, classes, test = [], [], None, None
-    for record in row.finished_runs:
+    matrices, probabilities, classes, test = [], [], None, None
+    for record in group.finished_runs:
         assert record.summary
         if console:
-            console.print(f"{record.folder}: asked for the test set", markup=False, highlight=False)
-        found = load_model(str(record.folder), record.summary.eval_weights, **overrides)
-        if classes not in (None, found.classes):
+            console.print(f"{record.folder}: evaluating on the test set", markup=False, highlight=False)
+        loaded = load_model(str(record.folder), record.summary.eval_weights, **overrides)
+        if classes not in (None, loaded.classes):
             raise CheckpointError(
-                f"{record.folder} knows other classes than {row.finished_runs[0].folder}", "report them apart"
+                f"{record.folder} has other classes than {group.finished_runs[0].folder}", "report them separately"
             )
-        classes, test = found.classes, found.load_dataset().test
-        found.compile_for(len(test.labels))
-        logits = predict_logits(found.model, found.forward, test, found.device)
+        classes, test = loaded.classes, loaded.load_dataset().test
+        loaded.compile_for(len(test.labels))
+        logits = predict_logits(loaded.model, loaded.forward, test, loaded.device)
         if not torch.isfinite(logits).all():
-            raise NonFiniteError(f"{record.folder} gives logits that are not finite", "use --precision fp32")
+            raise NonFiniteError(f"{record.folder} produces non-finite logits", "use --precision fp32")
         matrices.append(metrics.compute_confusion_matrix(logits, torch.from_numpy(test.labels)).double().numpy())
-        likely.append(logits.double().softmax(1).numpy())
+        probabilities.append(logits.double().softmax(1).numpy())
     assert classes
     assert test
-    mean = np.mean(likely, axis=0)
-    worst = most_confident_misclassified(mean, test.labels, count)
+    mean_probabilities = np.mean(probabilities, axis=0)
+    indices = most_confident_misclassified(mean_probabilities, test.labels, count)
     return Misclassified(
         classes=classes,
-        num_models=len(likely),
+        num_models=len(probabilities),
         confusion_matrix=np.mean(matrices, axis=0),
-        images=test.images[worst].transpose(0, 2, 3, 1),
-        labels=test.labels[worst],
-        predictions=mean[worst].argmax(1),
-        confidences=mean[worst].max(1),
+        images=test.images[indices].transpose(0, 2, 3, 1),
+        labels=test.labels[indices],
+        predictions=mean_probabilities[indices].argmax(1),
+        confidences=mean_probabilities[indices].max(1),
     )
 
 
 def most_confident_misclassified(probabilities: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Positions int64 of at most `count` images whose likeliest class is not the label, the surest first.
+    """Return the indices, int64, of at most `count` misclassified images, the most confident first.
 
-    `likely`: probabilities [n, classes]. Of equals the first.
+    `probabilities` is [n, classes], `labels` is [n]. Images of equal confidence keep their order.
     """
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
     return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:count]

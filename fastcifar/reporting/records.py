@@ -1,7 +1,6 @@
-"""Run folders and sweeps as records: what was asked of a run, what came of it, and why if nothing did.
+"""Read run folders and sweeps as records: the options of each run and its results, or the reason why it has none.
 
-It reads, and believes nothing: a folder that is damaged or not finished is a record that says so, never a traceback.
-No statistics here, and no network is built.
+A damaged or unfinished folder becomes a record with that state and the reason. No model is built.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float,
 from fastcifar.training.run_dir import read_environment
 
 TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
-MAX_METRIC_VALUE = 1e30  # of any metric; a mean of more might not be a number
-CUSTOM_RECIPE_NAME = "custom"  # what `train` calls a recipe of options alone
+MAX_METRIC_VALUE = 1e30  # larger metrics are dropped, because their mean can overflow
+CUSTOM_RECIPE_NAME = "custom"  # name that `train` records for a run without --recipe
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # of a folder
+FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class RunSummary(BaseModel):
-    """What a report needs of summary.json; whatever else is there is left alone."""
+    """The fields of summary.json that a report needs; other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -51,7 +50,7 @@ class RunSummary(BaseModel):
 
 
 class TrialLogEntry(BaseModel):
-    """A line of a sweep's trials.jsonl."""
+    """A line of trials.jsonl in a sweep folder; `knobs` are the options that the sweep varies."""
 
     trial: FolderName
     label: str
@@ -65,11 +64,13 @@ class TrialLogEntry(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, or a trial that came to none.
+    """A run, or a trial of a sweep without a run folder.
 
-    group: what it shares with the runs that differ from it by the seed alone. name: of that, for people.
-    knobs: its recipe's; of a trial without a run folder, those that the sweep varies. epochs: the rows of metrics.csv,
-    None where nothing was measured. state: "done" runs were tested as their recipe asks; reason: why others were not.
+    group_key    equal for runs that differ only by the seed; `name` is its readable form
+    options      the options of the recipe; of a trial without a run folder, only those that the sweep varies
+    state        "done" if the run finished; `reason` says why a run in any other state did not
+    summary      only of runs that are done
+    metric_rows  the rows of metrics.csv, one per epoch; a value that was not measured is None
     """
 
     folder: Path
@@ -85,75 +86,75 @@ class RunRecord:
 
     @property
     def device(self) -> str:
-        """The device it ran on, in words; "" if the folder does not say."""
+        """The name of the device that the run used; "" if unknown."""
         return one_line(self.environment.get("device", ""))
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:
-    """The runs in `paths`, run folders and sweeps, in order; what is named twice is there once.
+    """Return the records of the run folders and sweeps in `paths`, in order, each run once.
 
-    Errors: `CheckpointError` for a path that is neither, and where nothing at all could be read.
+    Raises `CheckpointError` if a path is neither a run folder nor a sweep, or if no run can be read.
     """
-    found: dict[Path, RunRecord] = {}
+    record_by_folder: dict[Path, RunRecord] = {}
     for path in paths:
         for record in read_sweep_records(path) if os.path.isfile(path / TRIALS_FILE) else [_read_folder(path)]:
-            place = record.folder.resolve()
-            if place not in found or record.group_key.startswith("sweep"):
-                found[place] = record
-    records = list(found.values())
+            folder = record.folder.resolve()
+            if folder not in record_by_folder or record.group_key.startswith("sweep"):
+                record_by_folder[folder] = record
+    records = list(record_by_folder.values())
     if all(record.state == "damaged" for record in records):
-        listed = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "they hold no trial"
-        raise CheckpointError(f"nothing to report: {listed}")
+        reasons = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "there are no trials"
+        raise CheckpointError(f"nothing to report: {reasons}")
     return records
 
 
 def _read_folder(path: Path) -> RunRecord:
     if not any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
         problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
-        raise CheckpointError(problem, f"give folders that hold {RECIPE_FILE} or {TRIALS_FILE}")
+        raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
     return read_run_record(path)
 
 
 def read_run_record(folder: Path) -> RunRecord:
-    """The record of a run folder, whatever state it is in."""
+    """Return the record of a run folder in any state."""
     environment = read_environment(folder)
     try:
-        knobs = _read_recipe_options(folder)
+        options = _read_recipe_options(folder)
     except UsageError as error:
         return RunRecord(
             folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment
         )
     recipe = one_line(environment.get("recipe", ""))
-    name = knobs["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
-    alike = {knob: value for knob, value in knobs.items() if knob not in ("seed", *OUTPUT_OPTIONS)}
+    name = options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
+    shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
     record = RunRecord(
         folder,
-        json.dumps(alike, sort_keys=True),
+        json.dumps(shared, sort_keys=True),
         name,
-        knobs,
-        knobs["seed"],
+        options,
+        options["seed"],
         "unfinished",
         metric_rows=_read_metric_rows(folder),
         environment=environment,
     )
     if not (folder / SUMMARY_FILE).exists():
-        reason = f"after {len(record.metric_rows)} of {knobs['epochs']} epochs: in training, or stopped"
+        reason = f"after {len(record.metric_rows)} of {options['epochs']} epochs: still training or interrupted"
         return replace(record, reason=reason)
     try:
         summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
     except (ValidationError, OSError) as error:
         return replace(record, state="damaged", reason=f"{SUMMARY_FILE}: {_describe_read_error(error)}")
-    if not summary.complete and summary.stop_reason != "max_steps":  # which is a knob: all of it that was asked for
+    if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
         return replace(record, reason=f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps")
     if not record.metric_rows:
-        warnings.warn(f"{folder / METRICS_FILE} has no row that can be read; its curves are left out", stacklevel=2)
+        warnings.warn(f"{folder / METRICS_FILE} has no valid row; its curves are omitted", stacklevel=2)
     return replace(record, state="done", summary=summary)
 
 
 def _read_recipe_options(folder: Path) -> dict[str, Any]:
-    """The recipe's knobs, checked; one that this version does not know is kept, one that the file lacks is the default.
+    """Return the validated options of the recipe, with unknown options kept and missing ones at their defaults.
 
-    Errors: `UsageError`.
+    Raises `UsageError` if the recipe is missing or invalid.
     """
     if not (folder / RECIPE_FILE).is_file():
         raise UsageError(f"no {RECIPE_FILE}")
@@ -162,7 +163,7 @@ def _read_recipe_options(folder: Path) -> dict[str, Any]:
 
 
 def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
-    """The whole rows of metrics.csv as numbers; what is no number that can be is None."""
+    """Return the complete rows of metrics.csv as numbers; values that are missing, invalid or too large are None."""
     try:
         rows = read_metrics_csv(folder / METRICS_FILE, sys.maxsize)
     except OSError:
@@ -171,15 +172,16 @@ def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
 
 
 def read_sweep_records(folder: Path) -> list[RunRecord]:
-    """The trials of a sweep. Errors: `CheckpointError`."""
+    """Return the records of the trials of a sweep. Raises `CheckpointError` if the trial log cannot be read."""
     return [_trial_record(folder, trial) for trial in read_trial_log(folder / TRIALS_FILE)[0].values()]
 
 
 def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
-    """The last line of each trial in a sweep's ledger, in the order of their first, and the bytes of its whole lines.
+    """Return the last entry of each trial in a trial log, and the length in bytes of the log's complete lines.
 
-    What comes after those was cut short by the end of a process, and counts as none; a whole line that is no trial's is
-    left out, with a warning. No file is no trials. Errors: `CheckpointError`.
+    Trials are in the order of their first entries. An incomplete last line, left behind by a terminated process, is
+    ignored; a complete but invalid line is skipped with a warning. A missing file has no trials. Raises
+    `CheckpointError` if the file cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -187,34 +189,36 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
         return {}, 0
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    whole = content.rfind(b"\n") + 1
-    trials, unreadable = {}, 0
-    for line in filter(bytes.strip, content[:whole].split(b"\n")):
+    num_bytes = content.rfind(b"\n") + 1
+    trials, num_invalid = {}, 0
+    for line in filter(bytes.strip, content[:num_bytes].split(b"\n")):
         try:
             trial = TrialLogEntry.model_validate_json(line)
         except ValidationError:
-            unreadable += 1
+            num_invalid += 1
         else:
             trials[trial.trial] = trial
-    if unreadable:
-        warnings.warn(f"{path}: {unreadable} of its lines cannot be read and are left out", stacklevel=2)
-    return trials, whole
+    if num_invalid:
+        warnings.warn(f"{path}: invalid lines skipped: {num_invalid}", stacklevel=2)
+    return trials, num_bytes
 
 
 def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
     folder = sweep_folder / (trial.run or f"runs/{trial.trial}")
-    label = one_line(trial.label)
-    named: dict[str, Any] = {"group_key": f"sweep {sweep_folder.resolve()} {trial.label}", "name": label}
-    if os.path.isdir(folder):  # unlike pathlib it takes any name
-        record = replace(read_run_record(folder), **named)
+    group: dict[str, Any] = {
+        "group_key": f"sweep {sweep_folder.resolve()} {trial.label}",
+        "name": one_line(trial.label),
+    }
+    if os.path.isdir(folder):  # unlike `Path.is_dir`, this accepts any name
+        record = replace(read_run_record(folder), **group)
     else:
-        reason = "in training, or stopped" if trial.state == "running" else "its run folder is gone"
+        reason = "still training or interrupted" if trial.state == "running" else "its run folder is missing"
         state = "unfinished" if trial.state == "running" else "damaged"
         record = RunRecord(
-            folder, options=upgrade_options(trial.knobs), seed=trial.seed, state=state, reason=reason, **named
+            folder, options=upgrade_options(trial.knobs), seed=trial.seed, state=state, reason=reason, **group
         )
     if trial.state in ("failed", "pruned"):
-        return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason was given"), summary=None)
+        return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason recorded"), summary=None)
     return record
 
 

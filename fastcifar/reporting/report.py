@@ -1,7 +1,6 @@
-"""`fastcifar report`: runs and sweeps as a table, as pictures and as a page.
+"""`fastcifar report`: a report on runs and sweeps as a table, plots and an HTML page.
 
-It puts the other rooms together: `records` reads, `seeds` averages, `ablation` and `formats` tabulate, `mistakes` asks
-networks, `pictures` and `page` draw. Everything that can be wrong with the command is found before any of it is done.
+All arguments are checked before models are evaluated or files are written.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from rich.console import Console, RenderableType
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import one_line
 from fastcifar.plotting import create_plots_dir
-from fastcifar.reporting import report_plots
 from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.html import check_html_output, write_html_report
 from fastcifar.reporting.misclassified import Misclassified, find_misclassified
 from fastcifar.reporting.records import read_records
+from fastcifar.reporting.report_plots import write_report_plots
 from fastcifar.reporting.table import build_report_table
 from fastcifar.reporting.table_formats import TABLE_FORMATS
 
@@ -36,38 +35,46 @@ def build_report(
     console: Console | None = None,
     **overrides: Any,
 ) -> tuple[dict[str, Any], RenderableType]:
-    """The runs and sweeps in `paths` as the document of --json, and as text in one of FORMATS.
+    """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
 
-    `plots`: a folder for curves. `html`: a page that needs nothing else. `mistakes`: the networks of each row are asked
-    for the test set anew, for confusion matrices and so many of their worst mistakes, with `changes` to their recipes
-    (data, device, precision). Errors: `UsageError`, `CheckpointError`, `DiskError`, and those of `mistakes.look`.
+    format              name in `TABLE_FORMATS`
+    sort_by             column to sort by, see `build_report_table`
+    include_validation  adds the accuracy on the validation split
+    plots               folder for PNG files of the curves
+    html                path of a self-contained HTML page
+    num_misclassified   if not 0, the finished runs are evaluated on the test set again, for confusion matrices and this
+                        many misclassified images of each group
+    overrides           options of the recipes that this evaluation replaces (data, device, precision)
+
+    Raises `UsageError`, `CheckpointError`, `DiskError`, and the errors of `find_misclassified`.
     """
-    written = lookup(TABLE_FORMATS, format, "format")
+    render = lookup(TABLE_FORMATS, format, "format")
     if num_misclassified and not (plots or html):
-        raise UsageError("--mistakes has nowhere to be drawn", "add --html FILE or --plots DIR")
+        raise UsageError("--mistakes needs an output for its images", "add --html FILE or --plots DIR")
     table = build_report_table(group_runs(read_records(paths)), sort_by, include_validation)
     if html:
         check_html_output(html)
     if plots:
         create_plots_dir(plots)
-    seen: dict[str, Misclassified] = {}
+    misclassified: dict[str, Misclassified] = {}
     if num_misclassified:
-        seen = {
-            row.name: find_misclassified(row, num_misclassified, console, **overrides)
-            for row in table.rows
-            if row.finished_runs
+        misclassified = {
+            group.name: find_misclassified(group, num_misclassified, console, **overrides)
+            for group in table.rows
+            if group.finished_runs
         }
-    files = report_plots.write_report_plots(plots, table.rows, seen) if plots else []
+    files = write_report_plots(plots, table.rows, misclassified) if plots else []
     if html:
-        texts = [table.row_texts(row) for row in table.rows]
-        values = [table.row_values(row) for row in table.rows]
-        write_html_report(html, _report_title(paths), table.rows, texts, values, table.describe_excluded_runs(), seen)
+        texts = [table.row_texts(group) for group in table.rows]
+        values = [table.row_values(group) for group in table.rows]
+        excluded = table.describe_excluded_runs()
+        write_html_report(html, _report_title(paths), table.rows, texts, values, excluded, misclassified)
         files.append(html)
     document = {
-        "rows": [{**table.row_values(row), "runs": _run_documents(row)} for row in table.rows],
+        "rows": [{**table.row_values(group), "runs": _run_documents(group)} for group in table.rows],
         "written": [str(path) for path in files],
     }
-    return document, written(table)
+    return document, render(table)
 
 
 def _report_title(paths: Sequence[Path]) -> str:
@@ -75,7 +82,7 @@ def _report_title(paths: Sequence[Path]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _run_documents(row: RunGroup) -> list[dict[str, Any]]:
+def _run_documents(group: RunGroup) -> list[dict[str, Any]]:
     return [
         {
             "run": str(record.folder),
@@ -85,5 +92,5 @@ def _run_documents(row: RunGroup) -> list[dict[str, Any]]:
             "test_acc": record.summary.test_acc if record.summary else None,
             "val_acc": record.summary.val_acc if record.summary else None,
         }
-        for record in row.records
+        for record in group.records
     ]

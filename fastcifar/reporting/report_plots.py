@@ -1,6 +1,6 @@
-"""The pictures of a report: which columns of metrics.csv make which chart, in which colours; rows -> PNG files.
+"""The charts of a report, from columns of metrics.csv, and writing them as PNG files.
 
-The page draws the same charts; how a PNG is drawn is in `plots`.
+The HTML page shows the same charts (html.py). `fastcifar.plotting` draws the PNG files.
 """
 
 from __future__ import annotations
@@ -16,82 +16,82 @@ from fastcifar.plotting import LineSeries
 from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.reporting.misclassified import Misclassified
 
-# Okabe and Ito's colours, which every eye tells apart, without yellow and black, and three more for longer tables; they
-# are seen on white and on black, and after the last they begin again.
+# The color-blind safe palette of Okabe and Ito without yellow and black, and three more colors. All of them are visible
+# on white and on black backgrounds. With more groups than colors, colors repeat.
 LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080", "#8c6bb1", "#a6761d")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """columns: of metrics.csv; the first one's lines are whole, the second one's dashed."""
+    """A line chart. `columns` maps columns of metrics.csv to labels; the first is drawn solid, the second dashed."""
 
     title: str
     columns: dict[str, str]
     is_fraction: bool = False
 
-    def line_style_note(self, rows: Sequence[RunGroup]) -> str:
-        """What the kinds of lines mean, for the reader of this chart of `rows`."""
-        kinds = zip(self.columns.values(), ("whole line", "dashed line"), strict=False)
-        said = [f"{what}: {kind}" for what, kind in kinds if what]
+    def line_style_note(self, groups: Sequence[RunGroup]) -> str:
+        """Return the legend of the line styles in the chart of `groups`."""
+        styles = zip(self.columns.values(), ("solid line", "dashed line"), strict=False)
+        notes = [f"{label}: {style}" for label, style in styles if label]
         if any(column.startswith("val_") for column in self.columns):
-            said.append("dot: best epoch")
-        if any(len(row.plotted_runs) > 1 for row in rows):
-            said.append("band: ± std over seeds")
-        return "; ".join(said)
+            notes.append("dot: best epoch")
+        if any(len(group.plotted_runs) > 1 for group in groups):
+            notes.append("band: ± std over seeds")
+        return "; ".join(notes)
 
 
 CHARTS = {
     "accuracy": Chart("accuracy, %", {"val_acc": "validation", "train_acc": "training"}, is_fraction=True),
     "loss": Chart("loss, nats", {"val_loss": "validation", "train_loss": "training"}),
-    "throughput": Chart("images/s in training", {"images_per_s": ""}),
+    "throughput": Chart("training throughput, images/s", {"images_per_s": ""}),
 }
 
 
-def chart_lines(chart: Chart, rows: Sequence[RunGroup]) -> list[LineSeries]:
-    """The curves of `chart`, each row in its colour; validation's have the best epoch marked."""
-    found = []
-    for row, colour in zip(rows, itertools.cycle(LINE_COLORS), strict=False):
-        name = row.name if row.finished_runs else f"{row.name} (not finished)"
-        for place, (column, what) in enumerate(chart.columns.items()):
-            curve = row.curve(column)
+def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
+    """Return the curves of `chart`, one color for each group; the best epoch is marked on validation curves."""
+    lines = []
+    for group, color in zip(groups, itertools.cycle(LINE_COLORS), strict=False):
+        name = group.name if group.finished_runs else f"{group.name} (not finished)"
+        for index, (column, label) in enumerate(chart.columns.items()):
+            curve = group.curve(column)
             if curve is None:
                 continue
             scale = 100 if chart.is_fraction else 1
-            best = row.best_epoch if column.startswith("val_") else None
-            found.append(
+            best_epoch = group.best_epoch if column.startswith("val_") else None
+            lines.append(
                 LineSeries(
                     name=name,
-                    variant=what,
-                    color=colour,
-                    is_dashed=place > 0,
+                    variant=label,
+                    color=color,
+                    is_dashed=index > 0,
                     x=curve.epochs,
                     y=[scale * mean for mean in curve.mean],
-                    std=[scale * std for std in curve.std] if curve.std and place == 0 else None,
-                    marked_index=curve.epochs.index(best) if best in curve.epochs else None,
+                    std=[scale * std for std in curve.std] if curve.std and index == 0 else None,
+                    marked_index=curve.epochs.index(best_epoch) if best_epoch in curve.epochs else None,
                 )
             )
-    return found
+    return lines
 
 
 def write_report_plots(
-    folder: Path, rows: Sequence[RunGroup], misclassified_by_row: Mapping[str, Misclassified]
+    folder: Path, groups: Sequence[RunGroup], misclassified_by_group: Mapping[str, Misclassified]
 ) -> list[Path]:
-    """Writes the charts that there are curves for, the accuracy of each class, and what `seen` shows of each row.
+    """Write PNG files to `folder`: charts of the curves, the accuracy of each class, and the misclassified images.
 
-    Returns the files. Errors: `DiskError`.
+    Returns the paths of the files. Raises `DiskError` if a file cannot be written.
     """
     files = []
     for name, chart in CHARTS.items():
-        if found := chart_lines(chart, rows):
+        if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
-            plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(rows), found)
-    by_class = {row.name: shares for row in rows if (shares := row.per_class_accuracy())}
-    if by_class:
+            plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
+    per_class = {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
+    if per_class:
         files.append(folder / "classes.png")
-        plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", by_class)
-    for place, row in enumerate(rows):
-        if mistakes := misclassified_by_row.get(row.name):
-            files += _write_misclassified_plots(folder, f"{place + 1}-{_safe_file_name(row.name)}.png", mistakes)
+        plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
+    for number, group in enumerate(groups, start=1):
+        if misclassified := misclassified_by_group.get(group.name):
+            files += _write_misclassified_plots(folder, f"{number}-{_safe_file_name(group.name)}.png", misclassified)
     return files
 
 

@@ -1,7 +1,7 @@
-"""`fastcifar runs`: the run folders and sweeps below a folder, what state each is in, and removing them.
+"""`fastcifar runs`: list the run folders and sweeps below a folder with their states, and remove them.
 
-What is not surely a run's or a sweep's own is never removed, and no link is followed: a folder that one of our files
-lies in may be anybody's. Nothing here reads a checkpoint.
+A folder that contains any file that is not part of a run or sweep is never removed, and symbolic links are not
+followed. Checkpoints are not read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment, read_summary
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
-# What a run, a sweep and a sweep's `runs` consist of, exported files and their cards included. More is not ours.
+# The expected contents of a run folder, a sweep folder and the `runs` folder of a sweep, including exported models and
+# their model cards. A folder with any other content is not removed.
 EXPECTED_FOLDERS = {
     "run": {"checkpoints", "plots", "tensorboard"},
     "sweep": {"runs", "plots"},
@@ -49,58 +50,62 @@ EXPECTED_FILES = {
         ".*.tmp",
         *EXPORTED_PATTERNS,
     ),
-    "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # Optuna's journal and its lock
-    "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # and what SQLite puts beside it; lock files (see files.py)
+    "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # the journal of Optuna and its lock file
+    "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # includes the auxiliary files of SQLite; lock files (see files.py)
 }
 
 ListingEntry = dict[str, Any]
 
 
 def folder_kind(folder: Path) -> str | None:
-    """ "sweep", "run" or None, for what is neither, though it may hold a file of the same name."""
+    """Return "sweep" or "run", or None for any other folder, even if it contains a file such as recipe.toml."""
     if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
         return "sweep"
-    begun = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
-    return "run" if begun else None
+    is_run = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
+    return "run" if is_run else None
 
 
 def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
-    """The runs and sweeps in `folder`, sorted; not those inside of another, and none through a link."""
+    """Yield the runs and sweeps below `folder`, sorted by path.
+
+    Runs and sweeps inside another run or sweep are not included, and symbolic links are not followed.
+    """
     try:
-        inside = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        subfolders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except OSError:
         return
-    for path in inside:
+    for path in subfolders:
         if folder_kind(path):
             yield path
-        elif path.name != MLFLOW_ARTIFACTS and not path.name.startswith("."):  # which holds copies of recipes
+        elif path.name != MLFLOW_ARTIFACTS and not path.name.startswith("."):  # MLflow keeps copies of recipes
             yield from find_runs_and_sweeps(path)
 
 
 def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> list[ListingEntry]:
-    """An entry for each run and sweep below `folder`, the smallest `sort` first and what was not measured before it.
+    """Return an entry for each run and sweep below `folder`, in ascending order of `sort_by`, missing values first.
 
     Keys: name, kind, state ("running", "finished", "interrupted", "damaged"), arch, recipe, epochs, val_acc, test_acc,
-    seconds, bytes, date; of sweeps also trials, by state. Errors: `UsageError`.
+    seconds, bytes, date; for sweeps also trials, the number of trials in each state. Raises `UsageError` if the folder
+    does not exist or `sort_by` is not in `SORT_COLUMNS`.
     """
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}", "give the folder of your runs")
+        raise UsageError(f"there is no folder {folder}", "give the folder that contains the runs")
     lookup(SORT_COLUMNS, sort_by, "column")
     entries = [
         describe_run_or_sweep(path)
         for path in ([folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder))
     ]
-    return sorted(entries, key=lambda row: (row[sort_by] is not None, row[sort_by] or 0), reverse=reverse)
+    return sorted(entries, key=lambda entry: (entry[sort_by] is not None, entry[sort_by] or 0), reverse=reverse)
 
 
 def describe_run_or_sweep(folder: Path) -> ListingEntry:
-    """What is known of one run or sweep."""
-    of = {"run": _describe_run, "sweep": _describe_sweep}[str(folder_kind(folder))]
+    """Return the entry of a run or sweep folder, with the keys of `list_runs`."""
+    kind = folder_kind(folder)
     return {
         **dict.fromkeys(SORT_COLUMNS),
         "name": str(folder),
-        "kind": folder_kind(folder),
-        **of(folder),
+        "kind": kind,
+        **(_describe_sweep(folder) if kind == "sweep" else _describe_run(folder)),
         "bytes": folder_size_bytes(folder),
     }
 
@@ -110,18 +115,18 @@ def _describe_run(folder: Path) -> ListingEntry:
     rows = read_metrics_csv(folder / "metrics.csv", sys.maxsize)
     last = rows[-1] if rows else {}
     try:
-        knobs = load_saved_recipe(folder)
-        Recipe.from_saved(knobs)
+        options = load_saved_recipe(folder)
+        Recipe.from_saved(options)
         state = "interrupted"
     except UsageError:
-        knobs, state = {}, "damaged"
+        options, state = {}, "damaged"
     if (folder / SUMMARY_FILE).exists():
         state = state if state == "damaged" else "finished" if summary else "damaged"
     elif is_locked(folder):
         state = "running"
     return {
         "state": state,
-        "arch": knobs.get("arch"),
+        "arch": options.get("arch"),
         "recipe": environment.get("recipe"),
         "epochs": int(parse_finite_float(summary.get("epochs")) or len(rows)),
         "val_acc": parse_finite_float(summary.get("val_acc", last.get("val_acc"))),
@@ -152,7 +157,7 @@ def _describe_sweep(folder: Path) -> ListingEntry:
     }
 
 
-# what entries can be sorted by -> how a table shows it
+# columns that entries can be sorted by -> how a table formats their values
 SORT_COLUMNS: dict[str, Callable[[Any], str]] = {
     "name": str,
     "kind": str,
@@ -169,136 +174,150 @@ SORT_COLUMNS: dict[str, Callable[[Any], str]] = {
 
 
 def runs_table(entries: Sequence[ListingEntry]) -> Table:
-    """The entries as `runs ls` shows them."""
+    """Return the table that `runs ls` prints."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in ("name", "state", "arch, recipe"):
         table.add_column(heading, overflow="fold", min_width=8)
-    figures = {"epochs": "epochs", "val_acc": "val", "test_acc": "test", "seconds": "seconds", "bytes": "size"}
-    for heading in (*figures.values(), "date"):
+    numeric_columns = {"epochs": "epochs", "val_acc": "val", "test_acc": "test", "seconds": "seconds", "bytes": "size"}
+    for heading in (*numeric_columns.values(), "date"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in entries:
-        shown = {name: MISSING if row[name] is None else spell(row[name]) for name, spell in SORT_COLUMNS.items()}
-        cells = (shown[name] for name in (*figures, "date"))
-        table.add_row(shown["name"], shown["state"], f"{shown['arch']}, {shown['recipe']}", *cells)
+    for entry in entries:
+        texts = {
+            name: MISSING if entry[name] is None else format_value(entry[name])
+            for name, format_value in SORT_COLUMNS.items()
+        }
+        cells = (texts[name] for name in (*numeric_columns, "date"))
+        table.add_row(texts["name"], texts["state"], f"{texts['arch']}, {texts['recipe']}", *cells)
     return table
 
 
 def select_for_removal(
     paths: Sequence[Path], only_unfinished: bool = False, keep_best: int | None = None, only_checkpoints: bool = False
 ) -> list[ListingEntry]:
-    """What `runs rm` would remove of `paths`: all of them; or, of them and of runs in them, only some.
+    """Return the entries that `runs rm` removes: all of `paths` or, with a filter, some of the runs in or below them.
 
-    `unfinished`: runs interrupted or damaged. `keep_best`: finished runs but for so many of the highest val_acc; those
-    without one stay, and with either of these sweeps do. `checkpoints`: only folders that have some.
-    Errors: `UsageError` for what is no run or sweep, or is running, or holds what is not ours.
+    only_unfinished   a filter that selects interrupted and damaged runs
+    keep_best         a filter that selects all finished runs but this many with the highest val_acc; a run without
+                      val_acc is not selected
+    only_checkpoints  leaves out entries without checkpoints; `bytes` counts only the checkpoints
+
+    A filter never selects a sweep. Raises `UsageError` if a path is not a run or sweep, a selected run is training, or
+    a selected folder contains files that are not part of a run or sweep.
     """
-    filtered = only_unfinished or keep_best is not None
+    is_filtered = only_unfinished or keep_best is not None
     folders = [
-        found
+        folder
         for path in paths
-        for found in ([path] if folder_kind(path) or not filtered else find_runs_and_sweeps(path))
+        for folder in ([path] if folder_kind(path) or not is_filtered else find_runs_and_sweeps(path))
     ]
-    for path in [] if filtered else folders:
-        _require_removable(path)
-    places = {path.resolve(): path for path in folders}  # each once, and not what goes with another
-    entries = [describe_run_or_sweep(path) for place, path in places.items() if not places.keys() & set(place.parents)]
-    if filtered:
-        runs = [row for row in entries if row["kind"] == "run"]
-        ranked = [row for row in runs if row["state"] == "finished" and row["val_acc"] is not None]
-        ranked.sort(key=lambda row: -row["val_acc"])
-        beaten = ranked[keep_best:] if keep_best is not None else []
-        stopped = [row for row in runs if only_unfinished and row["state"] in ("interrupted", "damaged")]
-        entries = [row for row in entries if row in beaten or row in stopped]
-        for row in entries:
-            _require_removable(Path(row["name"]))
-    for row in entries:
-        if row["state"] == "running":
-            raise UsageError(f"{row['name']} is being trained by another process", "stop it first")
-    if only_checkpoints:
-        entries = [
-            {**row, "bytes": sum(map(folder_size_bytes, _checkpoint_folders(Path(row["name"]))))} for row in entries
-        ]
-    return [row for row in entries if row["bytes"] or not only_checkpoints]
+    if not is_filtered:
+        for folder in folders:
+            _require_removable(folder)
+    # each folder once, without folders inside another one of the list
+    by_path = {folder.resolve(): folder for folder in folders}
+    entries = [
+        describe_run_or_sweep(folder) for path, folder in by_path.items() if not by_path.keys() & {*path.parents}
+    ]
+    if is_filtered:
+        entries = _filter_entries(entries, only_unfinished, keep_best)
+        for entry in entries:
+            _require_removable(Path(entry["name"]))
+    for entry in entries:
+        if entry["state"] == "running":
+            raise UsageError(f"{entry['name']} is being trained by another process", "stop that process first")
+    if not only_checkpoints:
+        return entries
+    sizes = [sum(map(folder_size_bytes, _checkpoint_folders(Path(entry["name"])))) for entry in entries]
+    return [{**entry, "bytes": size} for entry, size in zip(entries, sizes, strict=True) if size]
+
+
+def _filter_entries(
+    entries: Sequence[ListingEntry], only_unfinished: bool, keep_best: int | None
+) -> list[ListingEntry]:
+    """Return the runs among `entries` that the filters of `select_for_removal` select."""
+    runs = [entry for entry in entries if entry["kind"] == "run"]
+    selected = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
+    if keep_best is not None:
+        ranked = [entry for entry in runs if entry["state"] == "finished" and entry["val_acc"] is not None]
+        selected += sorted(ranked, key=lambda entry: -entry["val_acc"])[keep_best:]
+    return [entry for entry in entries if entry in selected]
 
 
 def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, console: Console) -> None:
-    """Asks on a terminal. Errors: `UsageError` off a terminal, or after a no."""
+    """Ask for confirmation on the terminal. Raises `UsageError` if there is no terminal or the user declines."""
     console.print(runs_table(entries))
     what = "the checkpoints of these" if only_checkpoints else "these"
     if not (sys.stdin.isatty() and console.is_terminal):
-        raise UsageError(f"{len(entries)} to remove, and nobody to ask", "give --yes")
-    if not Confirm.ask(f"remove {what} {len(entries)}?", console=console, default=False):
+        raise UsageError("removal needs confirmation, but there is no terminal", "add --yes")
+    if not Confirm.ask(f"remove {what} {len(entries)} folders?", console=console, default=False):
         raise UsageError("nothing was removed")
 
 
 def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False) -> None:
-    """Removes the folders of `entries`, or only their checkpoints, all of them locked first.
+    """Remove the folders of `entries`, or only their checkpoints, after locking all of them.
 
-    Errors: `UsageError` if one is being trained, before any is removed; `DiskError`.
+    Raises `UsageError` if one is being trained, before any is removed, and `DiskError` if a folder cannot be removed.
     """
-    folders = [Path(row["name"]) for row in entries]
-    inside = {folder: list(find_runs_and_sweeps(folder)) for folder in folders if folder_kind(folder) == "sweep"}
+    folders = [Path(entry["name"]) for entry in entries]
+    runs_of_sweep = {folder: list(find_runs_and_sweeps(folder)) for folder in folders if folder_kind(folder) == "sweep"}
     with ExitStack() as stack:
-        locks = {path: stack.enter_context(lock_folder(path)) for path in [*folders, *chain(*inside.values())]}
+        locks = {path: stack.enter_context(lock_folder(path)) for path in [*folders, *chain(*runs_of_sweep.values())]}
         for folder in folders:
             _require_removable(folder)
-            # a sweep's runs first: the file that locks a run may lie in the sweep's folder, and be in use until then
-            for removed in _checkpoint_folders(folder) if only_checkpoints else [*inside.get(folder, []), folder]:
+            # the runs of a sweep first: their lock files can be in the sweep folder and are in use until then
+            for path in _checkpoint_folders(folder) if only_checkpoints else [*runs_of_sweep.get(folder, []), folder]:
                 try:
-                    shutil.rmtree(removed)
+                    shutil.rmtree(path)
                 except OSError as error:
-                    raise DiskError(f"cannot remove {removed}: {error.strerror}") from None
-                if removed in locks:
-                    locks[removed].release()
+                    raise DiskError(f"cannot remove {path}: {error.strerror}") from None
+                if path in locks:
+                    locks[path].release()
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders of checkpoints of a run, or of a sweep's runs."""
-    runs = (
-        [folder]
-        if folder_kind(folder) == "run"
-        else [run for run in find_runs_and_sweeps(folder) if folder_kind(run) == "run"]
-    )
-    found = [run / "checkpoints" for run in runs]
-    return [path for path in found if path.is_dir() and not path.is_symlink()]
+    """Return the checkpoint folders of a run, or of the runs of a sweep."""
+    folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
+    checkpoints = [run / "checkpoints" for run in folders if folder_kind(run) == "run"]
+    return [path for path in checkpoints if path.is_dir() and not path.is_symlink()]
 
 
 def _require_removable(folder: Path) -> None:
-    """Errors: `UsageError` if `folder` is not a run or a sweep that holds nothing but its own."""
+    """Raise `UsageError` unless `folder` is a run or sweep that contains only the expected files and folders."""
     if folder.is_symlink():
-        raise UsageError(f"{folder} is a link", "give the folder itself")
-    of = folder_kind(folder)
-    if of is None:
+        raise UsageError(f"{folder} is a symbolic link", "give the folder itself")
+    kind = folder_kind(folder)
+    if kind is None:
         raise UsageError(f"{folder} is neither a run nor a sweep", "see `fastcifar runs ls`")
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise UsageError(f"{folder} is where you are", "go elsewhere first")
-    for path in _foreign_paths(folder, of):
-        raise UsageError(f"{path} is not of a {of}", "move it away, or remove the folder by hand")
+        raise UsageError(f"{folder} contains the current working directory", "change to another directory first")
+    unexpected = next(_unexpected_paths(folder, kind), None)
+    if unexpected:
+        raise UsageError(f"{unexpected} is not part of a {kind}", "move it away, or remove the folder manually")
 
 
-def _foreign_paths(folder: Path, kind: str) -> Iterator[Path]:
-    """What in a run or a sweep is not its own; in a run's own folders anything is."""
-    for item in os.scandir(folder):
-        path = Path(item.path)
-        if not item.is_dir(follow_symlinks=False):
+def _unexpected_paths(folder: Path, kind: str) -> Iterator[Path]:
+    """Yield the paths in a run or sweep that are not part of it; the expected folders of a run may contain anything."""
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        if not entry.is_dir(follow_symlinks=False):
             if not any(fnmatchcase(path.name, pattern) for pattern in EXPECTED_FILES[kind]):
                 yield path
         elif kind == "runs" and path.name not in EXPECTED_FOLDERS[kind]:
-            yield from _foreign_paths(path, "run")
+            yield from _unexpected_paths(path, "run")
         elif path.name not in EXPECTED_FOLDERS[kind]:
             yield path
         elif path.name == "runs":
-            yield from _foreign_paths(path, "runs")
+            yield from _unexpected_paths(path, "runs")
 
 
 def folder_size_bytes(folder: Path) -> int:
-    """Bytes of the files in `folder`, links not followed."""
+    """Return the total size of the files below `folder` in bytes, without following symbolic links."""
     total = 0
     for parent, _, files in os.walk(folder):
         for name in files:
             try:
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except OSError:  # of a run that replaces its files meanwhile
+            except OSError:  # a running training process replaced the file
                 continue
     return total
 
@@ -308,5 +327,5 @@ def _modified_at(path: Path) -> str:
 
 
 def _dict_or_empty(document: ListingEntry, key: str) -> ListingEntry:
-    found = document.get(key)
-    return found if isinstance(found, dict) else {}
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}

@@ -1,6 +1,6 @@
-"""FORMATS: the table of an ablation for a terminal, as Markdown, CSV and LaTeX, each with who is in no mean, and why.
+"""Render the table of a report for a terminal or as Markdown, CSV or LaTeX.
 
-Whatever comes from a run folder is escaped as the format needs it. Nothing is computed here.
+Each format also lists the runs that are not averaged, with the reasons, and escapes text from run folders.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import string
 from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -17,94 +18,101 @@ from rich.text import Text
 from fastcifar.format import add_wrap_points, format_option_value
 from fastcifar.reporting.table import RESULT_COLUMNS, ReportTable
 
-ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ by the seed alone"
+ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ only by the seed"
 EXCLUDED_HEADING = "not in the means"
-MAX_OPTION_WIDTH = 16  # letters of a knob in the terminal's table; what is longer is said above it
+MAX_OPTION_WIDTH = 16  # characters; longer option values are listed above the terminal table
 LATEX_ESCAPES = (
     {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {char: f"\\{char}" for char in "&%$#_{}"}
 )
 
 
 def render_terminal(table: ReportTable) -> RenderableType:
-    """What all rows share in one line, the rest as a table, and the runs that are not averaged.
+    """Return the values that all rows share on one line, the other columns as a table, and the excluded runs.
 
-    On a narrow terminal the knobs come first, in a table of their own.
+    On a terminal that is too narrow for one table, options and results are two tables.
     """
-    texts = [table.row_texts(row) for row in table.rows]
-    knobs = [heading for heading, column in table.columns.items() if column.is_option]
-    shared = {name: texts[0][name] for name in [*knobs, "of", "notes"] if len({text[name] for text in texts}) == 1}
-    shown = [heading for heading in texts[0] if heading not in shared]
-    long = dict.fromkeys(
-        text[name] for text in texts for name in knobs if name in shown and len(text[name]) > MAX_OPTION_WIDTH
+    texts = [table.row_texts(group) for group in table.rows]
+    options = [heading for heading, column in table.columns.items() if column.is_option]
+    shared = {name: texts[0][name] for name in [*options, "of", "notes"] if len({text[name] for text in texts}) == 1}
+    headings = [heading for heading in texts[0] if heading not in shared]
+    long_texts = dict.fromkeys(
+        text[name] for text in texts for name in options if name in headings and len(text[name]) > MAX_OPTION_WIDTH
     )
-    letters = {text: f"({chr(ord('a') + place)})" for place, text in zip(range(26), long, strict=False)}
+    labels = {text: f"({letter})" for text, letter in zip(long_texts, string.ascii_lowercase, strict=False)}
+    short_texts = [{heading: labels.get(text, text) for heading, text in row.items()} for row in texts]
 
-    def drawn(headings: Sequence[str]) -> Table:
-        made = Table(box=None)
-        for heading in headings:
-            is_text = heading in ("row", "of", "notes")
-            made.add_column(heading, justify="left" if is_text else "right", no_wrap=heading in RESULT_COLUMNS)
-        for text in texts:
-            made.add_row(*(Text(letters.get(text[heading], text[heading]), overflow="fold") for heading in headings))
-        return made
+    option_headings = ["row", *(heading for heading in headings if heading in options)]
+    result_headings = [heading for heading in headings if heading not in options]
+    single_table = _terminal_table(headings, short_texts)
+    fits = Console(width=10_000).measure(single_table).maximum <= Console().width
+    tables = (
+        [single_table]
+        if fits or len(option_headings) == 1
+        else [_terminal_table(option_headings, short_texts), "", _terminal_table(result_headings, short_texts)]
+    )
+    notes = [f"{name}: {add_wrap_points(text)}" for name, text in shared.items() if text]
+    notes += [f"{label}: {add_wrap_points(text)}" for text, label in labels.items()]
+    output: list[RenderableType] = [Text("; ".join(notes)), "", *tables, "", Text(ACCURACY_NOTE)]
+    if excluded := table.describe_excluded_runs():
+        excluded_table = Table(*excluded[0], box=None, title=EXCLUDED_HEADING, title_justify="left")
+        for run in excluded:
+            excluded_table.add_row(*(Text(text, overflow="fold") for text in run.values()))
+        output += ["", excluded_table]
+    return Group(*output)
 
-    results = [heading for heading in shown if heading not in knobs]
-    fits = Console(width=10_000).measure(drawn(shown)).maximum <= Console().width
-    asked = ["row", *(heading for heading in shown if heading in knobs)]
-    tables = [drawn(shown)] if fits or len(asked) == 1 else [drawn(asked), "", drawn(results)]
-    said = [f"{name}: {add_wrap_points(text)}" for name, text in shared.items() if text]
-    said += [f"{letter}: {add_wrap_points(text)}" for text, letter in letters.items()]
-    parts: list[RenderableType] = [Text("; ".join(said)), "", *tables, "", Text(ACCURACY_NOTE)]
-    if left_out := table.describe_excluded_runs():
-        others = Table(*left_out[0], box=None, title=EXCLUDED_HEADING, title_justify="left")
-        for record in left_out:
-            others.add_row(*(Text(text, overflow="fold") for text in record.values()))
-        parts += ["", others]
-    return Group(*parts)
+
+def _terminal_table(headings: Sequence[str], rows: Sequence[dict[str, str]]) -> Table:
+    table = Table(box=None)
+    for heading in headings:
+        is_text = heading in ("row", "of", "notes")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading in RESULT_COLUMNS)
+    for row in rows:
+        table.add_row(*(Text(row[heading], overflow="fold") for heading in headings))
+    return table
 
 
 def render_markdown(table: ReportTable) -> str:
-    """Two tables: the rows, and the runs that are not averaged."""
-    shown = _markdown_table([table.row_texts(row) for row in table.rows])
-    left_out = table.describe_excluded_runs()
-    others = f"\n\n{EXCLUDED_HEADING.capitalize()}:\n\n{_markdown_table(left_out)}" if left_out else ""
-    return f"{shown}\n\n{ACCURACY_NOTE.capitalize()}.{others}"
+    """Return two Markdown tables: the rows, and the runs that are not averaged."""
+    rows = _markdown_table([table.row_texts(group) for group in table.rows])
+    excluded = table.describe_excluded_runs()
+    excluded_text = f"\n\n{EXCLUDED_HEADING.capitalize()}:\n\n{_markdown_table(excluded)}" if excluded else ""
+    return f"{rows}\n\n{ACCURACY_NOTE.capitalize()}.{excluded_text}"
 
 
-def _markdown_table(records: Sequence[dict[str, str]]) -> str:
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|*<`\[\]])", r"\\\1", cell) for cell in cells) + " |"
 
-    headings = list(records[0])
-    return "\n".join([line(headings), "|" + "---|" * len(headings), *(line([*record.values()]) for record in records)])
+    headings = list(rows[0])
+    return "\n".join([line(headings), "|" + "---|" * len(headings), *(line([*row.values()]) for row in rows)])
 
 
 def render_csv(table: ReportTable) -> str:
-    """A line for each row: its values, not rounded, and why which runs are not averaged."""
+    """Return CSV text with a line for each row: its unrounded values, and the runs that are not averaged."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for place, row in enumerate(table.rows):
-        values = table.row_values(row)
-        if place == 0:
+    for index, group in enumerate(table.rows):
+        values = table.row_values(group)
+        if index == 0:
             writer.writerow([*values, EXCLUDED_HEADING])
-        missing = [
-            f"seed {format_option_value(record.seed)} {record.state}: {record.reason}" for record in row.excluded_runs
+        excluded = [
+            f"seed {format_option_value(record.seed)} {record.state}: {record.reason}" for record in group.excluded_runs
         ]
         cells = [format_option_value(value) if isinstance(value, list | dict) else value for value in values.values()]
-        writer.writerow([*cells, "; ".join(missing)])
+        writer.writerow([*cells, "; ".join(excluded)])
     return text.getvalue().rstrip("\n")
 
 
 def render_latex(table: ReportTable) -> str:
-    """A tabular for booktabs, and the runs that are not averaged as comments."""
+    """Return a LaTeX tabular for the booktabs package, with the runs that are not averaged as comments."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(LATEX_ESCAPES.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+        return " & ".join("".join(LATEX_ESCAPES.get(char, char) for char in cell) for cell in cells) + r" \\"
 
-    texts = [table.row_texts(row) for row in table.rows]
-    left_out = [f"% {EXCLUDED_HEADING}: {', '.join(record.values())}" for record in table.describe_excluded_runs()]
+    texts = [table.row_texts(group) for group in table.rows]
+    excluded = [f"% {EXCLUDED_HEADING}: {', '.join(run.values())}" for run in table.describe_excluded_runs()]
     return "\n".join(
         [
             r"% \usepackage{booktabs}; " + ACCURACY_NOTE,
@@ -115,7 +123,7 @@ def render_latex(table: ReportTable) -> str:
             *(line([add_wrap_points(cell) for cell in text.values()]) for text in texts),
             r"\bottomrule",
             r"\end{tabular}",
-            *left_out,
+            *excluded,
         ]
     )
 

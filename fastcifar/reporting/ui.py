@@ -1,6 +1,6 @@
-"""`fastcifar ui`: MLflow's or TensorBoard's own web page over a folder of runs, for as long as the command lasts.
+"""`fastcifar ui`: serve the web page of MLflow or TensorBoard for a folder of runs until the command is interrupted.
 
-A page is a row of PAGES: a server of somebody else's, in a process group of its own, of which nothing is left behind.
+The servers are the entries of `TRACKER_UIS`. A server runs in its own process group, which is terminated as a whole.
 """
 
 from __future__ import annotations
@@ -29,13 +29,19 @@ from fastcifar.training.trackers import (
     tracking_uri_from_env,
 )
 
-HOST = "127.0.0.1"  # of this machine alone: neither page asks who is there
-START_TIMEOUT_S, STOP_TIMEOUT_S = 120, 10  # MLflow imports for seconds, and makes its tables first
+HOST = "127.0.0.1"  # local connections only, because neither server authenticates users
+START_TIMEOUT_S, STOP_TIMEOUT_S = 120, 10  # starting MLflow takes seconds: imports, creation of its database
 
 
 @dataclass(frozen=True)
 class TrackerUI:
-    """A row of PAGES. `module`: what must be installed. `has`: whether it followed a run in a folder."""
+    """How to serve the web page of a tracker.
+
+    module        the Python module that must be installed; `remedy` is the command that installs it
+    command       (folder of runs, port) -> arguments of the Python interpreter that start the server
+    has_runs      whether the tracker has tracked a run in a folder
+    environment   additional environment variables of the server
+    """
 
     module: str
     remedy: str
@@ -46,8 +52,8 @@ class TrackerUI:
 
 
 def _mlflow_command(runs: Path, port: int) -> list[str]:
-    places = ["--backend-store-uri", resolve_tracking_uri(runs), "--workers", "1"]
-    return ["-m", "mlflow", "server", "--host", HOST, "--port", str(port), *places]
+    storage = ["--backend-store-uri", resolve_tracking_uri(runs), "--workers", "1"]
+    return ["-m", "mlflow", "server", "--host", HOST, "--port", str(port), *storage]
 
 
 def _tensorboard_command(runs: Path, port: int) -> list[str]:
@@ -74,78 +80,78 @@ TRACKER_UIS: dict[str, TrackerUI] = {
 
 
 def serve_tracker_ui(runs: Path, name: str, port: int | None, on_ready: Callable[[dict[str, str]], None]) -> None:
-    """Serves the page `name` over the folder `runs`, or over a sweep's, until it is interrupted.
+    """Serve the web page of the tracker `name` for the folder `runs`, which may be a sweep, until interrupted.
 
-    `auto`: the first page that has a run there.
-
-    `port`: default the server's usual one. `announce`: called with the `page` and its `url` once it answers. Errors:
-    `UsageError` where the page is not installed, has nothing to show, cannot have the port or ends by itself.
+    The name `auto` stands for the first tracker that has tracked a run in the folder. The default `port` is the usual
+    one of the server. `on_ready` is called with the `page` and its `url` as soon as the server accepts connections.
+    Raises `UsageError` if the tracker is not installed or has tracked no run, if the port is not available, or if the
+    server terminates.
     """
     if not runs.is_dir():
-        raise UsageError(f"there is no folder {runs}", "give the folder of your runs")
+        raise UsageError(f"there is no folder {runs}", "give the folder that contains the runs")
     runs = runs / "runs" if folder_kind(runs) == "sweep" else runs
     name = _first_with_runs(runs) if name == "auto" else name
-    page = lookup(TRACKER_UIS, name, "page")
-    if not page.has_runs(runs):
-        raise UsageError(f"{name} has followed no run in {runs}", f"train with --track {name}")
-    if importlib.util.find_spec(page.module) is None:
-        raise UsageError(f"{page.module} is not installed", page.remedy)
-    port = page.default_port if port is None else port
+    tracker = lookup(TRACKER_UIS, name, "tracker")
+    if not tracker.has_runs(runs):
+        raise UsageError(f"no run in {runs} was tracked with {name}", f"train with --track {name}")
+    if importlib.util.find_spec(tracker.module) is None:
+        raise UsageError(f"{tracker.module} is not installed", tracker.remedy)
+    port = tracker.default_port if port is None else port
     _require_port_free(port)
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         server = subprocess.Popen(
-            [sys.executable, *page.command(runs, port)],
+            [sys.executable, *tracker.command(runs, port)],
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group that can be ended as a whole, and that Ctrl-C does not reach twice
-            env={**os.environ, **page.environment},
+            start_new_session=True,  # its own process group, which does not receive the Ctrl-C of the terminal
+            env={**os.environ, **tracker.environment},
         )
         try:
-            _wait_until_ready(server, port, said)
+            _wait_until_ready(server, tracker.module, port, output)
             on_ready({"page": name, "url": f"http://{HOST}:{port}"})
             server.wait()
-            raise UsageError(f"{page.module} has ended: {_last_output_line(said)}")
-        except KeyboardInterrupt:  # which is how one leaves it
+            raise UsageError(f"{tracker.module} has terminated: {_last_output_line(output)}")
+        except KeyboardInterrupt:  # the regular end of the command
             return
         finally:
             _stop_server(server)
 
 
 def _first_with_runs(runs: Path) -> str:
-    for name, page in TRACKER_UIS.items():
-        if page.has_runs(runs):
+    for name, tracker in TRACKER_UIS.items():
+        if tracker.has_runs(runs):
             return name
-    raise UsageError(f"no tracker has followed a run in {runs}", "train with --track tensorboard or --track mlflow")
+    raise UsageError(f"no run in {runs} was tracked", "train with --track tensorboard or --track mlflow")
 
 
 def _require_port_free(port: int) -> None:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            taken.bind((HOST, port))
+            probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise UsageError(f"port {port} cannot be had: {error}", "give another --port") from None
+            raise UsageError(f"port {port} is not available: {error}", "give another --port") from None
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, output: IO[bytes]) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < until and server.poll() is None:
+def _wait_until_ready(server: subprocess.Popen[bytes], name: str, port: int, output: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
         with suppress(OSError), socket.create_connection((HOST, port), timeout=1):
             return
         time.sleep(0.1)
-    reason = "does not answer" if server.poll() is None else "has ended"
-    raise UsageError(f"{server.args[2]} {reason}: {_last_output_line(output)}")  # type: ignore[index]  # a list, see `show`
+    problem = "does not respond" if server.poll() is None else "has terminated"
+    raise UsageError(f"{name} {problem}: {_last_output_line(output)}")
 
 
 def _last_output_line(output: IO[bytes]) -> str:
     output.seek(0)
     lines = output.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].strip() if lines else "it said nothing"
+    return lines[-1].strip() if lines else "without any output"
 
 
 def _stop_server(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server and, where the system has process groups, whatever it started."""
+    """Terminate the server and, on systems with process groups, the processes that it started."""
     with suppress(ProcessLookupError):
         if hasattr(os, "killpg"):
             os.killpg(server.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Run folders and sweeps as training leaves them, written by hand: every figure in them is the test's own."""
+"""Write run folders and sweeps like those of training, with contents that the test chooses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ CLASSES = ("cat", "dog")
 
 
 def write_run(
-    folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "mine", seconds: float = 60.0,
-    finished: bool = True, device: str = "a chip", steps: int = 100, stop_reason: str = "epochs", **knobs: Any,
+    folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "baseline",
+    seconds: float = 60.0, finished: bool = True, device: str = "a device", steps: int = 100,
+    stop_reason: str = "epochs", **options: Any,
 ) -> Path:  # fmt: skip
-    """A run of as many epochs as `val_accs`; without `finished` one that a signal stopped."""
+    """Write a run with one epoch for each of `val_accs`; without `finished` it has no summary, as if interrupted."""
     folder.mkdir(parents=True)
-    recipe = Recipe.make(**{"epochs": len(val_accs), **knobs})
+    recipe = Recipe.make(**{"epochs": len(val_accs), **options})
     (folder / "recipe.toml").write_text(recipe.to_toml())
     versions = {"torch": "2.11.0", "fastcifar": "0.1"}
     (folder / "env.json").write_text(json.dumps({"recipe": name, "device": device, "versions": versions}))
@@ -33,18 +34,19 @@ def write_run(
             writer.writerow(dict.fromkeys(METRICS_COLUMNS, "") | row | {"seconds": 1})
     if finished:
         summary = {
-            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps, "eval_weights": recipe.eval_weights,
-            "val_acc": val_accs[-1], "best_val_acc": max(val_accs), "test_acc": test_acc,
-            "per_class": dict.fromkeys(CLASSES, test_acc), "seconds": {"train": seconds - 1, "total": seconds},
-            "stop_reason": stop_reason, "complete": stop_reason != "max_steps",
+            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps,
+            "eval_weights": recipe.eval_weights, "val_acc": val_accs[-1], "best_val_acc": max(val_accs),
+            "test_acc": test_acc, "per_class": dict.fromkeys(CLASSES, test_acc),
+            "seconds": {"train": seconds - 1, "total": seconds}, "stop_reason": stop_reason,
+            "complete": stop_reason != "max_steps",
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
 def write_trials(folder: Path, trials: Sequence[dict[str, Any]], tail: str = "") -> Path:
-    """A sweep's trials.jsonl; `tail`: what a killed process left behind it."""
+    """Write the trials.jsonl of a sweep; `tail` is the incomplete line that a killed process leaves behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = [{"knobs": {}, "seed": 0, "reason": None, "run": f"runs/{trial['trial']}", **trial} for trial in trials]
-    (folder / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in made) + tail)
+    entries = [{"knobs": {}, "seed": 0, "reason": None, "run": f"runs/{trial['trial']}", **trial} for trial in trials]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + tail)
     return folder

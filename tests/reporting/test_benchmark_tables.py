@@ -1,4 +1,4 @@
-"""What people see of a bench document: its table, its chart, and two of them compared."""
+"""The table, chart and comparison of benchmark documents."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def document(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"device": "a CPU, 2 cores", "versions": {"torch": "2.11"}, "results": list(rows)}
 
 
-def printed(shown: Any) -> str:
+def printed(renderable: Any) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(shown)
+    console.print(renderable)
     return console.export_text()
 
 
-def test_the_table_names_rows_by_what_differs_and_shows_a_dash_for_what_was_not_measured() -> None:
+def test_table_labels_rows_by_differing_settings() -> None:
     step = {"arch": "se68", "batch_size": 128, "precision": "bf16", "compiled": True, "cuda_graph": False}
-    found = document(
+    results = document(
         row("loader", 5000.0, loader="tensor", batch_size=128, compiled=True),
         row("step", 160.0, **step, tflop_per_s=0.766, mfu=0.5),
         row("step", 150.0, **step | {"compiled": False}, tflop_per_s=0.7, mfu=0.45),
     )
-    lines = printed(bench_table(found)).splitlines()
+    lines = printed(bench_table(results)).splitlines()
     assert lines[0].startswith("a CPU, 2 cores, se68, batch 128, bf16")
     assert "median of 3 trials" in lines[1]
     loader, compiled, eager = (line.split() for line in lines[-3:])
@@ -51,43 +51,43 @@ def test_the_table_names_rows_by_what_differs_and_shows_a_dash_for_what_was_not_
     assert eager[:2] == ["step", "eager"]
 
 
-def test_the_chart_has_a_panel_for_each_kind_and_longer_bars_for_more(tmp_path: Path) -> None:
+def test_chart_panels_and_bar_lengths(tmp_path: Path) -> None:
     conv = {"arch": "se68", "batch_size": 128, "precision": "bf16", "direction": "forward", "flop_per_image": 2e9}
-    found = document(
+    results = document(
         row("step", 100.0, arch="se68", batch_size=128, compiled=False),
         row("step", 400.0, arch="se68", batch_size=512, compiled=False),
         row("conv", 300.0, conv="3x32x32 -> 64x32x32, 3x3", **conv),
     )
-    _, panels = bench_panels(found)
+    _, panels = bench_panels(results)
     assert [panel.title for panel in panels] == ["step: images/s", "conv: TFLOP/s"]
     assert panels[0].labels == ["batch 128", "batch 512"]
     assert panels[1].medians == [0.6]
     plot_bar_chart(tmp_path / "chart.png", "a title", panels[:1])
-    picture = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).astype(int)
-    blue = (abs(picture - [0xA9, 0xCC, 0xE3]).sum(2) == 0).sum(1)
+    pixels = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).astype(int)
+    blue = (abs(pixels - [0xA9, 0xCC, 0xE3]).sum(2) == 0).sum(1)
     (short, _), (long, _) = sorted(Counter(blue[blue > 0].tolist()).most_common(2))
     assert long / short == pytest.approx(4, rel=0.05)
 
 
-def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_path: Path) -> None:
+def test_documents_are_compared_by_settings(tmp_path: Path) -> None:
     step = {"arch": "se68", "batch_size": 128, "compiled": True}
     a = document(
-        row("loader", 5000.0, batch_size=128, data="here"), row("step", 100.0, **step), row("train", 90.0, **step)
+        row("loader", 5000.0, batch_size=128, data="first"), row("step", 100.0, **step), row("train", 90.0, **step)
     )
-    b = document(row("step", 150.0, **step), row("loader", 5100.0, batch_size=128, data="there"))
+    b = document(row("step", 150.0, **step), row("loader", 5100.0, batch_size=128, data="second"))
     b["results"].append(row("step", 80.0, **step | {"compiled": False}))
     b["versions"] = {"torch": "2.15"}
     (tmp_path / "a.json").write_text(json.dumps(a, indent=1))
-    (tmp_path / "b.json").write_text("a line before it\n" + json.dumps(b) + "\n")
-    found = compare_paths(tmp_path / "a.json", tmp_path / "b.json")
-    assert json.loads(json.dumps(found)) == found
-    loader, stepped = found["rows"]
-    assert (loader["what"], loader["ratio"], loader["overlap"]) == ("loader", 1.02, True)
-    assert (stepped["what"], stepped["ratio"], stepped["overlap"]) == ("step", 1.5, False)  # 90-120 against 135-180
-    assert [row["what"] for row in found["only_a"]] == ["train"]
-    assert [row["compiled"] for row in found["only_b"]] == [False]
-    assert found["differ"] == {"torch": ["2.11", "2.15"]}
-    text = printed(COMPARERS[found["kind"]].build_table(found))
+    (tmp_path / "b.json").write_text("a progress line\n" + json.dumps(b) + "\n")
+    comparison = compare_paths(tmp_path / "a.json", tmp_path / "b.json")
+    assert json.loads(json.dumps(comparison)) == comparison
+    loader_row, step_row = comparison["rows"]
+    assert (loader_row["what"], loader_row["ratio"], loader_row["overlap"]) == ("loader", 1.02, True)
+    assert (step_row["what"], step_row["ratio"], step_row["overlap"]) == ("step", 1.5, False)  # 90-120, 135-180
+    assert [row["what"] for row in comparison["only_a"]] == ["train"]
+    assert [row["compiled"] for row in comparison["only_b"]] == [False]
+    assert comparison["differ"] == {"torch": ["2.11", "2.15"]}
+    text = printed(COMPARERS[comparison["kind"]].build_table(comparison))
     for words in ("torch: 2.11 in A, 2.15 in B", "1.500", "B is faster", "only in A: train, se68", "only in B: step"):
         assert words in text, words
 
@@ -96,7 +96,7 @@ def test_two_documents_are_paired_by_their_settings_and_the_rest_is_listed(tmp_p
     "content",
     [None, "<html>", '{"results": []}', '{"results": [1]}', "[1, 2]", '{"results": [{"what": "step"}]}'],
 )
-def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_invalid_documents_are_refused(tmp_path: Path, content: str | None) -> None:
     good = tmp_path / "good.json"
     good.write_text(json.dumps(document(row("loader", 5000.0))))
     wrong = tmp_path / "wrong.json"
@@ -106,12 +106,12 @@ def test_what_is_no_document_is_refused(tmp_path: Path, content: str | None) -> 
         compare_paths(good, wrong)
 
 
-def test_two_submissions_are_another_kind(tmp_path: Path) -> None:
+def test_prediction_files_are_compared_by_label(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,2\n2,3\n")
     (tmp_path / "b.csv").write_text("ID,Labels\n2,3\n1,4\n")
     (tmp_path / "c.json").write_text(json.dumps(document(row("loader", 5000.0))))
-    found = compare_paths(tmp_path / "a.csv", tmp_path / "b.csv")
-    assert (found["kind"], found["differ"], found["total"]) == ("submission", 1, 2)
-    assert "1 of 2 labels" in printed(COMPARERS["submission"].build_table(found))
+    comparison = compare_paths(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert (comparison["kind"], comparison["differ"], comparison["total"]) == ("submission", 1, 2)
+    assert "1 of 2 labels" in printed(COMPARERS["submission"].build_table(comparison))
     with pytest.raises(UsageError, match=r"a\.csv is a submission and .*c\.json is a benchmark"):
         compare_paths(tmp_path / "a.csv", tmp_path / "c.json")

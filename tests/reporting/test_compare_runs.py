@@ -1,4 +1,4 @@
-"""Two runs compared: by hand-made folders whose differences are known, and by one that was trained."""
+"""Comparison of two runs, with synthetic run folders that have known differences and with trained runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.train import train
 
 
-def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **knobs: Any) -> Path:
+def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **options: Any) -> Path:
     folder.mkdir()
-    (folder / "recipe.toml").write_text(Recipe.make(**knobs).to_toml())
+    (folder / "recipe.toml").write_text(Recipe.make(**options).to_toml())
     versions = {"torch": "2.15" if test_acc else "2.14", "numpy": "2.0"}
-    environment = {"recipe": "mine", "started": folder.name, "command": [folder.name], "device": "a CPU"}
+    environment = {"recipe": "baseline", "started": folder.name, "command": [folder.name], "device": "a CPU"}
     (folder / "env.json").write_text(json.dumps({**environment, "versions": versions}))
     rows = [dict.fromkeys(METRICS_COLUMNS, "0.5") | {"epoch": str(i), "val_acc": str(v)} for i, v in enumerate(val_acc)]
     rows = [{**row, "ema_val_acc": "", "seconds": folder.name} for row in rows]
@@ -35,28 +35,28 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
     return folder
 
 
-def test_knobs_environment_and_curves_side_by_side(tmp_path: Path) -> None:
+def test_differences_of_options_environment_and_curves(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, optimizer_arg={"nesterov": True})
     b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every_epochs=5, track="mlflow")
-    found = compare_paths(a, b)
-    assert (found["kind"], found["a"], found["b"]) == ("run", str(a), str(b))
-    assert found["recipe"] == {"lr": [0.1, 0.2], "optimizer_arg": [{"nesterov": True}, {}], "seed": [0, 3]}
-    assert found["environment"] == {"versions.torch": ["2.14", "2.15"]}
-    assert (found["epochs"], found["equal_epochs"]) == ([3, 2], 2)
-    assert found["curves"]["val_acc"] == {"final": [0.5, 0.4], "best": [0.6, 0.4], "at_equal_epochs": [0.6, 0.4]}
-    assert found["curves"]["ema_val_acc"] == {
+    comparison = compare_paths(a, b)
+    assert (comparison["kind"], comparison["a"], comparison["b"]) == ("run", str(a), str(b))
+    assert comparison["recipe"] == {"lr": [0.1, 0.2], "optimizer_arg": [{"nesterov": True}, {}], "seed": [0, 3]}
+    assert comparison["environment"] == {"versions.torch": ["2.14", "2.15"]}
+    assert (comparison["epochs"], comparison["equal_epochs"]) == ([3, 2], 2)
+    assert comparison["curves"]["val_acc"] == {"final": [0.5, 0.4], "best": [0.6, 0.4], "at_equal_epochs": [0.6, 0.4]}
+    assert comparison["curves"]["ema_val_acc"] == {
         "final": [None, None],
         "best": [None, None],
         "at_equal_epochs": [None, None],
     }
-    assert found["first_difference"] == {"epoch": 1, "columns": ["val_acc"]}
-    assert found["accuracy"]["measured"] == "val_acc"  # a was not tested
-    assert found["accuracy"]["n"] == [5000, 5000]
+    assert comparison["first_difference"] == {"epoch": 1, "columns": ["val_acc"]}
+    assert comparison["accuracy"]["measured"] == "val_acc"  # a was not tested
+    assert comparison["accuracy"]["n"] == [5000, 5000]
 
 
 @pytest.mark.parametrize(("other", "within"), [(0.9, True), (0.9080, True), (0.9085, False), (0.89, False)])
-def test_an_accuracy_is_judged_by_the_binomial_noise(tmp_path: Path, other: float, within: bool) -> None:
-    """At 0.90 of 10,000 each, the standard error of the difference is 0.00424, and 95 % are within 0.0083."""
+def test_accuracy_difference_is_compared_with_binomial_noise(tmp_path: Path, other: float, within: bool) -> None:
+    """For 0.90 of 10,000 images each, the standard error of the difference is 0.00424 and its 95 % interval ±0.0083."""
     pair = [make_run(tmp_path / name, [0.9], acc) for name, acc in (("a", 0.9), ("b", other))]
     accuracy = compare_paths(*pair)["accuracy"]
     assert (accuracy["measured"], accuracy["n"]) == ("test_acc", [10_000, 10_000])
@@ -65,13 +65,13 @@ def test_an_accuracy_is_judged_by_the_binomial_noise(tmp_path: Path, other: floa
     assert accuracy["within_noise"] is within
 
 
-def test_what_was_not_measured_is_not_compared(tmp_path: Path) -> None:
+def test_missing_measurements_are_not_compared(tmp_path: Path) -> None:
     pair = [make_run(tmp_path / name, [], val_size=0) for name in "ab"]
-    found = compare_paths(*pair)
-    assert (found["accuracy"], found["first_difference"], found["epochs"]) == (None, None, [0, 0])
+    comparison = compare_paths(*pair)
+    assert (comparison["accuracy"], comparison["first_difference"], comparison["epochs"]) == (None, None, [0, 0])
 
 
-def test_damaged_runs_and_mixed_pairs_are_refused(tmp_path: Path) -> None:
+def test_damaged_runs_and_different_kinds_are_refused(tmp_path: Path) -> None:
     a, b = (make_run(tmp_path / name, [0.1]) for name in "ab")
     (b / "summary.json").write_text("{")
     with pytest.raises(DataError, match=r"summary\.json cannot be read"):
@@ -80,14 +80,14 @@ def test_damaged_runs_and_mixed_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is a run and .* is a submission"):
         compare_paths(a, tmp_path / "labels.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="is no run or benchmark or submission"):
+    with pytest.raises(UsageError, match="is not a run or benchmark or submission"):
         compare_paths(a, tmp_path / "empty")
     (b / "recipe.toml").write_text("lr = -1\n")
     with pytest.raises(UsageError, match="--lr"):
         compare_paths(a, b)
 
 
-def test_the_command_on_runs_that_were_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_compare_command_on_trained_runs(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         train(tiny(out=str(tmp_path / name), seed=seed))
 
@@ -96,15 +96,15 @@ def test_the_command_on_runs_that_were_trained(tiny: Callable[..., Recipe], tmp_
         run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
         return run.stdout
 
-    found = json.loads(fastcifar("a", "b", "--json"))
-    assert found["recipe"] == {"seed": [0, 1]}
-    assert found["environment"] == {}
-    assert found["first_difference"]["epoch"] == 0
-    assert found["accuracy"]["n"] == [40, 40]
+    comparison = json.loads(fastcifar("a", "b", "--json"))
+    assert comparison["recipe"] == {"seed": [0, 1]}
+    assert comparison["environment"] == {}
+    assert comparison["first_difference"]["epoch"] == 0
+    assert comparison["accuracy"]["n"] == [40, 40]
     table = fastcifar("a", "again")
     for words in (
         "the same recipe and environment",
-        "do not differ in the 2",
+        "do not differ in the 2 common epochs",
         "+0.00 points",
         "within the noise of 40",
     ):

@@ -1,4 +1,4 @@
-"""The page as an HTML parser, plotly's own schema and a browser read it."""
+"""The HTML report checked by an HTML parser, the schema of plotly and a browser."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from fastcifar.reporting.table import build_report_table
 from fastcifar.training.train import train
 from tests.reporting.run_folders import write_run, write_trials
 
-EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
-VOID = {"meta", "img", "br", "link", "input"}
-OFFLINE = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+INJECTION = "</script><script>window.injected = 1</script><img src=x onerror='window.injected = 1'>"
+VOID_TAGS = {"meta", "img", "br", "link", "input"}
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
            "--disable-component-update", "--disable-sync"]  # fmt: skip
-LOADING = ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href")
+URL_ATTRIBUTES = ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
+pytestmark = pytest.mark.filterwarnings("ignore:.*invalid lines skipped")
 
 
 class Page(HTMLParser):
-    """Whether tags are balanced, what is loaded, the cells of tables, and the text of scripts and styles."""
+    """Parses a page and checks that its tags are balanced.
+
+    Collects the loaded resources, event handlers, security policy, table cells, and texts of scripts and styles.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -49,20 +52,20 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        self.loaded += [found[name] for name in LOADING if name in found]
-        self.handlers += [name for name in found if name.startswith("on")]
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"]
+        attributes = {name: value or "" for name, value in attrs}
+        self.loaded += [attributes[name] for name in URL_ATTRIBUTES if name in attributes]
+        self.handlers += [name for name in attributes if name.startswith("on")]
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
         if tag == "table":
-            self._table = self.tables[found["id"]] = []
+            self._table = self.tables[attributes["id"]] = []
         elif tag == "tr":
             self._table.append([])
         elif tag in ("th", "td"):
             self._table[-1].append("")
         elif tag in ("script", "style"):
             self.code.append("")
-        if tag not in VOID:
+        if tag not in VOID_TAGS:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -82,18 +85,18 @@ def plotly() -> Any:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two rows of two seeds, one of them with an evil label, and a trial that failed with an evil reason."""
+    """A sweep with two labels of two seeds and a failed trial; one label and the failure reason contain HTML code."""
     folder, trials = tmp_path / "sweep", []
-    for label, lr in (("plain", 0.1), (EVIL, 0.2)):
+    for label, lr in (("plain", 0.1), (INJECTION, 0.2)):
         for seed in (0, 1):
             name = f"{lr}-{seed}"
             write_run(folder / "runs" / name, (0.4, 0.9 - lr, 0.5 + seed / 10), 0.7 + lr + seed / 20, seed=seed, lr=lr)
             trials.append({"trial": name, "label": label, "seed": seed, "state": "done"})
-    trials.append({"trial": "x", "label": "plain", "seed": 2, "state": "failed", "reason": EVIL})
+    trials.append({"trial": "x", "label": "plain", "seed": 2, "state": "failed", "reason": INJECTION})
     return write_trials(folder, trials)
 
 
-def test_the_page_is_whole_escaped_and_alone(tmp_path: Path, sweep: Path, plotly: Any) -> None:
+def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path, plotly: Any) -> None:
     path = tmp_path / "page.html"
     document, _ = build_report([sweep], html=path)
     assert document["written"] == [str(path)]
@@ -101,27 +104,27 @@ def test_the_page_is_whole_escaped_and_alone(tmp_path: Path, sweep: Path, plotly
     assert len(text) < 6e6
     page = Page(text)
     table = build_report_table(group_runs(read_records([sweep])))
-    shown = [list(table.row_texts(table.rows[0])), *(list(table.row_texts(row).values()) for row in table.rows)]
-    assert [[_plain(cell) for cell in row] for row in page.tables["results"]] == [
-        [_plain(cell) for cell in row] for row in shown
+    expected = [list(table.row_texts(table.rows[0])), *(list(table.row_texts(group).values()) for group in table.rows)]
+    assert [[_normalize_commas(cell) for cell in row] for row in page.tables["results"]] == [
+        [_normalize_commas(cell) for cell in row] for row in expected
     ]
-    assert page.tables["left-out"][1][3] == EVIL
+    assert page.tables["excluded"][1][3] == INJECTION
     assert page.tables["classes"][1:] == [[name, "82.5", "92.5"] for name in ("cat", "dog")]
-    assert page.tables["machines"][1] == ["a chip", "torch 2.11.0, fastcifar 0.1", "4"]
+    assert page.tables["environments"][1] == ["a device", "torch 2.11.0, fastcifar 0.1", "4"]
 
-    assert "<script>window.evil" not in text
+    assert "<script>window.injected" not in text
     assert page.handlers == []
     assert page.loaded == []
     assert page.policy.startswith("default-src 'none'; script-src 'unsafe-inline';")
-    own = [code for code in page.code if len(code) < 1e6]
-    assert len(own) == len(page.code) - 1 == 3
-    for code in own:
+    own_code = [code for code in page.code if len(code) < 1e6]  # all but plotly.js
+    assert len(own_code) == len(page.code) - 1 == 3
+    for code in own_code:
         assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|import\(|WebSocket", code)
 
     figures = json.loads(page.code[2])
     assert list(figures) == ["accuracy", "loss", "throughput"]
     for figure in figures.values():
-        plotly.graph_objects.Figure(figure)  # raises at what plotly.js would pass over
+        plotly.graph_objects.Figure(figure)  # raises for properties that plotly.js would ignore
     lines = [trace for trace in figures["accuracy"]["data"] if trace["mode"] == "lines" and "fill" not in trace]
     assert lines[0]["x"] == [1, 2, 3]
     assert lines[0]["y"] == pytest.approx([40, 80, 55])
@@ -130,43 +133,41 @@ def test_the_page_is_whole_escaped_and_alone(tmp_path: Path, sweep: Path, plotly
     assert not any("<" in trace["name"] for trace in figures["accuracy"]["data"])
 
 
-def _plain(text: str) -> str:
+def _normalize_commas(text: str) -> str:
     return re.sub(r",\s*", ", ", text)
 
 
-def test_mistakes_are_the_surest_errors() -> None:
-    likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
-    assert most_confident_misclassified(likely, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
-    assert most_confident_misclassified(likely, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
-    assert most_confident_misclassified(likely, likely.argmax(1), 5).tolist() == []
+def test_most_confident_misclassifications_are_selected() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
+    assert most_confident_misclassified(probabilities, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
+    assert most_confident_misclassified(probabilities, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
+    assert most_confident_misclassified(probabilities, probabilities.argmax(1), 5).tolist() == []
 
 
-def test_networks_asked_again_agree_with_their_summaries(
+def test_misclassified_images_agree_with_the_summaries(
     tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any
 ) -> None:
     summaries = [train(tiny(seed=seed, out=str(tmp_path / f"s{seed}"))) for seed in (0, 1)]
     folders = [Path(summary["run"]) for summary in summaries]
-    (row,) = group_runs(read_records(folders))
-    found = find_misclassified(row, 4)
-    assert found.num_models == 2
-    assert found.confusion_matrix.sum() == summaries[0]["total"]
-    assert found.confusion_matrix.trace() == np.mean([summary["correct"] for summary in summaries])
-    assert all(found.predictions != found.labels)
-    assert list(found.confidences) == sorted(found.confidences, reverse=True)
+    (group,) = group_runs(read_records(folders))
+    misclassified = find_misclassified(group, 4)
+    assert misclassified.num_models == 2
+    assert misclassified.confusion_matrix.sum() == summaries[0]["total"]
+    assert misclassified.confusion_matrix.trace() == np.mean([summary["correct"] for summary in summaries])
+    assert all(misclassified.predictions != misclassified.labels)
+    assert list(misclassified.confidences) == sorted(misclassified.confidences, reverse=True)
 
     document, _ = build_report(folders, html=tmp_path / "a.html", plots=tmp_path / "plots", num_misclassified=4)
     names = {Path(file).name for file in document["written"]}
     assert {"confusion-1-resnet.png", "mistakes-1-resnet.png"} <= names
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert len(page.loaded) == len(found.images)
+    assert len(page.loaded) == len(misclassified.images)
     assert all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
     figures = json.loads(page.code[2])
     plotly.graph_objects.Figure(figures["confusion-0"])
 
 
-def test_a_page_that_cannot_be_written_is_found_first(
-    tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_page_is_refused(tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"\.html"):
         build_report([sweep], html=tmp_path / "page.txt")
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
@@ -178,41 +179,41 @@ def test_a_page_that_cannot_be_written_is_found_first(
         build_report([sweep], html=tmp_path / "none" / "page.html")
 
 
-def test_in_a_browser_headings_sort_and_curves_zoom(tmp_path: Path, sweep: Path, plotly: Any) -> None:
+def test_browser_sorts_tables_and_zooms_charts(tmp_path: Path, sweep: Path, plotly: Any) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("chromium is not installed")
     build_report([sweep], html=tmp_path / "page.html")
-    asked, errors = [], []
-    with sync_api.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=OFFLINE)
+    requests, errors = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGS)
         page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((tmp_path / "page.html").as_uri())
         page.wait_for_selector("#accuracy .nsewdrag")
-        first = "document.querySelector('#results tbody td').textContent"
-        assert page.evaluate(first) == "plain"
+        first_cell = "document.querySelector('#results tbody td').textContent"
+        assert page.evaluate(first_cell) == "plain"
         page.click("#results th:has-text('accuracy')")
-        assert page.evaluate(first) == "plain"
+        assert page.evaluate(first_cell) == "plain"
         page.click("#results th:has-text('accuracy')")
-        assert page.evaluate(first) == EVIL.replace(",", ", ")
+        assert page.evaluate(first_cell) == INJECTION.replace(",", ", ")
         assert page.get_attribute("#results th:has-text('accuracy')", "aria-sort") == "descending"
 
-        extent = "document.getElementById('accuracy').layout.xaxis.range"
-        before = page.evaluate(extent)
+        axis_range = "document.getElementById('accuracy').layout.xaxis.range"
+        before = page.evaluate(axis_range)
         page.locator("#accuracy").scroll_into_view_if_needed()
         box = page.locator("#accuracy .nsewdrag").first.bounding_box()
         assert box
-        for place, act in ((0.3, page.mouse.down), (0.6, page.mouse.up)):
-            page.mouse.move(box["x"] + place * box["width"], box["y"] + place * box["height"], steps=5)
-            act()
-        page.wait_for_function(f"JSON.stringify({extent}) !== '{json.dumps(before, separators=(',', ':'))}'")
-        after = page.evaluate(extent)
+        for fraction, action in ((0.3, page.mouse.down), (0.6, page.mouse.up)):
+            page.mouse.move(box["x"] + fraction * box["width"], box["y"] + fraction * box["height"], steps=5)
+            action()
+        page.wait_for_function(f"JSON.stringify({axis_range}) !== '{json.dumps(before, separators=(',', ':'))}'")
+        after = page.evaluate(axis_range)
         assert before[0] < after[0] < after[1] < before[1]
-        assert page.evaluate("window.evil") is None
+        assert page.evaluate("window.injected") is None
         browser.close()
-    assert asked == [(tmp_path / "page.html").as_uri()]
+    assert requests == [(tmp_path / "page.html").as_uri()]
     assert errors == []

@@ -1,4 +1,4 @@
-"""Run folders listed by their state, and removed only where they are surely ours."""
+"""Listing of run folders and sweeps with their states, and their removal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from fastcifar.training.train import train
 STARTED = "2026-11-0{}T10:00:00Z"
 
 
-def make_run(folder: Path, rows: int = 2, val_acc: float = 0.5, done: bool = True, day: int = 1, **knobs: Any) -> Path:
-    """A run folder by hand, finished or not."""
+def make_run(
+    folder: Path, rows: int = 2, val_acc: float = 0.5, done: bool = True, day: int = 1, **options: Any
+) -> Path:
+    """Write a run folder; without `done` it has no summary, as if interrupted."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "last.pt").write_bytes(b"x" * 1000)
-    (folder / "recipe.toml").write_text(Recipe.make(epochs=3, **knobs).to_toml())
-    (folder / "env.json").write_text(json.dumps({"recipe": "mine", "started": STARTED.format(day)}))
+    (folder / "recipe.toml").write_text(Recipe.make(epochs=3, **options).to_toml())
+    (folder / "env.json").write_text(json.dumps({"recipe": "baseline", "started": STARTED.format(day)}))
     values = dict.fromkeys(METRICS_COLUMNS, "0.25") | {"val_acc": str(val_acc), "seconds": "60"}
     lines = [
         ",".join(str(epoch) if name == "epoch" else values[name] for name in METRICS_COLUMNS) for epoch in range(rows)
@@ -44,8 +46,8 @@ def make_sweep(folder: Path, **states: str) -> Path:
     folder.mkdir()
     (folder / "sweep.toml").write_text("")
     trials = [{"trial": name, "label": "x", "state": state, "run": f"runs/{name}"} for name, state in states.items()]
-    begun = [{**trial, "state": "running"} for trial in trials]
-    (folder / "trials.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*begun, *trials]))
+    started = [{**trial, "state": "running"} for trial in trials]
+    (folder / "trials.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*started, *trials]))
     for name, state in states.items():
         make_run(folder / "runs" / name, done=state == "done")
     return folder
@@ -53,12 +55,12 @@ def make_sweep(folder: Path, **states: str) -> Path:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two finished runs, one of them deeper, one interrupted, one damaged, a sweep, and what is none of these."""
+    """A folder with finished runs at different depths, an interrupted and a damaged run, a sweep, and other files."""
     folder = tmp_path / "runs"
     make_run(folder / "good", val_acc=0.9, day=3)
     make_run(folder / "2026" / "fair", val_acc=0.7, day=1, arch="se55")
     make_run(folder / "stopped", rows=1, val_acc=0.3, done=False, day=2)
-    (make_run(folder / "torn", day=4) / "summary.json").write_text('{"epochs": 2, "val_a')
+    (make_run(folder / "corrupt", day=4) / "summary.json").write_text('{"epochs": 2, "val_a')
     make_sweep(folder / "ablation", a="done", b="failed")
     (folder / "holiday").mkdir()
     (folder / "holiday" / "photo.jpg").write_bytes(b"photo")
@@ -67,17 +69,17 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """Another process that holds the lock of a run folder."""
+    """Start a process that holds the lock of a run folder, as training does."""
     processes = []
 
     def start(folder: Path) -> None:
-        code = "import fcntl, os, sys\nheld = os.open(sys.argv[1], os.O_RDONLY)\nfcntl.flock(held, fcntl.LOCK_EX)\n"
-        code += "print('held', flush=True)\nsys.stdin.read()"
+        code = "import fcntl, os, sys\nhandle = os.open(sys.argv[1], os.O_RDONLY)\nfcntl.flock(handle, fcntl.LOCK_EX)\n"
+        code += "print('locked', flush=True)\nsys.stdin.read()"
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
         processes.append(process)
         assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
+        assert process.stdout.readline() == b"locked\n"
 
     yield start
     for process in processes:
@@ -85,33 +87,33 @@ def training(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {Path(row["name"]).name: row["state"] for row in list_runs(folder)}
+    return {Path(entry["name"]).name: entry["state"] for entry in list_runs(folder)}
 
 
-def test_runs_and_sweeps_are_found_at_any_depth_with_their_states(
+def test_runs_and_sweeps_are_listed_at_any_depth_with_states(
     runs: Path, training: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
+    (runs / "link").symlink_to(make_run(tmp_path / "outside"))
     assert states(runs) == {
         "good": "finished",
         "fair": "finished",
         "stopped": "interrupted",
-        "torn": "damaged",
+        "corrupt": "damaged",
         "ablation": "finished",
     }
     training(runs / "stopped")
     assert states(runs)["stopped"] == "running"
     assert states(runs / "ablation") == {"a": "finished", "b": "interrupted"}
     assert states(runs / "good") == {"good": "finished"}
-    held = os.open(runs / "good", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking has left no lock
-    os.close(held)
+    handle = os.open(runs / "good", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # listing leaves no lock
+    os.close(handle)
 
 
-def test_an_entry_says_what_the_folder_holds(runs: Path) -> None:
-    by_name = {Path(row["name"]).name: row for row in list_runs(runs)}
+def test_entries_describe_the_folders(runs: Path) -> None:
+    by_name = {Path(entry["name"]).name: entry for entry in list_runs(runs)}
     good = by_name["good"]
-    assert (good["arch"], good["recipe"], good["epochs"], good["seconds"]) == ("se68", "mine", 2, 61.5)
+    assert (good["arch"], good["recipe"], good["epochs"], good["seconds"]) == ("se68", "baseline", 2, 61.5)
     assert (good["val_acc"], good["test_acc"], good["date"]) == (0.9, 0.89, STARTED.format(3))
     assert good["bytes"] == sum(path.stat().st_size for path in (runs / "good").rglob("*") if path.is_file())
     stopped = by_name["stopped"]
@@ -121,25 +123,25 @@ def test_an_entry_says_what_the_folder_holds(runs: Path) -> None:
     assert runs_table(list_runs(runs)).row_count == 5
 
 
-def test_they_are_sorted_by_any_column(runs: Path) -> None:
-    def names(*how: Any) -> list[str]:
-        return [Path(row["name"]).name for row in list_runs(runs, *how)]
+def test_entries_are_sorted_by_any_column(runs: Path) -> None:
+    def names(*arguments: Any) -> list[str]:
+        return [Path(entry["name"]).name for entry in list_runs(runs, *arguments)]
 
-    assert [name for name in names("date") if name != "ablation"] == ["fair", "stopped", "good", "torn"]
+    assert [name for name in names("date") if name != "ablation"] == ["fair", "stopped", "good", "corrupt"]
     assert names("val_acc")[-2:] == ["fair", "good"]
     assert names("val_acc", True)[:2] == ["good", "fair"]
-    assert set(names("test_acc")[:3]) == {"stopped", "ablation", "torn"}  # not measured: first
+    assert set(names("test_acc")[:3]) == {"stopped", "ablation", "corrupt"}  # entries without the value come first
     with pytest.raises(UsageError, match="did you mean 'val_acc'"):
         list_runs(runs, "val_ac")
     with pytest.raises(UsageError, match="there is no folder"):
         list_runs(runs / "nowhere")
 
 
-def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
-    own = [f"good/se68{row.suffix}" for row in EXPORT_FORMATS.values()]
-    own += [*(f"{name}.md" for name in own), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
-    for name in (*own, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
-        (runs / name).write_text("ours")
+def test_only_the_selected_folders_are_removed(runs: Path) -> None:
+    expected = [f"good/se68{spec.suffix}" for spec in EXPORT_FORMATS.values()]
+    expected += [*(f"{name}.md" for name in expected), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
+    for name in (*expected, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
+        (runs / name).write_text("content")
     remove_runs(
         select_for_removal(
             [runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]
@@ -147,83 +149,89 @@ def test_a_run_and_a_sweep_are_removed_and_nothing_else(runs: Path) -> None:
     )
     assert not (runs / "good").exists()
     assert not (runs / "ablation").exists()
-    assert states(runs).keys() == {"fair", "stopped", "torn"}
+    assert states(runs).keys() == {"fair", "stopped", "corrupt"}
     assert (runs / "holiday" / "photo.jpg").read_bytes() == b"photo"
 
 
-@pytest.mark.parametrize("what", ["holiday", "2026", "good/checkpoints", "nowhere", "elsewhere", "", "mine", "bench"])
-def test_what_is_no_run_is_not_removed(runs: Path, tmp_path: Path, what: str) -> None:
-    for name, file in (("mine", "recipe.toml"), ("bench", "trials.jsonl")):  # as recipes and measurements are kept
-        (runs / name).mkdir()
-        (runs / name / file).write_text("lr = 0.1\n")
-    (runs / "elsewhere").symlink_to(make_run(tmp_path / "outside"))
+@pytest.mark.parametrize(
+    "name", ["holiday", "2026", "good/checkpoints", "nowhere", "link", "", "recipe_only", "trials_only"]
+)
+def test_other_folders_are_not_removed(runs: Path, tmp_path: Path, name: str) -> None:
+    for folder, file in (("recipe_only", "recipe.toml"), ("trials_only", "trials.jsonl")):
+        (runs / folder).mkdir()
+        (runs / folder / file).write_text("lr = 0.1\n")
+    (runs / "link").symlink_to(make_run(tmp_path / "outside"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError):
-        remove_runs(select_for_removal([runs / "good", runs / what]))
+        remove_runs(select_for_removal([runs / "good", runs / name]))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    "stranger",
-    ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "mine.csv", "some.toml"],
+    "unexpected_name",
+    ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "other.csv", "some.toml"],
 )
-def test_a_folder_that_holds_more_than_a_run_is_not_removed(runs: Path, stranger: str) -> None:
+def test_folders_with_unexpected_files_are_not_removed(runs: Path, unexpected_name: str) -> None:
     for folder in (runs / "good", runs / "ablation" / "runs" / "a"):
-        (folder / stranger).parent.mkdir(exist_ok=True)
-        (folder / stranger).write_text("mine")
+        (folder / unexpected_name).parent.mkdir(exist_ok=True)
+        (folder / unexpected_name).write_text("content")
     for path in (runs / "good", runs / "ablation"):
-        with pytest.raises(UsageError, match=stranger.partition("/")[0]):
+        with pytest.raises(UsageError, match=unexpected_name.partition("/")[0]):
             remove_runs(select_for_removal([path]))
-    assert (runs / "good" / stranger).read_text() == (runs / "ablation" / "runs" / "a" / stranger).read_text() == "mine"
+    assert (
+        (runs / "good" / unexpected_name).read_text()
+        == (runs / "ablation" / "runs" / "a" / unexpected_name).read_text()
+        == "content"
+    )
 
 
-def test_a_sweep_whose_folder_of_runs_holds_more_is_not_removed(runs: Path) -> None:
-    (runs / "ablation" / "runs" / "notes.md").write_text("mine")
-    with pytest.raises(UsageError, match=r"notes\.md is not of"):
+def test_sweeps_with_unexpected_files_among_the_runs_are_not_removed(runs: Path) -> None:
+    (runs / "ablation" / "runs" / "notes.md").write_text("content")
+    with pytest.raises(UsageError, match=r"notes\.md is not part of"):
         select_for_removal([runs / "ablation"])
 
 
-def test_a_run_in_training_is_not_removed_nor_a_sweep_around_it(runs: Path, training: Callable[[Path], None]) -> None:
+def test_running_runs_and_their_sweeps_are_not_removed(runs: Path, training: Callable[[Path], None]) -> None:
     training(runs / "stopped")
     training(runs / "ablation" / "runs" / "b")
     entries = select_for_removal([runs / "good"])
     for path in (runs / "stopped", runs / "ablation"):
         with pytest.raises(UsageError, match="being trained"):
             select_for_removal([runs / "good", path])
-    entries.append({"name": str(runs / "stopped")})  # begun after the choice
+    entries.append({"name": str(runs / "stopped")})  # training started after the selection
     with pytest.raises(UsageError, match="being trained"):
         remove_runs(entries)
-    assert states(runs).keys() == {"good", "fair", "stopped", "torn", "ablation"}
+    assert states(runs).keys() == {"good", "fair", "stopped", "corrupt", "ablation"}
 
 
-def test_filters_choose_among_runs_and_look_into_folders(runs: Path, training: Callable[[Path], None]) -> None:
+def test_filters_select_runs_inside_folders(runs: Path, training: Callable[[Path], None]) -> None:
     make_run(runs / "best", val_acc=0.95)
     training(make_run(runs / "busy", done=False))
     half = make_sweep(runs / "half", c="done", d="running")
 
-    def names(folder: Path = runs, **how: Any) -> set[str]:
-        return {Path(row["name"]).name for row in select_for_removal([folder], **how)}
+    def names(folder: Path = runs, **filters: Any) -> set[str]:
+        return {Path(entry["name"]).name for entry in select_for_removal([folder], **filters)}
 
     assert states(runs)["half"] == "interrupted"
-    assert names(half, only_unfinished=True) == set()  # it would take the finished run with it
+    assert names(half, only_unfinished=True) == set()  # the sweep also has a finished run
     assert names(half / "runs", only_unfinished=True) == {"d"}
-    assert names(only_unfinished=True) == {"stopped", "torn"}
+    assert names(only_unfinished=True) == {"stopped", "corrupt"}
     assert names(keep_best=1) == {"good", "fair"}
-    assert names(keep_best=1, only_unfinished=True) == {"good", "fair", "stopped", "torn"}
-    (runs / "good" / "notes.md").write_text("mine")  # which is in the way of what would remove it, and of nothing else
-    assert names(only_unfinished=True) == {"stopped", "torn"}
-    with pytest.raises(UsageError, match=r"notes\.md is not of a run"):
+    assert names(keep_best=1, only_unfinished=True) == {"good", "fair", "stopped", "corrupt"}
+    (runs / "good" / "notes.md").write_text("content")  # prevents the removal of this run only
+    assert names(only_unfinished=True) == {"stopped", "corrupt"}
+    with pytest.raises(UsageError, match=r"notes\.md is not part of a run"):
         names(keep_best=1)
 
 
-def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:
+def test_only_checkpoints_are_removed(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     (runs / "good" / "checkpoints").rename(kept)
     (runs / "good" / "checkpoints").symlink_to(kept)
-    with pytest.raises(UsageError, match="checkpoints"):  # a link is not a run's own
+    with pytest.raises(UsageError, match="checkpoints"):  # symbolic links are not expected in a run
         select_for_removal([runs / "good"], only_checkpoints=True)
     entries = select_for_removal([runs / "stopped", runs / "ablation"], only_checkpoints=True)
-    assert [row["bytes"] for row in entries] == [1000, 2000]
+    assert [entry["bytes"] for entry in entries] == [1000, 2000]
     remove_runs(entries, only_checkpoints=True)
     assert not list(runs.rglob("ablation/**/last.pt"))
     assert states(runs)["stopped"] == "interrupted"
@@ -231,7 +239,7 @@ def test_checkpoints_alone_are_removed(runs: Path, tmp_path: Path) -> None:
     assert not select_for_removal([runs / "stopped"], only_checkpoints=True)
 
 
-def test_the_commands_on_a_run_that_was_trained(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_runs_commands_on_a_trained_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     summary = train(tiny(out=str(tmp_path / "runs" / "real")), "quick")
 
     def fastcifar(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,13 +247,14 @@ def test_the_commands_on_a_run_that_was_trained(tiny: Callable[..., Recipe], tmp
         run = {"capture_output": True, "text": True, "timeout": 60, "check": False, "cwd": tmp_path}
         return subprocess.run(command, stdin=subprocess.DEVNULL, **run)  # type: ignore[call-overload]
 
-    (row,) = json.loads(fastcifar("ls", "--json").stdout)
-    assert (row["name"], row["state"], row["recipe"]) == ("runs/real", "finished", "quick")
-    assert (row["test_acc"], row["bytes"]) == (summary["test_acc"], folder_size_bytes(tmp_path / "runs" / "real"))
-    unasked = fastcifar("rm", "runs/real")
-    assert (unasked.returncode, unasked.stderr) == (2, "fastcifar: 1 to remove, and nobody to ask; give --yes\n")
+    (entry,) = json.loads(fastcifar("ls", "--json").stdout)
+    assert (entry["name"], entry["state"], entry["recipe"]) == ("runs/real", "finished", "quick")
+    assert (entry["test_acc"], entry["bytes"]) == (summary["test_acc"], folder_size_bytes(tmp_path / "runs" / "real"))
+    refused = fastcifar("rm", "runs/real")
+    assert refused.returncode == 2
+    assert refused.stderr == "fastcifar: removal needs confirmation, but there is no terminal; add --yes\n"
     assert (tmp_path / "runs" / "real").is_dir()
     removed = fastcifar("rm", "runs/real", "--yes", "--json")
     assert removed.returncode == 0, removed.stderr
-    assert [row["name"] for row in json.loads(removed.stdout)] == ["runs/real"]
+    assert [entry["name"] for entry in json.loads(removed.stdout)] == ["runs/real"]
     assert not (tmp_path / "runs" / "real").exists()

@@ -1,4 +1,4 @@
-"""The table of a report against numpy, its formats read back by other readers, and folders that are damaged."""
+"""The table of a report compared with NumPy, its formats parsed back, and damaged folders."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from fastcifar.reporting.table_formats import TABLE_FORMATS
 from fastcifar.sweep.trial_log import TrialLog
 from tests.reporting.run_folders import write_run, write_trials
 
-SCORED = {"val_acc": 0.5, "test_acc": 0.5}
-NASTY = r"50% & $x_1^2$ #{a}\b | *c* <script>alert(1)</script> [d] ~e"
+ACCURACIES = {"val_acc": 0.5, "test_acc": 0.5}
+SPECIAL_CHARACTERS = r"50% & $x_1^2$ #{a}\b | *c* <script>alert(1)</script> [d] ~e"
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Three seeds of one recipe, one of another learning rate, and one of the first that never ended."""
+    """Three seeds of one recipe, one run with another learning rate, and an unfinished run of the first recipe."""
     accuracies = {0: (0.5, 0.75, 0.7), 1: (0.25, 0.5, 0.65, 0.9), 2: (0.375, 0.875, 0.75)}
     tests = {0: 0.9151, 1: 0.9204, 2: 0.9302}
-    made = [
+    paths = [
         write_run(tmp_path / f"s{seed}", vals, tests[seed], seed=seed, epochs=4, seconds=100 + 10 * seed)
         for seed, vals in accuracies.items()
     ]
-    made.append(write_run(tmp_path / "low", (0.1, 0.2), 0.3, seed=0, epochs=4, lr=0.01, seconds=7300))
-    made.append(write_run(tmp_path / "killed", (0.1,), seed=3, epochs=4, finished=False))
-    return made
+    paths.append(write_run(tmp_path / "low", (0.1, 0.2), 0.3, seed=0, epochs=4, lr=0.01, seconds=7300))
+    paths.append(write_run(tmp_path / "killed", (0.1,), seed=3, epochs=4, finished=False))
+    return paths
 
 
 def table_of(*paths: Path, sort: str | None = None, validation: bool = False) -> ReportTable:
     return build_report_table(group_runs(read_records(paths)), sort, validation)
 
 
-def test_mean_and_std_are_numpys_and_only_finished_runs_count(folders: list[Path]) -> None:
+def test_mean_and_std_of_finished_runs_match_numpy(folders: list[Path]) -> None:
     table = table_of(*folders, folders[0] / ".." / "s0", validation=True)
     first, low = (table.row_values(row) for row in table.rows)
     tests, vals, times = [0.9151, 0.9204, 0.9302], [0.7, 0.9, 0.75], [100, 110, 120]
@@ -65,12 +65,12 @@ def test_mean_and_std_are_numpys_and_only_finished_runs_count(folders: list[Path
     texts = [table.row_texts(row) for row in table.rows]
     assert [text["accuracy %"] for text in texts] == ["92.19 ± 0.77", "30.00"]
     assert [text["time"] for text in texts] == ["0:01:50", "2:01:40"]
-    assert [text["row"] for text in texts] == ["mine lr=0.1", "mine lr=0.01"]
+    assert [text["row"] for text in texts] == ["baseline lr=0.1", "baseline lr=0.01"]
     assert [(run["seed"], run["state"]) for run in table.describe_excluded_runs()] == [("3", "unfinished")]
     assert "after 1 of 4 epochs" in table.describe_excluded_runs()[0]["reason"]
 
 
-def test_curves_are_means_over_the_epochs_that_all_runs_have(folders: list[Path]) -> None:
+def test_curves_are_means_over_the_common_epochs(folders: list[Path]) -> None:
     (row,) = group_runs(read_records(folders[:3]))
     values = np.array([(0.5, 0.75, 0.7), (0.25, 0.5, 0.65), (0.375, 0.875, 0.75)])
     curve = row.curve("val_acc")
@@ -85,25 +85,27 @@ def test_curves_are_means_over_the_epochs_that_all_runs_have(folders: list[Path]
     )
 
 
-def test_accuracy_is_validations_where_a_run_met_no_test_set(tmp_path: Path) -> None:
-    met = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, eval_weights="best")
-    unmet = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, eval_weights="best")
-    table = table_of(met, unmet)
+def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) -> None:
+    tested = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, eval_weights="best")
+    untested = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, eval_weights="best")
+    table = table_of(tested, untested)
     assert table.row_values(table.rows[0])["of"] == "validation, best"
     assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
-    cut = write_run(tmp_path / "a", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps")
-    again = write_run(tmp_path / "b", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps", device="another")
-    table = table_of(cut, again)
-    found = table.row_values(table.rows[0])
-    assert found["notes"] == "cut at 7 steps, seed 0 more than once, 2 kinds of device"
-    assert (found["n"], found["time"]) == (2, None)
+def test_notes_name_obstacles_to_a_comparison(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps")
+    second = write_run(
+        tmp_path / "b", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps", device="another device"
+    )
+    table = table_of(first, second)
+    values = table.row_values(table.rows[0])
+    assert values["notes"] == "stopped at 7 steps, seed 0 more than once, 2 kinds of device"
+    assert (values["n"], values["time"]) == (2, None)
 
 
 def sweep(folder: Path, label: str = "fast") -> Path:
-    """Two trials done, one failed and one pruned after their runs were tested, one killed, one without a folder."""
+    """Write a sweep: two done trials, a failed and a pruned one with finished runs, a killed one, one without a run."""
     for seed in range(4):
         write_run(folder / "runs" / f"t{seed}", (0.5, 0.6), 0.6 + seed / 10, seed=seed, lr=0.2)
     write_run(folder / "runs" / "t4", (0.5,), seed=4, epochs=2, lr=0.2, finished=False)
@@ -114,24 +116,24 @@ def sweep(folder: Path, label: str = "fast") -> Path:
     return write_trials(folder, trials, tail='{"trial": "t0", "lab\n{"trial": "t0", "lab')
 
 
-def test_a_sweeps_last_lines_stand_and_its_losses_are_named(tmp_path: Path) -> None:
-    folder = sweep(tmp_path / "sweep", NASTY)
-    with pytest.warns(UserWarning, match="1 of its lines cannot be read"):
+def test_last_entries_of_a_sweep_count_and_other_trials_are_listed(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "sweep", SPECIAL_CHARACTERS)
+    with pytest.warns(UserWarning, match="invalid lines skipped: 1"):
         table = table_of(folder / "runs" / "t1", folder)
     (row,) = table.rows
-    assert row.name == NASTY
+    assert row.name == SPECIAL_CHARACTERS
     assert table.row_values(row)["accuracy"] == pytest.approx(0.65)
     assert table.row_values(row)["n"] == 2
-    found = {(run["seed"], run["state"], run["reason"]) for run in table.describe_excluded_runs()}
-    assert found == {
+    excluded = {(run["seed"], run["state"], run["reason"]) for run in table.describe_excluded_runs()}
+    assert excluded == {
         ("2", "failed", "the loss is not finite"),
         ("3", "pruned", "below the median"),
-        ("4", "unfinished", "after 1 of 2 epochs: in training, or stopped"),
-        ("5", "unfinished", "in training, or stopped"),
+        ("4", "unfinished", "after 1 of 2 epochs: still training or interrupted"),
+        ("5", "unfinished", "still training or interrupted"),
     }
 
 
-def test_rows_of_one_label_and_the_same_knobs_are_counted(tmp_path: Path) -> None:
+def test_rows_with_equal_labels_and_options_are_numbered(tmp_path: Path) -> None:
     folders = [write_trials(tmp_path / name, [{"trial": "t", "label": "fast", "state": "done"}]) for name in "abc"]
     for folder, lr in zip(folders, (0.1, 0.1, 0.2), strict=True):
         write_run(folder / "runs" / "t", (0.5,), lr=lr)
@@ -142,8 +144,8 @@ def test_rows_of_one_label_and_the_same_knobs_are_counted(tmp_path: Path) -> Non
     ]
 
 
-def test_a_line_without_its_end_counts_as_none_for_every_reader(tmp_path: Path) -> None:
-    """It was cut short, though what is there of it may look whole; the sweep takes it for none and writes over it."""
+def test_incomplete_last_line_is_ignored_by_every_reader(tmp_path: Path) -> None:
+    """Its writer was terminated, even if the line looks complete; the sweep overwrites it."""
     line = {"trial": "t", "label": "fast", "seed": 0, "state": "failed", "reason": "it broke", "run": "runs/t"}
     folder = write_trials(tmp_path / "sweep", [line], tail=json.dumps({**line, "state": "done"}))
     write_run(folder / "runs" / "t", (0.5,))
@@ -154,53 +156,58 @@ def test_a_line_without_its_end_counts_as_none_for_every_reader(tmp_path: Path) 
     assert TrialLog(folder).trial_state("t") == "failed"
     with (folder / "trials.jsonl").open("a") as file:
         file.write('\n[1]\n{"trial": "t"}\n')
-    with pytest.warns(UserWarning, match="2 of its lines cannot be read"):
-        assert TrialLog(folder).trial_rows(["t"]) == [{**line, "knobs": {}, "state": "done", "seconds": None} | SCORED]
+    with pytest.warns(UserWarning, match="invalid lines skipped: 2"):
+        assert TrialLog(folder).trial_rows(["t"]) == [
+            {**line, "knobs": {}, "state": "done", "seconds": None} | ACCURACIES
+        ]
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
-def test_csv_markdown_and_latex_are_read_back(tmp_path: Path, folders: list[Path]) -> None:
-    table = table_of(*folders, sweep(tmp_path / "sweep", NASTY))
-    read_back = list(csv.DictReader(io.StringIO(str(TABLE_FORMATS["csv"](table)))))
-    for row, cells in zip(table.rows, read_back, strict=True):
+@pytest.mark.filterwarnings("ignore:.*invalid lines skipped")
+def test_csv_markdown_and_latex_round_trip(tmp_path: Path, folders: list[Path]) -> None:
+    table = table_of(*folders, sweep(tmp_path / "sweep", SPECIAL_CHARACTERS))
+    csv_rows = list(csv.DictReader(io.StringIO(str(TABLE_FORMATS["csv"](table)))))
+    for row, cells in zip(table.rows, csv_rows, strict=True):
         values = table.row_values(row)
         for name in ("accuracy", "std", "time", "lr"):
             assert cells[name] == ("" if values[name] is None else repr(values[name])), name
         assert cells["row"] == row.name
-    assert read_back[2]["not in the means"].startswith("seed 2 failed: the loss is not finite; seed 3 pruned: below")
+    assert csv_rows[2]["not in the means"].startswith("seed 2 failed: the loss is not finite; seed 3 pruned: below")
 
-    shown = [list(table.row_texts(row).values()) for row in table.rows]
+    expected = [list(table.row_texts(row).values()) for row in table.rows]
     lines = [line for line in str(TABLE_FORMATS["markdown"](table)).splitlines() if line.startswith("|")]
     cells = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines if not line.startswith("|-")]
     plain = [[re.sub(r"\\([\\|*<`\[\]])", r"\1", cell) for cell in row] for row in cells]
     assert plain[0] == list(table.row_texts(table.rows[0]))
-    assert plain[1:4] == shown
+    assert plain[1:4] == expected
     assert [row[:3] for row in plain[5:]] == [[r["row"], r["seed"], r["state"]] for r in table.describe_excluded_runs()]
 
     text = str(TABLE_FORMATS["latex"](table))
     body = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
-    words = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"$\pm$": "±",
+    characters = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"$\pm$": "±",
              r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|"}  # fmt: skip
-    spelling = re.compile("|".join([*map(re.escape, words), r"\\[&%$#_{}]"]))
-    for line, texts in zip(body.splitlines(), shown, strict=True):
-        assert not re.search(r"[%$#_{}~^\\<>|]", spelling.sub("", line.removesuffix(r" \\"))), "not escaped"
-        found = [spelling.sub(lambda hit: words.get(hit[0], hit[0][-1]), cell)
+    escape = re.compile("|".join([*map(re.escape, characters), r"\\[&%$#_{}]"]))
+    for line, texts in zip(body.splitlines(), expected, strict=True):
+        assert not re.search(r"[%$#_{}~^\\<>|]", escape.sub("", line.removesuffix(r" \\"))), "not escaped"
+        cells = [escape.sub(lambda match: characters.get(match[0], match[0][-1]), cell)
                  for cell in re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))]  # fmt: skip
-        assert [cell.replace(", ", ",") for cell in found] == [cell.replace(", ", ",") for cell in texts]
+        assert [cell.replace(", ", ",") for cell in cells] == [cell.replace(", ", ",") for cell in texts]
 
 
-def test_the_terminal_says_it_all(tmp_path: Path, folders: list[Path]) -> None:
+def test_terminal_table(tmp_path: Path, folders: list[Path]) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(TABLE_FORMATS["terminal"](table_of(*folders, sort="accuracy")))
     text = console.export_text()
-    for words in ("92.19 ± 0.77", "30.00", "optimizer: lookahead:sgd", "unfinished", "2:01:40", "mine lr=0.01"):
+    for words in ("92.19 ± 0.77", "30.00", "optimizer: lookahead:sgd", "unfinished", "2:01:40", "baseline lr=0.01"):
         assert words in text, words
 
 
-def test_sorting(folders: list[Path]) -> None:
-    assert [row.name for row in table_of(*folders, sort="time").rows] == ["mine lr=0.01", "mine lr=0.1"]
-    assert [row.name for row in table_of(*folders[::-1], sort="accuracy").rows] == ["mine lr=0.1", "mine lr=0.01"]
-    assert [row.name for row in table_of(*folders, sort="row").rows] == ["mine lr=0.01", "mine lr=0.1"]
+def test_rows_are_sorted_by_a_column(folders: list[Path]) -> None:
+    assert [row.name for row in table_of(*folders, sort="time").rows] == ["baseline lr=0.01", "baseline lr=0.1"]
+    assert [row.name for row in table_of(*folders[::-1], sort="accuracy").rows] == [
+        "baseline lr=0.1",
+        "baseline lr=0.01",
+    ]
+    assert [row.name for row in table_of(*folders, sort="row").rows] == ["baseline lr=0.01", "baseline lr=0.1"]
     with pytest.raises(UsageError, match="did you mean 'accuracy'"):
         table_of(*folders, sort="acuracy")
 
@@ -220,7 +227,7 @@ def test_sorting(folders: list[Path]) -> None:
         ("recipe.toml", "\x00\xff", "TOML"),
     ],
 )
-def test_a_damaged_run_is_a_row_that_says_why(
+def test_damaged_run_is_listed_with_the_reason(
     tmp_path: Path, folders: list[Path], file: str, content: str, reason: str
 ) -> None:
     (folders[1] / file).write_text(content, encoding="latin-1")
@@ -233,56 +240,56 @@ def test_a_damaged_run_is_a_row_that_says_why(
         read_records([folders[1]])
 
 
-def test_metrics_that_are_damaged_cost_the_curves_alone(tmp_path: Path) -> None:
+def test_damaged_metrics_remove_only_the_curves(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", (0.5, 0.6), 0.9)
-    whole = (folder / "metrics.csv").read_text()
-    (folder / "metrics.csv").write_text(whole.replace("0.6,", "nan,", 1)[:-20])
+    content = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(content.replace("0.6,", "nan,", 1)[:-20])
     (row,) = group_runs(read_records([folder]))
     curve = row.curve("val_acc")
     assert curve is not None
     assert curve.epochs == [1]
     (folder / "metrics.csv").write_bytes(b"\x00\xff,\n")
-    with pytest.warns(UserWarning, match="no row that can be read"):
+    with pytest.warns(UserWarning, match="has no valid row"):
         table = table_of(folder)
     assert table.row_values(table.rows[0])["accuracy"] == 0.9
     assert table.rows[0].curve("val_acc") is None
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path, tmp_path / ("a" * 300)):
         with pytest.raises(CheckpointError, match=r"recipe\.toml or trials\.jsonl"):
             read_records([path])
-    odd = [{"trial": name, "label": "odd", "state": "done"} for name in ("a\0b", "a" * 300, "../../..", "")]
-    for trials in ([], odd):
+    invalid = [{"trial": name, "label": "odd", "state": "done"} for name in ("a\0b", "a" * 300, "../../..", "")]
+    for trials in ([], invalid):
         with (
-            pytest.warns(UserWarning, match="2 of its lines") if trials else contextlib.nullcontext(),
+            pytest.warns(UserWarning, match="invalid lines skipped: 2") if trials else contextlib.nullcontext(),
             pytest.raises(CheckpointError, match="nothing to report"),
         ):
             read_records([write_trials(tmp_path / "sweep", trials)])
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, "-m", "fastcifar", "report", *arguments]
-    return subprocess.run(run, capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
+def run_report(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastcifar", "report", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
 
 
-def test_the_command_prints_one_document_or_one_line_and_a_code(tmp_path: Path, folders: list[Path]) -> None:
+def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: list[Path]) -> None:
     (folders[1] / "summary.json").write_text("{")
-    run = command(*(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
-    assert (run.returncode, run.stdout.count("\n")) == (0, 1), run.stderr
-    found = json.loads(run.stdout)
-    assert [(row["row"], row["n"]) for row in found["rows"]] == [("mine lr=0.1", 2), ("mine lr=0.01", 1)]
-    assert {run["state"] for run in found["rows"][0]["runs"]} == {"done", "damaged", "unfinished"}
+    process = run_report(*(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
+    assert (process.returncode, process.stdout.count("\n")) == (0, 1), process.stderr
+    document = json.loads(process.stdout)
+    assert [(row["row"], row["n"]) for row in document["rows"]] == [("baseline lr=0.1", 2), ("baseline lr=0.01", 1)]
+    assert {run["state"] for run in document["rows"][0]["runs"]} == {"done", "damaged", "unfinished"}
     for arguments, code, words in (
         (("s1",), 4, "nothing to report: s1: summary.json: Invalid JSON"),
         (("s0", "--format", "markdwon"), 2, "did you mean 'markdown'?"),
     ):
-        run = command(*arguments, cwd=tmp_path)
-        assert (run.returncode, run.stdout, run.stderr.count("\n")) == (code, "", 1), run.stderr
-        assert words in run.stderr
+        process = run_report(*arguments, cwd=tmp_path)
+        assert (process.returncode, process.stdout, process.stderr.count("\n")) == (code, "", 1), process.stderr
+        assert words in process.stderr
 
 
-def test_plots_and_document(tmp_path: Path, folders: list[Path]) -> None:
+def test_plots_and_json_document(tmp_path: Path, folders: list[Path]) -> None:
     document, _ = build_report(folders, "csv", plots=tmp_path / "plots")
     files = [Path(file) for file in document["written"]]
     assert [file.name for file in files] == ["accuracy.png", "loss.png", "throughput.png", "classes.png"]
