@@ -30,8 +30,6 @@ from fastcifar.benchmark.roofline import DeviceTimer, measure_roofline, read_dev
 from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, BenchmarkCase
 from fastcifar.data import cifar
 from fastcifar.device import (
-    ExecutionPlan,
-    choose_execution,
     describe_device,
     package_versions,
     peak_memory_bytes,
@@ -43,7 +41,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import setting_texts
 from fastcifar.training.build import build_trainer
 from fastcifar.training.progress import print_lines
-from fastcifar.training.rng_state import preserve_state
+from fastcifar.training.resolve import Resolved, resolve
 from fastcifar.training.trainer import Trainer
 
 DEFAULT_BENCHMARKS = "loader,step,train"  # takes less than three minutes on two cores
@@ -111,15 +109,14 @@ def bench(
         lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: the folder {trace.absolute().parent} does not exist", "create it first")
-    points = expand_grid(prepare_bench_recipe(recipe), grid or {})
-    executions = [choose_execution(point) for point in points]
+    points = [resolve(point) for point in expand_grid(prepare_bench_recipe(recipe), grid or {})]
     results: list[dict[str, Any]] = []
-    for point, execution in zip(points, executions, strict=True):
+    for point in points:
         options = MeasurementOptions(names, trials, trial_s, trace if point is points[-1] else None)
-        results += measure_point(point, execution, options, results, console)
+        results += measure_point(point, options, results, console)
         if point is not points[-1]:
             reset_compiler_and_memory()
-    device = torch.device(executions[0].device)
+    device = torch.device(points[0].execution.device)
     precisions = dict.fromkeys(row["precision"] for row in results if "precision" in row)
     rooflines = {precision: measure_roofline(device, precision) for precision in precisions}
     results = [row | compute_utilization(row, rooflines) for row in results]
@@ -182,15 +179,14 @@ def reset_compiler_and_memory() -> None:
 
 
 def measure_point(
-    recipe: Recipe,
-    execution: ExecutionPlan,
+    resolved: Resolved,
     options: MeasurementOptions,
     measured_rows: Sequence[dict[str, Any]],
     console: Console | None,
 ) -> list[dict[str, Any]]:
     """Return the result rows of one grid point, without the cases that are already in `measured_rows`."""
     started = time.perf_counter()
-    trainer = build_trainer(recipe, execution)
+    trainer = build_trainer(resolved)
     setup_s = time.perf_counter() - started
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines(), "compiling and warming up ..."])
     rows = []
@@ -207,17 +203,19 @@ def measure_benchmarks(
     trainer.model.train()
     started = time.perf_counter()
     reset_peak_memory(trainer.device)
-    step = trainer.build_train_step() if STEP_BENCHMARKS & set(options.benchmarks) else None
+    needs_step = bool(STEP_BENCHMARKS & set(options.benchmarks))
+    if needs_step:
+        trainer.optimize()
     step_s, step_peak = time.perf_counter() - started, peak_memory_bytes(trainer.device)
     for name in options.benchmarks:
-        cases = list(BENCHMARKS[name](trainer, step))
+        cases = list(BENCHMARKS[name](trainer))
         for case in cases:
             settings = {"what": name, **case.settings}
             if any(settings.items() <= row.items() for row in measured_rows):
                 continue  # the case does not depend on the option that differs, e.g. the loader on the architecture
             trace = options.trace if name == options.benchmarks[-1] and case is cases[-1] else None
             results, first_s = measure_case(case, trainer, options, trace)
-            if name != "loader" or step is None:  # building the step also warms up the loader
+            if name != "loader" or not needs_step:  # `optimize` also warms up the loader
                 results["compile_s"] = step_s if name in STEP_BENCHMARKS else first_s
             if name in STEP_BENCHMARKS and trainer.execution.cuda_graph:  # the capture allocates, a replay does not
                 results["peak_memory_bytes"] = max(step_peak or 0, results["peak_memory_bytes"])
@@ -231,7 +229,7 @@ def measure_case(
 
     The state of the trainer is restored afterwards. Raises `NonFiniteError` if the loss or a gradient is NaN or Inf.
     """
-    with preserve_state(trainer.state_tensors(), trainer.device), closing(case.workload) as work:
+    with trainer.preserve_state(skip_updates=False), closing(case.workload) as work:
         trainer.meter.reset()
         reset_peak_memory(trainer.device)
         started = time.perf_counter()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmark.bench import synchronize
 from fastcifar.benchmark.speedrun_results import SpeedrunResults
-from fastcifar.device import choose_execution, collect_environment, process_times
+from fastcifar.device import collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import format_percent, option_flag
 from fastcifar.models import count_macs, count_parameters
@@ -33,9 +33,7 @@ from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.progress import print_lines
-from fastcifar.training.resolve import model_from_recipe
-from fastcifar.training.run_dir import Clock
-from fastcifar.training.step import TrainStep
+from fastcifar.training.resolve import Resolved, model_from_recipe, resolve
 from fastcifar.training.trainer import Trainer
 
 # target accuracy in percent -> recipe
@@ -100,17 +98,18 @@ def speedrun(
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else plan.recipe.seed
     recipes = [plan.recipe.model_copy(update={"seed": first_seed + index}) for index in range(n)]
-    execution, seeds = choose_execution(plan.recipe), [recipe.seed for recipe in recipes]
+    resolved, seeds = resolve(recipes[0]), [recipe.seed for recipe in recipes]
+    execution = resolved.execution
     chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader")}
     chosen["compiled"] = execution.compile
     environment = {**collect_environment(execution.device), "chosen": chosen}
     if earlier:
         earlier.require_compatible(plan.document(), environment, seeds)
     started = time.perf_counter()
-    trainer = build_trainer(recipes[0], execution)
+    trainer = build_trainer(resolved)
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
     num_images = count_training_images(trainer)
-    flops = count_flops(plan.recipe, len(trainer.data.classes), num_images)
+    flops = count_flops(resolved, len(trainer.data.classes), num_images)
     run_stats = {
         "params": count_parameters(trainer.model),
         "macs": count_macs(trainer.model),
@@ -119,13 +118,13 @@ def speedrun(
     }
     with SpeedrunResults.open(append, plan.recipe.out, plan.document(), run_stats, environment, seeds) as results:
         print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[plan.eval_split]}"])
-        step = trainer.build_train_step()
+        trainer.optimize()
         build_s = time.perf_counter() - started - trainer.prepare_s
         for recipe in recipes:
             if recipe is not recipes[0]:
                 build_s = reset_trainer_for_recipe(trainer, recipe)
             trial = {
-                **time_training(trainer, step, is_cold_start=recipe is recipes[0]),
+                **time_training(trainer, is_cold_start=recipe is recipes[0]),
                 **evaluate_trial(trainer, plan.eval_split),
             }
             results.add_trial({"seed": recipe.seed, **chosen, "flops": flops, "build_s": build_s, **trial})
@@ -174,7 +173,7 @@ def plan_speedrun(
     return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, recipe)
 
 
-def time_training(trainer: Trainer, step: TrainStep, is_cold_start: bool) -> dict[str, Any]:
+def time_training(trainer: Trainer, is_cold_start: bool) -> dict[str, Any]:
     """Train and return the timing: `seconds` is the sum of `prepare_s` and `train_s`.
 
     For the first run of a process, `cold_start_s` is the time since the process was started, where the system provides
@@ -182,7 +181,7 @@ def time_training(trainer: Trainer, step: TrainStep, is_cold_start: bool) -> dic
     """
     synchronize(trainer.device)
     started = time.perf_counter()
-    train_without_evaluation(trainer, step)
+    train_without_evaluation(trainer)
     synchronize(trainer.device)
     train_s = time.perf_counter() - started
     return {
@@ -193,17 +192,14 @@ def time_training(trainer: Trainer, step: TrainStep, is_cold_start: bool) -> dic
     }
 
 
-def train_without_evaluation(trainer: Trainer, step: TrainStep) -> None:
+def train_without_evaluation(trainer: Trainer) -> None:
     """Run the training steps of `train`, and leave the model with the weights to be evaluated."""
     progress = trainer.progress
     trainer.model.train()
     while progress.epoch < trainer.recipe.epochs:
         for batch in trainer.batches(progress.epoch):
-            trainer.optimizer.set_lr(trainer.schedule.lr_at(progress.step))
-            step(*batch)
-            progress.step += 1
-            trainer.optimizer.after_step(progress.step, trainer.meter.found_inf)
-        progress.epoch += 1
+            trainer.train_step(batch)
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     if trainer.ema and trainer.recipe.eval_weights == "ema":
         trainer.ema.copy_to_model()
 
@@ -215,12 +211,11 @@ def reset_trainer_for_recipe(trainer: Trainer, recipe: Recipe) -> float:
     seconds that this takes, without the preparation, which belongs to the timed run.
     """
     started = time.perf_counter()
-    new_trainer = build_trainer(recipe, trainer.execution)
-    state = new_trainer.checkpoint_state(Clock())
-    trainer.recipe, trainer.loader, trainer.schedule = new_trainer.recipe, new_trainer.loader, new_trainer.schedule
+    new_trainer = build_trainer(replace(trainer.resolved, recipe=recipe))
+    trainer.resolved, trainer.loader, trainer.schedule = new_trainer.resolved, new_trainer.loader, new_trainer.schedule
     trainer.prepare_s = new_trainer.prepare_s
-    trainer.load_checkpoint_state(state)
-    trainer.warm_up_loader()  # as `build_train_step` does for the first run
+    trainer.load_state_dict(new_trainer.state_dict())
+    trainer.warm_up_loader()  # as `optimize` does for the first run
     return time.perf_counter() - started - trainer.prepare_s
 
 
@@ -266,15 +261,16 @@ def count_training_images(trainer: Trainer) -> int:
     return trainer.recipe.epochs * min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
 
 
-def count_flops(recipe: Recipe, num_classes: int, num_images: int) -> int:
+def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
     """Return the floating-point operations of the forward and backward passes of `num_images` training images.
 
     Counts convolutions and matrix products with `FlopCounterMode`, which counts two operations per multiply-accumulate,
     on the meta device at each image size of the recipe. The optimizer and the evaluation are not included.
     """
+    recipe = resolved.recipe
     with torch.device("meta"):
         model = model_from_recipe(recipe.model_copy(update={"fused_ops": False}), num_classes)  # same operation count
-    image_sizes = [recipe.image_size_at(epoch) for epoch in range(recipe.epochs)]
+    image_sizes = [resolved.image_size_at(epoch) for epoch in range(recipe.epochs)]
     flops_per_image: dict[int, float] = {}
     for size in dict.fromkeys(image_sizes):
         with FlopCounterMode(display=False) as counter:

@@ -21,7 +21,8 @@ from fastcifar.data.loaders import LOADERS
 from fastcifar.models import count_macs
 from fastcifar.models.memory_traffic import ConvCall, count_conv_calls, feature_map_bytes_per_image
 from fastcifar.training import compilation, cuda_graph
-from fastcifar.training.step import DTYPES, Forward, TrainStep
+from fastcifar.training.lr_schedule import constant_lr
+from fastcifar.training.step import DTYPES, Forward
 from fastcifar.training.trainer import Trainer
 
 Workload = Generator[int]  # performs one unit of work per `next` and yields its number of images
@@ -51,7 +52,7 @@ class BenchmarkCase:
     reports_latency: bool = False
 
 
-def loader_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
+def loader_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the loader alone."""
     yield BenchmarkCase(
         select_settings(trainer, "loader", "augment", "batch_size", "workers", "compiled", "data"),
@@ -59,23 +60,19 @@ def loader_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCas
     )
 
 
-def step_cases(trainer: Trainer, step: TrainStep | None) -> Iterator[BenchmarkCase]:
+def step_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the training step on a fixed batch that is already on the device."""
-    assert step is not None
     settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
-    yield BenchmarkCase(settings, step_workload(trainer, step), *training_cost_per_image(trainer))
+    yield BenchmarkCase(settings, step_workload(trainer), *training_cost_per_image(trainer))
 
 
-def train_cases(trainer: Trainer, step: TrainStep | None) -> Iterator[BenchmarkCase]:
+def train_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of end-to-end training: loader and step."""
-    assert step is not None
     names = ("arch", "loader", "augment", "batch_size", "workers", "precision", "compiled", "cuda_graph", "data")
-    yield BenchmarkCase(
-        select_settings(trainer, *names), train_workload(trainer, step), *training_cost_per_image(trainer)
-    )
+    yield BenchmarkCase(select_settings(trainer, *names), train_workload(trainer), *training_cost_per_image(trainer))
 
 
-def inference_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
+def inference_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield a case of the forward pass for each batch size of `INFERENCE_BATCH_SIZES`."""
     cost = 2 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, False, bytes_per_element(trainer))
     for batch_size in INFERENCE_BATCH_SIZES[trainer.device.type]:
@@ -88,7 +85,7 @@ def inference_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[Benchmark
         )
 
 
-def conv_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
+def conv_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield two cases for each distinct convolution of the model: forward pass, and forward and backward pass."""
     settings = select_settings(trainer, "arch", "batch_size", "precision")
     for conv, calls in count_conv_calls(trainer.model).items():
@@ -107,7 +104,7 @@ def conv_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]
             )
 
 
-def replay_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCase]:
+def replay_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield cases with several training steps per CUDA graph replay, which show the cost of launching replays."""
     for count in STEPS_PER_REPLAY:
         settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
@@ -119,7 +116,7 @@ def replay_cases(trainer: Trainer, _: TrainStep | None) -> Iterator[BenchmarkCas
         )
 
 
-BENCHMARKS: dict[str, Callable[[Trainer, TrainStep | None], Iterator[BenchmarkCase]]] = {
+BENCHMARKS: dict[str, Callable[[Trainer], Iterator[BenchmarkCase]]] = {
     "loader": loader_cases,
     "step": step_cases,
     "train": train_cases,
@@ -166,17 +163,19 @@ def loader_workload(trainer: Trainer) -> Workload:
             yield len(labels)
 
 
-def step_workload(trainer: Trainer, step: TrainStep) -> Workload:
-    """Run the training step on the first batch of the loader, with a learning rate of 0.
+def step_workload(trainer: Trainer) -> Workload:
+    """Run the training step of `train` on the first batch of the loader, with a learning rate of 0.
 
     Otherwise the model would overfit this batch, and the values that it computes with would change from trial to trial.
     """
     batch = [tensor.clone() for tensor in next(trainer.batches(0))]  # a loader may reuse its memory
-    trainer.optimizer.set_lr(0.0)
-    for step_count in itertools.count(1):
-        step(*batch)
-        trainer.optimizer.after_step(step_count)
-        yield len(batch[1])
+    schedule, trainer.schedule = trainer.schedule, constant_lr(trainer.recipe, 0.0)
+    try:
+        while True:
+            trainer.train_step(batch)
+            yield len(batch[1])
+    finally:
+        trainer.schedule = schedule
 
 
 def replay_workload(trainer: Trainer, steps_per_replay: int) -> Workload:
@@ -186,19 +185,15 @@ def replay_workload(trainer: Trainer, steps_per_replay: int) -> Workload:
     trainer.optimizer.set_lr(0.0)
     for step_count in itertools.count(steps_per_replay, steps_per_replay):
         block(*batch * steps_per_replay)
-        trainer.optimizer.after_step(step_count)
+        trainer.optimizer.after_step(step_count, trainer.meter.found_inf)
         yield len(batch[1]) * steps_per_replay
 
 
-def train_workload(trainer: Trainer, step: TrainStep) -> Workload:
+def train_workload(trainer: Trainer) -> Workload:
     """Run the training step on the batches of the loader, as `train` does."""
-    step_count = 0
     for epoch in itertools.count():
         for batch in trainer.batches(epoch):
-            trainer.optimizer.set_lr(trainer.schedule.lr_at(step_count))
-            step(*batch)
-            step_count += 1
-            trainer.optimizer.after_step(step_count)
+            trainer.train_step(batch)
             yield len(batch[1])
 
 

@@ -16,12 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from fastcifar.data import cifar
-from fastcifar.data.augment import parse_augment
 from fastcifar.data.batch_slicing import slice_epoch
-from fastcifar.data.loaders import LOADERS
-from fastcifar.data.normalization import normalization_mean_std
-from fastcifar.device import choose_execution
-from fastcifar.errors import DiskError, UsageError, UserError, lookup
+from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.files import load_toml, lock_folder, write_atomically
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import renamed_options
@@ -31,11 +27,7 @@ from fastcifar.sweep.sweep_progress import SweepDisplay
 from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_trials, read_sweep_spec
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
 from fastcifar.training import trackers
-from fastcifar.training.evaluate import VIEWS
-from fastcifar.training.lr_schedule import LRSchedule
-from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.progress import print_lines
-from fastcifar.training.resolve import check_image_sizes, model_from_recipe, resolve_cuda_graph
 
 
 def run_sweep(
@@ -163,18 +155,8 @@ def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
     for trial in {trial.label: trial for trial in trials}.values():
         recipe = trial.recipe
         try:
-            parse_augment(recipe.augment)
-            normalization_mean_std(recipe)
-            lookup(VIEWS, recipe.tta, "test-time augmentation")
-            lookup({"auto": None, **LOADERS}, recipe.loader, "loader")
             trackers.require_trackers(recipe)
-            LRSchedule(recipe, 1)
-            build_grad_clipper(recipe.clip_grad, [])
-            model = model_from_recipe(recipe, cifar.DATASETS[recipe.dataset].num_classes)
-            check_image_sizes(model, recipe)
-            optimizer = OptimizerWrapper(model, recipe)
-            if executor != "ray":
-                resolve_cuda_graph(choose_execution(recipe), recipe, optimizer)
+            resolve(recipe, any_machine(recipe) if executor == "ray" else None)
         except UserError as error:
             raise type(error)(f"{trial.label}: {error.problem}", error.remedy) from None
 

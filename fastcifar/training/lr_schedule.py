@@ -140,6 +140,12 @@ class LRSchedule:
         self.halvings = state["halvings"]
 
 
+def constant_lr(recipe: Recipe, lr: float) -> LRSchedule:
+    """Return a schedule with the learning rate `lr` at every step, instead of that of `recipe`."""
+    constant = recipe.model_copy(update={"lr": lr, "min_lr": lr, "warmup_epochs": 0.0})
+    return LRSchedule(constant, ParsedSchedule(SCHEDULES["constant"], 0.0), 1)
+
+
 def parse_schedule(recipe: Recipe) -> ParsedSchedule:
     """Parse `NAME` or `NAME:NUMBER`; the argument is 0.0 if the schedule has none.
 

@@ -118,6 +118,11 @@ def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
+def any_machine(recipe: Recipe) -> ExecutionPlan:
+    """The execution with which a recipe can be resolved that another machine will run."""
+    return ExecutionPlan("cpu", "fp32", "tensor" if recipe.loader == "auto" else recipe.loader, False, False)
+
+
 def _tiny_network() -> nn.Module:
     """Parameters of every shape that the networks have, to try an optimizer and its arguments on."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -233,14 +233,16 @@ class Trainer:
             return cuda_graph.cuda_graphed(step, self.example_batch(batch_size), self.state_tensors())
 
     @contextmanager
-    def preserve_state(self) -> Iterator[None]:
+    def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
         """Context in which steps may run and after which the run is as before.
 
-        The steps skip their updates, as after a NaN: the state of some optimizers could not be restored.
+        With `skip_updates` they skip their updates, as after a NaN. Without, optimizers that create their state in
+        steps keep what they created.
         """
         scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
-            self.meter.found_inf.fill_(1)
+            if skip_updates:
+                self.meter.found_inf.fill_(1)
             yield
         self.scaler.load_state_dict(scale)
         self.progress = progress

@@ -16,7 +16,6 @@ from fastcifar.benchmark import workloads
 from fastcifar.benchmark.bench import TimedTrial, bench
 from fastcifar.benchmark.workloads import BENCHMARKS
 from fastcifar.data import cifar
-from fastcifar.device import choose_execution
 from fastcifar.errors import DataError, UsageError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe

@@ -17,7 +17,6 @@ from torch import nn
 from fastcifar.benchmark import speedrun as speedrun_module
 from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
 from fastcifar.benchmark.speedrun_results import SpeedrunResults, sample_statistics
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
