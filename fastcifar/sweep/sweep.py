@@ -28,6 +28,7 @@ from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
 from fastcifar.training import trackers
 from fastcifar.training.progress import print_lines
+from fastcifar.training.resolve import any_machine, resolve
 
 
 def run_sweep(
