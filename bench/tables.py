@@ -1,9 +1,9 @@
-"""The README's tables of results, generated from bench/results.
+"""Generate the tables of results in README.md from bench/results.
 
-    python bench/tables.py           rewrites the tables in README.md
-    python bench/tables.py --check   exits 1 if they are not current
+    python bench/tables.py           rewrite the tables in README.md
+    python bench/tables.py --check   exit with code 1 if they are out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a row of TABLES.
+The lines between `<!-- table: NAME -->` and `<!-- end -->` are replaced; NAME is a key of `TABLES`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcifar.format import MISSING, format_mean_std, format_percent
+from fastcifar.renamed import upgrade_options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -24,10 +25,10 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def accuracy() -> str:
-    """Every recorded training result: mean and standard deviation over seeds, with n."""
+    """Return the table of training results: mean and standard deviation of the test accuracy over n seeds."""
     heading = (
-        "| recipe | parameters | epochs | n | test accuracy, mean ± std | each seed "
-        "| training PFLOP | seconds, start to end | device | result |"
+        "| recipe | parameters | epochs | n | test accuracy, mean ± std | test accuracy of each seed (%) "
+        "| training PFLOP | total time, min-max (s) | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("test_acc"):
@@ -43,47 +44,49 @@ def accuracy() -> str:
 
 
 def peers() -> str:
-    """Every recorded comparison of training loops: the median of each, and its ratios to two others, with n."""
+    """Return the table of training-loop comparisons: the median of each loop and its speedup over two others."""
     heading = (
-        "| network, batch, augmentation | loop | n | images/s, median | each round | times the source's loop "
-        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |"
+        "| network, batch size, augmentation | loop | n | images/s, median | images/s of each round "
+        "| speedup over source_loop | speedup over plain_compile | CPU time per image (µs) "
+        "| CPU cores used by other processes, max | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("loops"):
-        for loop, found in summary["loops"].items():
+        for loop, figures in summary["loops"].items():
             rows.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
-                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {times(found, 'source_loop')} | {times(found, 'plain_compile')} "
-                f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
+                f"| {figures['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in figures['trials'])} "
+                f"| {speedup(figures, 'source_loop')} | {speedup(figures, 'plain_compile')} "
+                f"| {figures['cpu_us_per_image']:,.0f} | {figures['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
     return table(heading, rows)
 
 
 def inference() -> str:
-    """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
+    """Return the table of inference comparisons: the median of each loop and its speedup over the source's loop."""
     heading = (
-        "| network, images | loop | n | images/s, median | each round | times the source's loop "
-        "| seconds before it | cores that others used, at most | device | result |"
+        "| network, images | loop | n | images/s, median | images/s of each round | speedup over source_loop "
+        "| setup time (s) | CPU cores used by other processes, max | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("inference"):
-        for loop, found in summary["inference"].items():
+        for loop, figures in summary["inference"].items():
             rows.append(
                 f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
-                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {found['times_source_loop']['median']:.2f} "
-                f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
-                f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+                f"| {figures['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in figures['trials'])} "
+                f"| {figures['times_source_loop']['median']:.2f} "
+                f"| {', '.join(f'{value:.1f}' for value in figures['prepare_s'])} "
+                f"| {figures['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
     return table(heading, rows)
 
 
 def starts() -> str:
-    """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full."""
+    """Return the table of start-up times: seconds to the end of the first step with an empty and a full compile cache."""
     heading = (
-        "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |"
+        "| network, batch size | n | cold start, median (s) | warm start, median (s) "
+        "| warm / cold, median (min to max) | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("cold_s"):
@@ -97,18 +100,19 @@ def starts() -> str:
 
 
 def loaders() -> str:
-    """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
+    """Return the table of data-loader comparisons: the median of each loader and its speedup over a baseline."""
     heading = (
-        "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
-        "| cores that others used, at most | device | result |"
+        "| augmentation, batch size | loader | n | images/s, median | images/s of each round | speedup "
+        "| CPU time per image (µs) | CPU cores used by other processes, max | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("loaders"):
         for row in summary["loaders"]:
-            times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+            speedup = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+            augment = upgrade_options({"augment": row["augment"]})["augment"]
             rows.append(
-                f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
-                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
+                f"| `{augment}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
+                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {speedup} "
                 f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
@@ -116,109 +120,115 @@ def loaders() -> str:
 
 
 def table(heading: str, rows: list[str], none: str = "(None recorded yet.)") -> str:
-    """The rows under their heading, or `none`."""
+    """Return a Markdown table, or the text `none` if there are no rows."""
     rule = "|" + "---|" * (heading.count("|") - 1)
     return "\n".join([heading, rule, *rows]) if rows else none
 
 
-def times(loop: dict[str, Any], other: str) -> str:
-    """How often as fast as the `other` loop, or a dash if that was not measured beside it."""
+def speedup(loop: dict[str, Any], other: str) -> str:
+    """Return the median speedup over the loop `other`, or a dash if `other` was not measured."""
     ratio = loop.get(f"times_{other}")
     return f"{ratio['median']:.2f}" if ratio else "-"
 
 
 def airbench() -> str:
-    """Every recorded start of cifar10-airbench's scripts: accuracy, and the seconds by their rule and by ours."""
+    """Return the table of the cifar10-airbench scripts: accuracy, the time they report and the time of the process."""
     heading = (
-        "| script | n | accuracy, mean | seconds by its own rule, mean | by ours, cold start | warm start "
-        "| device | result |"
+        "| script | n | accuracy, mean | time reported by the script, mean (s) | process time, cold start (s) "
+        "| process time, warm start (s) | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("scripts"):
-        for script, found in summary["scripts"].items():
-            ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
-            own = found["own_s"]
+        for script, figures in summary["scripts"].items():
+            process_times = (
+                ", ".join(f"{value:.1f}" for value in figures[name]) or "-" for name in ("cold_s", "warm_s")
+            )
+            reported = figures["own_s"]
             rows.append(
-                f"| `{script}` | {len(found['accuracy'])} | {format_percent(statistics.fmean(found['accuracy']))} "
-                f"| {f'{statistics.fmean(own):.2f}' if own else '-'} | {' | '.join(ours)} "
+                f"| `{script}` | {len(figures['accuracy'])} | {format_percent(statistics.fmean(figures['accuracy']))} "
+                f"| {f'{statistics.fmean(reported):.2f}' if reported else '-'} | {' | '.join(process_times)} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows, "(None recorded yet: they need CUDA.)")
+    return table(heading, rows, "(None recorded yet: these scripts need CUDA.)")
 
 
 def speedruns() -> str:
-    """Every recorded speedrun on the test set: accuracy without and with views, share over the target, seconds."""
+    """Return the table of speedruns on the test set: accuracy without and with test-time augmentation, and time."""
     heading = (
-        "| recipe | parameters | target | n | accuracy, mean ± std | with views | of them over the target "
-        "| seconds, mean ± std | from the start of the process, s | training PFLOP | device | result |"
+        "| recipe | parameters | target | n | accuracy, mean ± std | accuracy with TTA, mean ± std "
+        "| runs that reach the target | time, mean ± std (s) | cold start (s) | training PFLOP "
+        "| device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("flops_to_target"):
         if summary["on"] != "test":
-            continue  # a split that chose something proves nothing
-        plain, views = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
+            continue  # the validation split is used for tuning, so its accuracy is not a result
+        accuracy, accuracy_tta = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
         cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
-            f"| {plain} | {views} | {format_percent(best['share'], 0)} | {mean_and_std(summary['seconds'], 1, 1)} "
+            f"| {accuracy} | {accuracy_tta} | {format_percent(best['share'], 0)} | {mean_and_std(summary['seconds'], 1, 1)} "
             f"| {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
 
 
 def pairs() -> str:
-    """Every recorded speedrun beside a peer's script: both sides' means and seconds, and ours over theirs."""
+    """Return the table of speedruns alternated with a peer's script: accuracies, times, and our time over the peer's."""
     heading = (
-        "| target | side | n | accuracy with views, mean | without | seconds, mean | each round "
-        "| over the peer's, by round | training PFLOP | cores that others used, at most | device | result |"
+        "| target | script | n | accuracy with TTA, mean | accuracy, mean | time, mean (s) | time of each round (s) "
+        "| time / the peer's time, median (min to max) | training PFLOP | CPU cores used by other processes, max "
+        "| device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("peer_script"):
         for side, name in (("ours", summary["recipe"]), ("peer", summary["peer_script"])):
-            found = summary[side]
+            figures = summary[side]
             share = summary["seconds_over_peer"]
             ratio = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if side == "ours" else ""
-            flops = "-" if None in found["flops"] else f"{statistics.fmean(found['flops']) / 1e15:.4f}"
+            flops = "-" if None in figures["flops"] else f"{statistics.fmean(figures['flops']) / 1e15:.4f}"
             rows.append(
                 f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
                 f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
-                f"| {statistics.fmean(found['seconds']):.1f} "
-                f"| {', '.join(f'{value:.1f}' for value in found['seconds'])} | {ratio} | {flops} "
+                f"| {statistics.fmean(figures['seconds']):.1f} "
+                f"| {', '.join(f'{value:.1f}' for value in figures['seconds'])} | {ratio} | {flops} "
                 f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
     return table(heading, rows)
 
 
 def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
-    """`93.99 ± 0.12 %`, without the deviation where there was one run, or a dash where nothing was measured."""
+    """Return `93.99 ± 0.12 %`, without the deviation if there is one run, or a dash if there is no measurement."""
     return f"{format_mean_std(figure['mean'], figure['std'], decimals, unit)}{sign}" if figure else MISSING
 
 
 def faults() -> str:
-    """Every recorded soak and fuzzing: how much was tried, and what came of it."""
-    heading = "| what | tried | what came of it | seconds | device | result |"
+    """Return the table of soak tests and of fuzz tests of the file readers."""
+    heading = "| test | inputs | outcome | time (s) | device | result folder |"
     rows = []
     for folder, summary, environment in recorded("what"):
         if summary["what"] == "soak":
             signals = ", ".join(f"{count} {name}" for name, count in sorted(summary["by_signal"].items()))
-            tried = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
-            found = f"{summary['equal']:,} ended as the run never stopped, bit for bit"
+            inputs = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
+            outcome = f"{summary['equal']:,} bit-identical to an uninterrupted run"
         elif summary["what"] == "fuzz-readers":
-            tried = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
-            found = f"{summary['refused']:,} refused in one line, {summary['read']:,} read; nothing else"
+            inputs = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
+            outcome = (
+                f"{summary['refused']:,} refused with a one-line error, {summary['read']:,} read, no other outcome"
+            )
         else:
             continue
         rows.append(
-            f"| {summary['what']} | {tried} | {found} | {summary['seconds']:,.0f} "
+            f"| {summary['what']} | {inputs} | {outcome} | {summary['seconds']:,.0f} "
             f"| {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
 
 
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
+    """Yield (folder, summary, environment) of every result whose summary has the key `key`, oldest first."""
     for path in sorted(RESULTS.glob("*/summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
         if key in summary:
@@ -239,12 +249,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str) -> str:
-    """The README's text with every table generated anew."""
+    """Return the text of the README with every table regenerated."""
 
-    def anew(match: re.Match[str]) -> str:
+    def regenerate(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", anew, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", regenerate, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
