@@ -83,7 +83,7 @@ def inference() -> str:
 
 
 def starts() -> str:
-    """Return the table of start-up times: seconds to the end of the first step with an empty and a full compile cache."""
+    """Return the table of start-up times: from process start to the end of the first step, cold and warm cache."""
     heading = (
         "| network, batch size | n | cold start, median (s) | warm start, median (s) "
         "| warm / cold, median (min to max) | device | result folder |"
@@ -156,8 +156,8 @@ def speedruns() -> str:
     """Return the table of speedruns on the test set: accuracy without and with test-time augmentation, and time."""
     heading = (
         "| recipe | parameters | target | n | accuracy, mean ± std | accuracy with TTA, mean ± std "
-        "| runs that reach the target | time, mean ± std (s) | cold start (s) | training PFLOP "
-        "| device | result folder |"
+        "| runs that reach the target | time, mean ± std (s) | process start to end of first run (s) "
+        "| training PFLOP | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("flops_to_target"):
@@ -169,14 +169,15 @@ def speedruns() -> str:
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
-            f"| {accuracy} | {accuracy_tta} | {format_percent(best['share'], 0)} | {mean_and_std(summary['seconds'], 1, 1)} "
-            f"| {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
+            f"| {accuracy} | {accuracy_tta} | {format_percent(best['share'], 0)} "
+            f"| {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
+            f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
 
 
 def pairs() -> str:
-    """Return the table of speedruns alternated with a peer's script: accuracies, times, and our time over the peer's."""
+    """Return the table of speedruns alternated with a peer's script: accuracies, times, and the ratio of the times."""
     heading = (
         "| target | script | n | accuracy with TTA, mean | accuracy, mean | time, mean (s) | time of each round (s) "
         "| time / the peer's time, median (min to max) | training PFLOP | CPU cores used by other processes, max "
