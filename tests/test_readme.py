@@ -1,80 +1,213 @@
-"""What the README says can be done, can be done; what it draws, is there."""
+"""The README agrees with the package: its commands parse, its example runs, and the names in its tables exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
+import pytest
+import typer.main
+
+from fastcifar import errors
 from fastcifar.cli.app import app
+from fastcifar.cli.exit import SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE
+from fastcifar.recipe import Recipe, shipped_recipes
 from fastcifar.sweep.executors import EXECUTORS
 from fastcifar.sweep.sweep_spec import expand_trials, read_sweep_spec, shipped_sweeps
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.optimizers import OPTIMIZERS, SELF_SCHEDULED_OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastcifar"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+INLINE_CODE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]
+BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports it
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
-def test_the_library_face_runs_as_written(tmp_path: Path) -> None:
-    code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(code) == 1
+def section(title: str) -> str:
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def command_lines() -> list[str]:
+    """The command lines of the shell code blocks that start fastcifar, without comments and redirections."""
+    lines = []
+    for language, block in CODE_BLOCKS:
+        if language == "bash":
+            lines += [line for line in block.replace("\\\n", " ").splitlines() if re.search(r"\bfastcifar ", line)]
+    return lines
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The Click command that `words` name, and the words after its name."""
+    command: Any = typer.main.get_command(app)
+    words = list(words)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+def parse_command_line(line: str) -> dict[str, Any]:
+    """The parameters of a command line that starts fastcifar. Raises what Click and `Recipe` raise."""
+    words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    start = next(number for number, word in enumerate(words) if Path(word).name == "fastcifar")
+    command, arguments = find_command(words[start + 1 :])
+    parameters = command.make_context(command.name, arguments).params
+    options = {name: value for name, value in parameters.items() if name in Recipe.model_fields}
+    Recipe.make(parameters.get("recipe"), **{**options, "out": None})
+    return parameters
+
+
+def command_flags(command: Any) -> set[str]:
+    """All flags of a command, such as --lr, --no-compile and --help."""
+    return {"--help"} | {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def all_commands() -> dict[str, Any]:
+    """Every command by its full name, such as `runs ls`."""
+    root: Any = typer.main.get_command(app)
+    commands: dict[str, Any] = {}
+    for name, command in root.commands.items():
+        commands |= {f"{name} {sub}": child for sub, child in getattr(command, "commands", {}).items()} or {
+            name: command
+        }
+    return commands
+
+
+def test_python_example_runs_as_written(tmp_path: Path) -> None:
+    (code,) = [block for language, block in CODE_BLOCKS if language == "python"]
     run = subprocess.run(
-        [sys.executable, "-c", code[0]], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
     assert "torch.Size([100, 3, 32, 32]) torch.uint8" in run.stdout
     assert (tmp_path / run.stdout.split()[-1] / "summary.json").is_file()
 
 
-def test_the_tree_names_every_file_and_no_other() -> None:
-    tree = TEXT.split("```\nfastcifar/\n")[1].split("```")[0]
-    package = tree.split("\nbench/")[0]
-    drawn = set(re.findall(r"^ +(\w+\.py)", package, re.MULTILINE))
-    there = {path.name for path in (ROOT / "fastcifar").rglob("*.py") if not path.name.startswith("__")}
-    assert drawn == there
-    for name in re.findall(r"^(\S+?)/? ", tree, re.MULTILINE):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_of_code_blocks_parse(line: str) -> None:
+    parse_command_line(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fastcifar train --decay-on weights", "No such option: --decay-on"),
+        ("fastcifar sweep rows --on ray", "No such option: --on"),
+        ("fastcifar train --lr 0", "--lr should be greater than 0"),
+        ("fastcifar runs up", "up"),
+        ("fastcifar predict runs/a images", "Missing parameter: out"),
+    ],
+)
+def test_an_invalid_command_line_does_not_parse(line: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        parse_command_line(line)
+
+
+def test_code_blocks_contain_command_lines() -> None:
+    assert len(command_lines()) >= 15
+    assert (
+        parse_command_line("torchrun --nproc-per-node 8 -m fastcifar train --batch-size 1024")["batch_size"] == "1024"
+    )
+
+
+def test_flags_of_inline_commands_exist() -> None:
+    for code in INLINE_CODE:
+        if re.match(r"(scripts/)?fastcifar [a-z]", code):
+            command, words = find_command(code.split()[1:])
+            assert set(FLAG.findall(" ".join(words))) <= command_flags(command), code
+
+
+def test_flags_of_inline_code_exist() -> None:
+    root: Any = typer.main.get_command(app)
+    flags = command_flags(root).union({"--install-completion"}, *map(command_flags, all_commands().values()))
+    for path in [*(ROOT / "bench").rglob("*.py"), *(ROOT / "scripts").iterdir()]:
+        flags.update(FLAG.findall(path.read_text(encoding="utf-8")))
+    for code in INLINE_CODE:
+        assert set(FLAG.findall(code)) <= flags, code
 
 
 def test_every_command_is_in_the_table() -> None:
-    groups = {group.name: group.typer_instance for group in app.registered_groups}
-    for group, commands in {"": app, **groups}.items():
-        assert commands is not None
-        for command in commands.registered_commands:
-            assert command.callback is not None
-            name = " ".join(filter(None, ("fastcifar", group, command.name or command.callback.__name__)))
-            assert f"`{name}" in TEXT, name
+    for name in all_commands():
+        assert f"| `fastcifar {name}" in section("Commands"), name
 
 
-def test_the_shipped_recipes_are_named() -> None:
-    for path in (ROOT / "fastcifar" / "recipes").glob("*.toml"):
-        assert f"`{path.stem}`" in TEXT or f"--recipe {path.stem}" in TEXT
+def test_shipped_recipes_are_in_the_table() -> None:
+    for name in shipped_recipes():
+        assert f"`{name}`" in section("Recipes"), name
 
 
-def test_the_sweeps_file_is_one_and_the_shipped_ones_are_named(tmp_path: Path) -> None:
-    part = TEXT.split("## Sweeps")[1].split("\n## ")[0]
-    first, study = re.findall(r"```toml\n(.*?)```", part, re.DOTALL)
+def test_sweep_file_and_shipped_sweeps(tmp_path: Path) -> None:
+    text = section("Sweeps")
+    first, study = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "first.toml").write_text(first)
     assert len(expand_trials(*read_sweep_spec(str(tmp_path / "first.toml")))) == 2 * 2 * 10 * 3
     (tmp_path / "study.toml").write_text(study)
-    asked, _ = read_sweep_spec(str(tmp_path / "study.toml"))
-    assert asked.study is not None
-    assert asked.study.ranges.keys() == {"lr", "optimizer"}
-    assert all(f"`{name}`" in part for name in (*shipped_sweeps(), *EXECUTORS))
+    spec, _ = read_sweep_spec(str(tmp_path / "study.toml"))
+    assert spec.study is not None
+    assert spec.study.ranges.keys() == {"lr", "optimizer"}
+    assert all(f"`{name}`" in text for name in (*shipped_sweeps(), *EXECUTORS))
 
 
-def test_the_optimizers_and_schedules_are_those_of_the_tables() -> None:
-    part = TEXT.split("## Optimizers and schedules")[1].split("\n## ")[0]
-    yes = {True: "yes", False: "no"}
-    for name, kind in OPTIMIZERS.items():
-        row = f"| `{name}` | {yes[kind.fused]} | {yes[kind.capturable]} | {yes[kind.self_scheduled]} |"
-        assert row in part, row
-    other = part.split("| any other of")[1].splitlines()[0]
+def test_optimizers_and_schedules_are_those_of_the_tables() -> None:
+    text = section("Optimizers and learning-rate schedules")
+    yes_no = {True: "yes", False: "no"}
+    for name, spec in OPTIMIZERS.items():
+        row = f"| `{name}` | {yes_no[spec.fused]} | {yes_no[spec.capturable]} | {yes_no[spec.self_scheduled]} |"
+        assert row in text, row
+    other = text.split("| any other of")[1].splitlines()[0]
     named = set(re.findall(r"`(\w+)(?:\.\.\.)?`", other.split("|")[3]))
     assert {next(name for name in named if own.startswith(name)) for own in SELF_SCHEDULED_OPTIMIZERS} == named
-    schedules = part.split("| schedule |")[1]
+    schedules = text.split("| schedule |")[1]
     assert re.findall(r"`(\w+)(?::[\d.]+)?`", schedules) == list(SCHEDULES)
-    for name, shape in SCHEDULES.items():
-        assert shape.default_arg is None or f"`{name}:{shape.default_arg:g}`" in schedules
+    for name, spec in SCHEDULES.items():
+        assert spec.default_arg is None or f"`{name}:{spec.default_arg:g}`" in schedules
+
+
+def test_exit_codes_are_those_of_the_package() -> None:
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)]
+    of_errors = {
+        value.exit_code
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.UserError)
+    }
+    assert listed == sorted({0, SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE, BROKEN_PIPE_EXIT_CODE} | of_errors)
+
+
+def test_every_folder_is_in_the_code_layout() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)/` \|.*\| `([\w.-]+)` \|$", section("Code layout"), re.MULTILINE))
+    assert rows.keys() == {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    for folder, first_file in rows.items():
+        assert (PACKAGE / folder / first_file).is_file(), first_file
+
+
+def test_layer_order_is_that_of_import_linter() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = [item for item in project["tool"]["importlinter"]["contracts"] if item["type"] == "layers"]
+    (listed,) = re.findall(r"```\n(cli\n.*?)```", section("Code layout"), re.DOTALL)
+    assert listed.splitlines() == contract["layers"]
+
+
+def test_every_table_that_can_be_extended_exists() -> None:
+    rows = re.findall(r"^\| [^|]+ \| `([A-Z_]+)` \| `([\w/.]+)\.py` \|$", section("Code layout"), re.MULTILINE)
+    assert len(rows) >= 20
+    for table, path in rows:
+        module = importlib.import_module(f"fastcifar.{path.removesuffix('/__init__').replace('/', '.')}")
+        assert len(getattr(module, table)) > 0, table
+    named = set(re.findall(r"^\| [^|]+ \| `([A-Z_]+)`", section("Code layout"), re.MULTILINE))
+    assert named == {table for table, _ in rows}
+
+
+def test_paths_of_files_exist() -> None:
+    for code in INLINE_CODE:
+        for name in re.findall(r"(?:^|python )((?:bench|scripts|tests|fastcifar)/[\w/.]+)", code):
+            assert (ROOT / name).exists(), name

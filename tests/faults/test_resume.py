@@ -276,7 +276,8 @@ def test_fault16_every_free_knob_is_one(tiny: Make) -> None:
         not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.RESUMABLE_OPTIONS.keys()
     )
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(--[\w-]+)`", readme.split("Free to differ are ")[1].split("and what the machine is")[0])
+    text = " ".join(readme.split()).split("options may differ from those of the interrupted run: ")[1]
+    named = re.findall(r"`(--[\w-]+)`", text.split("and the execution options")[0])
     assert set(named) == {
         option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("execution")}
     }
