@@ -1,8 +1,8 @@
-"""Checkpoints: written atomically, verified by sha256, loaded without running anything in them.
+"""Checkpoints: written atomically, verified by SHA-256, and loaded without executing code from the file.
 
 A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
-`model`, `ema`, and what the rest of a run depends on (`Parts.state`). `manifest.json` beside the files holds size and
-sha256 of each and is written last; `last.previous.pt` is the one before `last.pt`.
+`model`, `ema`, and the rest of the training state (`Trainer.checkpoint_state`). `manifest.json` in the same folder
+holds the size and SHA-256 of each file and is written last; `last.previous.pt` is the checkpoint before `last.pt`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from fastcifar.renamed import upgrade_options
 CHECKPOINT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-# numpy's code of a number -> struct's, for the numpy scalars that other projects keep beside their weights
-NUMPY_TO_STRUCT_FORMATS = {"b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
-           "f2": "<e", "f4": "<f", "f8": "<d"}  # fmt: skip
+# NumPy type code -> struct format, for the NumPy scalars that other projects store beside their weights
+NUMPY_TO_STRUCT_FORMATS = {
+    "b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
+    "f2": "<e", "f4": "<f", "f8": "<d",
+}  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` so that `path` is at any moment the old checkpoint or the new one, whole.
+    """Write `state` to `path` atomically: at any time, `path` is either the old or the new checkpoint, complete.
 
-    Errors: `NonFiniteError` if a weight or statistic is not finite (nothing is written), `DiskError`.
+    Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite, and
+    `DiskError` if the file cannot be written.
     """
     _require_finite_weights(state)
     buffer = io.BytesIO()
@@ -43,7 +46,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     previous = path.with_suffix(".previous.pt")
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     try:
-        if not path.exists():  # killed before the manifest knows of it, it would count as damaged, with none before it
+        # A first checkpoint has no previous one to fall back to: if the process is killed before the manifest lists it,
+        # it would be rejected as damaged. So the manifest lists it beforehand.
+        if not path.exists():
             _write_manifest(path.parent, {**read_manifest(path.parent), path.name: entry})
         write_atomically(path, content, previous)
         manifest = read_manifest(path.parent)
@@ -51,20 +56,20 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             manifest[previous.name] = manifest[path.name]
         _write_manifest(path.parent, {**manifest, path.name: entry})
     except OSError as error:
-        free = free_disk_bytes(path.parent)
-        known = "" if free is None else f", {free:,} are free"
-        problem = f"cannot write {path} ({len(content):,} bytes{known}): {error.strerror}"
-        raise DiskError(problem, "free some space, or give --out") from None
+        free_bytes = free_disk_bytes(path.parent)
+        free_text = "" if free_bytes is None else f", {free_bytes:,} bytes are free"
+        problem = f"cannot write {path} ({len(content):,} bytes{free_text}): {error.strerror}"
+        raise DiskError(problem, "free disk space or set --out") from None
 
 
 def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
-    """The checkpoint at `path`; if it is damaged, the one before it, with one warning.
+    """Load the checkpoint at `path` or, with a warning, the previous one if it is damaged.
 
-    `anyones`: a dict that is no checkpoint of ours will do too (see `published`).
-    Errors: `CheckpointError` when neither can be read. Nothing in the file is executed.
+    `allow_foreign`: also accept a dict that is not a fastcifar checkpoint (see `source_checkpoints`).
+    Raises `CheckpointError` if neither can be read. No code in the file is executed.
     """
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}", "give a run folder or a .pt file")
+        raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
     try:
         return read_checkpoint(path, allow_foreign)
     except CheckpointError as error:
@@ -77,56 +82,60 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
-    """One file, verified against the manifest if that knows it. Errors: `CheckpointError`."""
+    """Read one checkpoint file and verify it against the manifest, if there is one.
+
+    Raises `CheckpointError` if it is damaged, not a checkpoint, or contains objects other than plain values and
+    tensors. `allow_foreign`: as in `load_checkpoint`.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    known = {entry["sha256"] for entry in read_manifest(path.parent).values()}
-    if known and hashlib.sha256(content).hexdigest() not in known:
-        raise CheckpointError(f"{path} is damaged: {len(content):,} bytes whose sha256 the manifest does not know")
+    valid_digests = {entry["sha256"] for entry in read_manifest(path.parent).values()}
+    if valid_digests and hashlib.sha256(content).hexdigest() not in valid_digests:
+        raise CheckpointError(f"{path} is damaged: the SHA-256 of its {len(content):,} bytes is not in {MANIFEST_NAME}")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged or a malicious file
+    except Exception as error:  # torch raises many types for a damaged or malicious file
         raise CheckpointError(f"{path} is not a checkpoint: {_describe_load_error(error)}") from None
     if not isinstance(state, dict) or not (allow_foreign or is_fastcifar_checkpoint(state)):
-        raise CheckpointError(f"{path} holds no model and recipe of ours", "give a run folder or its checkpoint")
+        raise CheckpointError(f"{path} has no model and recipe", "specify a fastcifar run folder or checkpoint")
     if is_fastcifar_checkpoint(state):
         state["recipe"] = upgrade_options(state["recipe"])
     return state
 
 
 def is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
-    """Whether `state` is a checkpoint that fastcifar wrote."""
+    """Return whether `state` is a checkpoint that fastcifar wrote."""
     return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
 
 
 def _describe_load_error(error: Exception) -> str:
-    """torch's error in a few words; its first line advises to switch the protection off."""
-    refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-    if refused:
-        return f"it asks for {refused[1]}, which no checkpoint needs"
+    """Return torch's error in a few words, without its advice to disable `weights_only`."""
+    forbidden = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+    if forbidden:
+        return f"it refers to {forbidden[1]}, which is not allowed in checkpoints"
     return first_message_line(error, type(error).__name__)
 
 
 class _NumpyDtypeStub:
-    """Stands in for `numpy.dtype` while a file is read, so that numpy is given nothing of it but a number's bytes."""
+    """Replaces `numpy.dtype` while a file is read, so that NumPy does not process data from the file."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.struct_format = NUMPY_TO_STRUCT_FORMATS[code]
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|"):
-            raise ValueError("a number that is not little-endian")
+            raise ValueError("only little-endian numbers are supported")
 
 
 def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | bool:
-    """Stands in for the function that numpy pickles its scalars by; a plain number comes of it."""
+    """Replaces the function that NumPy scalars are pickled with; returns a Python number."""
     return struct.unpack(dtype.struct_format, content)[0]
 
 
-# Wrong arguments raise, and `read` turns that into its error; numpy's own functions would trust them.
+# The stubs raise on invalid arguments, which `read_checkpoint` reports; NumPy's own functions would not check them.
 SAFE_GLOBALS: list[Any] = [
     (_NumpyDtypeStub, "numpy.dtype"),
     (_numpy_scalar_stub, "numpy.core.multiarray.scalar"),
@@ -135,7 +144,7 @@ SAFE_GLOBALS: list[Any] = [
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name -> {bytes, sha256}; empty where there is no readable manifest."""
+    """Return the manifest of `folder`, file name -> {bytes, sha256}; empty if there is no readable manifest."""
     entries = read_json_object(folder / MANIFEST_NAME).items()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
 
@@ -145,28 +154,33 @@ def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
 
 
 def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
-    """The checkpoint that `run_or_file` means: the file itself, or `which` ("last", "best") of a run folder."""
+    """Return `run_or_file` itself if it is a file, else the path of the checkpoint `which` ("last", "best") in it."""
     path = Path(run_or_file)
     return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: object) -> None:
-    """Strictly: every key once, every shape right. Errors: `CheckpointError` that names what does not fit."""
+    """Load `weights` into `model`, without the prefixes of DataParallel and torch.compile.
+
+    `source` names the weights in messages. Raises `CheckpointError`, which names the keys, if keys are missing or
+    unexpected or shapes differ.
+    """
     weights = {strip_wrapper_prefixes(key): value for key, value in weights.items()}
     expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    shapes = [key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape]
-    for what, keys in (("lacks", missing), ("has unknown", unknown), ("has other shapes for", sorted(shapes))):
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    mismatched = sorted(key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape)
+    for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", mismatched)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CheckpointError(f"{source} {what} {', '.join(keys[:3])}{more}", "is it another architecture?")
+            raise CheckpointError(f"{source} {problem} {', '.join(keys[:3])}{more}", "check the architecture")
     model.load_state_dict(weights, strict=True)
 
 
 def strip_wrapper_prefixes(key: str) -> str:
-    """`key` without the prefixes that DataParallel and torch.compile put before it."""
+    """Return `key` without the prefixes that DataParallel and torch.compile add."""
     while key.startswith(WRAPPER_PREFIXES):
-        key = key[len(next(prefix for prefix in WRAPPER_PREFIXES if key.startswith(prefix))) :]
+        for prefix in WRAPPER_PREFIXES:
+            key = key.removeprefix(prefix)
     return key
 
 
@@ -174,4 +188,4 @@ def _require_finite_weights(state: dict[str, Any]) -> None:
     for part in ("model", "ema"):
         for key, value in (state.get(part) or {}).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteError(f"{key} is not finite", "the checkpoint before it is kept; use a smaller --lr")
+                raise NonFiniteError(f"{key} is not finite", "the previous checkpoint is kept; use a smaller --lr")

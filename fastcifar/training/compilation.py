@@ -1,7 +1,4 @@
-"""torch.compile as a wrapper function -> function, its persistent cache, and the allocator settings of a process.
-
-Compilation changes how fast a function runs, never what it computes: `precompile` leaves the state as it was.
-"""
+"""torch.compile as a wrapper of functions, its persistent cache, and the allocator settings of the process."""
 
 from __future__ import annotations
 
@@ -20,37 +17,36 @@ from torch import Tensor
 from fastcifar.training.rng_state import preserve_state
 
 COMPILE_MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
-
-
-INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's variable
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
-
+INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
-    """`function` through torch.compile: one graph, static shapes (another shape is another function's work)."""
-    # It would warn of every machine that has a CUDA compiler and no GPU.
+    """Compile `function` as one full graph with static shapes.
+
+    `mode`: a key of COMPILE_MODES.
+    """
+    # torch would warn on every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # The compiler keeps its variants, and their small limit, with the code object: each function gets one of its own.
-    own = types.FunctionType(
+    # TorchDynamo caches compiled variants, up to a small limit, per code object: give each function its own copy.
+    function_copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
+    return torch.compile(function_copy, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
 
 
 def enable_compile_cache() -> Path | None:
-    """Has torch.compile keep its code in the user cache, where a later start finds it: torch's own place is temporary.
+    """Set the cache folder of torch.compile to the user's cache folder, so that later processes reuse compiled code.
 
-    `TORCHINDUCTOR_CACHE_DIR` stands if it is set. Returns the folder; None, and torch's own place, if none can be made.
+    torch's default is a temporary folder. `TORCHINDUCTOR_CACHE_DIR` takes precedence if it is set. Return the folder,
+    or None if it cannot be created; torch's default is used then.
     """
     folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
     folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or folder)
@@ -63,10 +59,10 @@ def enable_compile_cache() -> Path | None:
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed, for the whole process: each step frees and asks for the same tensors again.
+    """Configure glibc's malloc to keep freed memory for reuse, because each step allocates the same tensors again.
 
-    By default every large one is mapped and cleared anew, a fifth of a small network's step on a CPU (LOG.md).
-    Returns whether it could be set: not without glibc.
+    By default, every large allocation is mapped and zeroed again, which takes a fifth of a small network's step on a
+    CPU (LOG.md). The setting applies to the whole process. Return whether it succeeded; False without glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -78,7 +74,7 @@ def keep_freed_memory() -> bool:
 def precompile(
     step: Callable[..., None], example_inputs: Sequence[Tensor], state: Sequence[Tensor]
 ) -> Callable[..., None]:
-    """`step`, after one run on `example` that compiled it and left `state` untouched."""
+    """Run `step` once on `example_inputs` to compile it, restore the tensors of `state`, and return `step`."""
     with preserve_state(state, example_inputs[0].device):
         step(*example_inputs)
     return step

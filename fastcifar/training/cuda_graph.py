@@ -1,7 +1,7 @@
-"""Speed from outside: compile and CUDA graph as wrappers f -> f, each with its eager twin.
+"""CUDA graphs as wrappers of functions, each with an eager equivalent.
 
-The one room that may name torch.cuda's graphs. A wrapper changes when work happens, never what is computed: warm-up
-runs leave weights, buffers, optimizer and random state exactly as they were.
+Only this module uses `torch.cuda.CUDAGraph`. A wrapper changes when kernels are launched, never what is computed:
+warm-up runs leave the weights, buffers, optimizer state and random state unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def cuda_graphed(
     state: Sequence[Tensor],
     capture_fn: Callable[[Closure], Closure] | None = None,
 ) -> Callable[..., None]:
-    """`step` as one replay: inputs are copied into static ones, then everything it launched is launched at once.
+    """Capture `step` in a CUDA graph and return a function that copies its inputs to static tensors and replays it.
 
-    `example`: tensors of the shapes, dtypes and device that every later call must have. `state`: every tensor the
-    step writes. Capture before any loader thread starts: their allocations would break it.
-    Errors: `ValueError` that names the input whose shape, dtype or device differs.
-    `record` is how work becomes a replay; the tests give one that runs it eagerly, the default is CUDA's.
+    `example_inputs`: tensors of the shapes, dtypes and device that every later call must have. `state`: every tensor
+    that the step writes; the warm-up leaves it unchanged. `capture_fn` turns a function into its replay; the default
+    is `capture_cuda_graph`, and tests pass one that runs the function eagerly.
+    Call this before any loader thread starts, because an allocation in another thread can invalidate the capture.
+    The returned function raises `ValueError` if the shape, dtype or device of an input differs.
     """
     capture_fn = capture_fn or capture_cuda_graph
     static = [tensor.clone() for tensor in example_inputs]
@@ -40,37 +41,41 @@ def cuda_graphed(
     replay = capture_fn(lambda: step(*static))
 
     def run(*inputs: Tensor) -> None:
-        for index, (mine, given) in enumerate(zip(static, inputs, strict=True)):
-            if (mine.shape, mine.dtype, mine.device) != (given.shape, given.dtype, given.device):
+        for index, (target, source) in enumerate(zip(static, inputs, strict=True)):
+            if (target.shape, target.dtype, target.device) != (source.shape, source.dtype, source.device):
                 raise ValueError(
-                    f"input {index} of the captured step is {_describe_tensor(mine)}, not {_describe_tensor(given)}: "
-                    "another shape needs the plain step"
+                    f"input {index} of the captured step must be {_describe_tensor(target)}, not "
+                    f"{_describe_tensor(source)}; call the eager step for other shapes"
                 )
-            mine.copy_(given, non_blocking=True)
+            target.copy_(source, non_blocking=True)
         replay()
 
     return run
 
 
 def unroll_steps(step: Callable[..., None], num_steps: int) -> Callable[..., None]:
-    """`count` steps as one function of the tensors of `count` batches, one batch after the other: one replay of
-    `graphed` then launches them all. What changes from step to step, such as a learning rate, has to be an input."""
+    """Return a function that runs `num_steps` steps, so that one replay of `cuda_graphed` launches all of them.
 
-    def block(*tensors: Tensor) -> None:
-        size = len(tensors) // num_steps
-        assert size * num_steps == len(tensors), (len(tensors), num_steps)
-        for start in range(0, len(tensors), size):
-            step(*tensors[start : start + size])
+    It takes the tensors of all batches, one batch after the other. Whatever changes from step to step, such as the
+    learning rate, must be an input.
+    """
 
-    return block
+    def run_steps(*tensors: Tensor) -> None:
+        inputs_per_step = len(tensors) // num_steps
+        assert inputs_per_step * num_steps == len(tensors), (len(tensors), num_steps)
+        for start in range(0, len(tensors), inputs_per_step):
+            step(*tensors[start : start + inputs_per_step])
+
+    return run_steps
 
 
 def cuda_graphed_forward(
     forward: Callable[[Tensor], Tensor], example_images: Tensor, capture_fn: Callable[[Closure], Closure] | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """`forward`, images -> logits, as one replay for images of `example`'s shape. Call it, and this, under no_grad.
+    """Capture `forward` (images -> logits) in a CUDA graph for images of the shape of `example_images`.
 
-    The model must be in evaluation mode: what is recorded stays what it was. New weights in the same memory are seen.
+    Call this function and its result under `torch.no_grad()`, with the model in evaluation mode: the mode at capture
+    time is kept. Weights that are updated in place take effect.
     """
     logits = forward(example_images).clone()
 
@@ -79,28 +84,31 @@ def cuda_graphed_forward(
 
     replay = cuda_graphed(step, [example_images], [], capture_fn)
 
-    def replayed(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Tensor:
         replay(images)
-        return logits.clone()  # the next replay writes into the same memory
+        return logits.clone()  # the next replay overwrites `logits`
 
-    return replayed
+    return run
 
 
 def pad_batch(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
-    """`forward` of `batch_size` images for fewer too: a short batch is filled up with black and its logits are cut."""
+    """Return `forward` for batches of up to `batch_size` images.
 
-    def whole(images: Tensor) -> Tensor:
-        missing = batch_size - len(images)
-        if not missing:
+    A smaller batch is padded with black images, and their logits are removed.
+    """
+
+    def padded_forward(images: Tensor) -> Tensor:
+        num_missing = batch_size - len(images)
+        if not num_missing:
             return forward(images)
-        black = images.new_zeros(missing, *images.shape[1:])
+        black = images.new_zeros(num_missing, *images.shape[1:])
         return forward(torch.cat([images, black]).contiguous(memory_format=torch.channels_last))[: len(images)]
 
-    return whole
+    return padded_forward
 
 
 def warm_up(work: Closure, device: torch.device) -> None:
-    """Runs `work` until lazy initialisation, autotuning and compilation are behind it; on CUDA on a side stream."""
+    """Run `work` a few times to complete lazy initialization, autotuning and compilation; on CUDA on a side stream."""
     if device.type != "cuda":
         for _ in range(WARMUP_ITERATIONS):
             work()
@@ -114,9 +122,10 @@ def warm_up(work: Closure, device: torch.device) -> None:
 
 
 def capture_cuda_graph(work: Closure) -> Closure:
-    """`work` captured as a CUDA graph; other threads may go on allocating (`thread_local`).
+    """Capture `work` as a CUDA graph and return its replay.
 
-    Nothing is collected meanwhile: what an old cycle holds of the device may not be freed by a capturing thread.
+    Other threads may allocate during the capture (`capture_error_mode="thread_local"`). Garbage collection is disabled
+    meanwhile: the capturing thread must not free device memory that an old reference cycle holds.
     """
     graph = torch.cuda.CUDAGraph()
     _captured_graphs.add(graph)
@@ -131,9 +140,9 @@ def capture_cuda_graph(work: Closure) -> Closure:
 
 
 def reset_cuda_graphs() -> None:
-    """Gives up every CUDA graph of this process; none may be replayed afterwards.
+    """Reset every CUDA graph of this process; none may be replayed afterwards.
 
-    NCCL waits for the graphs that hold its collectives before it ends, and a traceback may keep them alive.
+    NCCL waits at shutdown for the graphs that contain its collectives, and a traceback may keep them alive.
     """
     for graph in _captured_graphs:
         graph.reset()
@@ -142,7 +151,7 @@ def reset_cuda_graphs() -> None:
 def dispatch_by_batch_size(
     full_batch_step: Callable[..., None], short_batch_step: Callable[..., None], batch_size: int
 ) -> Callable[..., None]:
-    """`fast` for full batches, its plain twin for a short last one."""
+    """Return a step that calls `full_batch_step` for `batch_size` images and `short_batch_step` otherwise."""
 
     def step(images: Tensor, *others: Tensor) -> None:
         (full_batch_step if len(images) == batch_size else short_batch_step)(images, *others)

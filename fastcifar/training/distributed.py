@@ -1,8 +1,8 @@
-"""Several processes as one run: torchrun's environment, the mean gradient, what rank 0 says; nothing for one process.
+"""Data-parallel training in several processes started by torchrun; with one process, every operation does nothing.
 
-Every rank computes on its share of a step; gradients are averaged over all images before they are clipped, so that all
-ranks take the same update. Running statistics of BatchNorm are each rank's own; rank 0's are evaluated and kept.
-Nothing here writes a file.
+Every rank computes on its part of a batch; gradients are averaged over all images before they are clipped, so that all
+ranks make the same update. Each rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and
+saved.
 """
 
 from __future__ import annotations
@@ -24,65 +24,69 @@ from torch import Tensor, nn
 from fastcifar.errors import DeviceError, first_message_line
 from fastcifar.training import cuda_graph
 
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)  # a compilation that others wait for takes less
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=10)  # longer than a compilation that other ranks wait for
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process, `rank` of `ranks`; the methods are for all ranks at the same time, and do nothing for one alone."""
+    """The rank of this process and the number of processes.
+
+    All ranks must call a collective method together. With a single process, nothing is communicated.
+    """
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_main_process(self) -> bool:
-        """Rank 0: it alone writes, shows and evaluates."""
+        """Whether this is rank 0, the only one that writes files, prints and evaluates."""
         return self.rank == 0
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
-        """The mean loss over the images of all ranks; the gradients of `parameters` become means in the same way.
+        """Average the gradients of `parameters` over the images of all ranks in place, and return the mean loss.
 
-        `loss`: this rank's mean over its `images`, which may be one more or fewer than another's. Loss and gradients
-        travel in one buffer: whatever is not finite on one rank is so on all of them.
+        `loss`: scalar, the mean over the `images` images of this rank, whose number may differ by one between ranks.
+        Loss and gradients are reduced in one buffer, so that a non-finite value on one rank reaches all ranks.
         """
         if self.world_size == 1:
             return loss
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        parts = [*gradients, loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)]
-        summed = torch.cat([part.flatten() for part in parts]).mul_(images)
-        dist.all_reduce(summed)
-        means = summed.div_(summed[-1].clone()).split([part.numel() for part in parts])
+        tensors = [*gradients, loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)]
+        sums = torch.cat([tensor.flatten() for tensor in tensors]).mul_(images)
+        dist.all_reduce(sums)
+        means = sums.div_(sums[-1].clone()).split([tensor.numel() for tensor in tensors])  # the last sum counts images
         torch._foreach_copy_(
-            gradients, [mean.view(old.shape) for mean, old in zip(means[: len(gradients)], gradients, strict=True)]
+            gradients,
+            [mean.view(gradient.shape) for mean, gradient in zip(means[: len(gradients)], gradients, strict=True)],
         )
         return means[-2].view(())
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """`tensor` becomes its sum over the ranks."""
+        """Replace `tensor` by its sum over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value`, which JSON can hold; what the others give is not looked at."""
+        """Return the `value` of rank 0, which must be JSON-serializable; the other ranks' values are ignored."""
         if self.world_size == 1:
             return value
         return json.loads(self._broadcast_bytes(json.dumps(value).encode() if self.is_main_process else b"", 0))
 
     def broadcast_tensors(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Rank 0's `state`, as a checkpoint can hold it, or None."""
+        """Return the `state` of rank 0: values that a checkpoint can hold, or None."""
         if self.world_size == 1:
             return state
         return _deserialize(self._broadcast_bytes(_serialize(state) if self.is_main_process else b"", 0))
 
     def all_gather_object(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's `state`, by rank."""
+        """Return the `state` of every rank, in rank order."""
         if self.world_size == 1:
             return [state]
         return [_deserialize(self._broadcast_bytes(_serialize(state), rank)) for rank in range(self.world_size)]
 
     def _broadcast_bytes(self, content: bytes, source: int) -> bytes:
-        """The `content` of rank `source`."""
+        """Return the `content` of rank `source`."""
         length = torch.tensor(len(content))
         dist.broadcast(length, source)
         buffer = torch.empty(int(length), dtype=torch.uint8)
@@ -92,12 +96,12 @@ class World:
         return buffer.numpy().tobytes()
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the ranks' whole numbers: a flag that one of them raised. The host waits for all of them."""
+        """Return the maximum of `value` over the ranks; the host waits for all of them."""
         if self.world_size == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        maximum = torch.tensor(value)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
 
 SINGLE_PROCESS = World()
@@ -114,37 +118,39 @@ def _deserialize(content: bytes) -> Any:
 
 
 def get_world() -> World:
-    """This process's place; alone outside of `joined`."""
+    """Return the rank and world size of this process; SINGLE_PROCESS outside of `process_group`."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 
 def is_distributed_launch() -> bool:
-    """Whether torchrun, or something that sets its variables, started this process as one of several."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
     return all(name in os.environ for name in TORCHRUN_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
-    """All ranks together, for as long as the context lasts; on a GPU each rank has the one of its local rank.
+    """Context manager that initializes the process group; with CUDA, each rank uses the GPU of its local rank.
 
-    `device`: "cuda" or "cpu". Errors: `DeviceError` where the ranks cannot find each other, a GPU is missing, or
-    another rank ends in between.
+    `device`: "cuda" or "cpu". Raises `DeviceError` if the ranks cannot connect, a GPU is missing, or another rank fails
+    inside the context.
     """
     if not is_distributed_launch() or dist.is_initialized():
         yield get_world()
         return
-    local = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise DeviceError(f"local rank {local} has no GPU: this machine has {found}", f"--nproc-per-node {found}")
-        torch.cuda.set_device(local)
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise DeviceError(
+                f"local rank {local_rank} has no GPU: this machine has {num_gpus}",
+                f"start torchrun with --nproc-per-node {num_gpus}",
+            )
+        torch.cuda.set_device(local_rank)
     _set_gloo_loopback_interface()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(
-            f"the ranks did not find each other: {first_message_line(error, type(error).__name__)}",
+            f"cannot connect the processes of this run: {first_message_line(error, type(error).__name__)}",
             "see torchrun's output",
         ) from None
     try:
@@ -152,9 +158,9 @@ def process_group(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not _is_peer_failure(error):
             raise
-        remedy = "see its own output, and go on with --resume auto"
         raise DeviceError(
-            f"another process of this run ended: {first_message_line(error, type(error).__name__)}", remedy
+            f"another process of this run failed: {first_message_line(error, type(error).__name__)}",
+            "see its output, then continue with --resume auto",
         ) from None
     finally:
         cuda_graph.reset_cuda_graphs()
@@ -162,7 +168,7 @@ def process_group(device: str) -> Iterator[World]:
 
 
 def _set_gloo_loopback_interface() -> None:
-    """Gloo looks up its own host's name; where that does not resolve, it is told to talk to itself."""
+    """Set Gloo's interface to loopback if the host name does not resolve, because Gloo looks it up."""
     try:
         socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -170,7 +176,7 @@ def _set_gloo_loopback_interface() -> None:
 
 
 def _is_peer_failure(error: RuntimeError) -> bool:
-    """Whether a collective failed: torch has a class for NCCL's failures, and gloo's come as plain RuntimeErrors."""
+    """Return whether a collective failed: torch has a class for NCCL's failures; Gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
     )

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The exponential moving average of weights and running statistics, updated on the device.
+    """The exponential moving average of the weights and running statistics of `model`, updated on the device.
 
-    The first updates weigh more (9 / (10 + t), TensorFlow's rule), so that the random start is soon forgotten.
+    Update t has the weight max(1 - `decay`, 9 / (10 + t)), as in TensorFlow, so that the influence of the random
+    initialization decays quickly.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,7 +23,7 @@ class Ema:
         self.num_updates = torch.zeros((), device=next(iter(self.model_tensors.values())).device)
 
     def update(self, skip: Tensor | float = 0.0) -> None:
-        """After a step. `skip`: float32 scalar on the device; 1 leaves the average alone."""
+        """Update the average after a step. `skip`: float32 scalar on the device; 1 leaves the average unchanged."""
         self.num_updates += 1 - skip
         weight = (9 / (10 + self.num_updates)).clamp(min=self.min_update_weight) * (1 - skip)
         average = list(self.average.values())
@@ -31,28 +32,29 @@ class Ema:
         torch._foreach_add_(average, change)
 
     def copy_to_model(self) -> None:
-        """The average becomes the model's weights."""
+        """Copy the average to the model."""
         torch._foreach_copy_(list(self.model_tensors.values()), list(self.average.values()))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The averaged weights stand in the model for as long as the context lasts."""
-        kept = [value.clone() for value in self.model_tensors.values()]
+        """Context manager in which the model has the averaged weights."""
+        original = [value.clone() for value in self.model_tensors.values()]
         self.copy_to_model()
         try:
             yield
         finally:
-            torch._foreach_copy_(list(self.model_tensors.values()), kept)
+            torch._foreach_copy_(list(self.model_tensors.values()), original)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """A state dict of the model with the averaged weights in it (integer buffers are the model's)."""
+        """Return a state dict of `model` with the averaged weights; integer buffers are those of the model."""
         return {**model.state_dict(), **self.average}
 
     def load_state_dict(self, state: dict[str, Tensor], num_updates: Tensor) -> None:
-        """What `state_dict` gave, and `updates`, into the tensors that are there."""
+        """Copy the averages of `state` and `num_updates` to the existing tensors."""
         for name, value in self.average.items():
             value.copy_(state[name])
         self.num_updates.copy_(num_updates)
 
     def state_tensors(self) -> list[Tensor]:
+        """Return every tensor that an update changes."""
         return [*self.average.values(), self.num_updates]

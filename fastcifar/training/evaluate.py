@@ -1,6 +1,6 @@
-"""Images -> logits -> accuracy, loss and calibration. Never changes a weight or a running statistic.
+"""Evaluation: images -> logits -> accuracy, loss and calibration, without changing weights or running statistics.
 
-Accuracies are fractions correct / total in [0, 1] over every image, not means of batch means. `VIEWS` is test-time
+Accuracies are fractions correct / total in [0, 1] over all images, not means of batch means. `VIEWS` defines test-time
 augmentation: the logits of an image are a weighted mean over views of it.
 """
 
@@ -23,12 +23,12 @@ from fastcifar.training.cuda_graph import cuda_graphed_forward, pad_batch
 from fastcifar.training.step import Forward
 
 EVAL_BATCH_SIZE = 500
-MIN_IMAGES_TO_COMPILE = 100_000  # images through the network below which compiling it costs more than it saves (LOG.md)
+MIN_IMAGES_TO_COMPILE = 100_000  # with fewer evaluated images, compilation takes longer than it saves (LOG.md)
 ECE_BINS = 15
 
 
 class View(NamedTuple):
-    """An image moved by whole pixels, what comes in mirrored at the edge, and then perhaps flipped left to right."""
+    """A translation by (`dy`, `dx`) pixels with reflection padding, followed by a horizontal flip if `flipped`."""
 
     weight: float
     dy: int
@@ -40,21 +40,24 @@ def _add_flips(*views: View) -> tuple[View, ...]:
     return tuple(view._replace(weight=view.weight / 2, flipped=flip) for view in views for flip in (False, True))
 
 
-# Name -> views whose weights sum to 1; the image itself comes first. "6view" is that of cifar10-airbench (Jordan 2024):
-# half the weight on the image, half on it moved by one pixel along the diagonal. "10crop" is the five crops of the
-# image padded by four, as Krizhevsky et al. (2012) took ten of larger images.
+# Name -> views whose weights sum to 1; the unchanged image comes first. "6view" is that of cifar10-airbench (Jordan
+# 2024): half of the weight is on the image, half on the image translated by one pixel along the diagonal. "10crop" is
+# the center and corner crops of the image padded by four pixels, and their flips (Krizhevsky et al. 2012).
 VIEWS: dict[str, tuple[View, ...]] = {
     "none": (View(1, 0, 0, False),),
     "flip": _add_flips(View(1, 0, 0, False)),
     "6view": _add_flips(View(1 / 2, 0, 0, False), View(1 / 4, 1, 1, False), View(1 / 4, -1, -1, False)),
-    "10crop": _add_flips(*(View(1 / 5, *by, False) for by in ((0, 0), (4, 4), (4, -4), (-4, 4), (-4, -4)))),
+    "10crop": _add_flips(*(View(1 / 5, *shift, False) for shift in ((0, 0), (4, 4), (4, -4), (-4, 4), (-4, -4)))),
 }
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What logits are worth. `accuracy` and `per_class` (None for a class without an image) are fractions, `loss` is
-    the mean cross-entropy in nats, `ece` the expected calibration error."""
+    """The scores of logits.
+
+    `accuracy` and `per_class` (None for a class without images) are fractions, `loss` is the mean cross-entropy in
+    nats, `ece` is the expected calibration error.
+    """
 
     accuracy: float
     loss: float
@@ -65,17 +68,18 @@ class Scores:
 
 
 def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
-    """The scores of `model` on all of `split`. `forward`: uint8 images [b,3,32,32] -> logits [b,classes].
+    """Return the scores of `model` on all images of `split`.
 
-    `tta`: a row of VIEWS. Errors: `UsageError` for another name.
+    `forward`: uint8 images [b, 3, 32, 32] -> logits [b, classes]. `tta`: a name in VIEWS.
+    Raises `UsageError` for an unknown `tta`.
     """
     return compute_scores(predict_logits(model, forward, split, device, tta), torch.from_numpy(split.labels))
 
 
 def predict_logits(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Tensor:
-    """float32 logits [n, classes] on the host, in the split's order: the weighted mean over the views `tta`.
+    """Return float32 logits [n, classes] on the host, in the order of `split`: the weighted mean over the views `tta`.
 
-    Errors: `UsageError` for a name that is not in VIEWS.
+    Raises `UsageError` if `tta` is not in VIEWS.
     """
     views = lookup(VIEWS, tta, "test-time augmentation")
     with eval_mode(model):
@@ -86,41 +90,41 @@ def predict_logits(model: nn.Module, forward: Forward, split: Split, device: tor
 def optimize_forward(
     model: nn.Module, forward: Forward, device: torch.device, compile: bool, use_cuda_graph: bool, mode: str = "auto"
 ) -> Forward:
-    """`forward` of `model` compiled, captured or both, for batches of up to BATCH_SIZE images; itself if neither.
+    """Return `forward` of `model`, compiled and captured in a CUDA graph as requested.
 
-    It is made and must be called in evaluation mode, under no_grad, as `predict_logits` does; it reads the weights of
-    the moment.
+    The result takes batches of up to EVAL_BATCH_SIZE images and uses the current weights of `model`. Call it in
+    evaluation mode and under `torch.no_grad()`, as `predict_logits` does. `mode`: a key of COMPILE_MODES.
     """
     if not compile and not use_cuda_graph:
         return forward
     example = torch.zeros(EVAL_BATCH_SIZE, 3, 32, 32, dtype=torch.uint8, device=device)
     example = example.contiguous(memory_format=torch.channels_last)
-    fast = compile_function(forward, mode) if compile else forward
+    optimized = compile_function(forward, mode) if compile else forward
     with eval_mode(model):
         if use_cuda_graph:
-            fast = cuda_graphed_forward(fast, example)
+            optimized = cuda_graphed_forward(optimized, example)
         else:
-            fast(example)
-    return pad_batch(fast, EVAL_BATCH_SIZE)
+            optimized(example)
+    return pad_batch(optimized, EVAL_BATCH_SIZE)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, and the mode as before afterwards.
+    """Context manager that sets evaluation mode, disables gradients and finally restores the mode.
 
-    no_grad and not inference_mode: a captured graph may be near.
+    It uses `no_grad`, not `inference_mode`, because a CUDA graph may be captured or replayed inside it.
     """
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        model.train(was_training)
 
 
 def apply_view(images: Tensor, view: View) -> Tensor:
-    """The `view` of images [n,c,h,w] of any dtype, in their memory format where that is channels_last."""
+    """Return the `view` of images [n, c, h, w] of any dtype, in channels_last memory format."""
     if not any(view[1:]):
         return images
     rows = _reflected_indices(images.shape[2], view.dy, images.device)
@@ -131,13 +135,16 @@ def apply_view(images: Tensor, view: View) -> Tensor:
 
 
 def _reflected_indices(size: int, shift: int, device: torch.device) -> Tensor:
-    """Where each of `size` pixels of a moved line comes from: int64, mirrored at both edges (which come once)."""
+    """Return int64 [size], the source index of each pixel of a line that is translated by `shift`.
+
+    Reflection padding does not repeat the edge pixels.
+    """
     source = (torch.arange(size, device=device) - shift).abs()
     return source.minimum(2 * (size - 1) - source)
 
 
 def _average_views(views: tuple[View, ...], forward: Forward, images: Tensor) -> Tensor:
-    """Logits [n, classes] of a batch: the weighted mean over its views."""
+    """Return the logits [n, classes] of a batch, the weighted mean over its views."""
     logits = views[0].weight * forward(apply_view(images, views[0]))
     for view in views[1:]:
         logits += view.weight * forward(apply_view(images, view))
@@ -145,49 +152,53 @@ def _average_views(views: tuple[View, ...], forward: Forward, images: Tensor) ->
 
 
 def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
-    """Logits [n, classes] against int64 labels [n], both on the host."""
-    hits = logits.argmax(1) == labels
-    counts = torch.bincount(labels, minlength=logits.shape[1]).tolist()
-    right = torch.bincount(labels[hits], minlength=logits.shape[1]).tolist()
+    """Return the scores of logits [n, classes] for int64 labels [n], both on the host."""
+    correct = logits.argmax(1) == labels
+    num_correct = int(correct.sum())
+    class_totals = torch.bincount(labels, minlength=logits.shape[1]).tolist()
+    class_correct = torch.bincount(labels[correct], minlength=logits.shape[1]).tolist()
     return Scores(
-        accuracy=int(hits.sum()) / len(labels),
+        accuracy=num_correct / len(labels),
         loss=F.cross_entropy(logits.double(), labels).item(),
-        correct=int(hits.sum()),
+        correct=num_correct,
         total=len(labels),
-        ece=expected_calibration_error(logits, hits),
-        per_class=[hit / count if count else None for hit, count in zip(right, counts, strict=True)],
+        ece=expected_calibration_error(logits, correct),
+        per_class=[hits / total if total else None for hits, total in zip(class_correct, class_totals, strict=True)],
     )
 
 
 class CalibrationBin(NamedTuple):
-    """The images of a range of confidences: how many, how sure the network is of them, and how often it is right."""
+    """The images in a range of confidences: their number, mean confidence and accuracy (None without images)."""
 
     images: int
-    confidence: float | None  # the means; None without an image
+    confidence: float | None
     accuracy: float | None
 
 
 def expected_calibration_error(logits: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
-    """Expected calibration error (Guo et al. 2017): the gap of confidence and accuracy over equal bins, weighted."""
-    _, sure, right = _sum_by_bin(logits, correct, bins)
-    return (sure - right).abs().sum().item() / len(correct)
+    """Return the expected calibration error (Guo et al. 2017) of logits [n, classes] with `bins` bins of equal width.
+
+    `correct`: bool [n], whether the largest logit is that of the label.
+    """
+    _, confidence_sums, num_correct = _sum_by_bin(logits, correct, bins)
+    return (confidence_sums - num_correct).abs().sum().item() / len(correct)
 
 
 def reliability_bins(logits: Tensor, correct: Tensor, bins: int = ECE_BINS) -> list[CalibrationBin]:
-    """The bins of `calibration_error`, from confidence 0 up. `hits`: bool [n], where the largest logit is the label."""
+    """Return the bins of `expected_calibration_error`, in order of increasing confidence, for the same arguments."""
     sums = zip(*(column.tolist() for column in _sum_by_bin(logits, correct, bins)), strict=True)
     return [
-        CalibrationBin(int(count), sure / count, right / count) if count else CalibrationBin(0, None, None)
-        for count, sure, right in sums
+        CalibrationBin(int(images), confidence_sum / images, num_correct / images)
+        if images
+        else CalibrationBin(0, None, None)
+        for images, confidence_sum, num_correct in sums
     ]
 
 
 def _sum_by_bin(logits: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 [bins] sums over equal bins of confidence: images, confidence, hits."""
+    """Return the float64 [bins] sums of images, confidences and correct predictions over bins of confidence."""
     confidence = logits.double().softmax(1).amax(1)
     index = (confidence * bins).ceil().clamp(1, bins).long() - 1
-    empty = torch.zeros(bins, dtype=torch.float64)
-    images, sure, right = (
-        empty.index_add(0, index, values) for values in (torch.ones_like(confidence), confidence, correct.double())
-    )
-    return images, sure, right
+    zeros = torch.zeros(bins, dtype=torch.float64)
+    images = zeros.index_add(0, index, torch.ones_like(confidence))
+    return images, zeros.index_add(0, index, confidence), zeros.index_add(0, index, correct.double())

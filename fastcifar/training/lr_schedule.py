@@ -1,7 +1,7 @@
-"""SCHEDULES: the learning rate over a run, as shapes between the floor and the peak.
+"""Learning-rate schedules as functions of training progress between the minimum and the peak learning rate.
 
-A shape is a pure function of the progress; only `plateau` remembers anything, and what it remembers is in checkpoints.
-No torch here: the optimizer turns the number into its device tensor.
+Only `plateau` has state, which checkpoints contain. This module does not use torch: the optimizer copies the learning
+rate to its device tensor.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
 
-PLATEAU_FACTOR = 0.1  # of plateau
-PLATEAU_THRESHOLD = 1e-4  # relative: a validation loss that falls by less is no better
+PLATEAU_FACTOR = 0.1
+PLATEAU_THRESHOLD = 1e-4  # relative: a smaller decrease of the validation loss is no improvement
 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """A row of SCHEDULES.
+    """An entry of SCHEDULES.
 
-    `share`: (progress in [0, 1], number) -> share of the way from the floor to the peak, in [0, 1]. `number`: the
-    default of the number that `NAME:NUMBER` sets, None where there is none; `bounds`, both allowed. `watches`: it
-    follows the validation loss.
+    `lr_fraction`: (progress in [0, 1], argument) -> position between the minimum (0) and the peak learning rate (1).
+    `default_arg`: the default of the argument in `NAME:NUMBER`, None if the schedule has no argument; `arg_bounds`: its
+    inclusive bounds. `uses_val_loss`: whether the schedule depends on the validation loss.
     """
 
     lr_fraction: Callable[[float, float], float]
@@ -39,18 +39,18 @@ def _half_cosine(progress: float) -> float:
 
 
 def _cosine_restarts(progress: float, cycles: float) -> float:
-    """Loshchilov and Hutter 2017, equal cycles; the end of the last is an end, not a restart."""
-    rounding = 1e-9  # 3 / 7 * 7 may fall short of 3, and a cycle would begin a step late
-    return _half_cosine((progress * cycles + rounding) % 1.0 if progress < 1 else 1.0)
+    """Cosine annealing with restarts (Loshchilov and Hutter 2017) and equal cycles; the last ends without a restart."""
+    epsilon = 1e-9  # 3 / 7 * 7 may be less than 3, and a cycle would begin one step late
+    return _half_cosine((progress * cycles + epsilon) % 1.0 if progress < 1 else 1.0)
 
 
 def _triangular(progress: float, peak: float) -> float:
-    """Up to the peak at `peak` of the way, then down; one cycle of Smith 2017."""
+    """Linear increase until progress `peak`, then linear decrease: one cycle of Smith 2017."""
     return progress / peak if progress < peak else (1 - progress) / (1 - peak)
 
 
 def _one_cycle(progress: float, peak: float) -> float:
-    """Smith and Topin 2018 as torch spells it: cosines from 1/25 up to 1, then down to 1/250,000."""
+    """One-cycle schedule (Smith and Topin 2018) as in torch: cosines from 1/25 to 1 and then to 1/250,000."""
     start, end = 1 / 25, 1 / 25e4
     if progress < peak:
         return start + (1 - start) * _half_cosine(1 - progress / peak)
@@ -61,30 +61,32 @@ SCHEDULES: dict[str, ScheduleSpec] = {
     "constant": ScheduleSpec(lambda progress, _: 1.0),
     "cosine": ScheduleSpec(lambda progress, _: _half_cosine(progress)),
     "linear": ScheduleSpec(lambda progress, _: 1 - progress),
-    "cosine_restarts": ScheduleSpec(
-        _cosine_restarts, default_arg=4, arg_bounds=(1, 1000), arg_is_integer=True
-    ),  # cycles
-    "triangular": ScheduleSpec(_triangular, default_arg=0.25, arg_bounds=(0.001, 0.999)),  # where the peak is
-    "one_cycle": ScheduleSpec(_one_cycle, default_arg=0.3, arg_bounds=(0.001, 0.999)),  # where the peak is
-    "multi_step": ScheduleSpec(  # factor, at half and at three quarters of the way
+    # argument: number of cycles
+    "cosine_restarts": ScheduleSpec(_cosine_restarts, default_arg=4, arg_bounds=(1, 1000), arg_is_integer=True),
+    # argument: progress at the peak
+    "triangular": ScheduleSpec(_triangular, default_arg=0.25, arg_bounds=(0.001, 0.999)),
+    "one_cycle": ScheduleSpec(_one_cycle, default_arg=0.3, arg_bounds=(0.001, 0.999)),
+    # argument: factor at progress 0.5 and 0.75
+    "multi_step": ScheduleSpec(
         lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), default_arg=0.1, arg_bounds=(0, 1)
     ),
-    "exponential": ScheduleSpec(
-        lambda progress, end: end**progress, default_arg=0.01, arg_bounds=(1e-9, 1)
-    ),  # share at the end
+    # argument: fraction at the end
+    "exponential": ScheduleSpec(lambda progress, end: end**progress, default_arg=0.01, arg_bounds=(1e-9, 1)),
+    # argument: patience in epochs
     "plateau": ScheduleSpec(
         lambda progress, _: 1.0, default_arg=10, arg_bounds=(0, 10_000), arg_is_integer=True, uses_val_loss=True
-    ),  # patience
+    ),
 }
 
 
 class LRSchedule:
-    """The learning rate of each step, from `NAME` or `NAME:NUMBER`.
+    """The learning rate of each step, from the recipe's `schedule`: `NAME` or `NAME:NUMBER`.
 
-    Linear warm-up from 0, then the shape between `lr` and `lr_min` over `schedule_epochs` (default: the epochs), and
-    after that what it ended at. `plateau:PATIENCE` instead takes a tenth of what is left above the floor whenever
-    the validation loss has not fallen for more than PATIENCE epochs.
-    Errors: `UsageError` for an unknown schedule, a wrong number, a plateau without a validation split.
+    After a linear warm-up from 0, the schedule runs between `lr` and `min_lr` over `schedule_epochs` (default:
+    `epochs`); later steps keep its last value. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the
+    validation loss has not improved for more than PATIENCE epochs.
+    Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
+    or a plateau without a validation split.
     """
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
@@ -93,26 +95,25 @@ class LRSchedule:
         self.total_steps = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
         self.warmup_steps = recipe.warmup_epochs * steps_per_epoch
         if self.warmup_steps >= self.total_steps:
-            raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule")
+            raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
         if self.spec.uses_val_loss and recipe.val_size == 0:
-            raise UsageError(f"--schedule {recipe.schedule} watches the validation loss", "set --val-size")
+            raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")
         self.best_val_loss, self.num_bad_epochs, self.plateau_scale = math.inf, 0, 1.0
-        self.halvings = 0  # of the whole curve, by `--on-nan rollback`
+        self.halvings = 0  # of all learning rates, by `--on-nan rollback`
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step (from 0)."""
+        """Return the learning rate of `step` (from 0)."""
         return self._lr_before_halving(step) * 0.5**self.halvings
 
     def _lr_before_halving(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
         progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
-        return (
-            self.min_lr + (self.peak_lr - self.min_lr) * self.spec.lr_fraction(progress, self.arg) * self.plateau_scale
-        )
+        fraction = self.spec.lr_fraction(progress, self.arg)
+        return self.min_lr + (self.peak_lr - self.min_lr) * fraction * self.plateau_scale
 
     def after_epoch(self, val_loss: float | None) -> None:
-        """Shown the validation loss of each epoch; only a schedule that watches it takes note."""
+        """Update the state after an epoch; does nothing unless the schedule uses the validation loss."""
         if not self.spec.uses_val_loss:
             return
         assert val_loss is not None
@@ -124,6 +125,7 @@ class LRSchedule:
             self.plateau_scale, self.num_bad_epochs = self.plateau_scale * PLATEAU_FACTOR, 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         return {
             "best": self.best_val_loss,
             "waited": self.num_bad_epochs,
@@ -132,29 +134,30 @@ class LRSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
         self.best_val_loss, self.num_bad_epochs, self.plateau_scale = state["best"], state["waited"], state["factor"]
         self.halvings = state["halvings"]
 
 
-def _parse_schedule(spec: str) -> tuple[ScheduleSpec, float]:
-    """`NAME` or `NAME:NUMBER` as a row and its number (0.0 for a row without one)."""
-    name, colon, text = spec.partition(":")
-    shape = lookup(SCHEDULES, name, "schedule")
-    if shape.default_arg is None:
+def _parse_schedule(schedule: str) -> tuple[ScheduleSpec, float]:
+    """Parse `NAME` or `NAME:NUMBER` into a ScheduleSpec and its argument (0.0 if it has none)."""
+    name, colon, text = schedule.partition(":")
+    spec = lookup(SCHEDULES, name, "schedule")
+    if spec.default_arg is None:
         if colon:
-            raise UsageError(f"--schedule {spec!r}: {name} takes no number", f"write {name}")
-        return shape, 0.0
+            raise UsageError(f"--schedule {schedule!r}: {name} takes no number", f"use {name}")
+        return spec, 0.0
     if not colon:
-        return shape, shape.default_arg
-    low, high = shape.arg_bounds
+        return spec, spec.default_arg
+    low, high = spec.arg_bounds
     try:
-        number = float(text)
+        arg = float(text)
     except ValueError:
-        number = math.nan
-    if not low <= number <= high or (shape.arg_is_integer and number != int(number)):
-        kind = "a whole number" if shape.arg_is_integer else "a number"
+        arg = math.nan
+    if not low <= arg <= high or (spec.arg_is_integer and arg != int(arg)):
+        kind = "an integer" if spec.arg_is_integer else "a number"
         raise UsageError(
-            f"--schedule {spec!r}: {text!r} is not {kind} from {low:g} to {high:g}",
-            f"such as {name}:{shape.default_arg:g}",
+            f"--schedule {schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}",
+            f"use a value such as {name}:{spec.default_arg:g}",
         )
-    return shape, number
+    return spec, arg

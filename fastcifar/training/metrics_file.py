@@ -1,6 +1,6 @@
-"""The rows of a run: a row an epoch, in metrics.csv and in events.jsonl, and what of these files can be read.
+"""Reading the metrics of a run: one row per epoch in metrics.csv and in events.jsonl, which `run_dir` writes.
 
-It reads, and believes nothing: a dying process may have left a file cut short. `run.py` writes them.
+Invalid rows are ignored, because a killed process may leave a truncated file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EpochRow = dict[str, Any]
 
 
 def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
-    """The whole rows of a metrics.csv's first `done` epochs; a dying process may have left it cut short."""
+    """Return the complete rows of the first `epochs_done` epochs of a metrics.csv; empty if there is no file."""
     try:
         return [
             {name: row[name] for name in METRICS_COLUMNS}
@@ -41,14 +41,14 @@ def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
 
 
 def read_event_lines(path: Path, epochs_done: int) -> list[str]:
-    """The whole lines of an events.jsonl's first `done` epochs."""
+    """Return the complete lines of the first `epochs_done` epochs of an events.jsonl; empty if there is no file."""
     return [line for line in _read_lines(path) if _is_valid_row(parse_json_object(line), epochs_done, ("epoch",))]
 
 
 def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
-    """A cell of metrics.csv or a value of a JSON document as a float; None unless its absolute value is below `limit`.
+    """Return a cell of metrics.csv or a value of a JSON document as a float.
 
-    NaN, infinity and whatever is not a number are None.
+    Return None for NaN, infinity, values that are not numbers, and absolute values that are not below `limit`.
     """
     try:
         number = float(value)

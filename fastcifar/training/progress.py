@@ -1,7 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, one quiet line an epoch elsewhere.
-
-It only shows what it is given; it reads no tensor and decides nothing.
-"""
+"""Progress display of a training run: a progress bar on a terminal, otherwise one line per epoch."""
 
 from __future__ import annotations
 
@@ -17,15 +14,18 @@ from fastcifar.training.step import Metrics
 
 
 def print_lines(console: Console | None, lines: list[str]) -> None:
-    """Lines as they are, one below the other; nothing without a console."""
+    """Print `lines` without markup, highlighting or wrapping; do nothing if `console` is None."""
     for line in lines:
         if console:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class TrainingDisplay:
-    """A context around the loop. `console` None shows nothing; `steps` is the whole run's number of steps, `done`
-    those before this process."""
+    """Context manager that displays the progress of the training loop.
+
+    `console`: None displays nothing. `steps`, `epochs`: totals of the run. `batch_size`: images per step.
+    `steps_done`: steps that were completed before this process started.
+    """
 
     def __init__(self, console: Console | None, steps: int, epochs: int, batch_size: int, steps_done: int = 0) -> None:
         self.console = console
@@ -33,9 +33,16 @@ class TrainingDisplay:
         self.last_update_time, self.steps_done = time.perf_counter(), steps_done
         self.bar: Progress | None = None
         if console and console.is_terminal:
-            columns = ("epoch {task.fields[epoch]}", BarColumn(), "{task.percentage:>3.0f}%", "{task.fields[state]}")
-            texts = [TextColumn(part) if isinstance(part, str) else part for part in columns]
-            self.bar = Progress(*texts, TimeElapsedColumn(), "left", TimeRemainingColumn(), console=console)
+            self.bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[state]}"),
+                TimeElapsedColumn(),
+                "left",
+                TimeRemainingColumn(),
+                console=console,
+            )
             self.task = self.bar.add_task("train", total=steps, completed=steps_done, epoch=f"0/{epochs}", state="")
 
     def __enter__(self) -> TrainingDisplay:
@@ -48,19 +55,18 @@ class TrainingDisplay:
             self.bar.stop()
 
     def show_step(self, steps_done: int, epoch: int, metrics: Metrics) -> None:
-        """Called every few steps with the step number and the epoch's sums so far."""
+        """Display the state after `steps_done` steps; `metrics`: the means of the current epoch so far."""
         if not self.bar:
             return
-        speed = (
-            (steps_done - self.steps_done) * self.batch_size / max(time.perf_counter() - self.last_update_time, 1e-9)
-        )
-        self.last_update_time, self.steps_done = time.perf_counter(), steps_done
-        state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {format_short_number(speed)} images/s"
+        now = time.perf_counter()
+        images_per_s = (steps_done - self.steps_done) * self.batch_size / max(now - self.last_update_time, 1e-9)
+        self.last_update_time, self.steps_done = now, steps_done
+        state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {format_short_number(images_per_s)} images/s"
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
     def show_epoch(self, row: dict[str, Any]) -> None:
-        """Called with the epoch's row of metrics.csv."""
-        parts = [
+        """Print the epoch's `row` of metrics.csv as one line."""
+        fields = [
             f"epoch {row['epoch'] + 1}/{self.epochs}",
             f"loss {row['train_loss']:.4f}",
             f"acc {row['train_acc']:.4f}",
@@ -69,5 +75,5 @@ class TrainingDisplay:
             f"{format_short_number(row['images_per_s'])} images/s",
             f"{row['seconds']:.0f} s",
         ]
-        print_lines(self.console, ["  ".join(parts)])
+        print_lines(self.console, ["  ".join(fields)])
         self.last_update_time = time.perf_counter()

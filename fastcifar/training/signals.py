@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as something that the loop asks for between steps, one answer for all ranks of a run."""
+"""SIGINT and SIGTERM as a flag that the training loop checks between steps, synchronized over all ranks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastcifar.errors import Interrupted
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Run
 
-SIGNAL_SYNC_EVERY_STEPS = 10  # steps after which several ranks look whether one of them was told to stop
+SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange received signals
 
 
 class SignalHandler:
-    """SIGINT and SIGTERM as a flag that the loop reads between steps; a second SIGINT stops at once.
+    """Context manager that records SIGINT and SIGTERM for the training loop; a second SIGINT stops immediately.
 
-    `caught`: the signal that this process has got. `signal`: the one that the run stops by.
+    `received_signal`: the signal that this process received. `agreed_signal`: the signal at which all ranks stop.
     """
 
     EXIT_CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
@@ -43,9 +43,10 @@ class SignalHandler:
         self.received_signal = signal.Signals(number).name
 
     def sync_signal(self, world: World, step: int = 0) -> str:
-        """The signal to stop by after `step`, "" if there is none.
+        """Return the signal to stop at after `step`, "" if there is none.
 
-        Several ranks agree on one every AGREE_EVERY steps: none may leave while another waits for its gradients.
+        Several ranks agree on a signal every SIGNAL_SYNC_EVERY_STEPS steps, because no rank may stop while another
+        waits for its gradients.
         """
         names = ["", *self.EXIT_CODES]
         if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
@@ -53,7 +54,7 @@ class SignalHandler:
         return self.agreed_signal
 
     def interrupted_error(self, run: Run, step: int) -> Interrupted:
-        """The error that ends the process with the signal's exit code, once the checkpoint is written."""
+        """Return the error that ends the process with the signal's exit code; raise it after saving the checkpoint."""
         return Interrupted(
             self.agreed_signal, self.EXIT_CODES[self.agreed_signal], step, str(run.checkpoint_path("last"))
         )

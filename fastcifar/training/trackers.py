@@ -1,8 +1,8 @@
-"""Experiment trackers that follow a run: TensorBoard's event files, MLflow's data base.
+"""Experiment trackers for a run: TensorBoard event files and an MLflow database.
 
-Opening one brings it to the rows that the run has done, whatever it held before: nothing is missing and nothing is
-there twice, also after an interruption. A tracker that fails costs a run one warning. Both libraries are imported only
-where a recipe asks for them.
+Opening a tracker synchronizes it with the completed rows of the run: no row is missing or duplicated, even after an
+interruption. If a tracker fails, the run continues with one warning. Both libraries are imported only if a recipe uses
+them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ TENSORBOARD_INSTALL = "pip install 'tensorboard>=2.18,<3'"
 MLFLOW_INSTALL = "pip install 'mlflow>=3,<4'"
 MLFLOW_DATABASE, MLFLOW_ARTIFACTS, MLFLOW_RUN_ID_FILE = "mlflow.db", "mlflow-artifacts", "mlflow.json"
 MLFLOW_EXPERIMENT = "fastcifar"
-MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # its page shows curves then, not agents
-# what of summary.json stands beside the rows, and what of a run folder is small enough to be copied
+MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shows metric curves in MLflow's UI
+# Values of summary.json that are logged as metrics, and files of the run folder that are uploaded
 SUMMARY_METRICS = ("test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc")
 MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json")
 
 
 @dataclass(frozen=True)
 class TrackerSession:
-    """A run in a tracker. `write`: a row. `finish`: once, the summary. `close`: last, "FINISHED", "KILLED" by a signal
-    or "FAILED"."""
+    """An open run of a tracker.
+
+    `write` logs a row, `finish` logs the summary once, and `close` ends the session with the status "FINISHED",
+    "KILLED" (by a signal) or "FAILED".
+    """
 
     write: Callable[[EpochRow], None]
     finish: Callable[[dict[str, Any]], None]
@@ -44,9 +47,10 @@ class TrackerSession:
 
 
 class Tracker:
-    """A sink that cannot end a training: it fails with one warning, and is tried once more when the run ends.
+    """A tracker whose errors do not stop training: it warns once and is reopened when the run ends.
 
-    It is opened with the rows of events.jsonl, so that what it missed is made up for then, or by a resumed run.
+    Opening it logs the missing rows of events.jsonl, so rows lost to an error are written when the run ends or is
+    resumed.
     """
 
     def __init__(self, name: str, folder: Path, epochs_done: int = 0) -> None:
@@ -56,56 +60,60 @@ class Tracker:
         self.reopen(epochs_done)
 
     def __call__(self, row: EpochRow) -> None:
-        if log := self.session:
-            self._run_or_warn(lambda: log.write(row))
+        if session := self.session:
+            self._run_or_warn(lambda: session.write(row))
 
     def reopen(self, epochs_done: int) -> None:
-        """Brings it to the rows of the first `done` epochs, and no others."""
+        """Synchronize the tracker with the rows of the first `epochs_done` epochs."""
         lines = read_event_lines(self.folder / "events.jsonl", epochs_done)
         rows = [json.loads(line) for line in lines]
 
-        def open_log() -> None:
+        def open_session() -> None:
             self.session = TRACKERS[self.name].open(self.folder, rows)
 
-        self._run_or_warn(open_log)
+        self._run_or_warn(open_session)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The summary, and before it what a tracker that failed has missed."""
+        """Log the summary, after the missing rows if the tracker had failed."""
         if self.session is None:
             self.reopen(summary["epochs"])
-        if log := self.session:
-            self._run_or_warn(lambda: log.finish(summary))
+        if session := self.session:
+            self._run_or_warn(lambda: session.finish(summary))
 
     def close(self, status: str) -> None:
-        """Last of all: "FINISHED", "KILLED" by a signal, or "FAILED"."""
-        if log := self.session:
-            self._run_or_warn(lambda: log.close(status))
+        """End the session with the status "FINISHED", "KILLED" (by a signal) or "FAILED"."""
+        if session := self.session:
+            self._run_or_warn(lambda: session.close(status))
 
     def _run_or_warn(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # a data base, a disk or a server, through somebody else's library
+        except Exception as error:  # the libraries raise many types for database, disk and server errors
             self.session = None
             if not self.has_failed:
-                told = "the run goes on; what is missing follows at its end, or when it is resumed"
-                warnings.warn(f"{self.name} failed ({_describe_error(error)}); {told}", stacklevel=2)
+                warnings.warn(
+                    f"{self.name} failed ({_describe_error(error)}); training continues, and missing rows are "
+                    "logged when the run ends or is resumed",
+                    stacklevel=2,
+                )
             self.has_failed = True
 
 
 def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
-    """Event files in `folder`/tensorboard: a scalar a column, its step the epoch; the recipe as hyperparameters.
+    """Open event files in `folder`/tensorboard: each column is a scalar by epoch, the recipe is the hyperparameters.
 
-    They are written anew from `rows`, and the old ones removed. `purge_step`: who reads while we do so forgets them.
+    The files are rewritten from `rows`, and the old files removed; `purge_step` makes an active reader discard the old
+    values.
     """
     library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
     from torch.utils.tensorboard.summary import hparams
 
-    place = folder / "tensorboard"
-    stale = list(place.glob("events.out.tfevents.*"))
-    writer = library.SummaryWriter(str(place), purge_step=0)
+    log_dir = folder / "tensorboard"
+    stale_files = list(log_dir.glob("events.out.tfevents.*"))
+    writer = library.SummaryWriter(str(log_dir), purge_step=0)
     experiment, start, end = hparams(_read_options(folder), dict.fromkeys(("val_acc", "test_acc"), 0))
-    for part in (experiment, start):
-        writer.file_writer.add_summary(part)
+    for hparams_summary in (experiment, start):
+        writer.file_writer.add_summary(hparams_summary)
 
     def write(row: EpochRow) -> None:
         for name, value in _row_metrics(row).items():
@@ -121,29 +129,29 @@ def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
 
     for row in rows:
         write(row)
-    for file in stale:
+    for file in stale_files:
         file.unlink()
     return TrackerSession(write, finish, lambda _: writer.close())
 
 
 def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
-    """A run in MLflow's data base beside `folder` (see `store`): a metric a column, its step the epoch.
+    """Open an MLflow run in the store of `resolve_tracking_uri`: each column is a metric by epoch.
 
-    Its id is kept in `folder`, and the same run goes on. Only one with other epochs than those of `rows` cannot: MLflow
-    takes nothing back, so it is deleted (MLflow keeps it in its trash) and written anew.
+    `folder` stores the ID of the MLflow run, so that a resumed run continues it. A run with epochs that are not in
+    `rows` is deleted (MLflow moves it to its trash) and written again, because MLflow cannot delete logged values.
     """
     client, experiment = _connect_mlflow(folder.parent)
     run_id = _find_resumable_mlflow_run(client, folder, {row["epoch"] for row in rows})
     if run_id is None:
-        made = client.create_run(experiment, run_name=folder.name, tags={"fastcifar.folder": str(folder.resolve())})
-        run_id = made.info.run_id
+        tags = {"fastcifar.folder": str(folder.resolve())}
+        run_id = client.create_run(experiment, run_name=folder.name, tags=tags).info.run_id
         (folder / MLFLOW_RUN_ID_FILE).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
     client.update_run(run_id, status="RUNNING")
     _log_parameters(client, run_id, _read_options(folder))
     from mlflow.entities import Metric
 
-    def log(values: dict[str, float], epoch: int, at: float) -> None:
-        client.log_batch(run_id, [Metric(name, value, int(at * 1000), epoch) for name, value in values.items()])
+    def log(values: dict[str, float], epoch: int, time_s: float) -> None:
+        client.log_batch(run_id, [Metric(name, value, int(time_s * 1000), epoch) for name, value in values.items()])
 
     def write(row: EpochRow) -> None:
         log(_row_metrics(row), row["epoch"], row.get("time", time.time()))
@@ -166,20 +174,23 @@ def _require_tensorboard(runs_folder: Path) -> None:
 
 def _require_mlflow(runs_folder: Path) -> None:
     _import_mlflow()
-    if not runs_folder.is_dir():  # as for a first run; then there is nothing yet that could be wrong
+    if not runs_folder.is_dir():  # before the first run there is no store to check
         return
     if tracking_uri_from_env() or (runs_folder / MLFLOW_DATABASE).exists():
         try:
             _connect_mlflow(runs_folder)
         except Exception as error:
             problem = f"MLflow cannot use {resolve_tracking_uri(runs_folder)}: {_describe_error(error)}"
-            raise UsageError(problem, "repair it or move it away, or leave --track mlflow out") from None
+            raise UsageError(problem, "repair or move it, or remove mlflow from --track") from None
 
 
 @dataclass(frozen=True)
 class TrackerSpec:
-    """A row of TRACKERS. `open`: of a run folder with its recipe.toml, and the rows it has done. `require`: tries
-    whether it would work for runs in a folder, and raises `UsageError` with the remedy if not."""
+    """An entry of TRACKERS.
+
+    `open` takes a run folder with its recipe.toml and the completed rows. `require_usable` checks whether the tracker
+    works for runs in a folder and raises `UsageError` if not.
+    """
 
     open: Callable[[Path, list[EpochRow]], TrackerSession]
     require_usable: Callable[[Path], None]
@@ -192,7 +203,10 @@ TRACKERS: dict[str, TrackerSpec] = {
 
 
 def parse_tracker_names(track: str) -> list[str]:
-    """The names in `track`: "none", "mlflow" or "tensorboard,mlflow". Errors: `UsageError`."""
+    """Return the tracker names in `track`, such as "none", "mlflow" or "tensorboard,mlflow".
+
+    Raises `UsageError` for an unknown name.
+    """
     names = [name.strip() for name in track.split(",")] if track != "none" else []
     for name in names:
         lookup(TRACKERS, name, "tracker")
@@ -200,23 +214,26 @@ def parse_tracker_names(track: str) -> list[str]:
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Tries the trackers of `recipe`, before anything is written. Errors: `UsageError` with what to install."""
+    """Check the trackers of `recipe` before anything is written.
+
+    Raises `UsageError` if one is not installed or its store cannot be used.
+    """
     for name in parse_tracker_names(recipe.track):
         TRACKERS[name].require_usable(Path(recipe.out).parent if recipe.out else Path("runs"))
 
 
 def tracking_uri_from_env() -> str | None:
-    """Where MLFLOW_TRACKING_URI says that MLflow keeps its runs; None where it is empty or not set."""
+    """Return MLFLOW_TRACKING_URI, None if it is empty or not set."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def resolve_tracking_uri(runs_folder: Path) -> str:
-    """MLflow's tracking store for runs in the folder `runs`: MLFLOW_TRACKING_URI, or a SQLite file in the folder."""
+    """Return MLflow's tracking URI for runs in `runs_folder`: MLFLOW_TRACKING_URI, else a SQLite file in the folder."""
     return tracking_uri_from_env() or f"sqlite:///{(runs_folder / MLFLOW_DATABASE).resolve()}"
 
 
 def _import_mlflow() -> Any:
-    """MLflow, which shall not report to its makers, nor log each table that it makes, or an error that we tell of."""
+    """Import MLflow without telemetry and without its log messages, because errors are reported by the caller."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = import_optional("mlflow", MLFLOW_INSTALL)
     for name in ("mlflow", "alembic"):
@@ -225,12 +242,12 @@ def _import_mlflow() -> Any:
 
 
 def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
-    """A client of `store`, and the id of our experiment there; both made if need be."""
+    """Return a client of the store and the ID of the fastcifar experiment; both are created if necessary."""
     mlflow = _import_mlflow()
-    with lock_folder(runs_folder, wait=True):  # two processes that found one data base would both make its tables
+    with lock_folder(runs_folder, wait=True):  # concurrent processes would create the tables twice
         client = mlflow.MlflowClient(resolve_tracking_uri(runs_folder))
-        if found := client.get_experiment_by_name(MLFLOW_EXPERIMENT):
-            return client, found.experiment_id
+        if experiment := client.get_experiment_by_name(MLFLOW_EXPERIMENT):
+            return client, experiment.experiment_id
         location = None if tracking_uri_from_env() else (runs_folder / MLFLOW_ARTIFACTS).resolve().as_uri()
         return client, client.create_experiment(
             MLFLOW_EXPERIMENT, artifact_location=location, tags=MLFLOW_EXPERIMENT_TAGS
@@ -238,52 +255,55 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """The id of the MLflow run of `folder`, if there is one that can go on after `epochs`.
+    """Return the ID of the MLflow run of `folder` if it exists and has no epochs other than `epochs`.
 
-    Any error of MLflow's but "no such run" is raised: a data base that is busy may have the run.
+    An existing run with other epochs is deleted. MLflow's errors other than "no such run" are raised, because a busy
+    database may contain the run.
     """
     from mlflow.exceptions import MlflowException
 
     try:
         run_id = json.loads((folder / MLFLOW_RUN_ID_FILE).read_text(encoding="utf-8"))["run_id"]
-        is_there = client.get_run(run_id).info.lifecycle_stage == "active"
-    except (FileNotFoundError, json.JSONDecodeError):  # none yet, or cut short when a process was killed
+        is_active = client.get_run(run_id).info.lifecycle_stage == "active"
+    except (FileNotFoundError, json.JSONDecodeError):  # missing, or truncated by a killed process
         return None
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    if is_there and _logged_epochs(client, run_id) <= epochs:
+    if is_active and _logged_epochs(client, run_id) <= epochs:
         return run_id
-    if is_there:
+    if is_active:
         client.delete_run(run_id)
     return None
 
 
 def _logged_epochs(client: Any, run_id: str) -> set[int]:
-    """The epochs that an MLflow run has: `epoch` is one of the metrics."""
+    """Return the epochs that an MLflow run contains, from its metric `epoch`."""
     return {metric.step for metric in client.get_metric_history(run_id, "epoch")}
 
 
 def _log_parameters(client: Any, run_id: str, options: dict[str, Any]) -> None:
-    """The knobs as parameters, which MLflow lets nobody change; what a resumed run changed is a tag."""
+    """Log the options as parameters, which MLflow does not allow to change; log options of a resumed run as tags."""
     from mlflow.entities import Param, RunTag
 
-    there = client.get_run(run_id).data.params
-    spelt = {name: str(value) for name, value in options.items()}
-    new = [Param(name, value) for name, value in spelt.items() if not there]
-    changed = [RunTag(f"resumed.{name}", value) for name, value in spelt.items() if there.get(name, value) != value]
-    client.log_batch(run_id, params=new, tags=changed)
+    logged = client.get_run(run_id).data.params
+    values = {name: str(value) for name, value in options.items()}
+    params = [Param(name, value) for name, value in values.items() if not logged]
+    tags = [RunTag(f"resumed.{name}", value) for name, value in values.items() if logged.get(name, value) != value]
+    client.log_batch(run_id, params=params, tags=tags)
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
-    """The recipe of a run folder as trackers take it: numbers, switches and text."""
-    knobs = load_toml(folder / "recipe.toml")
-    return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in knobs.items()}
+    """Return the options in the recipe of a run folder as numbers, booleans and strings, which trackers accept."""
+    options = load_toml(folder / "recipe.toml")
+    return {
+        name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in options.items()
+    }
 
 
 def _row_metrics(row: EpochRow) -> dict[str, float]:
-    """The columns of a row that were measured."""
+    """Return the columns of a row that have a value, without the time stamp."""
     return {name: value for name, value in row.items() if name != "time" and value is not None}
 
 
@@ -292,5 +312,5 @@ def _summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _describe_error(error: Exception) -> str:
-    first = first_message_line(error)
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    message = first_message_line(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

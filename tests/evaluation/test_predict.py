@@ -197,7 +197,7 @@ def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, t
         ({"eval_weights": "lats"}, UsageError, "did you mean 'last'"),
         ({"eval_weights": "ema"}, CheckpointError, "no average"),
         ({"precision": "fp33"}, UsageError, "--precision"),
-        ({"ensemble": ["no.pt"]}, CheckpointError, "no checkpoint no.pt"),
+        ({"ensemble": ["no.pt"]}, CheckpointError, "checkpoint no.pt does not exist"),
         ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
     ],
 )
@@ -241,7 +241,7 @@ def test_published_weights(tmp_path: Path, out: Path) -> None:
     assert (found["members"][0]["eval_weights"], found["images"]) == ("published", 10)
     with pytest.raises(CheckpointError, match="lacks residual_layers"):
         predict_to_file(file, "data:test", out, arch="se68", data="synthetic:20", **CPU)
-    with pytest.raises(CheckpointError, match="give --arch se55"):
+    with pytest.raises(CheckpointError, match="set --arch se55"):
         predict_to_file(file, "data:test", out, data="synthetic:20", **CPU)
 
 

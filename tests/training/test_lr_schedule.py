@@ -1,4 +1,4 @@
-"""Schedules against torch's own, where the definitions coincide; the floor, the warm-up, plateau's memory."""
+"""Schedules against torch's where the definitions coincide; minimum learning rate, warm-up, state of plateau."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def schedule(spec: str, **values: Any) -> LRSchedule:
     return LRSchedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}), 4)
 
 
-def rates_of(made: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
-    """The learning rate of `STEPS` steps by one of torch's schedulers."""
+def reference_rates(build_scheduler: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
+    """Return the learning rates of `STEPS` steps of one of torch's schedulers."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
-    theirs, rates = made(optimizer), []
+    reference, rates = build_scheduler(optimizer), []
     for _ in range(STEPS):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        theirs.step()
+        reference.step()
     return rates
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, rising: float) -> lr_scheduler.OneCycleLR:
-    """torch's phases end at steps, the last at STEPS; `rising` is the share of the STEPS + 1 steps before the fall."""
-    return lr_scheduler.OneCycleLR(optimizer, 0.4, STEPS + 1, pct_start=rising, cycle_momentum=False)
+def one_cycle(optimizer: torch.optim.Optimizer, pct_start: float) -> lr_scheduler.OneCycleLR:
+    """torch's phases end at integer steps, the last at STEPS; `pct_start` is the fraction of the STEPS + 1 steps."""
+    return lr_scheduler.OneCycleLR(optimizer, 0.4, STEPS + 1, pct_start=pct_start, cycle_momentum=False)
 
 
 @pytest.mark.parametrize(
-    ("spec", "lr_min", "made"),
+    ("spec", "min_lr", "build_scheduler"),
     [
         ("constant", 0.0, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
         ("cosine", 0.01, lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01)),
@@ -55,33 +55,34 @@ def one_cycle(optimizer: torch.optim.Optimizer, rising: float) -> lr_scheduler.O
         ("exponential", 0.0, lambda o: lr_scheduler.ExponentialLR(o, 0.01 ** (1 / STEPS))),
     ],
 )  # fmt: skip
-def test_equals_torch(spec: str, lr_min: float, made: Callable) -> None:
-    ours = schedule(spec, min_lr=lr_min)
-    assert [ours.lr_at(step) for step in range(STEPS)] == pytest.approx(rates_of(made), rel=1e-6, abs=1e-12)
+def test_schedules_equal_torch(spec: str, min_lr: float, build_scheduler: Callable) -> None:
+    lr_schedule = schedule(spec, min_lr=min_lr)
+    expected = reference_rates(build_scheduler)
+    assert [lr_schedule.lr_at(step) for step in range(STEPS)] == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("patience", [0, 2])
 def test_plateau_equals_torch(patience: int) -> None:
     losses = [1.0, 0.8, 0.9, 0.79999, 0.85, 0.7, 0.7, 0.7, 0.7, math.nan, 0.6, 0.61, 0.62, 0.63, 0.64]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
-    theirs = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience)
-    ours = schedule(f"plateau:{patience}", epochs=20)
+    reference = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience)
+    plateau = schedule(f"plateau:{patience}", epochs=20)
     for epoch, loss in enumerate(losses):
-        assert ours.lr_at(4 * epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=2e-8)
-        theirs.step(loss)
-        ours.after_epoch(loss)
-    assert ours.lr_at(60) < 0.4
+        assert plateau.lr_at(4 * epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=2e-8)
+        reference.step(loss)
+        plateau.after_epoch(loss)
+    assert plateau.lr_at(60) < 0.4
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> None:
+def test_resumed_schedule_equals_an_uninterrupted_one(name: str) -> None:
     losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.8, 0.81, 0.82, 0.83, 0.84]
     spec = f"{name}:2" if SCHEDULES[name].uses_val_loss else name
-    whole, first, second = (schedule(spec, warmup_epochs=1) for _ in range(3))
+    uninterrupted, first, second = (schedule(spec, warmup_epochs=1) for _ in range(3))
     rates = []
     for epoch, loss in enumerate(losses):
-        rates += [whole.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
-        whole.after_epoch(loss)
+        rates += [uninterrupted.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        uninterrupted.after_epoch(loss)
     resumed = []
     for epoch, loss in enumerate(losses):
         if epoch == 5:
@@ -89,38 +90,38 @@ def test_every_schedule_resumed_at_half_is_the_uninterrupted_one(name: str) -> N
             torch.save(first.state_dict(), file)
             file.seek(0)
             second.load_state_dict(torch.load(file, weights_only=True))
-        part = first if epoch < 5 else second
-        resumed += [part.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
-        part.after_epoch(loss)
+        current = first if epoch < 5 else second
+        resumed += [current.lr_at(step) for step in range(4 * epoch, 4 * epoch + 4)]
+        current.after_epoch(loss)
     assert resumed == rates
     if SCHEDULES[name].uses_val_loss:
         assert len(set(rates[4:])) == 3
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_stay_between_the_floor_and_the_peak(name: str) -> None:
-    made = schedule(name, min_lr=0.01)
-    rates = [made.lr_at(step) for step in range(STEPS + 20)]
+def test_schedules_stay_between_the_minimum_and_the_peak(name: str) -> None:
+    lr_schedule = schedule(name, min_lr=0.01)
+    rates = [lr_schedule.lr_at(step) for step in range(STEPS + 20)]
     assert all(0.01 - 1e-12 <= rate <= 0.4 + 1e-12 for rate in rates)
-    assert len(set(rates[STEPS:])) == 1  # after its end it stays where it is
-    made.after_epoch(None if not SCHEDULES[name].uses_val_loss else 1.0)
-    assert made.lr_at(3) == rates[3]
+    assert len(set(rates[STEPS:])) == 1  # constant after the end
+    lr_schedule.after_epoch(None if not SCHEDULES[name].uses_val_loss else 1.0)
+    assert lr_schedule.lr_at(3) == rates[3]
 
 
-def test_cosine_ends_at_the_floor_and_never_rises_again() -> None:
-    made = LRSchedule(Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20), 10)
-    rates = [made.lr_at(step) for step in range(210)]
+def test_cosine_decreases_monotonically_to_the_minimum() -> None:
+    lr_schedule = LRSchedule(Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20), 10)
+    rates = [lr_schedule.lr_at(step) for step in range(210)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.055)
     assert rates[200:] == [pytest.approx(0.01)] * 10
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
-def test_a_schedule_longer_than_the_run_is_cut() -> None:
+def test_schedule_longer_than_the_run_is_truncated() -> None:
     assert LRSchedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1).lr_at(29) == pytest.approx(0.095, abs=2e-4)
 
 
-def test_warm_up_rises_linearly_to_the_peak() -> None:
+def test_warm_up_increases_linearly_to_the_peak() -> None:
     lr_at = LRSchedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5).lr_at
     assert [lr_at(step) for step in range(10)] == pytest.approx([0.4 * (step + 1) / 11 for step in range(10)])
     assert lr_at(10) == pytest.approx(0.4)
@@ -128,31 +129,31 @@ def test_warm_up_rises_linearly_to_the_peak() -> None:
 
 
 @pytest.mark.parametrize("cycles", [3, 7, 11])
-def test_every_restart_is_at_the_peak(cycles: int) -> None:
-    made = LRSchedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
-    assert [made.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
+def test_every_restart_begins_at_the_peak(cycles: int) -> None:
+    lr_schedule = LRSchedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
+    assert [lr_schedule.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("cosin", "did you mean 'cosine'"),
         ("multistep", "did you mean 'multi_step'"),
         ("cosine:3", "takes no number"),
-        ("cosine_restarts:2.5", "a whole number from 1 to 1000; such as cosine_restarts:4"),
+        ("cosine_restarts:2.5", "an integer from 1 to 1000; use a value such as cosine_restarts:4"),
         ("triangular:1", "from 0.001 to 0.999"),
         ("one_cycle:", "is not a number"),
         ("multi_step:nan", "is not a number"),
         ("exponential:x", "'x' is not a number"),
-        ("plateau:-1", "a whole number"),
+        ("plateau:-1", "an integer"),
     ],
 )
-def test_fault15_wrong_schedules(spec: str, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_fault15_invalid_schedules_are_rejected(spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         schedule(spec)
 
 
-def test_schedules_that_cannot_be() -> None:
+def test_schedules_that_do_not_fit_the_recipe_are_rejected() -> None:
     with pytest.raises(UsageError, match="not shorter"):
         schedule("cosine", epochs=2, warmup_epochs=2)
     with pytest.raises(UsageError, match="--val-size"):

@@ -12,15 +12,15 @@ from fastcifar.training.metrics_file import parse_finite_float
 @pytest.mark.parametrize(
     ("value", "expected"), [("0.5", 0.5), (" 1e3\n", 1000.0), (3, 3.0), (-0.25, -0.25), ("0", 0.0), (10**30, 1e30)]
 )
-def test_a_number_is_a_float(value: Any, expected: float) -> None:
-    found = parse_finite_float(value)
-    assert (found, type(found)) == (expected, float)
+def test_numbers_are_parsed(value: Any, expected: float) -> None:
+    number = parse_finite_float(value)
+    assert (number, type(number)) == (expected, float)
 
 
 @pytest.mark.parametrize(
     "value", ["", "0.5x", "nan", "inf", "-inf", "1e999", None, [], {}, [0.5], float("nan"), float("-inf"), 10**400]
 )
-def test_what_is_not_a_finite_number_is_none(value: Any) -> None:
+def test_other_values_are_none(value: Any) -> None:
     assert parse_finite_float(value) is None
 
 

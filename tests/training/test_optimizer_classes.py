@@ -1,4 +1,4 @@
-"""Ranger and Muon against the libraries' plain forms, on the same gradients; what Newton-Schulz makes of a matrix."""
+"""Ranger and Muon against reference implementations with the same gradients; Newton-Schulz iteration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class Network(nn.Module):
-    """Wide, square, tall and depthwise filters, some of equal shape, a linear layer, normalisation and biases."""
+    """Wide, square, tall and depthwise filters, some of equal shape, a linear layer, normalization and biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,74 +33,76 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
-def on_the_same_gradients(*models: nn.Module, steps: int) -> Iterator[int]:
-    """The number of each step, with gradients set: small and large, of a mean that is not 0."""
+def set_same_gradients(*models: nn.Module, steps: int) -> Iterator[int]:
+    """Set the same gradients, of various scales and nonzero mean, in all models and yield the number of each step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for weights in zip(*(model.parameters() for model in models), strict=True):
-            size = 10 ** (torch.rand((), generator=generator) * 4 - 3)
-            gradient = (torch.randn(weights[0].shape, generator=generator) + 0.3) * size
+            scale = 10 ** (torch.rand((), generator=generator) * 4 - 3)
+            gradient = (torch.randn(weights[0].shape, generator=generator) + 0.3) * scale
             for weight in weights:
                 weight.grad = torch.empty_like(weight).copy_(gradient)
         yield step
 
 
-def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
-    """Every weight within `tolerance` of its own norm."""
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (mine - other).norm() <= tolerance * other.norm(), name
+def assert_close(model: nn.Module, reference: nn.Module, tolerance: float) -> None:
+    """Assert that the difference of every weight is at most `tolerance` times its norm."""
+    for (name, weight), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (weight - expected).norm() <= tolerance * expected.norm(), name
 
 
 @pytest.mark.parametrize("opt", [{}, {"k": 5, "alpha": 0.8, "use_gc": False}, {"betas": [0.9, 0.99], "eps": 1e-8}])
 def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
-    ours, theirs = Network(), Network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt))
-    reference = pytorch_optimizer.Ranger(theirs.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt)
-    for step in on_the_same_gradients(ours, theirs, steps=50):
+    model, reference_model = Network(), Network()
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt))
+    reference = pytorch_optimizer.Ranger(
+        reference_model.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt
+    )
+    for step in set_same_gradients(model, reference_model, steps=50):
         optimizer.set_lr(0.1 / (step + 1))
         reference.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.step(SCALER, OFF)
         optimizer.after_step(step + 1)
         reference.step()
-        assert_close(ours, theirs, 1e-5)
+        assert_close(model, reference_model, 1e-5)
 
 
-def test_ranger_counts_no_skipped_step() -> None:
-    """Ten steps and, among them, skipped ones, the first too, are ten steps."""
-    ours, theirs = Network(), Network()
+def test_ranger_does_not_count_skipped_steps() -> None:
+    """Skipped steps, including the first, do not change the result of ten steps."""
+    model, reference_model = Network(), Network()
     recipe = Recipe(optimizer="ranger", lr=0.1, optimizer_arg={"k": 100})
-    with_skips, without = OptimizerWrapper(ours, recipe), OptimizerWrapper(theirs, recipe)
-    for step in on_the_same_gradients(ours, theirs, steps=10):
+    optimizer, reference = OptimizerWrapper(model, recipe), OptimizerWrapper(reference_model, recipe)
+    for step in set_same_gradients(model, reference_model, steps=10):
         if step in (0, 7):
-            kept = [weight.grad.clone() for weight in ours.parameters() if weight.grad is not None]
-            ours.linear.weight.grad = torch.full_like(ours.linear.weight, math.nan)
-            with_skips.step(SCALER, torch.ones(()))
-            for weight, gradient in zip(ours.parameters(), kept, strict=True):
+            gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+            model.linear.weight.grad = torch.full_like(model.linear.weight, math.nan)
+            optimizer.step(SCALER, torch.ones(()))
+            for weight, gradient in zip(model.parameters(), gradients, strict=True):
                 weight.grad = gradient
-        with_skips.step(SCALER, OFF)
-        without.step(SCALER, OFF)
-    for mine, other in zip(with_skips.state_tensors(), without.state_tensors(), strict=True):
-        assert torch.equal(mine, other)
-    assert_close(ours, theirs, 0.0)
+        optimizer.step(SCALER, OFF)
+        reference.step(SCALER, OFF)
+    for tensor, expected in zip(optimizer.state_tensors(), reference.state_tensors(), strict=True):
+        assert torch.equal(tensor, expected)
+    assert_close(model, reference_model, 0.0)
 
 
 @pytest.mark.parametrize("beta2", [0.9, 0.999, 0.9999])
-def test_rectification_equals_the_papers_formula(beta2: float) -> None:
+def test_rectification_equals_the_formula_of_the_paper(beta2: float) -> None:
     for count in (1, 2, 5, 6, 7, 100, 70_000):
         factor, rectified = radam_rectification(torch.tensor(float(count)), 0.95, beta2, 5)
-        longest = 2 / (1 - beta2) - 1
-        length = longest - 2 * count * beta2**count / (1 - beta2**count)
+        max_length = 2 / (1 - beta2) - 1
+        length = max_length - 2 * count * beta2**count / (1 - beta2**count)
         expected = 1 / (1 - 0.95**count)
         if length >= 5:
-            size = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            expected *= math.sqrt(size * (1 - beta2**count))
+            variance = (length - 4) * (length - 2) * max_length / ((max_length - 4) * (max_length - 2) * length)
+            expected *= math.sqrt(variance * (1 - beta2**count))
         assert rectified.item() == (length >= 5)
         assert factor.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_centralised_gradients_have_no_mean() -> None:
+def test_centralized_gradients_have_zero_mean() -> None:
     model = Network()
-    next(on_the_same_gradients(model, steps=1))
+    next(set_same_gradients(model, steps=1))
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     expected = [
         gradient - gradient.mean(tuple(range(1, gradient.ndim)), keepdim=True)
@@ -109,27 +111,27 @@ def test_centralised_gradients_have_no_mean() -> None:
         for gradient in gradients
     ]
     centralize(gradients)
-    for mine, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, other)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 144), (2, 32, 18), (2, 2, 8)])
-def test_newton_schulz_comes_near_the_orthogonal_factor(shape: tuple[int, int, int]) -> None:
+def test_newton_schulz_approximates_the_orthogonal_factor(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     gradients = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None, None]
-    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
-        made = orthogonalize(gradients, 5, dtype).double()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        result = orthogonalize(gradients, 5, dtype).double()
         u, _, vt = torch.linalg.svd(gradients.double(), full_matrices=False)
-        along = u.mT @ made @ vt.mT  # diagonal, if it has the singular vectors of the gradient
-        values = torch.diagonal(along, dim1=1, dim2=2)
-        assert (along - torch.diag_embed(values)).abs().max() < near
+        projected = u.mT @ result @ vt.mT  # diagonal if the singular vectors are those of the gradient
+        values = torch.diagonal(projected, dim1=1, dim2=2)
+        assert (projected - torch.diag_embed(values)).abs().max() < tolerance
         assert values.max() < 1.25
         assert values.median() > 0.68
     assert torch.equal(orthogonalize(torch.zeros(shape), 5), torch.zeros(shape, dtype=torch.bfloat16))
 
 
 def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
-    """One matrix, in its own dtype, as the page that published it writes it."""
+    """Orthogonalize one matrix in its own dtype, as in the original publication."""
     x = gradient / gradient.norm()
     for _ in range(steps):
         x = 3.4445 * x + (-4.7750 * (x @ x.T) + 2.0315 * (x @ x.T) @ (x @ x.T)) @ x
@@ -137,74 +139,74 @@ def newton_schulz(gradient: Tensor, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(8, 72), (32, 18), (5, 5)])
-def test_newton_schulz_equals_one_matrix_at_a_time(shape: tuple[int, int]) -> None:
+def test_batched_newton_schulz_equals_single_matrices(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     gradients = torch.randn(3, *shape)
-    made = orthogonalize(gradients, 5, torch.float32)
-    for mine, gradient in zip(made, gradients, strict=True):
-        torch.testing.assert_close(mine.double(), newton_schulz(gradient.double(), 5), rtol=1e-4, atol=1e-4)
+    results = orthogonalize(gradients, 5, torch.float32)
+    for result, gradient in zip(results, gradients, strict=True):
+        torch.testing.assert_close(result.double(), newton_schulz(gradient.double(), 5), rtol=1e-4, atol=1e-4)
 
 
-MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "rest_lr": 1.0, "rest_momentum": 0.9}
-PUBLISHED = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, "rest_momentum": 0.85}
+MUON_DEFAULTS = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "rest_lr": 1.0, "rest_momentum": 0.9}
+AIRBENCH94_MUON = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, "rest_momentum": 0.85}
 
 
-@pytest.mark.parametrize("opt", [{}, PUBLISHED, {"linear": True}, {"weight_norm": True}], ids=str)
-def test_muon_equals_a_plain_one(opt: dict) -> None:
-    """50 steps beside one weight at a time, without batches, views or foreach; Newton-Schulz in bf16 in both."""
-    ours, theirs = Network(), Network()
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt))
-    values = {**MUON, "linear": False, "weight_norm": False, **opt}
-    buffers = {weight: torch.zeros_like(weight) for weight in theirs.parameters()}
-    for step in on_the_same_gradients(ours, theirs, steps=50):
+@pytest.mark.parametrize("opt", [{}, AIRBENCH94_MUON, {"linear": True}, {"weight_norm": True}], ids=str)
+def test_muon_equals_a_reference_implementation(opt: dict) -> None:
+    """The reference updates one weight at a time, without batches, views or foreach; both use bf16 Newton-Schulz."""
+    model, reference_model = Network(), Network()
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt))
+    arguments = {**MUON_DEFAULTS, "linear": False, "weight_norm": False, **opt}
+    buffers = {weight: torch.zeros_like(weight) for weight in reference_model.parameters()}
+    for step in set_same_gradients(model, reference_model, steps=50):
         optimizer.set_lr(0.02 / (step + 1))
         optimizer.step(SCALER, OFF)
         for weight, buffer in buffers.items():
-            muon_of_one_weight(weight, buffer, 0.02 / (step + 1), values)
-        assert_close(ours, theirs, 5e-3)
+            update_one_weight(weight, buffer, 0.02 / (step + 1), arguments)
+        assert_close(model, reference_model, 5e-3)
 
 
 @torch.no_grad()
-def muon_of_one_weight(weight: nn.Parameter, buffer: Tensor, lr: float, values: dict) -> None:
-    """A step of Muon, or for what it leaves out of SGD, with a weight decay of 0.01."""
+def update_one_weight(weight: nn.Parameter, buffer: Tensor, lr: float, arguments: dict) -> None:
+    """Make one step of Muon, or of SGD for weights that are not filters, with a weight decay of 0.01."""
     assert weight.grad is not None
-    turned = weight.ndim == 4 or (weight.ndim == 2 and values["linear"])
-    momentum = values["momentum"] if turned else values["rest_momentum"]
-    lr = lr if turned else lr * values["rest_lr"]
+    is_filter = weight.ndim == 4 or (weight.ndim == 2 and arguments["linear"])
+    momentum = arguments["momentum"] if is_filter else arguments["rest_momentum"]
+    lr = lr if is_filter else lr * arguments["rest_lr"]
     buffer.mul_(momentum).add_(weight.grad)
-    update = weight.grad + momentum * buffer if values["nesterov"] else buffer
-    shrunk = weight * (1 - lr * 1e-2)
-    if turned:
-        flat = update.flatten(1).bfloat16()
-        rows, columns = flat.shape
+    update = weight.grad + momentum * buffer if arguments["nesterov"] else buffer
+    decayed = weight * (1 - lr * 1e-2)
+    if is_filter:
+        matrix = update.flatten(1).bfloat16()
+        rows, columns = matrix.shape
         if rows > columns:
-            update = newton_schulz(flat.T, values["ns_steps"]).T * (rows / columns) ** 0.5
+            update = newton_schulz(matrix.T, arguments["ns_steps"]).T * (rows / columns) ** 0.5
         else:
-            update = newton_schulz(flat, values["ns_steps"])
-        if values["weight_norm"]:
-            shrunk = weight / weight.norm() * rows**0.5
-    weight.copy_(shrunk - lr * update.float().reshape(weight.shape))
+            update = newton_schulz(matrix, arguments["ns_steps"])
+        if arguments["weight_norm"]:
+            decayed = weight / weight.norm() * rows**0.5
+    weight.copy_(decayed - lr * update.float().reshape(weight.shape))
 
 
-def test_muon_equals_torchs_on_matrices() -> None:
-    """torch's takes parameters of two dimensions only: the same filters as matrices, decay and all."""
-    ours = Network()
-    filters = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in ours.parameters() if weight.ndim == 4]
-    optimizer = OptimizerWrapper(ours, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2))
+def test_muon_equals_torch_for_matrices() -> None:
+    """torch's Muon supports only 2-dimensional parameters, so it gets the same filters as matrices."""
+    model = Network()
+    filters = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in model.parameters() if weight.ndim == 4]
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2))
     reference = torch.optim.Muon(filters, lr=0.02, weight_decay=1e-2, momentum=0.95, nesterov=True, ns_steps=5)
-    for _ in on_the_same_gradients(ours, steps=50):
-        gradients = [weight.grad for weight in ours.parameters() if weight.ndim == 4]
+    for _ in set_same_gradients(model, steps=50):
+        gradients = [weight.grad for weight in model.parameters() if weight.ndim == 4]
         for weight, gradient in zip(filters, gradients, strict=True):
             assert gradient is not None
             weight.grad = gradient.flatten(1).clone()
         optimizer.step(SCALER, OFF)
         reference.step()
-    mine = [weight.flatten(1) for weight in ours.parameters() if weight.ndim == 4]
-    for weight, other in zip(mine, filters, strict=True):
-        assert (weight - other).norm() <= 5e-3 * other.norm()
+    weights = [weight.flatten(1) for weight in model.parameters() if weight.ndim == 4]
+    for weight, expected in zip(weights, filters, strict=True):
+        assert (weight - expected).norm() <= 5e-3 * expected.norm()
 
 
-def test_a_matrix_is_a_view_in_the_order_of_memory() -> None:
+def test_as_matrix_returns_a_view_in_memory_order() -> None:
     for weight in Network().parameters():
         if weight.ndim > 1:
             view = as_matrix(weight.detach())
