@@ -73,7 +73,7 @@ def test_fault24_a_process_that_dies_fails_its_trial_alone_and_the_sweeps_end_is
     other = training(folder)
     assert other is not None
     os.kill(process.pid, signal.SIGKILL)
-    children.ended(process)
+    children.wait_for_exit(process)
     children.wait_for(lambda: holder(folder / "runs" / other[0]) is None, 30)  # it has followed its parent
     assert run_sweep(source, folder, retry_failed=True)["counts"]["done"] == 4
     run_sweep(source, tmp_path / "one")
@@ -186,7 +186,7 @@ def test_fault24_on_two_ray_workers_one_of_which_is_killed(tmp_path: Path) -> No
     found = training(folder)
     assert found is not None
     os.kill(found[1], signal.SIGKILL)
-    assert children.ended(process, 300) == 0, (tmp_path / "log").read_text()
+    assert children.wait_for_exit(process, 300) == 0, (tmp_path / "log").read_text()
     run_sweep(source, tmp_path / "one")
     assert_equal_sweeps(folder, tmp_path / "one")
     resumed = {run.parent.name: json.loads(run.read_text()).get("resumed") for run in folder.glob("runs/*/env.json")}

@@ -79,7 +79,7 @@ def test_fault01_a_study_killed_goes_on_as_if_it_never_was(tmp_path: Path) -> No
     process = children.start(children.fastcifar, tmp_path / "log", 0.02, "sweep", source, "--out", str(killed))
     children.wait_for(lambda: len(states(killed)) == 2 and list(killed.glob("runs/1-*/checkpoints/last.pt")))
     os.kill(process.pid, signal.SIGKILL)
-    children.ended(process)
+    children.wait_for_exit(process)
     found = run_sweep(source, killed)
     assert found["counts"]["done"] == 4
     run_sweep(source, tmp_path / "whole")

@@ -33,7 +33,7 @@ def test_fault01_a_sweep_killed_at_a_third_goes_on_and_repeats_no_run(tmp_path: 
 
     children.wait_for(in_the_third)
     os.kill(process.pid, signal.SIGKILL)
-    assert children.ended(process) == -signal.SIGKILL
+    assert children.wait_for_exit(process) == -signal.SIGKILL
     with (killed / "trials.jsonl").open("a") as ledger:
         ledger.write('{"trial": "cut sho')
     before = {path: path.read_bytes() for path in killed.glob("runs/*/*.json")}
@@ -62,7 +62,7 @@ def test_fault05_a_signal_ends_the_sweep_and_the_same_command_goes_on(tmp_path: 
     children.wait_for(lambda: len(states(stopped)) == 1 and list(stopped.glob("runs/*/metrics.csv")))
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
-    assert children.ended(process) == 130
+    assert children.wait_for_exit(process) == 130
     assert list(states(stopped).values()) == ["running"]
     assert "stopped by SIGINT after step" in (tmp_path / "log").read_text()
     run_sweep(source, stopped)
@@ -210,7 +210,7 @@ def test_the_command_ends_with_one_document_and_1_where_a_trial_failed(tmp_path:
 def test_the_command_without_a_run(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
     source, out = file(tmp_path), tmp_path / "out"
     command = children.start(children.fastcifar, tmp_path / "log", 0, "sweep", source, "--out", str(out), *arguments)
-    assert children.ended(command) == code
+    assert children.wait_for_exit(command) == code
     assert words in " ".join((tmp_path / "log").read_text().split())
     assert not out.exists()
 
