@@ -166,7 +166,8 @@ CSV = (
     + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
 )
 SUMMARY = {"params": 5266, "steps": 270, "eval_weights": "last", "val_acc": 0.5, "test_acc": 0.4,
-           "per_class": {"cat": 0.4}, "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
+           "per_class": {"cat": 0.4}, "seconds": {"total": 61.5}, "stop_reason": "epochs",
+           "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
 REPORT_FILES = {
     "recipe.toml": b"lr = 0.1\nblocks = [4, 4, 3]\nepochs = 3\n",
@@ -180,7 +181,8 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
                lambda _, blob: loads_pickle(blob)),
     "Python batch": ([pickled_batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
     "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], read_binary),
-    "archive": ([tar_archive({"data_batch_1": pickled_batch(2), "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
+    "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
+                               "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
                 file_reader("a.tar.gz", lambda path: list(archive.iter_tar_files(path, SPEC)))),
     "image": ([encoded_image(image_format) for image_format in ("PNG", "BMP", "JPEG", "GIF", "TIFF")],
               file_reader("a.png", class_folders.decode_image)),

@@ -31,7 +31,8 @@ MAX_KILLS = 3
 VARIANTS = {
     "lookahead": ("--epochs", "3"),
     "average": ("--epochs", "3", "--optimizer", "adamw", "--lr", "0.01", "--ema-decay", "0.9",
-                "--label-smoothing", "0.1", "--save-every-steps", "2", "--save-every-epochs", "0", "--eval-weights", "best"),
+                "--label-smoothing", "0.1", "--save-every-steps", "2", "--save-every-epochs", "0",
+                "--eval-weights", "best"),
     "ranger": ("--epochs", "3", "--optimizer", "ranger", "--lr", "0.01", "--schedule", "plateau:0",
                "--clip-grad", "norm:1"),
     "muon": ("--epochs", "4", "--optimizer", "muon", "--lr", "0.01", "--save-every-epochs", "2",

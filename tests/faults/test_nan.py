@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
-from fastcifar.training import trainer
+from fastcifar.training import trainer as trainer_module
 from fastcifar.training.build import build_trainer
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.train import train
@@ -67,7 +67,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[NanInjector], NanInjec
             return injector.trainer
 
         monkeypatch.setattr("fastcifar.training.train.build_trainer", build)
-        monkeypatch.setattr(trainer, "loss_and_correct", injector)
+        monkeypatch.setattr(trainer_module, "loss_and_correct", injector)
         return injector
 
     return patch_training
