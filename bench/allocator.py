@@ -21,7 +21,6 @@ STEPS, WARM_UP = 36, 6
 
 def median_step_seconds(arch: str, batch_size: int, keep: bool) -> float:
     """Return the median seconds of a compiled training step on synthetic images."""
-    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build, compilation
     from fastcifar.training.resolve import resolve

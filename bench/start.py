@@ -23,7 +23,6 @@ import results_folder
 
 def first_step(arch: str, batch_size: int) -> None:
     """Run everything that `train` does up to the end of its first step, except for the run folder."""
-    from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build
     from fastcifar.training.resolve import resolve

@@ -25,7 +25,6 @@ from torchvision import transforms
 from fastcifar.benchmark.workloads import train_workload
 from fastcifar.data.cifar import load_dataset
 from fastcifar.data.normalization import parse_normalization
-from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer

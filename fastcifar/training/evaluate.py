@@ -163,7 +163,7 @@ def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
         correct=num_correct,
         total=len(labels),
         ece=expected_calibration_error(logits, correct),
-        per_class=[hits / total if total else None for hits, total in zip(class_correct, class_totals, strict=True)],
+        per_class=[right / total if total else None for right, total in zip(class_correct, class_totals, strict=True)],
     )
 
 

@@ -1,4 +1,4 @@
-"""What runs in a process of its own, to be killed: each is forked from a server that has imported torch."""
+"""Functions that tests run in separate processes and kill; a fork server that has imported torch starts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-# with what a first run would import for two seconds; none of it computes, so no threads are forked
+# Modules whose import takes two seconds; importing them starts no threads, which must not exist before a fork
 SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.cli.tables"])
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
@@ -20,49 +20,49 @@ TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--bl
 
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:
-    """`work(*arguments)` in a process of its own: `.pid`, `.join(seconds)`, `.exitcode` (minus the signal)."""
+    """Start `work(*arguments)` in a separate process and return the `multiprocessing` process."""
     process = SERVER.Process(target=work, args=arguments)
     process.start()
     return process
 
 
-def ended(process: Any, seconds: float = 120) -> int:
-    """The exit code of a process that must end in time."""
-    process.join(seconds)
+def wait_for_exit(process: Any, timeout_s: float = 120) -> int:
+    """Return the exit code of `process`; kill it and raise `AssertionError` if it does not end in time."""
+    process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"still running after {seconds} s")
+        raise AssertionError(f"still running after {timeout_s} s")
     return process.exitcode
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    """Until `condition()` is true, which must be in time."""
-    until = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+    """Wait until `condition()` is true; raise `AssertionError` after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until, "nothing came of it"
+        assert time.monotonic() < deadline, f"the condition is still false after {timeout_s} s"
         time.sleep(0.005)
 
 
 def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
-    """The command line, with stdout and stderr in the file `output`; each training step takes `pause_s` longer."""
+    """Run the command line with stdout and stderr in the file `output`; each training step takes `pause_s` longer."""
     import torch
 
     from fastcifar.cli import app
     from fastcifar.training.optimizers import OptimizerWrapper
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = ["fastcifar", *arguments]
-    between_steps = OptimizerWrapper.after_step
+    after_step = OptimizerWrapper.after_step
 
-    def slower(self: OptimizerWrapper, *given: Any) -> None:
-        between_steps(self, *given)
+    def after_step_with_pause(self: OptimizerWrapper, *args: Any) -> None:
+        after_step(self, *args)
         time.sleep(pause_s)
 
-    OptimizerWrapper.after_step = slower  # type: ignore[method-assign]
+    OptimizerWrapper.after_step = after_step_with_pause  # type: ignore[method-assign]
     try:
         app.main()
     finally:
@@ -71,30 +71,30 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
 
 
 def train(output: Path, *arguments: str, pause_s: float = 0.0) -> Any:
-    """`fastcifar train` of the tiny network in a process of its own."""
+    """Start `fastcifar train` with the tiny network in a separate process."""
     return start(fastcifar, output, pause_s, "train", *TINY, *arguments)
 
 
-def save_and_die(folder: Path, call: int) -> None:
-    """Saves a second checkpoint and is killed by SIGKILL when it makes its C call number `call`."""
+def save_and_kill(folder: Path, call: int) -> None:
+    """Save a second checkpoint and send SIGKILL to this process at C function call number `call`."""
     from fastcifar.training import checkpoint
 
-    left = [call]
+    remaining_calls = [call]
 
-    def count(frame: Any, event: str, argument: Any) -> None:
+    def kill_at_call(frame: Any, event: str, argument: Any) -> None:
         if event == "c_call":
-            left[0] -= 1
-            if left[0] == 0:
+            remaining_calls[0] -= 1
+            if remaining_calls[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     state = checkpoint_state(2.0)
-    sys.setprofile(count)
+    sys.setprofile(kill_at_call)
     checkpoint.save_checkpoint(folder / "last.pt", state)
     sys.setprofile(None)
 
 
 def checkpoint_state(value: float) -> dict[str, Any]:
-    """A small checkpoint whose one weight holds `value`."""
+    """Return a small checkpoint whose only weight is filled with `value`."""
     import torch
 
-    return {"recipe": {"arch": "mine"}, "model": {"weight": torch.full((30, 20), value)}, "ema": None, "step": 7}
+    return {"recipe": {"arch": "custom"}, "model": {"weight": torch.full((30, 20), value)}, "ema": None, "step": 7}

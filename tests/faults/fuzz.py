@@ -1,9 +1,9 @@
-"""Damaged inputs for every reader of files, and what must come of them: a `UserError`, in time, or a value.
+"""Fuzzing of every file reader: damaged input must give a value or a `UserError` within limits of time and memory.
 
     scripts/fuzz_readers [--seconds 60] [--seed 0]
 
-tries each reader of READERS for its share of the time and writes bench/results/<UTC>_<device>_fuzz-readers/. The tests
-try a few hundred inputs of each.
+runs each reader of READERS for an equal part of the time and writes bench/results/<UTC>_<device>_fuzz-readers/. The
+tests run each reader on a few hundred inputs.
 """
 
 from __future__ import annotations
@@ -38,71 +38,78 @@ from fastcifar.reporting.table import build_report_table
 from fastcifar.reporting.table_formats import TABLE_FORMATS
 from fastcifar.training import checkpoint, run_dir
 
-ROWS = 20  # of a batch, in stand-ins for the official files
-SLOWEST_S = 5.0
-MOST_BYTES = 200 * 2**20
-# what damage likes to hit: sizes, signs, ends, opcodes of a pickle
-WORDS = [b"\x00", b"\xff", b"\x7f", b"\x80", b".", b"R", b"b", b"(", b"t", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff",
+NUM_IMAGES = 20  # of each batch in replacements of the official files
+MAX_READ_S = 5.0
+MAX_MEMORY_BYTES = 200 * 2**20
+# Sizes, signs, terminators and pickle opcodes that are likely to trigger errors
+TOKENS = [b"\x00", b"\xff", b"\x7f", b"\x80", b".", b"R", b"b", b"(", b"t", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff",
          b"cos\nsystem\n", b"\x8e" + b"\xff" * 7, b"999999999999", b"-1", b"\n", b"PK\x05\x06"]  # fmt: skip
 
 
-def mutated(draw: random.Random, seeds: list[bytes]) -> bytes:
-    """A seed with one to six changes: bits flipped, bytes cut out, put in, repeated, from another seed; or its head."""
-    blob = draw.choice(seeds)
-    for _ in range(draw.randint(1, 6)):
-        at = draw.randrange(len(blob) + 1) if draw.random() < 0.5 else draw.randrange(min(len(blob), 400) + 1)
-        size = draw.choice([1, 1, 2, 4, 16, 300])
-        kind = draw.randrange(6)
-        if kind == 0 and at < len(blob):
-            blob = blob[:at] + bytes([blob[at] ^ 1 << draw.randrange(8)]) + blob[at + 1 :]
-        elif kind == 1:
-            blob = blob[:at] + draw.choice(WORDS) + blob[at:]
-        elif kind == 2:
-            blob = blob[:at] + blob[at + size :]
-        elif kind == 3:
-            blob = blob[:at] + blob[at : at + size] * draw.choice([2, 3, 50]) + blob[at + size :]
-        elif kind == 4:
-            other = draw.choice(seeds)
-            start = draw.randrange(len(other) + 1)
-            blob = blob[:at] + other[start : start + size] + blob[at + size :]
+def mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """Return a random seed with one to six random changes, possibly truncated.
+
+    A change flips a bit, inserts a token or random bytes, removes or repeats bytes, or copies bytes of another seed.
+    """
+    blob = rng.choice(seeds)
+    for _ in range(rng.randint(1, 6)):
+        position = rng.randrange(len(blob) + 1) if rng.random() < 0.5 else rng.randrange(min(len(blob), 400) + 1)
+        size = rng.choice([1, 1, 2, 4, 16, 300])
+        mutation = rng.randrange(6)
+        if mutation == 0 and position < len(blob):
+            blob = blob[:position] + bytes([blob[position] ^ 1 << rng.randrange(8)]) + blob[position + 1 :]
+        elif mutation == 1:
+            blob = blob[:position] + rng.choice(TOKENS) + blob[position:]
+        elif mutation == 2:
+            blob = blob[:position] + blob[position + size :]
+        elif mutation == 3:
+            blob = blob[:position] + blob[position : position + size] * rng.choice([2, 3, 50]) + blob[position + size :]
+        elif mutation == 4:
+            other = rng.choice(seeds)
+            start = rng.randrange(len(other) + 1)
+            blob = blob[:position] + other[start : start + size] + blob[position + size :]
         else:
-            blob = blob[:at] + draw.randbytes(min(size, 16)) + blob[at + size :]
-    return blob[: draw.randrange(len(blob) + 1)] if draw.random() < 0.1 else blob
+            blob = blob[:position] + rng.randbytes(min(size, 16)) + blob[position + size :]
+    return blob[: rng.randrange(len(blob) + 1)] if rng.random() < 0.1 else blob
 
 
-def small_row() -> DatasetSpec:
-    """CIFAR-10 as published, but of ROWS images a file and without MD5s."""
-    row = DATASETS["cifar10"]
+def small_dataset_spec() -> DatasetSpec:
+    """Return the specification of CIFAR-10 with NUM_IMAGES images per file and without MD5 checksums."""
+    spec = DATASETS["cifar10"]
 
-    def small(packing: FileLayout) -> FileLayout:
-        batches = tuple(dataclasses.replace(batch, num_images=ROWS, md5="") for batch in packing.batches)
-        return dataclasses.replace(packing, batches=batches, meta_md5="")
+    def shrink(layout: FileLayout) -> FileLayout:
+        batches = tuple(dataclasses.replace(batch, num_images=NUM_IMAGES, md5="") for batch in layout.batches)
+        return dataclasses.replace(layout, batches=batches, meta_md5="")
 
     return dataclasses.replace(
-        row, python=small(row.python), binary=small(row.binary), split_digests={}, reordered_md5s={}
+        spec, python=shrink(spec.python), binary=shrink(spec.binary), split_digests={}, reordered_md5s={}
     )
 
 
-ROW = small_row()
+SPEC = small_dataset_spec()
 
 
-def batch(protocol: int) -> bytes:
-    images = np.arange(ROWS * 3072, dtype=np.uint32).astype(np.uint8).reshape(ROWS, 3072)
-    content = {b"batch_label": b"training batch 1 of 5", b"labels": [n % 10 for n in range(ROWS)], b"data": images}
+def pickled_batch(protocol: int) -> bytes:
+    images = np.arange(NUM_IMAGES * 3072, dtype=np.uint32).astype(np.uint8).reshape(NUM_IMAGES, 3072)
+    content = {
+        b"batch_label": b"training batch 1 of 5",
+        b"labels": [index % 10 for index in range(NUM_IMAGES)],
+        b"data": images,
+    }
     return pickle.dumps(content, protocol)
 
 
-def packed(members: dict[str, bytes]) -> bytes:
+def tar_archive(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
         for name, blob in members.items():
-            info = tarfile.TarInfo(f"{ROW.python.folder}/{name}")
+            info = tarfile.TarInfo(f"{SPEC.python.folder}/{name}")
             info.size = len(blob)
             tar.addfile(info, io.BytesIO(blob))
     return file.getvalue()
 
 
-def saved(*values: Any) -> list[bytes]:
+def torch_files(*values: Any) -> list[bytes]:
     files = []
     for value in values:
         file = io.BytesIO()
@@ -112,18 +119,18 @@ def saved(*values: Any) -> list[bytes]:
 
 
 def read_batch(folder: Path, blob: bytes) -> Any:
-    images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    cifar_files._read_python_batch(ROW, ROW.python.batches[0], blob, "batch", images, labels, is_official=False)
+    images, labels = np.empty((NUM_IMAGES, 3072), np.uint8), np.empty(NUM_IMAGES, np.int64)
+    cifar_files._read_python_batch(SPEC, SPEC.python.batches[0], blob, "batch", images, labels, is_official=False)
     return labels
 
 
 def read_binary(folder: Path, blob: bytes) -> Any:
-    images, labels = np.empty((ROWS, 3072), np.uint8), np.empty(ROWS, np.int64)
-    cifar_files._read_binary_batch(ROW, ROW.binary.batches[0], blob, "batch", images, labels)
+    images, labels = np.empty((NUM_IMAGES, 3072), np.uint8), np.empty(NUM_IMAGES, np.int64)
+    cifar_files._read_binary_batch(SPEC, SPEC.binary.batches[0], blob, "batch", images, labels)
     return labels
 
 
-def in_a_file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
+def file_reader(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
     def reader(folder: Path, blob: bytes) -> Any:
         (folder / name).write_bytes(blob)
         return read(folder / name)
@@ -131,21 +138,21 @@ def in_a_file(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes],
     return reader
 
 
-def image(kind: str) -> bytes:
+def encoded_image(image_format: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), (1, 2, 3)).save(file, kind)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(file, image_format)
     return file.getvalue()
 
 
-def in_a_report(name: str) -> Callable[[Path, bytes], Any]:
-    """The file `name` of a run in a sweep, or of the sweep, read and written in every format of a report."""
+def report_reader(name: str) -> Callable[[Path, bytes], Any]:
+    """Return a reader of the file `name` of a sweep or one of its runs, which writes a report in every format."""
 
     def reader(folder: Path, blob: bytes) -> Any:
-        within = folder / "runs" / "t0"
-        within.mkdir(parents=True, exist_ok=True)
-        for file, content in REPORTED.items():
-            place = folder if file == "trials.jsonl" else within
-            (place / file).write_bytes(blob if file == name else content)
+        run_folder = folder / "runs" / "t0"
+        run_folder.mkdir(parents=True, exist_ok=True)
+        for file, content in REPORT_FILES.items():
+            parent = folder if file == "trials.jsonl" else run_folder
+            (parent / file).write_bytes(blob if file == name else content)
         table = build_report_table(aggregate.group_runs(records.read_records([folder])))
         return [write(table) for write in TABLE_FORMATS.values()]
 
@@ -158,91 +165,95 @@ CSV = (
     + "\n"
     + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
 )
-SUMMARY = {"params": 5266, "steps": 270, "eval_weights": "last", "val_acc": 0.5, "test_acc": 0.4, "per_class": {"cat": 0.4},
-           "seconds": {"total": 61.5}, "stop_reason": "epochs", "complete": True}  # fmt: skip
+SUMMARY = {"params": 5266, "steps": 270, "eval_weights": "last", "val_acc": 0.5, "test_acc": 0.4,
+           "per_class": {"cat": 0.4}, "seconds": {"total": 61.5}, "stop_reason": "epochs",
+           "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
-REPORTED = {
+REPORT_FILES = {
     "recipe.toml": b"lr = 0.1\nblocks = [4, 4, 3]\nepochs = 3\n",
     "metrics.csv": CSV.encode(),
     "summary.json": json.dumps(SUMMARY).encode(),
     "trials.jsonl": json.dumps(TRIAL).encode() + b"\n",
 }
-# reader -> honest inputs, and what reads one (given a folder of its own)
+# Reader name -> valid inputs, and a function that reads an input, given a temporary folder
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "pickle": ([pickle.dumps({b"a": np.arange(9), "b": [1, (2.5, None, "x")]}, p) for p in range(6)],
                lambda _, blob: loads_pickle(blob)),
-    "Python batch": ([batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
-    "binary batch": ([bytes([3, *([7] * 3072)]) * ROWS, bytes(3073 * ROWS)], read_binary),
-    "archive": ([packed({"data_batch_1": batch(2), "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
-                in_a_file("a.tar.gz", lambda path: list(archive.iter_tar_files(path, ROW)))),
-    "image": ([image(kind) for kind in ("PNG", "BMP", "JPEG", "GIF", "TIFF")], in_a_file("a.png", class_folders.decode_image)),
-    "checkpoint": (saved(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
-                   in_a_file("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),
+    "Python batch": ([pickled_batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
+    "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], read_binary),
+    "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
+                               "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
+                file_reader("a.tar.gz", lambda path: list(archive.iter_tar_files(path, SPEC)))),
+    "image": ([encoded_image(image_format) for image_format in ("PNG", "BMP", "JPEG", "GIF", "TIFF")],
+              file_reader("a.png", class_folders.decode_image)),
+    "checkpoint": (torch_files(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
+                   file_reader("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],
-                 in_a_file("manifest.json", lambda path: checkpoint.read_manifest(path.parent))),
+                 file_reader("manifest.json", lambda path: checkpoint.read_manifest(path.parent))),
     "env.json": ([b'{"recipe": "quick", "resumed": []}'],
-                 in_a_file("env.json", lambda path: run_dir.read_environment(path.parent))),
-    "metrics.csv": ([CSV.encode()], in_a_file("metrics.csv", lambda path: run_dir.read_metrics_csv(path, 2))),
+                 file_reader("env.json", lambda path: run_dir.read_environment(path.parent))),
+    "metrics.csv": ([CSV.encode()], file_reader("metrics.csv", lambda path: run_dir.read_metrics_csv(path, 2))),
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
-                     in_a_file("events.jsonl", lambda path: run_dir.read_event_lines(path, 2))),
-    **{f"{name} of a report": ([content], in_a_report(name)) for name, content in REPORTED.items()},
-    "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\noptimizer_arg = {nesterov = true}\n", b"augment = 'crop:4'\nepochs = 3\n"],
-                    in_a_file("a.toml", lambda path: Recipe.make(str(path)))),
+                     file_reader("events.jsonl", lambda path: run_dir.read_event_lines(path, 2))),
+    **{f"{name} of a report": ([content], report_reader(name)) for name, content in REPORT_FILES.items()},
+    "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\noptimizer_arg = {nesterov = true}\n",
+                     b"augment = 'crop:4'\nepochs = 3\n"],
+                    file_reader("a.toml", lambda path: Recipe.make(str(path)))),
 }  # fmt: skip
 
 
-def tried(name: str, inputs: Iterator[bytes]) -> dict[str, Any]:
-    """Counts of `inputs` that reader `name` refused and read, with its slowest time.
+def fuzz_reader(name: str, inputs: Iterator[bytes]) -> dict[str, Any]:
+    """Run reader `name` on `inputs` and return the numbers of rejected and accepted inputs and the longest time.
 
-    Raises what the reader raises beside a `UserError`, with the input in a note; `AssertionError` if it was slow or
-    took memory.
+    Raises any exception of the reader except `UserError`, with the input in a note, and `AssertionError` if the reader
+    was too slow, used too much memory_before, or gave a message of several max_lines.
     """
     read = READERS[name][1]
     counts: dict[str, Any] = {"reader": name, "inputs": 0, "refused": 0, "read": 0, "slowest_s": 0.0}
-    lines = 1
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    max_lines = 1
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for blob in inputs:
-            started = time.perf_counter()
+            start = time.perf_counter()
             try:
                 read(Path(folder), blob)
                 counts["read"] += 1
             except UserError as error:
                 counts["refused"] += 1
-                lines = max(lines, str(error).count("\n") + 1)
+                max_lines = max(max_lines, str(error).count("\n") + 1)
             except BaseException as error:
                 error.add_note(f"reader {name}, input {blob!r}")
                 raise
             counts["inputs"] += 1
-            counts["slowest_s"] = max(counts["slowest_s"], round(time.perf_counter() - started, 4))
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
-    assert counts["slowest_s"] < SLOWEST_S, counts
-    assert lines == 1, f"reader {name} explains itself in {lines} lines"
-    assert grown < MOST_BYTES, (counts, grown)
-    return {**counts, "memory_grown_bytes": grown}
+            counts["slowest_s"] = max(counts["slowest_s"], round(time.perf_counter() - start, 4))
+    memory_growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before)
+    assert counts["slowest_s"] < MAX_READ_S, counts
+    assert max_lines == 1, f"reader {name} has a message of {max_lines} lines"
+    assert memory_growth < MAX_MEMORY_BYTES, (counts, memory_growth)
+    return {**counts, "memory_grown_bytes": memory_growth}
 
 
 def main() -> None:
-    """Tries every reader and keeps the counts."""
-    parser = argparse.ArgumentParser(description="Damaged inputs for every reader of files.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all readers together")
+    """Fuzz every reader and write the counts."""
+    parser = argparse.ArgumentParser(description="Fuzz every file reader with damaged input.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="total for all readers")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
     from fastcifar.device import collect_environment
 
-    draw = random.Random(arguments.seed)
+    rng = random.Random(arguments.seed)
 
     def inputs(name: str) -> Iterator[bytes]:
-        until = time.monotonic() + arguments.seconds / len(READERS)
-        while time.monotonic() < until:
-            yield mutated(draw, READERS[name][0])
+        deadline = time.monotonic() + arguments.seconds / len(READERS)
+        while time.monotonic() < deadline:
+            yield mutate(rng, READERS[name][0])
 
     trials = []
     for name in READERS:
-        trials.append(tried(name, inputs(name)))
+        trials.append(fuzz_reader(name, inputs(name)))
         print(json.dumps(trials[-1]), file=sys.stderr)
     total = {key: sum(trial[key] for trial in trials) for key in ("inputs", "refused", "read")}
     summary = {

@@ -1,4 +1,4 @@
-"""Two runs side by side: what must be equal of them, and what is only time."""
+"""Comparison of run folders, ignoring times and other values that differ between equal runs."""
 
 from __future__ import annotations
 
@@ -13,54 +13,57 @@ from torch import Tensor
 from fastcifar.training import checkpoint
 
 TIMES = ("images_per_s", "seconds")  # of metrics.csv and summary.json
-OWN = ("run", "config", "peak_memory_bytes", *TIMES)  # of summary.json
+RUN_SPECIFIC = ("run", "config", "peak_memory_bytes", *TIMES)  # of summary.json
 
 
 def rows(folder: Path | str) -> list[dict[str, str]]:
-    """The rows of metrics.csv without the times; each of the columns is there, and no header twice."""
+    """Return the rows of metrics.csv without the times; check that the epochs are consecutive."""
     with (Path(folder) / "metrics.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [row["epoch"] for row in found] == [str(epoch) for epoch in range(len(found))]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
+        csv_rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in csv_rows] == [str(epoch) for epoch in range(len(csv_rows))]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in csv_rows]
 
 
 def events(folder: Path | str) -> list[dict[str, Any]]:
-    """The rows of events.jsonl without the times."""
+    """Return the rows of events.jsonl without the times."""
     lines = (Path(folder) / "events.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in (*TIMES, "time")} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in (*TIMES, "time")} for line in lines]
 
 
 def summary(folder: Path | str) -> dict[str, Any]:
-    found = json.loads((Path(folder) / "summary.json").read_text())
-    return {name: value for name, value in found.items() if name not in OWN}
+    """Return summary.json without the values that differ between equal runs."""
+    content = json.loads((Path(folder) / "summary.json").read_text())
+    return {name: value for name, value in content.items() if name not in RUN_SPECIFIC}
 
 
 def last(folder: Path | str) -> dict[str, Any]:
+    """Return the checkpoint last.pt of a run."""
     return checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "last.pt")
 
 
-def assert_equal_runs(mine: Path | str, other: Path | str) -> None:
-    """The same rows, summary and final state to the last bit: weights, average, optimizer, counters, random state."""
-    assert rows(mine) == rows(other)
-    assert events(mine) == events(other)
-    assert summary(mine) == summary(other)
-    first, second = last(mine), last(other)
-    for state in (first, second):
+def assert_equal_runs(folder: Path | str, expected_folder: Path | str) -> None:
+    """Assert that two runs have the same rows and summary and a bit-identical final training state."""
+    assert rows(folder) == rows(expected_folder)
+    assert events(folder) == events(expected_folder)
+    assert summary(folder) == summary(expected_folder)
+    checkpoints = last(folder), last(expected_folder)
+    for state in checkpoints:
         del state["clock"], state["recipe"]
-    assert_same(first, second, "checkpoint")
+    assert_same(*checkpoints, "checkpoint")
 
 
-def assert_same(mine: Any, other: Any, where: str) -> None:
-    assert type(mine) is type(other), where
-    if isinstance(mine, Tensor):
-        assert torch.equal(mine, other), where
-    elif isinstance(mine, dict):
-        assert mine.keys() == other.keys(), where
-        for key in mine:
-            assert_same(mine[key], other[key], f"{where}.{key}")
-    elif isinstance(mine, list | tuple):
-        assert len(mine) == len(other), where
-        for index, pair in enumerate(zip(mine, other, strict=True)):
+def assert_same(value: Any, expected: Any, where: str) -> None:
+    """Assert that nested containers of tensors and values are bit-identical; `where` names them in the message."""
+    assert type(value) is type(expected), where
+    if isinstance(value, Tensor):
+        assert torch.equal(value, expected), where
+    elif isinstance(value, dict):
+        assert value.keys() == expected.keys(), where
+        for key in value:
+            assert_same(value[key], expected[key], f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        assert len(value) == len(expected), where
+        for index, pair in enumerate(zip(value, expected, strict=True)):
             assert_same(*pair, f"{where}[{index}]")
     else:
-        assert mine == other, where
+        assert value == expected, where

@@ -1,9 +1,9 @@
-"""Runs killed at random points by SIGKILL, SIGTERM or SIGINT and resumed, each the same as the run never stopped.
+"""Kill training runs at random times by SIGKILL, SIGTERM or SIGINT, resume them and compare them with full runs.
 
     scripts/soak [--runs 200] [--seed 0] [--jobs 2]
 
-Every run is a process that is really killed; it starts again with the same command and `--resume auto` until it ends
-by itself. Writes bench/results/<UTC>_<device>_soak/.
+Every run is a separate process, restarted with the same command and `--resume auto` until it completes. Every resumed
+run must equal the uninterrupted run of the same options. Writes bench/results/<UTC>_<device>_soak/.
 """
 
 from __future__ import annotations
@@ -22,43 +22,46 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.faults.children import ended, train
+from tests.faults.children import train, wait_for_exit
 from tests.faults.runs import assert_equal_runs
 
 SIGNALS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}
-MOST_KILLS = 3
-# what is trained: knobs beside those of `children.TINY`, which has dropout
+MAX_KILLS = 3
+# Options in addition to those of `children.TINY`, which uses dropout
 VARIANTS = {
     "lookahead": ("--epochs", "3"),
-    "average": ("--epochs", "3", "--optimizer", "adamw", "--lr", "0.01", "--ema-decay", "0.9", "--label-smoothing", "0.1",
-                "--save-every-steps", "2", "--save-every-epochs", "0", "--eval-weights", "best"),
-    "ranger": ("--epochs", "3", "--optimizer", "ranger", "--lr", "0.01", "--schedule", "plateau:0", "--clip-grad", "norm:1"),
-    "muon": ("--epochs", "4", "--optimizer", "muon", "--lr", "0.01", "--save-every-epochs", "2", "--warmup-epochs", "1"),
+    "average": ("--epochs", "3", "--optimizer", "adamw", "--lr", "0.01", "--ema-decay", "0.9",
+                "--label-smoothing", "0.1", "--save-every-steps", "2", "--save-every-epochs", "0",
+                "--eval-weights", "best"),
+    "ranger": ("--epochs", "3", "--optimizer", "ranger", "--lr", "0.01", "--schedule", "plateau:0",
+               "--clip-grad", "norm:1"),
+    "muon": ("--epochs", "4", "--optimizer", "muon", "--lr", "0.01", "--save-every-epochs", "2",
+             "--warmup-epochs", "1"),
 }  # fmt: skip
 
 
-def killed_and_resumed(folder: Path, variant: str, whole_s: float, draw: random.Random) -> list[dict[str, Any]]:
-    """One run into `folder`, killed up to MOST_KILLS times within about `whole_s` seconds of a start: the kills."""
+def kill_and_resume(folder: Path, variant: str, run_s: float, rng: random.Random) -> list[dict[str, Any]]:
+    """Train in `folder`, killed up to MAX_KILLS times, each within `run_s` seconds of a start; return the kills."""
     log = folder.with_suffix(".log")
     kills: list[dict[str, Any]] = []
-    wanted = draw.randint(1, MOST_KILLS)
+    num_kills = rng.randint(1, MAX_KILLS)
     while True:
         process = train(log, *VARIANTS[variant], "--out", str(folder), "--resume", "auto")
-        name, after_s = draw.choice(list(SIGNALS)), draw.uniform(0, whole_s)
-        process.join(after_s if len(kills) < wanted else 300)
+        name, after_s = rng.choice(list(SIGNALS)), rng.uniform(0, run_s)
+        process.join(after_s if len(kills) < num_kills else 300)
         if process.exitcode is None:
             os.kill(process.pid, getattr(signal, name))
-        code = ended(process)
+        code = wait_for_exit(process)
         if code == 0:
             return kills
-        # before its handler stands, a signal ends the process as the system does
+        # before the signal handler is installed, a signal kills the process
         allowed = {SIGNALS[name], -getattr(signal, name)}
         assert code in allowed, f"exit {code} after {name}: {log.read_text()[-2000:]}"
-        kills.append({"signal": name, "after_s": round(after_s, 3), "exit": code, "left": left(folder)})
+        kills.append({"signal": name, "after_s": round(after_s, 3), "exit": code, "left": describe_state(folder)})
 
 
-def left(folder: Path) -> str:
-    """How far a killed run had come."""
+def describe_state(folder: Path) -> str:
+    """Return what a killed run had written."""
     if not (folder / "recipe.toml").exists():
         return "no run folder"
     manifest = folder / "checkpoints" / "manifest.json"
@@ -70,11 +73,11 @@ def left(folder: Path) -> str:
 
 
 def main() -> None:
-    """Soaks, compares and keeps the counts; fails with the first run that differs."""
-    parser = argparse.ArgumentParser(description="Runs killed at random and resumed.")
+    """Run the test and write the counts; fail at the first run that differs."""
+    parser = argparse.ArgumentParser(description="Kill training runs at random times and resume them.")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="number of concurrent runs")
     arguments = parser.parse_args()
     import results_folder  # pyright: ignore[reportMissingImports]  # of bench/
 
@@ -83,24 +86,24 @@ def main() -> None:
     started = time.monotonic()
     trials = []
     with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(arguments.jobs) as pool:
-        wholes, seconds = {}, {}
-        for variant, knobs in VARIANTS.items():
-            wholes[variant] = Path(parent) / variant
+        full_runs, seconds = {}, {}
+        for variant, options in VARIANTS.items():
+            full_runs[variant] = Path(parent) / variant
             start = time.monotonic()
-            assert ended(train(Path(parent) / "log", *knobs, "--out", str(wholes[variant]))) == 0
+            assert wait_for_exit(train(Path(parent) / "log", *options, "--out", str(full_runs[variant]))) == 0
             seconds[variant] = time.monotonic() - start
 
-        def soaked(number: int) -> dict[str, Any]:
+        def run_trial(number: int) -> dict[str, Any]:
             variant = list(VARIANTS)[number % len(VARIANTS)]
-            folder, draw = Path(parent) / f"run-{number}", random.Random(f"{arguments.seed} {number}")
-            kills = killed_and_resumed(folder, variant, seconds[variant], draw)
-            while not kills:  # it was quicker than the first signal
+            folder, rng = Path(parent) / f"run-{number}", random.Random(f"{arguments.seed} {number}")
+            kills = kill_and_resume(folder, variant, seconds[variant], rng)
+            while not kills:  # the run completed before the first signal
                 shutil.rmtree(folder)
-                kills = killed_and_resumed(folder, variant, seconds[variant], draw)
-            assert_equal_runs(folder, wholes[variant])
+                kills = kill_and_resume(folder, variant, seconds[variant], rng)
+            assert_equal_runs(folder, full_runs[variant])
             return {"run": number, "variant": variant, "kills": kills, "equal": True}
 
-        for trial in pool.map(soaked, range(arguments.runs)):
+        for trial in pool.map(run_trial, range(arguments.runs)):
             trials.append(trial)
             print(json.dumps(trial), file=sys.stderr, flush=True)
     kills = [kill for trial in trials for kill in trial["kills"]]
@@ -113,7 +116,7 @@ def main() -> None:
         "by_signal": Counter(kill["signal"] for kill in kills),
         "by_exit_code": Counter(str(kill["exit"]) for kill in kills),
         "left": Counter(kill["left"] for kill in kills),
-        "variants": {name: " ".join(knobs) for name, knobs in VARIANTS.items()},
+        "variants": {name: " ".join(options) for name, options in VARIANTS.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
     print(results_folder.write("soak", collect_environment("cpu"), summary, trials))

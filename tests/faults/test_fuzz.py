@@ -1,4 +1,4 @@
-"""Every reader of files from strangers, on damaged ones; the recipe, on anything."""
+"""Every file reader with damaged files; recipes with arbitrary values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from tests.faults.fuzz import READERS, mutated, tried
+from tests.faults.fuzz import READERS, fuzz_reader, mutate
 
-KNOBS = sorted(Recipe.model_fields)
+OPTIONS = sorted(Recipe.model_fields)
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -29,28 +29,30 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_fault08_fault09_fault10_damaged_files_are_refused_or_read_and_nothing_else(name: str, tmp_path: Path) -> None:
+def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, tmp_path: Path) -> None:
     seeds = READERS[name][0]
-    assert tried(name, iter(seeds))["read"] == len(seeds)
-    draw = random.Random(name)
-    assert tried(name, (mutated(draw, seeds) for _ in range(250)))["inputs"] == 250
+    assert fuzz_reader(name, iter(seeds))["read"] == len(seeds)
+    rng = random.Random(name)
+    assert fuzz_reader(name, (mutate(rng, seeds) for _ in range(250)))["inputs"] == 250
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([*KNOBS, "lrr", "batchsize"]), VALUES, max_size=4))
-def test_fault15_a_recipe_of_anything_is_a_recipe_or_one_line(values: dict[str, Any]) -> None:
-    explained, recipe = "", None
+@given(st.dictionaries(st.sampled_from([*OPTIONS, "lrr", "batchsize"]), VALUES, max_size=4))
+def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(values: dict[str, Any]) -> None:
+    message, recipe = "", None
     try:
         recipe = Recipe.from_dict({name: value for name, value in values.items() if value is not None})
     except UsageError as error:
-        explained = str(error)
-    assert "\n" not in explained
+        message = str(error)
+    assert "\n" not in message
     assert recipe is None or Recipe.from_dict(recipe.model_dump(mode="json")) == recipe
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=30), key=st.sampled_from(["data", "out", "resume", "loader"]))
-def test_any_text_survives_the_recipe_file(tmp_path_factory: pytest.TempPathFactory, text: str, key: str) -> None:
+def test_any_text_survives_a_recipe_file_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, text: str, key: str
+) -> None:
     recipe = Recipe.from_dict({key: text})
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")

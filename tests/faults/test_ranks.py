@@ -1,14 +1,15 @@
-"""Two processes under torchrun: they train as one, and the loss of one of them loses nothing."""
+"""Two processes started by torchrun: training equals a single process, and a killed process loses no progress."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.normalization import normalization_mean_std
+from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
@@ -33,13 +35,13 @@ SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "b
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")
 REAL = pytest.param(
     os.environ.get("FASTCIFAR_DATA"),
-    marks=pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="FASTCIFAR_DATA names no data set"),
+    marks=pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="FASTCIFAR_DATA is not set"),
     id="real",
 )
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    """Two processes of `fastcifar train`, in a session of their own."""
+    """Start `fastcifar train` with two processes in a new session."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*command, "-m", "fastcifar", "train", *SMALL, *PLAIN, *arguments],
@@ -47,9 +49,10 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen[str], within_s: float = 120) -> tuple[int, str, str]:
+def wait(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
+    """Return the exit code, stdout and stderr of `process`; kill its session after `timeout_s` seconds."""
     try:
-        out, err = process.communicate(timeout=within_s)
+        out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -57,28 +60,28 @@ def end(process: subprocess.Popen[str], within_s: float = 120) -> tuple[int, str
 
 
 @pytest.mark.parametrize("data", ["synthetic:500", REAL])
-def test_fault20_two_processes_train_as_one_that_averages_their_gradients(data: str, tmp_path: Path) -> None:
-    """Ten steps at lr 1e-3 in float32, weights within 1e-6; running statistics are rank 0's."""
+def test_fault20_two_processes_equal_one_process_that_averages_gradients(data: str, tmp_path: Path) -> None:
+    """Compare the weights after ten float32 steps within 1e-6; the running statistics are those of rank 0."""
     out = tmp_path / "run"
     arguments = ["--data", data, "--val-size", "68", "--batch-size", "48", "--max-steps", "10", "--lr", "1e-3"]
     arguments += ["--optimizer", "sgd", "--schedule", "constant", "--augment", "crop:4:zero,flip", "--out", str(out)]
-    code, printed, errors = end(torchrun(*arguments))
+    code, printed, errors = wait(torchrun(*arguments))
     assert code == 0, errors
     lines = printed.strip().splitlines()
-    assert len(lines) == 1, "one process speaks"
+    assert len(lines) == 1, "only the main process may print"
     assert json.loads(lines[0])["steps"] == 10
     trained = load_file(out / "weights.safetensors")
-    expected = averaged_by_hand(Recipe.make(str(out / "recipe.toml"), max_steps=None))
+    expected = reference_state_dict(Recipe.make(str(out / "recipe.toml"), max_steps=None))
     assert trained.keys() == expected.keys()
     for key, value in expected.items():
         rtol = 1e-5 if "running" in key else 0
         assert torch.allclose(trained[key].double(), value.double(), rtol=rtol, atol=1e-6), key
 
 
-def averaged_by_hand(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """What ten steps leave in rank 0's network when one process computes each rank's share by itself.
+def reference_state_dict(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Return the state dict of rank 0 after ten steps, computed in one process with torch alone.
 
-    torch's own optimizer and clip on plain means; nothing of `distributed` or `step`.
+    It uses neither `distributed` nor `step` of fastcifar.
     """
     dataset = cifar.load_dataset(recipe.data)
     index, _ = cifar.stratified_split(dataset.train.labels, recipe.val_size, recipe.val_seed)
@@ -88,85 +91,70 @@ def averaged_by_hand(recipe: Recipe) -> dict[str, torch.Tensor]:
     models = [build_model("resnet", 10, **network).to(memory_format=torch.channels_last) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizer = torch.optim.SGD(models[0].parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in normalization_mean_std(recipe))
-    whole = list(batches(split, recipe, 10, rank=0, ranks=1))
-    shares = [list(batches(split, recipe, 10, rank, ranks=2)) for rank in (0, 1)]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization_mean_std(recipe))
+    global_batches = list(batches(split, recipe, 10, rank=0, world_size=1))
+    rank_batches = [list(batches(split, recipe, 10, rank, world_size=2)) for rank in (0, 1)]
     for step in range(10):
-        images, labels = whole[step]
+        images, labels = global_batches[step]
         gradients = []
         for rank, model in enumerate(models):
-            share, share_labels = shares[rank][step]
-            assert torch.equal(share, images[rank::2])
-            assert torch.equal(share_labels, labels[rank::2])
-            loss = F.cross_entropy(model((share / 255 - mean) / std), share_labels, reduction="sum") / len(labels)
+            rank_images, rank_labels = rank_batches[rank][step]
+            assert torch.equal(rank_images, images[rank::2])
+            assert torch.equal(rank_labels, labels[rank::2])
+            loss = F.cross_entropy(model((rank_images / 255 - mean) / std), rank_labels, reduction="sum") / len(labels)
             gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-        for weight, mine, other in zip(models[0].parameters(), *gradients, strict=True):
-            weight.grad = mine + other
+        for weight, gradient0, gradient1 in zip(models[0].parameters(), *gradients, strict=True):
+            weight.grad = gradient0 + gradient1
         torch.nn.utils.clip_grad_value_(models[0].parameters(), 0.1)
         optimizer.step()
         with torch.no_grad():
-            for weight, other in zip(models[1].parameters(), models[0].parameters(), strict=True):
-                weight.copy_(other)
+            for weight, source in zip(models[1].parameters(), models[0].parameters(), strict=True):
+                weight.copy_(source)
     return models[0].state_dict()
 
 
-def batches(split: Split, recipe: Recipe, count: int, rank: int, ranks: int) -> Any:
-    """The first `count` batches of the run, from as many epochs as it takes."""
+def batches(split: Split, recipe: Recipe, count: int, rank: int, world_size: int) -> Iterator[Any]:
+    """Yield the first `count` batches of the run, from as many epochs as needed."""
     loader = TensorLoader(
-        split.images, split.labels, batch_size=recipe.batch_size, augment=parse_augment(recipe.augment), seed=recipe.seed,
-        device="cpu", compile=False, rank=rank, world_size=ranks,
+        split.images, split.labels, batch_size=recipe.batch_size, augment=parse_augment(recipe.augment),
+        seed=recipe.seed, device="cpu", compile=False, rank=rank, world_size=world_size,
     )  # fmt: skip
-    found: list[Any] = []
-    for epoch in range(count):
-        for batch in loader.batches(epoch):
-            found.append(batch)
-            if len(found) == count:
-                return found
-    return found
+    all_batches = (batch for epoch in range(count) for batch in loader.batches(epoch))
+    return itertools.islice(all_batches, count)
 
 
-def test_fault19_one_of_two_processes_is_killed_and_the_restart_goes_on_from_rank_0(tmp_path: Path) -> None:
+def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "40", "--lr", "0.01"]
-    arguments += [
-        "--dropout",
-        "0.1",
-        "--save-every-steps",
-        "7",
-        "--save-every-epochs",
-        "0",
-        "--resume",
-        "auto",
-        "--out",
-        str(out),
-    ]
-    process = torchrun(*arguments)
+    arguments += ["--dropout", "0.1", "--save-every-steps", "7", "--save-every-epochs", "0"]
+    resume_arguments = ["--resume", "auto", "--out", str(out)]
+    process = torchrun(*arguments, *resume_arguments)
     last = out / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 90
     while not last.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-    started = time.monotonic()
-    code, _, errors = end(process)
+    os.kill(rank_pid(process.pid, 1), signal.SIGKILL)
+    kill_time = time.monotonic()
+    code, _, errors = wait(process)
     assert code != 0
-    assert time.monotonic() - started < 60, errors
+    assert time.monotonic() - kill_time < 60, errors
     step = checkpoint.load_checkpoint(last)["step"]
     assert 0 < step < 400
-    code, printed, errors = end(torchrun(*arguments))
+    code, printed, errors = wait(torchrun(*arguments, *resume_arguments))
     assert code == 0, errors
     assert f"step {step}" in errors
     summary = json.loads(printed.strip().splitlines()[-1])
     assert summary["steps"] == 400
     assert summary["complete"]
-    straight = tmp_path / "straight"
-    code, _, errors = end(torchrun(*arguments[:-4], "--out", str(straight)))
+    uninterrupted = tmp_path / "uninterrupted"
+    code, _, errors = wait(torchrun(*arguments, "--out", str(uninterrupted)))
     assert code == 0, errors
-    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (out, straight))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as if it had never stopped"
+    resumed, expected = (load_file(folder / "weights.safetensors") for folder in (out, uninterrupted))
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
 
-def rank_of(torchrun_pid: int, rank: int) -> int:
-    """The process id of `rank`, a child of torchrun."""
+def rank_pid(torchrun_pid: int, rank: int) -> int:
+    """Return the process ID of `rank`, a child process of torchrun."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -179,10 +167,10 @@ def rank_of(torchrun_pid: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_fault16_a_checkpoint_of_two_processes_goes_on_in_one_with_a_warning(tiny: Callable[..., Recipe]) -> None:
+def test_fault16_checkpoint_of_two_processes_continues_in_one_with_a_warning(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
-    parts = build_trainer(resolve(recipe))
-    state = parts.checkpoint_state(Clock())
+    trainer = build_trainer(resolve(recipe))
+    state = trainer.checkpoint_state(Clock())
     state["random"] = state["random"] * 2
     with pytest.warns(UserWarning, match="had 2 processes and goes on with 1"):
-        parts.load_checkpoint_state(state)
+        trainer.load_checkpoint_state(state)

@@ -1,4 +1,4 @@
-"""Killed by a signal, in a process of its own: what is left, and what the shell is told."""
+"""Signals to training in a separate process: checkpoints, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -17,66 +17,68 @@ import torch
 
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from tests.faults.children import checkpoint_state, ended, save_and_die, start, train, wait_for
+from tests.faults.children import checkpoint_state, save_and_kill, start, train, wait_for, wait_for_exit
 from tests.faults.runs import assert_equal_runs, last, rows
 
 
-def test_fault04_killed_at_twenty_points_of_a_checkpoint_write(tmp_path: Path) -> None:
-    calls = [0]
+def test_fault04_kill_at_twenty_points_of_a_checkpoint_write(tmp_path: Path) -> None:
+    num_calls = [0]
 
     def count(frame: Any, event: str, argument: Any) -> None:
-        calls[0] += event == "c_call"
+        num_calls[0] += event == "c_call"
 
-    (tmp_path / "counted").mkdir()
-    checkpoint.save_checkpoint(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
+    (tmp_path / "profiled").mkdir()
+    checkpoint.save_checkpoint(tmp_path / "profiled" / "last.pt", checkpoint_state(1.0))
     sys.setprofile(count)
-    checkpoint.save_checkpoint(tmp_path / "counted" / "last.pt", checkpoint_state(1.0))
+    checkpoint.save_checkpoint(tmp_path / "profiled" / "last.pt", checkpoint_state(1.0))
     sys.setprofile(None)
-    draw = random.Random(0)
-    points = sorted(draw.sample(range(1, calls[0]), 20))
-    found = []
+    rng = random.Random(0)
+    points = sorted(rng.sample(range(1, num_calls[0]), 20))
+    values = []
     for point in points:
         folder = tmp_path / str(point)
         folder.mkdir()
         for _ in range(2):
             checkpoint.save_checkpoint(folder / "last.pt", checkpoint_state(1.0))
-        assert ended(start(save_and_die, folder, point)) == -signal.SIGKILL
+        assert wait_for_exit(start(save_and_kill, folder, point)) == -signal.SIGKILL
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # written, but not yet in the manifest: the one before it is used
+            warnings.simplefilter("ignore")  # not yet in the manifest: the previous checkpoint is used
             weight = checkpoint.load_checkpoint(folder / "last.pt")["model"]["weight"]
-        found.append(weight[0, 0].item())
-        assert torch.equal(weight, torch.full((30, 20), found[-1]))
+        values.append(weight[0, 0].item())
+        assert torch.equal(weight, torch.full((30, 20), values[-1]))
         assert {entry.name for entry in folder.glob("*.pt")} == {"last.pt", "last.previous.pt"}
         checkpoint.save_checkpoint(folder / "last.pt", checkpoint_state(3.0))
         assert checkpoint.read_checkpoint(folder / "last.pt")["model"]["weight"][0, 0] == 3.0
-    assert set(found) <= {1.0, 2.0}
+    assert set(values) <= {1.0, 2.0}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_fault05_fault06_one_signal_is_a_checkpoint_of_the_step_and_resume_equals(
+def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
     tmp_path: Path, number: int, code: int
 ) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
-    whole = train(log, "--epochs", "3", "--out", str(tmp_path / "whole"))
-    killed = train(log, "--epochs", "3", "--out", str(out), pause_s=0.05)
+    uninterrupted = train(log, "--epochs", "3", "--out", str(tmp_path / "uninterrupted"))
+    interrupted = train(log, "--epochs", "3", "--out", str(out), pause_s=0.05)
     wait_for(lambda: (out / "metrics.csv").exists() and len(rows(out)) == 1)
     time.sleep(0.1)
-    os.kill(killed.pid, number)
-    sent = time.monotonic()
-    assert ended(killed, 30) == code
-    assert time.monotonic() - sent < 10
+    os.kill(interrupted.pid, number)
+    signal_time = time.monotonic()
+    assert wait_for_exit(interrupted, 30) == code
+    assert time.monotonic() - signal_time < 10
     step = last(out)["step"]
     assert 5 <= step < 15
-    words = f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is {out}/checkpoints/last.pt\n"
-    assert words in log.read_text()
-    assert ended(whole) == 0
-    assert ended(train(log, "--resume", str(out))) == 0
-    assert_equal_runs(out, tmp_path / "whole")
+    message = (
+        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is {out}/checkpoints/last.pt\n"
+    )
+    assert message in log.read_text()
+    assert wait_for_exit(uninterrupted) == 0
+    assert wait_for_exit(train(log, "--resume", str(out))) == 0
+    assert_equal_runs(out, tmp_path / "uninterrupted")
 
 
-def test_fault06_a_second_sigint_stops_at_once_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+def test_fault06_second_sigint_stops_immediately_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
-    slow = train(
+    process = train(
         log, "--out", str(out), "--epochs", "2", "--save-every-steps", "1", "--save-every-epochs", "0", pause_s=1.5
     )
     path = out / "checkpoints" / "last.pt"
@@ -84,37 +86,39 @@ def test_fault06_a_second_sigint_stops_at_once_and_leaves_the_checkpoint(tmp_pat
     wait_for((path.parent / "manifest.json").exists)
     time.sleep(0.3)  # into the next step
     before = path.read_bytes()
-    os.kill(slow.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.1)
-    os.kill(slow.pid, signal.SIGINT)
-    assert ended(slow, 10) == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert wait_for_exit(process, 10) == 130
     assert log.read_text().endswith("fastcifar: stopped by SIGINT\n")
     assert path.read_bytes() == before
     assert last(out)["step"] == 1
     assert not list(out.rglob("*.tmp"))
 
 
-def test_fault23_two_processes_at_once_have_a_folder_each(tmp_path: Path) -> None:
+def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    both = [train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.01) for _ in range(2)]
+    processes = [train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.01) for _ in range(2)]
     wait_for(lambda: all((tmp_path / name / "checkpoints" / "last.pt").exists() for name in ("run", "run-2")))
-    third = train(log, "--resume", str(tmp_path / "run"))
-    code = ended(third)
-    if any(process.exitcode is None for process in both):
+    resuming = train(log, "--resume", str(tmp_path / "run"))
+    code = wait_for_exit(resuming)
+    if any(process.exitcode is None for process in processes):
         assert code == 2
         assert "is being trained by another process" in log.read_text()
-    assert [ended(process) for process in both] == [0, 0]
+    assert [wait_for_exit(process) for process in processes] == [0, 0]
     assert_equal_runs(tmp_path / "run", tmp_path / "run-2")
     assert len(rows(tmp_path / "run")) == 3
 
 
-def test_fault21_a_process_of_its_own_is_the_same_run(tmp_path: Path, tiny: Callable[..., Recipe]) -> None:
+def test_fault21_deterministic_runs_in_separate_processes_are_equal(
+    tmp_path: Path, tiny: Callable[..., Recipe]
+) -> None:
     log = tmp_path / "log"
-    names = {"a": "3", "b": "3", "c": "4"}
+    seeds = {"a": "3", "b": "3", "c": "4"}
     runs = [
         train(log, "--out", str(tmp_path / name), "--seed", seed, "--deterministic", "--max-steps", "4")
-        for name, seed in names.items()
+        for name, seed in seeds.items()
     ]
-    assert [ended(run) for run in runs] == [0, 0, 0]
+    assert [wait_for_exit(run) for run in runs] == [0, 0, 0]
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
     assert not torch.equal(*(last(tmp_path / name)["model"]["linear.weight"] for name in "ac"))

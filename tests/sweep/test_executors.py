@@ -74,7 +74,7 @@ def test_fault24_killed_trial_process_fails_only_its_trial_and_trials_end_with_t
     second = running_trial(folder)
     assert second is not None
     os.kill(process.pid, signal.SIGKILL)
-    children.ended(process)
+    children.wait_for_exit(process)
     children.wait_for(lambda: lock_owner(folder / "runs" / second[0]) is None, 30)  # terminated with its parent
     assert run_sweep(source, folder, retry_failed=True)["counts"]["done"] == 4
     run_sweep(source, tmp_path / "one")
@@ -195,7 +195,7 @@ def test_fault24_killed_ray_worker_is_retried(tmp_path: Path) -> None:
     killed = running_trial(folder)
     assert killed is not None
     os.kill(killed[1], signal.SIGKILL)
-    assert children.ended(process, 300) == 0, (tmp_path / "log").read_text()
+    assert children.wait_for_exit(process, 300) == 0, (tmp_path / "log").read_text()
     run_sweep(source, tmp_path / "one")
     assert_equal_sweeps(folder, tmp_path / "one")
     resumed = {run.parent.name: json.loads(run.read_text()).get("resumed") for run in folder.glob("runs/*/env.json")}

@@ -81,7 +81,7 @@ def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> No
     process = children.start(children.fastcifar, tmp_path / "log", 0.02, "sweep", source, "--out", str(killed))
     children.wait_for(lambda: len(trial_states(killed)) == 2 and list(killed.glob("runs/1-*/checkpoints/last.pt")))
     os.kill(process.pid, signal.SIGKILL)
-    children.ended(process)
+    children.wait_for_exit(process)
     document = run_sweep(source, killed)
     assert document["counts"]["done"] == 4
     run_sweep(source, tmp_path / "uninterrupted")

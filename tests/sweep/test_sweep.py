@@ -33,7 +33,7 @@ def test_fault01_killed_sweep_is_resumed_without_repeating_runs(tmp_path: Path) 
 
     children.wait_for(third_trial_is_training)
     os.kill(process.pid, signal.SIGKILL)
-    assert children.ended(process) == -signal.SIGKILL
+    assert children.wait_for_exit(process) == -signal.SIGKILL
     with (killed / "trials.jsonl").open("a") as trial_log:
         trial_log.write('{"trial": "incompl')
     before = {path: path.read_bytes() for path in killed.glob("runs/*/*.json")}
@@ -62,7 +62,7 @@ def test_fault05_interrupted_sweep_is_resumed_by_the_same_command(tmp_path: Path
     children.wait_for(lambda: len(trial_states(stopped)) == 1 and list(stopped.glob("runs/*/metrics.csv")))
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
-    assert children.ended(process) == 130
+    assert children.wait_for_exit(process) == 130
     assert list(trial_states(stopped).values()) == ["running"]
     assert "stopped by SIGINT after step" in (tmp_path / "log").read_text()
     run_sweep(source, stopped)
@@ -210,7 +210,7 @@ def test_command_prints_one_json_document_and_exits_with_1_if_a_trial_failed(tmp
 def test_command_that_runs_no_trial(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
     source, out = write_sweep_file(tmp_path), tmp_path / "out"
     command = children.start(children.fastcifar, tmp_path / "log", 0, "sweep", source, "--out", str(out), *arguments)
-    assert children.ended(command) == code
+    assert children.wait_for_exit(command) == code
     assert words in " ".join((tmp_path / "log").read_text().split())
     assert not out.exists()
 

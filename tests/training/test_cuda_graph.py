@@ -1,4 +1,4 @@
-"""Compiled and captured steps against their eager twin; warm-up leaves everything as it was."""
+"""Compiled and captured steps against eager steps; warm-up leaves the state unchanged."""
 
 from __future__ import annotations
 
@@ -25,38 +25,43 @@ from fastcifar.models.small_convnet import global_max_pool
 from fastcifar.recipe import Recipe
 from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.compilation import compile_function, precompile
 from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, dispatch_by_batch_size, pad_batch
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.optimizers import OPTIMIZERS, find_optimizer
-from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.trainer import Trainer
 
 
-def parts_of(recipe: Recipe) -> Trainer:
+def make_trainer(recipe: Recipe) -> Trainer:
     return build_trainer(resolve(recipe))
 
 
-def batches(parts: Trainer, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` full batches: of as many epochs as it takes."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+def full_batches(trainer: Trainer, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the first `count` full batches, over as many epochs as needed."""
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     epoch = 0
-    while len(found) < count:
-        found += [pair for pair in parts.loader.batches(epoch) if len(pair[1]) == parts.recipe.batch_size]
+    while len(batches) < count:
+        batches += [batch for batch in trainer.loader.batches(epoch) if len(batch[1]) == trainer.recipe.batch_size]
         epoch += 1
-    return found[:count]
+    return batches[:count]
 
 
 def copy_state(source: Trainer, target: Trainer) -> None:
     with torch.no_grad():
-        for mine, other in zip(target.state_tensors(), source.state_tensors(), strict=True):
-            mine.copy_(other)
+        for target_tensor, source_tensor in zip(target.state_tensors(), source.state_tensors(), strict=True):
+            target_tensor.copy_(source_tensor)
+
+
+def assert_equal_state(trainer: Trainer, reference: Trainer) -> None:
+    for tensor, expected in zip(trainer.state_tensors(), reference.state_tensors(), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.fixture(scope="module", params=["silu", "relu"])
-def twins(request: pytest.FixtureRequest) -> tuple[Trainer, Trainer, Callable, Callable]:
-    """Two equal runs of a small SE-ResNet with every part in use, one eager and one compiled, and their steps."""
+def eager_and_compiled(request: pytest.FixtureRequest) -> tuple[Trainer, Trainer, Callable, Callable]:
+    """Return two equal trainers of a small SE-ResNet and their steps, the first eager and the second compiled."""
     recipe = Recipe.make(
         arch="resnet",
         blocks=(1, 1),
@@ -73,122 +78,121 @@ def twins(request: pytest.FixtureRequest) -> tuple[Trainer, Trainer, Callable, C
         label_smoothing=0.1,
         lr=1e-3,
     )
-    eager, fast = parts_of(recipe), parts_of(recipe)
-    compiled_function = compile_function(loss_and_correct(fast.forward, 0.1))
-    return eager, fast, eager.build_step(loss_and_correct(eager.forward, 0.1)), fast.build_step(compiled_function)
+    eager, compiled = make_trainer(recipe), make_trainer(recipe)
+    eager_step = eager.build_step(loss_and_correct(eager.forward, 0.1))
+    compiled_step = compiled.build_step(compile_function(loss_and_correct(compiled.forward, 0.1)))
+    return eager, compiled, eager_step, compiled_step
 
 
-def test_compiled_losses_equal_eager_losses(twins: tuple[Trainer, Trainer, Callable, Callable]) -> None:
-    eager, fast, plain, step = twins
-    for images, labels in batches(eager, 10):
+def test_compiled_losses_equal_eager_losses(eager_and_compiled: tuple[Trainer, Trainer, Callable, Callable]) -> None:
+    eager, compiled, eager_step, compiled_step = eager_and_compiled
+    for images, labels in full_batches(eager, 10):
         losses = []
-        for parts, run in ((eager, plain), (fast, step)):
-            parts.meter.reset()
-            run(images, labels)
-            losses.append(parts.meter.compute().loss)
+        for trainer, step in ((eager, eager_step), (compiled, compiled_step)):
+            trainer.meter.reset()
+            step(images, labels)
+            losses.append(trainer.meter.compute().loss)
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_compiled_steps_from_eagers_own_state_equal_eager_steps(
-    twins: tuple[Trainer, Trainer, Callable, Callable],
+def test_compiled_steps_from_the_same_state_equal_eager_steps(
+    eager_and_compiled: tuple[Trainer, Trainer, Callable, Callable],
 ) -> None:
-    """Weights within 1e-5 relative: every tensor if the network is smooth, all of them together if it has kinks.
+    """Weights agree within 1e-5 relative: each tensor for a smooth activation, all tensors together for ReLU.
 
-    An activation within a rounding of 0 is on one side of ReLU's kink or the other, and its gradient with it.
+    A rounding error of an activation near 0 may change the sign and with it the gradient of ReLU.
     """
-    eager, fast, plain, step = twins
-    for parts in (eager, fast):
-        parts.optimizer.set_lr(0.1)
-    for images, labels in batches(eager, 10):
-        copy_state(eager, fast)
-        plain(images, labels)
-        step(images, labels)
-        pairs = list(zip(fast.model.parameters(), eager.model.parameters(), strict=True))
-        change = torch.cat([(mine - other).flatten() for mine, other in pairs]).norm()
-        assert change <= 1e-5 * torch.cat([other.flatten() for _, other in pairs]).norm()
+    eager, compiled, eager_step, compiled_step = eager_and_compiled
+    for trainer in (eager, compiled):
+        trainer.optimizer.set_lr(0.1)
+    for images, labels in full_batches(eager, 10):
+        copy_state(eager, compiled)
+        eager_step(images, labels)
+        compiled_step(images, labels)
+        pairs = list(zip(compiled.model.parameters(), eager.model.parameters(), strict=True))
+        difference = torch.cat([(weight - expected).flatten() for weight, expected in pairs]).norm()
+        assert difference <= 1e-5 * torch.cat([expected.flatten() for _, expected in pairs]).norm()
         if eager.recipe.activation == "silu":
-            for mine, other in pairs:
-                assert (
-                    mine - other
-                ).norm() <= 1e-5 * other.norm() + 1e-7  # a bias one step from 0 is a gradient's rounding
+            for weight, expected in pairs:
+                # the absolute tolerance is for biases near their initial value 0
+                assert (weight - expected).norm() <= 1e-5 * expected.norm() + 1e-7
 
 
-@pytest.mark.parametrize("wrap", ["graphed", "warmed"])
+@pytest.mark.parametrize("wrap", ["cuda_graphed", "precompile"])
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"dropout": 0.3}, {"precision": "fp16", "optimizer": "sgd"}])
-def test_warm_up_leaves_weights_buffers_optimizer_and_random_state(
+def test_warm_up_preserves_weights_buffers_optimizer_and_random_state(
     tiny: Callable[..., Recipe], wrap: str, extra: dict
 ) -> None:
-    parts = parts_of(tiny(**extra))
-    step = parts.build_step(loss_and_correct(parts.forward, 0.0))
-    kept = [tensor.detach().clone() for tensor in parts.state_tensors()]
-    places = [tensor.data_ptr() for tensor in parts.state_tensors()]
+    trainer = make_trainer(tiny(**extra))
+    step = trainer.build_step(loss_and_correct(trainer.forward, 0.0))
+    state = [tensor.detach().clone() for tensor in trainer.state_tensors()]
+    addresses = [tensor.data_ptr() for tensor in trainer.state_tensors()]
     random_state = torch.get_rng_state()
-    example = batches(parts, 1)[0]
-    if wrap == "graphed":
-        cuda_graphed(step, example, parts.state_tensors(), capture_fn=lambda work: work)
+    example = full_batches(trainer, 1)[0]
+    if wrap == "cuda_graphed":
+        cuda_graphed(step, example, trainer.state_tensors(), capture_fn=lambda work: work)
     else:
-        precompile(step, example, parts.state_tensors())
-    for before, after in zip(kept, parts.state_tensors(), strict=True):
+        precompile(step, example, trainer.state_tensors())
+    for before, after in zip(state, trainer.state_tensors(), strict=True):
         assert torch.equal(before, after)
-    assert [tensor.data_ptr() for tensor in parts.state_tensors()] == places
+    assert [tensor.data_ptr() for tensor in trainer.state_tensors()] == addresses
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@pytest.mark.parametrize("fast", ["compile", "cuda_graph"])
+@pytest.mark.parametrize("option", ["compile", "cuda_graph"])
 @pytest.mark.parametrize("optimizer", ["lion", "lookahead:lion", "ranger", "muon", "rmsprop", "sgd"])
-def test_warm_up_leaves_state_that_only_python_knows(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, fast: str, optimizer: str
+def test_warm_up_preserves_python_state_of_the_optimizer(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, option: str, optimizer: str
 ) -> None:
-    """The slow parts of compiling and capturing are left out; the warm-up is the real one."""
+    """Compilation and capture, which are slow, are replaced by identity functions; the warm-up is real."""
     monkeypatch.setattr(compilation, "compile_function", lambda function, mode: function)
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
-    parts = parts_of(tiny(optimizer=optimizer))
-    parts.execution = replace(parts.execution, **{fast: True})
-    inner = parts.optimizer.inner
-    weights = copy.deepcopy(parts.optimizer.parameters)
-    counters = str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups])
-    kept = [tensor.detach().clone() for tensor in parts.state_tensors()]
-    step = parts.build_train_step()
-    assert str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups]) == counters
-    assert all(torch.equal(before, after) for before, after in zip(kept, parts.state_tensors(), strict=True))
-    step(*batches(parts, 1)[0])
-    assert parts.meter.compute().is_finite
+    trainer = make_trainer(tiny(optimizer=optimizer))
+    trainer.execution = replace(trainer.execution, **{option: True})
+    inner = trainer.optimizer.inner
+    weights = copy.deepcopy(trainer.optimizer.parameters)
+    group_options = str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups])
+    state = [tensor.detach().clone() for tensor in trainer.state_tensors()]
+    step = trainer.build_train_step()
+    assert str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups]) == group_options
+    assert all(torch.equal(before, after) for before, after in zip(state, trainer.state_tensors(), strict=True))
+    step(*full_batches(trainer, 1)[0])
+    assert trainer.meter.compute().is_finite
     assert not any(
-        torch.equal(weight, before) for weight, before in zip(parts.optimizer.parameters, weights, strict=True)
+        torch.equal(weight, before) for weight, before in zip(trainer.optimizer.parameters, weights, strict=True)
     )
 
 
-def test_the_last_short_step_is_captured_too(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = []
+def test_step_for_a_short_last_batch_is_captured(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    captured_functions = []
     monkeypatch.setattr(compilation, "compile_function", lambda function, mode: function)
-    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: recorded.append(work) or work)
-    plain_parts, parts = (parts_of(tiny(ema_decay=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
-    assert plain_parts.loader.slicing.local_count(plain_parts.loader.steps_per_epoch - 1) not in (0, 32)
-    parts.execution = replace(parts.execution, cuda_graph=True, compile=False)
-    plain, captured = plain_parts.build_step(plain_parts.build_loss_function()), parts.build_train_step()
-    assert len(recorded) == 3  # a full step, the last one, and evaluation
-    for batch in plain_parts.batches(0):
-        for run in (plain, captured):
-            run(*batch)
-    for mine, other in zip(parts.state_tensors(), plain_parts.state_tensors(), strict=True):
-        assert torch.equal(mine, other)
+    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: captured_functions.append(work) or work)
+    reference, trainer = (make_trainer(tiny(ema_decay=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
+    assert reference.loader.slicing.local_count(reference.loader.steps_per_epoch - 1) not in (0, 32)
+    trainer.execution = replace(trainer.execution, cuda_graph=True, compile=False)
+    reference_step, captured_step = reference.build_step(reference.build_loss_function()), trainer.build_train_step()
+    assert len(captured_functions) == 3  # a full step, the last one, and evaluation
+    for batch in reference.batches(0):
+        for step in (reference_step, captured_step):
+            step(*batch)
+    assert_equal_state(trainer, reference)
 
 
-def test_graphs_are_recorded_without_the_collector_and_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_disables_garbage_collection_and_graphs_can_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
-        held = True
+        is_valid = True
 
         def replay(self) -> None:
-            assert self.held
+            assert self.is_valid
 
         def reset(self) -> None:
-            self.held = False
+            self.is_valid = False
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
-    collecting = []
-    replay = cuda_graph.capture_cuda_graph(lambda: collecting.append(gc.isenabled()))
-    assert collecting == [False]
+    gc_enabled = []
+    replay = cuda_graph.capture_cuda_graph(lambda: gc_enabled.append(gc.isenabled()))
+    assert gc_enabled == [False]
     assert gc.isenabled()
     replay()
     cuda_graph.reset_cuda_graphs()
@@ -196,93 +200,98 @@ def test_graphs_are_recorded_without_the_collector_and_can_be_given_up(monkeypat
         replay()
 
 
-def test_fault17_an_optimizer_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
+def test_fault17_optimizers_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(optimizer="lookahead:lion")
-    on = replace(choose_execution(recipe), cuda_graph=True)
-    parts = build_trainer(resolve(recipe, on))
-    assert not parts.execution.cuda_graph
-    assert any("lion counts its steps in Python" in line for line in parts.execution.format_lines())
-    assert build_trainer(tiny(optimizer="rmsprop"), on).execution.cuda_graph
+    execution = replace(choose_execution(recipe), cuda_graph=True)
+    trainer = build_trainer(resolve(recipe, execution))
+    assert not trainer.execution.cuda_graph
+    assert any("lion counts its steps in Python" in line for line in trainer.execution.format_lines())
+    assert build_trainer(tiny(optimizer="rmsprop"), execution).execution.cuda_graph
     with pytest.raises(DeviceError, match="choose from sgd") as caught:
-        build_trainer(Recipe.from_dict({**recipe.model_dump(), "cuda_graph": True}), on)
+        build_trainer(Recipe.from_dict({**recipe.model_dump(), "cuda_graph": True}), execution)
     assert caught.value.exit_code == 8
 
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
-def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    plain_parts, parts = (parts_of(tiny(ema_decay=0.9, optimizer=optimizer)) for _ in range(2))
-    plain = plain_parts.build_step(loss_and_correct(plain_parts.forward, 0.0))
-    step = parts.build_step(loss_and_correct(parts.forward, 0.0))
-    captured = cuda_graphed(step, batches(parts, 1)[0], parts.state_tensors(), capture_fn=lambda work: work)
-    for done, (images, labels) in enumerate(batches(parts, 10), start=1):
-        for run, of in ((plain, plain_parts), (captured, parts)):
-            of.optimizer.set_lr(0.01 / done)  # reaches a captured step through its tensor
-            run(images, labels)
-            of.optimizer.after_step(done)
-    for mine, other in zip(parts.state_tensors(), plain_parts.state_tensors(), strict=True):
-        assert torch.equal(mine, other)
+def test_captured_steps_equal_eager_steps(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    reference, trainer = (make_trainer(tiny(ema_decay=0.9, optimizer=optimizer)) for _ in range(2))
+    eager_step = reference.build_step(loss_and_correct(reference.forward, 0.0))
+    step = trainer.build_step(loss_and_correct(trainer.forward, 0.0))
+    captured_step = cuda_graphed(
+        step, full_batches(trainer, 1)[0], trainer.state_tensors(), capture_fn=lambda work: work
+    )
+    for completed_steps, (images, labels) in enumerate(full_batches(trainer, 10), start=1):
+        for step_function, owner in ((eager_step, reference), (captured_step, trainer)):
+            owner.optimizer.set_lr(0.01 / completed_steps)  # the captured step reads it from its device tensor
+            step_function(images, labels)
+            owner.optimizer.after_step(completed_steps)
+    assert_equal_state(trainer, reference)
 
 
-def test_a_captured_step_names_what_does_not_fit(tiny: Callable[..., Recipe]) -> None:
-    parts = parts_of(tiny())
-    images, labels = batches(parts, 1)[0]
-    step = parts.build_step(loss_and_correct(parts.forward, 0.0))
-    captured = cuda_graphed(step, (images, labels), parts.state_tensors(), capture_fn=lambda work: work)
-    with pytest.raises(ValueError, match=r"input 0 .*\(32, 3, 32, 32\).*\(16, 3, 32, 32\).*plain step"):
+def test_captured_step_rejects_inputs_of_other_shapes_or_dtypes(tiny: Callable[..., Recipe]) -> None:
+    trainer = make_trainer(tiny())
+    images, labels = full_batches(trainer, 1)[0]
+    step = trainer.build_step(loss_and_correct(trainer.forward, 0.0))
+    captured = cuda_graphed(step, (images, labels), trainer.state_tensors(), capture_fn=lambda work: work)
+    with pytest.raises(ValueError, match=r"input 0 .*\(32, 3, 32, 32\).*\(16, 3, 32, 32\).*eager step"):
         captured(images[:16], labels[:16])
     with pytest.raises(ValueError, match=r"input 1 .*int64.*int32"):
         captured(images, labels.int())
 
 
-def test_freed_memory_is_kept_where_there_is_glibc() -> None:
-    code = "from fastcifar.training.compilation import keep_freed_memory as keep; print(keep())"
+def test_freed_memory_is_kept_with_glibc() -> None:
+    code = "from fastcifar.training.compilation import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
 
-def test_a_short_batch_goes_to_the_plain_twin() -> None:
-    taken: list[str] = []
-    step = dispatch_by_batch_size(lambda *_: taken.append("fast"), lambda *_: taken.append("plain"), 32)
+def test_short_batches_use_the_eager_step() -> None:
+    calls: list[str] = []
+    step = dispatch_by_batch_size(lambda *_: calls.append("full"), lambda *_: calls.append("short"), 32)
     for size in (32, 17, 32):
         step(torch.zeros(size), torch.zeros(size))
-    assert taken == ["fast", "plain", "fast"]
+    assert calls == ["full", "short", "full"]
 
 
-def captured_equals_plain(parts: Trainer, record: Callable | None, tolerance: float) -> None:
-    """On three batches, the last of them short, with weights that change between them."""
-    batch = next(parts.loader.batches(0))[0]
-    state = [value.clone() for value in parts.model.state_dict().values()]
-    with eval_mode(parts.model):
-        fast = pad_batch(cuda_graphed_forward(parts.forward, batch, record), len(batch))
-        assert all(torch.equal(value, old) for value, old in zip(parts.model.state_dict().values(), state, strict=True))
-        found = []
+def assert_captured_forward_equals_eager(trainer: Trainer, capture_fn: Callable | None, tolerance: float) -> None:
+    """Compare three batches, the last of them short, with weights that change between them."""
+    batch = next(trainer.loader.batches(0))[0]
+    state = [value.clone() for value in trainer.model.state_dict().values()]
+    with eval_mode(trainer.model):
+        captured_forward = pad_batch(cuda_graphed_forward(trainer.forward, batch, capture_fn), len(batch))
+        assert all(
+            torch.equal(value, old) for value, old in zip(trainer.model.state_dict().values(), state, strict=True)
+        )
+        results = []
         for images in (batch, batch.flip(0), batch[:5]):
-            next(parts.model.parameters()).mul_(1.1)
-            found.append((fast(images), parts.forward(images)))
-    for logits, wanted in found:  # the earlier ones are still what they were
-        assert logits.shape == wanted.shape
-        torch.testing.assert_close(logits, wanted, rtol=tolerance, atol=tolerance)
+            next(trainer.model.parameters()).mul_(1.1)
+            results.append((captured_forward(images), trainer.forward(images)))
+    for logits, expected in results:  # later replays must not change earlier results
+        assert logits.shape == expected.shape
+        torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_captured_forward_equals_the_plain_one(tiny: Callable[..., Recipe]) -> None:
-    captured_equals_plain(parts_of(tiny()), lambda work: work, 1e-5)
+def test_captured_forward_equals_eager_forward(tiny: Callable[..., Recipe]) -> None:
+    assert_captured_forward_equals_eager(make_trainer(tiny()), lambda work: work, 1e-5)
 
 
 @pytest.mark.gpu
-def test_a_forward_in_a_cuda_graph_equals_eager(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_of(tiny(device="cuda"))
+def test_forward_in_a_cuda_graph_equals_eager_forward(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny(device="cuda"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    captured_equals_plain(parts, None, 1e-4)
+    assert_captured_forward_equals_eager(trainer, None, 1e-4)
 
 
-def test_each_compiled_function_has_variants_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ninth network of a process would else be one variant too many of the same code."""
+def test_each_compiled_function_has_its_own_code_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the ninth network of a process would exceed TorchDynamo's recompilation limit."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
-    def made(number: int) -> Callable[..., int]:
+    def make_function(number: int) -> Callable[..., int]:
         return lambda add=1: number + add
 
-    functions = [compile_function(made(number)) for number in range(3)]
+    functions = [compile_function(make_function(number)) for number in range(3)]
     assert [function(10) for function in functions] == [10, 11, 12]
     assert [function() for function in functions] == [1, 2, 3]
     assert len({id(function.__code__) for function in functions}) == 3
@@ -290,48 +299,47 @@ def test_each_compiled_function_has_variants_of_its_own(monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
-def test_a_cuda_graph_equals_eager(
+def test_steps_in_a_cuda_graph_equal_eager_steps(
     tiny: Callable[..., Recipe], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_eps = "eps" in inspect.signature(find_optimizer(optimizer.rpartition(":")[2]).build).parameters
-    opt = {"eps": 1e-3} if has_eps else {}  # a gradient of noise alone would else be a whole step
+    opt = {"eps": 1e-3} if has_eps else {}  # otherwise gradients that are only rounding errors make full steps
     recipe = tiny(device="cuda", loader="tensor", ema_decay=0.9, lr=1e-3, optimizer=optimizer, optimizer_arg=opt)
-    plain_parts, parts = parts_of(recipe), parts_of(recipe)
+    reference, trainer = make_trainer(recipe), make_trainer(recipe)
     for setting, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
         monkeypatch.setattr(torch.backends.cudnn, setting, value)
-    plain = plain_parts.build_step(loss_and_correct(plain_parts.forward, 0.0))
-    captured = cuda_graphed(
-        parts.build_step(loss_and_correct(parts.forward, 0.0)), batches(parts, 1)[0], parts.state_tensors()
+    eager_step = reference.build_step(loss_and_correct(reference.forward, 0.0))
+    captured_step = cuda_graphed(
+        trainer.build_step(loss_and_correct(trainer.forward, 0.0)), full_batches(trainer, 1)[0], trainer.state_tensors()
     )
-    for done, (images, labels) in enumerate(batches(parts, 20), start=1):
-        for run, of in ((plain, plain_parts), (captured, parts)):
-            run(images, labels)
-            of.optimizer.after_step(done)
-    for mine, other in zip(parts.state_tensors(), plain_parts.state_tensors(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 if optimizer == "muon" else 1e-5)  # bf16
+    for completed_steps, (images, labels) in enumerate(full_batches(trainer, 20), start=1):
+        for step_function, owner in ((eager_step, reference), (captured_step, trainer)):
+            step_function(images, labels)
+            owner.optimizer.after_step(completed_steps)
+    atol = 1e-4 if optimizer == "muon" else 1e-5  # Muon computes in bf16
+    for tensor, expected in zip(trainer.state_tensors(), reference.state_tensors(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=atol)
 
 
-def test_compiled_code_is_kept_in_the_user_cache_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_code_is_reused_from_the_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
     monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, raising=False)
     assert compilation.enable_compile_cache() == tmp_path / "compiled"
-    found = []
+    cache_hits = []
     for _ in range(2):
-        torch._dynamo.reset()  # what a new process would not know
+        torch._dynamo.reset()  # as in a new process
         counters.clear()
         compile_function(lambda x: torch.softmax(x * 3, 1))(torch.ones(5, 7))
-        found.append(counters["inductor"]["fxgraph_cache_hit"])
-    assert found == [0, 1]
+        cache_hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert cache_hits == [0, 1]
     assert any((tmp_path / "compiled").rglob("*.so"))
 
 
-def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write(
+def test_compile_cache_follows_the_environment_or_falls_back_to_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "mine"))
-    assert compilation.enable_compile_cache() == tmp_path / "mine"
+    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "custom"))
+    assert compilation.enable_compile_cache() == tmp_path / "custom"
     (tmp_path / "file").touch()
     monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "file" / "below"))
     assert compilation.enable_compile_cache() is None
@@ -342,39 +350,39 @@ def test_compiled_code_stays_where_the_environment_says_or_where_torch_can_write
 
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "muon"])
-def test_a_replay_of_several_steps_equals_them_one_by_one(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    """The learning rate of each step is an input, beside its batch; it is not what it was when the block was made."""
-    one, several = (parts_of(tiny(optimizer=optimizer, ema_decay=0.9, dropout=0.1)) for _ in range(2))
-    rates = [torch.tensor(rate) for rate in (0.1, 0.05, 0.02, 0.01, 0.2, 0.3)]
+def test_replay_of_several_steps_equals_single_steps(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    """The learning rate of each step is an input like its batch, not the value at capture time."""
+    single_trainer, block_trainer = (
+        make_trainer(tiny(optimizer=optimizer, ema_decay=0.9, dropout=0.1)) for _ in range(2)
+    )
+    lrs = [torch.tensor(lr) for lr in (0.1, 0.05, 0.02, 0.01, 0.2, 0.3)]
 
-    def stepping(parts: Trainer) -> Callable[..., None]:
-        plain = parts.build_step(parts.build_loss_function())
+    def make_step(trainer: Trainer) -> Callable[..., None]:
+        train_step = trainer.build_step(trainer.build_loss_function())
 
-        def step(rate: torch.Tensor, *batch: torch.Tensor) -> None:
-            parts.optimizer.lr.copy_(rate)
-            plain(*batch)
+        def step(lr: torch.Tensor, *batch: torch.Tensor) -> None:
+            trainer.optimizer.lr.copy_(lr)
+            train_step(*batch)
 
         return step
 
-    given = [(rate, *batch) for rate, batch in zip(rates, batches(one, 6), strict=True)]
-    single = stepping(one)
+    inputs = [(lr, *batch) for lr, batch in zip(lrs, full_batches(single_trainer, 6), strict=True)]
+    single_step = make_step(single_trainer)
     torch.manual_seed(1)
-    for tensors in given:
-        single(*tensors)
-    block = cuda_graph.unroll_steps(stepping(several), 3)
-    example = [tensor for tensors in given[3:] for tensor in tensors]
-    replayed = cuda_graphed(block, example, several.state_tensors(), capture_fn=lambda work: work)
+    for tensors in inputs:
+        single_step(*tensors)
+    block = cuda_graph.unroll_steps(make_step(block_trainer), 3)
+    example = [tensor for tensors in inputs[3:] for tensor in tensors]
+    replayed = cuda_graphed(block, example, block_trainer.state_tensors(), capture_fn=lambda work: work)
     torch.manual_seed(1)
     for start in (0, 3):
-        replayed(*(tensor for tensors in given[start : start + 3] for tensor in tensors))
-    assert all(
-        torch.equal(mine, other) for mine, other in zip(several.state_tensors(), one.state_tensors(), strict=True)
-    )
-    assert one.meter.compute() == several.meter.compute()
+        replayed(*(tensor for tensors in inputs[start : start + 3] for tensor in tensors))
+    assert_equal_state(block_trainer, single_trainer)
+    assert single_trainer.meter.compute() == block_trainer.meter.compute()
 
 
-def test_the_maximum_of_a_smooth_activation_goes_back_in_bf16() -> None:
-    """Compiled, the gradient of `amax` is 0 / 0 here: the activation, computed anew, no longer equals its maximum."""
+def test_compiled_global_max_pool_has_the_eager_gradient_in_bf16() -> None:
+    """The compiled gradient of `amax` would be 0 / 0: the recomputed activation differs from its saved maximum."""
     images = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def gradient(function: Callable) -> torch.Tensor:

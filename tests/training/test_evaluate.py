@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand; evaluation changes nothing."""
+"""Scores against values computed by hand; evaluation changes no weight or running statistic."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import functional as images_as_torchvision
+from torchvision.transforms import functional as torchvision_functional
 
 from fastcifar.data.cifar import Split
+from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.evaluate import (
     VIEWS,
     apply_view,
@@ -27,11 +29,10 @@ from fastcifar.training.evaluate import (
     optimize_forward,
     predict_logits,
 )
-from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 
 
-def test_scores_by_hand() -> None:
+def test_scores_equal_hand_computed_values() -> None:
     logits = torch.tensor([[0.8, 0.2, 1e-9], [0.4, 0.6, 1e-9], [0.7, 0.3, 1e-9]]).log()
     scores = compute_scores(logits, torch.tensor([0, 0, 1]))
     assert (scores.correct, scores.total, scores.accuracy) == (1, 3, 1 / 3)
@@ -41,132 +42,140 @@ def test_scores_by_hand() -> None:
     assert scores.ece == pytest.approx((0.2 + 0.6 + 0.7) / 3, rel=1e-6)
 
 
-def test_calibration_error_averages_within_a_bin() -> None:
+def test_calibration_error_averages_within_bins() -> None:
     logits = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
     assert expected_calibration_error(logits, torch.tensor([True, False])) == pytest.approx(0.4, rel=1e-6)
 
 
-def test_fault26_evaluation_changes_no_parameter_and_no_buffer(tiny: Callable[..., Recipe]) -> None:
+def test_fault26_evaluation_changes_no_parameter_or_buffer(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = build_trainer(resolve(recipe))
-    parts.model.train()
-    before = {key: value.clone() for key, value in parts.model.state_dict().items()}
-    first = evaluate(parts.model, parts.forward, parts.data.test, parts.device)
-    assert first == evaluate(parts.model, parts.forward, parts.data.test, parts.device)
-    assert parts.model.training
-    assert all(torch.equal(value, before[key]) for key, value in parts.model.state_dict().items())
+    trainer = build_trainer(resolve(recipe))
+    trainer.model.train()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    scores = evaluate(trainer.model, trainer.forward, trainer.data.test, trainer.device)
+    assert scores == evaluate(trainer.model, trainer.forward, trainer.data.test, trainer.device)
+    assert trainer.model.training
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
-def test_logits_come_in_the_images_order(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_do_not_depend_on_the_batch_size(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny()
-    parts = build_trainer(resolve(recipe))
-    whole = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
-    monkeypatch.setattr("fastcifar.training.evaluate.BATCH_SIZE", 7)
-    by_seven = predict_logits(parts.model, parts.forward, parts.data.test, parts.device)
-    torch.testing.assert_close(whole, by_seven, rtol=1e-5, atol=1e-5)
-    assert whole.shape == (len(np.asarray(parts.data.test.labels)), 10)
+    trainer = build_trainer(resolve(recipe))
+    logits = predict_logits(trainer.model, trainer.forward, trainer.data.test, trainer.device)
+    monkeypatch.setattr("fastcifar.training.evaluate.EVAL_BATCH_SIZE", 7)
+    small_batch_logits = predict_logits(trainer.model, trainer.forward, trainer.data.test, trainer.device)
+    torch.testing.assert_close(logits, small_batch_logits, rtol=1e-5, atol=1e-5)
+    assert logits.shape == (len(np.asarray(trainer.data.test.labels)), 10)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
 CPU = torch.device("cpu")
 
 
-class Odd(torch.nn.Module):
-    """Far from linear, and blind to no pixel: the mean of its logits over views is that over these views alone."""
+class PixelSensitiveModel(torch.nn.Module):
+    """A nonlinear model that depends on every pixel, so that mean logits of different views differ."""
 
     def forward(self, images: Tensor) -> Tensor:
-        places = torch.arange(images[0].numel()).view(images.shape[1:]) % 101
-        return torch.stack([(images.float() * places * scale / 1e4).sin().sum((1, 2, 3)) for scale in (1, 2, 3)], 1)
+        weights = torch.arange(images[0].numel()).view(images.shape[1:]) % 101
+        return torch.stack([(images.float() * weights * scale / 1e4).sin().sum((1, 2, 3)) for scale in (1, 2, 3)], 1)
 
 
-def mirrored(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def flip_views(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return 0.5 * forward(images) + 0.5 * forward(images.flip(3))
 
 
 def six_views(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """As airbench describes it, by padding and cutting."""
+    """Return the mean logits as airbench defines them, by padding and cropping."""
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    moved = [mirrored(forward, padded[:, :, at : at + 32, at : at + 32]) for at in (0, 2)]
-    return 0.5 * mirrored(forward, images) + 0.25 * (moved[0] + moved[1])
+    shifted = [flip_views(forward, padded[:, :, start : start + 32, start : start + 32]) for start in (0, 2)]
+    return 0.5 * flip_views(forward, images) + 0.25 * (shifted[0] + shifted[1])
 
 
 def ten_crops(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    crops = images_as_torchvision.ten_crop(F.pad(images, (4, 4, 4, 4), mode="reflect"), [32, 32])
+    crops = torchvision_functional.ten_crop(F.pad(images, (4, 4, 4, 4), mode="reflect"), [32, 32])
     return torch.stack([forward(crop) for crop in crops]).mean(0)
 
 
-PLAIN: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+REFERENCE_VIEWS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "none": lambda forward, images: forward(images),
-    "flip": mirrored,
+    "flip": flip_views,
     "6view": six_views,
     "10crop": ten_crops,
 }
 
 
 @pytest.mark.parametrize("tta", VIEWS)
-def test_views_against_plain_computations(tta: str) -> None:
-    odd = Odd()
-    logits = predict_logits(odd, odd, Split(IMAGES, np.arange(5)), CPU, tta)
-    torch.testing.assert_close(logits, PLAIN[tta](odd, torch.from_numpy(IMAGES).float()), rtol=1e-4, atol=1e-3)
+def test_views_equal_reference_implementations(tta: str) -> None:
+    model = PixelSensitiveModel()
+    logits = predict_logits(model, model, Split(IMAGES, np.arange(5)), CPU, tta)
+    torch.testing.assert_close(
+        logits, REFERENCE_VIEWS[tta](model, torch.from_numpy(IMAGES).float()), rtol=1e-4, atol=1e-3
+    )
     assert sum(view.weight for view in VIEWS[tta]) == pytest.approx(1)
-    assert not any(VIEWS[tta][0][1:]), "the image itself comes first"
+    assert not any(VIEWS[tta][0][1:]), "the unchanged image must come first"
 
 
-def test_a_view_is_uint8_and_channels_last() -> None:
+def test_views_are_uint8_and_channels_last() -> None:
     images = torch.from_numpy(IMAGES).contiguous(memory_format=torch.channels_last)
     for view in VIEWS["10crop"]:
-        found = apply_view(images, view)
-        assert (found.dtype, found.shape) == (torch.uint8, images.shape)
-        assert found.is_contiguous(memory_format=torch.channels_last)
+        result = apply_view(images, view)
+        assert (result.dtype, result.shape) == (torch.uint8, images.shape)
+        assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_an_unknown_view_is_named(tiny: Callable[..., Recipe]) -> None:
+def test_unknown_tta_is_rejected(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(tta="6veiw")
     with pytest.raises(UsageError, match="did you mean '6view'"):
         build_trainer(resolve(recipe))
 
 
-def test_the_summary_has_the_accuracy_over_views_if_asked(tiny: Callable[..., Recipe]) -> None:
-    plain, asked = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
+def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe]) -> None:
+    plain, with_tta = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
     assert plain["test_acc_tta"] is None
-    parts = build_trainer(resolve(tiny()))
-    saved = torch.load(f"{asked['run']}/checkpoints/last.pt", weights_only=True)
-    parts.model.load_state_dict(saved["ema"])
-    images = torch.from_numpy(parts.data.test.images)
-    with eval_mode(parts.model):
-        hits = ten_crops(parts.forward, images.float()).argmax(1) == torch.from_numpy(parts.data.test.labels)
-    assert asked["test_acc_tta"] == hits.double().mean().item()
+    trainer = build_trainer(resolve(tiny()))
+    checkpoint = torch.load(f"{with_tta['run']}/checkpoints/last.pt", weights_only=True)
+    trainer.model.load_state_dict(checkpoint["ema"])
+    images = torch.from_numpy(trainer.data.test.images)
+    with eval_mode(trainer.model):
+        correct = ten_crops(trainer.forward, images.float()).argmax(1) == torch.from_numpy(trainer.data.test.labels)
+    assert with_tta["test_acc_tta"] == correct.double().mean().item()
 
 
-def test_a_compiled_evaluation_equals_the_eager_one_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
+def test_compiled_evaluation_equals_eager_evaluation_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(dropout=0.5)
-    parts = build_trainer(resolve(recipe))
-    parts.model.train()
-    before = {key: value.clone() for key, value in parts.model.state_dict().items()}
-    few = Split(parts.data.test.images[:7], parts.data.test.labels[:7])
-    fast = optimize_forward(parts.model, parts.forward, CPU, True, False)
-    for weights in (0, 1):
+    trainer = build_trainer(resolve(recipe))
+    trainer.model.train()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    split = Split(trainer.data.test.images[:7], trainer.data.test.labels[:7])
+    compiled_forward = optimize_forward(trainer.model, trainer.forward, CPU, True, False)
+    for increment in (0, 1):
         with torch.no_grad():
-            next(parts.model.parameters()).add_(weights)  # training goes on: the compiled pass sees it
-        wanted = predict_logits(parts.model, parts.forward, few, CPU, "flip")
-        torch.testing.assert_close(predict_logits(parts.model, fast, few, CPU, "flip"), wanted, rtol=1e-4, atol=1e-5)
-        assert wanted.shape == (7, 10)
-    assert parts.model.training
-    first = next(iter(before))
-    assert all(torch.equal(value, before[key]) for key, value in parts.model.state_dict().items() if key != first)
+            next(trainer.model.parameters()).add_(increment)  # the compiled forward must use the updated weights
+        expected = predict_logits(trainer.model, trainer.forward, split, CPU, "flip")
+        torch.testing.assert_close(
+            predict_logits(trainer.model, compiled_forward, split, CPU, "flip"), expected, rtol=1e-4, atol=1e-5
+        )
+        assert expected.shape == (7, 10)
+    assert trainer.model.training
+    changed_key = next(iter(before))
+    assert all(
+        torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items() if key != changed_key
+    )
 
 
-def test_training_compiles_its_evaluations_where_they_repay_it(
+def test_evaluation_is_compiled_only_for_enough_images(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[bool] = []
-    monkeypatch.setattr("fastcifar.training.trainer.COMPILE_FROM", 400)
-    monkeypatch.setattr("fastcifar.training.trainer.fast_forward", lambda *args: made.append(args[3]) or args[1])
-    # each epoch 40 images, twice with an average; at the end 40, and 40 for the average and for each of two views
-    for enough, extra in ((9, {}), (4, {"ema_decay": 0.9}), (7, {"tta": "flip"})):
-        for epochs in (enough - 1, enough):
+    compiled: list[bool] = []
+    monkeypatch.setattr("fastcifar.training.trainer.MIN_IMAGES_TO_COMPILE", 400)
+    monkeypatch.setattr(
+        "fastcifar.training.trainer.optimize_forward", lambda *args: compiled.append(args[3]) or args[1]
+    )
+    # 40 images per epoch, 80 with EMA; at the end 40, plus 40 for EMA and for each of the two TTA views
+    for min_epochs, extra in ((9, {}), (4, {"ema_decay": 0.9}), (7, {"tta": "flip"})):
+        for epochs in (min_epochs - 1, min_epochs):
             recipe = tiny(epochs=epochs, **extra)
-            parts = build_trainer(resolve(recipe))
-            parts.execution = replace(parts.execution, compile=True)
-            parts.build_eval_forward()
-    assert made == [False, True] * 3
+            trainer = build_trainer(resolve(recipe))
+            trainer.execution = replace(trainer.execution, compile=True)
+            trainer.build_eval_forward()
+    assert compiled == [False, True] * 3

@@ -1,4 +1,4 @@
-"""Checkpoints of the source projects: read strictly, named, and worth what an independent computation says."""
+"""Checkpoints of the source projects: safe and strict loading, and losses equal to an independent computation."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fastcifar.training import checkpoint, source_checkpoints
 from fastcifar.training.train import train
 from tests.models.reference import FORWARDS
 
-# As the sources write them, digit for digit.
+# The values in the source projects, with all digits.
 PER_PIXEL = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
 PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-SMALL = "synthetic:100"  # 20 images to test
+SMALL = "synthetic:100"  # 20 test images
 
 
-def weights_of(arch: str) -> dict[str, Tensor]:
-    """Random weights and statistics, near what the images have: else every image has nearly the same logits."""
+def random_state_dict(arch: str) -> dict[str, Tensor]:
+    """Return random weights with running statistics near those of the images, so that logits differ between images."""
     torch.manual_seed(5)
     model = build_model(arch)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the statistics of the one batch below
+        norm.momentum = None  # use the statistics of the batch below
     with torch.no_grad():
         model((torch.from_numpy(cifar.load_dataset(SMALL).test.images).float() / 255 - 0.5) / 0.25)
         for norm in norms:
@@ -52,21 +52,21 @@ def weights_of(arch: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def saved(folder: Path, **content: Any) -> str:
+def save_file(folder: Path, **content: Any) -> str:
     torch.save(content, folder / "ckpt.pth")
     return str(folder / "ckpt.pth")
 
 
-def loss_by_hand(arch: str, state: dict[str, Tensor], normalise: tuple[tuple[float, ...], tuple[float, ...]]) -> float:
+def reference_loss(arch: str, state: dict[str, Tensor], mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> float:
     test = cifar.load_dataset(SMALL).test
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalise)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in mean_std)
     images = (torch.from_numpy(test.images).float() / 255 - mean) / std
     with torch.no_grad():
         return F.cross_entropy(FORWARDS[arch](state, images).double(), torch.from_numpy(test.labels)).item()
 
 
 @pytest.mark.parametrize(
-    ("arch", "normalise", "prefix"),
+    ("arch", "mean_std", "prefix"),
     [
         ("se68", PER_PIXEL, "module."),
         ("coconut_leaky", PER_IMAGE, "module."),
@@ -74,17 +74,17 @@ def loss_by_hand(arch: str, state: dict[str, Tensor], normalise: tuple[tuple[flo
         ("coconut_sep", PER_IMAGE, ""),
     ],
 )
-def test_the_loss_is_that_of_an_independent_computation(
-    tmp_path: Path, arch: str, normalise: tuple[tuple[float, ...], tuple[float, ...]], prefix: str
+def test_loss_equals_an_independent_computation(
+    tmp_path: Path, arch: str, mean_std: tuple[tuple[float, ...], tuple[float, ...]], prefix: str
 ) -> None:
-    state = weights_of(arch)
+    state = random_state_dict(arch)
     net = OrderedDict((prefix + key, value) for key, value in state.items())
-    file = saved(tmp_path, net=net, acc=np.float64(95.49), epoch=173, optimizer=optimizer_state())
+    file = save_file(tmp_path, net=net, acc=np.float64(95.49), epoch=173, optimizer=optimizer_state())
     scores = evaluate_run(file, arch=arch, data=SMALL, device="cpu", precision="fp32")
-    assert scores["test_loss"] == pytest.approx(loss_by_hand(arch, state, normalise), rel=1e-4)
+    assert scores["test_loss"] == pytest.approx(reference_loss(arch, state, mean_std), rel=1e-4)
     assert (scores["arch"], scores["total"], scores["eval_weights"]) == (arch, 20, "published")
-    other = PER_IMAGE if normalise is PER_PIXEL else PER_PIXEL
-    assert scores["test_loss"] != pytest.approx(loss_by_hand(arch, state, other), rel=1e-3)
+    other = PER_IMAGE if mean_std is PER_PIXEL else PER_PIXEL
+    assert scores["test_loss"] != pytest.approx(reference_loss(arch, state, other), rel=1e-3)
 
 
 def optimizer_state() -> dict[str, Any]:
@@ -95,16 +95,16 @@ def optimizer_state() -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def test_normalise_can_be_said(tmp_path: Path) -> None:
-    state = weights_of("coconut_leaky")
-    file = saved(tmp_path, net=state, acc=95.49, epoch=3)
-    scores = evaluate_run(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalise="cifar10")
+def test_normalization_can_be_set(tmp_path: Path) -> None:
+    state = random_state_dict("coconut_leaky")
+    file = save_file(tmp_path, net=state, acc=95.49, epoch=3)
+    scores = evaluate_run(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalize="cifar10")
     assert scores["normalize"] == "cifar10"
-    assert scores["test_loss"] == pytest.approx(loss_by_hand("coconut_leaky", state, PER_PIXEL), rel=1e-4)
+    assert scores["test_loss"] == pytest.approx(reference_loss("coconut_leaky", state, PER_PIXEL), rel=1e-4)
 
 
 @pytest.mark.parametrize("arch", MODELS)
-def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
+def test_default_normalization_of_each_architecture(arch: str) -> None:
     assert normalization_mean_std(Recipe(arch=arch)) == (PER_IMAGE if arch.startswith("coconut") else PER_PIXEL)
     assert normalization_name(Recipe(arch=arch, dataset="cifar100")) == "cifar100"
     assert normalization_name(Recipe(arch=arch, normalize="0.5:0.25")) == "0.5:0.25"
@@ -113,15 +113,15 @@ def test_auto_is_what_a_rows_weights_were_trained_with(arch: str) -> None:
 @pytest.mark.parametrize(
     "acc", [95.49, 95, np.float64(95.49), np.float32(95.5), np.int64(95), np.bool_(True), torch.tensor(95.49)]
 )
-def test_numpy_scalars_come_as_plain_numbers(tmp_path: Path, acc: Any) -> None:
+def test_numpy_scalars_are_loaded_as_python_numbers(tmp_path: Path, acc: Any) -> None:
     torch.save({"net": {}, "acc": acc}, tmp_path / "f.pt")
-    read = checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)["acc"]
-    assert read == acc
-    assert not isinstance(read, np.generic)
+    loaded = checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)["acc"]
+    assert loaded == acc
+    assert not isinstance(loaded, np.generic)
 
 
 class Scalar:
-    """Pickles as numpy's scalar function called with whatever arguments."""
+    """Pickles as a call of NumPy's scalar function with arbitrary arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -130,7 +130,7 @@ class Scalar:
         return np.float64(1).__reduce__()[0], self.arguments
 
 
-class Evil:
+class MaliciousObject:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch sentinel",)
 
@@ -138,9 +138,9 @@ class Evil:
 @pytest.mark.parametrize(
     "acc",
     [
-        Evil(),
+        MaliciousObject(),
         argparse.Namespace(lr=0.1),
-        Scalar(np.dtype("O"), Evil()),
+        Scalar(np.dtype("O"), MaliciousObject()),
         Scalar(np.dtype("O"), b"12345678"),
         Scalar(np.dtype("V8"), b"12345678"),
         Scalar(np.dtype("f8"), b"1234"),
@@ -151,30 +151,32 @@ class Evil:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_fault09_nothing_but_numbers_comes_with_the_weights(
+def test_fault09_only_numbers_are_accepted_beside_the_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acc: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    file = saved(tmp_path, net=weights_of("se68_none"), acc=acc)
+    file = save_file(tmp_path, net=random_state_dict("se68_none"), acc=acc)
     with pytest.raises(CheckpointError) as caught:
         evaluate_run(file, arch="se68_none", data=SMALL)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sentinel").exists()
 
 
-@pytest.mark.parametrize(("value", "name"), [(Evil(), "posix.system"), (argparse.Namespace(), "argparse.Namespace")])
-def test_a_refused_name_is_said(tmp_path: Path, value: object, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"it asks for {name}, which no checkpoint needs"):
-        checkpoint.load_checkpoint(Path(saved(tmp_path, net=value)), allow_foreign=True)
+@pytest.mark.parametrize(
+    ("value", "name"), [(MaliciousObject(), "posix.system"), (argparse.Namespace(), "argparse.Namespace")]
+)
+def test_error_names_the_rejected_global(tmp_path: Path, value: object, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"it refers to {name}, which is not allowed in checkpoints"):
+        checkpoint.load_checkpoint(Path(save_file(tmp_path, net=value)), allow_foreign=True)
 
 
-def test_a_pickle_that_torch_did_not_write_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": Evil()}, protocol=2))
+def test_plain_pickles_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": MaliciousObject()}, protocol=2))
     with pytest.raises(CheckpointError):
         checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)
 
 
-def test_without_arch_the_rows_that_fit_are_named(tmp_path: Path) -> None:
+def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None:
     with torch.device("meta"):
         states = {arch: build_model(arch).state_dict() for arch in MODELS}
     assert source_checkpoints.matching_architectures(states["coconut_sep"]) == ["coconut_sep"]
@@ -184,39 +186,39 @@ def test_without_arch_the_rows_that_fit_are_named(tmp_path: Path) -> None:
     assert source_checkpoints.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
     assert source_checkpoints.matching_architectures({"weight": torch.ones(2)}) == []
     torch.save(build_model("se55").state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(CheckpointError, match="does not say which network its weights are of; give --arch se55"):
+    with pytest.raises(CheckpointError, match="does not name the architecture of its weights; set --arch se55"):
         evaluate_run(str(tmp_path / "bare.pth"), data=SMALL)
-    with pytest.raises(CheckpointError, match="give --arch NAME, though no row"):
-        evaluate_run(saved(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
+    with pytest.raises(CheckpointError, match="set --arch, although no architecture matches"):
+        evaluate_run(save_file(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
 
 
-def test_a_bare_state_dict_will_do(tmp_path: Path) -> None:
-    torch.save(weights_of("se55"), tmp_path / "bare.pth")
+def test_plain_state_dict_is_accepted(tmp_path: Path) -> None:
+    torch.save(random_state_dict("se55"), tmp_path / "bare.pth")
     assert (
         evaluate_run(str(tmp_path / "bare.pth"), arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
     )
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    file = saved(tmp_path, net=build_model("se55").state_dict(), acc=1.0, epoch=1)
-    with pytest.raises(CheckpointError, match=r"lacks residual_layers\.0\.2\.bn1.*is it another architecture"):
+def test_mismatched_files_are_rejected(tmp_path: Path) -> None:
+    file = save_file(tmp_path, net=build_model("se55").state_dict(), acc=1.0, epoch=1)
+    with pytest.raises(CheckpointError, match=r"lacks residual_layers\.0\.2\.bn1.*check the architecture"):
         evaluate_run(file, arch="se68", data=SMALL)
     with pytest.raises(UsageError, match="did you mean 'se68'"):
         evaluate_run(file, arch="se86", data=SMALL)
     for content in ({"net": [1, 2]}, {"net": {}}, {"net": {"weight": 3}}, {"acc": 1.0}):
-        with pytest.raises(CheckpointError, match="holds no weights"):
-            evaluate_run(saved(tmp_path, **content), arch="se68", data=SMALL)
+        with pytest.raises(CheckpointError, match="contains no weights"):
+            evaluate_run(save_file(tmp_path, **content), arch="se68", data=SMALL)
 
 
-def test_fault22_the_budget_holds_for_published_files_too(tmp_path: Path) -> None:
-    file = saved(tmp_path, net=weights_of("coconut_over"), acc=1.0, epoch=1)
+def test_fault22_parameter_limit_applies_to_published_checkpoints(tmp_path: Path) -> None:
+    file = save_file(tmp_path, net=random_state_dict("coconut_over"), acc=1.0, epoch=1)
     with pytest.raises(UsageError, match="--max-params 5237546"):
         evaluate_run(file, arch="coconut_over", data=SMALL, device="cpu")
     assert evaluate_run(file, arch="coconut_over", data=SMALL, device="cpu", max_params=5_237_546)["total"] == 20
 
 
-def test_a_file_of_ours_knows_its_own(tiny: Callable[..., Recipe]) -> None:
+def test_fastcifar_checkpoint_contains_its_architecture(tiny: Callable[..., Recipe]) -> None:
     run = train(tiny(max_steps=1))["run"]
     assert evaluate_run(run, arch="resnet")["eval_weights"] == "last"
-    with pytest.raises(CheckpointError, match="holds resnet, not se68; leave --arch out"):
+    with pytest.raises(CheckpointError, match="contains resnet, not se68; remove --arch"):
         evaluate_run(run, arch="se68")

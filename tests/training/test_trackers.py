@@ -1,4 +1,4 @@
-"""Trackers, read back by their own readers: every metric of metrics.csv, once, also of a run that was interrupted."""
+"""Trackers: their readers return every metric of metrics.csv once, also for interrupted runs."""
 
 from __future__ import annotations
 
@@ -24,58 +24,61 @@ from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.run_dir import Run
 from fastcifar.training.train import train
 
-Make = Callable[..., Recipe]
+MakeRecipe = Callable[..., Recipe]
 Points = dict[str, list[tuple[int, float]]]
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None]:
-    """Trains until SIGINT arrives in a step."""
+def train_interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None]:
+    """Return a function that trains until SIGINT arrives in a given step."""
 
     def run(recipe: Recipe, step: int) -> None:
-        between_steps = OptimizerWrapper.after_step
+        after_step = OptimizerWrapper.after_step
 
-        def signalled(self: OptimizerWrapper, done: int, *given: Any) -> None:
-            between_steps(self, done, *given)
-            if done == step:
+        def after_step_with_signal(self: OptimizerWrapper, completed_steps: int, *args: Any) -> None:
+            after_step(self, completed_steps, *args)
+            if completed_steps == step:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(OptimizerWrapper, "after_step", signalled)
+            patch.setattr(OptimizerWrapper, "after_step", after_step_with_signal)
             with pytest.raises(Interrupted):
                 train(recipe)
 
     return run
 
 
-def written(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The rows as events.jsonl has them, in full, and as metrics.csv has them, in six digits."""
+def read_rows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return the rows of events.jsonl, in full precision, and of metrics.csv, with six digits."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     with (folder / "metrics.csv").open(newline="") as file:
         return events, list(csv.DictReader(file))
 
 
-def assert_the_same_rows(folder: Path, found: Points, rounded: Callable[[Any], Any]) -> None:
-    """`found`: of each column (step, value) as a tracker's reader gives them; `rounded`: as the tracker keeps them."""
-    events, table = written(folder)
-    assert len(events) == len(table) > 0
+def assert_same_rows(folder: Path, points: Points, convert: Callable[[Any], Any]) -> None:
+    """Assert that a tracker's `points`, (epoch, value) by column, equal the rows of the run.
+
+    `convert` converts a value to the tracker's precision.
+    """
+    events, csv_rows = read_rows(folder)
+    assert len(events) == len(csv_rows) > 0
     for name in METRICS_COLUMNS:
-        expected = [(event["epoch"], rounded(event[name])) for event in events if event[name] is not None]
-        assert found.get(name, []) == expected, name
-        printed = [float(row[name]) for row in table if row[name]]
-        assert [value for _, value in found.get(name, [])] == pytest.approx(printed, rel=1e-5), name
+        expected = [(event["epoch"], convert(event[name])) for event in events if event[name] is not None]
+        assert points.get(name, []) == expected, name
+        csv_values = [float(row[name]) for row in csv_rows if row[name]]
+        assert [value for _, value in points.get(name, [])] == pytest.approx(csv_values, rel=1e-5), name
 
 
-def tensorboard_rows(folder: Path) -> Points:
+def read_tensorboard(folder: Path) -> Points:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     reader = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
-    found = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
-    return {name: points for name, points in found.items() if name in METRICS_COLUMNS}
+    scalars = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    return {name: points for name, points in scalars.items() if name in METRICS_COLUMNS}
 
 
-def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
-    """How often a scalar and step stands in the event files, whatever a reader makes of that."""
+def count_scalars(folder: Path) -> Counter[tuple[str, int]]:
+    """Count how often each scalar and step occurs in the event files, without the deduplication of a reader."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     events = [
         event for file in (folder / "tensorboard").iterdir() for event in loader.EventFileLoader(str(file)).Load()
@@ -85,93 +88,95 @@ def raw_counts(folder: Path) -> Counter[tuple[str, int]]:
     )
 
 
-def test_tensorboard_reads_back_every_metric_of_an_interrupted_run(
-    tiny: Make, tmp_path: Path, interrupted: Callable[[Recipe, int], None]
+def test_tensorboard_contains_every_metric_of_an_interrupted_run(
+    tiny: MakeRecipe, tmp_path: Path, train_interrupted: Callable[[Recipe, int], None]
 ) -> None:
     run, values = tmp_path / "run", {"track": "tensorboard", "epochs": 3, "ema_decay": 0.9}
-    interrupted(tiny(**values), 8)  # of five an epoch
-    assert_the_same_rows(run, tensorboard_rows(run), np.float32)
-    train(tiny(**values, resume=str(run), max_steps=13))  # a row of an epoch that is cut short, and taken back then
-    assert len(tensorboard_rows(run)["val_acc"]) == 3
+    train_interrupted(tiny(**values), 8)  # five steps per epoch
+    assert_same_rows(run, read_tensorboard(run), np.float32)
+    train(tiny(**values, resume=str(run), max_steps=13))  # logs a row of an incomplete epoch, which is removed later
+    assert len(read_tensorboard(run)["val_acc"]) == 3
     train(tiny(**values, resume=str(run)))
-    assert_the_same_rows(run, tensorboard_rows(run), np.float32)
-    assert set(raw_counts(run).values()) == {1}
-    assert len(raw_counts(run)) == 3 * len(METRICS_COLUMNS)
+    assert_same_rows(run, read_tensorboard(run), np.float32)
+    assert set(count_scalars(run).values()) == {1}
+    assert len(count_scalars(run)) == 3 * len(METRICS_COLUMNS)
     train(tiny(**{**values, "epochs": 4}, resume=str(run)))
-    assert_the_same_rows(run, tensorboard_rows(run), np.float32)
+    assert_same_rows(run, read_tensorboard(run), np.float32)
 
 
 @pytest.mark.usefixtures("offline")
-def test_mlflow_reads_back_every_metric_of_an_interrupted_run(
-    tiny: Make, tmp_path: Path, interrupted: Callable[[Recipe, int], None]
+def test_mlflow_contains_every_metric_of_an_interrupted_run(
+    tiny: MakeRecipe, tmp_path: Path, train_interrupted: Callable[[Recipe, int], None]
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
     run, values = tmp_path / "run", {"track": "mlflow", "epochs": 2}
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
-    def found() -> tuple[str, Any, Points]:
+    def read_mlflow() -> tuple[str, Any, Points]:
         run_id = json.loads((run / "mlflow.json").read_text())["run_id"]
         histories = {name: client.get_metric_history(run_id, name) for name in METRICS_COLUMNS}
         return run_id, client.get_run(run_id), {
             name: sorted((metric.step, metric.value) for metric in history) for name, history in histories.items()
         }  # fmt: skip
 
-    interrupted(tiny(**values), 8)
-    first, tracked, columns = found()
+    train_interrupted(tiny(**values), 8)
+    first_run_id, tracked, columns = read_mlflow()
     assert tracked.info.status == "KILLED"
-    assert_the_same_rows(run, columns, float)
+    assert_same_rows(run, columns, float)
     train(tiny(**values, resume=str(run)))
-    run_id, tracked, columns = found()
-    assert run_id == first
+    run_id, tracked, columns = read_mlflow()
+    assert run_id == first_run_id
     assert (tracked.info.status, tracked.info.run_name) == ("FINISHED", "run")
-    assert_the_same_rows(run, columns, float)
+    assert_same_rows(run, columns, float)
     summary = json.loads((run / "summary.json").read_text())
     assert tracked.data.metrics["test_acc"] == summary["test_acc"]
     assert (tracked.data.params["lr"], tracked.data.params["blocks"]) == ("0.1", "[1, 1]")
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == set(trackers.MLFLOW_UPLOADED_FILES)
-    train(tiny(**{**values, "epochs": 4}, resume=str(run), max_steps=18))  # the fourth epoch is cut short
-    run_id, tracked, columns = found()
-    assert run_id == first
+    train(tiny(**{**values, "epochs": 4}, resume=str(run), max_steps=18))  # the fourth epoch is incomplete
+    run_id, tracked, columns = read_mlflow()
+    assert run_id == first_run_id
     assert tracked.data.tags["resumed.epochs"] == "4"
-    train(tiny(**{**values, "epochs": 4}, resume=str(run)))  # its row is taken back: not in MLflow, so a new run
-    run_id, tracked, columns = found()
-    assert_the_same_rows(run, columns, float)
+    train(tiny(**{**values, "epochs": 4}, resume=str(run)))  # its row is removed, which MLflow cannot do: a new run
+    run_id, tracked, columns = read_mlflow()
+    assert_same_rows(run, columns, float)
     assert len(columns["val_acc"]) == 4
-    assert client.get_run(first).info.lifecycle_stage == "deleted"
+    assert client.get_run(first_run_id).info.lifecycle_stage == "deleted"
     experiment = client.get_experiment_by_name("fastcifar")
-    assert [one.info.run_id for one in client.search_runs([experiment.experiment_id])] == [run_id]
+    assert [mlflow_run.info.run_id for mlflow_run in client.search_runs([experiment.experiment_id])] == [run_id]
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "mlflow.db").write_text("no data base" * 100)
+    (tmp_path / "bad" / "mlflow.db").write_text("not a database" * 100)
     with pytest.raises(UsageError, match="MLflow cannot use"):
         train(tiny(**values, out=str(tmp_path / "bad" / "run")))
     assert not (tmp_path / "bad" / "run").exists()
 
 
-def test_a_data_base_that_is_busy_is_no_reason_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_database_does_not_start_another_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exceptions = pytest.importorskip("mlflow.exceptions")
-    busy = exceptions.MlflowException("database is locked")
-    gone = exceptions.MlflowException("no such run", error_code=exceptions.RESOURCE_DOES_NOT_EXIST)
-    asked = []
+    locked_error = exceptions.MlflowException("database is locked")
+    missing_error = exceptions.MlflowException("no such run", error_code=exceptions.RESOURCE_DOES_NOT_EXIST)
+    requested_ids = []
 
     class Client:
         def get_run(self, run_id: str) -> None:
-            asked.append(run_id)
+            requested_ids.append(run_id)
             raise error
 
-    error = busy
+    error = locked_error
     assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     (tmp_path / "mlflow.json").write_text('{"run_')
     assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     (tmp_path / "mlflow.json").write_text('{"run_id": "one"}')
     with pytest.raises(exceptions.MlflowException, match="locked"):
         trackers._find_resumable_mlflow_run(Client(), tmp_path, set())
-    error = gone
+    error = missing_error
     assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
-    assert asked == ["one", "one"]
+    assert requested_ids == ["one", "one"]
 
 
 @pytest.mark.parametrize("value", ["", None])
-def test_an_empty_address_of_mlflow_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_empty_mlflow_tracking_uri_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if value is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
@@ -181,60 +186,60 @@ def test_an_empty_address_of_mlflow_is_none(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may leave the machine."""
+    """Fail on network connections."""
     connect = socket.socket.connect
 
-    def local(self: socket.socket, address: Any) -> None:
+    def connect_locally(self: socket.socket, address: Any) -> None:
         assert self.family == socket.AF_UNIX, f"a connection to {address}"
         connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_a_tracker_that_fails_is_one_warning_and_catches_up(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failing_tracker_warns_once_and_logs_missing_rows_later(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     flush, calls = tensorboard.SummaryWriter.flush, []
 
-    def full(self: Any) -> None:
+    def failing_flush(self: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
         flush(self)
 
-    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", full)
-    with pytest.warns(UserWarning, match="the run goes on") as caught:
+    monkeypatch.setattr(tensorboard.SummaryWriter, "flush", failing_flush)
+    with pytest.warns(UserWarning, match="training continues") as caught:
         summary = train(tiny(epochs=3, track="tensorboard"))
     assert [str(warning.message).split(";")[0] for warning in caught] == [
         "tensorboard failed (OSError: [Errno 28] No space left on device)"
     ]
     assert summary["complete"]
-    assert_the_same_rows(tmp_path / "run", tensorboard_rows(tmp_path / "run"), np.float32)
-    assert set(raw_counts(tmp_path / "run").values()) == {1}
+    assert_same_rows(tmp_path / "run", read_tensorboard(tmp_path / "run"), np.float32)
+    assert set(count_scalars(tmp_path / "run").values()) == {1}
 
 
-def test_rows_that_a_rollback_takes_back_are_gone(tiny: Make, tmp_path: Path) -> None:
+def test_rows_removed_by_a_rollback_are_removed_from_the_tracker(tiny: MakeRecipe, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     run = Run.create(tiny(track="tensorboard"), "name")
     for epoch, loss in ((0, 2.0), (1, 3.0), (2, 9.0)):
         run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
     run.truncate_rows(1)
     run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 1, "train_loss": 1.5})
-    assert tensorboard_rows(run.folder)["train_loss"] == [(0, 2.0), (1, 1.5)]
-    assert_the_same_rows(run.folder, tensorboard_rows(run.folder), np.float32)
-    assert set(raw_counts(run.folder).values()) == {1}
+    assert read_tensorboard(run.folder)["train_loss"] == [(0, 2.0), (1, 1.5)]
+    assert_same_rows(run.folder, read_tensorboard(run.folder), np.float32)
+    assert set(count_scalars(run.folder).values()) == {1}
 
 
-def test_a_tracker_that_begins_late_gets_the_rows_before_too(tiny: Make, tmp_path: Path) -> None:
+def test_tracker_enabled_later_logs_earlier_rows(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=1))
     train(tiny(epochs=2, resume=str(tmp_path / "run"), track="tensorboard"))
-    assert_the_same_rows(tmp_path / "run", tensorboard_rows(tmp_path / "run"), np.float32)
+    assert_same_rows(tmp_path / "run", read_tensorboard(tmp_path / "run"), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("track", "missing", "words"),
+    ("track", "missing", "message"),
     [
         ("tensorbord", None, "did you mean 'tensorboard'?"),
         ("csv,tensorboard", None, "unknown tracker 'csv'"),
@@ -242,19 +247,19 @@ def test_a_tracker_that_begins_late_gets_the_rows_before_too(tiny: Make, tmp_pat
         ("tensorboard,mlflow", "mlflow", "pip install 'mlflow>=3,<4'"),
     ],
 )
-def test_a_tracker_that_is_not_there_refuses_the_run_before_it_is_made(
-    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, track: str, missing: str | None, words: str
+def test_unavailable_trackers_are_rejected_before_anything_is_written(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, track: str, missing: str | None, message: str
 ) -> None:
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UsageError) as caught:
         train(tiny(track=track))
     assert caught.value.exit_code == 2
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_leading_rank_has_trackers(tmp_path: Path) -> None:
+def test_only_the_main_process_has_trackers(tmp_path: Path) -> None:
     assert not Run.for_other_rank(tmp_path, "name").trackers
     assert not list(tmp_path.iterdir())

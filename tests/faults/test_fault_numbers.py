@@ -1,4 +1,4 @@
-"""Every row of the table of faults has a test that carries its number."""
+"""Every fault in the table of faults has a test whose name contains its number."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("row", range(1, 27))
-def test_the_row_has_a_test(row: int) -> None:
-    assert any(f"fault{row:02d}" in name for name in NAMES)
+@pytest.mark.parametrize("number", range(1, 27))
+def test_fault_has_a_test(number: int) -> None:
+    assert any(f"fault{number:02d}" in name for name in NAMES)
