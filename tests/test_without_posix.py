@@ -1,6 +1,6 @@
-"""The package works on a system without POSIX: what only POSIX has is hidden in a child process, which trains there.
+"""The package works on systems without POSIX: a child process trains after names that only POSIX has are removed.
 
-The child cannot hide everything that Windows lacks, but it hides all that the package would otherwise use.
+Not everything that Windows lacks can be removed, but all such names that the package uses are.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ATTRIBUTES = {
     "signal": {"SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGUSR1", "SIGUSR2", "setitimer"},
     "time": {"CLOCK_BOOTTIME", "clock_gettime"},
 }  # fmt: skip
-# the files that may use these, because each says what it does where they are missing
+# files that may use these names, because they handle their absence
 GUARDED_FILES = {PACKAGE / "files.py", PACKAGE / "device.py", PACKAGE / "reporting" / "ui.py"}
-# what the package uses of them; torch and the standard library need some of the rest on Linux
+# the names that the package uses; torch and the standard library need some of the others on Linux
 HIDDEN_MODULES = ("fcntl", "resource")
 HIDDEN_ATTRIBUTES = {
     "os": ("O_DIRECTORY", "sysconf", "killpg", "sched_getaffinity", "fork", "statvfs"),
@@ -99,7 +99,7 @@ assert device.available_memory_bytes() is device.process_times() is None
 assert "out of memory" in str(device.as_memory_error(MemoryError()))
 assert importlib.import_module("fastcifar.benchmark.bench").cpu_seconds() > 0
 assert importlib.import_module("fastcifar.benchmark.speedrun").process_uptime_s() is None
-quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # nor does it keep the pipes of this process open
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # not the pipes of this process
 server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **quiet)
 importlib.import_module("fastcifar.reporting.ui")._stop_server(server)
 assert server.returncode is not None
@@ -108,16 +108,18 @@ fastcifar("runs", "ls", ".", "--json")
 """
 
 
-def test_a_run_without_posix_is_the_same_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_run_without_posix_is_identical(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     child = tmp_path / "child"
     child.mkdir()
     (child / "recipe.toml").write_text(tiny(out=None).to_toml())
     command = [sys.executable, "-c", HIDE + TRAIN]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run(command, cwd=child, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads(done.stdout.splitlines()[-1])
-    assert (row["name"], row["state"], row["epochs"]) == ("run", "finished", 2)
+    process = subprocess.run(
+        command, cwd=child, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (entry,) = json.loads(process.stdout.splitlines()[-1])
+    assert (entry["name"], entry["state"], entry["epochs"]) == ("run", "finished", 2)
     assert sorted(path.name for path in child.iterdir()) == ["recipe.toml", "run"]
 
     train(tiny(), "recipe.toml")
@@ -131,24 +133,24 @@ def test_a_run_without_posix_is_the_same_run(tiny: Callable[..., Recipe], tmp_pa
 
 
 def posix_names(path: Path) -> set[str]:
-    """The names in a source file that only POSIX systems have."""
-    found: set[str] = set()
+    """Return the names in a source file that only POSIX systems have."""
+    names_used: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & MODULES
+            names_used |= {alias.name for alias in node.names} & MODULES
         elif isinstance(node, ast.ImportFrom):
-            found |= {alias.name for alias in node.names} & ATTRIBUTES.get(str(node.module), set())
-            found |= {str(node.module)} & MODULES
+            names_used |= {alias.name for alias in node.names} & ATTRIBUTES.get(str(node.module), set())
+            names_used |= {str(node.module)} & MODULES
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found |= {node.attr} & ATTRIBUTES.get(node.value.id, set())
-    return found
+            names_used |= {node.attr} & ATTRIBUTES.get(node.value.id, set())
+    return names_used
 
 
-def test_posix_is_used_in_few_files() -> None:
+def test_posix_names_are_used_only_in_guarded_files() -> None:
     assert {path for path in PACKAGE.rglob("*.py") if posix_names(path)} == GUARDED_FILES
 
 
-def test_trials_run_in_processes_of_their_own_without_fork(
+def test_trials_run_in_separate_processes_without_fork(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import multiprocessing
@@ -167,5 +169,5 @@ def test_trials_run_in_processes_of_their_own_without_fork(
     monkeypatch.setattr(multiprocessing, "get_context", record)
     trial = SweepTrial(key="a", label="label", options={}, recipe_name="recipe", recipe=tiny(epochs=1))
     events = list(multiprocess_executor(ExecutorOptions(jobs=1))(iter([trial])))
-    assert [event.state for event in events] == ["running", "done"], events[-1].reason
+    assert [event.state for event in events] == ["running", "process"], events[-1].reason
     assert methods == ["spawn"]
