@@ -114,7 +114,7 @@ def test_invalid_grid_is_refused_before_the_trainer_is_built(
 @pytest.mark.parametrize("what", ["loader", "step", "train"])
 def test_workload_is_endless_and_yields_image_counts(tiny: Callable[..., Recipe], what: str) -> None:
     trainer = build_trainer(resolve(tiny(val_size=0)))
-    (case,) = BENCHMARKS[what](trainer, trainer.build_train_step())
+    (case,) = BENCHMARKS[what](trainer)
     images = [next(case.workload) for _ in range(14)]  # two epochs of 200 images in batches of 32
     assert sum(images) == (14 * 32 if what == "step" else 400)
 
@@ -122,7 +122,7 @@ def test_workload_is_endless_and_yields_image_counts(tiny: Callable[..., Recipe]
 def test_step_workload_does_not_change_weights(tiny: Callable[..., Recipe]) -> None:
     trainer = build_trainer(resolve(tiny()))
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
-    workload = workloads.step_workload(trainer, trainer.build_train_step())
+    workload = workloads.step_workload(trainer)
     for _ in range(6):
         next(workload)
     assert all(torch.equal(weight, old) for weight, old in zip(trainer.model.parameters(), before, strict=True))
@@ -132,7 +132,7 @@ def test_step_workload_does_not_change_weights(tiny: Callable[..., Recipe]) -> N
 def test_inference_workload_uses_evaluation_mode_and_restores_training_mode(tiny: Callable[..., Recipe]) -> None:
     trainer = build_trainer(resolve(tiny()))
     before = [tensor.clone() for tensor in trainer.state_tensors()]
-    for case in BENCHMARKS["infer"](trainer, None):
+    for case in BENCHMARKS["infer"](trainer):
         next(case.workload)
         assert not trainer.model.training
         case.workload.close()

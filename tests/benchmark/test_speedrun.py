@@ -175,8 +175,8 @@ def test_invalid_trial_is_kept_and_counts_as_a_miss(
             next(model.parameters()).data[0] += 1e-3
         return evaluate(model, *arguments)
 
-    def train_with_nan(trainer: Any, step: Any) -> None:
-        train_without_evaluation(trainer, step)
+    def train_with_nan(trainer: Any) -> None:
+        train_without_evaluation(trainer)
         if fault == "training" and trainer.recipe.seed == 1:
             trainer.meter.found_inf.fill_(1)
             trainer.meter.update(torch.tensor(math.nan), torch.tensor(0), 1)
@@ -234,15 +234,15 @@ def test_flops_equal_a_manual_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def flops_per_image(size: int) -> int:
         return 2 * (2 * size**2 * 4 * 3 * 9 + 3 * 4 * 10)
 
-    assert count_flops(Recipe(arch="small", epochs=5), 10, num_images=500) == 500 * flops_per_image(32)
+    assert count_flops(resolve(Recipe(arch="small", epochs=5)), 10, num_images=500) == 500 * flops_per_image(32)
     progressive = Recipe(arch="small", epochs=5, image_size="16:1,24:2,32")
     expected = 100 * flops_per_image(16) + 200 * flops_per_image(24) + 200 * flops_per_image(32)
-    assert count_flops(progressive, 10, num_images=500) == expected
+    assert count_flops(resolve(progressive), 10, num_images=500) == expected
 
 
 def test_ema_weights_are_evaluated(tiny: MakeRecipe) -> None:
     trainer = build_trainer(resolve(tiny(ema_decay=0.9, eval_weights="ema", epochs=1)))
-    speedrun_module.train_without_evaluation(trainer, trainer.build_train_step())
+    speedrun_module.train_without_evaluation(trainer)
     assert trainer.ema is not None
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in trainer.ema.average.items())
 

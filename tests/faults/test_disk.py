@@ -103,7 +103,6 @@ def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_pat
 
 
 def test_fault07_estimated_checkpoint_size_is_close(tiny: MakeRecipe, tmp_path: Path) -> None:
-    from fastcifar.device import choose_execution
 
     recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))

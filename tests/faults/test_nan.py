@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer as trainer_module

@@ -23,7 +23,6 @@ from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.data.normalization import normalization_mean_std
-from fastcifar.device import choose_execution
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
@@ -173,4 +172,4 @@ def test_fault16_checkpoint_of_two_processes_continues_in_one_with_a_warning(tin
     state = trainer.checkpoint_state(Clock())
     state["random"] = state["random"] * 2
     with pytest.warns(UserWarning, match="had 2 processes and goes on with 1"):
-        trainer.load_checkpoint_state(state)
+        trainer.load_state_dict(state)

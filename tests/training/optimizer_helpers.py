@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastcifar.recipe import Recipe
-from fastcifar.training.lr_schedule import LRSchedule
-from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.lr_schedule import LRSchedule, parse_schedule
+from fastcifar.training.optimizers import OptimizerWrapper, parse_optimizer
 
 NO_SKIP = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -41,7 +41,10 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
     """Train a network for `steps`, two per epoch, from the start or from `resume`; return it and its checkpoint."""
     recipe = Recipe.make(**{"lr": 0.01, "epochs": 10, **values})
     model = network()
-    optimizer, schedule = OptimizerWrapper(model, recipe), LRSchedule(recipe, 2)
+    optimizer, schedule = (
+        OptimizerWrapper(model, recipe, parse_optimizer(recipe)),
+        LRSchedule(recipe, parse_schedule(recipe), 2),
+    )
     if resume:
         resume.seek(0)
         state = torch.load(resume, weights_only=True)

@@ -25,11 +25,11 @@ from fastcifar.models.small_convnet import global_max_pool
 from fastcifar.recipe import Recipe
 from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.build import build_trainer
-from fastcifar.training.resolve import resolve
 from fastcifar.training.compilation import compile_function, precompile
 from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, dispatch_by_batch_size, pad_batch
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.optimizers import OPTIMIZERS, find_optimizer
+from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.trainer import Trainer
 
@@ -148,7 +148,7 @@ def test_warm_up_preserves_python_state_of_the_optimizer(
     monkeypatch.setattr(compilation, "compile_function", lambda function, mode: function)
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
     trainer = make_trainer(tiny(optimizer=optimizer))
-    trainer.execution = replace(trainer.execution, **{option: True})
+    trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, **{option: True}))
     inner = trainer.optimizer.inner
     weights = copy.deepcopy(trainer.optimizer.parameters)
     group_options = str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups])
@@ -169,9 +169,9 @@ def test_step_for_a_short_last_batch_is_captured(tiny: Callable[..., Recipe], mo
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: captured_functions.append(work) or work)
     reference, trainer = (make_trainer(tiny(ema_decay=0.9, data="synthetic:100", batch_size=32)) for _ in range(2))
     assert reference.loader.slicing.local_count(reference.loader.steps_per_epoch - 1) not in (0, 32)
-    trainer.execution = replace(trainer.execution, cuda_graph=True, compile=False)
+    trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, cuda_graph=True, compile=False))
     reference_step, captured_step = reference.build_step(reference.build_loss_function()), trainer.build_train_step()
-    assert len(captured_functions) == 3  # a full step, the last one, and evaluation
+    assert len(captured_functions) == 2  # a full step and the last one
     for batch in reference.batches(0):
         for step in (reference_step, captured_step):
             step(*batch)
@@ -206,9 +206,9 @@ def test_fault17_optimizers_that_cannot_be_captured(tiny: Callable[..., Recipe])
     trainer = build_trainer(resolve(recipe, execution))
     assert not trainer.execution.cuda_graph
     assert any("lion counts its steps in Python" in line for line in trainer.execution.format_lines())
-    assert build_trainer(tiny(optimizer="rmsprop"), execution).execution.cuda_graph
+    assert resolve(tiny(optimizer="rmsprop"), execution).execution.cuda_graph
     with pytest.raises(DeviceError, match="choose from sgd") as caught:
-        build_trainer(Recipe.from_dict({**recipe.model_dump(), "cuda_graph": True}), execution)
+        resolve(Recipe.from_dict({**recipe.model_dump(), "cuda_graph": True}), execution)
     assert caught.value.exit_code == 8
 
 

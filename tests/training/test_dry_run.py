@@ -35,7 +35,7 @@ def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe]
 def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], optimizer: str) -> None:
     recipe = tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1)
     trainer = build_trainer(resolve(recipe))
-    step = trainer.build_train_step()
+    trainer.optimize()
     state_before = [tensor.detach().clone() for tensor in trainer.state_tensors()]
     rng_state = torch.get_rng_state()
     timing = measure_step_timing(trainer, step)
@@ -48,24 +48,24 @@ def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], 
 def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     # An epoch takes 5 steps * 2 s + 40 validation images * 0.05 s = 12 s, and the test set 2 s.
     # The budget leaves 0.95 * 60 s - 7 s - 2 s = 48 s for training: 4 epochs.
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     recipe = tiny(time_budget=1.0, epochs=200)
     trainer = build_trainer(resolve(recipe))
-    fit_epochs_to_time_budget(trainer, trainer.build_train_step(), elapsed_s=7.0)
+    fit_epochs_to_time_budget(trainer, elapsed_s=7.0)
     assert (trainer.recipe.epochs, trainer.total_steps) == (4, 20)
     assert trainer.schedule.lr_at(20) == 0.0
     assert trainer.schedule.lr_at(10) == pytest.approx(0.05)
     recipe = tiny(time_budget=1.0, epochs=16, warmup_epochs=8, schedule_epochs=32)
     warmup_trainer = build_trainer(resolve(recipe))
-    fit_epochs_to_time_budget(warmup_trainer, warmup_trainer.build_train_step(), elapsed_s=7.0)
+    fit_epochs_to_time_budget(warmup_trainer, elapsed_s=7.0)
     scaled = warmup_trainer.recipe
     assert (scaled.epochs, scaled.warmup_epochs, scaled.schedule_epochs) == (4, 2.0, 8.0)
     with pytest.raises(UsageError, match=r"not one epoch of 12 s fits into --time-budget 1; give 2 minutes"):
-        fit_epochs_to_time_budget(trainer, trainer.build_train_step(), elapsed_s=50.0)
+        fit_epochs_to_time_budget(trainer, elapsed_s=50.0)
 
 
 def test_run_with_a_time_budget_is_complete(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     summary = train(tiny(time_budget=0.75, epochs=200))
     assert summary["complete"]
     assert summary["epochs"] == summary["config"]["epochs"] == 3
@@ -80,13 +80,14 @@ def test_autotuning_only_for_long_runs_on_cuda(
     recipe = tiny(epochs=1000)
     trainer = build_trainer(resolve(recipe))
     modes: list[str] = []
-    monkeypatch.setattr(Trainer, "build_train_step", lambda _, mode: modes.append(mode))
+    monkeypatch.setattr(Trainer, "optimize", lambda _, mode: modes.append(mode))
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(step_s, 0.0))
-    dry_run.autotune_step(trainer, trainer.build_step(trainer.build_loss_function()))
+    dry_run.autotune(trainer)
     assert modes == [], "autotuning needs CUDA"
-    trainer.execution = replace(trainer.execution, device="cuda", compile=True)
-    dry_run.autotune_step(trainer, trainer.build_step(trainer.build_loss_function()))
+    trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, device="cuda", compile=True))
+    dry_run.autotune(trainer)
     assert modes == ([mode] if mode else [])
-    trainer.recipe = trainer.recipe.model_copy(update={"compile_mode": "default"})
-    dry_run.autotune_step(trainer, trainer.build_step(trainer.build_loss_function()))
+    recipe = trainer.recipe.model_copy(update={"compile_mode": "default"})
+    trainer.resolved = replace(trainer.resolved, recipe=recipe)
+    dry_run.autotune(trainer)
     assert len(modes) <= 1

@@ -14,11 +14,9 @@ from torch import Tensor
 from torchvision.transforms import functional as torchvision_functional
 
 from fastcifar.data.cifar import Split
-from fastcifar.device import choose_execution
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
-from fastcifar.training.resolve import resolve
 from fastcifar.training.evaluate import (
     VIEWS,
     apply_view,
@@ -29,6 +27,7 @@ from fastcifar.training.evaluate import (
     optimize_forward,
     predict_logits,
 )
+from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 
 
@@ -176,6 +175,6 @@ def test_evaluation_is_compiled_only_for_enough_images(
         for epochs in (min_epochs - 1, min_epochs):
             recipe = tiny(epochs=epochs, **extra)
             trainer = build_trainer(resolve(recipe))
-            trainer.execution = replace(trainer.execution, compile=True)
+            trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, compile=True))
             trainer.build_eval_forward()
     assert compiled == [False, True] * 3

@@ -27,9 +27,9 @@ def parts_of(recipe: Recipe) -> Trainer:
 
 
 def test_the_sizes_of_the_epochs() -> None:
-    recipe = Recipe.make(image_size="24:3,28:2,32", epochs=7)
-    assert [recipe.image_size_at(epoch) for epoch in range(8)] == [24, 24, 24, 28, 28, 32, 32, 32]
-    assert {Recipe().image_size_at(epoch) for epoch in (0, 199, 1000)} == {32}
+    resolved = resolve(Recipe.make(image_size="24:3,28:2,32", epochs=7))
+    assert [resolved.image_size_at(epoch) for epoch in range(8)] == [24, 24, 24, 28, 28, 32, 32, 32]
+    assert {resolve(Recipe()).image_size_at(epoch) for epoch in (0, 199, 1000)} == {32}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
     prepared: list[int] = []
     taken: list[tuple[int, int]] = []
     parts = parts_of(tiny(image_size="24:1,28:2,32", epochs=5, batch_size=48, augment="crop:4:zero,cutmix:1.0"))
-    parts.execution = replace(parts.execution, compile=True)
+    parts.resolved = replace(parts.resolved, execution=replace(parts.execution, compile=True))
     plain = parts.forward
     monkeypatch.setattr(parts, "forward", lambda images: taken.append((images.shape[3], len(images))) or plain(images))
 
@@ -120,9 +120,9 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
     parts = parts_of(tiny(image_size="24:3,32", epochs=4))
     seconds = {24: 1.0, 32: 5.0}
     monkeypatch.setattr(
-        dry_run, "_measure_step_s", lambda parts, step, epoch: seconds[parts.recipe.image_size_at(epoch)]
+        dry_run, "_measure_step_s", lambda trainer, epoch: seconds[trainer.resolved.image_size_at(epoch)]
     )
-    pace = measure_step_timing(parts, parts.build_train_step())
+    pace = measure_step_timing(parts)
     assert pace.step_s == 2.0
     assert parts.progress.epoch == 0
 
@@ -130,9 +130,9 @@ def test_a_rehearsal_weighs_each_size_by_its_epochs(
 def test_a_budget_shortens_the_stages_with_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda parts, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     parts = parts_of(tiny(time_budget=1.0, epochs=16, image_size="16:3,24:8,32"))
-    fit_epochs_to_time_budget(parts, parts.build_train_step(), elapsed_s=7.0)
+    fit_epochs_to_time_budget(parts, elapsed_s=7.0)
     assert (parts.recipe.epochs, parts.recipe.image_size) == (4, "24:2,32")
     assert parse_image_sizes(parts.recipe.image_size)
     Recipe.from_dict(parts.recipe.model_dump())
@@ -158,5 +158,5 @@ def test_the_network_starts_from_the_first_training_images(tiny: Callable[..., R
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("speed")])
 def test_a_shipped_recipe_is_one_that_can_be_run(name: str) -> None:
     recipe = Recipe.make(name)
-    assert recipe.image_size_at(recipe.epochs - 1) == 32
+    assert resolve(recipe).image_size_at(recipe.epochs - 1) == 32
     assert recipe.val_size > 0

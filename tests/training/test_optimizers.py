@@ -15,13 +15,14 @@ from pytorch_optimizer import Lookahead as ReferenceLookahead
 from torch import nn
 
 from fastcifar.errors import UsageError
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, parse_clip_grad
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.optimizers import (
     OPTIMIZERS,
     SELF_SCHEDULED_OPTIMIZERS,
     OptimizerWrapper,
     build_grad_clipper,
+    parse_optimizer,
     pytorch_optimizer_classes,
 )
 from tests.training.optimizer_helpers import NO_SKIP, SCALER, network, set_gradients, trained
@@ -63,7 +64,11 @@ def assert_equal_weights(model: nn.Module, reference: nn.Module, tolerance: floa
 @pytest.mark.parametrize("opt", [{}, {"nesterov": True}, {"momentum": 0.0}, {"dampening": 0.1}])
 def test_sgd_equals_torch(opt: dict) -> None:
     model, reference_model = network(), network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt))
+    optimizer = OptimizerWrapper(
+        model,
+        Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt),
+        parse_optimizer(Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt)),
+    )
     reference = torch.optim.SGD(reference_model.parameters(), lr=0.1, weight_decay=1e-2, **{"momentum": 0.9, **opt})
     if "dampening" in opt:  # unlike torch, fastcifar also applies dampening to the first step
         for weight in reference_model.parameters():
@@ -90,7 +95,11 @@ def test_sgd_equals_torch(opt: dict) -> None:
 )
 def test_optimizers_equal_reference_implementations(name: str, opt: dict, build: Any, arguments: dict) -> None:
     model, reference_model = network(), network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt))
+    optimizer = OptimizerWrapper(
+        model,
+        Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt),
+        parse_optimizer(Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt)),
+    )
     reference = build(reference_model.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
     for step in range(20):
         optimizer.set_lr(0.01 / (step + 1))
@@ -105,7 +114,9 @@ def test_optimizers_equal_reference_implementations(name: str, opt: dict, build:
 def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
     model, reference_model = network(), network()
     optimizer = OptimizerWrapper(
-        model, Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha})
+        model,
+        Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha}),
+        parse_optimizer(Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha})),
     )
     inner = torch.optim.SGD(reference_model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     reference = ReferenceLookahead(inner, k=k, alpha=alpha, pullback_momentum="none")
@@ -121,7 +132,11 @@ def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
 def test_skipped_step_does_not_change_the_slow_weights(name: str) -> None:
     """k = 5: step 10 is skipped and changes neither weights nor slow weights; step 15 changes both."""
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, optimizer_arg={"k": 5}))
+    optimizer = OptimizerWrapper(
+        model,
+        Recipe(optimizer=name, optimizer_arg={"k": 5}),
+        parse_optimizer(Recipe(optimizer=name, optimizer_arg={"k": 5})),
+    )
     for step in range(9):
         advance([(model, optimizer)], step)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -137,7 +152,9 @@ def test_skipped_step_does_not_change_the_slow_weights(name: str) -> None:
 
 def test_all_groups_share_one_learning_rate_tensor() -> None:
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer="sgd", bias_decay=False))
+    optimizer = OptimizerWrapper(
+        model, Recipe(optimizer="sgd", bias_decay=False), parse_optimizer(Recipe(optimizer="sgd", bias_decay=False))
+    )
     assert len(optimizer.inner.param_groups) == 2
     before = copy.deepcopy(model.state_dict())
     optimizer.set_lr(0.0)
@@ -151,7 +168,10 @@ def test_all_groups_share_one_learning_rate_tensor() -> None:
 @pytest.mark.parametrize("name", [name for name in ALL_OPTIMIZERS if name.rpartition(":")[2] in OPTIMIZERS])
 def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
     model, resumed_model = network(), network()
-    optimizer, resumed_optimizer = (OptimizerWrapper(model, Recipe(optimizer=name)) for model in (model, resumed_model))
+    optimizer, resumed_optimizer = (
+        OptimizerWrapper(model, Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
+        for model in (model, resumed_model)
+    )
     addresses = [tensor.data_ptr() for tensor in resumed_optimizer.state_tensors()]
     optimizer.set_lr(0.03)
     for step in range(7):
@@ -167,7 +187,7 @@ def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
 def test_complete_state_exists_before_the_first_step(name: str) -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
     addresses = [tensor.data_ptr() for tensor in optimizer.state_tensors()]
     assert len(addresses) > len(optimizer.parameters)
     nonzero_ids = {id(tensor) for tensor in (optimizer.lr, *optimizer.slow_weights)}
@@ -210,7 +230,9 @@ def test_resumed_training_equals_uninterrupted_training(values: dict) -> None:
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_fault14_skipped_step_changes_nothing(name: str, first: bool) -> None:
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01))
+    optimizer = OptimizerWrapper(
+        model, Recipe(optimizer=name, lr=0.01), parse_optimizer(Recipe(optimizer=name, lr=0.01))
+    )
     if not first:
         advance([(model, optimizer)], 0)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -223,7 +245,9 @@ def test_fault14_skipped_step_changes_nothing(name: str, first: bool) -> None:
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "lion"])
 def test_fault14_scaler_skips_only_steps_with_overflow(name: str) -> None:
     model = network()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01))
+    optimizer = OptimizerWrapper(
+        model, Recipe(optimizer=name, lr=0.01), parse_optimizer(Recipe(optimizer=name, lr=0.01))
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for factor in (math.inf, 1.0):
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -278,15 +302,15 @@ def test_fault14_scaler_skips_only_steps_with_overflow(name: str) -> None:
 )
 def test_fault15_invalid_optimizers_and_arguments_are_rejected(values: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        OptimizerWrapper(network(), Recipe.make(**values))
+        OptimizerWrapper(network(), Recipe.make(**values), parse_optimizer(Recipe.make(**values)))
 
 
 def test_fault18_built_in_optimizers_work_without_pytorch_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     for name in OPTIMIZERS:
-        OptimizerWrapper(network(), Recipe(optimizer=name))
+        OptimizerWrapper(network(), Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
     with pytest.raises(UsageError, match=r"pip install 'pytorch_optimizer>=4.1") as caught:
-        OptimizerWrapper(network(), Recipe(optimizer="lion"))
+        OptimizerWrapper(network(), Recipe(optimizer="lion"), parse_optimizer(Recipe(optimizer="lion")))
     assert caught.value.exit_code == 2
 
 
@@ -296,7 +320,11 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
         has_decay = "weight_decay" in inspect.signature(build).parameters
         model = network()
         try:
-            optimizer = OptimizerWrapper(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
+            optimizer = OptimizerWrapper(
+                model,
+                Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0),
+                parse_optimizer(Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0)),
+            )
         except UsageError:
             continue
         advance([(model, optimizer)], 0)
@@ -308,14 +336,20 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
 
 def test_lookahead_arguments_take_precedence_over_the_inner_optimizer() -> None:
     with_lookahead = OptimizerWrapper(
-        network(), Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})
+        network(),
+        Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8}),
+        parse_optimizer(Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})),
     )
     assert (
         with_lookahead.lookahead_k,
         with_lookahead.lookahead_alpha,
         with_lookahead.inner.param_groups[0]["alpha"],
     ) == (7, 0.8, 0.99)
-    without_lookahead = OptimizerWrapper(network(), Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}))
+    without_lookahead = OptimizerWrapper(
+        network(),
+        Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}),
+        parse_optimizer(Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8})),
+    )
     assert (without_lookahead.lookahead_k, without_lookahead.inner.param_groups[0]["alpha"]) == (0, 0.8)
 
 
@@ -323,7 +357,7 @@ def test_trial_steps_preserve_weights_and_random_state() -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer="lion"))
+    optimizer = OptimizerWrapper(model, Recipe(optimizer="lion"), parse_optimizer(Recipe(optimizer="lion")))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not optimizer.inner.state
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -336,13 +370,13 @@ def test_gradient_clipping() -> None:
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     original = [gradient.clone() for gradient in gradients]
     assert len(gradients) == len(weights)
-    build_grad_clipper("none", weights)()
+    build_grad_clipper(parse_clip_grad("none"), weights)()
     assert all(map(torch.equal, gradients, original))
-    build_grad_clipper("value:0.1", weights)()
+    build_grad_clipper(parse_clip_grad("value:0.1"), weights)()
     assert all(map(torch.equal, gradients, [gradient.clamp(-0.1, 0.1) for gradient in original]))
-    build_grad_clipper("norm:0.01", weights)()
+    build_grad_clipper(parse_clip_grad("norm:0.01"), weights)()
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
     for invalid in ("0.1", "value", "value:-1", "value:x", "length:1", "norm:inf"):
         with pytest.raises(UsageError, match="--clip-grad"):
-            build_grad_clipper(invalid, weights)
+            build_grad_clipper(parse_clip_grad(invalid), weights)
