@@ -38,7 +38,7 @@ def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], 
     trainer.optimize()
     state_before = [tensor.detach().clone() for tensor in trainer.state_tensors()]
     rng_state = torch.get_rng_state()
-    timing = measure_step_timing(trainer, step)
+    timing = measure_step_timing(trainer)
     assert timing.step_s > 0
     assert timing.eval_s_per_image > 0
     assert all(torch.equal(*pair) for pair in zip(state_before, trainer.state_tensors(), strict=True))
