@@ -198,7 +198,7 @@ def test_a_folder_of_images_and_a_picture(runs: list[str], images: np.ndarray, t
         ({"eval_weights": "ema"}, CheckpointError, "no average"),
         ({"precision": "fp33"}, UsageError, "--precision"),
         ({"ensemble": ["no.pt"]}, CheckpointError, "checkpoint no.pt does not exist"),
-        ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
+        ({"arch": "se68"}, CheckpointError, "contains resnet, not se68"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
