@@ -196,7 +196,7 @@ def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path
         ({"eval_weights": "ema"}, CheckpointError, "no EMA weights"),
         ({"precision": "fp33"}, UsageError, "--precision"),
         ({"ensemble": ["no.pt"]}, CheckpointError, "checkpoint no.pt does not exist"),
-        ({"arch": "se68"}, CheckpointError, "holds resnet, not se68"),
+        ({"arch": "se68"}, CheckpointError, "contains resnet, not se68"),
     ],
 )
 def test_invalid_arguments_are_refused_before_anything_is_written(
