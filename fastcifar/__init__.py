@@ -1,7 +1,7 @@
-"""fastcifar: train networks on CIFAR fast, under a parameter budget, and tell the truth about it.
+"""fastcifar: fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation.
 
-The library's face: `Recipe`, `train`, `load`, `batches`, `MODELS`. Each is imported when it is first used, so that
-`import fastcifar` costs nothing.
+The public names are `Recipe`, `train`, `load_dataset`, `batches` and `MODELS`. Each is imported on first use, so that
+`import fastcifar` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m fastcifar`, as torchrun wants it."""
+"""Entry point of `python -m fastcifar`, which torchrun uses."""
 
 from fastcifar.cli.app import main
 

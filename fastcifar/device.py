@@ -1,7 +1,7 @@
-"""The machine's part of a run: device, precision, loader, compile and graph, each chosen with its reason.
+"""The choice of device, precision, data loader, compilation and CUDA graph, each with its reason; machine information.
 
-`train`, `bench` and `doctor` ask here, so that they agree. `examine` is what `doctor` shows: versions, devices and
-imports that may be broken, each tried in a process of its own. torch is imported inside the functions only.
+`train`, `bench` and `doctor` all use `choose_execution`. `collect_diagnostics` is the document of `fastcifar doctor`:
+versions, devices, and imports that may fail, each tried in a separate process. torch is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """What a run will use. `device` is "cuda" or "cpu"; `reasons` says why, by the knob's name."""
+    """How a run is executed.
+
+    device: "cuda" or "cpu".
+    precision: "bf16", "fp16" or "fp32".
+    loader: a name in `LOADERS`.
+    compile: whether torch.compile is used.
+    cuda_graph: whether the training step is captured in a CUDA graph.
+    reasons: name of a field -> why it was chosen.
+    """
 
     device: str
     precision: str
@@ -62,30 +70,24 @@ class ExecutionPlan:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def format_lines(self) -> list[str]:
-        """`device: cpu (no CUDA device is visible)`, a line for each knob."""
-        values = {name: getattr(self, name) for name in ("device", "precision", "loader", "compile", "cuda_graph")}
-        return [f"{name}: {format_option_value(value)} ({self.reasons[name]})" for name, value in values.items()]
+        """Return a line for each option: `device: cpu (no CUDA device is visible)`."""
+        names = ("device", "precision", "loader", "compile", "cuda_graph")
+        return [f"{name}: {format_option_value(getattr(self, name))} ({self.reasons[name]})" for name in names]
 
 
 def choose_execution(recipe: Recipe) -> ExecutionPlan:
-    """The device, precision, loader, compile and graph for `recipe` on this machine.
+    """Return the execution of `recipe` on this machine.
 
-    Errors: `DeviceError` for what was asked for and is not there, with the remedy.
+    Raises `DeviceError` if a requested device or library is not available.
     """
-    device, why_device = _choose_device(recipe.device)
-    precision, why_precision = _choose_precision(recipe.precision, device)
-    loader, why_loader = _choose_loader(recipe.loader, device)
-    compiled, why_compile = _choose_compile(recipe.compile, device)
-    graph, why_graph = _choose_cuda_graph(recipe.cuda_graph, device)
+    reasons: dict[str, str] = {}
+    device, reasons["device"] = _choose_device(recipe.device)
+    precision, reasons["precision"] = _choose_precision(recipe.precision, device)
+    loader, reasons["loader"] = _choose_loader(recipe.loader, device)
+    compiled, reasons["compile"] = _choose_compile(recipe.compile, device)
+    cuda_graph, reasons["cuda_graph"] = _choose_cuda_graph(recipe.cuda_graph, device)
     _check_fused_ops(recipe.fused_ops, device)
-    reasons = {
-        "device": why_device,
-        "precision": why_precision,
-        "loader": why_loader,
-        "compile": why_compile,
-        "cuda_graph": why_graph,
-    }
-    return ExecutionPlan(device, precision, loader, compiled, graph, reasons)
+    return ExecutionPlan(device, precision, loader, compiled, cuda_graph, reasons)
 
 
 def _choose_device(requested: str) -> tuple[str, str]:
@@ -95,7 +97,7 @@ def _choose_device(requested: str) -> tuple[str, str]:
     if requested == "cuda" and not visible:
         raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
     if requested != "auto":
-        return requested, "asked for"
+        return requested, "requested"
     return ("cuda", torch.cuda.get_device_name()) if visible else ("cpu", "no CUDA device is visible")
 
 
@@ -103,43 +105,43 @@ def _choose_precision(requested: str, device: str) -> tuple[str, str]:
     import torch
 
     if requested != "auto":
-        return requested, "asked for"
+        return requested, "requested"
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major >= 8:
             return "bf16", f"native in compute capability {major}.{minor}"
         if major >= 7:
-            return "fp16", f"compute capability {major}.{minor} has no bf16; loss scaled on the device"
+            return "fp16", f"compute capability {major}.{minor} has no bf16; with loss scaling on the device"
         return "fp32", f"compute capability {major}.{minor} has neither bf16 nor fast fp16"
     for name in ("amx_bf16", "avx512_bf16"):
         if name in _cpu_flags():
             return "bf16", f"this CPU has {name}"
-    return "fp32", "this CPU has neither AMX nor AVX-512 bf16"
+    return "fp32", "this CPU has neither AMX nor AVX-512 bf16 instructions"
 
 
 def _choose_loader(requested: str, device: str) -> tuple[str, str]:
     if requested == "torchvision":
-        return requested, "asked for: the baseline, one image at a time in worker processes"
+        return requested, "requested: the baseline, one image at a time in worker processes"
     if requested == "dali":
         import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
     if requested != "auto":
-        return requested, "asked for"
+        return requested, "requested"
     if device == "cpu":
-        return "tensor", "one compiled kernel a batch, the least work for a CPU"
+        return "tensor", "one compiled kernel per batch, the fastest on a CPU"
     try:
         version = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError).__version__
     except DeviceError as error:
-        return "tensor", f"{error.problem}; the data set stays on the device"
-    return "dali", f"DALI {version} augments on the GPU, ahead of the step"
+        return "tensor", f"{error.problem}; the data set is kept on the GPU"
+    return "dali", f"DALI {version} augments on the GPU in parallel with training"
 
 
 def _choose_compile(requested: bool | None, device: str) -> tuple[bool, str]:
     if requested is not None:
-        return requested, "asked for"
+        return requested, "requested"
     if device == "cpu":
         compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), "")
         if not compiler:
-            return False, "no C++ compiler was found; install g++ to train faster"
+            return False, "no C++ compiler was found; install g++ for faster training"
         return True, f"C++ compiler {compiler}"
     try:
         import triton
@@ -150,34 +152,38 @@ def _choose_compile(requested: bool | None, device: str) -> tuple[bool, str]:
 
 def _choose_cuda_graph(requested: bool | None, device: str) -> tuple[bool, str]:
     if requested and device != "cuda":
-        raise DeviceError("--cuda-graph needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
+        raise DeviceError("--cuda-graph needs CUDA, and the device is cpu", "remove it, or use --device cuda")
     if requested is not None:
-        return requested, "asked for"
-    return device == "cuda", "one replay a step" if device == "cuda" else "CUDA only"
+        return requested, "requested"
+    return device == "cuda", "one graph launch per step" if device == "cuda" else "CUDA only"
 
 
 def _check_fused_ops(requested: bool, device: str) -> None:
     if requested and device != "cuda":
-        raise DeviceError("--fused-ops needs CUDA, and the device is cpu", "leave it out, or use --device cuda")
+        raise DeviceError("--fused-ops needs CUDA, and the device is cpu", "remove it, or use --device cuda")
     if requested and not importlib.util.find_spec("triton"):
-        raise DeviceError("--fused-ops needs Triton, and it is not installed", "leave it out, or install triton")
+        raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
 
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    """The processor's feature names as Linux spells them; empty where there is no /proc/cpuinfo."""
+    """Return the instruction set extensions of the CPU by their names on Linux; none without /proc/cpuinfo."""
+    return frozenset(_read_cpuinfo("flags", "Features").split())
+
+
+def _read_cpuinfo(*names: str) -> str:
+    """Return the first value in /proc/cpuinfo whose name begins with one of `names`; "" without such a line or file."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+            return next((line for line in lines if line.startswith(names)), "").partition(":")[2].strip()
     except OSError:
-        return frozenset()
-    return frozenset(line.partition(":")[2].split())
+        return ""
 
 
 def enable_deterministic_algorithms() -> None:
-    """Has torch use deterministic algorithms alone, for the whole process; what has none raises.
+    """Make torch use deterministic algorithms only, in the whole process; operations without one raise.
 
-    cuBLAS reads its variable when it starts: nothing may have used the GPU before.
+    Must be called before the first use of the GPU, because cuBLAS reads its environment variable when it starts.
     """
     import torch
 
@@ -188,7 +194,7 @@ def enable_deterministic_algorithms() -> None:
 
 
 def describe_device(device: str = "auto") -> str:
-    """The device in words: the GPU's name, or the CPU's model and cores. "auto" is the GPU if there is one."""
+    """Return the name of the GPU, or the model and number of cores of the CPU. "auto" means the GPU if there is one."""
     import torch
 
     if device != "cpu" and torch.cuda.is_available():
@@ -198,23 +204,18 @@ def describe_device(device: str = "auto") -> str:
 
 @functools.cache
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            named = (line for line in lines if line.startswith("model name"))
-            return next(named, "").partition(":")[2].strip() or platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def usable_cpu_count() -> int:
-    """CPU cores that this process may run on; all cores where the system does not limit a process to some."""
+    """Return the number of CPU cores that this process may run on; of all cores if the system has no such limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory_bytes() -> int | None:
-    """Free bytes of the host's memory; None where the system does not say."""
+    """Return the free host memory in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -222,7 +223,7 @@ def available_memory_bytes() -> int | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The peak of the allocator on a GPU, of the process's memory on a CPU; None where the system does not say."""
+    """Return the peak memory in bytes, of torch's allocator on a GPU, of the process on a CPU; None if not reported."""
     import torch
 
     if device.type == "cuda":
@@ -234,46 +235,53 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def process_times(process_id: str = "self") -> tuple[float, float] | None:
-    """CPU seconds of a process, and seconds since it was started; None where the system has no Linux /proc."""
+    """Return the CPU seconds of a process and the seconds since its start; None on systems without Linux's /proc."""
     try:
         fields = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        user, system, started = (int(fields[index]) / os.sysconf("SC_CLK_TCK") for index in (11, 12, 19))
-        return user + system, time.clock_gettime(time.CLOCK_BOOTTIME) - started  # `started` counts from the boot
+        user, system, start = (int(fields[index]) / os.sysconf("SC_CLK_TCK") for index in (11, 12, 19))
+        return user + system, time.clock_gettime(time.CLOCK_BOOTTIME) - start  # `start` is in seconds since boot
     except (AttributeError, OSError, ValueError, IndexError):
         return None
 
 
 def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
-    """What an allocation that failed says to the user, with its numbers; None for another error.
+    """Return the user error for a failed allocation, with the sizes in its message; None for any other error.
 
-    It knows torch's errors by their names and words, on a GPU, in the host's memory and in a loader's worker.
+    torch's errors are recognized by name and message: on a GPU, in host memory, and in a worker of a DataLoader.
     """
     text = " ".join(str(error).split())
     remedy = "use a smaller --batch-size or --width"
     if type(error).__name__ == "OutOfMemoryError":
         numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
         return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
-    if text.startswith("DataLoader worker"):  # torch raises it wherever this process happens to be
+    if text.startswith("DataLoader worker"):  # raised from a signal handler, at any line of this process
         return InsufficientMemoryError(
-            "a worker process of the loader died", "memory may be short: use fewer --workers, or --loader tensor"
+            "a worker process of the data loader died, perhaps from too little memory",
+            "use fewer --workers, or --loader tensor",
         )
     if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
         return None
-    asked = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
+    size = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
+    requested = f": {size[1]} more were requested" if size else ""
     available = available_memory_bytes()
     free = "" if available is None else f", {available:,} bytes are available"
-    return InsufficientMemoryError(f"out of memory{f': {asked[1]} more were asked for' if asked else ''}{free}", remedy)
+    return InsufficientMemoryError(f"out of memory{requested}{free}", remedy)
 
 
 def result_folder_name(device: str, label: str) -> str:
-    """The name of a result's folder, <UTC>_<device>_<what>. `device`: in words."""
-    spelt = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
-    return f"{format_timestamp(for_file_name=True)}_{spelt}_{label}"
+    """Return the name of a result folder, TIME_DEVICE_LABEL, with the time in UTC.
+
+    device: as `describe_device` returns it.
+    """
+    device_name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
+    return f"{format_timestamp(for_file_name=True)}_{device_name}_{label}"
 
 
 def collect_environment(device: str) -> dict[str, Any]:
-    """What a result on `device` ("auto", "cuda", "cpu") depends on beside its recipe: versions, device, platform (for
-    env.json). Of the kernel its version alone: what its builder called it says more of the machine than a result needs.
+    """Return what a result depends on besides its recipe: versions, device and platform, as in env.json.
+
+    device: "auto", "cuda" or "cpu".
+    Only the version of the kernel is included, because its full name may identify the machine.
     """
     import torch
 
@@ -294,7 +302,10 @@ def collect_environment(device: str) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of what the figures depend on; "missing" where a package is not installed."""
+    """Return package name -> installed version, of fastcifar and the packages that results depend on.
+
+    The version of a package that is not installed is "missing".
+    """
     return {"fastcifar": __version__, **{name: _package_version(name) for name in VERSIONED_PACKAGES}}
 
 
@@ -306,34 +317,37 @@ def _package_version(package: str) -> str:
 
 
 def probe_import(module: str) -> tuple[bool, str]:
-    """Whether `module` imports in a process of its own, and the last line it printed if not."""
+    """Return whether `module` can be imported, tried in a separate process, and the last line of the error if not."""
+    command = [sys.executable, "-c", f"import {module}"]
     try:
-        run = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120, check=False
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
-    lines = run.stderr.strip().splitlines()
-    return run.returncode == 0, "" if run.returncode == 0 else (lines[-1] if lines else f"exit {run.returncode}")
+    if run.returncode == 0:
+        return True, ""
+    return False, next(reversed(run.stderr.strip().splitlines()), f"exit code {run.returncode}")
 
 
 def import_optional(module: str, remedy: str, error_type: type[UserError] = UsageError) -> ModuleType:
-    """The library `module`, which only some features need. Errors: `kind` if it is missing or does not import."""
+    """Import and return `module`, which only some features need.
+
+    Raises `error_type` with `remedy` if it is not installed or its import fails.
+    """
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a broken build raises anything: torchvision beside another torch a RuntimeError
+    except Exception as error:  # not only ImportError: torchvision with another torch version raises RuntimeError
         problem = f"{module} cannot be imported ({type(error).__name__}: {first_message_line(error)})"
         raise error_type(problem, remedy) from None
 
 
 def collect_diagnostics(recipe: Recipe) -> dict[str, Any]:
-    """Everything `doctor` shows: `environment`, imports tried, and what `train` would choose and why."""
+    """Return the document of `fastcifar doctor`: the environment, the tried imports, and the execution of `recipe`."""
     imports = {}
     for module in PROBED_MODULES:
         works, reason = probe_import(module)
         imports[module] = "works" if works else reason
     try:
-        choice: dict[str, Any] = {"chosen": choose_execution(recipe).format_lines()}
+        execution: dict[str, Any] = {"chosen": choose_execution(recipe).format_lines()}
     except (DeviceError, UsageError) as error:
-        choice = {"chosen": [], "error": str(error)}
-    return {**collect_environment(recipe.device), "imports": imports, **choice}
+        execution = {"chosen": [], "error": str(error)}
+    return {**collect_environment(recipe.device), "imports": imports, **execution}

@@ -1,7 +1,7 @@
-"""User errors: one line with the remedy, an exit code, and the look-up of names in tables.
+"""User errors, with a remedy and an exit code, and the lookup of names in tables.
 
-Everything a user can get wrong is a `UserError`; `cli.py` prints it as one line and exits with its code.
-A wrong state that only a bug can cause is an `assert`, not one of these. No torch here.
+Every error that a user can cause or remedy is a `UserError`; `cli/exit.py` prints it in one line and exits with its
+code. A state that only a bug can cause is an `assert` instead. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """What went wrong and, after it, what the user can do about it; `exit_code` is the process's."""
+    """An error whose message is the problem and, after a semicolon, what the user can do about it.
+
+    `exit_code` is the exit code of the command.
+    """
 
     exit_code = 1
 
@@ -26,19 +29,19 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A wrong option, name, value or recipe."""
+    """An invalid option, name, value or recipe."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A data set that is missing, damaged, malicious or of the wrong shape."""
+    """A missing, damaged or malicious data set, or one with wrong shapes."""
 
     exit_code = 3
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another model."""
+    """A missing or damaged checkpoint, or one of another model."""
 
     exit_code = 4
 
@@ -50,25 +53,25 @@ class NonFiniteError(UserError):
 
 
 class InsufficientMemoryError(UserError):
-    """Out of host or device memory."""
+    """Too little host or device memory."""
 
     exit_code = 6
 
 
 class DiskError(UserError):
-    """Disk full, folder not writable."""
+    """A full disk, or a folder that cannot be written."""
 
     exit_code = 7
 
 
 class DeviceError(UserError):
-    """A device, or DALI, that was asked for and is not there."""
+    """A requested device or library (DALI, Triton) that is not available."""
 
     exit_code = 8
 
 
 class Interrupted(UserError):
-    """Stopped by a signal, after the checkpoint was written."""
+    """A run that was stopped by a signal; its checkpoint has been written."""
 
     def __init__(self, signal: str, exit_code: int, step: int, checkpoint: str) -> None:
         self.exit_code = exit_code
@@ -76,28 +79,28 @@ class Interrupted(UserError):
 
 
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as one line like an error's, without a place in the source."""
+    """Print a warning in one line, without its position in the source; a replacement of `warnings.showwarning`."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
     print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
 
 def first_message_line(error: BaseException, default: str = "") -> str:
-    """The first line of an error's message, or `otherwise` where it has none."""
+    """Return the first line of the message of `error`, or `default` if the message is empty."""
     return next(iter(str(error).strip().splitlines()), default)
 
 
 def lookup(table: Mapping[str, T], name: str, noun: str) -> T:
-    """The row `name` of `table`; otherwise a `UsageError` that names the nearest row.
+    """Return `table[name]`. Raises `UsageError` with the most similar name if there is no such entry.
 
-    `what` is the singular noun for the message, such as "architecture".
+    noun: what the table holds, for the message: "architecture".
     """
     if name in table:
         return table[name]
     raise UsageError(f"unknown {noun} {name!r}", suggest_name(name, table))
 
 
-def suggest_name(name: str, known: Mapping[str, object] | list[str]) -> str:
-    """The remedy for a misspelt name: the closest known one, or the list of all."""
-    names = sorted(known)
+def suggest_name(name: str, valid_names: Mapping[str, object] | list[str]) -> str:
+    """Return the remedy for a misspelled name: the most similar valid name, or the list of all."""
+    names = sorted(valid_names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"

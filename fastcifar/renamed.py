@@ -1,6 +1,7 @@
-"""Names that options had in earlier versions: refused where a person writes them, translated where an old file has them.
+"""Names that options had in earlier versions, listed in `renamed.toml`.
 
-The table is `renamed.toml`. No torch here.
+Command lines and recipe files that use an old name are refused with the new one. Run folders, checkpoints and sweeps of
+earlier versions are read with the options translated. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -16,20 +18,23 @@ from fastcifar.format import option_flag
 
 @functools.cache
 def renamed_options(command: str = "") -> dict[str, list[str]]:
-    """Old name -> new names, of the options of every command and of those that only `command` has."""
+    """Return old name -> new names, for the options of all commands and those that only `command` has."""
     text = resources.files("fastcifar").joinpath("renamed.toml").read_text(encoding="utf-8")
     tables = tomllib.loads(text)
     return {**tables["options"], **tables.get(command, {})}
 
 
-def renaming_remedy(name: str, command: str = "") -> str:
-    """What to write instead of the option `name`, as flags; "" if it was never renamed."""
+def renaming_remedy(name: str, command: str = "", format_name: Callable[[str], str] = option_flag) -> str:
+    """Return the advice to use the new name of the option `name`, or "" if it was never renamed.
+
+    format_name: the syntax of the new name; by default that of a command-line option.
+    """
     new_names = renamed_options(command).get(name, [])
-    return f"it was renamed: use {' or '.join(map(option_flag, new_names))}" if new_names else ""
+    return f"it was renamed: use {' or '.join(map(format_name, new_names))}" if new_names else ""
 
 
 def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a saved recipe with today's names and values; what is not in the table is left as it is."""
+    """Return the options of a saved recipe with their current names and values; other options are kept unchanged."""
     upgraded: dict[str, Any] = {}
     for name, value in values.items():
         if name not in renamed_options():
@@ -46,6 +51,6 @@ def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _upgrade_save_every(value: str) -> dict[str, int]:
-    """`500s`, every 500 steps and not at the ends of epochs, or `1e`, every epoch."""
+    """Translate `500s`, every 500 steps and not at the end of epochs, or `1e`, every epoch."""
     count = int(value[:-1]) if value[:-1].isdigit() else 1
     return {"save_every_epochs": 0, "save_every_steps": count} if value.endswith("s") else {"save_every_epochs": count}

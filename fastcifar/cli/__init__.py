@@ -1,1 +1,1 @@
-"""The command line: `fastcifar` and its subcommands."""
+"""The command `fastcifar` and its subcommands."""

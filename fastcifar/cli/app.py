@@ -1,7 +1,7 @@
-"""The commands of `fastcifar`, a few lines each: no logic here, and torch is not imported until a command runs.
+"""The commands of `fastcifar`; each only passes its options on and prints the result.
 
-Options are generated from the fields of `Recipe` (options.py); errors become messages and exit codes in exit.py. With
---json the last line of stdout is one JSON document.
+Options are generated from the fields of `Recipe` (options.py); errors become messages and exit codes in exit.py. torch
+is imported only when a command runs. With --json the last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ import typer
 from rich.console import Console
 
 from fastcifar._version import __version__
+from fastcifar.cli import data, reports
 from fastcifar.cli.exit import run_cli
-from fastcifar.cli.options import DebugOption, DryRunOption, JsonOption, RecipeOption, recipe_options
+from fastcifar.cli.options import (
+    CheckpointArchOption,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunArgument,
+    recipe_options,
+)
 from fastcifar.recipe import Recipe, section_fields
 
 app = typer.Typer(
@@ -26,10 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-data_app = typer.Typer(help="Verify a data set, or show what an augmentation does to it.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-runs_app = typer.Typer(help="List run folders and sweeps, or remove some.", no_args_is_help=True)
-app.add_typer(runs_app, name="runs")
+app.add_typer(data.data_app, name="data")
+app.add_typer(reports.runs_app, name="runs")
 
 
 def _print_version(requested: bool) -> None:
@@ -64,13 +71,13 @@ def train(
     from fastcifar.training.dry_run import dry_run as estimate_run
     from fastcifar.training.train import train as run
 
-    made = Recipe.make(recipe, **options)
-    console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # under torchrun one process speaks
-    found = estimate_run(made) if dry_run else run(made, recipe, console)
-    if as_json:
-        print(json.dumps(found)) if not console.quiet else None
-    else:
-        console.print(dry_run_table(found) if dry_run else summary_table(found))
+    resolved = Recipe.make(recipe, **options)
+    console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes rank 0 prints
+    result = estimate_run(resolved) if dry_run else run(resolved, recipe, console)
+    if not as_json:
+        console.print(dry_run_table(result) if dry_run else summary_table(result))
+    elif not console.quiet:
+        print(json.dumps(result))
 
 
 @app.command("eval")
@@ -78,32 +85,28 @@ def train(
     ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
 )
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
-    arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
-    ] = None,
+    run: RunArgument,
+    arch: CheckpointArchOption = None,
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="folder for the plots reliability.png and confusion.png")
+        Path | None, typer.Option(metavar="DIR", help="folder to write the plots reliability.png and confusion.png to")
     ] = None,
     shifted: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="folder with the .npy files of CIFAR-10.1, evaluated in addition")
+        Path | None, typer.Option(metavar="DIR", help="folder of the .npy files of CIFAR-10.1, evaluated in addition")
     ] = None,
     corruptions: Annotated[
-        bool, typer.Option("--corruptions", help="evaluation on corrupted test images in addition")
+        bool, typer.Option("--corruptions", help="evaluate on corrupted test images in addition")
     ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Evaluate a run, a checkpoint or published weights of a source project on the test set."""
+    """Evaluate a run, a checkpoint, or the published weights of another project on the test set."""
     from fastcifar.cli.tables import scores_table
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
-    console, asked = (
-        Console(stderr=as_json),
-        {"plots_dir": plots, "shifted_dir": shifted, "with_corruptions": corruptions},
-    )
-    scores = evaluate_run(run, arch=arch, console=console, **asked, **options)
+    console = Console(stderr=as_json)
+    extras: dict[str, Any] = {"plots_dir": plots, "shifted_dir": shifted, "with_corruptions": corruptions}
+    scores = evaluate_run(run, arch=arch, console=console, **extras, **options)
     print(json.dumps(scores)) if as_json else console.print(scores_table(scores))
 
 
@@ -112,30 +115,36 @@ def evaluate(
     ("eval_weights", "tta", "data", "device", "precision", "compile", "cuda_graph", "normalize", "max_params")
 )
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
+    run: RunArgument,
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="pickle, .npy file, image, folder of images, data:test or data:train")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="images: a pickle, .npy file, image file, folder of images, data:test or data:train"
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="prediction file to write: .csv, .jsonl or .parquet")
     ],
-    arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
-    ] = None,
+    arch: CheckpointArchOption = None,
     ensemble: Annotated[
         list[str] | None,
-        typer.Option("--ensemble", metavar="RUN|CKPT", help="further run whose logits are averaged; may be repeated"),
+        typer.Option(
+            "--ensemble", metavar="RUN|CKPT", help="further run; logits are averaged over all; may be repeated"
+        ),
     ] = None,
     top: Annotated[
-        int, typer.Option(metavar="INT", help="number of most probable classes to add, with their probabilities")
+        int, typer.Option(metavar="INT", help="number of most probable classes to write, with their probabilities")
     ] = 0,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="add the probability of every class")] = False,
-    names: Annotated[bool, typer.Option("--names", help="class names instead of class indices")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="write the probability of every class")
+    ] = False,
+    names: Annotated[bool, typer.Option("--names", help="write class names instead of class indices")] = False,
     header: Annotated[
-        str | None, typer.Option(metavar="ID,LABEL", help="header of the .csv file, by default ID,Labels")
+        str | None, typer.Option(metavar="ID,LABEL", help="header of a .csv file, by default ID,Labels")
     ] = None,
     show: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="plot of some images with their predicted labels")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="image file to plot some images with their predicted labels to"),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -143,56 +152,60 @@ def predict(
 ) -> None:
     """Predict the classes of images with one trained network or an ensemble, and write a prediction file."""
     from fastcifar.cli.tables import predictions_table
-    from fastcifar.evaluation.predict import predict_to_file as label
+    from fastcifar.evaluation.predict import predict_to_file
 
     console = Console(stderr=as_json)
-    asked = {
-        "arch": arch,
-        "top_k": top,
-        "with_probabilities": probabilities,
-        "use_class_names": names,
-        "header": header,
-        "plot_path": show,
-    }
-    found = label(run, source, out, ensemble=ensemble or (), console=console, **asked, **options)
-    print(json.dumps(found)) if as_json else console.print(predictions_table(found))
+    result = predict_to_file(
+        run,
+        source,
+        out,
+        ensemble=ensemble or (),
+        console=console,
+        arch=arch,
+        top_k=top,
+        with_probabilities=probabilities,
+        use_class_names=names,
+        header=header,
+        plot_path=show,
+        **options,
+    )
+    print(json.dumps(result)) if as_json else console.print(predictions_table(result))
 
 
 @app.command()
 @recipe_options(("eval_weights", "data", "normalize", "max_params"))
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")],
+    run: RunArgument,
     format: Annotated[str, typer.Option(metavar="onnx|pt2|aoti|safetensors", help="file format")] = "onnx",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="file to write, by default in the run folder")
     ] = None,
     inputs: Annotated[
-        str, typer.Option("--input", metavar="uint8|normalized", help="type of the input images")
+        str, typer.Option("--input", metavar="uint8|normalized", help="format of the input images")
     ] = "uint8",
     outputs: Annotated[
-        str, typer.Option("--output", metavar="probabilities|logits", help="type of the output")
+        str, typer.Option("--output", metavar="probabilities|logits", help="quantity that the model returns")
     ] = "probabilities",
-    arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="architecture of a checkpoint that does not name it")
-    ] = None,
+    arch: CheckpointArchOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Export a trained network with a model card; the file is kept only if its outputs equal the network's."""
+    """Export a trained network with a model card; the file is kept only if its outputs equal those of the network."""
     from fastcifar.cli.tables import export_table
-    from fastcifar.evaluation.export import export_model as write
+    from fastcifar.evaluation.export import export_model
 
-    found = write(run, format, out, inputs, outputs, arch=arch, **options)
-    print(json.dumps(found)) if as_json else Console().print(export_table(found))
+    result = export_model(run, format, out, inputs, outputs, arch=arch, **options)
+    print(json.dumps(result)) if as_json else Console().print(export_table(result))
 
 
 @app.command()
 @recipe_options(section_fields("network"))
 def models(
-    name: Annotated[str | None, typer.Argument(help="architecture whose layers are listed")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="architecture whose layers are listed")] = None,
     budget: Annotated[
-        float | None, typer.Option(metavar="PARAMS", help="parameter budget for which the largest --width is computed")
+        float | None,
+        typer.Option(metavar="PARAMS", help="maximum number of parameters, for which the largest --width is computed"),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -203,46 +216,17 @@ def models(
     from fastcifar.models.describe import describe_architectures, describe_layers, fit_width_to_budget
 
     arch = name or options["arch"]
-    given = Recipe.make(**{**options, "arch": arch})
+    recipe = Recipe.make(**{**options, "arch": arch})
     if budget is not None:
-        result: Any = fit_width_to_budget(given, int(budget))
+        result: Any = fit_width_to_budget(recipe, int(budget))
         table = width_table(result)
     elif arch:
-        result = describe_layers(given)
+        result = describe_layers(recipe)
         table = layers_table(result)
     else:
         result = describe_architectures()
         table = architectures_table(result)
     print(json.dumps(result)) if as_json else Console().print(table)
-
-
-@data_app.command("verify")
-@recipe_options(("data", "dataset"))
-def data_verify(as_json: JsonOption = False, debug: DebugOption = False, **options: Any) -> None:
-    """Read and verify every file of a data set, and report its source, its images and its classes."""
-    from fastcifar.cli.tables import dataset_table
-    from fastcifar.data.inspection import verify_dataset
-
-    found = verify_dataset(Recipe.make(**options))
-    print(json.dumps(found)) if as_json else Console().print(dataset_table(found))
-
-
-@data_app.command("show")
-@recipe_options(("augment", "data", "dataset", "seed"))
-def data_show(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.png", help="image file to write; an existing one is overwritten")
-    ],
-    count: Annotated[int, typer.Option("--count", metavar="INT", help="number of images")] = 8,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-    **options: Any,
-) -> None:
-    """Plot images before and after each augmentation of the list, and after all of them."""
-    from fastcifar.data.inspection import plot_augmentations
-
-    shown = plot_augmentations(Recipe.make(**options), out, count)
-    print(json.dumps(shown) if as_json else f"wrote {shown['out']}")
 
 
 @app.command()
@@ -252,36 +236,49 @@ def bench(
     what: Annotated[
         str,
         typer.Option(
-            metavar="loader,step,train,infer,conv,replay|all",
-            help="benchmarks to run; train is loader and step together",
+            metavar="NAME,...",
+            help="benchmarks to run: loader, step, train (loader and step together), infer, conv, replay, or all",
         ),
     ] = "loader,step,train",
-    archs: Annotated[str, typer.Option(metavar="NAME,...", help="architectures to measure")] = "",
-    batch_sizes: Annotated[str, typer.Option(metavar="INT,...", help="batch sizes to measure")] = "",
-    modes: Annotated[str, typer.Option(metavar="eager,compiled,captured", help="execution modes to measure")] = "",
+    archs: Annotated[str, typer.Option(metavar="NAME,...", help="architectures to measure, by default --arch")] = "",
+    batch_sizes: Annotated[
+        str, typer.Option(metavar="INT,...", help="batch sizes to measure, by default --batch-size")
+    ] = "",
+    modes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
+        ),
+    ] = "",
     trials: Annotated[
-        int, typer.Option(min=1, help="number of timed trials of a few seconds each; all are recorded")
+        int,
+        typer.Option(metavar="INT", min=1, help="number of timed trials of a few seconds each; all are recorded"),
     ] = 5,
-    profile: Annotated[Path | None, typer.Option(metavar="FILE", help="Chrome trace of a few steps to write")] = None,
-    chart: Annotated[Path | None, typer.Option(metavar="FILE.png", help="bar chart of the results to write")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="file to write a Chrome trace of a few steps to")
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="image file to write a bar chart of the results to")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Measure images/s of the loader, of the training step on a fixed batch, of both together, and more."""
-    from fastcifar.benchmark.bench import bench as measure
+    """Measure images/s of the data loader, of the training step on a fixed batch, of both together, and more."""
+    from fastcifar.benchmark.bench import bench as run_bench
     from fastcifar.plotting import plot_bar_chart, require_png
     from fastcifar.reporting.benchmark_tables import bench_panels, bench_table
 
     console = Console(stderr=as_json)
     if chart:
         require_png(chart)
-    grid = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
-    listed = {name: values.split(",") for name, values in grid.items() if values}
-    found = measure(Recipe.make(recipe, **options), what, trials, profile, console, grid=listed)
+    lists = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
+    grid = {name: values.split(",") for name, values in lists.items() if values}
+    result = run_bench(Recipe.make(recipe, **options), what, trials, profile, console, grid=grid)
     if chart:
-        plot_bar_chart(chart, *bench_panels(found))
-    print(json.dumps(found)) if as_json else console.print(bench_table(found))
+        plot_bar_chart(chart, *bench_panels(result))
+    print(json.dumps(result)) if as_json else console.print(bench_table(result))
 
 
 @app.command()
@@ -292,26 +289,30 @@ def speedrun(
     ] = None,
     recipe: RecipeOption = None,
     n: Annotated[
-        int, typer.Option("--n", metavar="INT", min=1, help="number of runs, with consecutive seeds from --seed on")
+        int,
+        typer.Option("--n", metavar="INT", min=1, help="number of runs, with consecutive seeds beginning at --seed"),
     ] = 1,
     eval_split: Annotated[
         str | None,
-        typer.Option(metavar="test|val", help="split to evaluate on; test (the default) trains on all images"),
+        typer.Option(
+            metavar="test|val", help="split to evaluate on, by default test; with test all images are trained on"
+        ),
     ] = None,
     append: Annotated[
-        Path | None, typer.Option("--append", metavar="DIR", help="result folder of an earlier speedrun to add runs to")
+        Path | None,
+        typer.Option("--append", metavar="DIR", help="result folder of an earlier speedrun to which runs are added"),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Time n training runs, evaluate them outside the timed region, and report how often a target is reached."""
-    from fastcifar.benchmark.speedrun import speedrun as run
+    """Time n training runs, evaluate them outside the timed region, and report how often the target is reached."""
+    from fastcifar.benchmark.speedrun import speedrun as run_speedrun
     from fastcifar.reporting.benchmark_tables import speedrun_table
 
     console = Console(stderr=as_json)
-    found = run(target, recipe, n, eval_split, append, console, **options)
-    print(json.dumps(found)) if as_json else console.print(speedrun_table(found))
+    result = run_speedrun(target, recipe, n, eval_split, append, console, **options)
+    print(json.dumps(result)) if as_json else console.print(speedrun_table(result))
 
 
 @app.command()
@@ -324,162 +325,67 @@ def sweep(
     executor: Annotated[
         str,
         typer.Option(
-            metavar="process|processes|gpus|ray", help="where trials run: this process, processes, GPUs or Ray"
+            metavar="NAME",
+            help="executor of the trials: process (one after another in this process), processes, gpus or ray",
         ),
     ] = "process",
     seeds: Annotated[
-        str | None, typer.Option(metavar="INT|INT,...", help="number of seeds, or a list of seeds")
+        str | None,
+        typer.Option(
+            metavar="INT|INT,...", help="number of seeds, or a list of seeds, by default that of the sweep file"
+        ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="number of concurrent trials, by default as many as fit")
+        int | None, typer.Option(metavar="INT", min=1, help="number of concurrent trials, by default as many as fit")
     ] = None,
     cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads per trial, by default the cores divided equally")
+        int | None,
+        typer.Option(
+            metavar="INT", min=1, help="number of CPU threads per trial, by default an equal share of the cores"
+        ),
     ] = None,
-    trials_per_gpu: Annotated[int, typer.Option(min=1, help="number of trials that share a GPU")] = 1,
+    trials_per_gpu: Annotated[
+        int, typer.Option(metavar="INT", min=1, help="number of concurrent trials on each GPU")
+    ] = 1,
     address: Annotated[str, typer.Option(metavar="auto|local|HOST:PORT", help="address of the Ray cluster")] = "auto",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="rerun failed trials")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="rerun the failed trials")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list the trials and their steps without running them")
+        bool, typer.Option("--dry-run", help="list the trials and their number of steps without running them")
     ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
 ) -> None:
-    """Run the trials of a sweep file (grid, list, random search or Optuna study, times seeds), or continue them."""
+    """Run or continue the trials of a sweep file: a grid, a list, a random search or an Optuna study, times seeds."""
     from fastcifar.sweep.executors import ExecutorOptions
-    from fastcifar.sweep.sweep import plan_sweep
-    from fastcifar.sweep.sweep import run_sweep as go_through
+    from fastcifar.sweep.sweep import plan_sweep, run_sweep
     from fastcifar.sweep.sweep_progress import plan_table, sweep_table
 
     console = Console(stderr=as_json)
     if dry_run:
-        found = plan_sweep(source, out, executor, seeds, **options)
+        result = plan_sweep(source, out, executor, seeds, **options)
     else:
-        how = ExecutorOptions(jobs, cpus, trials_per_gpu, address)
-        found = go_through(source, out, executor, how, seeds, retry_failed, console, **options)
-    print(json.dumps(found)) if as_json else console.print(plan_table(found) if dry_run else sweep_table(found))
-    raise typer.Exit(int(not dry_run and found["counts"]["failed"] > 0))
+        executor_options = ExecutorOptions(jobs, cpus, trials_per_gpu, address)
+        result = run_sweep(source, out, executor, executor_options, seeds, retry_failed, console, **options)
+    print(json.dumps(result)) if as_json else console.print(plan_table(result) if dry_run else sweep_table(result))
+    raise typer.Exit(int(not dry_run and result["counts"]["failed"] > 0))
 
 
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="run folder, prediction file or bench document")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Compare two runs, two prediction files label by label, or two bench documents row by row."""
-    from fastcifar.reporting.compare import COMPARERS
-    from fastcifar.reporting.compare import compare_paths as pair
-
-    found = pair(a, b)
-    print(json.dumps(found)) if as_json else Console().print(COMPARERS[found["kind"]].build_table(found))
-
-
-@runs_app.command("ls")
-def runs_ls(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to search, at any depth")] = Path("runs"),
-    sort: Annotated[
-        str, typer.Option(metavar="COLUMN", help="column to sort by, ascending: name, val_acc, bytes, ...")
-    ] = "date",
-    reverse: Annotated[bool, typer.Option("--reverse", help="descending order")] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """List run folders and sweeps with state, epochs, accuracies, seconds, size and date."""
-    from fastcifar.reporting.runs import list_runs, runs_table
-
-    found = list_runs(folder, sort, reverse)
-    print(json.dumps(found)) if as_json else Console().print(runs_table(found))
-
-
-@runs_app.command("rm")
-def runs_rm(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="run or sweep folders; with a filter also folders that contain them"),
-    ],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="only interrupted or damaged runs")] = False,
-    keep_best: Annotated[
-        int | None, typer.Option(min=0, help="all finished runs but this many with the highest val_acc")
-    ] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="only the checkpoints")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="skip the confirmation")] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Remove run folders and sweeps, or their checkpoints, after a confirmation; files of others are never removed."""
-    from fastcifar.reporting.runs import confirm_removal, remove_runs, select_for_removal
-
-    console, found = Console(stderr=as_json), select_for_removal(paths, unfinished, keep_best, checkpoints)
-    if found and not yes:
-        confirm_removal(found, checkpoints, console)
-    remove_runs(found, checkpoints)
-    print(json.dumps(found)) if as_json else console.print(f"removed {len(found)}")
-
-
-@app.command()
-def ui(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the runs")] = Path("runs"),
-    page: Annotated[str, typer.Option("--with", metavar="auto|mlflow|tensorboard", help="tracker")] = "auto",
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="port, by default 5000 for mlflow and 6006 for tensorboard")
-    ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Serve the web page of MLflow or TensorBoard for tracked runs (`train --track`) until Ctrl-C."""
-    from fastcifar.reporting.ui import serve_tracker_ui
-
-    def announce(found: dict[str, str]) -> None:
-        print(json.dumps(found) if as_json else f"{found['page']}: {found['url']}  (Ctrl-C ends it)", flush=True)
-
-    serve_tracker_ui(folder, page, port, announce)
-
-
-@app.command()
-@recipe_options(("data", "device", "precision"))
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP...", help="run or sweep folders")],
-    format: Annotated[str, typer.Option(metavar="terminal|markdown|csv|latex", help="output format")] = "terminal",
-    sort: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="column heading to sort by, numbers in descending order")
-    ] = None,
-    validation: Annotated[bool, typer.Option("--validation", help="add the accuracy on the validation split")] = False,
-    plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="folder for plots of accuracy, loss, throughput and classes")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="self-contained HTML page to write")] = None,
-    mistakes: Annotated[
-        int, typer.Option(min=0, help="number of misclassified images to show, with confusion matrices; evaluates anew")
-    ] = 0,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-    **options: Any,
-) -> None:
-    """Report runs and sweeps: mean and std over seeds, curves, and the runs that are not finished."""
-    from fastcifar.reporting.report import build_report as tabulate
-
-    asked = {"include_validation": validation, "plots": plots, "html": html, "num_misclassified": mistakes}
-    found, shown = tabulate(runs, format, sort, console=Console(stderr=True), **asked, **options)
-    if as_json or isinstance(shown, str):
-        print(json.dumps(found) if as_json else shown)
-    else:
-        Console().print(shown)
+for command in (reports.compare, reports.ui, reports.report):
+    app.command()(command)
 
 
 @app.command()
 @recipe_options(section_fields("execution"))
 def doctor(as_json: JsonOption = False, debug: DebugOption = False, **options: Any) -> None:
-    """Show versions, devices, broken imports, and what `train` would choose on this machine and why."""
+    """Show versions, devices, failing imports, and the execution that `train` chooses on this machine and why."""
     from fastcifar.cli.tables import diagnostics_table
     from fastcifar.device import collect_diagnostics
 
-    found = collect_diagnostics(Recipe.make(**options))
-    print(json.dumps(found)) if as_json else Console().print(diagnostics_table(found))
+    result = collect_diagnostics(Recipe.make(**options))
+    print(json.dumps(result)) if as_json else Console().print(diagnostics_table(result))
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     run_cli(app)

@@ -1,6 +1,6 @@
-"""How a command ends: whatever a user can get wrong as one line with the remedy, and the exit code of errors.py.
+"""The end of a command: user errors in one line with the remedy, and the exit codes of errors.py.
 
-A traceback comes only with --debug, or from what is a bug.
+A traceback is printed only with --debug, or for a bug.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fastcifar.device import as_memory_error
 from fastcifar.errors import UsageError, UserError, print_warning
 from fastcifar.renamed import renaming_remedy
 
-SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 143  # the exit codes
+SIGINT_EXIT_CODE, BROKEN_PIPE_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 141, 143  # 128 + the number of the signal
 
 
 def run_cli(app: Callable[..., object]) -> NoReturn:
-    """Runs the command of sys.argv and turns what a user got wrong into one line and an exit code."""
+    """Run the command in sys.argv, print user errors in one line, and exit with their exit code."""
     warnings.showwarning = print_warning
     signal.signal(signal.SIGTERM, handle_sigterm)
     try:
         code = app(standalone_mode=False)
-        if code == SIGINT_EXIT_CODE:  # how Typer passes on a KeyboardInterrupt
+        if code == SIGINT_EXIT_CODE:  # Typer's result for a KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(_print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
     except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(BROKEN_PIPE_EXIT_CODE)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
@@ -39,23 +39,25 @@ def run_cli(app: Callable[..., object]) -> NoReturn:
 
 
 def handle_sigterm(*_: Any) -> None:
-    """SIGTERM where no run is training: out through every `finally`, and the same exit code as there."""
+    """Exit on SIGTERM outside of training: every `finally` is executed, and the exit code is that of a training run."""
     sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE))
 
 
 def report_error(error: Exception) -> int:
-    """One line for what a user can get wrong, with its exit code; what is a bug is raised with its traceback."""
+    """Print a user error in one line and return its exit code; raise any other error again."""
     if isinstance(error, UserError):
         return _print_error(str(error), error.exit_code)
-    if type(error).__name__ == "Abort":  # and how older ones do
+    if type(error).__name__ == "Abort":  # a KeyboardInterrupt in older versions of Typer
         return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
-    if short := as_memory_error(error):
-        return _print_error(str(short), short.exit_code)
-    if name := getattr(error, "option_name", ""):  # Click's NoSuchOption
+    if memory_error := as_memory_error(error):
+        return _print_error(str(memory_error), memory_error.exit_code)
+    if option := getattr(error, "option_name", ""):  # Click's NoSuchOption
         command = getattr(getattr(error, "ctx", None), "info_name", "")
-        if remedy := renaming_remedy(name.lstrip("-").replace("-", "_"), command):
-            return _print_error(f"no such option: {name}; {remedy}", UsageError.exit_code)
-    if isinstance(getattr(error, "format_message", None), types.MethodType):  # a misspelt option, in Typer's words
+        if remedy := renaming_remedy(option.lstrip("-").replace("-", "_"), command):
+            return _print_error(f"no such option: {option}; {remedy}", UsageError.exit_code)
+    if isinstance(
+        getattr(error, "format_message", None), types.MethodType
+    ):  # a ClickException, such as an unknown option
         return _print_error(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
     raise error
 

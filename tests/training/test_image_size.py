@@ -43,7 +43,7 @@ def test_the_sizes_of_the_epochs() -> None:
         ("12:1,32", 9, "from 16 to 64"),
         ("65", 9, "from 16 to 64"),
         ("", 9, "--image-size should be sizes"),
-        ("24:3,28:2,32", 5, "--image-size 24:3,28:2,32 needs more than 5 --epochs, which its first stages take"),
+        ("24:3,28:2,32", 5, "--image-size 24:3,28:2,32: the stages before the last take 5 epochs; set --epochs to more than 5"),
     ],
 )
 def test_fault15_wrong_sizes(text: str, epochs: int, words: str) -> None:
