@@ -177,8 +177,8 @@ class Recipe(BaseModel):
     max_steps: int | None = Field(default=None, gt=0, description="maximum number of training steps")
     eval_weights: Literal["last", "best", "ema"] = Field(
         default="last",
-        description="weights that are evaluated: of the last epoch, of the epoch with the best validation accuracy, "
-        "or their moving average (EMA)",
+        description="weights that are evaluated: last (of the last epoch), best (of the epoch with the best validation "
+        "accuracy) or ema (their moving average)",
     )
     tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = Field(

@@ -18,7 +18,6 @@ from fastcifar.format import add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
-MAX_METAVAR_WIDTH = 18  # a longer list of choices would be broken within a word in a terminal of 80 columns
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document as the last line of stdout")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
@@ -60,8 +59,10 @@ def _option_parameter(name: str) -> inspect.Parameter:
             flag += f"/--no-{name.replace('_', '-')}"
     else:
         value_type = list[str] if name == "optimizer_arg" else str
-        details["metavar"], choices = _metavar_and_choices(field)
-        help_text += f": {choices}" if choices else ""
+        details["metavar"] = _metavar(field)
+        if not all(choice in help_text for choice in _choices(field)):
+            *first, last = _choices(field)
+            help_text += f": {', '.join(first)} or {last}"
     details["help"] = help_text + _default_text(name, field)
     return inspect.Parameter(
         name, KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, typer.Option(flag, **details)]
@@ -77,14 +78,16 @@ def _default_text(name: str, field: FieldInfo) -> str:
     return f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
 
 
-def _metavar_and_choices(field: FieldInfo) -> tuple[str, str]:
-    """Return the placeholder of the value in the help text, and the list of choices if it is too long for that."""
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the values that the field accepts, in order; none if it is not a Literal."""
     types = [field.annotation, *typing.get_args(field.annotation)]
-    for candidate in types:
-        if typing.get_origin(candidate) is typing.Literal:
-            *first, last = typing.get_args(candidate)
-            metavar = "|".join((*first, last))
-            return (metavar, "") if len(metavar) <= MAX_METAVAR_WIDTH else ("NAME", f"{', '.join(first)} or {last}")
+    return next((typing.get_args(item) for item in types if typing.get_origin(item) is typing.Literal), ())
+
+
+def _metavar(field: FieldInfo) -> str:
+    """Return the placeholder of the value in the help text."""
+    if _choices(field):
+        return "NAME"
     names = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
-    types = [*map(typing.get_origin, types), *types]
-    return next((names[candidate] for candidate in types if candidate in names), "INT,INT,..."), ""
+    types = [field.annotation, *typing.get_args(field.annotation)]
+    return next((names[item] for item in [*map(typing.get_origin, types), *types] if item in names), "INT,INT,...")
