@@ -1,8 +1,8 @@
-"""What `keep_freed_memory` is worth: the training step with and without it, in turn, each in a process of its own.
+"""Benchmark of `keep_freed_memory`: the training step with and without it, alternating, each in a separate process.
 
     python bench/allocator.py [--arch speednet --batch-size 256 --rounds 3]
 
-writes bench/results/<UTC>_<device>_allocator-<arch>/{env,summary}.json and trials.jsonl. CPU only.
+Writes bench/results/<UTC>_<device>_allocator-<arch>/{env,summary}.json and trials.jsonl. CPU only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import results_folder
 STEPS, WARM_UP = 36, 6
 
 
-def one(arch: str, batch_size: int, keep: bool) -> float:
-    """Median seconds of a compiled step on synthetic images, in this process."""
+def median_step_seconds(arch: str, batch_size: int, keep: bool) -> float:
+    """Return the median seconds of a compiled training step on synthetic images."""
     from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build, compilation
@@ -28,17 +28,17 @@ def one(arch: str, batch_size: int, keep: bool) -> float:
     if not keep:
         compilation.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
-    run = build.build_trainer(recipe, choose_execution(recipe))
-    step = run.build_train_step()
+    trainer = build.build_trainer(recipe, choose_execution(recipe))
+    step = trainer.build_train_step()
     seconds = []
     for epoch in range(STEPS):
-        for batch in run.batches(epoch):
+        for batch in trainer.batches(epoch):
             started = time.perf_counter()
             step(*batch)
             seconds.append(time.perf_counter() - started)
             if len(seconds) == STEPS:
                 return statistics.median(seconds[WARM_UP:])
-    raise AssertionError("an epoch without a batch")
+    raise AssertionError("an epoch has no batches")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--child", choices=("keep", "plain"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(one(arguments.arch, arguments.batch_size, arguments.child == "keep"))
+        print(median_step_seconds(arguments.arch, arguments.batch_size, arguments.child == "keep"))
         return
     from fastcifar.device import collect_environment
 
@@ -59,16 +59,16 @@ def main() -> None:
         for kind in ("plain", "keep"):
             run = subprocess.run([*command, "--child", kind], stdout=subprocess.PIPE, text=True, check=False)
             if run.returncode:
-                raise SystemExit(f"{kind} failed with exit code {run.returncode}: no result")
+                raise SystemExit(f"the {kind} run failed with exit code {run.returncode}; no result is written")
             trials.append({"round": number, "kind": kind, "step_s": float(run.stdout.split()[-1])})
             print(trials[-1], flush=True)
-    paired = [plain["step_s"] / keep["step_s"] for plain, keep in zip(trials[::2], trials[1::2], strict=True)]
+    ratios = [plain["step_s"] / keep["step_s"] for plain, keep in zip(trials[::2], trials[1::2], strict=True)]
     summary = {
         "what": "seconds of a training step, plain over keep_freed_memory, paired",
         "arch": arguments.arch,
         "batch_size": arguments.batch_size,
         "n": arguments.rounds,
-        "speedup": {"min": min(paired), "median": statistics.median(paired), "max": max(paired)},
+        "speedup": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
     }
     folder = results_folder.write(f"allocator-{arguments.arch}", collect_environment("cpu"), summary, trials)
     print(folder, json.dumps(summary["speedup"]))

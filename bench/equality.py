@@ -1,18 +1,19 @@
-"""Two comparisons: the training step in its forms against the eager one, and this working tree against an older commit.
+"""Numerical equality of the forms of the training step, or of this working tree and an older commit.
 
     python bench/equality.py [--device cuda --steps 20 --quick]
     python bench/equality.py --against COMMIT
 
-The first runs in one process: eager = compiled = CUDA graph. It ends with one JSON document, `{"device", "versions",
-"forms", "checks", "passed"}`, and exits 1 if a check failed. A form that this device does not have (a CUDA graph on a
-CPU) is left out, and said to be. The network is smooth (SiLU),
-for an activation within a rounding of 0 is on one side of ReLU's kink or the other; float32 is without TF32, and cuDNN
-chooses its algorithms without trying them. `--quick` takes a tiny network on synthetic images.
+The first command compares the eager training step with the compiled one and with the CUDA graph, in one process. It
+ends with one JSON document, `{"device", "versions", "forms", "left_out", "checks", "passed"}`, and exits 1 if a check
+failed. Forms that the device does not support (a CUDA graph on a CPU) are left out. The network uses SiLU, because ReLU
+amplifies rounding errors around 0; TF32 is disabled, and cuDNN uses deterministic algorithms without autotuning.
+`--quick` uses a tiny network on synthetic images.
 
-The second checks COMMIT out into a temporary git worktree, runs the cases of `commit_equality.py` with both trees
-through the command line (CPU, one thread, float32, no compilation) and compares SHA-256 digests: of every network's
-input (the augmented, normalized images), of the logits, of the weights, average and optimizer state in the last
-checkpoint, and of what `eval` and `predict` report. It prints a Markdown table and ends with one JSON document.
+The second command checks COMMIT out into a temporary git worktree, runs the cases of `commit_equality.py` with both
+trees through the command line (CPU, one thread, float32, no compilation) and compares SHA-256 digests: of the input of
+every network (the augmented, normalized images), of the logits, of the weights, moving average and optimizer state in
+the last checkpoint, and of the results of `eval` and `predict`. It prints a Markdown table and ends with one JSON
+document.
 """
 
 from __future__ import annotations
@@ -38,103 +39,106 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer
 
-LOSSES = {"fp32": 1e-5, "bf16": 2e-2}  # how far losses may be apart, absolutely, at a small learning rate
-WEIGHTS = 1e-5  # and all weights together after a step from the same state at a large one, relative to their norm
-SMALL, LARGE = 1e-3, 0.1
+MAX_LOSS_DIFFERENCE = {"fp32": 1e-5, "bf16": 2e-2}  # absolute, after steps at the small learning rate
+MAX_WEIGHT_DIFFERENCE = 1e-5  # norm relative to that of all weights, after one step at the large learning rate
+SMALL_LR, LARGE_LR = 1e-3, 0.1
 QUICK = {"arch": "resnet", "blocks": (1, 1), "channels": (8, 16), "batch_size": 32, "data": "synthetic:200"}
 Form = tuple[Trainer, TrainStep]
 Check = dict[str, Any]
 
 
-def checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
-    """Every check of every mode but eager, in float32 and bf16."""
-    found: list[Check] = []
-    for precision in LOSSES:
+def run_checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
+    """Return the checks of every mode except eager, in float32 and bf16."""
+    checks: list[Check] = []
+    for precision in MAX_LOSS_DIFFERENCE:
         torch.compiler.reset()
-        forms = {mode: form(recipe, mode, precision) for mode in modes}
+        forms = {mode: build_form(recipe, mode, precision) for mode in modes}
         batches = full_batches(forms["eager"][0], steps)
-        found += equal_losses(forms, batches, precision)
+        checks += compare_losses(forms, batches, precision)
         if precision == "fp32":
-            found += equal_steps(forms, batches)
+            checks += compare_weights(forms, batches)
         if forms["eager"][0].device.type == "cuda":
-            found += [asks_nothing(mode, *forms[mode]) for mode in modes]
-    return found
+            checks += [check_no_synchronization(mode, *forms[mode]) for mode in modes]
+    return checks
 
 
-def form(recipe: Recipe, mode: str, precision: str) -> Form:
-    """The parts of a run in `mode`, and its step, with its Lookahead's and meter's state as at the start."""
+def build_form(recipe: Recipe, mode: str, precision: str) -> Form:
+    """Return a new trainer in the execution mode `mode`, and its training step."""
     changed = Recipe.from_dict({**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
-    parts = build_trainer(changed, choose_execution(changed))
-    torch.backends.cudnn.benchmark = False  # a run has it on
-    return parts, parts.build_train_step()
+    trainer = build_trainer(changed, choose_execution(changed))
+    torch.backends.cudnn.benchmark = False  # `build_trainer` enables it
+    return trainer, trainer.build_train_step()
 
 
-def full_batches(parts: Trainer, count: int) -> list[tuple[Tensor, ...]]:
-    """The run's first full batches, of as many epochs as it takes, in memory of their own."""
-    batches = itertools.chain.from_iterable(map(parts.batches, itertools.count()))
-    full = (batch for batch in batches if len(batch[1]) == parts.recipe.batch_size)
+def full_batches(trainer: Trainer, count: int) -> list[tuple[Tensor, ...]]:
+    """Return copies of the first `count` full batches of training, over as many epochs as needed."""
+    batches = itertools.chain.from_iterable(map(trainer.batches, itertools.count()))
+    full = (batch for batch in batches if len(batch[1]) == trainer.recipe.batch_size)
     return [tuple(tensor.clone() for tensor in batch) for batch in itertools.islice(full, count)]
 
 
-def equal_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], precision: str) -> list[Check]:
-    """Every form goes its own way for all batches at a small learning rate: the losses stay together."""
+def compare_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], precision: str) -> list[Check]:
+    """Train every form on all batches at the small learning rate, and compare the losses with those of eager."""
     losses = {mode: [] for mode in forms}
-    for mode, (parts, step) in forms.items():
-        parts.optimizer.set_lr(SMALL)
+    for mode, (trainer, step) in forms.items():
+        trainer.optimizer.set_lr(SMALL_LR)
         for done, batch in enumerate(batches, start=1):
-            parts.meter.reset()
+            trainer.meter.reset()
             step(*batch)
-            parts.optimizer.after_step(done)
-            losses[mode].append(parts.meter.compute().loss)
+            trainer.optimizer.after_step(done)
+            losses[mode].append(trainer.meter.compute().loss)
     return [
-        verdict(
-            f"losses of {len(batches)} steps at a learning rate of {SMALL:g}, {precision}",
+        make_check(
+            f"losses of {len(batches)} steps at a learning rate of {SMALL_LR:g}, {precision}",
             mode,
-            max(abs(mine - eager) for mine, eager in zip(losses[mode], losses["eager"], strict=True)),
-            LOSSES[precision],
+            max(abs(loss - eager) for loss, eager in zip(losses[mode], losses["eager"], strict=True)),
+            MAX_LOSS_DIFFERENCE[precision],
         )
         for mode in forms
         if mode != "eager"
     ]
 
 
-def equal_steps(forms: dict[str, Form], batches: list[tuple[Tensor, ...]]) -> list[Check]:
-    """Every step starts from eager's own state, at a large learning rate: the weights after it are the same.
+def compare_weights(forms: dict[str, Form], batches: list[tuple[Tensor, ...]]) -> list[Check]:
+    """Start every step from the state of eager, at the large learning rate, and compare the weights after it.
 
-    All of them together; the furthest single tensor, perhaps a bias that began at 0 and holds one rounded gradient, is
-    reported beside it.
+    The check uses the norm of the difference of all weights. The largest difference of a single tensor is reported too;
+    it may be that of a bias that was initialized to 0 and so consists of one rounded gradient.
     """
-    eager, plain = forms["eager"]
-    together, single = ({mode: 0.0 for mode in forms if mode != "eager"} for _ in range(2))
-    for parts, _ in forms.values():
-        parts.optimizer.set_lr(LARGE)
+    eager, eager_step = forms["eager"]
+    overall, single = ({mode: 0.0 for mode in forms if mode != "eager"} for _ in range(2))
+    for trainer, _ in forms.values():
+        trainer.optimizer.set_lr(LARGE_LR)
     for batch in batches:
         before = [tensor.clone() for tensor in eager.state_tensors()]
-        plain(*batch)
-        for mode in together:
-            parts, step = forms[mode]
+        eager_step(*batch)
+        for mode in overall:
+            trainer, step = forms[mode]
             with torch.no_grad():
-                for mine, other in zip(parts.state_tensors(), before, strict=True):
-                    mine.copy_(other)
+                for tensor, value in zip(trainer.state_tensors(), before, strict=True):
+                    tensor.copy_(value)
             step(*batch)
-            pairs = list(zip(parts.model.parameters(), eager.model.parameters(), strict=True))
-            apart = torch.stack([(mine - other).norm() for mine, other in pairs])
-            norms = torch.stack([other.norm() for _, other in pairs])
-            together[mode] = furthest(together[mode], apart.norm() / norms.norm())
-            single[mode] = furthest(single[mode], (apart / norms)[norms > 0].max())
-    about = f"weights after each of {len(batches)} steps at a learning rate of {LARGE:g} from eager's state, fp32"
-    return [verdict(about, mode, apart, WEIGHTS) | {"largest_tensor": single[mode]} for mode, apart in together.items()]
+            pairs = list(zip(trainer.model.parameters(), eager.model.parameters(), strict=True))
+            differences = torch.stack([(weight - expected).norm() for weight, expected in pairs])
+            norms = torch.stack([expected.norm() for _, expected in pairs])
+            overall[mode] = max_or_nan(overall[mode], differences.norm() / norms.norm())
+            single[mode] = max_or_nan(single[mode], (differences / norms)[norms > 0].max())
+    name = f"weights after each of {len(batches)} steps at a learning rate of {LARGE_LR:g} from eager's state, fp32"
+    return [
+        make_check(name, mode, largest, MAX_WEIGHT_DIFFERENCE) | {"largest_tensor": single[mode]}
+        for mode, largest in overall.items()
+    ]
 
 
-def furthest(so_far: float, apart: Tensor) -> float:
-    """The larger of both; a NaN is the furthest."""
-    found = apart.item()
-    return found if not found <= so_far else so_far
+def max_or_nan(largest: float, difference: Tensor) -> float:
+    """Return the larger value, or NaN if `difference` is NaN."""
+    value = difference.item()
+    return value if not value <= largest else largest
 
 
-def asks_nothing(mode: str, parts: Trainer, step: TrainStep) -> Check:
-    """Three batches and their steps while any wait of the host for the device is an error."""
-    batches = parts.batches(0)
+def check_no_synchronization(mode: str, trainer: Trainer, step: TrainStep) -> Check:
+    """Check that three batches and their training steps do not synchronize the host with the device."""
+    batches = trainer.batches(0)
     step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -145,17 +149,17 @@ def asks_nothing(mode: str, parts: Trainer, step: TrainStep) -> Check:
         problem = str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    about = f"no wait for the device in a step and its batch, {parts.execution.precision}"
-    return {"check": about, "form": mode, "passed": not problem, **({"problem": problem} if problem else {})}
+    name = f"no host synchronization in a step and its batch, {trainer.execution.precision}"
+    return {"check": name, "form": mode, "passed": not problem, **({"problem": problem} if problem else {})}
 
 
-def verdict(about: str, mode: str, largest: float, limit: float) -> Check:
-    """A check by how far the furthest pair is apart; a NaN fails."""
-    return {"check": about, "form": mode, "largest": largest, "limit": limit, "passed": largest <= limit}
+def make_check(name: str, mode: str, largest: float, limit: float) -> Check:
+    """Return the result of a check on the largest difference; NaN fails."""
+    return {"check": name, "form": mode, "largest": largest, "limit": limit, "passed": largest <= limit}
 
 
-def exactly(work: Callable[[], list[Check]]) -> list[Check]:
-    """`work` with float32 as float32, and cuDNN's algorithms deterministic and chosen without a trial."""
+def without_tf32_and_autotuning(work: Callable[[], list[Check]]) -> list[Check]:
+    """Call `work` with TF32 disabled and cuDNN's algorithms deterministic and not autotuned."""
     backends = torch.backends
     cudnn, matmul = backends.cudnn, backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
@@ -167,26 +171,26 @@ def exactly(work: Callable[[], list[Check]]) -> list[Check]:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
 
 
-def compared(device: str, steps: int, quick: bool) -> dict[str, Any]:
-    """The document."""
+def compare_forms(device: str, steps: int, quick: bool) -> dict[str, Any]:
+    """Return the document of the comparison of the forms of the training step."""
     recipe = prepare_bench_recipe(
         Recipe.make(activation="silu", device=device, loader="tensor", **(QUICK if quick else {}))
     )
     graphs = choose_execution(recipe).device == "cuda"
     modes = [mode for mode in EXECUTION_MODES if graphs or not EXECUTION_MODES[mode]["cuda_graph"]]
-    found = exactly(lambda: checks(recipe, modes, steps))
+    checks = without_tf32_and_autotuning(lambda: run_checks(recipe, modes, steps))
     return {
         "device": describe_device(device),
         "versions": package_versions(),
         "forms": modes,
         "left_out": [mode for mode in EXECUTION_MODES if mode not in modes],
-        "checks": found,
-        "passed": all(check["passed"] for check in found),
+        "checks": checks,
+        "passed": all(check["passed"] for check in checks),
     }
 
 
-def against(commit: str) -> dict[str, Any]:
-    """The document of `--against`: every digest of this working tree equal to that of `commit`, or not."""
+def compare_with_commit(commit: str) -> dict[str, Any]:
+    """Return the document of `--against`: whether each digest of this working tree equals that of `commit`."""
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as temporary:
         older = Path(temporary) / "older"
@@ -197,49 +201,51 @@ def against(commit: str) -> dict[str, Any]:
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(older)], cwd=root, check=True)
     before, after = digests["before"], digests["after"]
-    rows = [
-        {"case": case, **{what: value == after.get(case, {}).get(what) for what, value in found.items()}}
-        for case, found in before.items()
+    checks = [
+        {"case": case, **{name: value == after.get(case, {}).get(name) for name, value in digests_before.items()}}
+        for case, digests_before in before.items()
     ]
-    same = before.keys() == after.keys() and all(value for row in rows for value in row.values())
+    passed = before.keys() == after.keys() and all(value for check in checks for value in check.values())
     return {
         "commit": commit,
         "device": describe_device("cpu"),
         "versions": package_versions(),
-        "checks": rows,
-        "passed": same,
+        "checks": checks,
+        "passed": passed,
     }
 
 
 def run_cases(tree: Path, folder: Path) -> dict[str, dict[str, str]]:
-    """What `commit_equality.py` of this tree prints, with the package of `tree`."""
+    """Run `commit_equality.py` of this working tree with the package of `tree`, and return its document."""
     script = Path(__file__).with_name("commit_equality.py")
-    alone = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), str(folder)]
-    run = subprocess.run(command, env={**os.environ, **alone}, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The checks of `--against` as a table: a case per row, a digest per column."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    spell = {True: "equal", False: "DIFFERS", None: ""}
+def format_markdown(checks: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of the checks of `--against` with a row for each case and a column for each digest."""
+    columns = list(dict.fromkeys(name for check in checks for name in check))
+    texts = {True: "equal", False: "DIFFERS", None: ""}
     lines = [columns, ["---"] * len(columns)]
-    lines += [[row["case"], *(spell[row.get(name)] for name in columns[1:])] for row in rows]
+    lines += [[check["case"], *(texts[check.get(name)] for name in columns[1:])] for check in checks]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The training step in its forms against the eager one.")
+    parser = argparse.ArgumentParser(
+        description="Numerical equality of the forms of the training step, or with an older commit."
+    )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="a tiny network on synthetic images")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps of each comparison, by default 20")
+    parser.add_argument("--quick", action="store_true", help="use a tiny network on synthetic images")
     parser.add_argument("--against", metavar="COMMIT", help="compare this working tree with an older commit instead")
     arguments = parser.parse_args()
     if arguments.against:
-        document = against(arguments.against)
-        print(markdown(document["checks"]))
+        document = compare_with_commit(arguments.against)
+        print(format_markdown(document["checks"]))
     else:
-        document = compared(arguments.device, arguments.steps, arguments.quick)
+        document = compare_forms(arguments.device, arguments.steps, arguments.quick)
     print(json.dumps(document))
     sys.exit(not document["passed"])
