@@ -1,11 +1,11 @@
-"""Images a second of every loader, for lists of augmentations, in turn; and of two decoders of PNG files.
+"""Benchmark of the data loaders in images/s, for several lists of augmentations, in turn; and of two PNG decoders.
 
     python bench/loaders.py [--data PATH --batch-size 512 --rounds 5 --seconds 1 --augment LIST --augment LIST ...]
 
-writes bench/results/<UTC>_<device>_loaders/{env,summary}.json and trials.jsonl, in about six minutes on two cores.
-A trial is a stretch of batches of about `--seconds`, after enough of them that what a loader had made ahead is used
-up. Loaders take turns within a round, and a ratio is the median of those within a round. No trial is left out; each is
-kept with the cores that other processes used meanwhile.
+Writes bench/results/<UTC>_<device>_loaders/{env,summary}.json and trials.jsonl, in about six minutes on two cores. A
+trial measures batches for about `--seconds`, after enough batches that everything a loader has prefetched is used up.
+The loaders alternate within a round, and a ratio is the median of the ratios of each round. All trials are kept, each
+with the number of cores that other processes used meanwhile.
 """
 
 from __future__ import annotations
@@ -43,62 +43,64 @@ from fastcifar.training.compilation import enable_compile_cache, keep_freed_memo
 LISTS = (
     "crop:4:zero,flip",
     "crop:4:zero,flip,cutout:8:mean",
-    "crop:4:zero,flip,rotate:5,autoaugment:cifar10",  # the source projects' A
-    "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray",  # and B
+    "crop:4:zero,flip,rotate:5,autoaugment:cifar10",  # augmentation A of the source projects
+    "crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray",  # augmentation B
     "crop:4:zero,flip,trivialaugment:wide,cutout:8:mean",
 )
 BASELINE = "torchvision"
-AHEAD = 12  # batches before every trial: more than a loader keeps ready, which are 2 for each worker, 2 chunks of DALI
-DECODED = 2000  # images of the decoders' trial
+WARM_UP_BATCHES = 12  # before every trial: more than a loader prefetches, 2 batches per worker or 2 chunks of DALI
+NUM_DECODED = 2000  # images of a trial of the decoders
 DECODER_BATCH = 256
-Work = Iterator[int]
+Workload = Iterator[int]  # number of images of each batch
 
 
-def endless(loader: Any) -> Work:
-    """The loader's batches, epoch after epoch, with nothing done to them: the number of images of each."""
+def iterate_forever(loader: Any) -> Workload:
+    """Iterate over the batches of a loader, epoch after epoch, and yield the number of images of each."""
     for epoch in itertools.count():
         for _images, labels in loader.batches(epoch):
             yield len(labels)
 
 
-def loaders_of(spec: str, split: cifar.Split, arguments: argparse.Namespace, device: str) -> dict[str, Work]:
-    """Every loader that has the list `spec`, by name; the others are named, with their reason."""
-    works = {}
-    for name, kind in LOADERS.items():
-        takes = inspect.signature(kind).parameters
-        own = {"workers": arguments.workers} if "workers" in takes else {}
+def build_workloads(spec: str, split: cifar.Split, arguments: argparse.Namespace, device: str) -> dict[str, Workload]:
+    """Return name -> workload of every loader that supports the augmentations `spec`; print why others do not."""
+    workloads = {}
+    for name, loader_class in LOADERS.items():
+        parameters = inspect.signature(loader_class).parameters
+        worker_options = {"workers": arguments.workers} if "workers" in parameters else {}
         try:
-            loader = kind(
+            loader = loader_class(
                 split.images, split.labels, batch_size=arguments.batch_size, augment=parse_augment(spec), seed=0,
-                device=device, fill=mean_color(Recipe()), **own,
+                device=device, fill_color=mean_color(Recipe()), **worker_options,
             )  # fmt: skip
         except UserError as error:
-            print(f"{spec}: no {name}: {error}", flush=True)
+            print(f"{spec}: {name} is skipped: {error}", flush=True)
             continue
-        works[name] = endless(loader)
-    return works
+        workloads[name] = iterate_forever(loader)
+    return workloads
 
 
-def fitting(work: Work, seconds: float, device: torch.device) -> int:
-    """How many units of `work` take about `seconds`, after the first ones, which compile and start what is needed."""
-    time_units(work, 2, device)
+def units_for_duration(workload: Workload, seconds: float, device: torch.device) -> int:
+    """Return the number of batches in about `seconds`, after two that compile kernels and start workers."""
+    time_units(workload, 2, device)
     units = 4
-    while (trial := time_units(work, units, device)).seconds < seconds / 8:
+    while (trial := time_units(workload, units, device)).seconds < seconds / 8:
         units *= 2
     return max(1, round(units * seconds / trial.seconds))
 
 
-def in_turn(works: dict[str, Work], arguments: argparse.Namespace, device: torch.device, **what: Any) -> list[dict]:
-    """The trials of `works`, `--rounds` of each, in turn."""
-    units = {name: fitting(work, arguments.seconds, device) for name, work in works.items()}
+def run_trials(
+    workloads: dict[str, Workload], arguments: argparse.Namespace, device: torch.device, **labels: Any
+) -> list[dict]:
+    """Run `--rounds` trials of each workload in turn; `labels` are added to every trial."""
+    units = {name: units_for_duration(workload, arguments.seconds, device) for name, workload in workloads.items()}
     trials = []
     for number in range(arguments.rounds):
-        for name, work in works.items():
-            time_units(work, max(AHEAD, 2 * arguments.workers + 2), device)
+        for name, workload in workloads.items():
+            time_units(workload, max(WARM_UP_BATCHES, 2 * arguments.workers + 2), device)
             busy = busy_seconds()
-            trial = time_units(work, units[name], device)
+            trial = time_units(workload, units[name], device)
             trials.append({
-                **what, "name": name, "round": number, "images": trial.images, "seconds": trial.seconds,
+                **labels, "name": name, "round": number, "images": trial.images, "seconds": trial.seconds,
                 "images_per_s": trial.images_per_s, "cpu_us_per_image": trial.cpu_us_per_image,
                 "others_cores": (busy_seconds() - busy - trial.cpu_s) / trial.seconds,
             })  # fmt: skip
@@ -106,7 +108,7 @@ def in_turn(works: dict[str, Work], arguments: argparse.Namespace, device: torch
 
 
 def write_folder(split: cifar.Split, folder: Path, count: int) -> list[Path]:
-    """The first `count` images as PNG files in class folders."""
+    """Write the first `count` images as PNG files in class folders."""
     files = []
     for number, (image, label) in enumerate(zip(split.images[:count], split.labels[:count], strict=True)):
         file = folder / f"class_{label:02d}" / f"{number:05d}.png"
@@ -116,13 +118,13 @@ def write_folder(split: cifar.Split, folder: Path, count: int) -> list[Path]:
     return files
 
 
-def by_pillow(files: list[Path]) -> Iterator[np.ndarray]:
-    """The files as the package reads class folders: uint8 [32,32,3] each."""
+def decode_with_pillow(files: list[Path]) -> Iterator[np.ndarray]:
+    """Decode the files as the package does for class folders: uint8 [32,32,3] each."""
     return map(class_folders.decode_image, files)
 
 
-def by_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:
-    """The same through DALI's file reader and image decoder (on the CPU: its GPU decoder knows no PNG)."""
+def decode_with_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:
+    """Decode the files with DALI's file reader and image decoder on the CPU; its GPU decoder does not support PNG."""
     from nvidia import dali
 
     pipeline = dali.Pipeline(batch_size=min(DECODER_BATCH, len(files)), num_threads=threads, device_id=None)
@@ -130,30 +132,33 @@ def by_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:
         content, _ = dali.fn.readers.file(files=[str(file) for file in files], name="files", pad_last_batch=True)
         pipeline.set_outputs(dali.fn.decoders.image(content, device="cpu", output_type=dali.types.RGB))
     pipeline.build()
-    left = len(files)
-    while left > 0:
+    remaining = len(files)
+    while remaining > 0:
         (images,) = pipeline.run()
-        for index in range(min(left, len(images))):
+        for index in range(min(remaining, len(images))):
             yield np.array(images.at(index))
-        left -= len(images)
+        remaining -= len(images)
 
 
-DECODERS: dict[str, Callable[[list[Path]], Iterator[np.ndarray]]] = {"pillow": by_pillow, "dali": by_dali}
+DECODERS: dict[str, Callable[[list[Path]], Iterator[np.ndarray]]] = {
+    "pillow": decode_with_pillow,
+    "dali": decode_with_dali,
+}
 
 
-def decoders(split: cifar.Split, arguments: argparse.Namespace) -> list[dict]:
-    """Trials of the decoders on the same PNG files, whole and in turn; they must agree."""
+def run_decoder_trials(split: cifar.Split, arguments: argparse.Namespace) -> list[dict]:
+    """Run trials of the decoders on the same PNG files in turn. Raises SystemExit if an image is decoded wrong."""
     trials = []
     with tempfile.TemporaryDirectory() as folder:
-        files = write_folder(split, Path(folder), DECODED)
-        wanted = split.images[:DECODED].transpose(0, 2, 3, 1)
+        files = write_folder(split, Path(folder), NUM_DECODED)
+        expected = split.images[:NUM_DECODED].transpose(0, 2, 3, 1)
         for number in range(arguments.rounds):
             for name, decode in DECODERS.items():
                 busy, cpu, wall = busy_seconds(), cpu_seconds(), time.perf_counter()
                 images = np.stack(list(decode(files)))
                 seconds, cpu_s = time.perf_counter() - wall, cpu_seconds() - cpu
-                if not np.array_equal(images, wanted):
-                    raise SystemExit(f"{name} decodes other pixels: no result")
+                if not np.array_equal(images, expected):
+                    raise SystemExit(f"{name} decodes wrong pixels; no result is written")
                 trials.append({
                     "augment": "decoding PNG files", "name": name, "round": number, "images": len(images),
                     "seconds": seconds, "images_per_s": len(images) / seconds,
@@ -163,38 +168,42 @@ def decoders(split: cifar.Split, arguments: argparse.Namespace) -> list[dict]:
     return trials
 
 
-def summary(trials: list[dict], **setting: Any) -> dict[str, Any]:
-    """Medians of every (list, loader), and their speed as a multiple of the baseline's, or of Pillow's, by round."""
+def summarize(trials: list[dict], **settings: Any) -> dict[str, Any]:
+    """Return medians for every augmentation and loader, and speeds relative to the baseline (Pillow for decoders)."""
     rows = []
     for augment in dict.fromkeys(trial["augment"] for trial in trials):
-        of_list = [trial for trial in trials if trial["augment"] == augment]
+        group = [trial for trial in trials if trial["augment"] == augment]
         speeds = {
-            name: [trial["images_per_s"] for trial in of_list if trial["name"] == name]
-            for name in dict.fromkeys(trial["name"] for trial in of_list)
+            name: [trial["images_per_s"] for trial in group if trial["name"] == name]
+            for name in dict.fromkeys(trial["name"] for trial in group)
         }
-        against = next((name for name in (BASELINE, "pillow") if name in speeds), None)
-        for name, found in speeds.items():
-            mine = [trial for trial in of_list if trial["name"] == name]
+        baseline = next((name for name in (BASELINE, "pillow") if name in speeds), None)
+        for name, speed in speeds.items():
+            loader_trials = [trial for trial in group if trial["name"] == name]
             rows.append({
-                "augment": augment, "name": name, "images_per_s": statistics.median(found), "trials": found,
-                "cpu_us_per_image": statistics.median(trial["cpu_us_per_image"] for trial in mine),
-                "others_cores": max(trial["others_cores"] for trial in mine),
-                "times": ratio(found, speeds[against]) | {"of": against} if against else None,
+                "augment": augment, "name": name, "images_per_s": statistics.median(speed), "trials": speed,
+                "cpu_us_per_image": statistics.median(trial["cpu_us_per_image"] for trial in loader_trials),
+                "others_cores": max(trial["others_cores"] for trial in loader_trials),
+                "times": ratio(speed, speeds[baseline]) | {"of": baseline} if baseline else None,
             })  # fmt: skip
     rounds = len({trial["round"] for trial in trials})
-    return {"what": "images/s of the loaders, in turn", **setting, "n": rounds, "loaders": rows}
+    return {"what": "images/s of the loaders, in turn", **settings, "n": rounds, "loaders": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every loader, for lists of augmentations, in turn.")
-    parser.add_argument("--data", help="as `fastcifar train` takes it; default: what it would find, else synthetic")
+    parser = argparse.ArgumentParser(description="Images/s of every data loader for several lists of augmentations.")
+    parser.add_argument("--data", help="data set, as for fastcifar train, by default that of fastcifar bench")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--augment", action="append", help="a list; may be repeated; default: five lists")
+    parser.add_argument(
+        "--augment", action="append", help="list of augmentations; may be repeated; by default five lists"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a trial, about")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the torchvision loader")
-    parser.add_argument("--dry", action="store_true", help="write nothing")
+    parser.add_argument("--seconds", type=float, default=1.0, help="approximate duration of a trial, by default 1")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="number of worker processes of the torchvision loader, by default 2"
+    )
+    parser.add_argument("--dry", action="store_true", help="do not write a result")
     arguments = parser.parse_args()
     recipe = prepare_bench_recipe(Recipe(data=arguments.data, device=arguments.device))
     device = torch.device(choose_execution(recipe).device)
@@ -205,31 +214,31 @@ def main() -> None:
         data = cifar.load_dataset(recipe.data, recipe.dataset)
     trials: list[dict] = []
     for spec in arguments.augment or LISTS:
-        works = loaders_of(spec, data.train, arguments, str(device))
-        trials += in_turn(works, arguments, device, augment=format_augment(parse_augment(spec)))
-        print(table(summary(trials[-len(works) * arguments.rounds :])), flush=True)
-        del works
-    trials += decoders(data.train, arguments)
-    found = summary(
+        workloads = build_workloads(spec, data.train, arguments, str(device))
+        trials += run_trials(workloads, arguments, device, augment=format_augment(parse_augment(spec)))
+        print(format_table(summarize(trials[-len(workloads) * arguments.rounds :])), flush=True)
+        del workloads
+    trials += run_decoder_trials(data.train, arguments)
+    summary = summarize(
         trials,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         data="synthetic" if str(recipe.data).startswith("synthetic") else recipe.dataset,
         images=len(data.train.labels),
     )
-    print(table(summary(trials[-len(DECODERS) * arguments.rounds :])))
+    print(format_table(summarize(trials[-len(DECODERS) * arguments.rounds :])))
     if not arguments.dry:
-        print(results_folder.write("loaders", collect_environment(device.type), found, trials))
+        print(results_folder.write("loaders", collect_environment(device.type), summary, trials))
 
 
-def table(found: dict[str, Any]) -> str:
-    """What a person sees of a summary."""
+def format_table(summary: dict[str, Any]) -> str:
+    """Return a summary as a table for the terminal."""
     lines = []
-    for row in found["loaders"]:
+    for row in summary["loaders"]:
         times = f"{row['times']['median']:6.1f} x {row['times']['of']}" if row["times"] else ""
         lines.append(
             f"{row['augment']:60} {row['name']:12} {row['images_per_s']:10,.0f} images/s "
-            f"{row['cpu_us_per_image']:7.1f} CPU us/image {times:22} others {row['others_cores']:.2f} cores"
+            f"{row['cpu_us_per_image']:7.1f} CPU us/image {times:22} other processes {row['others_cores']:.2f} cores"
         )
     return "\n".join(lines)
 

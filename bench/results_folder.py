@@ -1,7 +1,7 @@
-"""A result as the README quotes it: bench/results/<UTC>_<device>_<what>/, written here and nowhere else.
+"""Result folders for the README: bench/results/<UTC>_<device>_<label>/.
 
-A folder holds env.json, summary.json, trials.jsonl (every trial, one a line) and what else a bench wants kept. The
-environment variable FASTCIFAR_BENCH_RESULTS names another place than bench/results, for what is not to be quoted.
+A folder contains env.json, summary.json, trials.jsonl (one trial per line) and optional further documents. The
+environment variable FASTCIFAR_BENCH_RESULTS replaces bench/results, for results that the README does not show.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ RESULTS = Path(os.environ.get("FASTCIFAR_BENCH_RESULTS") or Path(__file__).paren
 
 
 def write(
-    what: str,
+    label: str,
     environment: Mapping[str, Any],
     summary: Mapping[str, Any],
     trials: Iterable[Mapping[str, Any]],
     folder: Path | None = None,
     **documents: Mapping[str, Any],
 ) -> Path:
-    """Makes the folder and returns it; `folder` is written anew. `documents`: name -> what NAME.json holds beside."""
-    again = folder is not None
-    folder = folder or RESULTS / result_folder_name(environment["device"], what)
-    folder.mkdir(parents=True, exist_ok=again)
-    kept = {key: value for key, value in environment.items() if key != "command"}  # it names the machine's folders
-    for name, document in {"env": kept, "summary": summary, **documents}.items():
+    """Write a result and return its folder; `folder` is overwritten. `documents`: name -> content of NAME.json."""
+    overwrite = folder is not None
+    folder = folder or RESULTS / result_folder_name(environment["device"], label)
+    folder.mkdir(parents=True, exist_ok=overwrite)
+    environment = {
+        key: value for key, value in environment.items() if key != "command"
+    }  # it contains paths of this machine
+    for name, document in {"env": environment, "summary": summary, **documents}.items():
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(trial) + "\n" for trial in trials)
     (folder / "trials.jsonl").write_text(lines, encoding="utf-8")

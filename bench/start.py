@@ -1,8 +1,9 @@
-"""What the kept compile cache is worth: seconds from a process's start to the end of its first training step.
+"""Benchmark of the compile cache: seconds from the start of a process to the end of its first training step.
 
     python bench/start.py [--arch se68 --batch-size 128 --rounds 3]
 
-A round is two starts that share a cache, which is empty before the first. Synthetic images, so that nothing is read.
+A round is two starts with a common cache, which is empty before the first. The images are synthetic, so that no time is
+spent on reading files.
 Writes bench/results/<UTC>_<device>_start-<arch>/{env,summary}.json and trials.jsonl.
 """
 
@@ -21,31 +22,33 @@ import results_folder
 
 
 def first_step(arch: str, batch_size: int) -> None:
-    """Everything that `train` does before its second step, but for the run folder."""
+    """Run everything that `train` does up to the end of its first step, except for the run folder."""
     from fastcifar.device import choose_execution
     from fastcifar.recipe import Recipe
     from fastcifar.training import build
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
-    run = build.build_trainer(recipe, choose_execution(recipe))
-    step = run.build_train_step()
-    step(*next(run.batches(0)))
-    assert run.meter.compute().images == batch_size
+    trainer = build.build_trainer(recipe, choose_execution(recipe))
+    step = trainer.build_train_step()
+    step(*next(trainer.batches(0)))
+    assert trainer.meter.compute().images == batch_size
 
 
 def seconds(command: list[str], cache: str) -> float:
-    """Seconds until the child says that its first step is done."""
+    """Return the seconds until the child process reports the end of its first step."""
     started = time.perf_counter()
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
         assert child.stdout is not None
         if b"done" not in child.stdout.readline():
-            raise RuntimeError("the child ended before its first step")
+            raise RuntimeError("the child process ended before the end of its first step")
         return time.perf_counter() - started
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds to the end of the first step, without and with a cache.")
+    parser = argparse.ArgumentParser(
+        description="Seconds to the end of the first step, without and with a compile cache."
+    )
     parser.add_argument("--arch", default="se68")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -63,7 +66,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             trials.append({"round": number, "cold_s": seconds(command, cache), "warm_s": seconds(command, cache)})
         print(trials[-1], flush=True)
-    shares = [trial["warm_s"] / trial["cold_s"] for trial in trials]
+    ratios = [trial["warm_s"] / trial["cold_s"] for trial in trials]
     summary = {
         "what": "seconds from process start to the end of step 1, with a warm compile cache over a cold one, paired",
         "arch": arguments.arch,
@@ -71,7 +74,7 @@ def main() -> None:
         "n": arguments.rounds,
         "cold_s": statistics.median(trial["cold_s"] for trial in trials),
         "warm_s": statistics.median(trial["warm_s"] for trial in trials),
-        "share": {"min": min(shares), "median": statistics.median(shares), "max": max(shares)},
+        "share": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
     }
     folder = results_folder.write(f"start-{arguments.arch}", collect_environment("auto"), summary, trials)
     print(folder, json.dumps(summary["share"]))

@@ -1,9 +1,9 @@
-"""The README's tables of results, generated from bench/results.
+"""Tables of results in the README, generated from bench/results.
 
-    python bench/tables.py           rewrites the tables in README.md
-    python bench/tables.py --check   exits 1 if they are not current
+    python bench/tables.py           updates the tables in README.md
+    python bench/tables.py --check   exits 1 if they are not up to date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a row of TABLES.
+A table is placed between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
 """
 
 from __future__ import annotations
@@ -24,201 +24,214 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def accuracy() -> str:
-    """Every recorded training result: mean and standard deviation over seeds, with n."""
+    """Return the table of training results: mean and standard deviation over seeds."""
     heading = (
         "| recipe | parameters | epochs | n | test accuracy, mean ± std | each seed "
-        "| training PFLOP | seconds, start to end | device | result |"
+        "| training PFLOP | total seconds | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("test_acc"):
-        tested = summary["test_acc"]
-        seconds = summary["seconds_total"]
+    for folder, summary, environment in read_results("test_acc"):
+        test_acc = summary["test_acc"]
+        seconds, percentages = summary["seconds_total"], [100 * value for value in test_acc["trials"]]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {summary['epochs']} | {summary['n']} "
-            f"| {mean_and_std(tested, 100, 2, ' %')} | {', '.join(f'{100 * value:.2f}' for value in tested['trials'])} "
+            f"| {mean_and_std(test_acc, 100, 2, ' %')} | {format_list(percentages, 2)} "
             f"| {summary['train_flops'] / 1e15:.3f} | {min(seconds):.0f}-{max(seconds):.0f} "
             f"| {environment['device']}, {summary['precision']} | `{folder.name}` |"
         )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
 def peers() -> str:
-    """Every recorded comparison of training loops: the median of each, and its ratios to two others, with n."""
+    """Return the table of training loops: medians, and speeds relative to two other loops."""
     heading = (
-        "| network, batch, augmentation | loop | n | images/s, median | each round | times the source's loop "
-        "| times plain torch.compile | CPU µs an image | cores that others used, at most | device | result |"
+        "| network, batch size, augmentation | loop | n | images/s, median | each round | relative to source_loop "
+        "| relative to plain_compile | CPU µs per image | cores used by other processes, maximum | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("loops"):
-        for loop, found in summary["loops"].items():
+    for folder, summary, environment in read_results("loops"):
+        for loop, entry in summary["loops"].items():
             rows.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
-                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {times(found, 'source_loop')} | {times(found, 'plain_compile')} "
-                f"| {found['cpu_us_per_image']:,.0f} | {found['others_cores']:.2f} "
+                f"| {entry['images_per_s']:,.1f} | {format_list(entry['trials'], 1)} "
+                f"| {format_ratio(entry, 'source_loop')} | {format_ratio(entry, 'plain_compile')} "
+                f"| {entry['cpu_us_per_image']:,.0f} | {entry['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
 def inference() -> str:
-    """Every recorded comparison of inference: the median of each loop, and its ratio to the source's, with n."""
+    """Return the table of inference loops: medians, and speeds relative to the loop of the source projects."""
     heading = (
-        "| network, images | loop | n | images/s, median | each round | times the source's loop "
-        "| seconds before it | cores that others used, at most | device | result |"
+        "| network, images | loop | n | images/s, median | each round | relative to source_loop "
+        "| seconds of preparation | cores used by other processes, maximum | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("inference"):
-        for loop, found in summary["inference"].items():
+    for folder, summary, environment in read_results("inference"):
+        for loop, entry in summary["inference"].items():
             rows.append(
                 f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
-                f"| {found['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in found['trials'])} "
-                f"| {found['times_source_loop']['median']:.2f} "
-                f"| {', '.join(f'{value:.1f}' for value in found['prepare_s'])} "
-                f"| {found['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
+                f"| {entry['images_per_s']:,.1f} | {format_list(entry['trials'], 1)} "
+                f"| {entry['times_source_loop']['median']:.2f} "
+                f"| {format_list(entry['prepare_s'], 1)} "
+                f"| {entry['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
 def starts() -> str:
-    """Every recorded pair of starts: seconds to the end of the first step, with an empty compile cache and a full."""
+    """Return the table of starts: seconds to the end of the first step with an empty and a filled compile cache."""
     heading = (
-        "| network, batch | n | cold start, s, median | warm start, s, median | warm over cold | device | result |"
+        "| network, batch size | n | cold start, s, median | warm start, s, median | warm / cold | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("cold_s"):
-        share = summary["share"]
+    for folder, summary, environment in read_results("cold_s"):
         rows.append(
             f"| `{summary['arch']}`, {summary['batch_size']} | {summary['n']} | {summary['cold_s']:.1f} "
-            f"| {summary['warm_s']:.1f} | {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) "
+            f"| {summary['warm_s']:.1f} | {format_range(summary['share'])} "
             f"| {environment['device']} | `{folder.name}` |"
         )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
 def loaders() -> str:
-    """Every recorded comparison of loaders: the median of each, all rounds, its ratio to the baseline, with n."""
+    """Return the table of data loaders: medians, every round, and speeds relative to the baseline."""
     heading = (
-        "| augmentation, batch | loader | n | images/s, median | each round | times the baseline | CPU µs an image "
-        "| cores that others used, at most | device | result |"
+        "| augmentation, batch size | loader | n | images/s, median | each round | relative to the baseline "
+        "| CPU µs per image | cores used by other processes, maximum | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("loaders"):
-        for row in summary["loaders"]:
-            times = f"{row['times']['median']:.1f} x {row['times']['of']}" if row["times"] else ""
+    for folder, summary, environment in read_results("loaders"):
+        for loader in summary["loaders"]:
+            ratio = loader["times"]
+            relative = f"{ratio['median']:.1f} x {ratio['of']}" if ratio else ""
             rows.append(
-                f"| `{row['augment']}`, {summary['batch_size']} | {row['name']} | {summary['n']} "
-                f"| {row['images_per_s']:,.0f} | {', '.join(f'{value:,.0f}' for value in row['trials'])} | {times} "
-                f"| {row['cpu_us_per_image']:,.1f} | {row['others_cores']:.2f} "
+                f"| `{loader['augment']}`, {summary['batch_size']} | {loader['name']} | {summary['n']} "
+                f"| {loader['images_per_s']:,.0f} | {format_list(loader['trials'], 0)} | {relative} "
+                f"| {loader['cpu_us_per_image']:,.1f} | {loader['others_cores']:.2f} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
-def table(heading: str, rows: list[str], none: str = "(None recorded yet.)") -> str:
-    """The rows under their heading, or `none`."""
+def format_table(heading: str, rows: list[str], empty: str = "(None recorded yet.)") -> str:
+    """Return a Markdown table, or `empty` if there are no rows."""
     rule = "|" + "---|" * (heading.count("|") - 1)
-    return "\n".join([heading, rule, *rows]) if rows else none
+    return "\n".join([heading, rule, *rows]) if rows else empty
 
 
-def times(loop: dict[str, Any], other: str) -> str:
-    """How often as fast as the `other` loop, or a dash if that was not measured beside it."""
+def format_ratio(loop: dict[str, Any], other: str) -> str:
+    """Return the speed relative to the `other` loop, or a dash if that was not measured in the same comparison."""
     ratio = loop.get(f"times_{other}")
     return f"{ratio['median']:.2f}" if ratio else "-"
 
 
 def airbench() -> str:
-    """Every recorded start of cifar10-airbench's scripts: accuracy, and the seconds by their rule and by ours."""
+    """Return the table of the scripts of cifar10-airbench: accuracy, printed seconds, seconds from process start."""
     heading = (
-        "| script | n | accuracy, mean | seconds by its own rule, mean | by ours, cold start | warm start "
-        "| device | result |"
+        "| script | n | accuracy, mean | seconds printed by the script, mean | seconds from cold start "
+        "| seconds from warm start | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("scripts"):
-        for script, found in summary["scripts"].items():
-            ours = (", ".join(f"{value:.1f}" for value in found[name]) or "-" for name in ("cold_s", "warm_s"))
-            own = found["own_s"]
+    for folder, summary, environment in read_results("scripts"):
+        for script, entry in summary["scripts"].items():
+            starts = (format_list(entry[name], 1) for name in ("cold_s", "warm_s"))
+            printed = entry["own_s"]
             rows.append(
-                f"| `{script}` | {len(found['accuracy'])} | {format_percent(statistics.fmean(found['accuracy']))} "
-                f"| {f'{statistics.fmean(own):.2f}' if own else '-'} | {' | '.join(ours)} "
+                f"| `{script}` | {len(entry['accuracy'])} "
+                f"| {format_percent(statistics.fmean(entry['accuracy']))} "
+                f"| {f'{statistics.fmean(printed):.2f}' if printed else '-'} | {' | '.join(starts)} "
                 f"| {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows, "(None recorded yet: they need CUDA.)")
+    return format_table(heading, rows, "(None recorded yet; they need CUDA.)")
 
 
 def speedruns() -> str:
-    """Every recorded speedrun on the test set: accuracy without and with views, share over the target, seconds."""
+    """Return the table of speedruns on the test set: accuracy without and with TTA, share at the target, seconds."""
     heading = (
-        "| recipe | parameters | target | n | accuracy, mean ± std | with views | of them over the target "
-        "| seconds, mean ± std | from the start of the process, s | training PFLOP | device | result |"
+        "| recipe | parameters | target | n | accuracy, mean ± std | with TTA | share at the target "
+        "| seconds, mean ± std | seconds from process start | training PFLOP | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("flops_to_target"):
+    for folder, summary, environment in read_results("flops_to_target"):
         if summary["on"] != "test":
-            continue  # a split that chose something proves nothing
-        plain, views = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
-        best = summary["acc_tta"] or summary["acc"] or {"share": 0}
-        cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
+            continue  # the options were chosen on the validation split
+        accuracy, accuracy_tta = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
+        final = summary["acc_tta"] or summary["acc"] or {"share": 0}
+        cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or MISSING
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
-            f"| {plain} | {views} | {format_percent(best['share'], 0)} | {mean_and_std(summary['seconds'], 1, 1)} "
-            f"| {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
+            f"| {accuracy} | {accuracy_tta} | {format_percent(final['share'], 0)} "
+            f"| {mean_and_std(summary['seconds'], 1, 1)} | {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
 def pairs() -> str:
-    """Every recorded speedrun beside a peer's script: both sides' means and seconds, and ours over theirs."""
+    """Return the table of speedruns alternating with a peer's script: means, seconds, and the ratio of seconds."""
     heading = (
-        "| target | side | n | accuracy with views, mean | without | seconds, mean | each round "
-        "| over the peer's, by round | training PFLOP | cores that others used, at most | device | result |"
+        "| target | program | n | accuracy with TTA, mean | without TTA, mean | seconds, mean | each round "
+        "| ours / peer, by round | training PFLOP | cores used by other processes, maximum | device | result |"
     )
     rows = []
-    for folder, summary, environment in recorded("peer_script"):
+    for folder, summary, environment in read_results("peer_script"):
         for side, name in (("ours", summary["recipe"]), ("peer", summary["peer_script"])):
-            found = summary[side]
-            share = summary["seconds_over_peer"]
-            ratio = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if side == "ours" else ""
-            flops = "-" if None in found["flops"] else f"{statistics.fmean(found['flops']) / 1e15:.4f}"
+            entry = summary[side]
+            seconds_ratio = summary["seconds_over_peer"]
+            ratio = format_range(seconds_ratio) if side == "ours" else ""
+            flops = "-" if None in entry["flops"] else f"{statistics.fmean(entry['flops']) / 1e15:.4f}"
             rows.append(
                 f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
                 f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
-                f"| {statistics.fmean(found['seconds']):.1f} "
-                f"| {', '.join(f'{value:.1f}' for value in found['seconds'])} | {ratio} | {flops} "
+                f"| {statistics.fmean(entry['seconds']):.1f} "
+                f"| {format_list(entry['seconds'], 1)} | {ratio} | {flops} "
                 f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
-def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
-    """`93.99 ± 0.12 %`, without the deviation where there was one run, or a dash where nothing was measured."""
-    return f"{format_mean_std(figure['mean'], figure['std'], decimals, unit)}{sign}" if figure else MISSING
+def format_list(values: list[float], digits: int) -> str:
+    """Return the values, comma-separated; a dash if there are none."""
+    return ", ".join(f"{value:,.{digits}f}" for value in values) or MISSING
+
+
+def format_range(ratio: dict[str, float]) -> str:
+    """Return the median, minimum and maximum of ratios: `0.60 (0.40 to 0.80)`."""
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def mean_and_std(metric: dict[str, Any] | None, scale: float, digits: int, unit: str = "") -> str:
+    """Return `93.99 ± 0.12 %`, without the standard deviation for a single run; a dash if nothing was measured."""
+    return f"{format_mean_std(metric['mean'], metric['std'], digits, scale)}{unit}" if metric else MISSING
 
 
 def faults() -> str:
-    """Every recorded soak and fuzzing: how much was tried, and what came of it."""
-    heading = "| what | tried | what came of it | seconds | device | result |"
+    """Return the table of soak and fuzz tests: the number of trials and their outcome."""
+    heading = "| test | trials | outcome | seconds | device | result |"
     rows = []
-    for folder, summary, environment in recorded("what"):
+    for folder, summary, environment in read_results("what"):
         if summary["what"] == "soak":
             signals = ", ".join(f"{count} {name}" for name, count in sorted(summary["by_signal"].items()))
-            tried = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
-            found = f"{summary['equal']:,} ended as the run never stopped, bit for bit"
+            trials = f"{summary['runs']:,} runs, killed {summary['kills']:,} times ({signals})"
+            outcome = f"{summary['equal']:,} ended bit-identical to the uninterrupted run"
         elif summary["what"] == "fuzz-readers":
-            tried = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
-            found = f"{summary['refused']:,} refused in one line, {summary['read']:,} read; nothing else"
+            trials = f"{summary['inputs']:,} damaged files, {summary['readers']} readers"
+            outcome = (
+                f"{summary['refused']:,} refused with a message of one line, {summary['read']:,} read; no other outcome"
+            )
         else:
             continue
         rows.append(
-            f"| {summary['what']} | {tried} | {found} | {summary['seconds']:,.0f} "
+            f"| {summary['what']} | {trials} | {outcome} | {summary['seconds']:,.0f} "
             f"| {environment['device']} | `{folder.name}` |"
         )
-    return table(heading, rows)
+    return format_table(heading, rows)
 
 
-def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """(folder, summary, environment) of every result, oldest first, whose summary has a `key`."""
+def read_results(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Yield (folder, summary, environment) of every result whose summary has `key`, oldest first."""
     for path in sorted(RESULTS.glob("*/summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
         if key in summary:
@@ -238,18 +251,18 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def renewed(text: str) -> str:
-    """The README's text with every table generated anew."""
+def update_tables(text: str) -> str:
+    """Return the text of the README with every table generated again."""
 
-    def anew(match: re.Match[str]) -> str:
+    def generate(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", anew, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", generate, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     before = README.read_text(encoding="utf-8")
-    after = renewed(before)
+    after = update_tables(before)
     if "--check" in sys.argv:
         sys.exit(before != after)
     README.write_text(after, encoding="utf-8")

@@ -1,10 +1,11 @@
-"""What a training step moves through memory, kernel by kernel, without a GPU: counted, not timed.
+"""Memory traffic of a training step for each kernel, counted without a GPU and without timing.
 
     python bench/traffic.py [--arch se68 se68_block] [--batch-size 128] [--kernels] [--record]
 
-The loss is traced as `train` compiles it, its two graphs are handed to inductor as an H200's, and inductor is stopped
-once it has decided which operations share a kernel. A buffer that a kernel reads or writes counts once with its size;
-a convolution's backward reads the gradient twice, once for each of its two kernels. Caches are not modelled.
+The loss is traced as `train` compiles it, inductor compiles its forward and backward graphs for an H200, and is stopped
+once it has decided which operations are fused into a kernel. Each buffer that a kernel reads or writes counts once with
+its size; the backward pass of a convolution reads the gradient twice, once for each of its two kernels. Caches are not
+modeled.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ H200 = types.SimpleNamespace(
     shared_memory_per_block_optin=232448,
     gcnArchName="",
 )
-BANDWIDTH = 4.8e12  # bytes/s, of its data sheet
-# What inductor asks of a GPU between the traced graph and its kernels. A convolution of channels_last tensors stays so.
-ANSWERS: dict[str, Any] = {
+BANDWIDTH = 4.8e12  # bytes/s, from the data sheet of the H200
+# Functions that inductor calls about the GPU, and their results. The output of a channels_last convolution is
+# channels_last.
+MOCKED_FUNCTIONS: dict[str, Any] = {
     "torch.cuda.is_available": lambda: True,
     "torch.cuda.device_count": lambda: 1,
     "torch.cuda.current_device": lambda: 0,
@@ -64,28 +66,31 @@ ANSWERS: dict[str, Any] = {
     "torch.cuda.synchronize": lambda *_: None,
     "torch._C._conv_determine_backend_memory_format": lambda *_: torch.channels_last,
 }
-ANSWERS_OF_INTERFACE = {"get_device_properties": H200, "current_device": 0, "device_count": 1}
+MOCKED_INTERFACE = {"get_device_properties": H200, "current_device": 0, "device_count": 1}
 
 
 class Scheduled(BaseException):
-    """Raised where inductor would go on to write code, and the program to run it: what was wanted is known."""
+    """Raised to stop inductor before it generates code, and the program before it runs that."""
 
 
 @contextlib.contextmanager
-def as_if_on_a_gpu() -> Iterator[None]:
+def simulated_gpu() -> Iterator[None]:
+    """Return a context in which inductor compiles for an H200, without a GPU."""
     with contextlib.ExitStack() as stack:
-        stack.callback(has_triton.cache_clear)  # torch remembers the answer, here and after
+        stack.callback(has_triton.cache_clear)  # its result is cached
         has_triton.cache_clear()
-        for name, answer in ANSWERS.items():
+        for name, answer in MOCKED_FUNCTIONS.items():
             stack.enter_context(mock.patch(name, answer))
-        for name, value in ANSWERS_OF_INTERFACE.items():
+        for name, value in MOCKED_INTERFACE.items():
             answer = staticmethod(lambda *_, value=value: value)
             stack.enter_context(mock.patch.object(CudaInterface, name, answer))
         yield
 
 
-def scheduled(graph: torch.fx.GraphModule, inputs: list[Any], found: list[dict[str, Any]], **options: Any) -> Any:
-    """An inner compiler of inductor: adds the kernels of `graph` to `found`, moved to the GPU; makes nothing."""
+def collect_kernels(
+    graph: torch.fx.GraphModule, inputs: list[Any], kernels: list[dict[str, Any]], **options: Any
+) -> Any:
+    """Append the kernels of `graph` on the simulated GPU to `kernels`; an inner compiler of inductor."""
     for node in graph.graph.nodes:
         node.args = tuple(GPU if isinstance(value, torch.device) else value for value in node.args)
         node.kwargs = {key: GPU if key == "device" else value for key, value in node.kwargs.items()}
@@ -93,11 +98,11 @@ def scheduled(graph: torch.fx.GraphModule, inputs: list[Any], found: list[dict[s
     backward = bool(options.get("is_backward"))
 
     def stop(scheduler: Scheduler) -> None:
-        found.extend(kernel(node, backward) for node in scheduler.nodes)
+        kernels.extend(describe_kernel(node, backward) for node in scheduler.nodes)
         raise Scheduled
 
     mode = torch._guards.detect_fake_mode(inputs)
-    with as_if_on_a_gpu(), mock.patch.object(Scheduler, "codegen", stop), contextlib.suppress(Scheduled):
+    with simulated_gpu(), mock.patch.object(Scheduler, "codegen", stop), contextlib.suppress(Scheduled):
         with mode:
             moved = [
                 torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
@@ -110,9 +115,11 @@ def scheduled(graph: torch.fx.GraphModule, inputs: list[Any], found: list[dict[s
     return graph
 
 
-def kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
-    """What one kernel computes and the bytes it reads and writes; `kind` is convolution, op (another one from outside
-    inductor), reduction or pointwise."""
+def describe_kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
+    """Return the operations of a kernel, its kind, and the number of bytes it reads and writes.
+
+    The kind is "convolution", "op" (another operation that inductor does not generate), "reduction" or "pointwise".
+    """
     origins = [fx for part in node.get_nodes() if part.node is not None for fx in part.node.origins]
     targets = {str(fx.target).removeprefix("aten.").split(".")[0] for fx in origins if fx.op == "call_function"}
     reads = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
@@ -133,79 +140,81 @@ def kernel(node: BaseSchedulerNode, backward: bool) -> dict[str, Any]:
     }
 
 
-def kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-    """The kernels of forward, loss and backward of `model` on `batch_size` images in bf16, as inductor fuses them."""
-    found: list[dict[str, Any]] = []
+def list_kernels(model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
+    """Return the kernels of forward pass, loss and backward pass of `model` in bf16, as inductor fuses them."""
+    collected: list[dict[str, Any]] = []
     device = torch.device("cpu")
     function = loss_and_correct(build_forward(model, (0.5,) * 3, (0.25,) * 3, "bf16", device), 0.0)
     images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        compile_fx(graph, inputs, inner_compile=lambda *args, **options: scheduled(*args, found, **options))
+        compile_fx(graph, inputs, inner_compile=lambda *args, **options: collect_kernels(*args, collected, **options))
         raise Scheduled
 
     torch._C._ensureCUDADeviceGuardSet()
     torch._dynamo.reset()
     with functorch.patch(force_non_lazy_backward_lowering=True), contextlib.suppress(Scheduled):
         torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(images, labels)
-    return [row for row in found if row["read"] + row["written"]]
+    return [kernel for kernel in collected if kernel["read"] + kernel["written"]]
 
 
 def measure(arch: str, batch_size: int, fused: bool) -> dict[str, Any]:
-    """Kernels and bytes an image of `arch` by pass and kind, beside the model's bytes."""
+    """Return the kernels and bytes per image of `arch` by pass and kind, and those of the analytical model."""
     network = build_model(arch).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     model_bytes = feature_map_bytes_per_image(network, training=True)
     if fused:
         enable_fused_ops(network)
-    rows = kernels(network, batch_size)
-    alike: dict[tuple, dict[str, Any]] = {}  # in the order of their first
+    kernels = list_kernels(network, batch_size)
+    distinct: dict[tuple, dict[str, Any]] = {}
     groups: dict[str, dict[str, int]] = {}
-    for row in rows:
-        row |= {key: round(row[key] / batch_size) for key in ("read", "written")}
-        alike.setdefault(tuple(row.values()), {"times": 0, **row})["times"] += 1
-        group = groups.setdefault(f"{row['pass']} {row['kind']}", {"kernels": 0, "bytes_per_image": 0})
+    for kernel in kernels:
+        kernel |= {key: round(kernel[key] / batch_size) for key in ("read", "written")}
+        distinct.setdefault(tuple(kernel.values()), {"times": 0, **kernel})["times"] += 1
+        group = groups.setdefault(f"{kernel['pass']} {kernel['kind']}", {"kernels": 0, "bytes_per_image": 0})
         group["kernels"] += 1
-        group["bytes_per_image"] += row["read"] + row["written"]
+        group["bytes_per_image"] += kernel["read"] + kernel["written"]
     total = sum(group["bytes_per_image"] for group in groups.values())
     return {
         "arch": arch,
         "fused_ops": fused,
         "batch_size": batch_size,
-        "kernels": len(rows),
+        "kernels": len(kernels),
         "bytes_per_image": total,
         "model_bytes_per_image": model_bytes,
         "memory_seconds_per_step": total * batch_size / BANDWIDTH,
         "groups": groups,
-        "rows": list(alike.values()),
+        "rows": list(distinct.values()),
     }
 
 
-def show(found: dict[str, Any], every_kernel: bool) -> None:
-    """The table of one measurement."""
-    print(f"{found['arch']}, fused ops {'on' if found['fused_ops'] else 'off'}, batch {found['batch_size']}, bf16")
-    for row in found["rows"] if every_kernel else ():
-        size = f"{row['read']:>9,} read {row['written']:>9,} written"
-        print(f"  {row['times']:>3} x {row['pass']:8} {row['kind']:11} {size}  {row['computes'][:60]}")
-    for name, group in found["groups"].items():
-        print(f"  {name:20} {group['kernels']:>4} kernels {group['bytes_per_image'] / 1e6:>6.2f} MB an image")
-    seconds = found["memory_seconds_per_step"]
-    print(f"  {'all':20} {found['kernels']:>4} kernels {found['bytes_per_image'] / 1e6:>6.2f} MB an image", end="")
-    print(f", the model {found['model_bytes_per_image'] / 1e6:.2f}; {seconds * 1e3:.2f} ms a step at 4.8 TB/s")
+def print_table(result: dict[str, Any], every_kernel: bool) -> None:
+    """Print the result of `measure` as a table."""
+    print(
+        f"{result['arch']}, fused ops {'on' if result['fused_ops'] else 'off'}, batch size {result['batch_size']}, bf16"
+    )
+    for kernel in result["rows"] if every_kernel else ():
+        size = f"{kernel['read']:>9,} read {kernel['written']:>9,} written"
+        print(f"  {kernel['times']:>3} x {kernel['pass']:8} {kernel['kind']:11} {size}  {kernel['computes'][:60]}")
+    for name, group in result["groups"].items():
+        print(f"  {name:20} {group['kernels']:>4} kernels {group['bytes_per_image'] / 1e6:>6.2f} MB per image")
+    seconds = result["memory_seconds_per_step"]
+    print(f"  {'all':20} {result['kernels']:>4} kernels {result['bytes_per_image'] / 1e6:>6.2f} MB per image", end="")
+    print(f", model {result['model_bytes_per_image'] / 1e6:.2f}; {seconds * 1e3:.2f} ms per step at 4.8 TB/s")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Count what a training step moves through a GPU's memory.")
+    parser = argparse.ArgumentParser(description="Count the memory traffic of a training step on a GPU.")
     parser.add_argument("--arch", nargs="+", default=["se68", "se68_block"])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--kernels", action="store_true", help="rows of kernels too, equal ones counted")
-    parser.add_argument("--record", action="store_true", help="write bench/results/<UTC>_<device>_traffic")
+    parser.add_argument("--kernels", action="store_true", help="print every distinct kernel with its count")
+    parser.add_argument("--record", action="store_true", help="write a result to bench/results")
     arguments = parser.parse_args()
     trials = []
     for arch in arguments.arch:
         for fused in (False, True):
             trials.append(measure(arch, arguments.batch_size, fused))
-            show(trials[-1], arguments.kernels)
+            print_table(trials[-1], arguments.kernels)
     if arguments.record:
         summary = {"what": "traffic", "for": H200.name, "bandwidth": BANDWIDTH}
         summary["trials"] = [{key: value for key, value in trial.items() if key != "rows"} for trial in trials]

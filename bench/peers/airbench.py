@@ -1,13 +1,13 @@
-"""cifar10-airbench's own scripts, from a checkout of it, timed by their rule and by ours. Needs CUDA.
+"""Benchmark of the scripts of cifar10-airbench, from a checkout, with two definitions of the time. Needs CUDA.
 
     python bench/peers/airbench.py CHECKOUT [--scripts airbench94_muon.py,airbench96_faster.py --runs 3 --starts 2]
 
-Their rule is the seconds that a script prints itself: training and, at its end, the evaluation with views, without
-imports and data; airbench94_muon.py compiles in a warm-up that it leaves out, and of a script without one the first run
-of a start, which compiles inside its clock, is kept apart. Ours is the wall clock from the start of the process to the
-printed accuracy of its first run: imports, compilation, data and all; the first start of a script finds empty compile
-caches, the next ones full ones. None of its code is here: a script is started as it is, in a folder of its own with the
-images as it keeps them, and stopped after `--runs` of its many runs.
+The first time is the one that a script prints: training and the final evaluation with test-time augmentation, without
+imports and data. airbench94_muon.py compiles in a warm-up that it does not count; for a script without a warm-up, the
+first run of each start includes compilation and is kept separately. The second time is the wall-clock time from the
+start of the process to the printed accuracy of its first run, with imports, compilation and data; the first start of a
+script has empty compile caches, the later ones filled caches. A script is run unchanged, in a temporary folder with the
+images in its format, and stopped after `--runs` of its many runs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fastcifar.data.cifar import load_dataset
 from fastcifar.device import collect_environment
 
 SCRIPTS = ("airbench94_muon.py", "airbench96_faster.py")
-ACCURACY, OWN_SECONDS = "tta_val_acc", ("time_seconds", "total_time_seconds")  # columns of the tables they print
-FIGURES = ("accuracy", "own_s", "own_compiling_s", "cold_s", "warm_s")  # of a script, each of several runs or starts
+ACCURACY, OWN_SECONDS = "tta_val_acc", ("time_seconds", "total_time_seconds")  # columns of the printed tables
+METRICS = ("accuracy", "own_s", "own_compiling_s", "cold_s", "warm_s")  # of a script, for all its runs or starts
 
 
 def time_script(script: Path, folder: Path, runs: int) -> list[dict[str, Any]]:
-    """`runs` runs of one process: accuracy, seconds by its own rule, and our seconds from the start of the process.
+    """Run `script` in `folder` for `runs` runs; return the accuracy and the seconds of each.
 
-    Errors: SystemExit with the script's last line if it ends before.
+    Raises SystemExit with the last line of the script if it ends early.
     """
-    started, found, last = time.perf_counter(), [], ""
+    started, results, last_line = time.perf_counter(), [], ""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "PYTHONUNBUFFERED": "1"}
     environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     process = subprocess.Popen(
@@ -50,27 +50,28 @@ def time_script(script: Path, folder: Path, runs: int) -> list[dict[str, Any]]:
     assert process.stdout is not None
 
     def lines() -> Iterator[str]:
-        nonlocal last
+        nonlocal last_line
         for line in process.stdout or ():
-            last = line.strip() or last
+            last_line = line.strip() or last_line
             yield line
 
     try:
-        for run in finished_runs(lines()):
-            found.append({**run, "since_start_s": time.perf_counter() - started})
-            if len(found) == runs:
-                return found
+        for run in parse_runs(lines()):
+            results.append({**run, "since_start_s": time.perf_counter() - started})
+            if len(results) == runs:
+                return results
     finally:
         process.kill()
         process.wait()
-    raise SystemExit(f"{script.name} ended after {len(found)} of {runs} runs: {last}")
+    raise SystemExit(f"{script.name} ended after {len(results)} of {runs} runs: {last_line}")
 
 
-def finished_runs(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """`accuracy`, `without_tta` and `own_s` of each run in the tables that a script prints, but for its warm-up's.
+def parse_runs(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield `accuracy`, `without_tta`, `own_s` and `compiled` of each run, except the warm-up, in printed tables.
 
-    `compiled`: whether something had run before, so that the seconds hold no compilation. A table's head names the
-    columns; the first row of a run has its name in the first, the last one ends with the accuracy and the seconds.
+    `compiled` is whether an earlier run of the process has compiled the network, so that the seconds do not include
+    compilation. The header of a table has the names of the columns; the first row of a run has the name of the run, and
+    its last row the accuracy and the seconds.
     """
     columns: list[str] = []
     name, compiled = "", False
@@ -86,90 +87,100 @@ def finished_runs(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         if not row.get(ACCURACY):
             continue
         if name != "warmup":
-            own = next(row[column] for column in OWN_SECONDS if column in row)
-            plain = float(row.get("val_acc") or "nan")
-            yield {"accuracy": float(row[ACCURACY]), "without_tta": plain, "own_s": float(own), "compiled": compiled}
+            seconds = next(row[column] for column in OWN_SECONDS if column in row)
+            without_tta = float(row.get("val_acc") or "nan")
+            yield {
+                "accuracy": float(row[ACCURACY]),
+                "without_tta": without_tta,
+                "own_s": float(seconds),
+                "compiled": compiled,
+            }
         compiled = True
 
 
 def write_images(folder: Path, data: str | None) -> None:
-    """The data set as the scripts keep it, so that they download nothing: `cifar10/{train,test}.pt`."""
-    found = load_dataset(data, download=False)
+    """Write the data set in the format of the scripts, `cifar10/{train,test}.pt`, so that they do not download it."""
+    dataset = load_dataset(data, download=False)
     (folder / "cifar10").mkdir()
-    for name, split in (("train", found.train), ("test", found.test)):
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
         images = torch.from_numpy(split.images.transpose(0, 2, 3, 1).copy())
-        content = {"images": images, "labels": torch.from_numpy(split.labels.copy()), "classes": list(found.classes)}
+        content = {"images": images, "labels": torch.from_numpy(split.labels.copy()), "classes": list(dataset.classes)}
         torch.save(content, folder / "cifar10" / f"{name}.pt")
 
 
-def require(checkout: Path, scripts: list[str]) -> None:
-    """Errors: SystemExit for a script that is not there."""
+def require_scripts(checkout: Path, scripts: list[str]) -> None:
+    """Raise SystemExit if a script does not exist."""
     for script in scripts:
         if not (checkout / script).is_file():
-            raise SystemExit(f"{checkout} has no {script}: give a checkout of KellerJordan/cifar10-airbench")
+            raise SystemExit(f"{checkout} has no {script}; give a checkout of KellerJordan/cifar10-airbench")
 
 
-def measured(
+def run_scripts(
     checkout: Path, scripts: list[str], data: str | None, runs: int = 3, starts: int = 2
 ) -> list[dict[str, Any]]:
-    """A trial for each start of each script. Errors: SystemExit, in one line."""
-    require(checkout, scripts)
+    """Return a trial for each start of each script. Raises SystemExit with a message of one line."""
+    require_scripts(checkout, scripts)
     trials = []
     for script in scripts:
-        with tempfile.TemporaryDirectory() as place:
-            write_images(Path(place), data)
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(Path(folder), data)
             for start in range(starts):
-                found = time_script((checkout / script).absolute(), Path(place), runs)
-                trials.append({"script": script, "start": "warm" if start else "cold", "runs": found})
+                results = time_script((checkout / script).absolute(), Path(folder), runs)
+                trials.append({"script": script, "start": "warm" if start else "cold", "runs": results})
                 print(trials[-1], flush=True)
     return trials
 
 
-def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """By script: accuracies of every run, their own seconds without and with compilation, our seconds of each start."""
+def summarize(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the METRICS of each script: accuracies and printed seconds of all runs, seconds from process start."""
     scripts: dict[str, Any] = {}
     for trial in trials:
-        of = scripts.setdefault(trial["script"], {name: [] for name in FIGURES})
+        metrics = scripts.setdefault(trial["script"], {name: [] for name in METRICS})
         for run in trial["runs"]:
-            of["accuracy"].append(run["accuracy"])
-            of["own_s" if run["compiled"] else "own_compiling_s"].append(run["own_s"])
-        of[f"{trial['start']}_s"].append(trial["runs"][0]["since_start_s"])
+            metrics["accuracy"].append(run["accuracy"])
+            metrics["own_s" if run["compiled"] else "own_compiling_s"].append(run["own_s"])
+        metrics[f"{trial['start']}_s"].append(trial["runs"][0]["since_start_s"])
     return {"what": "seconds to the printed accuracy, their rule and ours", "scripts": scripts}
 
 
-def table(found: dict[str, Any]) -> str:
-    """The summary for a person."""
-    lines = [f"{'script':24} {'n':>3} {'accuracy':>9} {'own rule':>9} {'cold start':>10} {'warm start':>10}  seconds"]
-    for name, of in found["scripts"].items():
-        mean = {key: sum(values) / len(values) if values else float("nan") for key, values in of.items()}
+def format_table(summary: dict[str, Any]) -> str:
+    """Return the summary as a table for the terminal."""
+    lines = [f"{'script':24} {'n':>3} {'accuracy':>9} {'printed':>9} {'cold start':>10} {'warm start':>10}  seconds"]
+    for name, metrics in summary["scripts"].items():
+        mean = {key: sum(values) / len(values) if values else float("nan") for key, values in metrics.items()}
         lines.append(
-            f"{name:24} {len(of['accuracy']):3} {100 * mean['accuracy']:8.2f}% {mean['own_s']:9.2f} "
+            f"{name:24} {len(metrics['accuracy']):3} {100 * mean['accuracy']:8.2f}% {mean['own_s']:9.2f} "
             f"{mean['cold_s']:10.1f} {mean['warm_s']:10.1f}"
         )
     return "\n".join(lines)
 
 
-def needs_cuda() -> str:
-    """Why it cannot run here, or nothing."""
+def missing_cuda_message() -> str:
+    """Return why the scripts cannot be run on this machine; "" if they can."""
     return "" if torch.cuda.is_available() else "cifar10-airbench needs CUDA, and no CUDA device is visible"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="cifar10-airbench's scripts by their rule and by ours.")
-    parser.add_argument("checkout", type=Path, help="of KellerJordan/cifar10-airbench")
-    parser.add_argument("--scripts", default=",".join(SCRIPTS))
-    parser.add_argument("--runs", type=int, default=3, help="of one start of a script")
-    parser.add_argument("--starts", type=int, default=2, help="of each script; the first is cold")
-    parser.add_argument("--data", help="as `fastcifar train` takes it")
+    parser = argparse.ArgumentParser(description="Time the scripts of cifar10-airbench.")
+    parser.add_argument("checkout", type=Path, help="checkout of KellerJordan/cifar10-airbench")
+    parser.add_argument("--scripts", default=",".join(SCRIPTS), help="comma-separated names of scripts")
+    parser.add_argument("--runs", type=int, default=3, help="number of runs of each start of a script, by default 3")
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=2,
+        help="number of starts of each script, of which the first has empty compile caches; by default 2",
+    )
+    parser.add_argument("--data", help="data set, as for fastcifar train")
     arguments = parser.parse_args()
-    if needs_cuda():
-        print(needs_cuda(), file=sys.stderr)
+    if message := missing_cuda_message():
+        print(message, file=sys.stderr)
         sys.exit(8)
     scripts = arguments.scripts.split(",")
-    trials = measured(arguments.checkout, scripts, arguments.data, arguments.runs, arguments.starts)
-    found = summary(trials)
-    print(results_folder.write("airbench", collect_environment("cuda"), found, trials))
-    print(table(found))
+    trials = run_scripts(arguments.checkout, scripts, arguments.data, arguments.runs, arguments.starts)
+    summary = summarize(trials)
+    print(results_folder.write("airbench", collect_environment("cuda"), summary, trials))
+    print(format_table(summary))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Ways to train the same network on the same images: the source projects', two that a user would try, airbench's, ours.
+"""Training loops for the same network and images: of the source projects, of typical users, of airbench, of fastcifar.
 
-Each is a generator that trains one step each time it is asked and gives the number of its images, for ever; a row of
-LOOPS. All of them are written here. The first three do what the source projects' loop does: take a batch from a
-DataLoader of two workers over PIL images, clip, step, read the loss and count the hits. Those in airbench's style do
-what the fast published CIFAR loops do: keep the whole set on the device, augment there a batch at a time, train 16-bit
-weights with a fused Nesterov SGD, clip nothing and read nothing.
+Each loop is an infinite generator that trains one step per iteration and yields its number of images; LOOPS lists them.
+All are written here. The first three follow the loop of the source projects: a batch from a DataLoader with two workers
+over PIL images, gradient clipping, step, loss and accuracy read after every step. The loops in the style of airbench
+follow the fastest published CIFAR programs: the data set is kept on the device and augmented there batch by batch, the
+weights are 16-bit, the optimizer is a fused Nesterov SGD, without gradient clipping and without reading the loss.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from fastcifar.training.build import build_trainer
 
 WORKERS, EPOCHS = 2, 200
 
-HOLE = 8  # pixels of a side
+CUTOUT_SIZE = 8  # pixels
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One augmentation as fastcifar spells it and as torchvision does: of a PIL image, then of its tensor."""
+    """An augmentation for fastcifar, as the value of --augment, and for torchvision, of PIL images and tensors."""
 
-    spelling: str
-    of_image: Callable[[], list[Callable]]
-    of_tensor: Callable[[], list[Callable]] = list
+    spec: str
+    image_transforms: Callable[[], list[Callable]]
+    tensor_transforms: Callable[[], list[Callable]] = list
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -49,9 +49,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         "crop:4:zero,flip", lambda: [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     ),
     "crop-flip-cutout": Augmentation(
-        f"crop:4:zero,flip,cutout:{HOLE}:mean",
+        f"crop:4:zero,flip,cutout:{CUTOUT_SIZE}:mean",
         lambda: [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()],
-        lambda: [transforms.RandomErasing(1, ((HOLE / 32) ** 2,) * 2, (1, 1))],
+        lambda: [transforms.RandomErasing(1, ((CUTOUT_SIZE / 32) ** 2,) * 2, (1, 1))],
     ),
     "a": Augmentation(
         "crop:4:zero,flip,rotate:5,autoaugment:cifar10",
@@ -66,8 +66,8 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all loops share. `data` as `fastcifar train --data` takes it; `device` "cuda" or "cpu"."""
+class Settings:
+    """Settings of all loops. `data`: as for `fastcifar train --data`. `device`: "cuda" or "cpu"."""
 
     arch: str = "se68"
     batch_size: int = 128
@@ -77,7 +77,7 @@ class Setting:
 
 
 class Images(Dataset):
-    """The training images as torchvision's CIFAR10 gives them, which refuses files in another order than published."""
+    """Training images as torchvision.datasets.CIFAR10 returns them, also from files that it does not accept."""
 
     def __init__(self, data: str | None, transform: Callable[[Image.Image], Tensor]) -> None:
         train = load_dataset(data, download=False).train
@@ -92,47 +92,49 @@ class Images(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def source_loop(setting: Setting) -> Iterator[int]:
-    """The source projects' loop, as its code would be written today: float32, NCHW, eager."""
-    yield from train(setting, network(setting), bf16=False)
+def source_loop(settings: Settings) -> Iterator[int]:
+    """Train with the loop of the source projects, as their code would be written today: float32, NCHW, eager."""
+    yield from train(settings, build_network(settings), bf16=False)
 
 
-def eager_bf16(setting: Setting) -> Iterator[int]:
-    """The same loop under bf16 autocast, with a channels_last network."""
-    yield from train(setting, network(setting).to(memory_format=torch.channels_last), bf16=True)
+def eager_bf16(settings: Settings) -> Iterator[int]:
+    """Train with the same loop under bf16 autocast, with a channels_last network."""
+    yield from train(settings, build_network(settings).to(memory_format=torch.channels_last), bf16=True)
 
 
-def plain_compile(setting: Setting) -> Iterator[int]:
-    """The same as `eager_bf16`, and `torch.compile(model)`, as a user would write it."""
-    yield from train(setting, torch.compile(network(setting).to(memory_format=torch.channels_last)), bf16=True)
+def plain_compile(settings: Settings) -> Iterator[int]:
+    """Train with the loop `eager_bf16` and `torch.compile(model)` with its defaults."""
+    yield from train(settings, torch.compile(build_network(settings).to(memory_format=torch.channels_last)), bf16=True)
 
 
-def ours(setting: Setting) -> Iterator[int]:
-    """What `fastcifar train` runs: its loader and its step, at the settings it chooses by itself."""
+def ours(settings: Settings) -> Iterator[int]:
+    """Train with the data loader and the training step of fastcifar, with the defaults of `fastcifar train`."""
     recipe = Recipe(
-        arch=setting.arch,
-        batch_size=setting.batch_size,
-        augment=AUGMENTATIONS[setting.augment].spelling,
-        data=setting.data,
-        device=setting.device,  # type: ignore[arg-type]
+        arch=settings.arch,
+        batch_size=settings.batch_size,
+        augment=AUGMENTATIONS[settings.augment].spec,
+        data=settings.data,
+        device=settings.device,  # type: ignore[arg-type]
         val_size=0,
     )
-    parts = build_trainer(recipe, choose_execution(recipe))
-    yield from train_workload(parts, parts.build_train_step())
+    trainer = build_trainer(recipe, choose_execution(recipe))
+    yield from train_workload(trainer, trainer.build_train_step())
 
 
-def airbench_style(setting: Setting) -> Iterator[int]:
-    """The set and its augmentation on the device, bf16 weights, channels_last, eager."""
-    yield from train_on_device(setting, half(network(setting)))
+def airbench_style(settings: Settings) -> Iterator[int]:
+    """Train with data set and augmentation on the device, bf16 weights, channels_last, eager."""
+    yield from train_on_device(settings, to_bf16(build_network(settings)))
 
 
-def airbench_style_compiled(setting: Setting) -> Iterator[int]:
-    """The same, compiled as those loops are: on a GPU with every kernel tuned and the passes replayed as graphs."""
-    model = half(network(setting))
-    yield from train_on_device(setting, torch.compile(model, mode="max-autotune" if setting.device == "cuda" else None))
+def airbench_style_compiled(settings: Settings) -> Iterator[int]:
+    """Train with the loop `airbench_style`, compiled; on a GPU with the mode max-autotune, as airbench does."""
+    model = to_bf16(build_network(settings))
+    yield from train_on_device(
+        settings, torch.compile(model, mode="max-autotune" if settings.device == "cuda" else None)
+    )
 
 
-LOOPS: dict[str, Callable[[Setting], Iterator[int]]] = {
+LOOPS: dict[str, Callable[[Settings], Iterator[int]]] = {
     "source_loop": source_loop,
     "eager_bf16": eager_bf16,
     "plain_compile": plain_compile,
@@ -141,11 +143,11 @@ LOOPS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "ours": ours,
 }
 ON_DEVICE = {"airbench_style", "airbench_style_compiled"}
-THEIRS = {"crop-flip", "crop-flip-cutout"}  # what those on the device know
+ON_DEVICE_AUGMENTATIONS = {"crop-flip", "crop-flip-cutout"}  # supported by these loops
 
 
-def half(model: nn.Module) -> nn.Module:
-    """bf16 and channels_last, but for the norms, whose statistics stay float32."""
+def to_bf16(model: nn.Module) -> nn.Module:
+    """Convert a model to bf16 and channels_last, except BatchNorm, which remains float32."""
     model.to(torch.bfloat16, memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -153,20 +155,20 @@ def half(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_on_device(setting: Setting, model: nn.Module) -> Iterator[int]:
-    """The loop of the two in airbench's style: as theirs, it knows THEIRS alone and drops a short last batch."""
-    if setting.augment not in THEIRS:
-        raise SystemExit(f"the loops in airbench's style augment by {' or '.join(sorted(THEIRS))} only")
-    padded, labels = resident(setting)
+def train_on_device(settings: Settings, model: nn.Module) -> Iterator[int]:
+    """Train in the style of airbench: ON_DEVICE_AUGMENTATIONS only, and without the smaller last batch of an epoch."""
+    if settings.augment not in ON_DEVICE_AUGMENTATIONS:
+        raise SystemExit(f"airbench_style supports only --augment {' or '.join(sorted(ON_DEVICE_AUGMENTATIONS))}")
+    padded, labels = load_on_device(settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
-    steps = EPOCHS * -(-len(labels) // setting.batch_size)
+    steps = EPOCHS * -(-len(labels) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     model.train()
     for _ in itertools.count():
-        order = torch.randperm(len(labels), device=setting.device)
-        for index in order[: len(order) // setting.batch_size * setting.batch_size].split(setting.batch_size):
+        order = torch.randperm(len(labels), device=settings.device)
+        for index in order[: len(order) // settings.batch_size * settings.batch_size].split(settings.batch_size):
             images = crop_and_flip(padded[index])
-            images = cut_out(images) if setting.augment == "crop-flip-cutout" else images
+            images = cut_out(images) if settings.augment == "crop-flip-cutout" else images
             loss = F.cross_entropy(model(images).float(), labels[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -175,23 +177,23 @@ def train_on_device(setting: Setting, model: nn.Module) -> Iterator[int]:
             yield len(index)
 
 
-def resident(setting: Setting) -> tuple[Tensor, Tensor]:
-    """The whole training set on the device: bf16 images [n,3,40,40], normalised, four zeros around; labels [n]."""
-    train = load_dataset(setting.data, download=False).train
+def load_on_device(settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return the training set on the device: normalized bf16 images [n,3,40,40], padded by 4 zeros, and labels [n]."""
+    train = load_dataset(settings.data, download=False).train
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in parse_normalization("cifar10"))
-    parts = torch.from_numpy(np.ascontiguousarray(train.images)).split(5000)
-    normalised = torch.cat([((part / 255 - mean) / std).to(torch.bfloat16) for part in parts])
-    padded = F.pad(normalised.to(setting.device), (4, 4, 4, 4))
-    return padded.contiguous(memory_format=torch.channels_last), torch.from_numpy(train.labels).to(setting.device)
+    chunks = torch.from_numpy(np.ascontiguousarray(train.images)).split(5000)
+    normalized = torch.cat([((chunk / 255 - mean) / std).to(torch.bfloat16) for chunk in chunks])
+    padded = F.pad(normalized.to(settings.device), (4, 4, 4, 4))
+    return padded.contiguous(memory_format=torch.channels_last), torch.from_numpy(train.labels).to(settings.device)
 
 
 def crop_and_flip(padded: Tensor) -> Tensor:
-    """[n,3,40,40] -> [n,3,32,32]: a window of each image, half of them mirrored, in one gather."""
+    """Return a random crop of each image, half of them flipped, in one gather: [n,3,40,40] -> [n,3,32,32]."""
     count, side, device = len(padded), 32, padded.device
     top, left = torch.randint(padded.shape[2] - side + 1, (2, count, 1), device=device)
     offsets = torch.arange(side, device=device)
-    mirrored = torch.rand(count, 1, device=device) < 0.5
-    rows, columns = top + offsets, left + torch.where(mirrored, side - 1 - offsets, offsets)
+    flipped = torch.rand(count, 1, device=device) < 0.5
+    rows, columns = top + offsets, left + torch.where(flipped, side - 1 - offsets, offsets)
     images = padded.permute(0, 2, 3, 1)[
         torch.arange(count, device=device).view(-1, 1, 1), rows[:, :, None], columns[:, None]
     ]
@@ -199,44 +201,47 @@ def crop_and_flip(padded: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor) -> Tensor:
-    """[n,3,32,32] with a square of HOLE pixels of each image at 0, the mean."""
+    """Set a random square of CUTOUT_SIZE pixels of each image to 0, the mean: [n,3,32,32] -> [n,3,32,32]."""
     count, _, side, _ = images.shape
-    top, left = torch.randint(side - HOLE + 1, (2, count, 1), device=images.device)
+    top, left = torch.randint(side - CUTOUT_SIZE + 1, (2, count, 1), device=images.device)
     offsets = torch.arange(side, device=images.device)
-    rows, columns = ((offsets >= start) & (offsets < start + HOLE) for start in (top, left))
+    rows, columns = ((offsets >= start) & (offsets < start + CUTOUT_SIZE) for start in (top, left))
     return images.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0)
 
 
-def network(setting: Setting) -> nn.Module:
+def build_network(settings: Settings) -> nn.Module:
+    """Return the network on the device, with weights from a fixed seed."""
     torch.manual_seed(0)
-    return build_model(setting.arch).to(setting.device)
+    return build_model(settings.arch).to(settings.device)
 
 
-def train(setting: Setting, model: nn.Module, bf16: bool) -> Iterator[int]:
-    """The loop that the first three share."""
-    normalise = transforms.Normalize(*parse_normalization("cifar10"))
-    ops = AUGMENTATIONS[setting.augment]
-    transform = transforms.Compose([*ops.of_image(), transforms.ToTensor(), normalise, *ops.of_tensor()])
-    batches = DataLoader(Images(setting.data, transform), setting.batch_size, shuffle=True, num_workers=WORKERS)
+def train(settings: Settings, model: nn.Module, bf16: bool) -> Iterator[int]:
+    """Train with the loop that the first three have in common."""
+    normalize = transforms.Normalize(*parse_normalization("cifar10"))
+    augmentation = AUGMENTATIONS[settings.augment]
+    transform = transforms.Compose(
+        [*augmentation.image_transforms(), transforms.ToTensor(), normalize, *augmentation.tensor_transforms()]
+    )
+    batches = DataLoader(Images(settings.data, transform), settings.batch_size, shuffle=True, num_workers=WORKERS)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer = Lookahead(inner, k=5, alpha=0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(inner, T_max=EPOCHS)
-    layout = torch.channels_last if bf16 else torch.contiguous_format
+    memory_format = torch.channels_last if bf16 else torch.contiguous_format
     model.train()
     for _ in itertools.count():
-        total_loss, hits, seen = 0.0, 0, 0
+        total_loss, correct, total = 0.0, 0, 0
         for images, labels in batches:
-            images, labels = images.to(setting.device, memory_format=layout), labels.to(setting.device)
+            images, labels = images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
             optimizer.zero_grad()
-            with torch.autocast(setting.device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(settings.device, torch.bfloat16, enabled=bf16):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
             loss.backward()
             nn.utils.clip_grad_value_(model.parameters(), 0.1)
             optimizer.step()
             total_loss += loss.item()
-            seen += len(labels)
-            hits += logits.max(1).indices.eq(labels).sum().item()
-            _running = total_loss / seen, hits / seen  # what its progress bar shows
+            total += len(labels)
+            correct += logits.max(1).indices.eq(labels).sum().item()
+            _progress = total_loss / total, correct / total  # the source projects show these in a progress bar
             yield len(labels)
         schedule.step()

@@ -1,13 +1,14 @@
-"""Images a second of the training loops of loops.py on this machine, in turn, each in a process of its own.
+"""Benchmark of the training loops of loops.py in images/s on this machine, in turn, each in a separate process.
 
     python bench/peers/run.py [--arch se68 --batch-size 128 --augment crop-flip|crop-flip-cutout|a --data PATH]
                               [--steps 8 --rounds 3 --loops NAME,NAME --airbench CHECKOUT]
 
-writes bench/results/<UTC>_<device>_peers-<arch>/{env,summary}.json and trials.jsonl. A trial is the `--steps` steps
-after the warm-up of one process; building, compiling and warming up are its `prepare_s`. Each is kept with the cores
-that other processes used meanwhile; on a shared machine, `--wait` waits for a quiet one and `--attempts` repeats a
-disturbed trial: the last attempt stands, all are in trials.jsonl. A ratio is the median of the ratios within a round.
-With `--airbench` the scripts of a checkout of cifar10-airbench follow, timed as airbench.py does it; they need CUDA.
+Writes bench/results/<UTC>_<device>_peers-<arch>/{env,summary}.json and trials.jsonl. A trial times `--steps` steps of a
+process after its warm-up; building, compiling and warm-up are timed separately, as `prepare_s`. Every trial is kept
+with the number of cores that other processes used meanwhile. On a shared machine, `--wait` waits until other processes
+are idle, and `--attempts` repeats a disturbed trial; the last attempt counts, and all are in trials.jsonl. A ratio is
+the median of the ratios of each round. `--airbench` adds the scripts of a checkout of cifar10-airbench, timed by
+airbench.py; they need CUDA.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import airbench
 import results_folder
 import torch
-from loops import AUGMENTATIONS, LOOPS, ON_DEVICE, THEIRS, Setting
+from loops import AUGMENTATIONS, LOOPS, ON_DEVICE, ON_DEVICE_AUGMENTATIONS, Settings
 
 from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_units
 from fastcifar.device import choose_execution, collect_environment
 from fastcifar.recipe import Recipe
 
-WARM_UP = 2  # steps: the first compiles, the second finds its memory
+WARM_UP = 2  # steps: the first one compiles, the second one allocates memory
 BASELINES = ("source_loop", "plain_compile")
-LOOK_S, QUIET = 1.5, 0.1  # seconds of one look at the other processes, and how many cores they may use
+SAMPLE_S, IDLE_CORES = 1.5, 0.1  # duration of a measurement of other processes, and the cores that idle ones may use
 
 
-def one(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """A trial of the loop `name`, in this process."""
+def run_trial(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run a trial of the loop `name` in this process."""
     device = choose_execution(Recipe(device=arguments.device)).device
     started = time.perf_counter()
-    loop = LOOPS[name](Setting(arguments.arch, arguments.batch_size, arguments.augment, arguments.data, device))
+    loop = LOOPS[name](Settings(arguments.arch, arguments.batch_size, arguments.augment, arguments.data, device))
     for _ in range(WARM_UP):
         next(loop)
     prepare_s = time.perf_counter() - started
-    wait_for_quiet(arguments.wait)
+    wait_for_idle_machine(arguments.wait)
     busy = busy_seconds()
     trial = time_units(loop, arguments.steps, torch.device(device))
     return {
@@ -60,18 +61,18 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def wait_for_quiet(most_s: float) -> None:
-    """Returns when other processes leave the machine alone, after `most_s` seconds at the latest."""
-    deadline = time.perf_counter() + most_s
+def wait_for_idle_machine(max_s: float) -> None:
+    """Wait until other processes are idle, for at most `max_s` seconds."""
+    deadline = time.perf_counter() + max_s
     while time.perf_counter() < deadline:
-        others = busy_seconds() - cpu_seconds()
-        time.sleep(LOOK_S)
-        if busy_seconds() - cpu_seconds() - others < QUIET * LOOK_S:
+        before = busy_seconds() - cpu_seconds()
+        time.sleep(SAMPLE_S)
+        if busy_seconds() - cpu_seconds() - before < IDLE_CORES * SAMPLE_S:
             return
 
 
 def busy_seconds() -> float:
-    """CPU seconds that all processes of the machine have used; nan where /proc does not show them."""
+    """Return the CPU seconds that all processes have used since boot; NaN on systems without /proc/stat."""
     try:
         user, nice, system, _idle, _iowait, irq, softirq, *_ = Path("/proc/stat").read_text().split()[1:]
     except OSError:
@@ -79,115 +80,123 @@ def busy_seconds() -> float:
     return sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
 
 
-def summary(trials: list[dict[str, Any]], **setting: Any) -> dict[str, Any]:
-    """The medians, and each loop's speed as a multiple of the source's and of the plainly compiled one's.
+def summarize(trials: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Return the medians of every loop, and its speed relative to the BASELINES.
 
-    Of the attempts at a trial the last stands, whatever its speed: the others were disturbed by other processes.
+    Only the last attempt of a trial counts, whatever its speed: the others were disturbed by other processes.
     """
-    standing = {(trial["round"], trial["loop"]): trial for trial in trials}.values()
-    names = [name for name in LOOPS if any(trial["loop"] == name for trial in standing)]
-    by_name = {name: [trial for trial in standing if trial["loop"] == name] for name in names}
-    speeds = {name: [trial["images_per_s"] for trial in found] for name, found in by_name.items()}
+    last_attempts = {(trial["round"], trial["loop"]): trial for trial in trials}.values()
+    names = [name for name in LOOPS if any(trial["loop"] == name for trial in last_attempts)]
+    by_name = {name: [trial for trial in last_attempts if trial["loop"] == name] for name in names}
+    speeds = {name: [trial["images_per_s"] for trial in group] for name, group in by_name.items()}
     loops = {}
-    for name, found in by_name.items():
+    for name, group in by_name.items():
         loops[name] = {
             "images_per_s": statistics.median(speeds[name]),
             "trials": speeds[name],
-            "cpu_us_per_image": statistics.median(trial["cpu_us_per_image"] for trial in found),
-            "prepare_s": [trial["prepare_s"] for trial in found],
-            "others_cores": max(trial["others_cores"] for trial in found),
+            "cpu_us_per_image": statistics.median(trial["cpu_us_per_image"] for trial in group),
+            "prepare_s": [trial["prepare_s"] for trial in group],
+            "others_cores": max(trial["others_cores"] for trial in group),
             **{f"times_{other}": ratio(speeds[name], speeds[other]) for other in BASELINES if other in speeds},
         }
     rounds = len(next(iter(speeds.values())))
-    return {"what": "training images/s, end to end, loops in turn", **setting, "n": rounds, "loops": loops}
+    return {"what": "training images/s, end to end, loops in turn", **settings, "n": rounds, "loops": loops}
 
 
-def ratio(mine: list[float], others: list[float]) -> dict[str, float]:
-    """`mine` over `others`, paired by round."""
-    paired = [one / other for one, other in zip(mine, others, strict=True)]
-    return {"min": min(paired), "median": statistics.median(paired), "max": max(paired)}
+def ratio(values: list[float], baseline: list[float]) -> dict[str, float]:
+    """Return minimum, median and maximum of `values` / `baseline`, paired by round."""
+    ratios = [value / other for value, other in zip(values, baseline, strict=True)]
+    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
 
 
-def table(found: dict[str, Any]) -> str:
+def format_table(summary: dict[str, Any]) -> str:
+    """Return the summary as a table for the terminal; "others" is the number of cores that other processes used."""
     lines = [f"{'loop':24} {'images/s':>9} {'x source':>9} {'x compile':>9} {'CPU us/image':>13} {'others':>6}  trials"]
-    for name, loop in found["loops"].items():
+    for name, loop in summary["loops"].items():
         ratios = (loop.get(f"times_{other}", {}).get("median", math.nan) for other in BASELINES)
         lines.append(
             f"{name:24} {loop['images_per_s']:9,.1f} {' '.join(f'{value:9.2f}' for value in ratios)} "
             f"{loop['cpu_us_per_image']:13,.0f} {loop['others_cores']:6.2f}  "
             f"{', '.join(f'{trial:,.1f}' for trial in loop['trials'])}"
         )
-    return "\n".join(lines + ([airbench.table(found)] if "scripts" in found else []))
+    return "\n".join(lines + ([airbench.format_table(summary)] if "scripts" in summary else []))
 
 
-def trials_of_loops(names: list[str], command: list[str], rounds: int, attempts: int) -> list[dict[str, Any]]:
-    """Every trial of every loop, in turn, each by `command` with the loop's name behind it."""
+def run_trials(names: list[str], command: list[str], rounds: int, attempts: int) -> list[dict[str, Any]]:
+    """Run the trials of the loops in turn, each by `command` with --child and the name of the loop."""
     trials: list[dict[str, Any]] = []
     for number in range(rounds):
         for name in names:
             for _ in range(attempts):
                 run = subprocess.run([*command, "--child", name], stdout=subprocess.PIPE, text=True, check=False)
                 if run.returncode:
-                    raise SystemExit(f"{name} failed with exit code {run.returncode}: no result")
+                    raise SystemExit(f"{name} failed with exit code {run.returncode}; no result is written")
                 trials.append({"round": number, "loop": name, **json.loads(run.stdout.splitlines()[-1])})
                 print(trials[-1], flush=True)
-                if trials[-1]["others_cores"] < QUIET:
+                if trials[-1]["others_cores"] < IDLE_CORES:
                     break
     return trials
 
 
-def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Training loops on the same network and images.")
     parser.add_argument("--arch", default="se68")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--augment", choices=AUGMENTATIONS, default="crop-flip-cutout")
-    parser.add_argument("--data", help="as `fastcifar train` takes it; default: what it would find, else synthetic")
+    parser.add_argument("--data", help="data set, as for fastcifar train, by default that of fastcifar bench")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--loops", default="", help=f"some of {','.join(LOOPS)}; default: all that know --augment")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a trial")
+    parser.add_argument(
+        "--loops", default="", help=f"loops to run, by default all that support --augment: {','.join(LOOPS)}"
+    )
+    parser.add_argument("--steps", type=int, default=8, help="number of timed steps of a trial, by default 8")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--wait", type=float, default=0, help="seconds a trial waits, at most, for a quiet machine")
-    parser.add_argument("--attempts", type=int, default=1, help="at a trial, while other processes disturb it")
-    parser.add_argument("--airbench", type=Path, metavar="CHECKOUT", help="of KellerJordan/cifar10-airbench")
+    parser.add_argument(
+        "--wait", type=float, default=0, help="maximum seconds that a trial waits for other processes to be idle"
+    )
+    parser.add_argument(
+        "--attempts", type=int, default=1, help="maximum number of attempts of a trial that other processes disturb"
+    )
+    parser.add_argument("--airbench", type=Path, metavar="CHECKOUT", help="checkout of KellerJordan/cifar10-airbench")
     parser.add_argument("--child", choices=LOOPS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    arguments = arguments_of()
+    arguments = parse_arguments()
     if arguments.child:
-        print(json.dumps(one(arguments.child, arguments)))
+        print(json.dumps(run_trial(arguments.child, arguments)))
         return
     scripts: list[str] = list(airbench.SCRIPTS) if arguments.airbench else []
-    if why := airbench.needs_cuda() if scripts else "":
-        print(why, file=sys.stderr)
+    if message := airbench.missing_cuda_message() if scripts else "":
+        print(message, file=sys.stderr)
         scripts = []
-    airbench.require(arguments.airbench, scripts)
-    names = [name for name in LOOPS if arguments.augment in THEIRS or name not in ON_DEVICE]
+    airbench.require_scripts(arguments.airbench, scripts)
+    names = [name for name in LOOPS if arguments.augment in ON_DEVICE_AUGMENTATIONS or name not in ON_DEVICE]
     if arguments.loops:
         names = arguments.loops.split(",")
     data = prepare_bench_recipe(Recipe(data=arguments.data)).data
     command = [sys.executable, __file__, *("--data", data) * bool(data), "--steps", str(arguments.steps)]
     command += ["--wait", str(arguments.wait), "--device", arguments.device]
     command += ["--arch", arguments.arch, "--batch-size", str(arguments.batch_size), "--augment", arguments.augment]
-    trials = trials_of_loops(names, command, arguments.rounds, arguments.attempts)
-    found = summary(
+    trials = run_trials(names, command, arguments.rounds, arguments.attempts)
+    summary = summarize(
         trials,
         arch=arguments.arch,
         batch_size=arguments.batch_size,
-        augment=AUGMENTATIONS[arguments.augment].spelling,
+        augment=AUGMENTATIONS[arguments.augment].spec,
         data="synthetic" if str(data).startswith("synthetic") else "cifar10",
         steps=arguments.steps,
         warm_up=WARM_UP,
     )
-    what, machine = f"peers-{arguments.arch}", collect_environment(arguments.device)
-    folder = results_folder.write(what, machine, found, trials)
+    label, environment = f"peers-{arguments.arch}", collect_environment(arguments.device)
+    folder = results_folder.write(label, environment, summary, trials)
     print(folder)
-    if scripts:  # one may end early, and the loops are kept
-        theirs = airbench.measured(arguments.airbench, scripts, data)
-        found["scripts"] = airbench.summary(theirs)["scripts"]
-        results_folder.write(what, machine, found, trials + theirs, folder=folder)
-    print(table(found))
+    if scripts:  # after the loops are written, because a script may end early
+        script_trials = airbench.run_scripts(arguments.airbench, scripts, data)
+        summary["scripts"] = airbench.summarize(script_trials)["scripts"]
+        results_folder.write(label, environment, summary, trials + script_trials, folder=folder)
+    print(format_table(summary))
 
 
 if __name__ == "__main__":
