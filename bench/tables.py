@@ -164,7 +164,8 @@ def speedruns() -> str:
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
             f"| {accuracy} | {accuracy_tta} | {format_percent(final['share'], 0)} "
-            f"| {mean_and_std(summary['seconds'], 1, 1)} | {cold} | {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
+            f"| {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
+            f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return format_table(heading, rows)
 

@@ -1,4 +1,4 @@
-"""What the tests share: the GPU marker, a recipe that trains in a second, and a quiet machine."""
+"""Fixtures and hooks of all tests: the GPU marker, a recipe that trains in a second, and the number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from fastcifar.recipe import Recipe
 
-# A shell has what it starts in the background ignore Ctrl-C, and so would every process that a test starts and stops.
+# A shell makes background processes ignore SIGINT, which the processes that tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -29,26 +29,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread, also for what a test starts, but two for the kernels of `data`, which are compiled for them.
+    """Use one thread in tests and the processes they start, except in tests/data, whose kernels are compiled for two.
 
-    Networks this small are no faster on two threads, and many times slower where another process takes a core.
+    Networks this small are not faster with two threads, and many times slower if another process uses a core.
     """
     import torch
 
-    before, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    num_threads, omp_num_threads = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     if request.path.parent.name != "data":
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
     os.environ.pop("OMP_NUM_THREADS", None)
-    if asked is not None:
-        os.environ["OMP_NUM_THREADS"] = asked
+    if omp_num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = omp_num_threads
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Recipe]:
-    """Makes recipes of a network of 6,000 parameters on 160 synthetic images: a run takes a second."""
+    """Return a function that makes recipes of a network of 6,000 parameters on 160 synthetic images."""
 
     def make(**changes: Any) -> Recipe:
         values: dict[str, Any] = {

@@ -38,7 +38,7 @@ def test_the_layer_contract_finds_an_upward_import(tmp_path: Path) -> None:
     assert "fastcifar.cli is not allowed to import fastcifar.sweep" in run.stdout
 
 
-def test_nothing_is_imported_around_the_contracts() -> None:
+def test_no_import_bypasses_the_contracts() -> None:
     """importlib hides an import from the contracts; only the lazy public names of the package use it on itself."""
     for path in FILES:
         text = path.read_text(encoding="utf-8")
@@ -69,8 +69,8 @@ def test_modules_and_public_names_are_documented(path: Path) -> None:
             assert ast.get_docstring(node), node.name
 
 
-def test_no_path_of_a_machine() -> None:
+def test_no_file_contains_an_absolute_path() -> None:
     for path in [*FILES, *ROOT.glob("*.md"), *(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"]:
         text = path.read_text(encoding="utf-8")
         for start in ("/home/", "/Users/", "/work/", "/tmp/"):
-            assert start not in text, f"{path.name} holds {start}"
+            assert start not in text, f"{path.name} contains {start}"

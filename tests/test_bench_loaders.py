@@ -1,4 +1,4 @@
-"""The bench of the loaders: they take turns, ratios are of a round, the table is generated, decoders agree."""
+"""The benchmark of the data loaders: order of trials, ratios by round, the table in the README, equal decoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEEDS = {"tensor": (400.0, 100.0, 300.0), "dali": (100.0, 60.0, 50.0), "torchvi
 
 
 def script(name: str) -> ModuleType:
-    """A script of bench/; pyproject.toml puts it where imports look."""
+    """Import a script of bench/, which pyproject.toml adds to the import path."""
     return importlib.import_module(name)
 
 
@@ -34,53 +34,53 @@ def trials(augment: str = "crop:4:zero", names: tuple[str, ...] = tuple(SPEEDS))
     ]  # fmt: skip
 
 
-def test_ratios_are_of_a_round_and_no_trial_is_left_out() -> None:
-    found = script("loaders").summary([*trials(), *trials("rotate:5", ("tensor",))], batch_size=512)
-    assert (found["n"], found["batch_size"]) == (3, 512)
-    tensor, dali, baseline, alone = found["loaders"]
+def test_ratios_are_computed_by_round_and_all_trials_are_kept() -> None:
+    summary = script("loaders").summarize([*trials(), *trials("rotate:5", ("tensor",))], batch_size=512)
+    assert (summary["n"], summary["batch_size"]) == (3, 512)
+    tensor, dali, baseline, single = summary["loaders"]
     assert tensor["times"] == {"min": 5, "median": 30, "max": 40, "of": "torchvision"}
     assert (dali["images_per_s"], dali["trials"]) == (60.0, [100.0, 60.0, 50.0])
     assert baseline["times"]["median"] == 1
-    assert (alone["augment"], alone["times"]) == ("rotate:5", None)
+    assert (single["augment"], single["times"]) == ("rotate:5", None)
 
 
-def test_the_table_has_a_line_for_each_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_a_row_for_each_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, loaders = script("tables"), script("loaders")
     monkeypatch.setattr(loaders.results_folder, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.loaders() == "(None recorded yet.)"
-    found = loaders.summary(trials(), batch_size=512, workers=2)
-    loaders.results_folder.write("loaders", {"device": "a CPU"}, found, trials())
+    summary = loaders.summarize(trials(), batch_size=512, workers=2)
+    loaders.results_folder.write("loaders", {"device": "a CPU"}, summary, trials())
     lines = tables.loaders().splitlines()
     assert len(lines) == 2 + len(SPEEDS)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 400, 100, 300 | 30.0 x torchvision |" in lines[2]
 
 
-def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_loaders_are_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     loaders = script("loaders")
     split = cifar.load_dataset("synthetic:400", "cifar10").train
     arguments = argparse.Namespace(batch_size=50, workers=0, rounds=2, seconds=0.02)
-    works = loaders.loaders_of("flip:0.5:alternating", split, arguments, "cpu")
-    assert set(works) == set(LOADERS) - {"torchvision"}
-    assert "no torchvision: --loader torchvision has no flip" in capsys.readouterr().out
-    works = {}
-    for name, kind in LOADERS.items():
-        own: dict[str, Any] = {} if name == "torchvision" else {"compile": False}
-        loader = kind(split.images, split.labels, batch_size=50, augment=(), seed=0, device="cpu", **own)
-        works[name] = loaders.endless(loader)
-    found = loaders.in_turn(works, arguments, torch.device("cpu"), augment="none")
-    assert [(trial["round"], trial["name"]) for trial in found] == [
+    workloads = loaders.build_workloads("flip:0.5:alternating", split, arguments, "cpu")
+    assert set(workloads) == set(LOADERS) - {"torchvision"}
+    assert "torchvision is skipped: --loader torchvision has no flip" in capsys.readouterr().out
+    workloads = {}
+    for name, loader_class in LOADERS.items():
+        options: dict[str, Any] = {} if name == "torchvision" else {"compile": False}
+        loader = loader_class(split.images, split.labels, batch_size=50, augment=(), seed=0, device="cpu", **options)
+        workloads[name] = loaders.iterate_forever(loader)
+    results = loaders.run_trials(workloads, arguments, torch.device("cpu"), augment="none")
+    assert [(trial["round"], trial["name"]) for trial in results] == [
         (number, name) for number in (0, 1) for name in LOADERS
     ]
-    assert all(trial["images"] > 0 and trial["cpu_us_per_image"] >= 0 for trial in found)
-    assert json.loads(json.dumps(found)) == found
+    assert all(trial["images"] > 0 and trial["cpu_us_per_image"] >= 0 for trial in results)
+    assert json.loads(json.dumps(results)) == results
 
 
 @pytest.mark.parametrize("name", ["pillow", "dali"])
-def test_decoders_give_the_pixels_that_were_written(name: str, tmp_path: Path) -> None:
+def test_decoders_return_the_written_pixels(name: str, tmp_path: Path) -> None:
     loaders = script("loaders")
-    pytest.importorskip("nvidia.dali", reason="DALI does not import here")
+    pytest.importorskip("nvidia.dali", reason="DALI cannot be imported")
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
     files = loaders.write_folder(cifar.Split(images, np.arange(30) % 3), tmp_path, 30)
@@ -90,10 +90,10 @@ def test_decoders_give_the_pixels_that_were_written(name: str, tmp_path: Path) -
 
 def test_dali_decodes_every_kind_of_png_as_pillow_does(tmp_path: Path) -> None:
     loaders = script("loaders")
-    pytest.importorskip("nvidia.dali", reason="DALI does not import here")
+    pytest.importorskip("nvidia.dali", reason="DALI cannot be imported")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     files = [tmp_path / f"{mode}.png" for mode in ("RGB", "L", "P")]
     for file in files:
         image.convert(file.stem).save(file)
-    for decoded, file in zip(loaders.by_dali(files), files, strict=True):
+    for decoded, file in zip(loaders.decode_with_dali(files), files, strict=True):
         assert np.array_equal(decoded, class_folders.decode_image(file)), file.name

@@ -1,4 +1,4 @@
-"""The README's tables are generated from recorded results, and current."""
+"""The benchmark scripts; the tables of results in the README are up to date."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(name: str) -> ModuleType:
-    """A script of bench/ or bench/peers/; pyproject.toml puts both where imports look."""
+    """Import a script of bench/ or bench/peers/, which pyproject.toml adds to the import path."""
     return importlib.import_module(name)
 
 
-def test_readme_tables_are_current() -> None:
+def test_readme_tables_are_up_to_date() -> None:
     text, tables = (ROOT / "README.md").read_text(encoding="utf-8"), script("tables")
     for name in tables.TABLES:
         assert f"<!-- table: {name} -->" in text
-    assert tables.renewed(text) == text
+    assert tables.update_tables(text) == text
 
 
-def test_results_hold_no_path_of_a_machine() -> None:
+def test_results_contain_no_absolute_path() -> None:
     files = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
     for path in files:
         text = path.read_text(encoding="utf-8")
@@ -60,7 +60,9 @@ def write(folder: Path, document: dict[str, Any]) -> Path:
     return folder
 
 
-def test_record_keeps_every_trial_and_their_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_writes_every_trial_and_their_standard_deviation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = script("record")
     monkeypatch.setattr(record.results_folder, "RESULTS", tmp_path / "results")
     runs = [write(tmp_path / f"run{seed}", trial(seed, accuracy)) for seed, accuracy in ((0, 0.8), (1, 0.9))]
@@ -78,21 +80,21 @@ def test_record_keeps_every_trial_and_their_spread(tmp_path: Path, monkeypatch: 
     assert "command" not in json.loads((folder / "env.json").read_text())
 
 
-def test_record_refuses_cut_runs_and_other_recipes(tmp_path: Path) -> None:
+def test_record_refuses_incomplete_runs_and_different_recipes(tmp_path: Path) -> None:
     record = script("record")
-    whole = write(tmp_path / "whole", trial(0, 0.8))
-    cut = write(tmp_path / "cut", trial(1, 0.8, complete=False))
+    complete = write(tmp_path / "complete", trial(0, 0.8))
+    incomplete = write(tmp_path / "incomplete", trial(1, 0.8, complete=False))
     other = write(tmp_path / "other", trial(1, 0.8, config={"lr": 0.2}))
-    for wrong in (cut, other):
+    for invalid in (incomplete, other):
         with pytest.raises(SystemExit):
-            record.record("quick", [whole, wrong])
+            record.record("quick", [complete, invalid])
 
 
 PEERS = ("source_loop", "eager_bf16", "plain_compile", "ours")
-FIGURES = {"cpu_us_per_image": 1.0, "prepare_s": 2.0, "others_cores": 0.5}
+METRICS = {"cpu_us_per_image": 1.0, "prepare_s": 2.0, "others_cores": 0.5}
 
 
-def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
+def test_peers_are_compared_by_round_and_all_trials_are_kept() -> None:
     speeds = {
         "source_loop": (10, 20, 40),
         "eager_bf16": (40, 40, 40),
@@ -100,45 +102,46 @@ def test_peers_are_compared_within_a_round_and_no_trial_is_left_out() -> None:
         "ours": (60, 60, 80),
     }
     trials = [
-        {"round": number, "loop": name, "images_per_s": speeds[name][number], **FIGURES}
+        {"round": number, "loop": name, "images_per_s": speeds[name][number], **METRICS}
         for number in range(3)
         for name in PEERS
     ]
     disturbed = {**trials[3], "images_per_s": 1}
-    found = script("run").summary([disturbed, *trials], arch="se68")
-    assert (found["n"], found["arch"], tuple(found["loops"])) == (3, "se68", PEERS)
-    assert found["loops"]["ours"]["trials"] == [60, 60, 80]
-    assert found["loops"]["ours"]["images_per_s"] == 60
-    assert found["loops"]["ours"]["times_source_loop"] == {"min": 2, "median": 3, "max": 6}
-    assert found["loops"]["ours"]["times_plain_compile"] == {"min": 1.2, "median": 1.5, "max": 4}
-    assert found["loops"]["source_loop"]["times_source_loop"]["median"] == 1
+    summary = script("run").summarize([disturbed, *trials], arch="se68")
+    assert (summary["n"], summary["arch"], tuple(summary["loops"])) == (3, "se68", PEERS)
+    assert summary["loops"]["ours"]["trials"] == [60, 60, 80]
+    assert summary["loops"]["ours"]["images_per_s"] == 60
+    assert summary["loops"]["ours"]["times_source_loop"] == {"min": 2, "median": 3, "max": 6}
+    assert summary["loops"]["ours"]["times_plain_compile"] == {"min": 1.2, "median": 1.5, "max": 4}
+    assert summary["loops"]["source_loop"]["times_source_loop"]["median"] == 1
 
 
 @pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "airbench_style", "ours"])
-def test_a_peer_trains_a_step_each_time_it_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_trains_one_step_per_iteration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = script("loops")
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
-    choice = ExecutionPlan("cpu", "fp32", "tensor", False, False)
-    monkeypatch.setattr(loops, "choose_execution", lambda _: choice)
-    loop = loops.LOOPS[name](loops.Setting("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
-    drops_the_short_batch = name in loops.ON_DEVICE
-    assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_the_short_batch else [32, 32, 16, 32])
+    execution = ExecutionPlan("cpu", "fp32", "tensor", False, False)
+    monkeypatch.setattr(loops, "choose_execution", lambda _: execution)
+    loop = loops.LOOPS[name](loops.Settings("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
+    drops_last_batch = name in loops.ON_DEVICE
+    assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_last_batch else [32, 32, 16, 32])
 
 
-def test_the_device_resident_peer_crops_and_flips_as_torchvision_could() -> None:
+def test_on_device_crop_and_flip_returns_possible_crops_and_flips() -> None:
     loops = script("loops")
     padded = F.pad(torch.arange(3 * 32 * 32.0).view(1, 3, 32, 32) + 1, (4, 4, 4, 4)).expand(400, -1, -1, -1)
     crops = [padded[0, :, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
-    windows = {crop.contiguous().numpy().tobytes() for crop in crops}
+    unflipped = {crop.contiguous().numpy().tobytes() for crop in crops}
     flipped = {crop.flip(2).contiguous().numpy().tobytes() for crop in crops}
-    found = {made.contiguous().numpy().tobytes() for made in loops.crop_and_flip(padded)}
-    assert found <= windows | flipped
-    assert len(found) > 100
-    assert found & windows
-    assert found & flipped
+    images = {image.contiguous().numpy().tobytes() for image in loops.crop_and_flip(padded)}
+    assert images <= unflipped | flipped
+    assert len(images) > 100
+    assert images & unflipped
+    assert images & flipped
 
 
-# As cifar10-airbench's scripts print: a warm-up on random labels, then two runs; one script calls its column otherwise.
+# The output of the scripts of cifar10-airbench: a warm-up on random labels, then two runs. The name of the last column
+# differs between scripts.
 TABLE = """
 -----------------------------------------------------------------------
 |  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  {seconds}  |
@@ -155,88 +158,90 @@ Training small proxy...
 
 
 @pytest.mark.parametrize("seconds", ["time_seconds", "total_time_seconds"])
-def test_a_published_script_is_read_as_it_prints_and_its_warm_up_is_no_run(seconds: str) -> None:
-    found = list(script("airbench").finished_runs(iter(TABLE.format(seconds=seconds).splitlines())))
-    assert [run["accuracy"] for run in found] == [0.9404, 0.9398]
-    assert [run["own_s"] for run in found] == [2.5, 2.55]
-    assert [run["without_tta"] for run in found] == [0.9310, 0.9320]
-    assert all(run["compiled"] for run in found)
+def test_the_output_of_a_published_script_is_parsed_without_its_warm_up(seconds: str) -> None:
+    runs = list(script("airbench").parse_runs(iter(TABLE.format(seconds=seconds).splitlines())))
+    assert [run["accuracy"] for run in runs] == [0.9404, 0.9398]
+    assert [run["own_s"] for run in runs] == [2.5, 2.55]
+    assert [run["without_tta"] for run in runs] == [0.9310, 0.9320]
+    assert all(run["compiled"] for run in runs)
 
 
-def test_seconds_with_compilation_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_with_compilation_are_reported_separately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     airbench, tables = script("airbench"), script("tables")
     table = TABLE.format(seconds="time_seconds").replace("warmup", "     0")
-    runs = [{**run, "since_start_s": 9.0} for run in airbench.finished_runs(iter(table.splitlines()))]
+    runs = [{**run, "since_start_s": 9.0} for run in airbench.parse_runs(iter(table.splitlines()))]
     assert [run["compiled"] for run in runs] == [False, True, True]
-    found = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs}])
-    figures = found["scripts"]["a.py"]
-    assert (len(figures["accuracy"]), figures["own_compiling_s"]) == (3, [runs[0]["own_s"]])
-    assert (figures["own_s"], figures["cold_s"], figures["warm_s"]) == ([2.5, 2.55], [9.0], [])
-    assert "2.52" in airbench.table(found)
-    alone = airbench.summary([{"script": "a.py", "start": "cold", "runs": runs[:1]}])
+    summary = airbench.summarize([{"script": "a.py", "start": "cold", "runs": runs}])
+    metrics = summary["scripts"]["a.py"]
+    assert (len(metrics["accuracy"]), metrics["own_compiling_s"]) == (3, [runs[0]["own_s"]])
+    assert (metrics["own_s"], metrics["cold_s"], metrics["warm_s"]) == ([2.5, 2.55], [9.0], [])
+    assert "2.52" in airbench.format_table(summary)
+    compiling_only = airbench.summarize([{"script": "a.py", "start": "cold", "runs": runs[:1]}])
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(airbench.results_folder, "RESULTS", tmp_path)
-    airbench.results_folder.write("airbench", {"device": "a CPU"}, alone, [])
+    airbench.results_folder.write("airbench", {"device": "a CPU"}, compiling_only, [])
     assert "| - | 9.0 | - | a CPU |" in tables.airbench()
 
 
-def test_speedruns_in_turn_are_paired_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speedruns = script("speedruns")
     port = tmp_path / "port.py"
     one_run = "".join(
         line for line in TABLE.format(seconds="time_seconds").splitlines(True) if "       1  |" not in line
     )
     port.write_text(f"import sys; assert sys.argv[1] == '7'; print('flops 4.5e14')\nprint({one_run!r})\n")
-    theirs = speedruns.watched("peer", 0, 7, lambda: speedruns.their_run(port, 7, tmp_path))
-    assert [theirs[key] for key in speedruns.FIGURES] == [2.5, 0.9404, 0.9310, 4.5e14]
-    ours = {**theirs, "who": "ours", "seconds": 2.0, "acc_tta": 0.95}
-    found = speedruns.summary(
-        [ours, theirs, {**theirs, "round": 1}, {**ours, "round": 1, "seconds": 1.0}], "94", "port.py"
+    peer = speedruns.measure_run("peer", 0, 7, lambda: speedruns.run_peer(port, 7, tmp_path))
+    assert [peer[key] for key in speedruns.METRICS] == [2.5, 0.9404, 0.9310, 4.5e14]
+    ours = {**peer, "who": "ours", "seconds": 2.0, "acc_tta": 0.95}
+    summary = speedruns.summarize(
+        [ours, peer, {**peer, "round": 1}, {**ours, "round": 1, "seconds": 1.0}], "94", "port.py"
     )
-    assert found["ours"]["seconds"] == [2.0, 1.0]
-    assert found["seconds_over_peer"] == {"min": 0.4, "median": pytest.approx(0.6), "max": 0.8}
-    assert found["mean_acc_tta"] == {"ours": pytest.approx(0.95), "peer": pytest.approx(0.9404)}
+    assert summary["ours"]["seconds"] == [2.0, 1.0]
+    assert summary["seconds_over_peer"] == {"min": 0.4, "median": pytest.approx(0.6), "max": 0.8}
+    assert summary["mean_acc_tta"] == {"ours": pytest.approx(0.95), "peer": pytest.approx(0.9404)}
     tables = script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(speedruns.results_folder, "RESULTS", tmp_path / "results")
     assert tables.pairs() == "(None recorded yet.)"
-    speedruns.results_folder.write("speed94", {"device": "a CPU"}, found, [])
-    mine, others = tables.pairs().splitlines()[2:]
-    assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | 0.4500 |" in mine
-    assert "| 94 % | peer, `port.py` | 2 | 94.04 % | 93.10 % | 2.5 | 2.5, 2.5 |  | 0.4500 |" in others
+    speedruns.results_folder.write("speed94", {"device": "a CPU"}, summary, [])
+    ours_row, peer_row = tables.pairs().splitlines()[2:]
+    assert (
+        "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | 0.4500 |" in ours_row
+    )
+    assert "| 94 % | peer, `port.py` | 2 | 94.04 % | 93.10 % | 2.5 | 2.5, 2.5 |  | 0.4500 |" in peer_row
     port.write_text("print('broken')\n")
     with pytest.raises(SystemExit, match="broken"):
-        speedruns.their_run(port, 7, tmp_path)
-    with pytest.raises(SystemExit, match="our run of seed 7 ended with exit code 3: no result"):
-        speedruns.our_run("94", 7, str(tmp_path / "nowhere"), tmp_path)
+        speedruns.run_peer(port, 7, tmp_path)
+    with pytest.raises(SystemExit, match="fastcifar with seed 7 failed with exit code 3; no result is written"):
+        speedruns.run_fastcifar("94", 7, str(tmp_path / "nowhere"), tmp_path)
 
 
-def test_a_published_script_is_stopped_after_its_runs_and_timed_from_its_start(tmp_path: Path) -> None:
+def test_a_published_script_is_stopped_after_its_runs_and_timed_from_process_start(tmp_path: Path) -> None:
     airbench = script("airbench")
     sleeps = (
         f"import time, os; assert os.path.exists('cifar10/test.pt'); print({TABLE.format(seconds='time_seconds')!r})\n"
     )
     (tmp_path / "script.py").write_text(sleeps + "time.sleep(600)\n")
     (tmp_path / "short.py").write_text("print('no table')\n")
-    trials = airbench.measured(tmp_path, ["script.py"], "synthetic:50", runs=2, starts=2)
+    trials = airbench.run_scripts(tmp_path, ["script.py"], "synthetic:50", runs=2, starts=2)
     assert [(trial["start"], len(trial["runs"])) for trial in trials] == [("cold", 2), ("warm", 2)]
     assert all(0 < trial["runs"][0]["since_start_s"] < 60 for trial in trials)
-    found = airbench.summary(trials)["scripts"]["script.py"]
-    assert found["own_s"] == [2.5, 2.55] * 2
-    assert (len(found["cold_s"]), len(found["warm_s"])) == (1, 1)
-    for wrong, words in (("short.py", "no table"), ("none.py", "no none.py")):
-        with pytest.raises(SystemExit, match=words):
-            airbench.measured(tmp_path, [wrong], "synthetic:50", runs=1, starts=1)
+    metrics = airbench.summarize(trials)["scripts"]["script.py"]
+    assert metrics["own_s"] == [2.5, 2.55] * 2
+    assert (len(metrics["cold_s"]), len(metrics["warm_s"])) == (1, 1)
+    for name, message in (("short.py", "no table"), ("none.py", "no none.py")):
+        with pytest.raises(SystemExit, match=message):
+            airbench.run_scripts(tmp_path, [name], "synthetic:50", runs=1, starts=1)
 
 
-def test_the_loops_are_kept_when_a_published_script_ends_early_and_a_missing_one_is_found_before(
+def test_loops_are_recorded_if_a_published_script_ends_early_and_missing_scripts_are_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, airbench, rounds = script("run"), script("airbench"), []
-    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **METRICS} for name in PEERS]
     monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "trials_of_loops", lambda *_: rounds.append(0) or list(trials))
-    monkeypatch.setattr(airbench, "needs_cuda", lambda: "")
+    monkeypatch.setattr(run, "run_trials", lambda *_: rounds.append(0) or list(trials))
+    monkeypatch.setattr(airbench, "missing_cuda_message", lambda: "")
     monkeypatch.setattr(sys, "argv", ["run.py", "--data", "synthetic:50", "--airbench", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no airbench94_muon\.py"):
         run.main()
@@ -250,7 +255,7 @@ def test_the_loops_are_kept_when_a_published_script_ends_early_and_a_missing_one
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_published_scripts_need_cuda_and_say_so_in_one_line(tmp_path: Path) -> None:
+def test_published_scripts_need_cuda(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (8, "", 1)
@@ -259,10 +264,10 @@ def test_published_scripts_need_cuda_and_say_so_in_one_line(tmp_path: Path) -> N
 
 def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, run = script("tables"), script("run")
-    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **FIGURES} for name in PEERS]
+    trials = [{"round": 0, "loop": name, "images_per_s": 10.0, **METRICS} for name in PEERS]
     monkeypatch.setattr(run.results_folder, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    summary = run.summary(trials, arch="se68", batch_size=128, augment="none")
+    summary = run.summarize(trials, arch="se68", batch_size=128, augment="none")
     summary["scripts"] = {"a.py": {"accuracy": [0.94, 0.95], "own_s": [2.0, 3.0], "cold_s": [30.0], "warm_s": []}}
     run.results_folder.write("peers-se68", {"device": "a CPU"}, summary, trials)
     assert "| `a.py` | 2 | 94.50 % | 2.50 | 30.0 | - | a CPU |" in tables.airbench()
@@ -272,23 +277,23 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
 
 
 def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a folder as `speedrun` leaves it: two runs, one of them over the target; one run without views, and one that
-    does not count; one on the validation split, which is no result."""
+    """Three results: two runs, one of which reaches the target; a run without TTA and a refused run; a run on the
+    validation split, which is not shown."""
     tables = script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.speedruns() == "(None recorded yet.)"
     times = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0, "refused": None}
-    for name, views, on in (("a", [0.939, 0.941], "test"), ("b", [None], "test"), ("c", [0.95], "val")):
+    for name, tta_accuracies, on in (("a", [0.939, 0.941], "test"), ("b", [None], "test"), ("c", [0.95], "val")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
         document = {"target": "94", "recipe": "small", "on": on, "config": Recipe().model_dump(mode="json")}
-        tally = SpeedrunResults(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
-        for seed, accuracy in enumerate(views):
-            tally.add_trial(
+        results = SpeedrunResults(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
+        for seed, accuracy in enumerate(tta_accuracies):
+            results.add_trial(
                 {**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2}
             )
         if name == "b":
-            tally.add_trial({**tally.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
+            results.add_trial({**results.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
     first, second = tables.speedruns().splitlines()[2:]
     assert first == (
         "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 "
@@ -297,18 +302,18 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
 
 
-def test_traffic_is_counted_as_one_counts_by_hand() -> None:
-    """Convolution, BatchNorm, ReLU, convolution on maps of 32 KB an image: how often each kernel passes one."""
+def test_traffic_equals_a_count_by_hand() -> None:
+    """Convolution, BatchNorm, ReLU, convolution: how often each kernel reads or writes a whole feature map."""
     traffic = script("traffic")
     layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
     network = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
-    rows = traffic.kernels(network, batch_size=32)
-    one = 32 * 2 * 64 * 32 * 32
+    kernels = traffic.list_kernels(network, batch_size=32)
+    feature_map = 32 * 2 * 64 * 32 * 32
     passes = [
-        (row["pass"], row["kind"], round(row["read"] / one), round(row["written"] / one))
-        for row in rows
-        if "max" not in row["computes"] and max(row["read"], row["written"]) > 0.9 * one
+        (kernel["pass"], kernel["kind"], round(kernel["read"] / feature_map), round(kernel["written"] / feature_map))
+        for kernel in kernels
+        if "max" not in kernel["computes"] and max(kernel["read"], kernel["written"]) > 0.9 * feature_map
     ]
     assert passes[:4] == [
         ("forward", "convolution", 0, 1),

@@ -1,4 +1,4 @@
-"""The choice of device, precision, compile and graph, its reasons, and what cannot be had."""
+"""The choice of device, precision, compilation and CUDA graph with its reasons, and unavailable devices and libraries."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is
 
 
 @NO_CUDA
-def test_a_machine_without_a_gpu() -> None:
-    choice = device.choose_execution(Recipe())
-    assert (choice.device, choice.loader, choice.cuda_graph) == ("cpu", "tensor", False)
-    assert len(choice.format_lines()) == 5
-    assert all(line.endswith(")") for line in choice.format_lines())
+def test_execution_without_a_gpu() -> None:
+    execution = device.choose_execution(Recipe())
+    assert (execution.device, execution.loader, execution.cuda_graph) == ("cpu", "tensor", False)
+    assert len(execution.format_lines()) == 5
+    assert all(line.endswith(")") for line in execution.format_lines())
 
 
 @NO_CUDA
 @pytest.mark.parametrize(("flag", "precision"), [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
-def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch, flag: str, precision: str) -> None:
+def test_precision_depends_on_the_cpu(monkeypatch: pytest.MonkeyPatch, flag: str, precision: str) -> None:
     monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({flag}))
-    choice = device.choose_execution(Recipe())
-    assert choice.precision == precision
-    assert "CPU" in choice.reasons["precision"]
+    execution = device.choose_execution(Recipe())
+    assert execution.precision == precision
+    assert "CPU" in execution.reasons["precision"]
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
-def test_precision_follows_the_gpu(
+def test_precision_depends_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    choice = device.choose_execution(Recipe())
-    assert (choice.device, choice.precision, choice.cuda_graph) == ("cuda", precision, True)
+    execution = device.choose_execution(Recipe())
+    assert (execution.device, execution.precision, execution.cuda_graph) == ("cuda", precision, True)
 
 
 @NO_CUDA
-def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_is_off_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    choice = device.choose_execution(Recipe())
-    assert not choice.compile
-    assert "install g++" in choice.reasons["compile"]
+    execution = device.choose_execution(Recipe())
+    assert not execution.compile
+    assert "install g++" in execution.reasons["compile"]
     assert device.choose_execution(Recipe(compile=True)).compile
 
 
@@ -58,7 +58,7 @@ def test_no_compiler_means_no_compile_and_says_so(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "values", [{"device": "cuda"}, {"cuda_graph": True}, {"cuda_graph": True, "device": "cpu"}, {"fused_ops": True}]
 )
-def test_fault17_what_is_not_there(values: dict) -> None:
+def test_fault17_unavailable_device_or_library(values: dict) -> None:
     with pytest.raises(DeviceError) as caught:
         device.choose_execution(Recipe.make(**values))
     assert caught.value.exit_code == 8
@@ -73,52 +73,54 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_the_loader_of_a_gpu_is_dali_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loader_on_a_gpu_is_dali_if_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, device.DALI_MODULE, SimpleNamespace(__version__="2.x"))  # type: ignore[arg-type]
-    choice = device.choose_execution(Recipe())
-    assert (choice.loader, "DALI 2.x" in choice.reasons["loader"]) == ("dali", True)
+    execution = device.choose_execution(Recipe())
+    assert (execution.loader, "DALI 2.x" in execution.reasons["loader"]) == ("dali", True)
     assert device.choose_execution(Recipe(device="cpu")).loader == "tensor"
     monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
-    choice = device.choose_execution(Recipe())
-    assert (choice.loader, "nvidia.dali cannot be imported" in choice.reasons["loader"]) == ("tensor", True)
+    execution = device.choose_execution(Recipe())
+    assert (execution.loader, "nvidia.dali cannot be imported" in execution.reasons["loader"]) == ("tensor", True)
 
 
-def test_fault17_dali_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault17_requested_dali_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
-    with pytest.raises(DeviceError, match=r"nvidia.dali cannot be imported .*; use --loader tensor, or on Linux") as it:
+    with pytest.raises(
+        DeviceError, match=r"nvidia.dali cannot be imported .*; use --loader tensor, or on Linux"
+    ) as caught:
         device.choose_execution(Recipe(device="cpu", loader="dali"))
-    assert it.value.exit_code == 8
+    assert caught.value.exit_code == 8
     assert device.choose_execution(Recipe(device="cpu")).loader == "tensor"
 
 
-def test_asked_for_is_given_and_said() -> None:
-    choice = device.choose_execution(Recipe.make(device="cpu", precision="fp32", compile=False, loader="tensor"))
-    assert (choice.precision, choice.compile) == ("fp32", False)
-    assert choice.reasons["precision"] == "asked for"
+def test_requested_options_are_used_and_reported() -> None:
+    execution = device.choose_execution(Recipe.make(device="cpu", precision="fp32", compile=False, loader="tensor"))
+    assert (execution.precision, execution.compile) == ("fp32", False)
+    assert execution.reasons["precision"] == "requested"
 
 
-def test_fault18_a_broken_import_is_reported_not_raised() -> None:
+def test_fault18_a_failing_import_is_reported_not_raised() -> None:
     works, reason = device.probe_import("no_such_module_at_all")
     assert not works
     assert "no_such_module_at_all" in reason
     assert device.probe_import("json") == (True, "")
 
 
-def test_examine_names_versions_imports_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnostics_contain_versions_imports_and_execution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PROBED_MODULES", ("json",))
-    found = device.collect_diagnostics(Recipe())
-    assert found["imports"] == {"json": "works"}
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert found["python"] == sys.version.split()[0]
-    assert any(line.startswith("precision: ") for line in found["chosen"])
+    diagnostics = device.collect_diagnostics(Recipe())
+    assert diagnostics["imports"] == {"json": "works"}
+    assert diagnostics["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert diagnostics["python"] == sys.version.split()[0]
+    assert any(line.startswith("precision: ") for line in diagnostics["chosen"])
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_the_environment_is_of_the_chosen_device_and_names_no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_describes_the_device_without_the_name_of_the_kernel_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "release", lambda: "6.18.44-someone-v657")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_000)
-    of_cpu, of_gpu = device.collect_environment("cpu"), device.collect_environment("auto")
-    assert of_cpu["device"] == device.describe_device("cpu") != "a GPU"
-    assert (of_cpu["cuda"], of_cpu["cudnn"]) == (None, None)
-    assert (of_gpu["device"], of_gpu["cudnn"]) == ("a GPU", 90_000)
-    assert of_cpu["platform"] == f"{platform.system()}-6.18-{platform.machine()}"
+    cpu, gpu = device.collect_environment("cpu"), device.collect_environment("auto")
+    assert cpu["device"] == device.describe_device("cpu") != "a GPU"
+    assert (cpu["cuda"], cpu["cudnn"]) == (None, None)
+    assert (gpu["device"], gpu["cudnn"]) == ("a GPU", 90_000)
+    assert cpu["platform"] == f"{platform.system()}-6.18-{platform.machine()}"

@@ -1,4 +1,4 @@
-"""Errors carry their exit code and remedy; names in tables are found or the nearest is named."""
+"""Exit codes and messages of errors; lookup of names in tables with suggestions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import pytest
 from fastcifar import errors
 
 
-def test_exit_codes_are_the_documented_ones() -> None:
-    codes = {kind.__name__: kind.exit_code for kind in errors.UserError.__subclasses__() if kind.exit_code != 1}
+def test_exit_codes_are_those_documented() -> None:
+    codes = {
+        error_type.__name__: error_type.exit_code
+        for error_type in errors.UserError.__subclasses__()
+        if error_type.exit_code != 1
+    }
     assert codes == {
         "UsageError": 2,
         "DataError": 3,
@@ -29,7 +33,7 @@ def test_message_is_the_problem_and_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("name", "remedy"), [("se86", "did you mean 'se68'?"), ("zzz", "choose from coconut, se68")]
 )  # fmt: skip
-def test_pick_names_the_nearest(name: str, remedy: str) -> None:
+def test_lookup_suggests_the_most_similar_name(name: str, remedy: str) -> None:
     with pytest.raises(errors.UsageError) as caught:
         errors.lookup({"se68": 1, "coconut": 2}, name, "architecture")
     assert caught.value.problem == f"unknown architecture {name!r}"

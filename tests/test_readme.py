@@ -1,4 +1,4 @@
-"""What the README says can be done, can be done; what it draws, is there."""
+"""The examples in the README run, and its lists of files, commands, recipes and options are complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_library_face_runs_as_written(tmp_path: Path) -> None:
+def test_the_python_example_runs(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(code) == 1
     run = subprocess.run(
@@ -28,12 +28,12 @@ def test_the_library_face_runs_as_written(tmp_path: Path) -> None:
     assert (tmp_path / run.stdout.split()[-1] / "summary.json").is_file()
 
 
-def test_the_tree_names_every_file_and_no_other() -> None:
+def test_the_tree_lists_exactly_the_files_of_the_package() -> None:
     tree = TEXT.split("```\nfastcifar/\n")[1].split("```")[0]
     package = tree.split("\nbench/")[0]
-    drawn = set(re.findall(r"^ +(\w+\.py)", package, re.MULTILINE))
-    there = {path.name for path in (ROOT / "fastcifar").rglob("*.py") if not path.name.startswith("__")}
-    assert drawn == there
+    listed = set(re.findall(r"^ +(\w+\.py)", package, re.MULTILINE))
+    existing = {path.name for path in (ROOT / "fastcifar").rglob("*.py") if not path.name.startswith("__")}
+    assert listed == existing
     for name in re.findall(r"^(\S+?)/? ", tree, re.MULTILINE):
         assert (ROOT / name).exists(), name
 
@@ -48,33 +48,35 @@ def test_every_command_is_in_the_table() -> None:
             assert f"`{name}" in TEXT, name
 
 
-def test_the_shipped_recipes_are_named() -> None:
+def test_the_shipped_recipes_are_listed() -> None:
     for path in (ROOT / "fastcifar" / "recipes").glob("*.toml"):
         assert f"`{path.stem}`" in TEXT or f"--recipe {path.stem}" in TEXT
 
 
-def test_the_sweeps_file_is_one_and_the_shipped_ones_are_named(tmp_path: Path) -> None:
-    part = TEXT.split("## Sweeps")[1].split("\n## ")[0]
-    first, study = re.findall(r"```toml\n(.*?)```", part, re.DOTALL)
+def test_the_sweep_examples_are_valid_and_the_shipped_sweeps_are_listed(tmp_path: Path) -> None:
+    section = TEXT.split("## Sweeps")[1].split("\n## ")[0]
+    first, study = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
     (tmp_path / "first.toml").write_text(first)
     assert len(expand_trials(*read_sweep_spec(str(tmp_path / "first.toml")))) == 2 * 2 * 10 * 3
     (tmp_path / "study.toml").write_text(study)
-    asked, _ = read_sweep_spec(str(tmp_path / "study.toml"))
-    assert asked.study is not None
-    assert asked.study.ranges.keys() == {"lr", "optimizer"}
-    assert all(f"`{name}`" in part for name in (*shipped_sweeps(), *EXECUTORS))
+    spec, _ = read_sweep_spec(str(tmp_path / "study.toml"))
+    assert spec.study is not None
+    assert spec.study.ranges.keys() == {"lr", "optimizer"}
+    assert all(f"`{name}`" in section for name in (*shipped_sweeps(), *EXECUTORS))
 
 
-def test_the_optimizers_and_schedules_are_those_of_the_tables() -> None:
-    part = TEXT.split("## Optimizers and schedules")[1].split("\n## ")[0]
+def test_the_optimizers_and_schedules_are_complete() -> None:
+    section = TEXT.split("## Optimizers and schedules")[1].split("\n## ")[0]
     yes = {True: "yes", False: "no"}
-    for name, kind in OPTIMIZERS.items():
-        row = f"| `{name}` | {yes[kind.fused]} | {yes[kind.capturable]} | {yes[kind.self_scheduled]} |"
-        assert row in part, row
-    other = part.split("| any other of")[1].splitlines()[0]
-    named = set(re.findall(r"`(\w+)(?:\.\.\.)?`", other.split("|")[3]))
-    assert {next(name for name in named if own.startswith(name)) for own in SELF_SCHEDULED_OPTIMIZERS} == named
-    schedules = part.split("| schedule |")[1]
+    for name, spec in OPTIMIZERS.items():
+        row = f"| `{name}` | {yes[spec.fused]} | {yes[spec.capturable]} | {yes[spec.self_scheduled]} |"
+        assert row in section, row
+    other = section.split("| any other of")[1].splitlines()[0]
+    listed = set(re.findall(r"`(\w+)(?:\.\.\.)?`", other.split("|")[3]))
+    assert {
+        next(name for name in listed if optimizer.startswith(name)) for optimizer in SELF_SCHEDULED_OPTIMIZERS
+    } == listed
+    schedules = section.split("| schedule |")[1]
     assert re.findall(r"`(\w+)(?::[\d.]+)?`", schedules) == list(SCHEDULES)
-    for name, shape in SCHEDULES.items():
-        assert shape.default_arg is None or f"`{name}:{shape.default_arg:g}`" in schedules
+    for name, schedule in SCHEDULES.items():
+        assert schedule.default_arg is None or f"`{name}:{schedule.default_arg:g}`" in schedules

@@ -1,4 +1,4 @@
-"""The recipe: defaults, both spellings, bounds, files, and one line for what is wrong."""
+"""The recipe: defaults, syntax on the command line and in files, bounds, and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastcifar.recipe import (
 )
 
 
-def test_defaults_are_row_3_made_honest() -> None:
+def test_defaults_are_row_3_with_a_validation_split() -> None:
     recipe = Recipe()
     assert (recipe.arch, recipe.epochs, recipe.batch_size, recipe.val_size) == ("se68", 200, 128, 5000)
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.clip_grad) == (
@@ -32,18 +32,18 @@ def test_defaults_are_row_3_made_honest() -> None:
     assert (recipe.schedule, recipe.min_lr, recipe.eval_weights) == ("cosine", 0.0, "last")
 
 
-def test_command_line_spelling_and_file_spelling_agree() -> None:
-    spelt = Recipe.make(
+def test_command_line_syntax_and_file_syntax_are_equivalent() -> None:
+    from_command_line = Recipe.make(
         blocks="4,4,3", lr="0.2", compile=True, optimizer_arg=["nesterov=true", "momentum=.9", "betas=[.9,.99]"]
     )
-    given = Recipe.make(blocks=[4, 4, 3], lr=0.2, compile=True,
+    from_file = Recipe.make(blocks=[4, 4, 3], lr=0.2, compile=True,
                         optimizer_arg={"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]})  # fmt: skip
-    assert spelt == given
-    assert spelt.blocks == (4, 4, 3)
+    assert from_command_line == from_file
+    assert from_command_line.blocks == (4, 4, 3)
 
 
 def test_none_is_not_an_override(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
+    file = tmp_path / "recipe.toml"
     file.write_text("lr = 0.3\n")
     assert Recipe.make(str(file), lr=None).lr == 0.3
     assert Recipe.make(str(file), lr=0.4).lr == 0.4
@@ -67,7 +67,7 @@ def test_toml_round_trip(values: dict) -> None:
     assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
 
 
-def test_differing_lists_only_what_differs() -> None:
+def test_non_default_options_are_those_that_differ() -> None:
     assert Recipe.make(lr=0.2, arch="se68").non_default_options() == {"lr": 0.2}
     assert Recipe().non_default_options() == {}
 
@@ -89,7 +89,7 @@ def test_differing_lists_only_what_differs() -> None:
         ({"eval_weights": "ema"}, ["--eval-weights ema", "--ema-decay"]),
     ],
 )
-def test_fault15_wrong_values_are_one_line(values: dict, words: list[str]) -> None:
+def test_fault15_invalid_values_are_refused_in_one_line(values: dict, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.make(**values)
     assert "\n" not in str(caught.value)
@@ -97,21 +97,21 @@ def test_fault15_wrong_values_are_one_line(values: dict, words: list[str]) -> No
         assert word in str(caught.value)
 
 
-def test_fault15_wrong_files(tmp_path: Path) -> None:
+def test_fault15_invalid_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'quick'"):
         Recipe.make("qiuck")
     broken = tmp_path / "broken.toml"
     broken.write_text("lr = = 3")
     with pytest.raises(UsageError, match="not a readable TOML file"):
         Recipe.make(str(broken))
-    misspelt = tmp_path / "misspelt.toml"
-    misspelt.write_text("epoch = 3")
+    misspelled = tmp_path / "misspelled.toml"
+    misspelled.write_text("epoch = 3")
     with pytest.raises(UsageError, match="did you mean 'epochs'"):
-        Recipe.make(str(misspelt))
+        Recipe.make(str(misspelled))
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_valid_and_list_only_what_differs(name: str) -> None:
+def test_shipped_recipes_are_valid_and_list_only_non_default_options(name: str) -> None:
     assert Recipe.make(name).non_default_options().keys() == load_recipe_values(name).keys()
 
 
@@ -120,7 +120,7 @@ def test_sections_cover_every_field_once() -> None:
     assert fields == list(Recipe.model_fields)
 
 
-def test_every_field_has_help() -> None:
+def test_every_field_has_a_description() -> None:
     for name, field in Recipe.model_fields.items():
         assert field.description, name
     assert option_flag("batch_size") == "--batch-size"

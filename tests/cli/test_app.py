@@ -1,4 +1,4 @@
-"""The front door, as a user meets it: in a process of its own."""
+"""The command line, run in a separate process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
         ("train", "--lrr", "1"),
     ],
 )
-def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
+def test_fault25_help_version_and_unknown_options_import_no_heavy_module(arguments: tuple[str, ...]) -> None:
     code = (
         "import sys\nfrom fastcifar.cli.app import main\n"
         f"sys.argv = ['fastcifar', *{arguments!r}]\n"
@@ -50,7 +50,7 @@ def test_fault25_help_version_and_a_bad_flag_import_nothing_heavy(arguments: tup
     assert run.returncode == (2 if "--lrr" in arguments else 0), run.stderr
 
 
-def test_train_help_lists_every_knob() -> None:
+def test_train_help_lists_every_option() -> None:
     text = fastcifar("train", "--help", COLUMNS="200").stdout
     for name in Recipe.model_fields:
         assert option_flag(name) in text, name
@@ -58,7 +58,7 @@ def test_train_help_lists_every_knob() -> None:
     assert "--no-cuda-graph" in text
 
 
-def test_train_ends_with_one_json_document(tmp_path: Path) -> None:
+def test_train_prints_one_json_document(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout.strip().splitlines()[-1])
@@ -66,25 +66,25 @@ def test_train_ends_with_one_json_document(tmp_path: Path) -> None:
     assert summary["steps"] == 5
     assert (tmp_path / summary["run"] / "summary.json").is_file()
     assert "epoch 1/1" in run.stderr
-    judged = fastcifar("eval", summary["run"], "--json", cwd=tmp_path)
-    scores = json.loads(judged.stdout)
+    evaluation = fastcifar("eval", summary["run"], "--json", cwd=tmp_path)
+    scores = json.loads(evaluation.stdout)
     assert scores["test_acc"] == summary["test_acc"]
     assert scores["correct"] == round(scores["test_acc"] * scores["total"])
     assert scores["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
 
 
-def test_train_prints_a_table_and_a_quiet_log(tmp_path: Path) -> None:
-    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "mine.toml"), cwd=tmp_path)
+def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
+    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "recipe.toml"), cwd=tmp_path)
     assert run.returncode == 2
-    (tmp_path / "mine.toml").write_text("lr = 0.05\nclip = 'none'\n")
-    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "mine.toml"), "--lr", "0.02", cwd=tmp_path)
+    (tmp_path / "recipe.toml").write_text("lr = 0.05\nclip_grad = 'none'\n")
+    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "recipe.toml"), "--lr", "0.02", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    for words in ("lr=0.02", "clip=none", "parameters", "test accuracy", "epoch 1/1", "device: cpu"):
+    for words in ("lr=0.02", "clip_grad=none", "parameters", "test accuracy", "epoch 1/1", "device: cpu"):
         assert words in run.stdout, words
     assert "\r" not in run.stdout
 
 
-EXPECTED = {
+PUBLISHED_PARAMS = {
     "se68": 4697742,
     "se55": 4994878,
     "se68_block": 4733610,
@@ -96,14 +96,14 @@ EXPECTED = {
 }
 
 
-def test_fault22_models_json_has_the_published_counts() -> None:
-    rows = json.loads(fastcifar("models", "--json").stdout)
-    found = {row["name"]: row["params"] for row in rows}
-    assert found.items() >= EXPECTED.items()
-    assert {row["name"]: row["macs"] for row in rows}["se68"] == pytest.approx(798.69e6, rel=1e-5)
+def test_fault22_models_json_has_the_published_parameter_counts() -> None:
+    networks = json.loads(fastcifar("models", "--json").stdout)
+    params = {network["name"]: network["params"] for network in networks}
+    assert params.items() >= PUBLISHED_PARAMS.items()
+    assert {network["name"]: network["macs"] for network in networks}["se68"] == pytest.approx(798.69e6, rel=1e-5)
 
 
-def test_models_prints_layers_and_fits_a_budget() -> None:
+def test_models_prints_layers_and_fits_the_width_to_a_budget() -> None:
     layers = fastcifar("models", "se68", COLUMNS="120").stdout
     assert "4,697,742" in layers
     assert "seblock.conv1" in layers
@@ -112,27 +112,27 @@ def test_models_prints_layers_and_fits_a_budget() -> None:
     assert json.loads(fastcifar("models", "--json", "--arch", "resnet", "--se", "block").stdout)["params"] == 4733610
 
 
-def test_doctor_says_what_train_would_choose() -> None:
-    found = json.loads(fastcifar("doctor", "--device", "cpu", "--json").stdout)
-    assert found["imports"].keys() == {"torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib"}
-    assert "device: cpu (asked for)" in found["chosen"]
+def test_doctor_reports_the_execution_that_train_chooses() -> None:
+    result = json.loads(fastcifar("doctor", "--device", "cpu", "--json").stdout)
+    assert result["imports"].keys() == {"torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib"}
+    assert "device: cpu (requested)" in result["chosen"]
 
 
-def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
+def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
     chart = ("--chart", "a.png")
     run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
-    (row,) = json.loads(run.stdout)["results"]
-    assert (row["what"], row["data"]) == ("loader", "synthetic:200")
+    (result,) = json.loads(run.stdout)["results"]
+    assert (result["what"], result["data"]) == ("loader", "synthetic:200")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "a.json").write_text(run.stdout)
-    pair = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
-    assert [(row["what"], row["ratio"], row["overlap"]) for row in pair["rows"]] == [("loader", 1.0, True)]
-    wrong = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    comparison = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
+    assert [(row["what"], row["ratio"], row["overlap"]) for row in comparison["rows"]] == [("loader", 1.0, True)]
+    invalid = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
+    assert (invalid.returncode, invalid.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_bench_ends_with_one_json_document(tmp_path: Path) -> None:
         (("--max-params", "1000"), 2, "over the budget of 1,000"),
     ],
 )
-def test_fault15_bad_input_is_one_line_a_code_and_nothing_written(
+def test_fault15_invalid_options_are_refused_in_one_line_and_nothing_is_written(
     tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
     run = fastcifar("train", *TINY, *arguments, cwd=tmp_path)
@@ -160,7 +160,7 @@ def test_fault15_bad_input_is_one_line_a_code_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_fault17_cuda_without_cuda(tmp_path: Path) -> None:
+def test_fault17_cuda_is_not_available(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 8
     assert "use --device cpu" in run.stderr
@@ -168,17 +168,17 @@ def test_fault17_cuda_without_cuda(tmp_path: Path) -> None:
 
 
 def test_data_verify_and_show(tmp_path: Path) -> None:
-    found = json.loads(fastcifar("data", "verify", "--data", "synthetic:100", "--json", cwd=tmp_path).stdout)
-    assert (found["kind"], found["splits"]["train"]["shape"]) == ("synthetic images", [100, 3, 32, 32])
+    result = json.loads(fastcifar("data", "verify", "--data", "synthetic:100", "--json", cwd=tmp_path).stdout)
+    assert (result["kind"], result["splits"]["train"]["shape"]) == ("synthetic images", [100, 3, 32, 32])
     table = fastcifar("data", "verify", "--data", "synthetic:100", cwd=tmp_path, COLUMNS="120").stdout
     for words in ("synthetic:100", "100 x 3 x 32 x 32, uint8", "airplane", "mean of training"):
         assert words in table, words
     missing = fastcifar("data", "verify", "--data", "no/such/place", cwd=tmp_path)
     assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (3, "", 1)
-    shown = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flip:1", cwd=tmp_path)
-    assert (shown.returncode, shown.stdout) == (0, "wrote a.png\n"), shown.stderr
-    wrong = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop", cwd=tmp_path)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    plot = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flip:1", cwd=tmp_path)
+    assert (plot.returncode, plot.stdout) == (0, "wrote a.png\n"), plot.stderr
+    invalid = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop", cwd=tmp_path)
+    assert (invalid.returncode, invalid.stderr.count("\n")) == (2, 1)
 
 
 def test_eval_errors(tmp_path: Path) -> None:
@@ -194,24 +194,27 @@ def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
     run = fastcifar("predict", trained["run"], "data:test", "--out", "a.csv", "--tta", "flip", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
-    found = json.loads(run.stdout)
-    assert (found["images"], found["tta"], found["out"]) == (40, "flip", "a.csv")
+    result = json.loads(run.stdout)
+    assert (result["images"], result["tta"], result["out"]) == (40, "flip", "a.csv")
     table = fastcifar("compare", "a.csv", "a.csv", cwd=tmp_path).stdout
     assert "0 of 40 labels" in table
     (tmp_path / "in.pkl").write_bytes(b"<html>")
-    wrong = fastcifar("predict", trained["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (3, "", 1)
+    invalid = fastcifar("predict", trained["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
+    assert (invalid.returncode, invalid.stdout, invalid.stderr.count("\n")) == (3, "", 1)
     assert not (tmp_path / "b.csv").exists()
 
 
-def test_a_warning_is_one_line_without_a_place_in_the_source() -> None:
-    code = "import warnings, fastcifar.cli.exit as cli_exit\nwarnings.showwarning = cli_exit.print_warning\nwarnings.warn('odd')"
+def test_a_warning_is_one_line_without_its_position_in_the_source() -> None:
+    code = (
+        "import warnings, fastcifar.cli.exit as cli_exit\n"
+        "warnings.showwarning = cli_exit.print_warning\nwarnings.warn('odd')"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stderr == "fastcifar: warning: odd\n"
 
 
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_before_the_loop_is_one_line_and_its_exit_code(name: str, exit_code: int) -> None:
+def test_a_signal_outside_of_training_is_reported_in_one_line(name: str, exit_code: int) -> None:
     code = (
         "import os, signal, sys, time, fastcifar.device as device, fastcifar.cli.app as cli\n"
         f"def interrupted(recipe): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
