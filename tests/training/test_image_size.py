@@ -38,12 +38,16 @@ def test_the_sizes_of_the_epochs() -> None:
         ("24:3", 9, "each but the last"),
         ("24,32", 9, "each but the last"),
         ("24:3,28:2", 9, "each but the last"),
-        ("24:0,32", 9, "whole epochs"),
-        ("24:1.5,32", 9, "whole epochs"),
+        ("24:0,32", 9, "whole number of epochs"),
+        ("24:1.5,32", 9, "whole number of epochs"),
         ("12:1,32", 9, "from 16 to 64"),
         ("65", 9, "from 16 to 64"),
         ("", 9, "--image-size should be sizes"),
-        ("24:3,28:2,32", 5, "--image-size 24:3,28:2,32: the stages before the last take 5 epochs; set --epochs to more than 5"),
+        (
+            "24:3,28:2,32",
+            5,
+            "--image-size 24:3,28:2,32: the stages before the last take 5 epochs; set --epochs to more than 5",
+        ),
     ],
 )
 def test_fault15_wrong_sizes(text: str, epochs: int, words: str) -> None:
