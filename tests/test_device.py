@@ -1,4 +1,4 @@
-"""The choice of device, precision, compilation and CUDA graph with its reasons, and unavailable devices and libraries."""
+"""The choice of device, precision, compilation and CUDA graph with its reasons; unavailable devices and libraries."""
 
 from __future__ import annotations
 
