@@ -337,7 +337,7 @@ def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
         stages = []
     if not stages or any(not (16 <= size <= 64 and (epochs is None or epochs > 0)) for size, epochs in stages):
         raise ValueError(
-            "should be image sizes from 16 to 64, all but the last with a number of epochs, such as 24:3,28:2,32"
+            "should be sizes from 16 to 64, each but the last with a whole number of epochs, such as 24:3,28:2,32"
         )
     return stages
 
