@@ -46,13 +46,13 @@ def read_class_folders(path: Path, class_names: tuple[str, ...]) -> tuple[dict[s
     is not a 32x32 image.
     """
     folders = {"train": path / "train", "test": _test_folder(path)}
-    found = {split: _list_classes(folder) if folder.is_dir() else [] for split, folder in folders.items()}
-    if len(found["train"]) < 2 or found["test"] != found["train"]:
-        unmatched = sorted(set(found["train"]) ^ set(found["test"]))[:5]
-        counts = f"{len(found['train'])} training classes and {len(found['test'])} test classes"
+    classes_of = {split: _list_classes(folder) if folder.is_dir() else [] for split, folder in folders.items()}
+    if len(classes_of["train"]) < 2 or found["test"] != found["train"]:
+        unmatched = sorted(set(classes_of["train"]) ^ set(found["test"]))[:5]
+        counts = f"{len(classes_of['train'])} training classes and {len(found['test'])} test classes"
         details = f" (only in one of them: {', '.join(unmatched)})" if unmatched else ""
         raise DataError(f"{path} has {counts}{details}, expected the same two or more in both", _LAYOUT_REMEDY)
-    classes = class_names if sorted(class_names) == found["train"] else tuple(found["train"])
+    classes = class_names if sorted(class_names) == classes_of["train"] else tuple(found["train"])
     return {split: _load_split(folder, classes) for split, folder in folders.items()}, classes, False, ""
 
 

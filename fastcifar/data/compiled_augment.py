@@ -21,9 +21,9 @@ ALIGNMENT = 16  # the parameters of a step start at a multiple of this many elem
 # (rows uint8 [n,32,96], indices int32 [b], parameters [b]) -> augmented samples: uint8 channels_last [b,3,32,32]
 GatherFn = Callable[[Tensor, Tensor, tuple[OpParams, ...]], Tensor]
 
-# With its default thresholds the compiler splits a chain of augmentations into two kernels and passes int32 rows between
-# them through memory. It also checks every index in the innermost loop, which costs time: the indices of augmentations
-# are clamped or reflected into the image and those of samples are a permutation. Eager mode keeps its checks.
+# With its default thresholds the compiler splits a chain of augmentations into two kernels and passes int32 rows
+# between them through memory. Its index checks in the innermost loop cost time and are not needed: the indices of
+# augmentations are clamped or reflected into the image, and those of samples are a permutation.
 SINGLE_KERNEL_OPTIONS = {
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,

@@ -28,8 +28,7 @@ MAX_ERASE_ATTEMPTS = 10
 
 
 def draw_erasing_params(max_area: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw a box for each of `n` images: corner `y`, `x` and size `h`, `w`, uint8; the size is 0 for half of the images.
-
+    """Draw a box for each of `n` images: corner `y`, `x` and size `h`, `w`, uint8; half of the images have size 0.
     As in torchvision, the area is uniform over MIN_ERASE_AREA..`max_area` of the image and the aspect ratio is
     log-uniform, with up to ten attempts to get a box that is lower and narrower than the image; its position is uniform
     inside the image.

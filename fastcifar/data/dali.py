@@ -335,7 +335,7 @@ class DaliLoader:
         self._all_indices = upload_array(np.arange(local_size, dtype=np.int32), self._device)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of this rank from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
         They are the batches of `TensorLoader`. If the iteration ends early, by a break or an error, the threads of DALI
         stop; they start again when they are needed.
