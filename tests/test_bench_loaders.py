@@ -63,7 +63,7 @@ def test_every_loader_takes_its_turn(capsys: pytest.CaptureFixture[str]) -> None
     arguments = argparse.Namespace(batch_size=50, workers=0, rounds=2, seconds=0.02)
     works = loaders.loaders_of("flip:0.5:alternating", split, arguments, "cpu")
     assert set(works) == set(LOADERS) - {"torchvision"}
-    assert "no torchvision: --loader torchvision has no flip" in capsys.readouterr().out
+    assert "no torchvision: --loader torchvision does not support flip" in capsys.readouterr().out
     works = {}
     for name, kind in LOADERS.items():
         own: dict[str, Any] = {} if name == "torchvision" else {"compile": False}

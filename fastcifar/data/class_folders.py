@@ -46,13 +46,13 @@ def read_class_folders(path: Path, class_names: tuple[str, ...]) -> tuple[dict[s
     is not a 32x32 image.
     """
     folders = {"train": path / "train", "test": _test_folder(path)}
-    classes_of = {split: _list_classes(folder) if folder.is_dir() else [] for split, folder in folders.items()}
-    if len(classes_of["train"]) < 2 or found["test"] != found["train"]:
-        unmatched = sorted(set(classes_of["train"]) ^ set(found["test"]))[:5]
-        counts = f"{len(classes_of['train'])} training classes and {len(found['test'])} test classes"
+    class_lists = {split: _list_classes(folder) if folder.is_dir() else [] for split, folder in folders.items()}
+    if len(class_lists["train"]) < 2 or class_lists["test"] != class_lists["train"]:
+        unmatched = sorted(set(class_lists["train"]) ^ set(class_lists["test"]))[:5]
+        counts = f"{len(class_lists['train'])} training classes and {len(class_lists['test'])} test classes"
         details = f" (only in one of them: {', '.join(unmatched)})" if unmatched else ""
         raise DataError(f"{path} has {counts}{details}, expected the same two or more in both", _LAYOUT_REMEDY)
-    classes = class_names if sorted(class_names) == classes_of["train"] else tuple(found["train"])
+    classes = class_names if sorted(class_names) == class_lists["train"] else tuple(class_lists["train"])
     return {split: _load_split(folder, classes) for split, folder in folders.items()}, classes, False, ""
 
 

@@ -33,7 +33,7 @@ def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
         mean = std = ()
     mean, std = (values * 3 if len(values) == 1 else values for values in (mean, std))
     if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
-        remedy = f"choose from {', '.join(NORMALIZATIONS)}, or write MEAN:STD, such as 0.5,0.5,0.5:0.25,0.25,0.25, with STD > 0"
+        remedy = f"choose {', '.join(NORMALIZATIONS)}, or MEAN:STD with STD > 0, such as 0.5,0.5,0.5:0.25,0.25,0.25"
         raise UsageError(f"--normalize {spec!r} is not a normalization", remedy)
     return mean, std
 

@@ -168,10 +168,8 @@ def _read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{file} has {image.width}x{image.height} pixels, expected at most {MAX_PIXELS:,}",
-                    "make it smaller",
-                )
+                size = f"{image.width}x{image.height}"
+                raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
