@@ -174,7 +174,7 @@ def test_two_at_once_download_once(server: Server, target: Path):
 
 def test_load_downloads_verifies_and_caches(server: Server, tiny_cifar, tmp_path: Path, monkeypatch, pack: Callable):
     server.body = pack(tiny_cifar.python, tmp_path / "made.tar.gz").read_bytes()
-    row = dataclasses.replace(tiny_cifar.row, url=server.url, archive_md5=hashlib.md5(server.body).hexdigest())
+    row = dataclasses.replace(tiny_cifar.spec, url=server.url, archive_md5=hashlib.md5(server.body).hexdigest())
     monkeypatch.setitem(cifar.DATASETS, "cifar10", row)
     for _ in range(2):
         loaded = cifar.load_dataset(cache_dir=tmp_path / "cache")
