@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_image_ops import PICTURES, oracle
+from test_image_ops import TEST_IMAGES, apply_torchvision
 from torchvision.transforms import v2
 
 from fastcifar.data import policies
@@ -119,7 +119,7 @@ def test_the_two_steps_of_a_sub_policy_go_together() -> None:
 def test_a_policy_is_its_operations_in_turn(spec: str) -> None:
     """At levels whose shears never read from the very middle between two pixels."""
     ops = parse_augment(spec)
-    images = PICTURES.repeat(8, 1, 1, 1)
+    images = TEST_IMAGES.repeat(8, 1, 1, 1)
     draws = draw_epoch(ops, len(images), 0, 5)
     wanted = images.clone()
     for op, drawn in zip(ops, draws.op_params, strict=True):
@@ -130,7 +130,9 @@ def test_a_policy_is_its_operations_in_turn(spec: str) -> None:
         meaning[encode_operation("Identity", 0)] = ("Identity", 0.0)
         for step in range(op.policy.num_steps):
             triples = zip(*(drawn[f"{what}{step}"].tolist() for what in ("code", "amount", "cosine")), strict=True)
-            wanted = torch.stack([oracle(image, *meaning[t]) for image, t in zip(wanted, triples, strict=True)])
+            wanted = torch.stack(
+                [apply_torchvision(image, *meaning[t]) for image, t in zip(wanted, triples, strict=True)]
+            )
     params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.op_params)
     assert torch.equal(apply_augment(ops, images, params, (0, 0, 0)), wanted)
 
@@ -152,7 +154,7 @@ def test_jitter_draws_all_four_in_every_order() -> None:
 
 
 def test_jitter_is_torchvisions() -> None:
-    ops, images = parse_augment("jitter:0.5"), PICTURES.repeat(6, 1, 1, 1)
+    ops, images = parse_augment("jitter:0.5"), TEST_IMAGES.repeat(6, 1, 1, 1)
     draws = draw_epoch(ops, len(images), 0, 0)
     (drawn,) = draws.op_params
     names = {OPERATION_CODES[name]: name for name in JITTER_OPERATIONS}
@@ -161,7 +163,9 @@ def test_jitter_is_torchvisions() -> None:
         what = zip(
             (names[code] for code in drawn[f"code{step}"].tolist()), drawn[f"amount{step}"] / AMOUNT_SCALE, strict=True
         )
-        wanted = torch.stack([oracle(image, n, float(m)) for image, (n, m) in zip(wanted, what, strict=True)])
+        wanted = torch.stack(
+            [apply_torchvision(image, n, float(m)) for image, (n, m) in zip(wanted, what, strict=True)]
+        )
     params = ({name: torch.from_numpy(array) for name, array in drawn.items()},)
     off = (apply_augment(ops, images, params, (0, 0, 0)).int() - wanted.int()).abs()
     # A hue that falls to the other side of a whole number is one off; what follows can double that twice.
@@ -176,9 +180,9 @@ def test_rotations_are_uniform_angles_and_torchvisions() -> None:
     assert -7 <= degrees.min() < -6.99
     assert 6.99 < degrees.max() <= 7
     assert np.abs(np.histogram(degrees, 14, (-7, 7))[0] - N / 14).max() < 5 * (N / 14) ** 0.5
-    images = PICTURES[:8]
+    images = TEST_IMAGES[:8]
     params = ({name: torch.from_numpy(array[:8]) for name, array in drawn.items()},)
-    wanted = [oracle(image, "Rotate", float(angle)) for image, angle in zip(images, degrees, strict=False)]
+    wanted = [apply_torchvision(image, "Rotate", float(angle)) for image, angle in zip(images, degrees, strict=False)]
     assert torch.equal(apply_augment(parse_augment("rotate:7"), images, params, (0, 0, 0)), torch.stack(wanted))
 
 
