@@ -21,7 +21,7 @@ MD5 = hashlib.md5(BODY).hexdigest()
 
 @dataclasses.dataclass
 class Server:
-    """Settings of the server: content, status, support of ranges, bytes sent before it disconnects; requested ranges."""
+    """Content, status and range support of the server, bytes sent before it disconnects, and requested ranges."""
 
     url: str = ""
     body: bytes = BODY
