@@ -63,7 +63,7 @@ def test_loaders_are_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> Non
     arguments = argparse.Namespace(batch_size=50, workers=0, rounds=2, seconds=0.02)
     workloads = loaders.build_workloads("flip:0.5:alternating", split, arguments, "cpu")
     assert set(workloads) == set(LOADERS) - {"torchvision"}
-    assert "torchvision is skipped: --loader torchvision has no flip" in capsys.readouterr().out
+    assert "torchvision is skipped: --loader torchvision does not support flip" in capsys.readouterr().out
     workloads = {}
     for name, loader_class in LOADERS.items():
         options: dict[str, Any] = {} if name == "torchvision" else {"compile": False}

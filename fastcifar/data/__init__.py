@@ -1,1 +1,1 @@
-"""Images in, batches out."""
+"""Data sets, augmentations and loaders: images in, augmented batches out."""

@@ -1,10 +1,10 @@
-"""Augmentations: `AUGMENTS`, their one spelling, their draws and their application.
+"""Augmentations: the table `AUGMENTS`, the parser of augmentation lists, random parameters and their application.
 
-Randomness is data: `draw_epoch` makes it in numpy, for a whole epoch, from (seed, epoch) alone.
-Application is pure: `apply` maps a batch and its slice of the draws to a batch, exactly, in uint8.
-It must not hold state, draw while applying, loop over images in Python or wait for the device.
-A new augmentation is one row of `AUGMENTS` and its two functions; the loaders need no change. Mixers, spelt in the same
-list, have a room of their own: they are applied in the training step.
+`draw_epoch` draws the random parameters of a whole epoch with NumPy, from the seed and the epoch number alone.
+`apply_augment` is a pure function of a batch and its slice of these parameters, exact in uint8. It holds no state,
+draws no random numbers, has no Python loop over images and never waits for the device.
+To add an augmentation, add one entry to `AUGMENTS` with its two functions; the loaders need no change. Mixers (module
+`mixers`) are written in the same list, but the training step applies them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data import crop_flip_erase, image_ops, policies
+from fastcifar.data import image_ops, policies
+from fastcifar.data.crop_flip_erase import (
+    FILL_COLORS,
+    MIN_ERASE_AREA,
+    FillColor,
+    crop_rows,
+    draw_erasing_params,
+    fill_box,
+    flip_rows,
+)
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE
 from fastcifar.data.mixers import MIXERS, MixerSpec
 from fastcifar.data.policies import Policy
@@ -24,17 +33,16 @@ from fastcifar.errors import UsageError, lookup
 
 Number = int | float
 OpParams = Mapping[str, Tensor]
-FillColor = tuple[int, int, int]
 
-# The streams that must not change from epoch to epoch are keyed by an epoch that no run reaches.
+# Random streams that stay the same in every epoch use this epoch number, which no run reaches.
 FIXED_STREAM_EPOCH = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class AugmentOp:
-    """One parsed item of an augmentation list: a row of `AUGMENTS` or `MIXERS` with its number and word.
+    """One parsed item of an augmentation list: the name of an entry of `AUGMENTS` or `MIXERS`, its value and variant.
 
-    `number` is None and `word` is "" for rows that take none; `policy` is what the rows that have one read from them.
+    `value` is None and `variant` is "" for entries that take none; `policy` is set for entries with `build_policy`.
     """
 
     name: str
@@ -45,12 +53,12 @@ class AugmentOp:
 
 @dataclass(frozen=True, eq=False)
 class DrawContext:
-    """What one op may draw from; every array it returns has the length of `order`.
+    """What a draw function may use; every array that it returns has the length of `permutation`.
 
-    order   int64 [n], the sample at each position of the epoch
-    epoch   the epoch's number, from 0
-    random  the op's own stream of this epoch
-    fixed   the op's own stream that is the same in every epoch
+    permutation  int64 [n], the sample at each position of the epoch
+    epoch        epoch number, from 0
+    rng          generator of this augmentation for this epoch
+    fixed_rng    generator of this augmentation that starts from the same state in every epoch
     """
 
     permutation: np.ndarray
@@ -61,17 +69,17 @@ class DrawContext:
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """One row of `AUGMENTS`.
+    """One entry of `AUGMENTS`.
 
-    draw    (op, moment) -> parameters by name, arrays [n] over the epoch's positions
-    apply   (op, rows, parameters [b], fill) -> rows; `rows` is int32 [b,32,96], a row's pixels with their channels
-            side by side: column 3 * x + channel, values 0..255
-    number  the default, None if the row takes no number; an int default admits whole numbers only
-    words   the allowed words, each with the bounds (both included) of the number beside it; the first is the default,
-            "" alone if the row takes no word
-    help    one line
-    policy  (number, word) -> the policy of the op, for the rows that have one
-    files   a word may also be the name of a TOML file
+    draw           (op, context) -> parameters by name, arrays [n] over the positions of the epoch
+    apply          (op, rows, parameters [b], fill color) -> rows; `rows` is int32 [b,32,96] with values 0..255, where
+                   column 3 * x + channel holds that channel of pixel x
+    default_value  the default value, None if the entry takes no value; an int default admits integers only
+    variants       the allowed variants, each with the inclusive bounds of the value; the first is the default, and ""
+                   is the only key if the entry takes no variant
+    help           one line of help text
+    build_policy   (value, variant) -> the policy, for entries that apply one
+    accepts_file   whether a variant may also be the path of a TOML file
     """
 
     draw: Callable[[AugmentOp, DrawContext], dict[str, np.ndarray]]
@@ -85,10 +93,10 @@ class AugmentSpec:
 
 @dataclass(frozen=True, eq=False)
 class AugmentParams:
-    """All the randomness of one epoch; a batch, a rank's share or a DALI chunk is a slice of every array.
+    """All random numbers of one epoch; a batch, the share of a rank and a DALI chunk are slices of every array.
 
-    order   int64 [n], the permutation: the sample at each position
-    params  one dict for each op, in the order of the ops: arrays [n] over positions, of int32, uint8 or bool
+    permutation  int64 [n], the sample at each position
+    op_params    one dict per augmentation, in list order: arrays [n] over positions, of int32, uint8 or bool
     """
 
     permutation: np.ndarray
@@ -96,103 +104,84 @@ class AugmentParams:
 
 
 def draw_crop(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """The window's corner in the padded image, `y` and `x` uniform over 0..2*pad; pad is the centre."""
+    """Draw the top-left corner `y`, `x` in the padded image, uniform over 0..2 * padding."""
     offsets = context.rng.integers(0, 2 * _int_value(op) + 1, size=(2, len(context.permutation)), dtype=np.uint8)
     return {"y": offsets[0], "x": offsets[1]}
 
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """The 32x32 window at (y, x) of the image padded by `op.value`, without building the padded image.
-
-    `reflect` mirrors without repeating the edge, as numpy's and torch's "reflect".
-    """
-    return crop_flip_erase.crop_rows(
-        rows, params["y"].int(), params["x"].int(), _int_value(op), op.variant == "reflect"
-    )
+    """Crop the 32x32 window at (y, x) of the image padded by `op.value` pixels of black or of reflection."""
+    return crop_rows(rows, params["y"].int(), params["x"].int(), _int_value(op), op.variant == "reflect")
 
 
 def draw_flip(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """`flip`, bool: an independent coin for each position, or the alternating one.
+    """Draw `flip`, bool: with probability `op.value` at each position, or alternating.
 
-    Alternating (Keller Jordan, airbench94): each sample has one fair coin for the whole run, and is flipped in the even
-    epochs or in the odd ones by it, so that any two successive epochs show both orientations of every image.
+    With "alternating" (Keller Jordan, airbench94) each sample draws one fair bit for the whole run, which decides
+    whether it is flipped in the even or in the odd epochs, so that any two successive epochs show both orientations.
     """
     n = len(context.permutation)
     if op.variant == "alternating":
-        coin = context.fixed_rng.integers(0, 2, size=n, dtype=np.uint8).astype(bool)
-        return {"flip": coin[context.permutation] ^ bool(context.epoch & 1)}
+        is_odd = context.fixed_rng.integers(0, 2, size=n, dtype=np.uint8).astype(bool)
+        return {"flip": is_odd[context.permutation] ^ bool(context.epoch & 1)}
     assert op.value is not None
     return {"flip": context.rng.random(n) < op.value}
 
 
-def apply_flip(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Mirror left and right where `flip` is set."""
-    return crop_flip_erase.flip_rows(rows, params["flip"])
-
-
 def draw_cutout(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """The square's centre `y`, `x`, uniform over the image's pixels: near the border a part of it falls outside."""
-    centres = context.rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, len(context.permutation)), dtype=np.uint8)
-    return {"y": centres[0], "x": centres[1]}
+    """Draw the center `y`, `x` of the square, uniform over the pixels; near the border, part of it falls outside."""
+    centers = context.rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, len(context.permutation)), dtype=np.uint8)
+    return {"y": centers[0], "x": centers[1]}
 
 
 def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill the square of `op.value` pixels whose corner is centre - size // 2 (DeVries and Taylor, 2017)."""
+    """Fill the square of `op.value` pixels whose corner is center - size // 2 (DeVries and Taylor, 2017)."""
     size = _int_value(op)
     top, left = (params[axis].int() - size // 2 for axis in "yx")
-    return crop_flip_erase.fill_box(
-        rows, top, left, size, size, crop_flip_erase.FILL_COLORS.get(op.variant, fill_color)
-    )
+    return fill_box(rows, top, left, size, size, FILL_COLORS.get(op.variant, fill_color))
 
 
 def draw_erase(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """The box's corner `y`, `x` and size `h`, `w`; no size in half of the images."""
+    """Draw the corner `y`, `x` and the size `h`, `w` of the box; the size is 0 for images that are not erased."""
     assert op.value is not None
-    return crop_flip_erase.draw_erasing_params(op.value, len(context.permutation), context.rng)
+    return draw_erasing_params(op.value, len(context.permutation), context.rng)
 
 
 def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill the box (Zhong et al., 2017)."""
+    """Fill the box (random erasing, Zhong et al., 2017)."""
     top, left, height, width = (params[name].int() for name in "yxhw")
-    return crop_flip_erase.fill_box(
-        rows, top, left, height, width, crop_flip_erase.FILL_COLORS.get(op.variant, fill_color)
-    )
+    return fill_box(rows, top, left, height, width, FILL_COLORS.get(op.variant, fill_color))
 
 
 def draw_rotate(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """`sine` and `cosine` of an angle uniform over -op.value..op.value degrees."""
+    """Draw the `sine` and `cosine` of an angle uniform over -op.value..op.value degrees."""
     return policies.draw_rotation_params(_int_value(op), len(context.permutation), context.rng)
 
 
-def apply_rotate(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Turned around the centre, the nearest pixel, black outside."""
-    return image_ops.rotate_rows(rows, params["sine"], params["cosine"])
-
-
 def draw_jitter(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """The four operations in an order of their own for each position, and their amounts."""
+    """Draw an order of the four color operations and their amounts for each position."""
     assert op.value is not None
     return policies.draw_jitter_params(op.value, len(context.permutation), context.rng)
 
 
 def apply_jitter(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Brightness, contrast, saturation and hue, each once."""
+    """Adjust brightness, contrast, saturation and hue, each once."""
     steps = [(params[f"code{step}"], params[f"amount{step}"], None) for step in range(4)]
     return image_ops.apply_operations(rows, steps, [policies.JITTER_OPERATIONS] * 4)
 
 
 def draw_policy(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Every step's operation and amount, as `policies.draw` names them."""
+    """Draw the operation and amount of every step, named as by `policies.draw_policy_params`."""
     assert op.policy is not None, op
     return policies.draw_policy_params(op.policy, len(context.permutation), context.rng)
 
 
 def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """The policy's steps in turn, one operation of each for each image."""
+    """Apply the steps of the policy in order, one operation per step and image."""
     assert op.policy is not None, op
-    count = range(op.policy.num_steps)
-    steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in count]
-    return image_ops.apply_operations(rows, steps, [op.policy.operations(step) for step in count])
+    numbers = range(op.policy.num_steps)
+    steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in numbers]
+    return image_ops.apply_operations(rows, steps, [op.policy.operations(step) for step in numbers])
 
 
 AUGMENTS: dict[str, AugmentSpec] = {
@@ -201,50 +190,50 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=apply_crop,
         default_value=4,
         variants={"zero": (1, 16), "reflect": (1, 16)},
-        help="pad by VALUE pixels of black or of reflection, then cut a random 32x32 window",
+        help="pad by VALUE pixels (black or reflected), then crop a random 32x32 window",
     ),
     "flip": AugmentSpec(
         draw=draw_flip,
-        apply=apply_flip,
+        apply=lambda op, rows, params, fill_color: flip_rows(rows, params["flip"]),
         default_value=0.5,
         variants={"random": (0.0, 1.0), "alternating": (0.5, 0.5)},
-        help="mirror left and right with probability VALUE, or each image in every other epoch",
+        help="flip horizontally with probability VALUE, or each image in every second epoch",
     ),
     "cutout": AugmentSpec(
         draw=draw_cutout,
         apply=apply_cutout,
         default_value=8,
         variants={"mean": (1, CIFAR_IMAGE_SIZE), "zero": (1, CIFAR_IMAGE_SIZE)},
-        help="fill a square of VALUE pixels around a random centre with the mean colour or black",
+        help="fill a square of VALUE x VALUE pixels at a random center with the mean color or black",
     ),
     "erase": AugmentSpec(
         draw=draw_erase,
         apply=apply_erase,
         default_value=0.33,
-        variants=dict.fromkeys(("gray", "mean", "zero"), (crop_flip_erase.MIN_ERASE_AREA, 1.0)),
-        help="in half of the images fill a box of 0.02 to VALUE of the area with mid-gray, mean colour or black",
+        variants=dict.fromkeys(("gray", "mean", "zero"), (MIN_ERASE_AREA, 1.0)),
+        help="in half of the images, fill a box of 0.02 to VALUE of the area with mid-gray, the mean color or black",
     ),
     "rotate": AugmentSpec(
         draw=draw_rotate,
-        apply=apply_rotate,
+        apply=lambda op, rows, params, fill_color: image_ops.rotate_rows(rows, params["sine"], params["cosine"]),
         default_value=5,
         variants={"": (1, 180)},
-        help="turn by an angle of at most VALUE degrees, black outside",
+        help="rotate by a random angle of at most VALUE degrees, black outside",
     ),
     "jitter": AugmentSpec(
         draw=draw_jitter,
         apply=apply_jitter,
         default_value=0.2,
         variants={"": (0.0, 1.0)},
-        help="change brightness, contrast and saturation by a share of at most VALUE, the hue by half of it",
+        help="change brightness, contrast and saturation by a factor of at most 1 +- VALUE, hue by at most VALUE / 2",
     ),
     "autoaugment": AugmentSpec(
         draw=draw_policy,
         apply=apply_policy,
         default_value=None,
         variants={"cifar10": (0, 0)},
-        help="AutoAugment's policy for CIFAR-10, or your own: autoaugment:FILE.toml",
-        build_policy=lambda number, word: policies.load_policy(word),
+        help="AutoAugment policy for CIFAR-10, or your own policy: autoaugment:FILE.toml",
+        build_policy=lambda value, variant: policies.load_policy(variant),
         accepts_file=True,
     ),
     "randaugment": AugmentSpec(
@@ -252,45 +241,47 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=apply_policy,
         default_value=9,
         variants={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
-        help="RandAugment: VARIANT operations of fourteen, at level VALUE of 30",
-        build_policy=lambda number, word: policies.randaugment_policy(int(number or 0), int(word)),
+        help="RandAugment: VARIANT of fourteen operations per image, at magnitude level VALUE (0 to 30)",
+        build_policy=lambda value, variant: policies.randaugment_policy(int(value or 0), int(variant)),
     ),
     "trivialaugment": AugmentSpec(
         draw=draw_policy,
         apply=apply_policy,
         default_value=None,
         variants={"wide": (0, 0)},
-        help="TrivialAugment Wide: one operation of fourteen, at a level of its own",
-        build_policy=lambda number, word: policies.trivialaugment_policy(),
+        help="TrivialAugment Wide: one of fourteen operations per image, at a random magnitude level",
+        build_policy=lambda value, variant: policies.trivialaugment_policy(),
     ),
 }
 
 
 def parse_augment(spec: str) -> tuple[AugmentOp, ...]:
-    """The ops of a spelling such as "crop:4:zero,flip,cutout:8"; "none" or "" is no op.
+    """Parse an augmentation list such as "crop:4:zero,flip,cutout:8"; "none" and "" are the empty list.
 
-    An item is `name[:number[:word]]` (`name[:word]` for a row that takes no number); what is left out is the row's
-    default. One mixer may stand at the end. Raises `UsageError` with the nearest name, the allowed words or the bounds.
+    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value; omitted parts take the
+    defaults. One mixer may stand at the end. Raises `UsageError` with the nearest name, the allowed variants or the
+    bounds.
     """
     if spec.strip() in ("", "none"):
         return ()
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
-    before, _ = split_mixer(ops)
-    for op in before:
+    for op in split_mixer(ops)[0]:
         if op.name in MIXERS:
-            raise UsageError(f"augmentation {op.name!r} mixes whole batches", "write one mixer, at the list's end")
+            raise UsageError(
+                f"augmentation {op.name!r} is a mixer and not the last item", "write at most one mixer, at the end"
+            )
     return ops
 
 
 def split_mixer(ops: tuple[AugmentOp, ...]) -> tuple[tuple[AugmentOp, ...], AugmentOp | None]:
-    """The ops that the loaders apply, and the mixer of the training step, if the list has one."""
+    """Return the augmentations that the loaders apply, and the mixer that the training step applies, or None."""
     return (ops[:-1], ops[-1]) if ops and ops[-1].name in MIXERS else (ops, None)
 
 
 def format_augment(ops: tuple[AugmentOp, ...]) -> str:
-    """The canonical spelling: every number and word written, "none" for no op; `parse(spell(ops)) == ops`.
+    """Return the canonical text of a list, the inverse of `parse_augment`; "none" for the empty list.
 
-    Defaults are written too, so that a saved recipe keeps its meaning when a default changes.
+    Default values are written too, so that a saved recipe keeps its meaning when a default changes.
     """
     items = (
         ":".join([op.name, *([] if op.value is None else [repr(op.value)]), *filter(None, [op.variant])]) for op in ops
@@ -299,68 +290,70 @@ def format_augment(ops: tuple[AugmentOp, ...]) -> str:
 
 
 def _parse_item(item: str) -> AugmentOp:
-    name, *rest = item.split(":")
+    name, *fields = item.split(":")
     if not name:
         raise UsageError("an empty item in the augmentation list", "separate items by single commas: crop:4:zero,flip")
     if name == "none":
-        raise UsageError("'none' beside other augmentations", "write 'none' alone, or leave it out")
-    row: AugmentSpec | MixerSpec = lookup({**AUGMENTS, **MIXERS}, name, "augmentation")
-    number = row.default_value
-    if number is not None and rest:
-        number = _parse_value(item, rest.pop(0), row)
-    word = rest.pop(0) if rest else next(iter(row.variants))
-    file = row.accepts_file and word.endswith(".toml")
-    if rest or (word not in row.variants and not file):
-        grammar = (
-            name + (":VALUE" if row.default_value is not None else "") + (":VARIANT" if "" not in row.variants else "")
-        )
-        allowed = f", VARIANT one of {', '.join(row.variants)}" if "" not in row.variants else ""
-        allowed += " or a .toml file" if row.accepts_file else ""
+        raise UsageError("'none' together with other augmentations", "write 'none' alone, or remove it")
+    spec: AugmentSpec | MixerSpec = lookup({**AUGMENTS, **MIXERS}, name, "augmentation")
+    default_variant = next(iter(spec.variants))
+    value = spec.default_value
+    if value is not None and fields:
+        value = _parse_value(item, fields.pop(0), spec)
+    variant = fields.pop(0) if fields else default_variant
+    is_file = spec.accepts_file and variant.endswith(".toml")
+    if fields or (variant not in spec.variants and not is_file):
+        syntax, allowed = name + (":VALUE" if value is not None else ""), ""
+        if default_variant:
+            syntax, allowed = f"{syntax}:VARIANT", f", VARIANT one of {', '.join(spec.variants)}"
+        allowed += " or a .toml file" if spec.accepts_file else ""
         raise UsageError(
-            f"augmentation {item!r}: unexpected {(rest or [word])[0]!r}", f"write {grammar}{allowed} ({row.help})"
+            f"augmentation {item!r}: unexpected {(fields or [variant])[0]!r}", f"write {syntax}{allowed} ({spec.help})"
         )
-    low, high = row.variants[next(iter(row.variants)) if file else word]
-    if number is not None and not low <= number <= high:
+    low, high = spec.variants[default_variant if is_file else variant]
+    if value is not None and not low <= value <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
-        grammar = f"{name}:VALUE:{word}".rstrip(":")
-        raise UsageError(f"augmentation {item!r}: {number} is out of bounds", f"{grammar} takes {bounds}")
-    return AugmentOp(name, number, word, row.build_policy(number, word) if row.build_policy else None)
+        syntax = f"{name}:VALUE:{variant}".rstrip(":")
+        raise UsageError(f"augmentation {item!r}: {value} is out of bounds", f"VALUE in {syntax} must be {bounds}")
+    return AugmentOp(name, value, variant, spec.build_policy(value, variant) if spec.build_policy else None)
 
 
 def _parse_value(item: str, text: str, spec: AugmentSpec | MixerSpec) -> Number:
-    kind = type(spec.default_value)
+    is_int = isinstance(spec.default_value, int)
     try:
-        if "_" in text or not text.isascii():  # int() and float() take 1_6 and other scripts' digits
+        if "_" in text or not text.isascii():  # int() and float() accept 1_6 and the digits of other scripts
             raise ValueError
-        return int(text) if kind is int else float(text)
+        return int(text) if is_int else float(text)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
+        expected = "an integer" if is_int else "a number"
         example = f"{item.split(':')[0]}:{spec.default_value}"
-        raise UsageError(f"augmentation {item!r}: {text!r} is not {what}", f"for example {example}") from None
+        raise UsageError(f"augmentation {item!r}: {text!r} is not {expected}", f"for example {example}") from None
 
 
 def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> AugmentParams:
-    """The permutation of `n` samples and the draws of every op for one epoch, from (seed, epoch) alone.
+    """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
-    The key of the counter-based Philox generator is [seed, epoch]; its stream jumped by 0 gives the permutation, that
-    jumped by 1 + i the op at place i (a jump is 2**128 draws: streams never meet). Adding an op therefore changes no
-    draw of those before it, and batch size, ranks, loader and device change nothing at all.
+    They depend on (seed, epoch) alone. The key of the counter-based Philox generator is [seed, epoch]: the stream
+    jumped by 0 gives the permutation, the stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so
+    streams never overlap). Appending an augmentation therefore leaves the draws of the earlier ones unchanged, and
+    batch size, number of ranks, loader and device have no influence.
     """
     assert n > 0, n
     assert seed >= 0, seed
     assert 0 <= epoch < FIXED_STREAM_EPOCH, epoch
-    order = _rng_stream(seed, epoch, 0).permutation(n)
-    params = []
-    for place, op in enumerate(ops):
-        moment = DrawContext(
-            order, epoch, _rng_stream(seed, epoch, 1 + place), _rng_stream(seed, FIXED_STREAM_EPOCH, 1 + place)
-        )
-        params.append(AUGMENTS[op.name].draw(op, moment))
-    return AugmentParams(order, tuple(params))
+    permutation = _rng_stream(seed, epoch, 0).permutation(n)
+    op_params = []
+    for jumps, op in enumerate(ops, 1):
+        rngs = _rng_stream(seed, epoch, jumps), _rng_stream(seed, FIXED_STREAM_EPOCH, jumps)
+        op_params.append(AUGMENTS[op.name].draw(op, DrawContext(permutation, epoch, *rngs)))
+    return AugmentParams(permutation, tuple(op_params))
 
 
 def draw_mixer_params(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> np.ndarray:
-    """What the mixer at the end of `ops` draws for the `n` positions of an epoch: [n] or [n,k], by the same rule."""
+    """Draw the parameters of the mixer at the end of `ops` for the `n` positions of an epoch: [n] or [n,k].
+
+    They come from the stream that `draw_epoch` assigns to the last item of `ops`.
+    """
     mixer = ops[-1]
     assert mixer.value is not None, mixer
     return MIXERS[mixer.name].draw(mixer.value, n, _rng_stream(seed, epoch, len(ops)))
@@ -369,10 +362,10 @@ def draw_mixer_params(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int)
 def apply_augment(
     ops: tuple[AugmentOp, ...], images: Tensor, params: tuple[OpParams, ...], fill_color: FillColor
 ) -> Tensor:
-    """The batch after every op in turn; uint8 channels_last [b,3,32,32] in and out, the input left as it is.
+    """Apply every augmentation in order to a batch, uint8 channels_last [b,3,32,32] in and out, not in place.
 
-    `params` holds one dict for each op, tensors [b] on the images' device: a slice of `Draws.params`.
-    `fill` is the mean colour, 0..255 for each channel. Compiles as a full graph.
+    `params` holds one dict per augmentation, tensors [b] on the device of the images: a slice of
+    `AugmentParams.op_params`. `fill_color` is the mean color, 0..255 per channel. Compiles as a full graph.
     """
     rows = apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
     return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
@@ -381,16 +374,17 @@ def apply_augment(
 def apply_augment_rows(
     ops: tuple[AugmentOp, ...], rows: Tensor, params: tuple[OpParams, ...], fill_color: FillColor
 ) -> Tensor:
-    """`apply` on the same bytes seen as rows, uint8 [b,32,96]: what a loader compiles together with its gather.
+    """Do the same as `apply_augment` on the same bytes viewed as rows, uint8 [b,32,96].
 
-    Rows of 96 adjacent bytes give the compiler a long innermost loop, and int32 one width for values, masks and
-    indices: a CPU's fused kernel is vectorised well only with both. In it the integers are registers, not memory.
+    The loaders compile this function together with the gather of the batch. Rows of 96 adjacent bytes give the compiler
+    a long innermost loop, and int32 gives values, masks and indices the same width: a fused CPU kernel is vectorized
+    well only with both. Inside that kernel the int32 values live in registers, not in memory.
     """
     assert len(ops) == len(params), (len(ops), len(params))
     assert rows.dtype == torch.uint8, rows.dtype
     rows = rows.int()
-    for op, drawn in zip(ops, params, strict=True):
-        rows = AUGMENTS[op.name].apply(op, rows, drawn, fill_color)
+    for op, op_params in zip(ops, params, strict=True):
+        rows = AUGMENTS[op.name].apply(op, rows, op_params, fill_color)
     return rows.to(torch.uint8)
 
 

@@ -1,6 +1,6 @@
-"""How an epoch is cut into steps, and a step into the shares of the ranks: one rule for every loader.
+"""Division of an epoch into steps, and of a step into the shares of the ranks, the same for every loader.
 
-It only slices: what is sliced (the permutation, the draws) does not depend on batch size or ranks.
+The arrays that are sliced (the permutation and the augmentation parameters) depend on neither batch size nor ranks.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from fastcifar.errors import UsageError
 
 @dataclass(frozen=True)
 class BatchSlicing:
-    """Step s is the positions [s * batch_size, (s + 1) * batch_size) of the epoch; rank r takes `r::ranks` of them.
+    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size), and rank r takes
+    `r::world_size` of them.
 
-    So N ranks interleave to exactly the batches of one, and all have the same steps. A short last batch is shared out
-    the same way: shares may differ by one image, and none is empty (see `cut`).
+    The shares of all ranks interleave to exactly the batches of a single process, and all ranks have the same number of
+    steps. A short last batch is divided in the same way: shares may differ by one image, and none is empty (see
+    `slice_epoch`).
 
-    samples     images of the set, positions of an epoch
-    batch_size  images of a step, over all ranks
+    num_samples  number of images in the data set, and of positions in an epoch
+    batch_size   global batch size
     """
 
     num_samples: int
@@ -31,39 +33,40 @@ class BatchSlicing:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the last one may be shorter, or is left out if `drop_last`."""
+        """Number of steps in an epoch; the last one may be shorter, and is dropped if `drop_last`."""
         return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
 
     @property
     def local_batch_size(self) -> int:
-        """Images of this rank in a full step."""
+        """Number of images of this rank in a full step."""
         return self.batch_size // self.world_size
 
     def local_count(self, step: int) -> int:
-        """Images of this rank in `step`: its share, but for a short last step."""
-        images = min(self.batch_size, self.num_samples - step * self.batch_size)
-        return len(range(self.rank, images, self.world_size))
+        """Return the number of images of this rank in `step`, which is smaller in a short last step."""
+        num_images = min(self.batch_size, self.num_samples - step * self.batch_size)
+        return len(range(self.rank, num_images, self.world_size))
 
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
-        """[n, ...] over positions -> [steps, width, ...]: row s begins with this rank's share of step s.
-
-        `width` is the share rounded up to a multiple of `aligned` elements. What is beyond the `count` of a row is
-        filled up with the epoch's first element, a valid draw.
+        """Rearrange an array [n, ...] over positions to [steps, width, ...], this rank's share of each step.
+        `width` is `local_batch_size` rounded up to a multiple of `alignment` elements. Elements of a row beyond
+        `local_count` repeat the first element of the epoch, which is always a valid value.
         """
-        steps, rest = self.steps_per_epoch, array.shape[1:]
-        whole = np.full((steps * self.batch_size, *rest), array[0], dtype=array.dtype)
-        kept = array[: len(whole)]
-        whole[: len(kept)] = kept
-        rows = np.full((steps, -(-self.local_batch_size // alignment) * alignment, *rest), array[0], dtype=array.dtype)
-        rows[:, : self.local_batch_size] = whole.reshape(steps, self.batch_size, *rest)[:, self.rank :: self.world_size]
-        return rows
+        steps, item_shape = self.steps_per_epoch, array.shape[1:]
+        padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
+        kept = array[: len(padded)]
+        padded[: len(kept)] = kept
+        width = -(-self.local_batch_size // alignment) * alignment
+        table = np.full((steps, width, *item_shape), array[0], dtype=array.dtype)
+        by_step = padded.reshape(steps, self.batch_size, *item_shape)
+        table[:, : self.local_batch_size] = by_step[:, self.rank :: self.world_size]
+        return table
 
 
 def slice_epoch(num_samples: int, batch_size: int, drop_last: bool, rank: int = 0, world_size: int = 1) -> BatchSlicing:
-    """The steps of an epoch of `samples` images as rank `rank` of `ranks` takes them.
+    """Return the slicing of an epoch of `num_samples` images for process `rank` of `world_size`.
 
-    Raises `UsageError` if `batch_size` exceeds `samples` or cannot be shared out equally, and if the last batch would
-    leave a rank without an image: BatchNorm has no statistics of nothing.
+    Raises `UsageError` if `batch_size` exceeds `num_samples` or is not divisible by `world_size`, and if the last batch
+    would leave a rank without an image, because BatchNorm cannot compute the statistics of an empty batch.
     """
     assert batch_size > 0, batch_size
     assert 0 <= rank < world_size, (rank, world_size)
@@ -73,15 +76,15 @@ def slice_epoch(num_samples: int, batch_size: int, drop_last: bool, rank: int = 
             f"choose at most {num_samples}",
         )
     if batch_size % world_size:
-        near = max(batch_size // world_size, 1) * world_size
+        nearest = max(batch_size // world_size, 1) * world_size
         raise UsageError(
-            f"--batch-size {batch_size} cannot be shared out equally to {world_size} processes",
-            f"it is the images of a step over all of them: choose a multiple of {world_size}, such as {near}",
+            f"--batch-size {batch_size} is not divisible by the {world_size} processes",
+            f"it is the global batch size: choose a multiple of {world_size}, such as {nearest}",
         )
     if not drop_last and 0 < num_samples % batch_size < world_size:
         raise UsageError(
-            f"the last batch of an epoch has {num_samples % batch_size} images ({num_samples:,} in batches of {batch_size}), "
-            f"fewer than the {world_size} processes",
+            f"the last batch of an epoch has {num_samples % batch_size} images "
+            f"({num_samples:,} in batches of {batch_size}), fewer than the {world_size} processes",
             "use --drop-last or another --batch-size",
         )
     return BatchSlicing(num_samples, batch_size, drop_last, rank, world_size)

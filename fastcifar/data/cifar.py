@@ -1,7 +1,6 @@
-"""CIFAR-10 and CIFAR-100 for everybody: find, download, verify, cache; and the split into training and validation.
-
-`load` is the door; `official` and `archive` read the published files, `folders` everything else.
-The arrays are numpy's, uint8 and int64: this room must not import torch, normalise or augment.
+"""CIFAR-10 and CIFAR-100: locating, downloading, verifying and caching the data; the training and validation split.
+`load_dataset` is the entry point; `cifar_files` and `archive` read the official files, `class_folders` all other data.
+Images and labels are NumPy arrays of uint8 and int64. This module neither imports torch nor normalizes or augments.
 """
 
 from __future__ import annotations
@@ -34,30 +33,32 @@ __all__ = [
 
 
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted int64 positions `(train, val)` in `labels` int64 [n]: exactly `val_size`, stratified, fixed by `seed`.
+    """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`.
 
-    Each class gives its share rounded down, and those that lost most to the rounding give one more.
-    Raises `UsageError` for a size outside [0, n) and for a negative seed.
+    `val` has exactly `val_size` indices. Each class contributes its share rounded down, and the classes with the
+    largest remainders contribute one more. Raises `UsageError` if `val_size` is outside [0, n) or `seed` is negative.
     """
     n = len(labels)
     if not 0 <= val_size < max(n, 1):
-        raise UsageError(f"--val-size {val_size} of {n:,} training images", f"choose 0 to {max(n - 1, 0):,}")
+        raise UsageError(
+            f"--val-size {val_size} is out of range for {n:,} training images", f"choose 0 to {max(n - 1, 0):,}"
+        )
     if seed < 0:
         raise UsageError(f"--val-seed {seed} is negative", "choose 0 or more")
     classes, counts = np.unique(labels, return_counts=True)
-    quota, lost = np.divmod(val_size * counts, max(n, 1))
-    quota[np.argsort(-lost, kind="stable")[: val_size - quota.sum()]] += 1
-    # Raw words, not `permutation`: numpy promises the bit stream for ever, the methods built on it only per version.
+    quota, remainder = np.divmod(val_size * counts, max(n, 1))
+    quota[np.argsort(-remainder, kind="stable")[: val_size - quota.sum()]] += 1
+    # Raw words, not `permutation`: NumPy keeps the bit stream stable across versions, but not the methods of Generator.
     order = np.argsort(np.random.Philox(key=seed).random_raw(n), kind="stable")
-    chosen = np.zeros(n, bool)
+    in_val = np.zeros(n, bool)
     for label, size in zip(classes, quota, strict=True):
-        chosen[order[labels[order] == label][:size]] = True
-    return np.flatnonzero(~chosen).astype(np.int64), np.flatnonzero(chosen).astype(np.int64)
+        in_val[order[labels[order] == label][:size]] = True
+    return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class _DataSource:
-    """What `_find` recognised: what it is, where it is, the files its cache depends on, and how to read it."""
+    """A recognized source: its kind in words, its path, the files that its cache entry depends on, and its reader."""
 
     kind: str
     path: Path
@@ -73,87 +74,87 @@ def load_dataset(
     download: bool = True,
     refresh_cache: bool = False,
 ) -> Dataset:
-    """The data set in `data`: an official folder or .tar.gz (Python or binary), class folders of images, a folder that
-    contains one of these, or "synthetic[:N]".
+    """Load the data set `data`: an official folder or .tar.gz (Python or binary version), class folders of images, a
+    folder that contains one of these, or "synthetic[:N]".
 
-    Without `data`: the environment variable FASTCIFAR_DATA, then the cache folder (`cache`, or the user's), then, if
-    `download`, the official archive. What was read is kept in the cache folder as .npy and mapped from there; where
-    that cannot be written the arrays stay in memory. `fresh` reads and checks the files even if they are kept.
-    Everything worth saying comes as one `UserWarning` a call.
-    Raises `DataError` for what is missing, damaged or malicious, `UsageError` for an unknown `dataset`.
+    If `data` is None, use the environment variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's
+    cache folder), then, if `download`, download the official archive. The decoded arrays are stored in the cache folder
+    as .npy files and memory-mapped; if that folder cannot be written, they stay in memory. `refresh_cache` reads and
+    checks the source even if a cache entry exists. All remarks are issued as one `UserWarning` per call.
+    Raises `DataError` if the data is missing, damaged or malicious, `UsageError` if `dataset` is unknown.
     """
-    row = lookup(DATASETS, dataset, "data set")
+    spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
     data = data or os.environ.get("FASTCIFAR_DATA")
     if data and data.split(":")[0] == "synthetic":
-        return class_folders.make_synthetic_dataset(data, dataset, row.num_classes, row.class_names)
+        return class_folders.make_synthetic_dataset(data, dataset, spec.num_classes, spec.class_names)
     try:
-        found = (
-            _identify_source(Path(data).expanduser(), dataset, row)
+        source = (
+            _identify_source(Path(data).expanduser(), dataset, spec)
             if data
-            else _find_or_download(folder, dataset, row, download)
+            else _find_or_download(folder, dataset, spec, download)
         )
-        loaded, notes = dataset_cache.load_or_cache(
-            folder, dataset, found.path, found.files(), found.read, refresh_cache
+        contents, notes = dataset_cache.load_or_cache(
+            folder, dataset, source.path, source.files(), source.read, refresh_cache
         )
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
-    splits, classes, official, note = loaded
+    splits, classes, is_official, note = contents
     if note:
         notes.insert(0, note)
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
-    return Dataset(dataset, splits["train"], splits["test"], classes, str(found.path), official, found.kind)
+    return Dataset(dataset, splits["train"], splits["test"], classes, str(source.path), is_official, source.kind)
 
 
 def _find_or_download(cache_dir: Path, dataset: str, spec: DatasetSpec, download: bool) -> _DataSource:
-    found = _detect_source(cache_dir, spec) if cache_dir.is_dir() else None
-    if found is not None:
-        return found
+    source = _detect_source(cache_dir, spec) if cache_dir.is_dir() else None
+    if source is not None:
+        return source
     if not download:
         raise DataError(f"{dataset} is not in {cache_dir}", DATA_REMEDY)
     return _archive_source(download_file(spec.url, spec.archive_md5, cache_dir / spec.python.archive_name), spec)
 
 
 def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource:
-    """What `path` is, by what it holds; `DataError` says what was looked for."""
+    """Recognize the source at `path` by its contents. Raises `DataError` that lists the supported layouts."""
     if not path.exists():
         raise DataError(f"no such file or folder: {path}", DATA_REMEDY)
-    found = _detect_source(path, spec)
-    if found is not None:
-        return found
-    for name, other in DATASETS.items():
-        if name != dataset and _detect_source(path, other) is not None:
-            raise DataError(f"{path} holds {name}, expected {dataset}", f"say --dataset {name}")
-    places = [
+    source = _detect_source(path, spec)
+    if source is not None:
+        return source
+    for name, other_spec in DATASETS.items():
+        if name != dataset and _detect_source(path, other_spec) is not None:
+            raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
+    layouts = [
         f"{spec.python.folder}/",
         f"{spec.binary.folder}/",
-        "their files",
+        "the files of these folders",
         spec.python.archive_name,
         spec.binary.archive_name,
+        "train/<class>/*.png",
     ]
-    looked = ", ".join([*places, "train/<class>/*.png"])
-    raise DataError(f"{path} holds no {dataset}; looked for {looked}", DATA_REMEDY)
+    raise DataError(f"{path} contains no {dataset}; expected one of {', '.join(layouts)}", DATA_REMEDY)
 
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     if path.is_file():
         return _archive_source(path, spec)
-    for kind, packing in (("Python", spec.python), ("binary", spec.binary)):
-        names = [*(batch.name for batch in packing.batches), packing.meta_file]
-        for folder in (path, path / packing.folder):
+    for version, layout in (("Python", spec.python), ("binary", spec.binary)):
+        names = [*(batch.name for batch in layout.batches), layout.meta_file]
+        for folder in (path, path / layout.folder):
             if any((folder / name).is_file() for name in names):
                 return _DataSource(
-                    f"folder of the {kind} version",
+                    f"folder of the {version} version",
                     folder.resolve(),
                     lambda folder=folder, names=names: [folder / name for name in names],
-                    lambda folder=folder, packing=packing: read_official_files(
-                        spec, archive.iter_folder_files(folder, spec, packing), folder
+                    lambda folder=folder, layout=layout: read_official_files(
+                        spec, archive.iter_folder_files(folder, spec, layout), folder
                     ),
                 )
-    for packing in (spec.python, spec.binary):
-        if (path / packing.archive_name).is_file():
-            return _archive_source(path / packing.archive_name, spec)
+    for layout in (spec.python, spec.binary):
+        if (path / layout.archive_name).is_file():
+            return _archive_source(path / layout.archive_name, spec)
     if (path / "train").is_dir():
         return _DataSource(
             "class folders of images",

@@ -1,6 +1,6 @@
-"""The official CIFAR files: what they are called, what is in them, and whether they can be believed.
+"""The official CIFAR files: their names, their contents, and the verification that they are intact.
 
-It must not unpickle except through `unpickle`, nor choose where to look (`cifar`), nor open files (`archive`).
+Pickles are read through `safe_pickle` only. Locations are chosen in `cifar`, and files are opened in `archive`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
 
 IMAGE_BYTES = 3 * 32 * 32
-REDOWNLOAD_REMEDY = "get the official file again, or name another place with --data or FASTCIFAR_DATA"
+REDOWNLOAD_REMEDY = "download the official file again, or give another path with --data or FASTCIFAR_DATA"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits, the class names in label order, what was read, whether every file's MD5 is the official one, and
-    what kind of thing was read, in words."""
+    """Both splits of a data set, its class names in label order and its source.
+
+    `is_official` tells whether the MD5 of every file is the official one; `source_type` is the kind of source in words.
+    """
 
     name: str
     train: Split
@@ -43,7 +45,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class BatchFile:
-    """One file of images: its official MD5, and the `batch_label` inside it (Python packing only)."""
+    """One file of images: its official MD5, and the `batch_label` stored in it (Python version only)."""
 
     name: str
     split: str
@@ -54,7 +56,7 @@ class BatchFile:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One way the set is published: a folder of batches and a file of class names, in a .tar.gz."""
+    """One of the two published versions: a folder of batches and a file of class names, in a .tar.gz."""
 
     folder: str
     archive_name: str
@@ -65,15 +67,22 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A row of `DATASETS`. `names` is the class order for class folders (empty: by name); `content` and `reordered`
-    prove a set whose training images come in another order: `content_digest` of a split, MD5 of a file."""
+    """One entry of `DATASETS`.
+
+    label_key        key of the labels in a pickled batch
+    class_names_key  key of the class names in the pickled meta file
+    label_bytes      label bytes of a binary record; the last one is the label
+    class_names      class order for class folders; empty for alphabetical order
+    split_digests    `split_digest` of each official split, which identifies its images in any order
+    reordered_md5s   MD5s of known files with the official images in another order
+    """
 
     num_classes: int
     url: str
     archive_md5: str
     label_key: str
     class_names_key: str
-    label_bytes: int  # of a binary row; the last one is the label
+    label_bytes: int
     python: FileLayout
     binary: FileLayout
     class_names: tuple[str, ...] = ()
@@ -103,7 +112,7 @@ DATASETS: dict[str, DatasetSpec] = {
             meta_file="batches.meta",
             meta_md5="5ff9c542aee3614f3951f8cda6e48888",
         ),
-        # Public checks agree on these MD5s; test_batch.bin's was also computed from test_batch.
+        # These MD5s agree with other public tools; the one of test_batch.bin was also computed from test_batch.
         binary=FileLayout(
             folder="cifar-10-batches-bin",
             archive_name="cifar-10-binary.tar.gz",
@@ -119,7 +128,8 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         split_digests={"train": "1dcbc641ae818c058156633b92538974", "test": "762b4e904b441cc19ea5cb6fb8b54f8f"},
-        # A packing in circulation with the official images of each class in another order; kept to name a damaged file.
+        # Files in circulation with the official images of each class in another order. Their MD5s serve to identify
+        # the damaged file of such a set.
         reordered_md5s={
             "data_batch_1": "02c8b8c5218fd5808830be6566332c42",
             "data_batch_2": "c945726bef0587d09167131b57065491",
@@ -157,104 +167,110 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
 }
 
-# A file of a packing, as it comes from a folder or an archive: the packing, the file's name, its bytes.
+# A file read from a folder or an archive: its layout, its name, its bytes.
 MemberFile = tuple[FileLayout, str, bytes]
 
 
 def read_official_files(
     spec: DatasetSpec, members: Iterator[MemberFile], source: Path
 ) -> tuple[dict[str, Split], tuple[str, ...], bool, str]:
-    """Both splits, the class names, whether every MD5 is official, and one line for the user (empty if all is).
+    """Parse and verify the files of one layout.
 
-    Raises `DataError` naming the file, what was expected and what was found: structure first, then `_judge`.
+    Returns both splits, the class names, whether the MD5 of every file is official, and one line for the user, empty if
+    so. Raises `DataError` that names the file, the expected and the actual content; the structure is checked first,
+    then the checksums.
     """
-    splits = {part: _allocate_split(spec, part) for part in ("train", "test")}
+    splits = {split_name: _allocate_split(spec, split_name) for split_name in ("train", "test")}
     md5s: dict[str, str] = {}
     classes: tuple[str, ...] = ()
-    packing = spec.python
-    for packing, name, blob in members:
-        what = str(source / name)
+    layout = spec.python
+    for layout, name, content in members:
+        file = str(source / name)
         if name in md5s:
-            raise DataError(f"{what} is there twice, expected once", REDOWNLOAD_REMEDY)
-        md5s[name] = hashlib.md5(blob, usedforsecurity=False).hexdigest()
-        if name == packing.meta_file:
-            classes = _parse_class_names(spec, packing, blob, what)
+            raise DataError(f"{file} appears twice, expected once", REDOWNLOAD_REMEDY)
+        md5s[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if name == layout.meta_file:
+            classes = _parse_class_names(spec, layout, content, file)
             continue
-        start, batch = _locate_batch(packing, name)
-        swapped = next((other.name for other in packing.batches if other.md5 == md5s[name] and other.name != name), "")
+        start, batch = _locate_batch(layout, name)
+        swapped = next((other.name for other in layout.batches if other.md5 == md5s[name] and other.name != name), "")
         if swapped:
-            raise DataError(f"{what} is the official {swapped}, expected {name}: files were swapped", REDOWNLOAD_REMEDY)
-        rows = splits[batch.split].images.reshape(-1, IMAGE_BYTES)[start : start + batch.num_images]
+            raise DataError(f"{file} is the official {swapped}, expected {name}: files were swapped", REDOWNLOAD_REMEDY)
+        pixels = splits[batch.split].images.reshape(-1, IMAGE_BYTES)[start : start + batch.num_images]
         labels = splits[batch.split].labels[start : start + batch.num_images]
-        if packing is spec.binary:
-            _read_binary_batch(spec, batch, blob, what, rows, labels)
+        if layout is spec.binary:
+            _read_binary_batch(spec, batch, content, file, pixels, labels)
         else:
-            _read_python_batch(spec, batch, blob, what, rows, labels, is_official=md5s[name] == batch.md5)
-    missing = [name for name in (*(batch.name for batch in packing.batches), packing.meta_file) if name not in md5s]
+            _read_python_batch(spec, batch, content, file, pixels, labels, is_official=md5s[name] == batch.md5)
+    missing = [name for name in (*(batch.name for batch in layout.batches), layout.meta_file) if name not in md5s]
     if missing:
-        raise DataError(f"{source} lacks {', '.join(missing)}", REDOWNLOAD_REMEDY)
-    _check_class_balance(spec, packing, splits, source)
-    official, note = _verify_official(spec, packing, md5s, splits, classes, source)
-    return splits, classes, official, note
+        raise DataError(f"missing in {source}: {', '.join(missing)}", REDOWNLOAD_REMEDY)
+    _check_class_balance(spec, layout, splits, source)
+    is_official, note = _verify_official(spec, layout, md5s, splits, classes, source)
+    return splits, classes, is_official, note
 
 
 def _allocate_split(spec: DatasetSpec, split_name: str) -> Split:
-    rows = sum(batch.num_images for batch in spec.python.batches if batch.split == split_name)
-    return Split(np.empty((rows, 3, 32, 32), np.uint8), np.empty(rows, np.int64))
+    num_images = sum(batch.num_images for batch in spec.python.batches if batch.split == split_name)
+    return Split(np.empty((num_images, 3, 32, 32), np.uint8), np.empty(num_images, np.int64))
 
 
 def _locate_batch(layout: FileLayout, name: str) -> tuple[int, BatchFile]:
-    """The first row of file `name` in its split, and the file's description."""
+    """Return the index of the first image of file `name` in its split, and the file's entry in `layout`."""
     batch = next(batch for batch in layout.batches if batch.name == name)
-    before = layout.batches[: layout.batches.index(batch)]
-    return sum(other.num_images for other in before if other.split == batch.split), batch
+    earlier = layout.batches[: layout.batches.index(batch)]
+    return sum(other.num_images for other in earlier if other.split == batch.split), batch
 
 
 def _read_binary_batch(
-    spec: DatasetSpec, batch: BatchFile, blob: bytes, source_name: str, images: np.ndarray, labels: np.ndarray
+    spec: DatasetSpec, batch: BatchFile, content: bytes, source_name: str, images: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Rows of `label_bytes` labels (coarse before fine) and 3,072 planar pixels into `images` and `labels`."""
-    width = spec.label_bytes + IMAGE_BYTES
-    if len(blob) != batch.num_images * width:
-        expected = f"{batch.num_images * width:,} ({batch.num_images:,} rows of {width:,})"
-        raise DataError(f"{source_name} has {len(blob):,} bytes, expected {expected}", REDOWNLOAD_REMEDY)
-    table = np.frombuffer(blob, np.uint8).reshape(batch.num_images, width)
-    images[:] = table[:, spec.label_bytes :]
-    labels[:] = table[:, spec.label_bytes - 1]
+    """Read one binary batch into `images` uint8 [n, 3072] and `labels` int64 [n].
+
+    A record is `label_bytes` labels (coarse before fine) and 3,072 planar pixels.
+    """
+    record_bytes = spec.label_bytes + IMAGE_BYTES
+    if len(content) != batch.num_images * record_bytes:
+        expected = f"{batch.num_images * record_bytes:,} ({batch.num_images:,} records of {record_bytes:,})"
+        raise DataError(f"{source_name} has {len(content):,} bytes, expected {expected}", REDOWNLOAD_REMEDY)
+    records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
+    images[:] = records[:, spec.label_bytes :]
+    labels[:] = records[:, spec.label_bytes - 1]
     _check_label(spec, int(labels.max()), source_name)
 
 
 def _read_python_batch(
     spec: DatasetSpec,
     batch: BatchFile,
-    blob: bytes,
+    content: bytes,
     source_name: str,
     images: np.ndarray,
     labels: np.ndarray,
     *,
     is_official: bool,
 ) -> None:
-    """The pickled dict of one batch into `images` uint8 [rows, 3072] and `labels` int64 [rows], every part checked."""
-    found = {_to_str(key): value for key, value in load_pickle(blob, source_name).items()}
+    """Check the pickled dict of one batch and read it into `images` uint8 [n, 3072] and `labels` int64 [n]."""
+    entries = {_to_str(key): value for key, value in load_pickle(content, source_name).items()}
     for key in ("data", spec.label_key):
-        if key not in found:
+        if key not in entries:
             raise DataError(
-                f"{source_name} has the keys {sorted(found)[:8]}, expected 'data' and {spec.label_key!r}",
+                f"{source_name} has the keys {sorted(entries)[:8]}, expected 'data' and {spec.label_key!r}",
                 REDOWNLOAD_REMEDY,
             )
-    title = _to_str(found.get("batch_label", batch.batch_label))
-    if title != batch.batch_label and not is_official:
+    batch_label = _to_str(entries.get("batch_label", batch.batch_label))
+    if batch_label != batch.batch_label and not is_official:
         raise DataError(
-            f"{source_name} calls itself {title[:60]!r}, expected {batch.batch_label!r}: files were swapped",
+            f"{source_name} has the batch_label {batch_label[:60]!r}, expected {batch.batch_label!r}: "
+            "files were swapped",
             REDOWNLOAD_REMEDY,
         )
-    data, given = found["data"], found[spec.label_key]
+    data, raw_labels = entries["data"], entries[spec.label_key]
     shape = f"{data.shape} {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
     if shape != f"({batch.num_images}, {IMAGE_BYTES}) uint8":
         raise DataError(
             f"{source_name} has images {shape}, expected ({batch.num_images}, {IMAGE_BYTES}) uint8", REDOWNLOAD_REMEDY
         )
-    values = given.tolist() if isinstance(given, np.ndarray) else given
+    values = raw_labels.tolist() if isinstance(raw_labels, np.ndarray) else raw_labels
     if not isinstance(values, list) or len(values) != batch.num_images or {type(value) for value in values} != {int}:
         count = f"{len(values):,}" if isinstance(values, list) else "no list of"
         raise DataError(f"{source_name} has {count} labels, expected {batch.num_images:,} integers", REDOWNLOAD_REMEDY)
@@ -273,16 +289,16 @@ def _check_label(spec: DatasetSpec, value: int, source_name: str) -> None:
         raise DataError(f"{source_name} has the label {value}, expected 0 to {spec.num_classes - 1}", REDOWNLOAD_REMEDY)
 
 
-def _parse_class_names(spec: DatasetSpec, layout: FileLayout, blob: bytes, source_name: str) -> tuple[str, ...]:
-    """The names in label order: a list in the Python packing's dict, one a line in the binary packing's text."""
+def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, source_name: str) -> tuple[str, ...]:
+    """Return the class names in label order: a list in the Python version, one per line in the binary version."""
     if layout is spec.binary:
-        names = [line.strip() for line in blob.decode("utf-8", "replace").splitlines() if line.strip()]
+        names = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
     else:
-        found = {_to_str(key): value for key, value in load_pickle(blob, source_name).items()}
-        value = found.get(spec.class_names_key)
+        entries = {_to_str(key): value for key, value in load_pickle(content, source_name).items()}
+        value = entries.get(spec.class_names_key)
         if not isinstance(value, list) or not all(isinstance(name, bytes | str) for name in value):
             raise DataError(
-                f"{source_name} has the keys {sorted(found)[:8]}, expected a list {spec.class_names_key!r}",
+                f"{source_name} has the keys {sorted(entries)[:8]}, expected a list {spec.class_names_key!r}",
                 REDOWNLOAD_REMEDY,
             )
         names = [_to_str(name) for name in value]
@@ -294,19 +310,25 @@ def _parse_class_names(spec: DatasetSpec, layout: FileLayout, blob: bytes, sourc
 
 
 def _check_class_balance(spec: DatasetSpec, layout: FileLayout, splits: dict[str, Split], source: Path) -> None:
-    """CIFAR has as many images of each class; no training batch alone has, which finds it in the test set's place."""
-    for part, split in splits.items():
+    """Raise `DataError` unless every class of a split has the same number of images.
+
+    No single training batch is balanced, so this also detects a training batch in place of the test batch.
+    """
+    for split_name, split in splits.items():
         counts = np.bincount(split.labels, minlength=spec.num_classes)
         expected = len(split.labels) // spec.num_classes
         if (counts != expected).any():
             worst = int(np.abs(counts - expected).argmax())
-            files = ", ".join(batch.name for batch in layout.batches if batch.split == part)
-            found = f"{counts[worst]:,} images of class {worst} in {files}"
-            raise DataError(f"{source} has {found}, expected {expected:,} of each class", REDOWNLOAD_REMEDY)
+            files = ", ".join(batch.name for batch in layout.batches if batch.split == split_name)
+            actual = f"{counts[worst]:,} images of class {worst} in {files}"
+            raise DataError(f"{source} has {actual}, expected {expected:,} of each class", REDOWNLOAD_REMEDY)
 
 
 def split_digest(split: Split) -> str:
-    """A 128-bit sum over the records (label byte and pixels) in any order. It finds damage, not malice."""
+    """Return a 128-bit digest of a split that does not depend on the order of the images.
+
+    It is a sum over the records (label byte and pixels), which detects damage but not deliberate manipulation.
+    """
     total = 0
     for label, image in zip(split.labels.tolist(), split.images, strict=True):
         total += int.from_bytes(hashlib.blake2b(image.data, digest_size=16, key=b"%d" % label).digest(), "little")
@@ -321,38 +343,43 @@ def _verify_official(
     classes: tuple[str, ...],
     source: Path,
 ) -> tuple[bool, str]:
-    """Whether every file is official, and the note for the user; `DataError` for damage.
+    """Return whether every file is official, and a note for the user. Raises `DataError` if a file is damaged.
 
-    Three kinds of set are accepted. Official: each file's MD5 is. Reordered: the official images and labels, each
-    split proven by its files' MD5s or by `content_digest`. Unknown: not one file and neither split is the official
-    one, so it is somebody's own, held by structure alone (a flipped pixel there cannot be told from their pixel).
-    Once anything is proven to be CIFAR's, all must be: what is not is damage.
+    Three kinds of data are accepted. Official: the MD5 of every file is the official one. Reordered: the official
+    images and labels in another order, each split verified by the MD5s of its files or by `split_digest`. Custom: no
+    file and no split is official, so only the structure can be checked. As soon as one file or split is verified as
+    official, everything else must be too, and is otherwise damaged.
     """
-    published = {batch.name: batch.md5 for batch in layout.batches}
-    packings = [published, published | (spec.reordered_md5s if layout is spec.python else {})]
-    matching = {name for known in packings for name, md5 in known.items() if md5 and md5 == md5s[name]}
-    parts = {part: [batch.name for batch in layout.batches if batch.split == part] for part in splits}
-    by_md5 = {part: any(all(known[n] == md5s[n] for n in names) for known in packings) for part, names in parts.items()}
-    proven = dict(by_md5)
-    for part, names in parts.items():
-        # A file that fails beside intact ones of the same packing is damaged even where its pixels survived.
-        alone = matching.isdisjoint(names) and not (part == "test" and by_md5["train"])
-        if not by_md5[part] and alone and part in spec.split_digests:
-            proven[part] = split_digest(splits[part]) == spec.split_digests[part]
-    if not matching and not any(proven.values()):
-        return False, f"{source} is not the official data set (no file has its MD5): its structure was checked, no more"
-    for part, names in parts.items():
-        bad = [name for name in names if name not in matching] or names
-        if not proven[part]:
+    official_md5s = {batch.name: batch.md5 for batch in layout.batches}
+    known_md5s = [official_md5s, official_md5s | (spec.reordered_md5s if layout is spec.python else {})]
+    intact = {name for known in known_md5s for name, md5 in known.items() if md5 and md5 == md5s[name]}
+    files = {split: [batch.name for batch in layout.batches if batch.split == split] for split in splits}
+    verified_by_md5 = {
+        split: any(all(known[name] == md5s[name] for name in names) for known in known_md5s)
+        for split, names in files.items()
+    }
+    verified = dict(verified_by_md5)
+    for split, names in files.items():
+        # Next to intact files of the same version, a file with another MD5 is damaged even if its pixels are intact.
+        check_digest = intact.isdisjoint(names) and not (split == "test" and verified_by_md5["train"])
+        if not verified[split] and check_digest and split in spec.split_digests:
+            verified[split] = split_digest(splits[split]) == spec.split_digests[split]
+    if not intact and not any(verified.values()):
+        return False, f"{source} is not the official data set (no MD5 matches): only its structure was checked"
+    for split, names in files.items():
+        bad = [name for name in names if name not in intact] or names
+        if not verified[split]:
             which = f"{source / bad[0]}" if len(bad) == 1 or len(bad) < len(names) else f"{source}: {', '.join(names)}"
-            md5 = f"expected MD5 {published[bad[0]] or 'unknown'}, found {md5s[bad[0]]}"
-            raise DataError(f"{which} damaged: {md5}, while other files are the official ones", REDOWNLOAD_REMEDY)
+            mismatch = f"expected MD5 {official_md5s[bad[0]] or 'unknown'}, found {md5s[bad[0]]}"
+            raise DataError(f"{which} damaged: {mismatch}, while other files are the official ones", REDOWNLOAD_REMEDY)
     meta = layout.meta_file
-    intact = md5s[meta] == layout.meta_md5 if layout.meta_md5 and matching else spec.class_names in ((), classes)
-    if not intact:
-        found = f"expected MD5 {layout.meta_md5 or 'unknown'}, found {md5s[meta]}"
-        raise DataError(f"{source / meta} damaged: {found}, while the images are the official ones", REDOWNLOAD_REMEDY)
-    changed = [name for name, md5 in published.items() if md5 != md5s[name]]
+    meta_intact = md5s[meta] == layout.meta_md5 if layout.meta_md5 and intact else spec.class_names in ((), classes)
+    if not meta_intact:
+        mismatch = f"expected MD5 {layout.meta_md5 or 'unknown'}, found {md5s[meta]}"
+        raise DataError(
+            f"{source / meta} damaged: {mismatch}, while the images are the official ones", REDOWNLOAD_REMEDY
+        )
+    changed = [name for name, md5 in official_md5s.items() if md5 != md5s[name]]
     if not changed:
         return True, ""
-    return False, f"{source} holds the official images and labels in unofficial files (other MD5: {', '.join(changed)})"
+    return False, f"{source} has the official images and labels in unofficial files (other MD5: {', '.join(changed)})"

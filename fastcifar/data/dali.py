@@ -1,9 +1,9 @@
-"""The loader in which NVIDIA DALI augments: its graph, what it is fed, its threads.
+"""The loader that augments with NVIDIA DALI: its pipeline, its inputs and its threads.
 
-DALI decodes the data set's planar records and does the first ops of the list, those that it has exactly in uint8
-(`FACES`); ops after them are left to the tensor loader's kernel. It draws nothing: its source is a pure function of
-epoch and step, and a batch equals the tensor loader's bit for bit. DALI is imported when a loader is made, never
-before, and its threads start with the first batch: after a CUDA graph has been captured.
+DALI applies the first augmentations of the list, as far as it implements them exactly in uint8 (`DALI_OPS`); the kernel
+of the tensor loader applies the rest. DALI draws no random numbers: its inputs are a pure function of epoch and step,
+and a batch is bit-identical to the tensor loader's. DALI is imported when a loader is created, not before, and its
+threads start with the first batch, after a CUDA graph has been captured.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
 from fastcifar.errors import DeviceError
 
-CHUNK_IMAGES = {
-    "cpu": 512,
-    "cuda": 2048,
-}  # images of one run of the graph, about; on a CPU more fall out of its cache (LOG.md)
-PREFETCH_CHUNKS = 2  # chunks that DALI makes ahead
-MAX_THREADS = 4  # of DALI, where there are as many cores; on two cores 1, 2 and 3 were alike
+# Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).
+CHUNK_IMAGES = {"cpu": 512, "cuda": 2048}
+PREFETCH_CHUNKS = 2  # chunks that DALI prepares ahead
+MAX_THREADS = 4  # DALI threads by default, limited by the number of cores; 1, 2 and 3 were equally fast on two cores
 
 ChunkStart = tuple[int, int]  # (epoch, first step)
 ParamArrays = Mapping[str, np.ndarray]
@@ -46,12 +44,12 @@ ParamArrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class DaliOp:
-    """An op in DALI's words, on images of layout CHW or HWC.
+    """The DALI implementation of an augmentation, on images of layout CHW or HWC.
 
-    feed        (op, its draws [n]) -> what the operator is told of each image: one or more arrays [n] or [n,2]
-    build       (dali, images, what was fed, op, fill) -> images
-    takes       how many arrays it is fed
-    only_first  it has to be the list's first op
+    make_inputs    (op, its parameters [n]) -> the input arrays of the operator, [n] or [n,2]
+    build_node     (dali, images, input nodes, op, fill color) -> images
+    num_inputs     number of input arrays
+    must_be_first  whether it is supported only as the first augmentation of the list
     """
 
     make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]
@@ -61,7 +59,7 @@ class DaliOp:
 
 
 def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
-    """The window at a corner, black where it leaves the image."""
+    """Crop the window at a corner, black outside the image."""
     return dali.fn.slice(
         images,
         start=inputs[0],
@@ -73,37 +71,39 @@ def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fil
 
 
 def _mirror_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
-    """Mirrored where it is told 1, in layout HWC: DALI turns planes into pixels in the same operator."""
+    """Flip horizontally where the input is 1, and convert to layout HWC in the same operator."""
     return dali.fn.crop_mirror_normalize(
         images, mirror=inputs[0], dtype=dali.types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
     )
 
 
 def _erase_square(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
-    """The square of the op's size at a corner filled, as far as it is inside the image."""
+    """Fill the square of `op.value` pixels at a corner, as far as it is inside the image."""
     return _erase_box(dali, images, (*inputs, 2 * (float(_int_value(op)),)), op, fill_color)
 
 
 def _erase_box(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
-    """The box of a corner and a size filled."""
-    colour = [float(value) for value in FILL_COLORS.get(op.variant, fill_color)]
-    return dali.fn.erase(images, anchor=inputs[0], shape=inputs[1], axis_names="HW", fill_value=colour)
+    """Fill the box given by its corner and size."""
+    color = [float(value) for value in FILL_COLORS.get(op.variant, fill_color)]
+    return dali.fn.erase(images, anchor=inputs[0], shape=inputs[1], axis_names="HW", fill_value=color)
 
 
 def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type = np.int32) -> np.ndarray:
     return np.stack([params[name] for name in names], axis=1).astype(dtype) - dtype(offset)
 
 
-# DALI pads with reflections only in several operators, so the source does it
-CROP_ZERO = DaliOp(lambda op, drawn: [_stack_params(drawn, "yx", _int_value(op))], _slice_window)
-CROP_REFLECT = DaliOp(lambda op, drawn: [_stack_params(drawn, "yx")], _slice_window, must_be_first=True)
-FLIP = DaliOp(lambda op, drawn: [drawn["flip"].astype(np.int32)], _mirror_to_hwc)
-CUTOUT = DaliOp(lambda op, drawn: [_stack_params(drawn, "yx", _int_value(op) // 2, np.float32)], _erase_square)
+# DALI has no single operator for reflection padding, so `ChunkSource` pads.
+CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", _int_value(op))], _slice_window)
+CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window, must_be_first=True)
+FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _mirror_to_hwc)
+CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", _int_value(op) // 2, np.float32)], _erase_square)
 ERASE = DaliOp(
-    lambda _, drawn: [_stack_params(drawn, names, dtype=np.float32) for names in ("yx", "hw")], _erase_box, num_inputs=2
+    lambda op, params: [_stack_params(params, names, dtype=np.float32) for names in ("yx", "hw")],
+    _erase_box,
+    num_inputs=2,
 )
 
-# (name, word) of an op -> its face; DALI's rotation and policies differ from ours in a pixel here and there (LOG.md)
+# By name and variant. DALI's rotation and policies are not listed: they differ from ours in some pixels (LOG.md).
 DALI_OPS: dict[tuple[str, str], DaliOp] = {
     ("crop", "zero"): CROP_ZERO,
     ("crop", "reflect"): CROP_REFLECT,
@@ -118,19 +118,19 @@ DALI_OPS: dict[tuple[str, str], DaliOp] = {
 
 
 def count_dali_ops(ops: tuple[AugmentOp, ...]) -> int:
-    """How many of `ops`, from the first on, DALI does."""
-    for place, op in enumerate(ops):
-        face = DALI_OPS.get((op.name, op.variant))
-        if face is None or (face.must_be_first and place):
-            return place
+    """Return how many of `ops`, counted from the first, DALI applies."""
+    for index, op in enumerate(ops):
+        dali_op = DALI_OPS.get((op.name, op.variant))
+        if dali_op is None or (dali_op.must_be_first and index):
+            return index
     return len(ops)
 
 
 class ChunkSource:
-    """What DALI is fed: a function of (epoch, step) that keeps nothing but the last epochs' draws, for speed.
+    """The inputs of DALI as a function of (epoch, step); its only state is a cache of the last epochs' parameters.
 
-    images  uint8 numpy [n,3,32,32], planar, perhaps a memory map; neither copied nor padded as a whole
-    ops     the whole list, of which DALI does the first `inside`
+    images  uint8 NumPy [n,3,32,32], planar, possibly a memory map; neither copied nor padded as a whole
+    ops     the complete augmentation list, of which DALI applies the first `num_dali_ops`
     """
 
     def __init__(
@@ -143,33 +143,33 @@ class ChunkSource:
         self._epoch_cache: dict[int, tuple[AugmentParams, list[np.ndarray]]] = {}
 
     def epoch_params(self, epoch: int) -> AugmentParams:
-        """All the randomness of `epoch`, as `draw_epoch` gives it."""
+        """Return the result of `draw_epoch` for `epoch`."""
         return self._prepare_epoch(epoch)[0]
 
     def __call__(self, chunk: ChunkStart, num_steps: int) -> list[np.ndarray]:
-        """The images [b,3,s,s] of so many steps of an epoch, and what each face is fed [b, ...]."""
+        """Return the images [b,3,s,s] of `num_steps` steps from `chunk` on, and the inputs [b, ...] of all DALI ops."""
         epoch, start = chunk
-        order, *fed = (table[start : start + num_steps] for table in self._prepare_epoch(epoch)[1])
-        images = self.images[order.reshape(-1)]
+        indices, *inputs = (table[start : start + num_steps] for table in self._prepare_epoch(epoch)[1])
+        images = self.images[indices.reshape(-1)]
         images = pad_reflect(images, self.padding) if self.padding else images
-        return [images, *(np.ascontiguousarray(table.reshape(-1, *table.shape[2:])) for table in fed)]
+        return [images, *(np.ascontiguousarray(table.reshape(-1, *table.shape[2:])) for table in inputs)]
 
     def _prepare_epoch(self, epoch: int) -> tuple[AugmentParams, list[np.ndarray]]:
-        """The draws of `epoch`, and by step what DALI needs of them."""
+        """Return the parameters of `epoch`, and the step tables of the permutation and of the inputs of DALI."""
         if epoch not in self._epoch_cache:
-            while (
-                len(self._epoch_cache) > 1
-            ):  # two: DALI is fed the next epoch's beginning while this one's end is used
+            # Two epochs: DALI prefetches the beginning of the next epoch while the end of this one is used.
+            while len(self._epoch_cache) > 1:
                 del self._epoch_cache[next(iter(self._epoch_cache))]
-            draws = draw_epoch(self.ops, self.slicing.num_samples, epoch, self.seed)
-            drawn = zip(self.dali_ops, draws.op_params, strict=False)
-            fed = [array for op, params in drawn for array in DALI_OPS[op.name, op.variant].make_inputs(op, params)]
-            self._epoch_cache[epoch] = draws, [self.slicing.step_table(array) for array in (draws.permutation, *fed)]
+            epoch_params = draw_epoch(self.ops, self.slicing.num_samples, epoch, self.seed)
+            arrays = [epoch_params.permutation]
+            for op, params in zip(self.dali_ops, epoch_params.op_params, strict=False):
+                arrays += DALI_OPS[op.name, op.variant].make_inputs(op, params)
+            self._epoch_cache[epoch] = epoch_params, [self.slicing.step_table(array) for array in arrays]
         return self._epoch_cache[epoch]
 
 
 def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
-    """uint8 [b,3,32,32] -> [b,3,32+2m,32+2m], mirrored without repeating the edge, as numpy's "reflect"."""
+    """Pad uint8 [b,3,32,32] to [b,3,32+2p,32+2p] as `numpy.pad` does in mode "reflect"."""
     side, last = CIFAR_IMAGE_SIZE + 2 * padding, CIFAR_IMAGE_SIZE - 1
     out = np.empty((*images.shape[:2], side, side), np.uint8)
     rows = out[:, :, padding : padding + CIFAR_IMAGE_SIZE]
@@ -182,7 +182,10 @@ def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
 
 
 class _ChunkQueue:
-    """The chunks that DALI was fed and has not given back, and the one it is fed next. It holds no pipeline."""
+    """The chunks that were fed to DALI and not yet returned by it, and the next chunk to feed.
+
+    It has no reference to the pipeline, which holds a reference to it.
+    """
 
     def __init__(self, source: ChunkSource, chunk_steps: int) -> None:
         self.source, self.chunk_steps = source, chunk_steps
@@ -190,16 +193,17 @@ class _ChunkQueue:
         self.pending: deque[ChunkStart] = deque()
 
     def feed_next(self, _iteration: int) -> list[np.ndarray]:
-        """The next chunk; after an epoch's last the next epoch's first, so that an epoch starts without waiting."""
+        """Return the inputs of the next chunk; the first chunk of the next epoch follows the last one of an epoch, so
+        that an epoch starts without waiting."""
         epoch, start = self.next_chunk
         self.pending.append(self.next_chunk)
-        after = start + self.chunk_steps
-        self.next_chunk = (epoch, after) if after < self.source.slicing.steps_per_epoch else (epoch + 1, 0)
+        end = start + self.chunk_steps
+        self.next_chunk = (epoch, end) if end < self.source.slicing.steps_per_epoch else (epoch + 1, 0)
         return self.source((epoch, start), self.chunk_steps)
 
 
 class DaliPipeline:
-    """DALI's pipeline behind `take`: images of any chunk at any time, fastest in order; its threads end by `close`."""
+    """A DALI pipeline whose chunks can be requested in any order, fastest in sequence; `close` stops its threads."""
 
     def __init__(
         self, source: ChunkSource, chunk_steps: int, fill_color: FillColor, device: torch.device, num_threads: int
@@ -210,29 +214,29 @@ class DaliPipeline:
         self._queue = _ChunkQueue(source, chunk_steps)
         self._pipeline: Any = None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending_copy: tuple[Any, Any] | None = None  # what DALI gave, and the event of its copy
+        self._pending_copy: tuple[Any, Any] | None = None  # the last output of DALI, and the event of its copy
 
     def get_chunk(self, chunk: ChunkStart) -> Tensor:
-        """The chunk's images, uint8 [b,32,32,3] on the device, which stay as they are."""
-        plan = self._queue
+        """Return the images of a chunk, uint8 [b,32,32,3] on the device; later calls do not overwrite them."""
+        queue = self._queue
         if self._pipeline is None:
-            self._pipeline = self._build_pipeline(plan)
-        if (plan.pending[0] if plan.pending else plan.next_chunk) != chunk:
-            plan.next_chunk = chunk  # what was fed before it is of no use any more, and is thrown away below
+            self._pipeline = self._build_pipeline(queue)
+        if (queue.pending[0] if queue.pending else queue.next_chunk) != chunk:
+            queue.next_chunk = chunk  # the loop below discards the chunks that were fed before it
         while True:
             images = self._run_pipeline()
-            if plan.pending.popleft() == chunk:
+            if queue.pending.popleft() == chunk:
                 return images
 
     def close(self) -> None:
-        """Ends DALI's threads; `take` would start them again."""
+        """Stop the threads of DALI; `get_chunk` starts them again."""
         self._pipeline = self._pending_copy = None
         self._queue = _ChunkQueue(self.source, self.chunk_steps)
 
     def _build_pipeline(self, queue: _ChunkQueue) -> Any:
         dali, on_gpu = self.dali, self._copy_stream is not None
-        faces = [(DALI_OPS[op.name, op.variant], op) for op in self.source.dali_ops]
-        takes = sum(face.num_inputs for face, _ in faces)
+        nodes = [(DALI_OPS[op.name, op.variant], op) for op in self.source.dali_ops]
+        num_inputs = sum(dali_op.num_inputs for dali_op, _ in nodes)
         index = self.device.index if self.device.index is not None else torch.cuda.current_device() if on_gpu else None
         pipeline = dali.Pipeline(
             batch_size=self.chunk_steps * self.source.slicing.local_batch_size,
@@ -241,32 +245,32 @@ class DaliPipeline:
             prefetch_queue_depth=PREFETCH_CHUNKS,
         )
         with _suppress_dali_warnings(), pipeline:
-            images, *fed = dali.fn.external_source(
+            images, *inputs = dali.fn.external_source(
                 queue.feed_next,
-                num_outputs=1 + takes,
-                layout=["CHW", *[""] * takes],
-                no_copy=not on_gpu,  # every array is fresh; to a GPU they go through DALI's pinned memory
+                num_outputs=1 + num_inputs,
+                layout=["CHW", *[""] * num_inputs],
+                no_copy=not on_gpu,  # every array is new; for a GPU, DALI copies them to pinned memory
             )
             images = images.gpu() if on_gpu else images
-            for face, op in faces:
-                images = face.build_node(dali, images, fed[: face.num_inputs], op, self.fill_color)
-                del fed[: face.num_inputs]
-            if not any(face is FLIP for face, _ in faces):
+            for dali_op, op in nodes:
+                images = dali_op.build_node(dali, images, inputs[: dali_op.num_inputs], op, self.fill_color)
+                del inputs[: dali_op.num_inputs]
+            if not any(dali_op is FLIP for dali_op, _ in nodes):
                 images = _mirror_to_hwc(dali, images, (0,), None, self.fill_color)
             pipeline.set_outputs(images)
             pipeline.build()
         return pipeline
 
     def _run_pipeline(self) -> Tensor:
-        """The next chunk out of DALI; on a GPU a copy, made on a stream of its own while the network trains.
+        """Return the next chunk of DALI; on a GPU, a copy made on a separate stream while the network trains.
 
-        What DALI gave belongs to DALI, and is given back when the copy is finished.
+        DALI owns its output buffers. The reference to an output is kept until its copy is finished.
         """
         if self._copy_stream is None:
             (outputs,) = self._pipeline.run()
             return torch.from_dlpack(outputs.as_tensor())
         if self._pending_copy:
-            self._pending_copy[1].synchronize()  # of the copy before this one, never of the network's work
+            self._pending_copy[1].synchronize()  # waits for the previous copy, not for the work of the network
         with torch.cuda.stream(self._copy_stream):
             (outputs,) = self._pipeline.run(self._copy_stream)
             images = torch.from_dlpack(outputs.as_tensor()).clone()
@@ -278,14 +282,15 @@ class DaliPipeline:
 
 
 class DaliLoader:
-    """The set in the host's memory, augmented by DALI chunk by chunk, ahead of the training.
+    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training.
 
-    The arguments are TensorLoader's, and the batches are its batches; `images` is not copied. Own arguments:
+    Arguments and batches are those of `TensorLoader`, except that `images` is not copied. Additional arguments:
 
-    chunk    images of one run of DALI's graph, rounded down to whole steps (at least one); 0 is the device's own
-    threads  of DALI; 0 is up to four, as many as there are cores
+    chunk_size   images in one run of the pipeline, rounded down to whole steps (at least one); 0 for the default of the
+                 device type
+    num_threads  number of DALI threads; 0 for the number of cores, at most four
 
-    Raises `UsageError` as `steps.cut` does, `DeviceError` without DALI.
+    Raises `UsageError` as `slice_epoch` does, `DeviceError` if DALI is not available.
     """
 
     def __init__(
@@ -316,45 +321,48 @@ class DaliLoader:
         self._device = torch.device(device)
         self._labels = np.array(labels, dtype=np.int64)
         self._num_dali_ops = count_dali_ops(augment)
-        rest, share = augment[self._num_dali_ops :], self.slicing.local_batch_size
-        self._chunk_steps = min(max((chunk_size or CHUNK_IMAGES[self._device.type]) // share, 1), self.steps_per_epoch)
+        remaining_ops, local_size = augment[self._num_dali_ops :], self.slicing.local_batch_size
+        chunk_images = chunk_size or CHUNK_IMAGES[self._device.type]
+        self._chunk_steps = min(max(chunk_images // local_size, 1), self.steps_per_epoch)
         self._source = ChunkSource(images, augment, self._num_dali_ops, seed, self.slicing)
         self._pipeline = DaliPipeline(self._source, self._chunk_steps, fill_color, self._device, num_threads)
-        kernel = (
-            compile_gather(rest, fill_color, share, share, self._device) if compile else eager_gather(rest, fill_color)
+        gather = (
+            compile_gather(remaining_ops, fill_color, local_size, local_size, self._device)
+            if compile
+            else eager_gather(remaining_ops, fill_color)
         )
-        self._apply_remaining_ops = kernel if rest else None
-        self._all_indices = upload_array(np.arange(share, dtype=np.int32), self._device)
+        self._apply_remaining_ops = gather if remaining_ops else None
+        self._all_indices = upload_array(np.arange(local_size, dtype=np.int32), self._device)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-        As TensorLoader's. Left before its end, by a break or by an error, it ends DALI's threads; they start anew when
-        they are needed.
+        They are the batches of `TensorLoader`. If the iteration ends early, by a break or an error, the threads of DALI
+        stop; they start again when they are needed.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        draws, share = self._source.epoch_params(epoch), self.slicing.local_batch_size
-        labels = split_by_step(self.slicing, self._labels[draws.permutation], self._device)
-        params = split_params_by_step(self.slicing, draws.op_params[self._num_dali_ops :], self._device)
+        epoch_params, local_size = self._source.epoch_params(epoch), self.slicing.local_batch_size
+        labels = split_by_step(self.slicing, self._labels[epoch_params.permutation], self._device)
+        params = split_params_by_step(self.slicing, epoch_params.op_params[self._num_dali_ops :], self._device)
         try:
             for first in range(start_step, self.steps_per_epoch, self._chunk_steps):
-                taken = self._pipeline.get_chunk((epoch, first))
+                chunk = self._pipeline.get_chunk((epoch, first))
                 for step in range(first, min(first + self._chunk_steps, self.steps_per_epoch)):
-                    images = taken[(step - first) * share :][:share].permute(0, 3, 1, 2)
+                    images = chunk[(step - first) * local_size :][:local_size].permute(0, 3, 1, 2)
                     if self._apply_remaining_ops:
                         with torch.no_grad():
                             rows = images.permute(0, 2, 3, 1).flatten(2)
                             images = self._apply_remaining_ops(rows, self._all_indices, params[step])
                     count = self.slicing.local_count(step)
                     yield images[:count], labels[step][:count]
-        except BaseException:  # of DALI, or of the loop that this generator serves: GeneratorExit, a Ctrl-C
+        except BaseException:  # raised by DALI, or in the loop over this generator: GeneratorExit, KeyboardInterrupt
             self._pipeline.close()
             raise
 
 
 @contextlib.contextmanager
 def _suppress_dali_warnings() -> Iterator[None]:
-    """Without DALI's warnings of CUDA libraries that nothing here uses."""
+    """Suppress the warnings of DALI about CUDA libraries that are not used here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no longer shipped with CUDA runtime|GPU is not available")
         yield

@@ -1,7 +1,8 @@
-"""Decoded data sets on disk: `<cache>/<dataset>-<fingerprint>/` of four .npy files and meta.json.
+"""Cache of decoded data sets on disk: `<cache>/<dataset>-<key>/` with four .npy files and meta.json.
 
-An entry appears by one rename, so any number of processes may write and read at once; one that is damaged, or of files
-that have changed since, is made again. It must not fail a run: what cannot be kept stays in memory, and a note says so.
+An entry is put in place by one rename, so any number of processes may write and read at once. A damaged entry, or one
+whose source files have changed, is written again. If the cache cannot be written, the data stays in memory and a note
+says so; a run never fails for that reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from fastcifar.data.cifar_files import Split
 
-CACHE_FORMAT_VERSION = 1  # raise it whenever what the files mean changes, and every older entry is forgotten
+CACHE_FORMAT_VERSION = 1  # increase it when the meaning of the files changes; older entries are then ignored
 DatasetContents = tuple[dict[str, Split], tuple[str, ...], bool, str]
 
 
@@ -30,29 +31,32 @@ def load_or_cache(
     read_source: Callable[[], DatasetContents],
     refresh_cache: bool = False,
 ) -> tuple[DatasetContents, list[str]]:
-    """What `read()` returns, from the cache entry of `files` if it is whole, else made and kept for the next time.
+    """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and notes for the user.
 
-    `fresh`: read in any case, and make the entry again if it holds anything else.
-    Also the notes for the user: one if the entry could not be written.
+    Otherwise read the source and write the entry; there is one note if it cannot be written. `refresh_cache` reads the
+    source in any case and replaces an entry that differs.
     """
     entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
-    kept = _load_entry(entry)
-    if kept is not None and not refresh_cache:
-        return kept, []
-    loaded = read_source()
-    if kept is not None:
-        if _same_contents(kept, loaded):
-            return kept, []
+    cached = _load_entry(entry)
+    if cached is not None and not refresh_cache:
+        return cached, []
+    contents = read_source()
+    if cached is not None:
+        if _same_contents(cached, contents):
+            return cached, []
         shutil.rmtree(entry, ignore_errors=True)
     try:
-        _write_entry(entry, loaded)
+        _write_entry(entry, contents)
     except OSError as error:
-        return loaded, [f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"]
-    return _load_entry(entry) or loaded, []
+        return contents, [f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"]
+    return _load_entry(entry) or contents, []
 
 
 def _cache_key(source: Path, files: list[Path]) -> str:
-    """Of the path and every file's name, size and time: 16 hexadecimal digits. A missing file counts as such."""
+    """Return 16 hexadecimal digits that depend on the source path and on name, size and modification time of each file.
+
+    A missing file contributes its name only.
+    """
     digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{source}\n".encode())
     for path in files:
         try:
@@ -65,7 +69,7 @@ def _cache_key(source: Path, files: list[Path]) -> str:
 
 
 def _load_entry(entry: Path) -> DatasetContents | None:
-    """The entry, its arrays mapped read-only; None unless all of it is there, as it was written."""
+    """Return the contents of an entry, its images memory-mapped read-only; None if anything is missing or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
         arrays = {}
@@ -76,9 +80,9 @@ def _load_entry(entry: Path) -> DatasetContents | None:
                 return None
             arrays[name] = array
         splits = {
-            # Labels are small, and a copy of them is writable and contiguous for every consumer.
-            part: Split(arrays[f"{part}_images"], np.array(arrays[f"{part}_labels"]))
-            for part in ("train", "test")
+            # Labels are small, so they are copied, which makes them writable.
+            split_name: Split(arrays[f"{split_name}_images"], np.array(arrays[f"{split_name}_labels"]))
+            for split_name in ("train", "test")
         }
         return splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
@@ -86,42 +90,49 @@ def _load_entry(entry: Path) -> DatasetContents | None:
 
 
 def _same_contents(a: DatasetContents, b: DatasetContents) -> bool:
-    pairs = [(a[0][part], b[0][part]) for part in ("train", "test")]
+    pairs = [(a[0][split_name], b[0][split_name]) for split_name in ("train", "test")]
     equal = (np.array_equal(x.images, y.images) and np.array_equal(x.labels, y.labels) for x, y in pairs)
     return a[1:] == b[1:] and all(equal)
 
 
 def _write_entry(entry: Path, contents: DatasetContents) -> None:
-    """The entry, whole or not at all; raises `OSError`, with nothing left behind."""
-    splits, classes, official, note = contents
+    """Write an entry atomically. Raises `OSError`, and then leaves nothing behind."""
+    splits, classes, is_official, note = contents
     entry.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_temporaries(entry)
-    made = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    made.mkdir()
+    temporary = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    replaced = temporary.with_suffix(".old.tmp")
+    temporary.mkdir()
     try:
         sizes = {}
-        for part, split in splits.items():
-            for name, array in ((f"{part}_images", split.images), (f"{part}_labels", split.labels)):
-                path = made / f"{name}.npy"
+        for split_name, split in splits.items():
+            for name, array in ((f"{split_name}_images", split.images), (f"{split_name}_labels", split.labels)):
+                path = temporary / f"{name}.npy"
                 np.save(path, array, allow_pickle=False)
                 sizes[name] = (path.stat().st_size, array.shape, array.dtype.name)
-        meta = {"format": CACHE_FORMAT_VERSION, "arrays": sizes, "classes": classes, "official": official, "note": note}
-        (made / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        meta = {
+            "format": CACHE_FORMAT_VERSION,
+            "arrays": sizes,
+            "classes": classes,
+            "official": is_official,
+            "note": note,
+        }
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if entry.exists() and _load_entry(entry) is None:
-            # A rename cannot replace a folder that holds files, so the damaged one steps aside first.
-            entry.rename(made.with_suffix(".old.tmp"))
+            # A rename cannot replace a folder that contains files, so the damaged one is moved away first.
+            entry.rename(replaced)
         try:
-            made.rename(entry)
+            temporary.rename(entry)
         except OSError:
-            if _load_entry(entry) is None:  # otherwise another process was first, with the same content
+            if _load_entry(entry) is None:  # otherwise another process has already written the same contents
                 raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(made.with_suffix(".old.tmp"), ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_stale_temporaries(entry: Path) -> None:
-    """Removes what killed processes left: temporaries an hour old, which no living writer needs."""
+    """Remove temporary folders older than an hour, which only killed processes leave behind."""
     for path in entry.parent.glob(f"{entry.name}.*.tmp"):
         if time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The official archives from their own site: resumed, verified, and in place only when whole.
+"""Download of the official archives from their own site: resumable, verified, and put in place only when complete.
 
-It must not unpack, and not leave a file under the archive's name whose MD5 is another.
+A file under the name of the archive always has the expected MD5. Archives are not unpacked.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from fastcifar.files import lock_folder
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 2**18
-# The largest official archive has 170 MB; what runs on beyond this is not one.
+# The largest official archive has 170 MB; a download that exceeds this size is aborted.
 _MAX_BYTES = 2**30
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
-    """`target`, downloaded from `url` through `<target>.part`, which a later call resumes; `md5` is hexadecimal.
+    """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`.
 
-    Raises `DataError` for a network or server that fails and for content of another MD5 (nothing is kept of that), and
-    `DiskError` for a folder that cannot be written. Processes that ask for the same folder take turns.
+    Raises `DataError` if the network or the server fails or the MD5 is not `md5` (hexadecimal; the file is then
+    deleted), and `DiskError` if the folder cannot be written. Concurrent downloads to the same folder wait for each
+    other.
     """
     part = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(target.parent, wait=True):
-            if not target.exists():  # otherwise another process was first
+            if not target.exists():  # otherwise another process has already downloaded it
                 _download_verified(url, md5, part)
                 os.replace(part, target)
     except OSError as error:
@@ -45,32 +46,32 @@ def download_file(url: str, md5: str, target: Path) -> Path:
 
 
 def _download_verified(url: str, md5: str, part: Path) -> None:
-    """`part` complete and of the right MD5; a resumed file that turns out wrong is fetched once more from its start."""
+    """Complete `part` and check its MD5; if a resumed download has the wrong MD5, download once more from the start."""
     start = part.stat().st_size if part.exists() else 0
     for resumed in (True, False) if start else (False,):
         if not resumed:
             part.unlink(missing_ok=True)
         _download_from(url, part, start if resumed else 0)
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             file.seek(0)
             head = file.read(512).lower()
-        if found == md5:
+        if actual_md5 == md5:
             return
         if not resumed:
             kind = "an HTML page" if b"<html" in head or b"<!doctype" in head else f"{part.stat().st_size:,} bytes"
             part.unlink()
-            raise DataError(f"{url} sent {kind} of MD5 {found}, expected MD5 {md5}; deleted", DATA_REMEDY)
+            raise DataError(f"{url} sent {kind} with MD5 {actual_md5}, expected MD5 {md5}; deleted", DATA_REMEDY)
 
 
 def _download_from(url: str, part: Path, start: int) -> None:
-    """Appends what is missing from byte `start`, or writes all of it where the server does not resume."""
+    """Append the bytes from `start` on, or write the whole file if the server does not support resuming."""
     try:
         response = _open_url(url, start)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is missing: the MD5 decides
+        if error.code == 416 and start:  # range not satisfiable: the file is already complete
             return
-        raise DataError(f"cannot download {url}: the server says {error.code} {error.reason}", DATA_REMEDY) from None
+        raise DataError(f"cannot download {url}: HTTP error {error.code} {error.reason}", DATA_REMEDY) from None
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"cannot download {url}: {getattr(error, 'reason', None) or error}", DATA_REMEDY) from None
     with response:
@@ -84,9 +85,11 @@ def _download_from(url: str, part: Path, start: int) -> None:
                 done += len(chunk)
                 advance(len(chunk))
                 if done > _MAX_BYTES:
-                    raise DataError(f"{url} sends more than {_MAX_BYTES:,} bytes", DATA_REMEDY)
+                    raise DataError(f"{url} sent more than {_MAX_BYTES:,} bytes", DATA_REMEDY)
     if total is not None and done < total:
-        raise DataError(f"{url} broke off after {done:,} of {total:,} bytes", f"run again to resume, or {DATA_REMEDY}")
+        raise DataError(
+            f"{url}: connection closed after {done:,} of {total:,} bytes", f"run again to resume, or {DATA_REMEDY}"
+        )
 
 
 def _open_url(url: str, start: int) -> Any:
@@ -97,12 +100,12 @@ def _open_url(url: str, start: int) -> Any:
 
 
 def _iter_chunks(response: Any, url: str) -> Iterator[bytes]:
-    # Apart from the writing, whose OSError is the disk's and has another exit code.
+    # Separate from writing, whose OSError concerns the disk and has another exit code.
     while True:
         try:
             chunk = response.read(_CHUNK_BYTES)
         except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"{url} broke off: {error}", f"run again to resume, or {DATA_REMEDY}") from None
+            raise DataError(f"{url}: connection failed: {error}", f"run again to resume, or {DATA_REMEDY}") from None
         if not chunk:
             return
         yield chunk
@@ -110,7 +113,7 @@ def _iter_chunks(response: Any, url: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _progress_bar(name: str, done: int, total: int | None) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, nothing elsewhere; gives the function that moves it by some bytes."""
+    """Show a progress bar if stderr is a terminal; yield the function that advances it by a number of bytes."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return

@@ -1,6 +1,6 @@
-"""`fastcifar data`: what a data set holds, and what an augmentation list does to its images.
+"""Results of `fastcifar data`: a description of a data set, and image grids that show an augmentation list.
 
-It measures and arranges; `tables` words it and `plots` draws it.
+`cli.tables` formats the description and `plotting` draws the grids.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
 
-SAMPLES_PER_ROW = 4  # columns after the original: four epochs
-MAX_GRID_IMAGES = 100  # images of one picture
+SAMPLES_PER_ROW = 4  # augmented versions next to the original, one per epoch
+MAX_GRID_IMAGES = 100
 
 
 def verify_dataset(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe's data set is and holds; its files are read and checked anew, whatever is cached.
+    """Read and check the files of the recipe's data set, even if they are cached, and return their description.
 
-    Errors: those of `cifar.load`.
+    Raises as `cifar.load_dataset` does.
     """
     data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
     mean, std = normalization.channel_mean_std(data.train.images)
@@ -55,7 +55,7 @@ def verify_dataset(recipe: Recipe) -> dict[str, Any]:
         },
         "mean": mean,
         "std": std,
-        # Only what comes from the cache is mapped.
+        # Only arrays from the cache are memory-mapped.
         "cache": str(Path(str(images.filename)).parent) if isinstance(images, np.memmap) else None,
     }
 
@@ -70,63 +70,70 @@ def _describe_split(split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def plot_augmentations(recipe: Recipe, out: Path, count: int) -> dict[str, Any]:
-    """Writes the picture of `count` training images under the recipe's augmentation to `out`, a PNG.
+    """Plot `count` training images with the recipe's augmentations to the PNG file `out` and return what is shown.
 
-    A block for each op and one for the whole list, all by the same draws, so that a block shows its op's part in the
-    whole; and one for each policy, with a row for each of its operations. A mixer mixes the images of the picture.
-    Which images, and the draws, follow from the seed. Errors: `UsageError`, `DiskError`, those of `cifar.load`.
+    There is one grid per augmentation and one for the complete list, all with the same random parameters, so that each
+    grid shows the contribution of one augmentation; and one grid per policy, with a row for each of its operations. A
+    mixer mixes the images shown. The choice of images and all random parameters follow from the seed.
+    Raises `UsageError` if `count` or the augmentation list is invalid, `DiskError` if `out` cannot be written, and as
+    `cifar.load_dataset` does.
     """
     ops = parse_augment(recipe.augment)
     plotting.require_png(out)
     if not 1 <= count <= MAX_GRID_IMAGES:
-        raise UsageError(f"--count {count} images do not make a picture", f"choose 1 to {MAX_GRID_IMAGES}")
+        raise UsageError(f"--count {count} is out of range", f"choose 1 to {MAX_GRID_IMAGES}")
     data = cifar.load_dataset(recipe.data, recipe.dataset)
-    chosen = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
-    chosen = chosen[np.argsort(data.train.labels[chosen], kind="stable")]
-    images = torch.from_numpy(np.stack([data.train.images[index] for index in chosen]))
-    names = [data.classes[label] for label in data.train.labels[chosen]]
+    indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
+    indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
+    images = torch.from_numpy(np.stack([data.train.images[index] for index in indices]))
+    names = [data.classes[label] for label in data.train.labels[indices]]
     columns = ["original", *(f"epoch {epoch}" for epoch in range(SAMPLES_PER_ROW))]
     grids = []
-    for places in [*([place] for place in range(len(ops)) if len(ops) > 1), list(range(len(ops)))]:
-        shown = [_augment_images(ops, places, images, epoch, recipe) for epoch in range(SAMPLES_PER_ROW)]
-        title = format_augment(tuple(ops[place] for place in places))
-        grids.append(ImageGrid(title, _stack_columns([images, *shown]), names, columns))
-    colours = (images.amax(1).int() - images.amin(1).int()).sum((1, 2))
-    grids += [_policy_grid(op, images[colours.argmax()][None]) for op in ops if op.policy]
+    for op_indices in [*([index] for index in range(len(ops)) if len(ops) > 1), list(range(len(ops)))]:
+        augmented = [_augment_images(ops, op_indices, images, epoch, recipe) for epoch in range(SAMPLES_PER_ROW)]
+        title = format_augment(tuple(ops[index] for index in op_indices))
+        grids.append(ImageGrid(title, _stack_columns([images, *augmented]), names, columns))
+    colorfulness = (images.amax(1).int() - images.amin(1).int()).sum((1, 2))
+    grids += [_policy_grid(op, images[colorfulness.argmax()][None]) for op in ops if op.policy]
     plotting.plot_image_grids(out, grids)
     titles = [grid.title for grid in grids]
-    return {"out": str(out), "images": chosen.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
+    return {"out": str(out), "images": indices.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
 
 
 def _augment_images(
     ops: tuple[AugmentOp, ...], op_indices: list[int], images: Tensor, epoch: int, recipe: Recipe
 ) -> Tensor:
-    """uint8 [n,3,32,32]: each image after the ops at `places`, by the draws that they have in the whole list."""
-    before, mixer = split_mixer(ops)
-    draws = draw_epoch(before, len(images), epoch, recipe.seed)
-    order = torch.from_numpy(draws.permutation)
-    at = [place for place in op_indices if place < len(before)]
-    params = tuple({name: torch.from_numpy(array) for name, array in draws.op_params[place].items()} for place in at)
-    batch = apply_augment(tuple(ops[place] for place in at), images[order], params, mean_color(recipe))
-    if mixer and len(at) < len(op_indices):
-        drawn = torch.from_numpy(draw_mixer_params(ops, len(images), epoch, recipe.seed))
-        batch = MIXERS[mixer.name].apply(batch, drawn)[0].float().round().to(torch.uint8)
+    """Apply the ops at `op_indices` with their random parameters in the complete list; uint8 [n,3,32,32]."""
+    loader_ops, mixer = split_mixer(ops)
+    epoch_params = draw_epoch(loader_ops, len(images), epoch, recipe.seed)
+    permutation = torch.from_numpy(epoch_params.permutation)
+    loader_indices = [index for index in op_indices if index < len(loader_ops)]
+    params = tuple(
+        {name: torch.from_numpy(array) for name, array in epoch_params.op_params[index].items()}
+        for index in loader_indices
+    )
+    selected = tuple(ops[index] for index in loader_indices)
+    batch = apply_augment(selected, images[permutation], params, mean_color(recipe))
+    if mixer and len(loader_indices) < len(op_indices):
+        mixer_params = torch.from_numpy(draw_mixer_params(ops, len(images), epoch, recipe.seed))
+        batch = MIXERS[mixer.name].apply(batch, mixer_params)[0].float().round().to(torch.uint8)
     augmented = torch.empty_like(batch)
-    augmented[order] = batch
+    augmented[permutation] = batch
     return augmented
 
 
 def _policy_grid(op: AugmentOp, image: Tensor) -> ImageGrid:
-    """A row for each operation of a policy: the image [1,3,32,32], then by some of its magnitudes, in order."""
+    """Return a grid with a row for each operation of a policy: the image [1,3,32,32], then results by magnitude."""
     assert op.policy is not None, op
     rows, names = [], []
     for name in op.policy.operations():
-        all_of_them = op.policy.magnitudes(name)
-        places = np.linspace(0, len(all_of_them) - 1, min(SAMPLES_PER_ROW, len(all_of_them))).round().astype(int)
-        magnitudes = [all_of_them[place] for place in places]
+        all_magnitudes = op.policy.magnitudes(name)
+        num_samples = min(SAMPLES_PER_ROW, len(all_magnitudes))
+        indices = np.linspace(0, len(all_magnitudes) - 1, num_samples).round().astype(int)
+        magnitudes = [all_magnitudes[index] for index in indices]
         blank = torch.full_like(image, 255)
-        shown = [apply_operation(image, name, magnitude) for magnitude in magnitudes]
-        rows.append(torch.cat([image, *shown, *[blank] * (SAMPLES_PER_ROW - len(shown))]))
+        results = [apply_operation(image, name, magnitude) for magnitude in magnitudes]
+        rows.append(torch.cat([image, *results, *[blank] * (SAMPLES_PER_ROW - num_samples)]))
         names.append("\n".join([name, "  ".join(f"{magnitude:.3g}" for magnitude in magnitudes if any(magnitudes))]))
     columns = ["original", *[""] * SAMPLES_PER_ROW]
     return ImageGrid(
@@ -135,5 +142,5 @@ def _policy_grid(op: AugmentOp, image: Tensor) -> ImageGrid:
 
 
 def _stack_columns(columns: list[Tensor]) -> np.ndarray:
-    """Columns of images [rows,3,32,32] -> uint8 [rows, columns, 32, 32, 3]."""
+    """Stack columns of images [rows,3,32,32] into uint8 [rows, columns, 32, 32, 3]."""
     return torch.stack(columns, 1).permute(0, 1, 3, 4, 2).numpy()

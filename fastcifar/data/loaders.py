@@ -1,8 +1,9 @@
-"""Loaders: `LOADERS`, the ways from a data set in memory to augmented batches on the device.
+"""Loaders, which turn a data set in memory into augmented batches on the device; the table is `LOADERS`.
 
-Every loader yields uint8 channels_last images and int64 labels, in the same order for the same (seed, epoch), and the
-same ones but for the torchvision baseline, whose augmentations draw for themselves. A loader holds no state that would
-need saving; it must not normalise or cast (the training step does), nor wait for the device inside an epoch.
+Every loader yields uint8 channels_last images and int64 labels, in the same order for the same seed and epoch. The
+batches of all loaders are identical, except for the torchvision baseline, which draws its own random parameters. A
+loader has no state to save, does not wait for the device within an epoch, and leaves normalization and casting to the
+training step.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ from fastcifar.data.dali import DaliLoader
 from fastcifar.data.torchvision_loader import TorchvisionLoader
 from fastcifar.errors import UsageError
 
-UPLOAD_IMAGES = 8192  # images of one upload: 25 MB of pinned memory, not a second copy of the set
+UPLOAD_IMAGES = 8192  # images per upload: 25 MB of pinned memory instead of a second copy of the data set
 
 
 class TensorLoader:
-    """The data set resident on the device; gather and augmentation of a batch in one compiled kernel.
+    """Loader that keeps the data set on the device; one compiled kernel gathers and augments a batch.
 
-    images      uint8 numpy [n,3,32,32], planar; may be a read-only memory map (it is copied)
-    labels      int64 numpy [n]
-    batch_size  images of a step over all ranks; the last one of an epoch is shorter unless `drop_last`
-    augment     the ops, in order, from `augment.parse`
-    seed        of the permutations and draws, >= 0
-    fill        the mean colour, 0..255 for each channel, that ops fill with
-    compile     False runs the eager twin, whose batches are the same bit for bit
-    rank, ranks  this process and how many there are: of each step it takes every `ranks`-th image from `rank` on
+    images            uint8 NumPy [n,3,32,32], planar; may be a read-only memory map (it is copied)
+    labels            int64 NumPy [n]
+    batch_size        global batch size; the last batch of an epoch is shorter unless `drop_last`
+    augment           augmentations in order, from `parse_augment`
+    seed              seed of the permutations and augmentation parameters, >= 0
+    device            device of the batches
+    fill_color        mean color, 0..255 for each channel, that augmentations fill with
+    compile           False runs in eager mode, which gives bit-identical batches
+    drop_last         whether to drop a shorter last batch
+    rank, world_size  this process and the number of processes; of each step it takes the images `rank::world_size`
 
-    Raises `UsageError` for a `batch_size` that does not fit n or `ranks` (see `steps.cut`).
+    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `slice_epoch`).
     """
 
     def __init__(
@@ -79,13 +82,13 @@ class TensorLoader:
         self._ops, self._fill_color, self._seed = augment, fill_color, seed
         self._device = torch.device(device)
         self._labels = np.array(labels, dtype=np.int64)
-        # NHWC, seen as rows of 96 bytes: the output is channels_last without a copy.
+        # NHWC, viewed as rows of 96 bytes, so that the output is channels_last without a copy.
         self._rows = torch.empty(
             self.num_samples, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self._device
         )
         for start in range(0, self.num_samples, UPLOAD_IMAGES):
-            part = upload_array(images[start : start + UPLOAD_IMAGES], self._device)
-            self._rows[start : start + UPLOAD_IMAGES] = part.permute(0, 2, 3, 1).flatten(2)
+            uploaded = upload_array(images[start : start + UPLOAD_IMAGES], self._device)
+            self._rows[start : start + UPLOAD_IMAGES] = uploaded.permute(0, 2, 3, 1).flatten(2)
         self._gather = (
             compile_gather(augment, fill_color, self.num_samples, self.slicing.local_batch_size, self._device)
             if compile
@@ -93,20 +96,20 @@ class TensorLoader:
         )
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-        Over all ranks every sample comes once an epoch (but for what `drop_last` drops). Starting late gives exactly
-        the batches that the whole epoch would have given from there, and nothing else is needed to resume.
+        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops. A later
+        `start_step` gives exactly the remaining batches of the epoch, which is all that resuming needs.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        draws = draw_epoch(self._ops, self.num_samples, epoch, self._seed)
-        order = split_by_step(self.slicing, draws.permutation.astype(np.int32), self._device)
-        labels = split_by_step(self.slicing, self._labels[draws.permutation], self._device)
-        params = split_params_by_step(self.slicing, draws.op_params, self._device)
+        epoch_params = draw_epoch(self._ops, self.num_samples, epoch, self._seed)
+        indices = split_by_step(self.slicing, epoch_params.permutation.astype(np.int32), self._device)
+        labels = split_by_step(self.slicing, self._labels[epoch_params.permutation], self._device)
+        params = split_params_by_step(self.slicing, epoch_params.op_params, self._device)
         for step in range(start_step, self.steps_per_epoch):
-            with torch.no_grad():  # a caller that changes the grad mode would have the kernel compiled anew
-                images = self._gather(self._rows, order[step], params[step])
-            # The last batch is computed at full size, so that one static shape serves the whole epoch, and cut here.
+            with torch.no_grad():  # a change of the grad mode by the caller would trigger a recompilation
+                images = self._gather(self._rows, indices[step], params[step])
+            # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
             count = self.slicing.local_count(step)
             yield images[:count], labels[step][:count]
 
@@ -116,7 +119,7 @@ Loader = TensorLoader | DaliLoader | TorchvisionLoader
 LOADERS: dict[str, type[TensorLoader] | type[DaliLoader] | type[TorchvisionLoader]] = {
     "tensor": TensorLoader,
     "dali": DaliLoader,
-    "torchvision": TorchvisionLoader,  # the baseline of comparison
+    "torchvision": TorchvisionLoader,  # the baseline for comparisons
 }
 
 
@@ -130,14 +133,15 @@ def batches(
     device: torch.device | str = "cpu",
     compile: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of `split` for a loop of one's own, `epochs` times over, as `TensorLoader` gives them.
+    """Yield the augmented batches of `TensorLoader` for `epochs` epochs over `split`, for a custom training loop.
 
-    Yields images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays after a few hundred
-    batches. Raises `UsageError` for a wrong `augment`, one with a mixer, or a `batch_size` larger than the split.
+    Batches are images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays off after a few
+    hundred batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` exceeds the
+    size of the split.
     """
     ops, mixer = split_mixer(parse_augment(augment))
     if mixer:
-        raise UsageError(f"batches(): {mixer.name} is applied in the training step", "leave it out, or use train()")
+        raise UsageError(f"batches(): {mixer.name} is applied in the training step", "remove it, or use train()")
     loader = TensorLoader(
         split.images, split.labels, batch_size=batch_size, augment=ops, seed=seed, device=device, compile=compile
     )
@@ -148,32 +152,32 @@ def batches(
 def mixed_batches(
     loader: Loader, ops: tuple[AugmentOp, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
-    """What a training step takes: the loader's batches, and if `ops` end in a mixer what it draws for them too.
+    """Yield the inputs of the training step: the batches of `loader` and the parameters of the mixer in `ops`, if any.
 
-    So (images, labels) or (images, labels, drawn [b] or [b,k]). `ops` is the whole list, of which a loader knows only
-    what it applies: this is the same for all of them.
+    An item is (images, labels) or (images, labels, mixer parameters [b] or [b,k]). `ops` is the complete list,
+    including the augmentations that the loader applies.
     """
-    batches = loader.batches(epoch, start_step)
+    loader_batches = loader.batches(epoch, start_step)
     if split_mixer(ops)[1] is None:
-        yield from batches
+        yield from loader_batches
         return
-    drawn = split_by_step(loader.slicing, draw_mixer_params(ops, loader.num_samples, epoch, seed), device)
-    for step, (images, labels) in enumerate(batches, start_step):
-        yield images, labels, drawn[step][: len(labels)]
+    mixer_params = split_by_step(loader.slicing, draw_mixer_params(ops, loader.num_samples, epoch, seed), device)
+    for step, (images, labels) in enumerate(loader_batches, start_step):
+        yield images, labels, mixer_params[step][: len(labels)]
 
 
 def eval_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The set in order, as it is: (images uint8 channels_last [b,3,32,32], labels int64 [b]) on the device.
+    """Yield the data in order without augmentation: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-    `images` is uint8 numpy [n,3,32,32], planar, perhaps a memory map, of which one batch at a time is read and
-    uploaded; the last batch may be shorter.
+    `images` is uint8 NumPy [n,3,32,32], planar, possibly a memory map; one batch at a time is read and uploaded to
+    `device`. The last batch may be shorter.
     """
     assert len(images) == len(labels), (len(images), len(labels))
     assert batch_size > 0, batch_size
     device = torch.device(device)
     for start in range(0, len(images), batch_size):
-        part = upload_array(images[start : start + batch_size], device)
-        wanted = upload_array(np.asarray(labels[start : start + batch_size], dtype=np.int64), device)
-        yield part.contiguous(memory_format=torch.channels_last), wanted
+        image_batch = upload_array(images[start : start + batch_size], device)
+        label_batch = upload_array(np.asarray(labels[start : start + batch_size], dtype=np.int64), device)
+        yield image_batch.contiguous(memory_format=torch.channels_last), label_batch

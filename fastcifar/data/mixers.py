@@ -1,8 +1,9 @@
-"""Mixers: `MIXERS`, augmentations that make an image of several of its batch, and its label with it.
+"""Mixers, which combine several images of a batch into one and mix their labels accordingly; the table is `MIXERS`.
 
-A position's partners are its neighbours, the batch rolled: the order is a random permutation already. So they work in
-the training step, on whole batches, and what they draw is one array over the epoch's positions like all randomness.
-It must not draw while applying, loop over images in Python or wait for the device.
+An image is mixed with its neighbors in the batch (the batch rolled by 1, 2, ...), which are random already because the
+epoch is a random permutation. Mixers are applied in the training step, on whole batches. Like all random numbers, their
+parameters are arrays over the positions of the epoch; applying a mixer draws nothing, has no Python loop over images
+and never waits for the device.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ MixerApplyFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """One row of `MIXERS`.
+    """One entry of `MIXERS`.
 
-    draw    (number, n, generator) -> what is drawn for each position, [n] or [n,k], uint8 or float32
-    apply   (images uint8 [b,3,32,32], drawn) -> mixed images, uint8 or float32 of 0..255, and the weights float32 [b,m]
-            of their labels: column k is that of the batch rolled by k, and a row's sum is 1
-    number  the default, an alpha: each share is Beta(alpha, alpha)
-    words, policy, files  as in a row of `AUGMENTS`: the bounds of the number, and nothing else to spell
-    help    one line
+    draw           (value, n, generator) -> the parameters of each position, [n] or [n,k], uint8 or float32
+    apply          (images uint8 [b,3,32,32], parameters) -> mixed images, uint8 or float32 with values 0..255, and the
+                   weights float32 [b,m] of their labels: column k belongs to the batch rolled by k, and rows sum to 1
+    default_value  the default alpha of the distribution Beta(alpha, alpha)
+    variants       as in `AugmentSpec`: only the bounds of the value, since mixers have no variants
+    help           one line of help text
+    build_policy, accepts_file  as in `AugmentSpec`, not used by mixers
     """
 
     draw: MixerDrawFn
@@ -42,23 +44,25 @@ class MixerSpec:
 
 
 def draw_mixup(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """The image's own share, float32 [n]."""
+    """Draw the weight of the image itself, float32 [n]."""
     return rng.beta(alpha, alpha, n).astype(np.float32)
 
 
-def apply_mixup(images: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """A blend of an image and its neighbour (Zhang et al., 2017); pixels become float32.
+def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend each image with its neighbor (Zhang et al., 2017); pixels become float32.
 
-    Mixed before they are normalised: normalising is affine and the shares sum to 1, so the order makes no difference.
+    Mixing before or after normalization is equivalent, because normalization is affine and the weights sum to 1.
     """
-    own = share[:, None, None, None]
-    return images.roll(1, 0) * (1 - own) + images * own, torch.stack((share, 1 - share), 1)
+    pixel_weight = weight[:, None, None, None]
+    mixed = images.roll(1, 0) * (1 - pixel_weight) + images * pixel_weight
+    return mixed, torch.stack((weight, 1 - weight), 1)
 
 
 def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """The box that shows the neighbour: uint8 [n,4], its top, left, bottom and right, the last two excluded.
+    """Draw the box that is taken from the neighbor: uint8 [n,4], top, left, bottom and right (both exclusive).
 
-    Its centre is uniform over the pixels, its area the neighbour's share as far as the border does not cut it off.
+    Its center is uniform over the pixels and its area, before clipping at the border, is 1 - Beta(alpha, alpha) of the
+    image.
     """
     half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
     y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
@@ -66,78 +70,72 @@ def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-    """A box of the neighbour in the image (Yun et al., 2019); labels are weighed by the pixels that can be seen."""
+    """Paste a box of the neighbor into the image (Yun et al., 2019); labels are weighted by visible area."""
     top, left, bottom, right = box.int().unbind(1)
-    at = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
-    rows = (at >= top[:, None]) & (at < bottom[:, None])
-    columns = (at >= left[:, None]) & (at < right[:, None])
+    index = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
+    rows = (index >= top[:, None]) & (index < bottom[:, None])
+    columns = (index >= left[:, None]) & (index < right[:, None])
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    share = (bottom - top) * (right - left) / CIFAR_IMAGE_AREA
-    # Exact in float32 too; a choice between bytes costs a CPU several times as much (LOG.md).
+    area = (bottom - top) * (right - left) / CIFAR_IMAGE_AREA
+    # float32 is exact here, and on a CPU it is several times faster than torch.where on bytes (LOG.md).
     mixed = torch.where(inside, images.roll(1, 0).float(), images.float())
-    return mixed, torch.stack((1 - share, share), 1)
+    return mixed, torch.stack((1 - area, area), 1)
 
 
 def draw_ricap(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [n,10]: height and width of the upper left patch, then y and x of the corner that each patch is cut at.
+    """Draw uint8 [n,10]: height and width of the top left patch, then y of the four source corners, then x of them.
 
-    The patches, in this order: upper left, upper right, lower left, lower right.
+    The patches are in this order: top left, top right, bottom left, bottom right.
     """
-    cut = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
-    height, width = cut.T
-    sizes = np.stack(
-        (
-            height,
-            height,
-            CIFAR_IMAGE_SIZE - height,
-            CIFAR_IMAGE_SIZE - height,
-            width,
-            CIFAR_IMAGE_SIZE - width,
-            width,
-            CIFAR_IMAGE_SIZE - width,
-        ),
-        1,
-    )
-    return np.concatenate((cut, rng.integers(0, CIFAR_IMAGE_SIZE - sizes, dtype=np.uint8, endpoint=True)), 1)
+    first_size = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
+    top, left = first_size.T
+    bottom, right = CIFAR_IMAGE_SIZE - top, CIFAR_IMAGE_SIZE - left
+    sizes = np.stack((top, top, bottom, bottom, left, right, left, right), 1)
+    corners = rng.integers(0, CIFAR_IMAGE_SIZE - sizes, dtype=np.uint8, endpoint=True)
+    return np.concatenate((first_size, corners), 1)
 
 
-def apply_ricap(images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches of the image and of three neighbours, put together (Takahashi et al., 2018); labels weighed by area."""
-    drawn = drawn.int()
-    height, width = drawn[:, 0, None, None], drawn[:, 1, None, None]
-    at = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
+def apply_ricap(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Join patches of the image and of three neighbors (Takahashi et al., 2018); labels are weighted by area."""
+    params = params.int()
+    top, left = params[:, 0, None, None], params[:, 1, None, None]
+    index = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=images.device)
     sample = torch.arange(len(images), dtype=torch.int32, device=images.device)[:, None, None]
-    lower, right = at[:, None] >= height, at >= width
-    patch = 2 * lower.int() + right.int()
-    # `drawn` is read at a chosen column: four patches in turn would read every image four times.
-    y = at[:, None] - torch.where(lower, height, 0) + drawn[sample, 2 + patch]
-    x = at - torch.where(right, width, 0) + drawn[sample, 6 + patch]
+    in_bottom, in_right = index[:, None] >= top, index >= left
+    patch = 2 * in_bottom.int() + in_right.int()
+    # Select the corner by patch index: handling four patches in turn would read every image four times.
+    y = index[:, None] - torch.where(in_bottom, top, 0) + params[sample, 2 + patch]
+    x = index - torch.where(in_right, left, 0) + params[sample, 6 + patch]
     mixed = images.permute(0, 2, 3, 1)[(sample - patch) % len(images), y, x]
-    tall, wide = drawn[:, 0], drawn[:, 1]
+    height, width = params[:, 0], params[:, 1]
     areas = (
-        tall * wide,
-        tall * (CIFAR_IMAGE_SIZE - wide),
-        (CIFAR_IMAGE_SIZE - tall) * wide,
-        (CIFAR_IMAGE_SIZE - tall) * (CIFAR_IMAGE_SIZE - wide),
+        height * width,
+        height * (CIFAR_IMAGE_SIZE - width),
+        (CIFAR_IMAGE_SIZE - height) * width,
+        (CIFAR_IMAGE_SIZE - height) * (CIFAR_IMAGE_SIZE - width),
     )
     return mixed.permute(0, 3, 1, 2), torch.stack(areas, 1) / CIFAR_IMAGE_AREA
 
 
 MIXERS: dict[str, MixerSpec] = {
     "mixup": MixerSpec(
-        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with a neighbour by Beta(VALUE, VALUE)"
+        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with another image, with weight Beta(VALUE, VALUE)"
     ),
     "cutmix": MixerSpec(
-        draw_cutmix, apply_cutmix, 1.0, {"": (0.01, 100.0)}, "a box of a neighbour, of an area by Beta(VALUE, VALUE)"
+        draw_cutmix,
+        apply_cutmix,
+        1.0,
+        {"": (0.01, 100.0)},
+        "paste a box of another image, of area Beta(VALUE, VALUE)",
     ),
     "ricap": MixerSpec(
-        draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "patches of four images, cut at Beta(VALUE, VALUE)"
+        draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "join patches of four images, split at Beta(VALUE, VALUE)"
     ),
 }
 
 
 def mix_labels(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
-    """Labels int64 [b] and the weights [b,m] of a mixer -> the share of each class: float32 [b,classes]."""
+    """Convert labels int64 [b] and the label weights [b,m] of a mixer to class probabilities float32 [b,classes]."""
     classes = torch.arange(num_classes, device=labels.device)
     rolled = torch.stack([labels.roll(k) for k in range(weights.shape[1])], 1)
     return (weights[:, :, None] * (rolled[:, :, None] == classes)).sum(1)

@@ -1,4 +1,4 @@
-"""Input normalization: the named means and standard deviations, and which of them a recipe uses. No torch."""
+"""Input normalization: named means and standard deviations, and the choice of a recipe. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastcifar.recipe import Recipe
 ChannelValues = tuple[float, ...]
 
 
-# Name -> (mean, std) of each channel of images scaled to [0, 1]. "cifar10" and "cifar100" are the true per-pixel values
-# of the training sets; "kuangliu" is the mean of per-image deviations, 22-30 % too small and in wide use.
+# (mean, std) of each channel of images scaled to [0, 1]. "cifar10" and "cifar100" are computed over all pixels of the
+# training sets; the std of "kuangliu", in wide use, is the average std within an image, which is 22-30 % smaller.
 NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
     "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
     "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -20,29 +20,28 @@ NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
 
 
 def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
-    """Mean and std, three floats each in units of [0, 1], of a name or "MEAN:STD" (one number, or three with commas).
+    """Return mean and std, three floats each for pixels in [0, 1], of a name in `NORMALIZATIONS` or of "MEAN:STD".
 
-    Raises `UsageError` for anything else, and for a std that is not positive.
+    MEAN and STD are one number, or three separated by commas. Raises `UsageError` if `spec` is neither, or if a std is
+    not positive.
     """
     if ":" not in spec:
-        return lookup(NORMALIZATIONS, spec, "normalisation")
+        return lookup(NORMALIZATIONS, spec, "normalization")
     try:
-        mean, std = (tuple(float(value) for value in part.split(",")) for part in spec.split(":"))
+        mean, std = (tuple(float(value) for value in values.split(",")) for values in spec.split(":"))
     except ValueError:
         mean = std = ()
-    mean, std = (part * 3 if len(part) == 1 else part for part in (mean, std))
+    mean, std = (values * 3 if len(values) == 1 else values for values in (mean, std))
     if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
-        remedy = (
-            f"choose from {', '.join(NORMALIZATIONS)}, or write MEAN:STD as 0.5,0.5,0.5:0.25,0.25,0.25 with std > 0"
-        )
-        raise UsageError(f"--normalize {spec!r} is no normalisation", remedy)
+        remedy = f"choose {', '.join(NORMALIZATIONS)}, or MEAN:STD with STD > 0, such as 0.5,0.5,0.5:0.25,0.25,0.25"
+        raise UsageError(f"--normalize {spec!r} is not a normalization", remedy)
     return mean, std
 
 
 def channel_mean_std(images: np.ndarray) -> tuple[ChannelValues, ChannelValues]:
-    """Mean and std of each channel of `images` uint8 [n,3,h,w], scaled to [0, 1]: exact, from counts of the values."""
+    """Return mean and std of each channel of `images` uint8 [n,3,h,w] scaled to [0, 1], exactly, from histograms."""
     counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 1000):  # bincount takes eight bytes a pixel
+    for start in range(0, len(images), 1000):  # bincount converts each pixel to eight bytes
         for channel in range(3):
             counts[channel] += np.bincount(images[start : start + 1000, channel].ravel(), minlength=256)
     values, pixels = np.arange(256) / 255, counts[0].sum()
@@ -52,18 +51,22 @@ def channel_mean_std(images: np.ndarray) -> tuple[ChannelValues, ChannelValues]:
 
 
 def normalization_mean_std(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]."""
+    """Return the mean and standard deviation of each channel that a recipe uses, for pixels in [0, 1]."""
     return parse_normalization(normalization_name(recipe))
 
 
 def normalization_name(recipe: Recipe) -> str:
-    """What `auto` means: the data set's own, but on CIFAR-10 what the coconut networks were published with."""
+    """Return the name or "MEAN:STD" that a recipe uses.
+
+    `auto` is the data set's own normalization, except for coconut networks on CIFAR-10: these use "kuangliu", with
+    which they were published.
+    """
     if recipe.normalize != "auto":
         return recipe.normalize
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 
 def mean_color(recipe: Recipe) -> tuple[int, int, int]:
-    """What augmentations fill with, 0..255 for each channel: it is 0 after normalisation."""
+    """Return the mean color that augmentations fill with, 0..255 per channel, about 0 after normalization."""
     red, green, blue = (round(255 * value) for value in normalization_mean_std(recipe)[0])
     return red, green, blue

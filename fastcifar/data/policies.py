@@ -1,8 +1,8 @@
-"""Augmentation policies as tables: which operations of `pixels`, how strong and how often.
+"""Augmentation policies as tables: the operations of `image_ops` with their probabilities and magnitudes.
 
-AutoAugment's for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and Hutter, 2021) as
-torchvision's v2 defines them, and a user's own from a TOML file. It draws for whole epochs in numpy; it must not touch
-an image.
+The policies are AutoAugment for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and
+Hutter, 2021) as torchvision's v2 transforms define them, and custom policies from TOML files. Random parameters are
+drawn for whole epochs with NumPy; images are processed in `image_ops`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, CIFAR_IMAGE_SIZ
 from fastcifar.errors import UsageError, lookup
 from fastcifar.files import load_toml
 
-# operation -> its magnitudes at the first and the last level, and whether its sign is a coin's; None: it has none
+# Operation -> (magnitude at the first level, magnitude at the last level, whether the sign is random), or None for an
+# operation without magnitude.
 OperationSpace = Mapping[str, tuple[float, float, bool] | None]
 
 STANDARD_SPACE: OperationSpace = {
@@ -53,9 +54,9 @@ WIDE_SPACE: OperationSpace = {
     "Posterize": (8.0, 2.0, False),
 }
 AUTOAUGMENT_SPACE: OperationSpace = {**STANDARD_SPACE, "Invert": None}
-NUM_LEVELS = 31  # of RandAugment and TrivialAugment
-AUTOAUGMENT_NUM_LEVELS = 10  # of AutoAugment, and of a user's policy
-MAX_SUBPOLICY_STEPS = 4  # of a user's sub-policy
+NUM_LEVELS = 31  # magnitude levels of RandAugment and TrivialAugment
+AUTOAUGMENT_NUM_LEVELS = 10  # magnitude levels of AutoAugment and of custom policies
+MAX_SUBPOLICY_STEPS = 4  # maximum length of a sub-policy in a custom policy
 
 # (operation, probability, level or None) of each step of each sub-policy
 SubPolicies = tuple[tuple[tuple[str, float, int | None], ...], ...]
@@ -91,7 +92,7 @@ AUTOAUGMENT_CIFAR10: SubPolicies = (
 
 @dataclass(frozen=True)
 class PolicyOp:
-    """One operation of a sub-policy: done with `probability`, its magnitude negated by a fair coin if `signed`."""
+    """One operation of a sub-policy, applied with `probability`; if `signed`, half of the magnitudes are negated."""
 
     operation: str
     probability: float
@@ -101,70 +102,77 @@ class PolicyOp:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sub-policies of equal chance and equal length, of which each image gets `times`, drawn independently."""
+    """Equally likely sub-policies of equal length, of which `num_draws` are drawn independently for each image."""
 
     sub_policies: tuple[tuple[PolicyOp, ...], ...]
     num_draws: int = 1
 
     @property
     def num_steps(self) -> int:
-        """Operations that an image gets."""
+        """Number of operations per image."""
         return self.num_draws * len(self.sub_policies[0])
 
     def operations(self, step: int | None = None) -> tuple[str, ...]:
-        """The names of the operations that a step may do, or any step, in alphabetical order."""
-        places = range(len(self.sub_policies[0])) if step is None else [step % len(self.sub_policies[0])]
-        return tuple(sorted({row[place].operation for row in self.sub_policies for place in places}))
+        """Return the names of the operations that can occur in `step`, or in any step, in alphabetical order."""
+        length = len(self.sub_policies[0])
+        indices = range(length) if step is None else [step % length]
+        return tuple(sorted({sub_policy[index].operation for sub_policy in self.sub_policies for index in indices}))
 
     def magnitudes(self, operation: str) -> tuple[float, ...]:
-        """The magnitudes that an operation may have, in order; `pixels.single` applies one to a batch."""
-        found = [choice for row in self.sub_policies for choice in row if choice.operation == operation]
-        return tuple(sorted({c.magnitude for c in found} | {-c.magnitude for c in found if c.signed}))
+        """Return the magnitudes that an operation can have, in order; `apply_operation` applies one to a batch."""
+        ops = [op for sub_policy in self.sub_policies for op in sub_policy if op.operation == operation]
+        return tuple(sorted({op.magnitude for op in ops} | {-op.magnitude for op in ops if op.signed}))
 
 
 IDENTITY_OP = PolicyOp("Identity", 1.0, 0.0, False)
 
 
 def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> list[float]:
-    """The magnitudes of an operation at each of `count` levels; zeros if it has none.
+    """Return the magnitude of an operation at each of `num_levels` levels; zeros if it has none.
 
-    torch.linspace's arithmetic: a float32 rise, a fused multiply-add from the nearer end, rounded to float32.
+    The arithmetic is that of torch.linspace: a float32 step, a fused multiply-add from the nearer end, rounded to
+    float32. Raises `UsageError` if the operation is unknown.
     """
-    span = lookup(space, operation, "operation")
-    if span is None:
+    magnitude_range = lookup(space, operation, "operation")
+    if magnitude_range is None:
         return [0.0] * num_levels
-    first, last = (float(np.float32(end)) for end in span[:2])
-    rise = float(np.float32(last - first) / np.float32(num_levels - 1))
-    near = [first + rise * i if i < num_levels // 2 else last - rise * (num_levels - 1 - i) for i in range(num_levels)]
-    return np.rint(near).tolist() if operation == "Posterize" else np.array(near, np.float32).tolist()
+    first, last = (float(np.float32(end)) for end in magnitude_range[:2])
+    step = float(np.float32(last - first) / np.float32(num_levels - 1))
+    exact = [first + step * i if i < num_levels // 2 else last - step * (num_levels - 1 - i) for i in range(num_levels)]
+    return np.rint(exact).tolist() if operation == "Posterize" else np.array(exact, np.float32).tolist()
 
 
 def make_policy_op(
     operation: str, probability: float, level: int | None, space: OperationSpace, num_levels: int
 ) -> PolicyOp:
-    """A row's entry by its level of `count`; a level of None is for an operation that has none."""
-    span = space[operation]
-    return PolicyOp(
-        operation, probability, magnitude_levels(operation, space, num_levels)[level or 0], bool(span and span[2])
-    )
+    """Return the `PolicyOp` at one of `num_levels` levels; `level` is None for an operation without magnitude."""
+    magnitude = magnitude_levels(operation, space, num_levels)[level or 0]
+    magnitude_range = space[operation]
+    return PolicyOp(operation, probability, magnitude, bool(magnitude_range and magnitude_range[2]))
 
 
-def autoaugment_policy(rows: SubPolicies) -> Policy:
-    """A policy in AutoAugment's terms: sub-policies of (operation, probability, level 0 to 9)."""
-    longest = max(len(row) for row in rows)
-    made = [[make_policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in row] for row in rows]
-    return Policy(tuple((*row, *[IDENTITY_OP] * (longest - len(row))) for row in made))
+def autoaugment_policy(sub_policies: SubPolicies) -> Policy:
+    """Return the policy given by sub-policies of (operation, probability, level from 0 to 9) as in AutoAugment.
+
+    Shorter sub-policies are padded with Identity.
+    """
+    longest = max(len(steps) for steps in sub_policies)
+    padded = []
+    for steps in sub_policies:
+        ops = [make_policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
+        padded.append((*ops, *[IDENTITY_OP] * (longest - len(ops))))
+    return Policy(tuple(padded))
 
 
 def randaugment_policy(level: int, num_draws: int) -> Policy:
-    """RandAugment: `times` operations of fourteen, all at `level` of 0 to 30."""
+    """Return the policy of RandAugment: `num_draws` of fourteen operations, all at `level`, 0 to 30."""
     return Policy(
         tuple((make_policy_op(name, 1.0, level, STANDARD_SPACE, NUM_LEVELS),) for name in STANDARD_SPACE), num_draws
     )
 
 
 def trivialaugment_policy() -> Policy:
-    """TrivialAugment Wide: one operation of fourteen at one level of 31."""
+    """Return the policy of TrivialAugment Wide: one of fourteen operations at one of 31 levels."""
     return Policy(
         tuple(
             (make_policy_op(name, 1.0, level, WIDE_SPACE, NUM_LEVELS),)
@@ -174,101 +182,111 @@ def trivialaugment_policy() -> Policy:
     )
 
 
-POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugment's by name
+POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugment policies by name
 
 
 def load_policy(name_or_path: str) -> Policy:
-    """AutoAugment's policy of that name, or a user's own from a TOML file, whose name ends in .toml.
+    """Return the AutoAugment policy of that name, or a custom policy from a TOML file, whose name ends in .toml.
 
-    The file holds one list `policy` of sub-policies, each a list of [operation, probability, level], such as
-    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations without a magnitude take no
-    level. Errors: `UsageError` that names the place.
+    The file contains one list `policy` of sub-policies, each a list of [operation, probability, level], such as
+    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations without magnitude have no
+    level. Raises `UsageError` that names the faulty sub-policy and step.
     """
     if not name_or_path.endswith(".toml"):
         return autoaugment_policy(lookup(POLICIES, name_or_path, "policy"))
     if not Path(name_or_path).is_file():
-        raise UsageError(f"no policy file {name_or_path}", f"write a TOML file, or one of {', '.join(POLICIES)}")
-    held = load_toml(name_or_path)
-    rows = held.get("policy")
-    if held.keys() != {"policy"} or not isinstance(rows, list) or not rows:
+        raise UsageError(f"no policy file {name_or_path}", f"write a TOML file, or choose {' or '.join(POLICIES)}")
+    content = load_toml(name_or_path)
+    sub_policies = content.get("policy")
+    if content.keys() != {"policy"} or not isinstance(sub_policies, list) or not sub_policies:
         raise UsageError(f"{name_or_path} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
     return autoaugment_policy(
-        tuple(_parse_sub_policy(f"{name_or_path}, sub-policy {number}", row) for number, row in enumerate(rows, 1))
+        tuple(_parse_sub_policy(f"{name_or_path}, sub-policy {i}", value) for i, value in enumerate(sub_policies, 1))
     )
 
 
-def _parse_sub_policy(where: str, row: Any) -> tuple[tuple[str, float, int | None], ...]:
-    if not isinstance(row, list) or not 1 <= len(row) <= MAX_SUBPOLICY_STEPS:
+def _parse_sub_policy(location: str, value: Any) -> tuple[tuple[str, float, int | None], ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_SUBPOLICY_STEPS:
         raise UsageError(
-            f"{where}: {row!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps", "write [['Rotate', 0.7, 2]]"
+            f"{location}: {value!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps", "write [['Rotate', 0.7, 2]]"
         )
-    return tuple(_parse_step(f"{where}, step {number}", entry) for number, entry in enumerate(row, 1))
+    return tuple(_parse_step(f"{location}, step {i}", step) for i, step in enumerate(value, 1))
 
 
-def _parse_step(where: str, entry: Any) -> tuple[str, float, int | None]:
-    if not isinstance(entry, list) or len(entry) not in (2, 3) or not isinstance(entry[0], str):
-        raise UsageError(f"{where}: {entry!r} is not a step", "write [operation, probability, level]")
-    name, probability, *level = entry
+def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:
+    if not isinstance(value, list) or len(value) not in (2, 3) or not isinstance(value[0], str):
+        raise UsageError(f"{location}: {value!r} is not a step", "write [operation, probability, level]")
+    name, probability, *level = value
     try:
-        span = lookup(AUTOAUGMENT_SPACE, name, "operation")
+        magnitude_range = lookup(AUTOAUGMENT_SPACE, name, "operation")
     except UsageError as error:
-        raise UsageError(f"{where}: {error.problem}", error.remedy) from None
+        raise UsageError(f"{location}: {error.problem}", error.remedy) from None
     if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0 <= probability <= 1:
-        raise UsageError(f"{where}: probability {probability!r} of {name} is out of range", "choose 0.0 to 1.0")
-    if span is None and level:
-        raise UsageError(f"{where}: {name} has no magnitude, not {level[0]!r}", f"write ['{name}', {probability}]")
-    if span and not (level and type(level[0]) is int and 0 <= level[0] < AUTOAUGMENT_NUM_LEVELS):
-        given = repr(level[0]) if level else "none"
+        raise UsageError(f"{location}: probability {probability!r} of {name} is out of range", "choose 0.0 to 1.0")
+    if magnitude_range is None and level:
         raise UsageError(
-            f"{where}: level {given} of {name} is out of range", f"choose 0 to {AUTOAUGMENT_NUM_LEVELS - 1}, whole"
+            f"{location}: {name} has no magnitude, but the level is {level[0]!r}", f"write ['{name}', {probability}]"
         )
-    return name, float(probability), level[0] if span else None
+    if magnitude_range and not (level and type(level[0]) is int and 0 <= level[0] < AUTOAUGMENT_NUM_LEVELS):
+        level_text = repr(level[0]) if level else "none"
+        raise UsageError(
+            f"{location}: level {level_text} of {name} is out of range",
+            f"choose an integer from 0 to {AUTOAUGMENT_NUM_LEVELS - 1}",
+        )
+    return name, float(probability), level[0] if magnitude_range else None
 
 
 @functools.lru_cache(maxsize=64)
 def _encode_policy(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [rows, places, 2, 3], probability [rows, places]): the integers of each choice, as it is and negated."""
-    codes = [[[encode_operation(c.operation, m) for m in (c.magnitude, -c.magnitude if c.signed else c.magnitude)] for c in row]
-             for row in policy.sub_policies]  # fmt: skip
-    return np.array(codes, np.int32), np.array([[c.probability for c in row] for row in policy.sub_policies])
+    """Return the encoded operations int32 [sub-policies, steps, 2, 3] and their probabilities [sub-policies, steps].
+
+    Index 1 of the third dimension has the negated magnitude if the operation is signed.
+    """
+
+    def encode_signs(op: PolicyOp) -> list[tuple[int, int, int]]:
+        negated = -op.magnitude if op.signed else op.magnitude
+        return [encode_operation(op.operation, magnitude) for magnitude in (op.magnitude, negated)]
+
+    encoded = [[encode_signs(op) for op in sub_policy] for sub_policy in policy.sub_policies]
+    probabilities = [[op.probability for op in sub_policy] for sub_policy in policy.sub_policies]
+    return np.array(encoded, np.int32), np.array(probabilities)
 
 
 def draw_policy_params(policy: Policy, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`code` uint8, `amount` and `cosine` int32 of every step, arrays [n] named by it: code0, amount0, ..."""
-    codes, probability = _encode_policy(policy)
-    drawn: dict[str, np.ndarray] = {}
-    row = np.empty(n, np.int64)
+    """Draw the operations of every step: arrays [n] code0 uint8, amount0 and cosine0 int32, code1, ..."""
+    encoded, probability = _encode_policy(policy)
+    params: dict[str, np.ndarray] = {}
+    sub_policy = np.empty(n, np.int64)
     for step in range(policy.num_steps):
-        place = step % codes.shape[1]
-        if place == 0:
-            row = rng.integers(0, len(codes), size=n)
+        index = step % encoded.shape[1]
+        if index == 0:
+            sub_policy = rng.integers(0, len(encoded), size=n)
         sign = rng.integers(0, 2, size=n, dtype=np.uint8)
-        done = rng.random(n) < probability[row, place]
-        found = np.where(done[:, None], codes[row, place, sign], encode_operation("Identity", 0.0))
-        drawn[f"code{step}"] = found[:, 0].astype(np.uint8)
-        drawn[f"amount{step}"], drawn[f"cosine{step}"] = found[:, 1].astype(np.int32), found[:, 2].astype(np.int32)
-    return drawn
+        is_applied = rng.random(n) < probability[sub_policy, index]
+        drawn = np.where(is_applied[:, None], encoded[sub_policy, index, sign], encode_operation("Identity", 0.0))
+        params[f"code{step}"] = drawn[:, 0].astype(np.uint8)
+        params[f"amount{step}"], params[f"cosine{step}"] = drawn[:, 1].astype(np.int32), drawn[:, 2].astype(np.int32)
+    return params
 
 
 JITTER_OPERATIONS = ("Brightness", "Contrast", "Color", "Hue")
 
 
 def draw_jitter_params(strength: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The four operations of a jitter in an order of its own for each position: `code0`, `amount0`, ... `amount3`.
+    """Draw an order of the four color operations for each position, and their amounts: `code0`, ..., `amount3`.
 
-    Uniform from -strength to strength, the hue from half of that (torchvision's ColorJitter).
+    Amounts are uniform over -strength..strength, for the hue over half of that range (torchvision's ColorJitter).
     """
     codes = np.array([encode_operation(name, 0.0)[0] for name in JITTER_OPERATIONS], np.uint8)
-    reach = strength * np.array([1, 1, 1, 0.5])
+    max_amount = strength * np.array([1, 1, 1, 0.5])
     order = rng.permuted(np.broadcast_to(np.arange(4), (n, 4)), axis=1)
-    amounts = np.rint(rng.uniform(-AMOUNT_SCALE, AMOUNT_SCALE, (n, 4)) * reach[order]).astype(np.int32)
-    drawn = {f"code{step}": codes[order[:, step]] for step in range(4)}
-    return drawn | {f"amount{step}": np.ascontiguousarray(amounts[:, step]) for step in range(4)}
+    amounts = np.rint(rng.uniform(-AMOUNT_SCALE, AMOUNT_SCALE, (n, 4)) * max_amount[order]).astype(np.int32)
+    params = {f"code{step}": codes[order[:, step]] for step in range(4)}
+    return params | {f"amount{step}": np.ascontiguousarray(amounts[:, step]) for step in range(4)}
 
 
 def draw_rotation_params(degrees: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`sine` and `cosine`, int32 in `pixels.ONE`s, of an angle uniform from -degrees to degrees."""
+    """Draw `sine` and `cosine`, int32 in units of 1 / AFFINE_SCALE, of an angle uniform over -degrees..degrees."""
     angle = rng.uniform(-degrees, degrees, n) * (math.pi / 180)
-    return {
-        name: np.rint(f(angle) * AFFINE_SCALE).astype(np.int32) for name, f in (("sine", np.sin), ("cosine", np.cos))
-    }
+    values = {"sine": np.sin(angle), "cosine": np.cos(angle)}
+    return {name: np.rint(value * AFFINE_SCALE).astype(np.int32) for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""Images that somebody wants labels for, with their ids: Kaggle pickles, .npy arrays, image files, the data set's own.
+"""Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set.
 
-`read` is the door. A layout is known by its shape alone, and what could be two things is an error: planar data read as
-channel-last would run and scramble every image. Nothing here imports torch.
+`read_inputs` is the entry point. The array layout is determined from the shape alone, and an unknown shape is an error,
+since planar data read as channels-last would scramble every image without failing. Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from fastcifar.errors import DataError
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 SPLIT_NAMES = ("train", "test")
-MAX_PIXELS = 100_000_000  # of an image file: a bomb is only ever a header
-_EXPECTED_SHAPES = "uint8 of (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
-_PICKLE_REMEDY = f"give a pickle of {{'data': {_EXPECTED_SHAPES}, 'ids': N different ints}}"
-_INPUT_REMEDY = f"give a pickle, a .npy, an image, a folder of images, or data:test; images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+MAX_PIXELS = 100_000_000  # limit per image file, checked in its header before decoding
+_EXPECTED_SHAPES = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
+_PICKLE_REMEDY = f"give a pickle of {{'data': {_EXPECTED_SHAPES}, 'ids': N unique integers}}"
+_INPUT_REMEDY = (
+    "give a pickle, a .npy file, an image, a folder of images, or data:test; images end in "
+    f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+)
 
 
 @dataclass(frozen=True)
 class InputImages:
-    """images uint8 [n,3,32,32], planar; their ids in the file's order, all different; labels int64 [n] where known.
+    """Images uint8 [n,3,32,32], planar, with unique ids in the order of the file, and labels int64 [n] if known.
 
-    `layout`: how they lay in the file, in words.
+    `layout` describes the layout of the source in words.
     """
 
     images: np.ndarray
@@ -42,11 +45,13 @@ class InputImages:
 
 
 def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") -> InputImages:
-    """The images in `source`, a path, or "data:test" or "data:train" for a split of the data set `data`.
+    """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
 
-    Files named .pkl, .pickle or without a suffix are pickles, read by the restricted reader; of a folder every image
-    below it, by path, whose path without the suffix is its id; in a .npy and in the data set an image's position is.
-    Errors: `DataError`, also for duplicate and missing ids, and those of `cifar.load`.
+    Files named .pkl, .pickle or without a suffix are pickles with images and ids, read by `safe_pickle`. In a folder,
+    all images below it are read in the order of their paths, and the id is the path without the suffix. In a .npy file
+    and in the data set, the id is the index of the image.
+    Raises `DataError` if the source is missing or invalid or ids are missing or duplicate, and as `cifar.load_dataset`
+    does.
     """
     if source.startswith("data:"):
         return _read_dataset_split(source, data, dataset)
@@ -65,20 +70,20 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") 
             return _read_input_pickle(path)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}", "check the path") from None
-    raise DataError(f"{path} is no kind of input that is known", _INPUT_REMEDY)
+    raise DataError(f"{path} is not a supported kind of input", _INPUT_REMEDY)
 
 
 def to_planar(array: Any, source_name: str) -> tuple[np.ndarray, str]:
-    """`array`, uint8 in one of the three layouts, as [n,3,32,32] (a view where that will do), and the layout's name.
+    """Return `array`, uint8 in one of the three layouts, as a view of shape [n,3,32,32], and the name of its layout.
 
-    Errors: `DataError` for another type, dtype or shape, and for no images.
+    Raises `DataError` if type, dtype or shape is another, or if there are no images.
     """
     if not isinstance(array, np.ndarray):
         raise DataError(f"{source_name} is of type {type(array).__name__}, expected an array", _PICKLE_REMEDY)
     if array.dtype != np.uint8:
         raise DataError(f"{source_name} is {array.dtype}, expected uint8 pixels of 0 to 255", _PICKLE_REMEDY)
     if not array.size:
-        raise DataError(f"{source_name} of shape {array.shape} holds no images", _PICKLE_REMEDY)
+        raise DataError(f"{source_name} of shape {array.shape} contains no images", _PICKLE_REMEDY)
     if array.shape[1:] == (3072,):
         return array.reshape(-1, 3, 32, 32), "planar (N, 3072)"
     if array.shape[1:] == (3, 32, 32):
@@ -96,25 +101,25 @@ def _read_input_pickle(path: Path) -> InputImages:
 
 
 def _get_value(content: dict[Any, Any], name: str, path: Path) -> Any:
-    """What the key `name` holds, written as text or as bytes."""
-    found = [key for key in (name, name.encode()) if key in content]
-    if len(found) == 2:
-        raise DataError(f"{path} holds {name} twice, as text and as bytes", "leave one of them out")
-    if not found:
-        keys = ", ".join(sorted(repr(key) for key in content)[:6]) or "nothing"
-        raise DataError(f"{path} lacks {name}, it holds {keys}", _PICKLE_REMEDY)
-    return content[found[0]]
+    """Return the value of the key `name`, which may be str or bytes in the pickle."""
+    matching = [key for key in (name, name.encode()) if key in content]
+    if len(matching) == 2:
+        raise DataError(f"{path} has the key {name!r} twice, as str and as bytes", "remove one of them")
+    if not matching:
+        keys = ", ".join(sorted(repr(key) for key in content)[:6]) or "none"
+        raise DataError(f"{path} has no key {name!r}; its keys: {keys}", _PICKLE_REMEDY)
+    return content[matching[0]]
 
 
 def _check_ids(ids: Any, count: int, path: Path) -> list[int]:
-    """Integers as they come, from a list or an array; as many as images and no two the same."""
+    """Return `ids` as a list. Raises `DataError` unless they are `count` unique integers in a list or an array."""
     if isinstance(ids, np.ndarray):
-        whole = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-        ids = ids.tolist() if whole else [None]
+        is_valid = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+        ids = ids.tolist() if is_valid else [None]
     if not isinstance(ids, list | tuple) or any(type(value) is not int for value in ids):
         raise DataError(f"{path}: ids are not a list of integers", _PICKLE_REMEDY)
     if len(ids) != count:
-        raise DataError(f"{path} holds {len(ids):,} ids and {count:,} images, expected as many", _PICKLE_REMEDY)
+        raise DataError(f"{path} has {len(ids):,} ids but {count:,} images", _PICKLE_REMEDY)
     _require_unique(ids, path)
     return list(ids)
 
@@ -123,47 +128,51 @@ def _require_unique(ids: Sequence[int] | Sequence[str], path: Path) -> None:
     seen: set[int | str] = set()
     for value in ids:
         if value in seen:
-            raise DataError(f"{path}: the id {value!r} is there twice", "give every image an id of its own")
+            raise DataError(f"{path}: duplicate id {value!r}", "give every image a unique id")
         seen.add(value)
 
 
 def _read_npy(path: Path) -> InputImages:
     try:
-        # Mapped: the header's shape is compared with the file's size, and nothing is allocated for it.
+        # With a memory map, the shape in the header is checked against the size of the file and nothing is allocated.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{path} is not a .npy that can be read safely: {reason}", f"save {_EXPECTED_SHAPES}") from None
+        raise DataError(
+            f"{path} is not a .npy file that can be read safely: {reason}", f"save {_EXPECTED_SHAPES}"
+        ) from None
     images, layout = to_planar(array, str(path))
     return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
 
 
 def _read_image_folder(folder: Path) -> InputImages:
-    hidden = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    files = sorted(file for file in hidden if not file.name.startswith("."))
+    candidates = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in candidates if not file.name.startswith("."))
     if not files:
-        remedy = "for a data set say --data PATH and data:test as the input"
-        raise DataError(f"{folder} holds no images", f"{_INPUT_REMEDY}; {remedy}")
+        remedy = "for a data set, give --data PATH and the input data:test"
+        raise DataError(f"{folder} contains no images", f"{_INPUT_REMEDY}; {remedy}")
     ids = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
     _require_unique(ids, folder)
     images = np.empty((len(files), 3, 32, 32), np.uint8)
-    for position, file in enumerate(files):
-        images[position] = _read_image(file)
+    for index, file in enumerate(files):
+        images[index] = _read_image(file)
     return InputImages(images, ids, str(folder), "folder of images")
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """An image file of any size as uint8 [3,32,32] RGB: its largest centred square, by antialiased bicubic.
+    """Read an image file of any size as uint8 [3,32,32] RGB.
 
-    One of 32x32 is left as it is; a photograph is first turned as its EXIF says.
+    The image is rotated as its EXIF data says, cropped to its largest centered square and resized with antialiased
+    bicubic interpolation; 32x32 pixels are returned unchanged.
     """
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{file} has {image.width}x{image.height} pixels", "make it smaller")
+                size = f"{image.width}x{image.height}"
+                raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{file} is not an image that can be read ({error})", "replace or remove it") from None
+        raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
     side = min(upright.size)
     left, top = (upright.width - side) / 2, (upright.height - side) / 2
     square = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -173,8 +182,8 @@ def _read_image(file: Path) -> np.ndarray:
 def _read_dataset_split(source: str, data: str | None, dataset: str) -> InputImages:
     name = source.removeprefix("data:")
     if name not in SPLIT_NAMES:
-        raise DataError(f"{source} is no split of a data set", "say data:test or data:train")
-    loaded = cifar.load_dataset(data, dataset)
-    split = loaded.test if name == "test" else loaded.train
+        raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
+    contents = cifar.load_dataset(data, dataset)
+    split = contents.test if name == "test" else contents.train
     ids = list(range(len(split.labels)))
-    return InputImages(split.images, ids, f"{source} of {loaded.source}", loaded.source_type, split.labels)
+    return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)

@@ -1,8 +1,8 @@
-"""The restricted reader: pickles of dicts, lists, scalars and numeric arrays, and nothing else.
+"""A restricted pickle reader for dicts, lists, scalars and numeric arrays.
 
-Data files come from strangers, so no byte of them reaches Python's own unpickler: this is a small machine of our own
-that knows the opcodes such files need, looks global names up in `ALLOWED`, and allocates in proportion to the file.
-It must not import, execute, or trust a size before checking it against the bytes that are there. No torch.
+Data files are not trusted, so Python's own unpickler is never used. This interpreter implements only the opcodes that
+data files need, resolves global names through `ALLOWED_GLOBALS`, and allocates memory in proportion to the file. It
+imports and executes nothing, and checks every size against the available bytes. Does not import torch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fastcifar.errors import DataError
 
 # The largest official file, CIFAR-100's `train`, has 155 MB.
 MAX_BYTES = 512 * 2**20
-# CIFAR-100's `train` needs 350,000 in protocol 0; each costs at most some hundred bytes beside its argument.
+# CIFAR-100's `train` needs 350,000 in protocol 0; each costs at most a few hundred bytes in addition to its argument.
 MAX_OPCODES = 600_000
 _REMEDY = "use the official files, or a pickle of {'data': uint8 array, 'ids': ints}"
 _NUMERIC_DTYPE = re.compile(r"[|<>=]?(b1|[iu][1248]|f[248])")
 
 
 class _UnpicklingError(Exception):
-    """Why a pickle is not read; `loads` turns it into the user's one line."""
+    """The reason why a pickle is rejected; `loads_pickle` converts it to a `DataError`."""
 
 
 @dataclass(slots=True, eq=False)
 class _Placeholder:
-    """What a `REDUCE` made and a `BUILD` may still complete: a dtype or an array.
+    """A dtype or an array created by the opcode REDUCE, which BUILD may still complete.
 
-    A box, because the pickle's memo and stack refer to it before its value is known.
+    The memo and the stack of the pickle refer to this object before its value is known.
     """
 
     kind: str
@@ -56,20 +56,21 @@ class _PickleVM:
     def read_bytes(self, count: int) -> bytes:
         end = self.position + count
         if end > len(self.data):
+            remaining = len(self.data) - self.position
             raise _UnpicklingError(
-                f"a value of {count:,} bytes at offset {self.position:,}, where {len(self.data) - self.position:,} remain"
+                f"a value of {count:,} bytes at offset {self.position:,}, but only {remaining:,} remain"
             )
-        part = self.data[self.position : end]
+        value = self.data[self.position : end]
         self.position = end
-        return part
+        return value
 
     def read_line(self) -> bytes:
         end = self.data.find(b"\n", self.position)
         if end < 0:
             raise _UnpicklingError("it ends in the middle of a line")
-        part = self.data[self.position : end]
+        line = self.data[self.position : end]
         self.position = end + 1
-        return part
+        return line
 
     def read_number(self, code: str) -> int:
         return struct.unpack(code, self.read_bytes(struct.calcsize(code)))[0]
@@ -80,44 +81,44 @@ class _PickleVM:
         return items
 
 
-# What the allowed names do here. Each takes the machine and the argument tuple and checks all of it.
+# Implementations of the allowed global names. Each takes the interpreter and the argument tuple and validates it.
 
 
 def _dtype(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`numpy.dtype(code, align, copy)`: booleans, integers and floats only, never objects or records."""
     code = _to_text(args[0])
     if not _NUMERIC_DTYPE.fullmatch(code):
-        raise _UnpicklingError(f"an array of dtype {code[:40]!r}, expected numbers")
+        raise _UnpicklingError(f"an array of dtype {code[:40]!r}, expected a numeric dtype")
     return _Placeholder("dtype", np.dtype(code))
 
 
 def _reconstruct(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
     """`_reconstruct(ndarray, (0,), b'b')`: an empty array that the following `BUILD` fills."""
     if len(args) != 3 or args[0] is not _ndarray or args[1] != (0,):
-        raise _UnpicklingError("an array that numpy does not write")
+        raise _UnpicklingError("arguments of _reconstruct that NumPy never writes")
     return _Placeholder("array")
 
 
 def _frombuffer(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
-    """`_frombuffer(buffer, dtype, shape, order)`: protocol 5's array in one piece."""
+    """`_frombuffer(buffer, dtype, shape, order)`: an array as written in protocol 5."""
     buffer, dtype, shape, order = args
     return _Placeholder("array", _view_array(buffer, dtype, shape, order in ("F", b"F")))
 
 
 def _encode(machine: _PickleVM, args: tuple[Any, ...]) -> bytes:
-    """`_codecs.encode(text, 'latin1')`: how Python 3 spells bytes in protocols 0 to 2."""
+    """`_codecs.encode(text, 'latin1')`: bytes as written by Python 3 in protocols 0 to 2."""
     text, codec = args
     if not isinstance(text, str) or _to_text(codec) not in ("latin1", "latin-1"):
         raise _UnpicklingError("_codecs.encode of something that is not latin-1 text")
-    # One text in the memo, encoded a million times, would turn a small file into gigabytes.
+    # One memoized text, encoded a million times, would expand a small file to gigabytes.
     machine.encoded_bytes += len(text)
     if machine.encoded_bytes > len(machine.data):
-        raise _UnpicklingError(f"it unfolds to more than its own {len(machine.data):,} bytes")
+        raise _UnpicklingError(f"it expands to more than its own {len(machine.data):,} bytes")
     return text.encode("latin-1")
 
 
 def _ndarray(machine: _PickleVM, args: tuple[Any, ...]) -> _Placeholder:
-    """`numpy.ndarray` is only ever an argument of `_reconstruct`."""
+    """`numpy.ndarray`: allowed as an argument of `_reconstruct` only."""
     raise _UnpicklingError("a direct call of numpy.ndarray")
 
 
@@ -138,13 +139,13 @@ def _to_text(value: Any) -> str:
 
 
 def _view_array(buffer: Any, dtype: Any, shape: Any, fortran: bool) -> np.ndarray:
-    """A read-only view of `buffer`, whose size must be the one that dtype and shape say: nothing is allocated."""
+    """Return a read-only view of `buffer`, whose size must match dtype and shape; nothing is allocated."""
     if not isinstance(dtype, _Placeholder) or dtype.kind != "dtype":
         raise _UnpicklingError("an array without a dtype")
     if not isinstance(buffer, bytes):
         raise _UnpicklingError("an array whose values are not bytes")
     if not isinstance(shape, tuple) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**31 for n in shape):
-        raise _UnpicklingError("an array with an impossible shape")
+        raise _UnpicklingError("an array with an invalid shape")
     size = math.prod(shape) * dtype.value.itemsize
     if size != len(buffer):
         raise _UnpicklingError(f"an array of shape {shape} and {size:,} bytes, with {len(buffer):,} bytes of values")
@@ -152,10 +153,10 @@ def _view_array(buffer: Any, dtype: Any, shape: Any, fortran: bool) -> np.ndarra
 
 
 def _global(machine: _PickleVM, module: str, name: str) -> None:
-    full = f"{module}.{name}"
-    if full not in ALLOWED_GLOBALS:
-        raise _UnpicklingError(f"it names {full[:80]!r}, which no data set needs and which could run code")
-    machine.stack.append(ALLOWED_GLOBALS[full])
+    full_name = f"{module}.{name}"
+    if full_name not in ALLOWED_GLOBALS:
+        raise _UnpicklingError(f"it refers to {full_name[:80]!r}, which no data set needs and which could run code")
+    machine.stack.append(ALLOWED_GLOBALS[full_name])
 
 
 def _reduce(machine: _PickleVM) -> None:
@@ -168,19 +169,19 @@ def _reduce(machine: _PickleVM) -> None:
 
 def _build(machine: _PickleVM) -> None:
     state = machine.stack.pop()
-    made = machine.stack[-1]
-    if not isinstance(made, _Placeholder) or not isinstance(state, tuple):
-        raise _UnpicklingError("a state for something that has none")
-    if made.kind == "array":
-        if made.value is not None:
+    target = machine.stack[-1]
+    if not isinstance(target, _Placeholder) or not isinstance(state, tuple):
+        raise _UnpicklingError("a state for a value that has none")
+    if target.kind == "array":
+        if target.value is not None:
             raise _UnpicklingError("an array filled twice")
         _version, shape, dtype, fortran, buffer = state
-        made.value = _view_array(buffer, dtype, shape, bool(fortran))
+        target.value = _view_array(buffer, dtype, shape, bool(fortran))
         return
-    order, *records = state[1:5]
-    if any(part is not None for part in records) or _to_text(order) not in ("|", "<", ">", "="):
-        raise _UnpicklingError("a dtype with fields, expected numbers")
-    made.value = made.value.newbyteorder(_to_text(order))
+    byte_order, *record_fields = state[1:5]
+    if any(value is not None for value in record_fields) or _to_text(byte_order) not in ("|", "<", ">", "="):
+        raise _UnpicklingError("a dtype with fields, expected a numeric dtype")
+    target.value = target.value.newbyteorder(_to_text(byte_order))
 
 
 def _append(machine: _PickleVM, items: list[Any]) -> None:
@@ -199,7 +200,7 @@ def _set_items(machine: _PickleVM, items: list[Any]) -> None:
 
 def _dict_from_pairs(items: list[Any]) -> dict[Any, Any]:
     keys = items[::2]
-    # Only scalars: hashing a tuple nested a million deep overflows the C stack.
+    # Only scalars: hashing a tuple nested a million levels deep overflows the C stack.
     if len(items) % 2 or any(type(key) not in (bytes, str, int) for key in keys):
         raise _UnpicklingError("a dict whose keys are not text or integers")
     return dict(zip(keys, items[1::2], strict=True))
@@ -210,16 +211,16 @@ def _read_python2_string(machine: _PickleVM) -> bytes:
     if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
         raise _UnpicklingError("a string without quotes")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an odd escape is the file's, and no news to the user
+        warnings.simplefilter("ignore")  # warnings about invalid escape sequences in the file do not help the user
         return codecs.escape_decode(raw[1:-1])[0]  # pyright: ignore[reportReturnType]
 
 
 def _read_decimal(machine: _PickleVM) -> int | bool:
     raw = machine.read_line()
-    if raw in (b"00", b"01"):  # how protocol 0 spells booleans
+    if raw in (b"00", b"01"):  # booleans in protocol 0
         return raw == b"01"
     if len(raw) > 24:
-        raise _UnpicklingError("an integer of more than 64 bits")
+        raise _UnpicklingError("an integer of more than 24 digits")
     return int(raw.rstrip(b"L"))
 
 
@@ -230,7 +231,7 @@ def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
 def _tuple(count: int) -> Callable[[_PickleVM], None]:
     def make(machine: _PickleVM) -> None:
         if len(machine.stack) < count:
-            raise _UnpicklingError("a tuple of values that are not there")
+            raise _UnpicklingError("a tuple of more values than the stack holds")
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return make
@@ -258,11 +259,11 @@ def _stack_global(machine: _PickleVM) -> None:
     _global(machine, _to_text(machine.stack.pop()), _to_text(name))
 
 
-# Not here, so refused: classes and instances (INST, OBJ, NEWOBJ), persistent ids, extension codes, sets, LONG4 and
-# out-of-band buffers. Sizes are read as unsigned, so a negative one is simply more than the bytes that remain.
+# Not listed and therefore rejected: classes and instances (INST, OBJ, NEWOBJ), persistent ids, extension codes, sets,
+# LONG4 and out-of-band buffers. Sizes are read as unsigned, so a negative size exceeds the remaining bytes.
 OPCODES: dict[bytes, Callable[[_PickleVM], object]] = {
-    b"\x80": lambda m: m.read_number("<B"),  # PROTO: any number, since the opcodes below are what is read
-    b"\x95": lambda m: m.read_bytes(8),  # FRAME: only a hint for readers of streams
+    b"\x80": lambda m: m.read_number("<B"),  # PROTO: not checked, since the opcodes are
+    b"\x95": lambda m: m.read_bytes(8),  # FRAME: only a hint for stream readers
     b"(": _mark,
     b"0": lambda m: m.stack.pop(),  # POP
     b"1": lambda m: m.pop_mark(),  # POP_MARK
@@ -317,16 +318,16 @@ OPCODES: dict[bytes, Callable[[_PickleVM], object]] = {
 _DISPATCH = [OPCODES.get(bytes([code])) for code in range(256)]
 
 
-def _push_from_mark(machine: _PickleVM, make: Callable[[list[Any]], Any]) -> None:
+def _push_from_mark(machine: _PickleVM, build: Callable[[list[Any]], Any]) -> None:
     items = machine.pop_mark()
-    machine.stack.append(make(items))
+    machine.stack.append(build(items))
 
 
 def _execute(machine: _PickleVM) -> Any:
     data = machine.data
     for _ in range(MAX_OPCODES):
         if machine.position >= len(data):
-            raise _UnpicklingError("it ends before its end mark: the file is cut short")
+            raise _UnpicklingError("it ends before the STOP opcode: the file is truncated")
         code = data[machine.position]
         machine.position += 1
         if code == 0x2E:  # STOP
@@ -342,17 +343,17 @@ def _execute(machine: _PickleVM) -> Any:
 
 def _unwrap(value: Any) -> Any:
     if callable(value) or (isinstance(value, _Placeholder) and value.value is None):
-        raise _UnpicklingError("a value that is not finished")
+        raise _UnpicklingError("an incomplete value")
     return value.value if isinstance(value, _Placeholder) else value
 
 
 def loads_pickle(
     data: bytes | bytearray | memoryview, source_name: str = "pickle", *, max_bytes: int = MAX_BYTES
 ) -> Any:
-    """The object in a pickle of protocol 0 to 5; text of Python 2 comes back as bytes, arrays as read-only views.
+    """Read a pickle of protocol 0 to 5; Python 2 strings are returned as bytes, arrays as read-only views of the data.
 
-    `what` names the file in errors. Raises `DataError` for everything that is not a complete pickle of
-    dicts, lists, tuples, text, numbers and numeric arrays, and before allocating more than a few times its size.
+    `source_name` names the file in errors. Raises `DataError` if it is not a complete pickle of dicts, lists, tuples,
+    text, numbers and numeric arrays, and before allocating more than a few times its size.
     """
     if len(data) > max_bytes:
         raise DataError(f"{source_name} has {len(data):,} bytes, expected at most {max_bytes:,}", _REMEDY)
@@ -369,31 +370,31 @@ def loads_pickle(
     except _UnpicklingError as reason:
         raise DataError(f"{source_name} is not a pickle that can be read safely: {reason}", _REMEDY) from None
     except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
-        found = f"broken at offset {machine.position:,} ({type(error).__name__})"
-        raise DataError(f"{source_name} is not a pickle that can be read safely: {found}", _REMEDY) from None
+        reason = f"invalid data at offset {machine.position:,} ({type(error).__name__})"
+        raise DataError(f"{source_name} is not a pickle that can be read safely: {reason}", _REMEDY) from None
 
 
 def load_pickle(source: Path | str | bytes | memoryview, source_name: str = "", *, max_bytes: int = MAX_BYTES) -> dict:
-    """The dict in a pickle file, or in its bytes, by the restricted reader; keys stay bytes or str as written.
+    """Read the dict in a pickle file, or in the bytes of one; keys are bytes or str as written.
 
-    Raises `DataError` for a missing or oversized file, an unsafe or damaged pickle, and one that holds no dict.
+    Raises `DataError` if the file is missing or too large, or the pickle is unsafe, damaged or not a dict.
     """
     if isinstance(source, str | Path):
         path, source_name = Path(source), source_name or str(source)
         try:
             size = path.stat().st_size
-            # The size first: reading a terabyte to find that it is too large is the bomb.
-            blob = path.read_bytes() if size <= max_bytes else b""
+            # Check the size before reading, so that a huge file cannot exhaust the memory.
+            content = path.read_bytes() if size <= max_bytes else b""
         except OSError as error:
             raise DataError(f"cannot read {source_name}: {error.strerror or error}", "check the path") from None
         if size > max_bytes:
             raise DataError(f"{source_name} has {size:,} bytes, expected at most {max_bytes:,}", _REMEDY)
     else:
-        blob, source_name = bytes(source), source_name or "pickle"
-    head = blob[:512].lstrip().lower()
+        content, source_name = bytes(source), source_name or "pickle"
+    head = content[:512].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{source_name} is an HTML page, expected a pickle", "download the file again")
-    result = loads_pickle(blob, source_name, max_bytes=max_bytes)
+    result = loads_pickle(content, source_name, max_bytes=max_bytes)
     if not isinstance(result, dict):
-        raise DataError(f"{source_name} holds a {type(result).__name__}, expected a dict", _REMEDY)
+        raise DataError(f"{source_name} contains a {type(result).__name__}, expected a dict", _REMEDY)
     return result

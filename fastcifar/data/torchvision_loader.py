@@ -1,8 +1,8 @@
-"""The loader as people write it: a DataLoader whose workers decode, transform and stack one image at a time.
+"""The conventional loader: a DataLoader whose workers transform and collate one image at a time with torchvision.
 
-It is the baseline that the others are compared with. The order of an epoch is theirs; the draws of the augmentations
-are torchvision's own, from a seed for each step and rank, so that workers and resuming change nothing. torchvision is
-imported when a loader is made, never before.
+It is the baseline for comparisons. The order of an epoch is that of the other loaders; torchvision draws the random
+parameters, seeded for each step and rank, so that neither the number of workers nor resuming changes a batch.
+torchvision is imported when a loader is created, not before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Transform = Callable[[Any], Any]
 
 
 class Cutout:
-    """torchvision has none of fixed size: a square of `size` pixels around a random centre, cut off at the border."""
+    """Fill a square of `size` pixels around a random center, clipped at the border; torchvision has no equivalent."""
 
     def __init__(self, size: int, fill_color: FillColor) -> None:
         self.size, self.fill_color = size, fill_color
@@ -40,11 +40,11 @@ class Cutout:
 
 
 def make_random_erasing(v2: Any, op: AugmentOp, fill_color: FillColor) -> Transform:
-    """torchvision's RandomErasing with the op's largest share of the area."""
+    """Return torchvision's RandomErasing with `op.value` as the largest fraction of the area."""
     return v2.RandomErasing(ERASE_PROBABILITY, (MIN_ERASE_AREA, op.value), ERASE_ASPECT_RANGE, value=fill_color)
 
 
-# (name, word) of an op -> what does the same to a PIL image, from torchvision.transforms.v2, the op and the mean colour
+# (name, variant) of an augmentation -> (torchvision.transforms.v2, op, mean color) -> the same transform of a PIL image
 TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Transform]] = {
     ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value),
     ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value, padding_mode="reflect"),
@@ -65,10 +65,11 @@ TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Tr
 
 
 class TorchvisionLoader:
-    """The set in the host's memory; a DataLoader of `workers` processes (0: this one) for each epoch.
+    """Loader that keeps the data set in host memory and creates a DataLoader for each epoch.
 
-    The arguments are TensorLoader's; `workers` and the worker processes are all that differ.
-    Raises `UsageError` for an op without a counterpart, without torchvision, and as `steps.cut` does.
+    The arguments are those of `TensorLoader`, with `workers`, the number of worker processes (0 for none), instead of
+    `compile`. Raises `UsageError` if an augmentation has no counterpart in torchvision or torchvision is not installed,
+    and as `slice_epoch` does.
     """
 
     def __init__(
@@ -98,29 +99,29 @@ class TorchvisionLoader:
         self._seed, self._device, self._workers = seed, torch.device(device), workers
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-        Starting late gives exactly the batches that the whole epoch would have given from there.
+        A later `start_step` gives exactly the remaining batches of the epoch.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        order = draw_epoch((), self.num_samples, epoch, self._seed).permutation
-        shares = self.slicing.step_table(order)
-        steps = [_StepIndices(step, share[: self.slicing.local_count(step)]) for step, share in enumerate(shares)]
+        permutation = draw_epoch((), self.num_samples, epoch, self._seed).permutation
+        table = self.slicing.step_table(permutation)
+        steps = [_StepIndices(step, indices[: self.slicing.local_count(step)]) for step, indices in enumerate(table)]
         on_gpu = self._device.type == "cuda"
         loader = DataLoader(
             _TransformedImages(self._pixels, self._labels, self._transform, (self._seed, epoch, self.slicing.rank)),
             batch_sampler=steps[start_step:],  # type: ignore[arg-type]  # a step is a list of indices and its number
             num_workers=min(self._workers, self.steps_per_epoch - start_step),
             pin_memory=on_gpu,
-            generator=torch.Generator(),  # the global one belongs to the network
+            generator=torch.Generator(),  # the global generator is used by the network
         )
         for images, labels in loader:
-            images, labels = (part.to(self._device, non_blocking=on_gpu) for part in (images, labels))
+            images, labels = (tensor.to(self._device, non_blocking=on_gpu) for tensor in (images, labels))
             yield images.contiguous(memory_format=torch.channels_last), labels
 
 
 class _StepIndices(list[int]):
-    """The samples of one step, and its number: what travels to a worker."""
+    """The sample indices of one step and the step number, as sent to a worker."""
 
     def __init__(self, number: int, indices: np.ndarray) -> None:
         super().__init__(indices.tolist())
@@ -128,7 +129,7 @@ class _StepIndices(list[int]):
 
 
 class _TransformedImages(Dataset[tuple[Tensor, int]]):
-    """What the workers hold: pixels uint8 [n,32,32,3] and labels [n]; one step's images are fetched by one call."""
+    """The data set of the workers: pixels uint8 [n,32,32,3] and labels [n]; one call fetches the images of a step."""
 
     def __init__(
         self, pixels: np.ndarray, labels: np.ndarray, transform: Transform, seed_key: tuple[int, int, int]
@@ -139,23 +140,25 @@ class _TransformedImages(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitems__(self, step: _StepIndices) -> list[tuple[Tensor, int]]:
-        """The step's images, transformed: uint8 [3,32,32] each, and labels."""
+        """Return the transformed images of a step, uint8 [3,32,32] each, and their labels."""
         state = np.random.SeedSequence([*self.seed_key, step.number]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):  # without workers this process's generator is the network's
+        with torch.random.fork_rng(devices=[]):  # without workers, the network uses the generator of this process
             torch.default_generator.manual_seed(int(state[0]))
             return [(self.transform(Image.fromarray(self.pixels[index])), int(self.labels[index])) for index in step]
 
 
 def build_transform(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> Transform:
-    """The ops in torchvision's words: a PIL image -> uint8 [3,32,32].
+    """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32].
 
-    Raises `UsageError` for an op that has no counterpart, and without torchvision.
+    Raises `UsageError` if an augmentation has no counterpart in torchvision or torchvision is not installed.
     """
     for op in ops:
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
-            words = [word for name, word in TORCHVISION_TRANSFORMS if name == op.name]
-            instead = f", or {op.name} with {' or '.join(words)}" if words else ""
-            raise UsageError(f"--loader torchvision has no {format_augment((op,))}", f"use --loader tensor{instead}")
+            variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
+            alternative = f", or {op.name} with {' or '.join(variants)}" if variants else ""
+            raise UsageError(
+                f"--loader torchvision does not support {format_augment((op,))}", f"use --loader tensor{alternative}"
+            )
     v2 = import_optional("torchvision.transforms.v2", TORCHVISION_REMEDY)
     return v2.Compose(
         [*(TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops), v2.PILToTensor()]

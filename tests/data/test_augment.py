@@ -1,6 +1,6 @@
-"""The augmentations against a slow, independent reference, one image at a time in numpy.
+"""Tests of the augmentations against a slow, independent reference that processes one image at a time with NumPy.
 
-Parametrised over the rows of `AUGMENTS`: a new row fails here until it has a reference and ranges.
+They are parametrized over the entries of `AUGMENTS`: a new entry fails until it has a reference and ranges.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ SPECS = [
 ALL_SPECS = ",".join(SPECS)
 
 
-def crop_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
+def crop_image(op: AugmentOp, image: np.ndarray, params: dict[str, int]) -> np.ndarray:
     assert isinstance(op.value, int)
     edges = ((0, 0), (op.value, op.value), (op.value, op.value))
     padded = np.pad(image, edges, mode="reflect" if op.variant == "reflect" else "constant")
-    return padded[:, drawn["y"] : drawn["y"] + 32, drawn["x"] : drawn["x"] + 32]
+    return padded[:, params["y"] : params["y"] + 32, params["x"] : params["x"] + 32]
 
 
-def flip_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
-    return image[:, :, ::-1] if drawn["flip"] else image
+def flip_image(op: AugmentOp, image: np.ndarray, params: dict[str, int]) -> np.ndarray:
+    return image[:, :, ::-1] if params["flip"] else image
 
 
-def cutout_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
+def cutout_image(op: AugmentOp, image: np.ndarray, params: dict[str, int]) -> np.ndarray:
     assert isinstance(op.value, int)
-    top, left = (drawn[axis] - op.value // 2 for axis in "yx")
-    colour = FILL if op.variant == "mean" else (0, 0, 0)
+    top, left = (params[axis] - op.value // 2 for axis in "yx")
+    color = FILL if op.variant == "mean" else (0, 0, 0)
     image = image.copy()
     for y in range(max(top, 0), min(top + op.value, 32)):
         for x in range(max(left, 0), min(left + op.value, 32)):
-            image[:, y, x] = colour
+            image[:, y, x] = color
     return image
 
 
-def erase_image(op: AugmentOp, image: np.ndarray, drawn: dict[str, int]) -> np.ndarray:
-    """torchvision's own erasing of the box."""
-    top, left, height, width = (drawn[name] for name in "yxhw")
-    colour = torch.tensor({"mean": FILL, "gray": (128, 128, 128), "zero": (0, 0, 0)}[op.variant])[:, None, None]
-    return erase(torch.from_numpy(image), top, left, height, width, colour).numpy()
+def erase_image(op: AugmentOp, image: np.ndarray, params: dict[str, int]) -> np.ndarray:
+    """Erase the box with torchvision."""
+    top, left, height, width = (params[name] for name in "yxhw")
+    color = torch.tensor({"mean": FILL, "gray": (128, 128, 128), "zero": (0, 0, 0)}[op.variant])[:, None, None]
+    return erase(torch.from_numpy(image), top, left, height, width, color).numpy()
 
 
-ELSEWHERE = {"rotate", "jitter", "autoaugment", "randaugment", "trivialaugment"}  # test_policies.py
+TESTED_ELSEWHERE = {"rotate", "jitter", "autoaugment", "randaugment", "trivialaugment"}  # in test_policies.py
 REFERENCE = {"crop": crop_image, "flip": flip_image, "cutout": cutout_image, "erase": erase_image}
 RANGES = {
     "crop": lambda op: {"y": (0, 2 * op.value), "x": (0, 2 * op.value)},
@@ -72,41 +72,47 @@ RANGES = {
 }
 
 
-def expected(ops: tuple[AugmentOp, ...], images: np.ndarray, params: tuple[dict[str, np.ndarray], ...]) -> np.ndarray:
-    """[b,3,32,32]: every image by itself through the reference of every op."""
+def apply_reference(
+    ops: tuple[AugmentOp, ...], images: np.ndarray, op_params: tuple[dict[str, np.ndarray], ...]
+) -> np.ndarray:
+    """Apply the reference of every op to each image; returns [b,3,32,32]."""
     images = images.copy()
     for i in range(len(images)):
-        for op, drawn in zip(ops, params, strict=True):
-            images[i] = REFERENCE[op.name](op, images[i], {name: int(array[i]) for name, array in drawn.items()})
+        for op, params in zip(ops, op_params, strict=True):
+            images[i] = REFERENCE[op.name](op, images[i], {name: int(array[i]) for name, array in params.items()})
     return images
+
+
+def as_tensors(op_params: tuple[dict[str, np.ndarray], ...]) -> tuple[dict[str, torch.Tensor], ...]:
+    return tuple({name: torch.from_numpy(array) for name, array in params.items()} for params in op_params)
 
 
 def noise(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
 
 
-def test_every_row_and_word_is_tested_here() -> None:
+def test_every_augmentation_and_variant_is_tested() -> None:
     assert {(op.name, op.variant) for op in parse_augment(ALL_SPECS)} == {
-        (n, word) for n, r in AUGMENTS.items() for word in r.variants if n not in ELSEWHERE
+        (name, variant) for name, spec in AUGMENTS.items() for variant in spec.variants if name not in TESTED_ELSEWHERE
     }
-    assert REFERENCE.keys() == RANGES.keys() == AUGMENTS.keys() - ELSEWHERE
+    assert REFERENCE.keys() == RANGES.keys() == AUGMENTS.keys() - TESTED_ELSEWHERE
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
-def test_rows_are_complete(name: str) -> None:
-    row = AUGMENTS[name]
+def test_augmentation_specs_are_complete(name: str) -> None:
+    spec = AUGMENTS[name]
     with pytest.raises(UsageError) as error:
-        parse_augment(f"{name}:{'' if row.default_value is None else f'{row.default_value}:'}nonsense")
-    assert str(error.value).endswith(f" ({row.help})")
+        parse_augment(f"{name}:{'' if spec.default_value is None else f'{spec.default_value}:'}nonsense")
+    assert str(error.value).endswith(f" ({spec.help})")
     assert "\n" not in str(error.value)
     (op,) = parse_augment(name)
-    assert (op.name, op.value, op.variant) == (name, row.default_value, next(iter(row.variants)))
-    for low, high in row.variants.values():
-        assert row.default_value is None or low <= row.default_value <= high
+    assert (op.name, op.value, op.variant) == (name, spec.default_value, next(iter(spec.variants)))
+    for low, high in spec.variants.values():
+        assert spec.default_value is None or low <= spec.default_value <= high
 
 
 @pytest.mark.parametrize("spec", [*SPECS, ALL_SPECS, "none"])
-def test_canonical_spellings_come_back(spec: str) -> None:
+def test_canonical_text_is_parsed_and_formatted_unchanged(spec: str) -> None:
     assert format_augment(parse_augment(spec)) == spec
     assert parse_augment(format_augment(parse_augment(spec))) == parse_augment(spec)
 
@@ -126,12 +132,12 @@ def test_canonical_spellings_come_back(spec: str) -> None:
         ("autoaugment,randaugment:7,trivialaugment", "autoaugment:cifar10,randaugment:7:2,trivialaugment:wide"),
     ],
 )
-def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
+def test_defaults_are_filled_in(short: str, canonical: str) -> None:
     assert format_augment(parse_augment(short)) == canonical
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("flipp", "did you mean 'flip'?"),
         ("Crop", "did you mean 'crop'?"),
@@ -140,48 +146,48 @@ def test_short_spellings_become_canonical(short: str, canonical: str) -> None:
         ("crop,", "empty item"),
         (":4", "empty item"),
         ("crop,none", "write 'none' alone"),
-        ("crop:x", "not a whole number"),
-        ("crop:4.0", "not a whole number"),
-        ("crop:", "not a whole number"),
-        ("crop:1_6", "not a whole number"),
-        ("crop:٣", "not a whole number"),
-        ("crop:zero", "not a whole number"),
+        ("crop:x", "not an integer"),
+        ("crop:4.0", "not an integer"),
+        ("crop:", "not an integer"),
+        ("crop:1_6", "not an integer"),
+        ("crop:٣", "not an integer"),
+        ("crop:zero", "not an integer"),
         ("crop:0", "from 1 to 16"),
         ("crop:17:reflect", "from 1 to 16"),
         ("crop:-4", "from 1 to 16"),
         ("flip:half", "not a number"),
         ("flip:1.5", "from 0.0 to 1.0"),
         ("flip:nan", "from 0.0 to 1.0"),
-        ("flip:0.3:alternating", "flip:VALUE:alternating takes 0.5"),
+        ("flip:0.3:alternating", "VALUE in flip:VALUE:alternating must be 0.5"),
         ("cutout:33", "from 1 to 32"),
-        ("erase:0.01", "erase:VALUE:gray takes from 0.02 to 1.0"),
+        ("erase:0.01", "VALUE in erase:VALUE:gray must be from 0.02 to 1.0"),
         ("erase:0.1:grey", "VARIANT one of gray, mean, zero"),
         ("crop:4:mirror", "VARIANT one of zero, reflect"),
         ("crop:4:", "VARIANT one of zero, reflect"),
         ("flip:0.5:random:3", "unexpected '3'"),
         ("cutmx", "did you mean 'cutmix'?"),
-        ("cutmix:0", "cutmix:VALUE takes from 0.01 to 100.0"),
-        ("mixup:nan", "mixup:VALUE takes from 0.01 to 100.0"),
+        ("cutmix:0", "VALUE in cutmix:VALUE must be from 0.01 to 100.0"),
+        ("mixup:nan", "VALUE in mixup:VALUE must be from 0.01 to 100.0"),
         ("ricap:0.3:zero", "write ricap:VALUE"),
-        ("cutmix,flip", "write one mixer, at the list's end"),
-        ("flip,mixup:0.2,cutmix", "write one mixer, at the list's end"),
+        ("cutmix,flip", "write at most one mixer, at the end"),
+        ("flip,mixup:0.2,cutmix", "write at most one mixer, at the end"),
     ],
 )
-def test_bad_spellings_say_what_to_do(spec: str, said: str) -> None:
+def test_invalid_lists_raise_errors_with_a_remedy(spec: str, message: str) -> None:
     with pytest.raises(UsageError, match="augmentation") as error:
         parse_augment(spec)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_rows_without_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = AUGMENTS["flip"]
+def test_augmentations_without_a_value_or_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    flip = AUGMENTS["flip"]
     policy = AugmentSpec(
-        row.draw, row.apply, default_value=None, variants={"cifar10": (0, 0), "imagenet": (0, 0)}, help="a policy"
+        flip.draw, flip.apply, default_value=None, variants={"cifar10": (0, 0), "imagenet": (0, 0)}, help="a policy"
     )
     monkeypatch.setitem(AUGMENTS, "policy", policy)
     monkeypatch.setitem(
-        AUGMENTS, "rotate", AugmentSpec(row.draw, row.apply, default_value=5, variants={"": (0, 30)}, help="rotate")
+        AUGMENTS, "rotate", AugmentSpec(flip.draw, flip.apply, default_value=5, variants={"": (0, 30)}, help="rotate")
     )
     assert parse_augment("policy,policy:imagenet") == (
         AugmentOp("policy", None, "cifar10"),
@@ -198,29 +204,29 @@ def test_rows_without_a_number_or_a_word(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_draws_are_of_their_type_and_within_bounds(spec: str) -> None:
+def test_parameters_have_the_right_type_and_range(spec: str) -> None:
     (op,) = ops = parse_augment(spec)
-    (drawn,) = draw_epoch(ops, 20_000, epoch=3, seed=1).op_params
+    (params,) = draw_epoch(ops, 20_000, epoch=3, seed=1).op_params
     ranges = RANGES[op.name](op)
-    assert drawn.keys() == ranges.keys()
-    for name, array in drawn.items():
+    assert params.keys() == ranges.keys()
+    for name, array in params.items():
         assert array.shape == (20_000,)
         assert array.dtype in (np.int32, np.uint8, np.bool_)
         low, high = ranges[name]
         if op.name == "flip" and op.variant == "random":
             low, high = int(op.value == 1), int(op.value != 0)
-        if op.name == "erase":  # how far it reaches follows from its number: test_windows.py
+        if op.name == "erase":  # the exact range depends on the value: see test_crop_flip_erase.py
             assert low <= array.min() < array.max() <= high
         else:
-            assert (int(array.min()), int(array.max())) == (low, high)  # 20,000 draws reach both ends
+            assert (int(array.min()), int(array.max())) == (low, high)  # 20,000 draws include both bounds
 
 
-def test_draws_are_a_function_of_seed_and_epoch_alone() -> None:
+def test_parameters_depend_on_seed_and_epoch_only() -> None:
     ops = parse_augment(ALL_SPECS)
 
     def flat(epoch: int, seed: int) -> list[np.ndarray]:
-        draws = draw_epoch(ops, 1000, epoch, seed)
-        return [draws.permutation, *(array for drawn in draws.op_params for array in drawn.values())]
+        epoch_params = draw_epoch(ops, 1000, epoch, seed)
+        return [epoch_params.permutation, *(array for params in epoch_params.op_params for array in params.values())]
 
     first = flat(epoch=5, seed=7)
     assert first[0].dtype == np.int64
@@ -228,59 +234,58 @@ def test_draws_are_a_function_of_seed_and_epoch_alone() -> None:
     np.random.default_rng().random()
     assert all(np.array_equal(a, b) for a, b in zip(first, flat(epoch=5, seed=7), strict=True))
     for other in (flat(epoch=6, seed=7), flat(epoch=5, seed=8), flat(epoch=7, seed=5)):
-        same = [np.array_equal(a, b) for a, b in zip(first, other, strict=True)]
-        assert sum(same) == 2, "only flip:0.0 and flip:1.0 may be the same"
+        is_equal = [np.array_equal(a, b) for a, b in zip(first, other, strict=True)]
+        assert sum(is_equal) == 2, "only flip:0.0 and flip:1.0 may be equal"
 
 
-def test_adding_an_op_changes_no_draw_before_it() -> None:
+def test_appending_an_augmentation_keeps_the_parameters_before_it() -> None:
     ops = parse_augment(ALL_SPECS)
-    whole = draw_epoch(ops, 500, epoch=2, seed=3)
+    complete = draw_epoch(ops, 500, epoch=2, seed=3)
     for k in range(len(ops)):
-        part = draw_epoch(ops[:k], 500, epoch=2, seed=3)
-        assert np.array_equal(part.permutation, whole.permutation)
-        for mine, theirs in zip(part.op_params, whole.op_params[:k], strict=True):
-            assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+        shorter = draw_epoch(ops[:k], 500, epoch=2, seed=3)
+        assert np.array_equal(shorter.permutation, complete.permutation)
+        for actual, expected in zip(shorter.op_params, complete.op_params[:k], strict=True):
+            assert all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
-def test_streams_of_equal_ops_are_independent() -> None:
-    draws = draw_epoch(
-        parse_augment("cutout,cutout,flip:0.5:alternating,flip:0.5:alternating"), 50_000, epoch=0, seed=0
-    )
-    assert abs(np.mean(draws.op_params[0]["y"] == draws.op_params[1]["y"]) - 1 / 32) < 0.005
-    assert abs(np.mean(draws.op_params[0]["y"] == draws.op_params[0]["x"]) - 1 / 32) < 0.005
-    assert abs(np.mean(draws.op_params[2]["flip"] == draws.op_params[3]["flip"]) - 1 / 2) < 0.01
+def test_streams_of_equal_augmentations_are_independent() -> None:
+    ops = parse_augment("cutout,cutout,flip:0.5:alternating,flip:0.5:alternating")
+    params = draw_epoch(ops, 50_000, epoch=0, seed=0).op_params
+    assert abs(np.mean(params[0]["y"] == params[1]["y"]) - 1 / 32) < 0.005
+    assert abs(np.mean(params[0]["y"] == params[0]["x"]) - 1 / 32) < 0.005
+    assert abs(np.mean(params[2]["flip"] == params[3]["flip"]) - 1 / 2) < 0.01
 
 
 @pytest.mark.parametrize(("spec", "bins"), [("crop:4:zero", 9), ("crop:16:reflect", 33), ("cutout:8:mean", 32)])
 def test_positions_are_uniform(spec: str, bins: int) -> None:
     n = 50_000
-    (drawn,) = draw_epoch(parse_augment(spec), n, epoch=1, seed=0).op_params
-    joint = np.bincount(drawn["y"].astype(int) * bins + drawn["x"], minlength=bins * bins)
+    (params,) = draw_epoch(parse_augment(spec), n, epoch=1, seed=0).op_params
+    joint = np.bincount(params["y"].astype(int) * bins + params["x"], minlength=bins * bins)
     cells = bins * bins
     chi_square = float(((joint - n / cells) ** 2 / (n / cells)).sum())
     assert abs(chi_square - (cells - 1)) < 5 * (2 * (cells - 1)) ** 0.5  # five standard deviations
 
 
-@pytest.mark.parametrize(("spec", "share"), [("flip:0.25", 0.25), ("flip", 0.5), ("flip:0.5:alternating", 0.5)])
-def test_share_of_flips(spec: str, share: float) -> None:
-    (drawn,) = draw_epoch(parse_augment(spec), 50_000, epoch=1, seed=0).op_params
-    assert abs(drawn["flip"].mean() - share) < 0.01
+@pytest.mark.parametrize(("spec", "probability"), [("flip:0.25", 0.25), ("flip", 0.5), ("flip:0.5:alternating", 0.5)])
+def test_fraction_of_flipped_images(spec: str, probability: float) -> None:
+    (params,) = draw_epoch(parse_augment(spec), 50_000, epoch=1, seed=0).op_params
+    assert abs(params["flip"].mean() - probability) < 0.01
 
 
-def test_order_is_well_mixed() -> None:
-    order = draw_epoch((), 50_000, epoch=0, seed=0).permutation
-    next_order = draw_epoch((), 50_000, epoch=1, seed=0).permutation
-    assert abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.02
-    assert abs(np.corrcoef(order, next_order)[0, 1]) < 0.02
+def test_permutations_are_uncorrelated() -> None:
+    permutation = draw_epoch((), 50_000, epoch=0, seed=0).permutation
+    next_permutation = draw_epoch((), 50_000, epoch=1, seed=0).permutation
+    assert abs(np.corrcoef(permutation, np.arange(50_000))[0, 1]) < 0.02
+    assert abs(np.corrcoef(permutation, next_permutation)[0, 1]) < 0.02
 
 
-def test_alternating_flip_shows_both_sides_in_any_two_epochs() -> None:
+def test_alternating_flip_shows_both_orientations_in_any_two_epochs() -> None:
     ops = parse_augment("crop,flip:0.5:alternating")
     by_sample = []
     for epoch in range(4):
-        draws = draw_epoch(ops, 2000, epoch, seed=0)
+        epoch_params = draw_epoch(ops, 2000, epoch, seed=0)
         flipped = np.empty(2000, dtype=bool)
-        flipped[draws.permutation] = draws.op_params[1]["flip"]
+        flipped[epoch_params.permutation] = epoch_params.op_params[1]["flip"]
         by_sample.append(flipped)
     for before, after in pairwise(by_sample):
         assert np.array_equal(before, ~after)
@@ -290,31 +295,29 @@ def test_alternating_flip_shows_both_sides_in_any_two_epochs() -> None:
 @pytest.mark.parametrize("spec", [*SPECS, "crop:4:reflect,flip,cutout:9:mean,crop:2:zero,flip,cutout:5:zero"])
 def test_apply_equals_the_reference(spec: str) -> None:
     ops, n = parse_augment(spec), 48
-    draws = draw_epoch(ops, n, epoch=0, seed=0)
-    for drawn, op in zip(draws.op_params, ops, strict=True):  # the extremes too, which 48 draws may miss
+    op_params = draw_epoch(ops, n, epoch=0, seed=0).op_params
+    for params, op in zip(op_params, ops, strict=True):  # include the bounds, which 48 draws may miss
         for name, (low, high) in RANGES[op.name](op).items():
-            drawn[name][:2] = low, high
+            params[name][:2] = low, high
     pixels = noise(n)
     images = torch.from_numpy(pixels.copy()).contiguous(memory_format=torch.channels_last)
-    params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.op_params)
-    out = apply_augment(ops, images, params, FILL)
+    out = apply_augment(ops, images, as_tensors(op_params), FILL)
     assert out.shape == (n, 3, 32, 32)
     assert out.dtype == torch.uint8
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert int((out.numpy() != expected(ops, pixels, draws.op_params)).sum()) == 0
+    assert int((out.numpy() != apply_reference(ops, pixels, op_params)).sum()) == 0
     assert np.array_equal(images.numpy(), pixels), "the input was changed"
 
 
-def test_apply_works_on_any_strides_and_part_of_a_batch() -> None:
+def test_apply_works_on_any_strides_and_slices_of_a_batch() -> None:
     ops = parse_augment("crop:4:reflect,flip,cutout")
-    draws = draw_epoch(ops, 8, epoch=0, seed=0)
-    params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.op_params)
+    op_params = as_tensors(draw_epoch(ops, 8, epoch=0, seed=0).op_params)
     planar = torch.from_numpy(noise(8))
-    whole = apply_augment(ops, planar, params, FILL)
-    part = tuple({name: array[3:5] for name, array in drawn.items()} for drawn in params)
-    assert torch.equal(apply_augment(ops, planar[3:5], part, FILL), whole[3:5])
+    augmented = apply_augment(ops, planar, op_params, FILL)
+    sliced = tuple({name: array[3:5] for name, array in params.items()} for params in op_params)
+    assert torch.equal(apply_augment(ops, planar[3:5], sliced, FILL), augmented[3:5])
 
 
-def test_no_op_is_the_same_images() -> None:
+def test_the_empty_list_changes_nothing() -> None:
     images = torch.from_numpy(noise(4)).contiguous(memory_format=torch.channels_last)
     assert torch.equal(apply_augment((), images, (), FILL), images)

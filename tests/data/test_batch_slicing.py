@@ -1,4 +1,4 @@
-"""The one rule of steps and shares: ranks interleave to the batches of one, and nobody is left without an image."""
+"""Tests of batch slicing: the shares of the ranks interleave to the batches of a single process, and none is empty."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from fastcifar.errors import UsageError
 
 
 @given(
-    samples=st.integers(1, 60), per_rank=st.integers(1, 9), ranks=st.integers(1, 5), drop=st.booleans(),
-    aligned=st.sampled_from([1, 4]),
+    num_samples=st.integers(1, 60), local_size=st.integers(1, 9), world_size=st.integers(1, 5), drop=st.booleans(),
+    alignment=st.sampled_from([1, 4]),
 )  # fmt: skip
-def test_shares_interleave_to_the_batches_of_one_rank(
-    samples: int, per_rank: int, ranks: int, drop: bool, aligned: int
+def test_shares_interleave_to_the_batches_of_one_process(
+    num_samples: int, local_size: int, world_size: int, drop: bool, alignment: int
 ) -> None:
-    size = per_rank * ranks
+    size = local_size * world_size
     try:
-        shares = [slice_epoch(samples, size, drop, rank, ranks) for rank in range(ranks)]
+        slicings = [slice_epoch(num_samples, size, drop, rank, world_size) for rank in range(world_size)]
     except UsageError:
-        assert size > samples or 0 < samples % size < ranks
+        assert size > num_samples or 0 < num_samples % size < world_size
         return
-    order = np.random.default_rng(0).permutation(samples)
-    tables = [steps.step_table(order, aligned) for steps in shares]
-    batches = [order[start : start + size] for start in range(0, samples, size)]
+    order = np.random.default_rng(0).permutation(num_samples)
+    tables = [slicing.step_table(order, alignment) for slicing in slicings]
+    batches = [order[start : start + size] for start in range(0, num_samples, size)]
     batches = [batch for batch in batches if len(batch) == size or not drop]
-    assert {steps.steps_per_epoch for steps in shares} == {len(batches)}
+    assert {slicing.steps_per_epoch for slicing in slicings} == {len(batches)}
     for step, batch in enumerate(batches):
-        parts = [table[step][: steps.local_count(step)] for table, steps in zip(tables, shares, strict=True)]
-        assert all(np.array_equal(part, batch[rank::ranks]) for rank, part in enumerate(parts))
-        assert all(len(part) > 0 for part in parts)
-        assert sum(map(len, parts)) == len(batch)
+        shares = [table[step][: slicing.local_count(step)] for table, slicing in zip(tables, slicings, strict=True)]
+        assert all(np.array_equal(share, batch[rank::world_size]) for rank, share in enumerate(shares))
+        assert all(len(share) > 0 for share in shares)
+        assert sum(map(len, shares)) == len(batch)
     for table in tables:
-        assert table.shape[1] % aligned == 0
-        assert np.isin(table, order).all(), "what fills a row up is a valid draw"
+        assert table.shape[1] % alignment == 0
+        assert np.isin(table, order).all(), "the padding must consist of valid values"
 
 
-def test_a_table_keeps_the_dtype_and_the_other_axes() -> None:
+def test_a_step_table_keeps_the_dtype_and_the_other_dimensions() -> None:
     table = BatchSlicing(5, 2).step_table(np.arange(15, dtype=np.uint8).reshape(5, 3))
     assert (table.shape, table.dtype) == ((3, 2, 3), np.uint8)
     assert table[2].tolist() == [[12, 13, 14], [0, 1, 2]]
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch_size", "ranks", "message"),
+    ("num_samples", "batch_size", "world_size", "message"),
     [
         (50, 51, 1, "--batch-size 51 is larger than the 50 training images; choose at most 50"),
-        (50, 30, 4, r"--batch-size 30 cannot be shared out equally to 4 processes; .* a multiple of 4, such as 28"),
+        (50, 30, 4, r"--batch-size 30 is not divisible by the 4 processes; .* a multiple of 4, such as 28"),
         (50, 3, 4, r"such as 4"),
         (50, 48, 4, r"the last batch of an epoch has 2 images .* fewer than the 4 processes; use --drop-last"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(samples: int, batch_size: int, ranks: int, message: str) -> None:
+def test_invalid_batch_sizes_are_refused(num_samples: int, batch_size: int, world_size: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        slice_epoch(samples, batch_size, False, 0, ranks)
+        slice_epoch(num_samples, batch_size, False, 0, world_size)
 
 
-def test_dropping_the_short_batch_leaves_no_rank_without_an_image() -> None:
+def test_drop_last_allows_a_short_batch_smaller_than_the_world_size() -> None:
     assert slice_epoch(50, 48, True, 3, 4).steps_per_epoch == 1

@@ -1,4 +1,4 @@
-"""Random erasing draws its boxes as torchvision does, and never one that is not smaller than the image."""
+"""Tests of the boxes of random erasing against torchvision; every box is lower and narrower than the image."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from torchvision.transforms import v2
 
 from fastcifar.data.crop_flip_erase import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA, draw_erasing_params
 
-N, THEIRS = 40_000, 4000
+N, N_TORCHVISION = 40_000, 4000
 
 
-def boxes_of_torchvision(largest: float) -> np.ndarray:
-    """`THEIRS` boxes that torchvision draws: [n,4] of y, x, h, w; no size where it gave up."""
+def torchvision_boxes(max_area: float) -> np.ndarray:
+    """Draw boxes with torchvision: [n,4] of y, x, h, w; the size is 0 if it finds no box."""
     torch.manual_seed(0)
-    erasing = v2.RandomErasing(1.0, (MIN_ERASE_AREA, largest), ERASE_ASPECT_RANGE)
-    drawn = [erasing.make_params([torch.zeros(3, 32, 32)]) for _ in range(THEIRS)]
-    return np.array([[p["i"], p["j"], p["h"] * (p["v"] is not None), p["w"] * (p["v"] is not None)] for p in drawn])
+    erasing = v2.RandomErasing(1.0, (MIN_ERASE_AREA, max_area), ERASE_ASPECT_RANGE)
+    params = [erasing.make_params([torch.zeros(3, 32, 32)]) for _ in range(N_TORCHVISION)]
+    return np.array([[p["i"], p["j"], p["h"] * (p["v"] is not None), p["w"] * (p["v"] is not None)] for p in params])
 
 
-@pytest.mark.parametrize("largest", [0.02, 0.1, 0.33, 1.0])
-def test_boxes_are_distributed_as_torchvisions(largest: float) -> None:
-    drawn = draw_erasing_params(largest, N, np.random.Generator(np.random.Philox(0)))
-    ours = np.stack([drawn[name].astype(int) for name in "yxhw"], 1)
-    erased = ours[ours[:, 2] > 0]
+@pytest.mark.parametrize("max_area", [0.02, 0.1, 0.33, 1.0])
+def test_boxes_have_the_distribution_of_torchvision(max_area: float) -> None:
+    params = draw_erasing_params(max_area, N, np.random.Generator(np.random.Philox(0)))
+    boxes = np.stack([params[name].astype(int) for name in "yxhw"], 1)
+    erased = boxes[boxes[:, 2] > 0]
     assert abs(len(erased) / N - ERASE_PROBABILITY) < 0.01
     assert (erased[:, 2:] < 32).all()
     assert (erased[:, :2] + erased[:, 2:] <= 32).all()
-    theirs = boxes_of_torchvision(largest)
-    assert np.mean(theirs[:, 2] == 0) < 0.01  # it gives up hardly ever, and so do we: the share above
-    theirs = theirs[theirs[:, 2] > 0]
-    area, other = (boxes[:, 2] * boxes[:, 3] for boxes in (erased, theirs))
-    for mine, wanted in [*zip(erased.T, theirs.T, strict=True), (area, other)]:
-        # Kolmogorov and Smirnov: the largest distance of the two distributions, at a level of 1 in 10,000.
+    expected = torchvision_boxes(max_area)
+    assert np.mean(expected[:, 2] == 0) < 0.01  # torchvision almost always finds a box
+    expected = expected[expected[:, 2] > 0]
+    areas = tuple(sample[:, 2] * sample[:, 3] for sample in (erased, expected))
+    for samples in [*zip(erased.T, expected.T, strict=True), areas]:
+        # Kolmogorov-Smirnov test at a significance level of 1 in 10,000.
         values = np.arange(1025)
-        shares = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (mine, wanted)]
-        assert np.abs(shares[0] - shares[1]).max() < 2.2 * (1 / len(mine) + 1 / len(wanted)) ** 0.5
+        cdfs = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in samples]
+        assert np.abs(cdfs[0] - cdfs[1]).max() < 2.2 * sum(1 / len(sample) for sample in samples) ** 0.5
 
 
-def test_ten_tries_as_torchvision_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuck:
-        """Draws that always erase, and make a box of the whole image."""
+def test_ten_attempts_as_in_torchvision_and_then_no_box() -> None:
+    class FullSizeGenerator:
+        """A generator whose draws always select erasing and give a box of the size of the image."""
 
-        tries = 0
+        attempts = 0
 
         def random(self, n: int) -> np.ndarray:
             return np.zeros(n)
 
         def uniform(self, low: float, high: float, n: int) -> np.ndarray:
-            self.tries += high == 1.0
+            self.attempts += high == 1.0
             return np.full(n, 1.0 if high == 1.0 else 0.0)
 
         def integers(self, low: int, high: np.ndarray, dtype: type, endpoint: bool) -> np.ndarray:
             assert endpoint
             return high.astype(dtype)
 
-    random = Stuck()
-    drawn = draw_erasing_params(1.0, 5, random)  # type: ignore[arg-type]
-    assert random.tries == 10
-    assert not drawn["h"].any()
-    assert not drawn["w"].any()
+    rng = FullSizeGenerator()
+    params = draw_erasing_params(1.0, 5, rng)  # type: ignore[arg-type]
+    assert rng.attempts == 10
+    assert not params["h"].any()
+    assert not params["w"].any()

@@ -1,4 +1,4 @@
-"""Downloads against a server of our own on the loopback interface: full, resumed, lying and broken."""
+"""Tests of downloads from a local HTTP server: complete, resumed, with wrong contents and interrupted."""
 
 import contextlib
 import dataclasses
@@ -21,14 +21,14 @@ MD5 = hashlib.md5(BODY).hexdigest()
 
 @dataclasses.dataclass
 class Server:
-    """What it serves, whether it resumes, how much it sends before it hangs up, and the ranges it was asked for."""
+    """Content, status and range support of the server, bytes sent before it disconnects, and requested ranges."""
 
     url: str = ""
     body: bytes = BODY
     status: int = 200
     resumes: bool = True
-    sends: int | None = None
-    asked: list[str | None] = dataclasses.field(default_factory=list)
+    max_sent_bytes: int | None = None
+    requested_ranges: list[str | None] = dataclasses.field(default_factory=list)
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def server() -> Iterator[Server]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            state.asked.append(wanted)
-            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and state.resumes else 0
+            requested = self.headers.get("Range")
+            state.requested_ranges.append(requested)
+            start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and state.resumes else 0
             if start and start >= len(state.body):
                 self.send_error(416)
                 return
@@ -49,17 +49,17 @@ def server() -> Iterator[Server]:
             self.send_header("Content-Length", str(len(state.body) - start))
             self.end_headers()
             with contextlib.suppress(OSError):
-                self.wfile.write(state.body[start:][: state.sends])
+                self.wfile.write(state.body[start:][: state.max_sent_bytes])
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        state.url = f"http://127.0.0.1:{listening.server_address[1]}/set.tar.gz"
+        state.url = f"http://127.0.0.1:{http_server.server_address[1]}/set.tar.gz"
         yield state
-        listening.shutdown()
+        http_server.shutdown()
         thread.join()
 
 
@@ -68,18 +68,18 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "set.tar.gz"
 
 
-def left(target: Path) -> list[str]:
+def list_files(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir())
 
 
 def test_a_full_download(server: Server, target: Path, capfd):
     assert download.download_file(server.url, MD5, target) == target
     assert target.read_bytes() == BODY
-    assert left(target) == ["set.tar.gz"]
-    assert server.asked == [None]
-    assert capfd.readouterr() == ("", "")  # the bar is for terminals
+    assert list_files(target) == ["set.tar.gz"]
+    assert server.requested_ranges == [None]
+    assert capfd.readouterr() == ("", "")  # the progress bar is shown on terminals only
     download.download_file(server.url, MD5, target)
-    assert len(server.asked) == 1
+    assert len(server.requested_ranges) == 1
 
 
 def test_a_partial_file_is_resumed(server: Server, target: Path):
@@ -88,10 +88,10 @@ def test_a_partial_file_is_resumed(server: Server, target: Path):
     part.write_bytes(BODY[:400_000])
     download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
-    assert server.asked == ["bytes=400000-"]
+    assert server.requested_ranges == ["bytes=400000-"]
 
 
-def test_a_server_that_ignores_the_range_starts_again(server: Server, target: Path):
+def test_without_support_of_ranges_the_download_starts_again(server: Server, target: Path):
     server.resumes = False
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(BODY[:400_000])
@@ -100,58 +100,56 @@ def test_a_server_that_ignores_the_range_starts_again(server: Server, target: Pa
 
 
 @pytest.mark.parametrize("stale", [b"x" * 1000, b"x" * 1_000_000, b"x" * 2_000_000, BODY])
-def test_a_partial_file_of_something_else_is_replaced(server: Server, target: Path, stale: bytes):
+def test_a_partial_file_with_other_contents_is_replaced(server: Server, target: Path, stale: bytes):
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(stale)
     download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
-    assert len(server.asked) == (1 if stale is BODY else 2)
-    assert left(target) == ["set.tar.gz"]
+    assert len(server.requested_ranges) == (1 if stale is BODY else 2)
+    assert list_files(target) == ["set.tar.gz"]
 
 
-def test_a_connection_that_breaks_is_resumed_by_the_next_call(server: Server, target: Path):
-    server.sends = 300_000
-    with pytest.raises(DataError, match=r"broke off after 300,000 of 1,000,000 bytes; run again to resume"):
+def test_an_interrupted_download_is_resumed_by_the_next_call(server: Server, target: Path):
+    server.max_sent_bytes = 300_000
+    with pytest.raises(DataError, match=r"connection closed after 300,000 of 1,000,000 bytes; run again to resume"):
         download.download_file(server.url, MD5, target)
-    assert left(target) == ["set.tar.gz.part"]
-    server.sends = None
+    assert list_files(target) == ["set.tar.gz.part"]
+    server.max_sent_bytes = None
     download.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
-    assert server.asked == [None, "bytes=300000-"]
+    assert server.requested_ranges == [None, "bytes=300000-"]
 
 
 @pytest.mark.parametrize(("body", "kind"), [(b"z" * 5000, "5,000 bytes"), (b"<!DOCTYPE html>login", "an HTML page")])
 def test_fault11_a_wrong_md5_is_refused_and_deleted(server: Server, target: Path, body: bytes, kind: str):
     server.body = body
-    with pytest.raises(DataError, match=rf"set.tar.gz sent {kind} of MD5 \w+, expected MD5 {MD5}; deleted"):
+    with pytest.raises(DataError, match=rf"set.tar.gz sent {kind} with MD5 \w+, expected MD5 {MD5}; deleted"):
         download.download_file(server.url, MD5, target)
-    assert left(target) == []
+    assert list_files(target) == []
 
 
 def test_errors_of_the_server_and_of_the_network(server: Server, target: Path, monkeypatch):
     server.status = 404
-    with pytest.raises(
-        DataError, match=r"the server says 404 Not Found; give --data PATH, set FASTCIFAR_DATA"
-    ) as caught:
+    with pytest.raises(DataError, match=r"HTTP error 404 Not Found; give --data PATH, set FASTCIFAR_DATA") as caught:
         download.download_file(server.url, MD5, target)
     assert caught.value.exit_code == 3
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/set.tar.gz"
+        unreachable = f"http://127.0.0.1:{closed.getsockname()[1]}/set.tar.gz"
         with pytest.raises(DataError, match=r"cannot download .*set.tar.gz: .*--data synthetic") as caught:
-            download.download_file(nobody, MD5, target)
+            download.download_file(unreachable, MD5, target)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="cannot download"):
         download.download_file("http://no-such-host.invalid/set.tar.gz", MD5, target)
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="timed out"):
         download.download_file(f"http://127.0.0.1:{silent.getsockname()[1]}/set.tar.gz", MD5, target)
-    assert left(target) == []
+    assert list_files(target) == []
 
 
-def test_an_endless_body_is_cut(server: Server, target: Path, monkeypatch):
+def test_a_download_that_is_too_large_is_aborted(server: Server, target: Path, monkeypatch):
     monkeypatch.setattr(download, "_MAX_BYTES", 500_000)
-    with pytest.raises(DataError, match="sends more than 500,000 bytes"):
+    with pytest.raises(DataError, match="sent more than 500,000 bytes"):
         download.download_file(server.url, MD5, target)
 
 
@@ -159,41 +157,41 @@ def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"cannot write .*set.tar.gz.part"):
         download.download_file(server.url, MD5, tmp_path / "file" / "set.tar.gz")
-    assert server.asked == []
+    assert server.requested_ranges == []
 
 
-def test_two_at_once_download_once(server: Server, target: Path):
+def test_concurrent_calls_download_once(server: Server, target: Path):
     threads = [threading.Thread(target=download.download_file, args=(server.url, MD5, target)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert target.read_bytes() == BODY
-    assert len(server.asked) == 1
+    assert len(server.requested_ranges) == 1
 
 
 def test_load_downloads_verifies_and_caches(server: Server, tiny_cifar, tmp_path: Path, monkeypatch, pack: Callable):
-    server.body = pack(tiny_cifar.python, tmp_path / "made.tar.gz").read_bytes()
-    row = dataclasses.replace(tiny_cifar.row, url=server.url, archive_md5=hashlib.md5(server.body).hexdigest())
-    monkeypatch.setitem(cifar.DATASETS, "cifar10", row)
+    server.body = pack(tiny_cifar.python, tmp_path / "archive.tar.gz").read_bytes()
+    spec = dataclasses.replace(tiny_cifar.spec, url=server.url, archive_md5=hashlib.md5(server.body).hexdigest())
+    monkeypatch.setitem(cifar.DATASETS, "cifar10", spec)
     for _ in range(2):
         loaded = cifar.load_dataset(cache_dir=tmp_path / "cache")
         assert loaded.is_official
         assert loaded.source == str(tmp_path / "cache" / "cifar-10-python.tar.gz")
-    assert len(server.asked) == 1
+    assert len(server.requested_ranges) == 1
 
 
-def test_the_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
-    moved: list[int] = []
+def test_the_progress_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
+    advances: list[int] = []
 
     @contextlib.contextmanager
-    def bar(name: str, done: int, total: int | None) -> Iterator[Callable[[int], object]]:
+    def recording_bar(name: str, done: int, total: int | None) -> Iterator[Callable[[int], object]]:
         assert (name, done, total) == ("set.tar.gz", 0, len(BODY))
-        with real(name, done, total) as advance:
-            yield lambda count: (moved.append(count), advance(count))
+        with progress_bar(name, done, total) as advance:
+            yield lambda count: (advances.append(count), advance(count))
 
-    real = download._progress_bar
+    progress_bar = download._progress_bar
     monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(download, "_progress_bar", bar)
+    monkeypatch.setattr(download, "_progress_bar", recording_bar)
     download.download_file(server.url, MD5, target)
-    assert sum(moved) == len(BODY)
+    assert sum(advances) == len(BODY)

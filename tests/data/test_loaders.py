@@ -1,4 +1,4 @@
-"""The loaders' promises: exact epochs, no state, batches by (seed, epoch) alone, compiled equal to eager."""
+"""Tests of the tensor loader: complete epochs, no state, batches that depend on seed and epoch only, compilation."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ N = 110
 SPEC = "crop:4:reflect,flip:0.5:alternating,cutout:8:mean"
 LONG_SPEC = "crop:4:zero,flip,cutout:8:mean,crop:3:reflect,flip:0.5:alternating,cutout:5:zero,flip:0.3"
 FILL = (125, 7, 255)
-LABELS = np.arange(N)  # a label is its sample's number: which samples a batch holds can be read off
+LABELS = np.arange(N)  # the label of a sample is its index, which tells the samples of a batch
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 3, 32, 32), dtype=np.uint8)
 IMAGES.flags.writeable = False
 
 
-def loader(batch_size: int = 32, spec: str = SPEC, **settings: Any) -> TensorLoader:
-    settings = {"seed": 0, "compile": False, **settings}
+def make_loader(batch_size: int = 32, spec: str = SPEC, **options: Any) -> TensorLoader:
+    options = {"seed": 0, "compile": False, **options}
     return TensorLoader(
-        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device="cpu", fill_color=FILL, **settings
+        IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device="cpu", fill_color=FILL, **options
     )  # pyright: ignore[reportArgumentType]
 
 
-def joined(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def concatenate(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -47,90 +47,86 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 32, 55, 109, 110])
-def test_every_sample_comes_once_an_epoch(batch_size: int) -> None:
-    it = loader(batch_size, "flip")
-    batches = list(it.batches(0))
-    assert (it.num_samples, it.batch_size, it.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
+def test_every_sample_appears_once_per_epoch(batch_size: int) -> None:
+    loader = make_loader(batch_size, "flip")
+    batches = list(loader.batches(0))
+    assert (loader.num_samples, loader.batch_size, loader.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
     assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches]
-    assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (it.steps_per_epoch - 1)
-    assert len(batches) == it.steps_per_epoch
+    assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (loader.steps_per_epoch - 1)
+    assert len(batches) == loader.steps_per_epoch
     assert torch.equal(torch.cat([labels for _, labels in batches]).sort().values, torch.arange(N))
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(10, 11), (32, 3), (109, 1)])
 def test_drop_last_drops_the_short_batch_only(batch_size: int, steps: int) -> None:
-    it = loader(batch_size, drop_last=True)
-    assert it.steps_per_epoch == steps
-    images, labels = joined(it.batches(0))
-    whole_images, whole_labels = joined(loader(batch_size).batches(0))
+    loader = make_loader(batch_size, drop_last=True)
+    assert loader.steps_per_epoch == steps
+    images, labels = concatenate(loader.batches(0))
+    all_images, all_labels = concatenate(make_loader(batch_size).batches(0))
     assert len(labels) == steps * batch_size
-    assert equal((images, labels), (whole_images[: len(images)], whole_labels[: len(labels)]))
+    assert equal((images, labels), (all_images[: len(images)], all_labels[: len(labels)]))
 
 
 def test_batches_are_uint8_channels_last_and_int64() -> None:
-    for images, labels in loader().batches(0):
+    for images, labels in make_loader().batches(0):
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (3, 32, 32)
         assert images.stride() == (3072, 1, 96, 3)
         assert labels.dtype == torch.int64
 
 
-def test_without_ops_a_batch_is_its_samples() -> None:
-    images, labels = joined(loader(spec="none").batches(0))
+def test_without_augmentations_the_samples_are_unchanged() -> None:
+    images, labels = concatenate(make_loader(spec="none").batches(0))
     assert np.array_equal(images.numpy(), IMAGES[labels.numpy()])
 
 
-def test_batches_are_slices_of_the_draws() -> None:
+def test_batches_use_slices_of_the_epoch_parameters() -> None:
     ops = parse_augment(SPEC)
-    draws = draw_epoch(ops, N, epoch=4, seed=9)
-    params = tuple({name: torch.from_numpy(array) for name, array in drawn.items()} for drawn in draws.op_params)
-    wanted = apply_augment(ops, torch.from_numpy(IMAGES[draws.permutation]), params, FILL)
-    assert equal(joined(loader(seed=9).batches(4)), (wanted, torch.from_numpy(draws.permutation)))
+    epoch_params = draw_epoch(ops, N, epoch=4, seed=9)
+    params = tuple({name: torch.from_numpy(array) for name, array in op.items()} for op in epoch_params.op_params)
+    expected = apply_augment(ops, torch.from_numpy(IMAGES[epoch_params.permutation]), params, FILL)
+    assert equal(concatenate(make_loader(seed=9).batches(4)), (expected, torch.from_numpy(epoch_params.permutation)))
 
 
-def test_batch_size_changes_nothing() -> None:
-    assert equal(joined(loader(32).batches(1)), joined(loader(50).batches(1)))
+def test_batch_size_does_not_change_the_images() -> None:
+    assert equal(concatenate(make_loader(32).batches(1)), concatenate(make_loader(50).batches(1)))
 
 
-def test_seeds_and_epochs_differ() -> None:
-    first, first_labels = joined(loader().batches(0))
-    for other, labels in (joined(loader().batches(1)), joined(loader(seed=1).batches(0))):
+def test_different_seeds_and_epochs_give_different_batches() -> None:
+    first, first_labels = concatenate(make_loader().batches(0))
+    for other, labels in (concatenate(make_loader().batches(1)), concatenate(make_loader(seed=1).batches(0))):
         assert not torch.equal(labels, first_labels)
         assert not torch.equal(other[labels.argsort()], first[first_labels.argsort()]), "the same augmentation"
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 3, 4])
-def test_resuming_in_an_epoch_gives_the_rest_of_it(start_step: int) -> None:
-    whole = list(loader(32).batches(2))
-    rest = list(loader(32).batches(2, start_step=start_step))
-    assert len(rest) == 4 - start_step
-    assert all(equal(a, b) for a, b in zip(whole[start_step:], rest, strict=True))
+def test_resuming_within_an_epoch_gives_the_remaining_batches(start_step: int) -> None:
+    complete = list(make_loader(32).batches(2))
+    remaining = list(make_loader(32).batches(2, start_step=start_step))
+    assert len(remaining) == 4 - start_step
+    assert all(equal(a, b) for a, b in zip(complete[start_step:], remaining, strict=True))
 
 
-def test_a_loader_has_no_state_and_batches_stay_as_they_were() -> None:
-    it = loader(32)
-    held = list(it.batches(0))
-    copies = [(images.clone(), labels.clone()) for images, labels in held]
-    interleaved = zip(it.batches(0), it.batches(1), strict=True)
+def test_a_loader_has_no_state_and_batches_are_not_overwritten() -> None:
+    loader = make_loader(32)
+    batches = list(loader.batches(0))
+    copies = [(images.clone(), labels.clone()) for images, labels in batches]
+    interleaved = zip(loader.batches(0), loader.batches(1), strict=True)
     assert all(equal(a, b) for (a, _), b in zip(interleaved, copies, strict=True))
-    assert all(equal(a, b) for a, b in zip(held, copies, strict=True))
-    held[0][0].zero_()
-    held[0][1].zero_()
-    assert equal(joined(it.batches(0)), joined(iter(copies))), "a batch shares memory with the data set"
+    assert all(equal(a, b) for a, b in zip(batches, copies, strict=True))
+    batches[0][0].zero_()
+    batches[0][1].zero_()
+    assert equal(concatenate(loader.batches(0)), concatenate(iter(copies))), "a batch shares memory with the data set"
 
 
 def test_batch_larger_than_the_data_set() -> None:
     with pytest.raises(UsageError, match=r"--batch-size 100000 is larger than the 110 training images; choose at most"):
-        loader(100_000)
+        make_loader(100_000)
 
 
-def memory_map(folder: Path) -> np.ndarray:
-    np.save(folder / "images.npy", IMAGES)
-    return np.load(folder / "images.npy", mmap_mode="r")
-
-
-def test_a_read_only_memory_map_will_do_without_a_warning(tmp_path: Path) -> None:
-    images = memory_map(tmp_path)
+def test_a_read_only_memory_map_causes_no_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", IMAGES)
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mapped = TensorLoader(
@@ -143,22 +139,22 @@ def test_a_read_only_memory_map_will_do_without_a_warning(tmp_path: Path) -> Non
             fill_color=FILL,
             compile=False,
         )
-        assert equal(joined(mapped.batches(0)), joined(loader().batches(0)))
-        assert np.array_equal(joined(eval_batches(images, LABELS, 32, "cpu"))[0].numpy(), IMAGES)
+        assert equal(concatenate(mapped.batches(0)), concatenate(make_loader().batches(0)))
+        assert np.array_equal(concatenate(eval_batches(images, LABELS, 32, "cpu"))[0].numpy(), IMAGES)
 
 
-def test_large_sets_are_uploaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = joined(loader().batches(0))
+def test_large_data_sets_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = concatenate(make_loader().batches(0))
     monkeypatch.setattr(loaders, "UPLOAD_IMAGES", 40)
-    assert equal(joined(loader().batches(0)), whole)
+    assert equal(concatenate(make_loader().batches(0)), expected)
 
 
 @pytest.mark.parametrize("batch_size", [32, 55, 1000])
-def test_evaluation_is_the_set_in_order(batch_size: int) -> None:
+def test_evaluation_batches_are_the_data_in_order(batch_size: int) -> None:
     batches = list(eval_batches(IMAGES, LABELS, batch_size, torch.device("cpu")))
     assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
-    images, labels = joined(iter(batches))
+    images, labels = concatenate(iter(batches))
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert np.array_equal(images.numpy(), IMAGES)
     assert np.array_equal(labels.numpy(), LABELS)
@@ -170,30 +166,30 @@ def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
 
     compiled_augment.compile_gather.cache_clear()
     metrics.reset()
-    it, plain = loader(30, LONG_SPEC, compile=True), loader(30, LONG_SPEC)
-    next(it.batches(0))
+    compiled, eager = make_loader(30, LONG_SPEC, compile=True), make_loader(30, LONG_SPEC)
+    next(compiled.batches(0))
     assert metrics.generated_kernel_count == 1
     with torch.compiler.set_stance("fail_on_recompile"):
         for epoch in range(3):
-            for (images, labels), wanted in zip(it.batches(epoch), plain.batches(epoch), strict=True):
-                assert equal((images, labels), wanted)
+            for (images, labels), expected in zip(compiled.batches(epoch), eager.batches(epoch), strict=True):
+                assert equal((images, labels), expected)
                 assert images.stride() == (3072, 1, 96, 3)
         with torch.inference_mode(False), torch.no_grad():
-            assert equal(joined(it.batches(3, start_step=1)), joined(plain.batches(3, start_step=1)))
-        again = loader(30, LONG_SPEC, compile=True, seed=5)
-        assert equal(joined(again.batches(0)), joined(loader(30, LONG_SPEC, seed=5).batches(0)))
+            assert equal(concatenate(compiled.batches(3, start_step=1)), concatenate(eager.batches(3, start_step=1)))
+        other_seed = make_loader(30, LONG_SPEC, compile=True, seed=5)
+        assert equal(concatenate(other_seed.batches(0)), concatenate(make_loader(30, LONG_SPEC, seed=5).batches(0)))
 
 
-def test_many_settings_in_one_process_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_with_inductor = torch.compile
+def test_many_configurations_in_one_process_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_compile = torch.compile
 
-    def compile_quickly(function, *, fullgraph: bool, dynamic: bool, options: dict):  # tracing only: no C++
-        return compile_with_inductor(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+    def trace_only(function, *, fullgraph: bool, dynamic: bool, options: dict):
+        return torch_compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
-    monkeypatch.setattr(torch, "compile", compile_quickly)
+    monkeypatch.setattr(torch, "compile", trace_only)
     compiled_augment.compile_gather.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=2):
         for spec, batch_size in (("crop:1", 20), ("crop:1", 40), ("crop:2", 20), ("crop:3", 20), ("flip", 20)):
-            images, _ = next(loader(batch_size, spec, compile=True).batches(0))
-            assert torch.equal(images, next(loader(batch_size, spec).batches(0))[0])
-    compiled_augment.compile_gather.cache_clear()  # these are not the real thing: leave none behind
+            images, _ = next(make_loader(batch_size, spec, compile=True).batches(0))
+            assert torch.equal(images, next(make_loader(batch_size, spec).batches(0))[0])
+    compiled_augment.compile_gather.cache_clear()  # other tests must not use the traced functions
