@@ -34,7 +34,7 @@ from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_un
 from fastcifar.data import cifar, class_folders
 from fastcifar.data.augment import format_augment, parse_augment
 from fastcifar.data.loaders import LOADERS
-from fastcifar.data.normalization import mean_color
+from fastcifar.data.normalization import mean_color, normalization_mean_std
 from fastcifar.device import choose_execution, collect_environment
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
@@ -70,7 +70,7 @@ def build_workloads(spec: str, split: cifar.Split, arguments: argparse.Namespace
         try:
             loader = loader_class(
                 split.images, split.labels, batch_size=arguments.batch_size, augment=parse_augment(spec), seed=0,
-                device=device, fill_color=mean_color(Recipe()), **worker_options,
+                device=device, fill_color=mean_color(normalization_mean_std(Recipe())[0]), **worker_options,
             )  # fmt: skip
         except UserError as error:
             print(f"{spec}: {name} is skipped: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""The choice of device, precision, compilation and CUDA graph with its reasons, and unavailable devices and libraries."""
+"""Execution choices with their reasons, and diagnostics of a machine without a GPU or with broken libraries."""
 
 from __future__ import annotations
 

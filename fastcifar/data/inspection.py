@@ -26,7 +26,7 @@ from fastcifar.data.augment import (
 from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.normalization import mean_color
+from fastcifar.data.normalization import mean_color, normalization_mean_std
 from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
@@ -113,7 +113,8 @@ def _augment_images(
         for index in loader_indices
     )
     selected = tuple(ops[index] for index in loader_indices)
-    batch = apply_augment(selected, images[permutation], params, mean_color(recipe))
+    mean, _ = normalization_mean_std(recipe)
+    batch = apply_augment(selected, images[permutation], params, mean_color(mean))
     if mixer and len(loader_indices) < len(op_indices):
         mixer_params = torch.from_numpy(draw_mixer_params(ops, len(images), epoch, recipe.seed))
         batch = MIXERS[mixer.name].apply(batch, mixer_params)[0].float().round().to(torch.uint8)

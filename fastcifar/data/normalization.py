@@ -66,7 +66,7 @@ def normalization_name(recipe: Recipe) -> str:
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 
-def mean_color(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the mean color that augmentations fill with, 0..255 per channel, about 0 after normalization."""
-    red, green, blue = (round(255 * value) for value in normalization_mean_std(recipe)[0])
+def mean_color(mean: tuple[float, ...]) -> tuple[int, int, int]:
+    """Return the color that augmentations fill with, 0..255 per channel: `mean`, which is about 0 after normalization."""
+    red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fastcifar.format import format_short_number
 from fastcifar.training.step import Metrics
+from fastcifar.training.trainer import Trainer
 
 
 def print_lines(console: Console | None, lines: list[str]) -> None:
@@ -21,16 +22,12 @@ def print_lines(console: Console | None, lines: list[str]) -> None:
 
 
 class TrainingDisplay:
-    """Context manager that displays the progress of the training loop.
+    """Context manager that displays the progress of the training loop; nothing if `console` is None."""
 
-    `console`: None displays nothing. `steps`, `epochs`: totals of the run. `batch_size`: images per step.
-    `steps_done`: steps that were completed before this process started.
-    """
-
-    def __init__(self, console: Console | None, steps: int, epochs: int, batch_size: int, steps_done: int = 0) -> None:
+    def __init__(self, console: Console | None, trainer: Trainer) -> None:
         self.console = console
-        self.epochs, self.batch_size = epochs, batch_size
-        self.last_update_time, self.steps_done = time.perf_counter(), steps_done
+        self.epochs, self.batch_size = trainer.recipe.epochs, trainer.recipe.batch_size
+        self.last_update_time, self.steps_done = time.perf_counter(), trainer.progress.step
         self.bar: Progress | None = None
         if console and console.is_terminal:
             self.bar = Progress(
@@ -43,7 +40,9 @@ class TrainingDisplay:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self.task = self.bar.add_task("train", total=steps, completed=steps_done, epoch=f"0/{epochs}", state="")
+            self.task = self.bar.add_task(
+                "train", total=trainer.total_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
+            )
 
     def __enter__(self) -> TrainingDisplay:
         if self.bar:

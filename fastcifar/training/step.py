@@ -114,7 +114,10 @@ class BufferSnapshot:
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Normalization of pixels 0..255 as `pixels * scale + shift`, both [1, 3, 1, 1]. `mean`, `std`: of pixels in [0, 1]."""
+    """Normalization of pixels 0..255 as `pixels * scale + shift`, both [1, 3, 1, 1].
+
+    `mean`, `std`: per channel, of pixels in [0, 1].
+    """
     scale = torch.tensor([1 / (255 * s) for s in std])
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
     return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)

@@ -53,10 +53,7 @@ def train(
             autotune(trainer)
         run = resume_point.open_run_on_all_ranks(trainer, clock, callbacks)
         print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.total_steps:,} steps"])
-        display = TrainingDisplay(
-            console, trainer.total_steps, trainer.recipe.epochs, recipe.batch_size, trainer.progress.step
-        )
-        with display, SignalHandler() as signals:
+        with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
             raise signals.interrupted_error(run, trainer.progress.step)

@@ -248,7 +248,7 @@ class Trainer:
         self.progress = progress
 
     def build_eval_forward(self) -> Forward:
-        """`forward` for evaluation: captured if the step is, compiled if the run evaluates enough images to repay it."""
+        """`forward` for evaluation: captured if the step is, compiled if enough images are evaluated to repay it."""
         images = self.recipe.epochs * self.images_per_validation + self.images_per_test
         compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
         return optimize_forward(
