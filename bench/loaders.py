@@ -70,7 +70,7 @@ def loaders_of(spec: str, split: cifar.Split, arguments: argparse.Namespace, dev
         try:
             loader = kind(
                 split.images, split.labels, batch_size=arguments.batch_size, augment=parse_augment(spec), seed=0,
-                device=device, fill=mean_color(Recipe()), **own,
+                device=device, fill_color=mean_color(Recipe()), **own,
             )  # fmt: skip
         except UserError as error:
             print(f"{spec}: no {name}: {error}", flush=True)
