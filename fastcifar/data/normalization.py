@@ -67,6 +67,6 @@ def normalization_name(recipe: Recipe) -> str:
 
 
 def mean_color(mean: tuple[float, ...]) -> tuple[int, int, int]:
-    """Return the color that augmentations fill with, 0..255 per channel: `mean`, which is about 0 after normalization."""
+    """Return the fill color of augmentations, 0..255 per channel: `mean`, which is about 0 after normalization."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue

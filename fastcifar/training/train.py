@@ -34,9 +34,8 @@ def train(
 ) -> dict[str, Any]:
     """Train by `recipe`, evaluate once on the test set, and return the summary that is saved in the run folder.
 
-    `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown; None shows nothing.
-    `callbacks`: called with each epoch's row of metrics; a reason that one returns ends the run.
-    Raises a `UserError` with the exit code of its kind; see errors.py.
+    `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown, if anywhere. `callbacks`:
+    called with each epoch's row of metrics; a reason that one returns ends the run. Raises a `UserError`; see errors.py.
     """
     clock, recipe_name = Clock(), Path(recipe_name).stem if recipe_name else "custom"
     with (
@@ -99,8 +98,8 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
     if signals.agreed_signal or not is_whole:  # before the validation: a resumed run continues as if never stopped
         save_run_checkpoint(trainer, run, clock, "last")
-    if signals.agreed_signal:
-        return
+        if signals.agreed_signal:
+            return
     with clock.phase("eval"):
         validation = trainer.validate()
     row = {
