@@ -65,7 +65,7 @@ def run_checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
 
 def build_form(recipe: Recipe, mode: str, precision: str) -> Form:
     """Return a new trainer in the execution mode `mode`, and its training step."""
-    changed = Recipe.from_dict({**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
+    changed = Recipe(**{**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
     trainer = build_trainer(resolve(changed))
     torch.backends.cudnn.benchmark = False  # `build_trainer` enables it
     return trainer, trainer.build_train_step()

@@ -12,15 +12,22 @@ import ast
 import json
 import math
 from collections.abc import Callable
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from fastcifar.errors import UsageError, suggest_name
-from fastcifar.files import load_toml
 from fastcifar.format import format_toml_value, option_flag
+from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy, upgrade_options
 
 
@@ -78,7 +85,7 @@ class Recipe(BaseModel):
     """The options of a training run.
 
     The defaults are row 3 of the results published by SEResNet68, with a validation split (see README).
-    `make` and `from_dict` raise `UsageError` for invalid options, the constructor pydantic's `ValidationError`.
+    Raises `UsageError`, with a message of one line, for unknown options and invalid values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -269,7 +276,7 @@ class Recipe(BaseModel):
         """
         values = load_recipe_values(source) if source else {}
         values.update({name: value for name, value in overrides.items() if value is not None})
-        return cls.from_dict(values)
+        return cls(**values)
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Recipe:
@@ -279,12 +286,21 @@ class Recipe(BaseModel):
         Raises `UsageError`.
         """
         values = upgrade_options(values)
-        return cls.from_dict({name: value for name, value in values.items() if name in cls.model_fields})
+        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe with the options `values`. Raises `UsageError` with a message of one line."""
-        return cls(**values)
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Check every value by itself; whether they fit together depends on the rest of the recipe.
+
+        Raises `UsageError`.
+        """
+        for name, value in options.items():
+            field = cls.model_fields[name]
+            try:
+                TypeAdapter(Annotated[field.annotation, field]).validate_python(value)  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
+            except ValidationError as error:
+                problems = [{**problem, "loc": (name, *problem["loc"])} for problem in error.errors()]
+                raise UsageError("; ".join(map(_format_validation_error, problems))) from None
 
     def non_default_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for TOML, JSON and tables."""
@@ -363,27 +379,6 @@ def section_fields(name: str) -> tuple[str, ...]:
     starts = [*map(fields.index, SECTION_FIRST_FIELDS.values()), len(fields)]
     section = list(SECTION_FIRST_FIELDS).index(name)
     return tuple(fields[starts[section] : starts[section + 1]])
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes in the package: name -> TOML file."""
-    folder = Path(str(resources.files("fastcifar"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def load_recipe_values(source: str) -> dict[str, Any]:
-    """Return the options of a shipped recipe, given by name, or of a TOML file. Raises `UsageError`."""
-    path = shipped_recipes().get(source) or Path(source)
-    if not path.is_file():
-        raise UsageError(
-            f"no recipe {source!r}", f"{suggest_name(source, list(shipped_recipes()))} or give the path of a TOML file"
-        )
-    return load_toml(path)
-
-
-def load_saved_recipe(folder: Path) -> dict[str, Any]:
-    """Return the options in the recipe.toml of a run folder, with their current names. Raises `UsageError`."""
-    return upgrade_options(load_toml(folder / "recipe.toml"))
 
 
 def _format_validation_error(problem: Any) -> str:

@@ -17,7 +17,8 @@ import typer.main
 from fastcifar import errors
 from fastcifar.cli.app import app
 from fastcifar.cli.exit import SIGINT_EXIT_CODE, SIGTERM_EXIT_CODE
-from fastcifar.recipe import Recipe, shipped_recipes
+from fastcifar.recipe import Recipe
+from fastcifar.recipes import shipped_recipes
 from fastcifar.sweep.executors import EXECUTORS
 from fastcifar.sweep.sweep_spec import expand_trials, read_sweep_spec, shipped_sweeps
 from fastcifar.training.lr_schedule import SCHEDULES

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
 from fastcifar.format import option_flag
-from fastcifar.recipe import (
-    SECTION_FIRST_FIELDS,
-    Recipe,
-    load_recipe_values,
-    section_fields,
-    shipped_recipes,
-)
+from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
+from fastcifar.recipes import load_recipe_values, shipped_recipes
 
 
 def test_defaults_are_row_3_with_a_validation_split() -> None:
@@ -63,8 +58,8 @@ VALUES = st.builds(
 
 @given(VALUES)
 def test_toml_round_trip(values: dict) -> None:
-    recipe = Recipe.from_dict({key: value for key, value in values.items() if value is not None})
-    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+    recipe = Recipe(**{key: value for key, value in values.items() if value is not None})
+    assert Recipe(**tomllib.loads(recipe.to_toml())) == recipe
 
 
 def test_non_default_options_are_those_that_differ() -> None:

@@ -148,7 +148,7 @@ def expand_grid(recipe: Recipe, grid: BenchGrid) -> list[Recipe]:
     for point in itertools.product(*axes):
         changes: dict[str, Any] = dict(point)
         changes |= lookup(EXECUTION_MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
-        points.append(Recipe.from_dict({**recipe.model_dump(), **changes}))
+        points.append(Recipe(**{**recipe.model_dump(), **changes}))
     return points
 
 

@@ -155,7 +155,7 @@ def plan_speedrun(
     overrides = {key: value for key, value in options.items() if value is not None}
     if document and not recipe_name:
         recipe_name = str(document["recipe"])
-        recipe = Recipe.from_dict({**upgrade_options(document["config"]), **overrides})
+        recipe = Recipe(**{**upgrade_options(document["config"]), **overrides})
     else:
         recipe_name = recipe_name or target_recipe
         recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | overrides)

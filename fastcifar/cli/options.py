@@ -6,6 +6,7 @@ of `train` without a change here. This module does not import torch.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable
@@ -34,15 +35,24 @@ CheckpointArchOption = Annotated[
 
 
 def recipe_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces the `**options` of a command by options for the recipe fields `names`."""
+    """Return a decorator that replaces the `**options` of a command by options for the recipe fields `names`.
+
+    Their values are checked before the command runs, and so before it imports torch.
+    """
+    fields = list(names)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def checked_command(**arguments: Any) -> None:
+            Recipe.check_options({name: arguments[name] for name in fields if arguments[name] is not None})
+            command(**arguments)
+
         signature = inspect.signature(command, eval_str=True)
         parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-        parameters += [_option_parameter(name) for name in names]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command
+        parameters += [_option_parameter(name) for name in fields]
+        checked_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        checked_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return checked_command
 
     return decorate
 

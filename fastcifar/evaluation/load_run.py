@@ -95,9 +95,9 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
         saved = source_checkpoints.load_any_checkpoint(path, arch)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     lookup(EVAL_WEIGHTS, eval_weights, "weights")
-    Recipe.from_dict(overrides)  # validated on their own, so that an invalid override is not blamed on the checkpoint
+    Recipe(**overrides)  # validated on their own, so that an invalid override is not blamed on the checkpoint
     try:
-        recipe = Recipe.from_dict({**saved["recipe"], **RESET_ON_LOAD, **overrides})
+        recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, **overrides})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lookup(VIEWS, recipe.tta, "test-time augmentation")

@@ -16,7 +16,8 @@ from rich.table import Table
 from fastcifar.errors import DataError
 from fastcifar.files import read_json_object
 from fastcifar.format import format_decimal, format_option_value, format_percent, option_flag
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
+from fastcifar.recipes import load_saved_recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment
 

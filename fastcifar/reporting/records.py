@@ -18,7 +18,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import one_line
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_saved_recipe
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
+from fastcifar.recipes import load_saved_recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment

@@ -24,7 +24,8 @@ from rich.table import Table
 from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import is_locked, lock_folder
 from fastcifar.format import MISSING, format_count, format_decimal, format_percent, format_timestamp
-from fastcifar.recipe import Recipe, load_saved_recipe
+from fastcifar.recipe import Recipe
+from fastcifar.recipes import load_saved_recipe
 from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
 from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
 from fastcifar.training.run_dir import read_environment, read_summary

@@ -21,7 +21,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fastcifar.errors import UsageError, lookup, suggest_name
 from fastcifar.files import load_toml
 from fastcifar.format import format_toml_value, option_flag
-from fastcifar.recipe import OUTPUT_OPTIONS, Recipe, load_recipe_values
+from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
+from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
 SPEC_FILE = "sweep.toml"  # copy of the sweep file in the sweep folder
@@ -264,8 +265,8 @@ def build_trial(
     row_base = {**(load_recipe_values(source) if source else {}), **spec.base}
     sweep_base = {**(load_recipe_values(spec.recipe) if spec.recipe else {}), **spec.base}
     try:
-        recipe = Recipe.from_dict({**row_base, **settings, "seed": seed, "out": None, "resume": None})
-        base_recipe = Recipe.from_dict({**sweep_base, "seed": seed, "out": None, "resume": None})
+        recipe = Recipe(**{**row_base, **settings, "seed": seed, "out": None, "resume": None})
+        base_recipe = Recipe(**{**sweep_base, "seed": seed, "out": None, "resume": None})
     except UsageError as error:
         raise UsageError(f"{label}: {error.problem}", error.remedy) from None
     values, base_values = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")

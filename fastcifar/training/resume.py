@@ -15,7 +15,8 @@ from typing import Any
 from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
 from fastcifar.files import FolderLock, lock_folder
 from fastcifar.format import format_differences, format_option_value, option_flag
-from fastcifar.recipe import Recipe, load_saved_recipe, section_fields
+from fastcifar.recipe import Recipe, section_fields
+from fastcifar.recipes import load_saved_recipe
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
@@ -181,7 +182,7 @@ def find_resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: Worl
     state = world.broadcast_tensors(resume_point.state)
     if world.is_main_process:
         return resume_point
-    return ResumePoint(Recipe.from_dict(options), recipe_name, state, folder=None if is_new else Path())
+    return ResumePoint(Recipe(**options), recipe_name, state, folder=None if is_new else Path())
 
 
 def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
@@ -285,7 +286,7 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
             f"give --epochs {epochs_done} or more",
         )
     try:
-        return Recipe.from_dict({**merged, "resume": None})
+        return Recipe(**{**merged, "resume": None})
     except UsageError as error:
         raise CheckpointError(f"{source} cannot be resumed: {error}") from None
 

@@ -35,7 +35,7 @@ def train(
     """Train by `recipe`, evaluate once on the test set, and return the summary that is saved in the run folder.
 
     `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown, if anywhere. `callbacks`:
-    called with each epoch's row of metrics; a reason that one returns ends the run. Raises a `UserError`; see errors.py.
+    called with each epoch's row of metrics; a reason that one returns ends the run. Raises a `UserError` (errors.py).
     """
     clock, recipe_name = Clock(), Path(recipe_name).stem if recipe_name else "custom"
     with (
@@ -63,8 +63,7 @@ def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> dict[str, An
     """Evaluate once on the test set; save the summary and the evaluated weights in the run folder."""
     with clock.phase("eval"):
         test_result = trainer.test(run.checkpoint_path("best"))
-    summary = summarize_run(trainer, run, clock, test_result)
-    run.finish(summary, trainer.model.state_dict())
+    run.finish(summary := summarize_run(trainer, run, clock, test_result), trainer.model.state_dict())
     return summary
 
 
@@ -130,8 +129,8 @@ def finish_epoch(
         trainer.schedule.after_epoch(validation["val_loss"])
     if is_best:  # first: `last` must not refer to a best checkpoint that does not exist
         save_run_checkpoint(trainer, run, clock, "best")
-    every = trainer.recipe.save_every_epochs
-    if is_whole and (progress.find_stop_reason(trainer.recipe) or (every and progress.epoch % every == 0)):
+    is_due = trainer.recipe.save_every_epochs and progress.epoch % trainer.recipe.save_every_epochs == 0
+    if is_whole and (is_due or progress.find_stop_reason(trainer.recipe)):
         save_run_checkpoint(trainer, run, clock, "last")
 
 

@@ -69,7 +69,7 @@ def normalized(images: np.ndarray) -> Tensor:
 def reference_logits(run: str, images: np.ndarray) -> Tensor:
     """Return the logits of an independent forward pass in one batch, NCHW and float32."""
     saved = checkpoint.load_checkpoint(Path(run))
-    model = model_from_recipe(Recipe.from_dict(saved["recipe"]), 10)
+    model = model_from_recipe(Recipe(**saved["recipe"]), 10)
     model.load_state_dict(saved["model"])
     with torch.no_grad():
         return model.eval()(normalized(images))

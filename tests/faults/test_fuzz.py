@@ -41,11 +41,11 @@ def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, t
 def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(values: dict[str, Any]) -> None:
     message, recipe = "", None
     try:
-        recipe = Recipe.from_dict({name: value for name, value in values.items() if value is not None})
+        recipe = Recipe(**{name: value for name, value in values.items() if value is not None})
     except UsageError as error:
         message = str(error)
     assert "\n" not in message
-    assert recipe is None or Recipe.from_dict(recipe.model_dump(mode="json")) == recipe
+    assert recipe is None or Recipe(**recipe.model_dump(mode="json")) == recipe
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,7 +53,7 @@ def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(va
 def test_any_text_survives_a_recipe_file_round_trip(
     tmp_path_factory: pytest.TempPathFactory, text: str, key: str
 ) -> None:
-    recipe = Recipe.from_dict({key: text})
+    recipe = Recipe(**{key: text})
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.make(str(path)) == recipe

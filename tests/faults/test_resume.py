@@ -296,7 +296,7 @@ def test_resume_auto_uses_the_newest_unfinished_run_of_the_recipe(
         os.utime(checkpoint_path, (1e9, 1e9 + len(list(runs_folder.iterdir()))))
         if name != "done":
             (runs_folder / name / "summary.json").unlink()
-    recipe = Recipe.from_dict({**tiny().model_dump(), "out": None, "resume": "auto"})
+    recipe = Recipe(**{**tiny().model_dump(), "out": None, "resume": "auto"})
     lock = lock_folder(runs_folder / "late")
     with resume.find_resume_point(recipe, "custom") as resume_point:
         assert resume_point.folder == Path("runs/b")

@@ -208,7 +208,7 @@ def test_fault17_optimizers_that_cannot_be_captured(tiny: Callable[..., Recipe])
     assert any("lion counts its steps in Python" in line for line in trainer.execution.format_lines())
     assert resolve(tiny(optimizer="rmsprop"), execution).execution.cuda_graph
     with pytest.raises(DeviceError, match="choose from sgd") as caught:
-        resolve(Recipe.from_dict({**recipe.model_dump(), "cuda_graph": True}), execution)
+        resolve(Recipe(**{**recipe.model_dump(), "cuda_graph": True}), execution)
     assert caught.value.exit_code == 8
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastcifar.errors import UsageError
-from fastcifar.recipe import Recipe, parse_image_sizes, shipped_recipes
+from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.recipes import shipped_recipes
 from fastcifar.training import compilation, dry_run
 from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
@@ -135,7 +136,7 @@ def test_a_budget_shortens_the_stages_with_the_run(
     fit_epochs_to_time_budget(parts, elapsed_s=7.0)
     assert (parts.recipe.epochs, parts.recipe.image_size) == (4, "24:2,32")
     assert parse_image_sizes(parts.recipe.image_size)
-    Recipe.from_dict(parts.recipe.model_dump())
+    Recipe(**parts.recipe.model_dump())
 
 
 def test_the_network_starts_from_the_first_training_images(tiny: Callable[..., Recipe]) -> None:

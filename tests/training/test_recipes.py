@@ -13,7 +13,8 @@ from fastcifar.data.augment import parse_augment, split_mixer
 from fastcifar.data.mixers import MIXERS
 from fastcifar.data.normalization import normalization_name
 from fastcifar.models import MODELS
-from fastcifar.recipe import Recipe, parse_clip_grad, shipped_recipes
+from fastcifar.recipe import Recipe, parse_clip_grad
+from fastcifar.recipes import shipped_recipes
 from fastcifar.training.lr_schedule import LRSchedule, parse_schedule
 from fastcifar.training.optimizer_classes import Ranger
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper, parse_optimizer

@@ -206,7 +206,7 @@ def test_fault15_invalid_options_are_refused_before_files_are_written(
     tiny: Callable[..., Recipe], options: dict[str, Any], message: str
 ) -> None:
     recipe = tiny(**options)
-    recipe = Recipe.from_dict({**recipe.model_dump(), **options})
+    recipe = Recipe(**{**recipe.model_dump(), **options})
     with pytest.raises(UsageError, match=message):
         train(recipe)
     assert not Path(str(recipe.out)).exists()
