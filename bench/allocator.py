@@ -29,12 +29,12 @@ def median_step_seconds(arch: str, batch_size: int, keep: bool) -> float:
         compilation.keep_freed_memory = lambda: False
     recipe = Recipe(arch=arch, batch_size=batch_size, data="synthetic:20000", val_size=0, device="cpu")
     trainer = build.build_trainer(resolve(recipe))
-    step = trainer.build_train_step()
+    trainer.optimize()
     seconds = []
     for epoch in range(STEPS):
         for batch in trainer.batches(epoch):
             started = time.perf_counter()
-            step(*batch)
+            trainer.train_step(batch)
             seconds.append(time.perf_counter() - started)
             if len(seconds) == STEPS:
                 return statistics.median(seconds[WARM_UP:])

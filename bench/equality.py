@@ -26,25 +26,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import results_folder
 import torch
 from torch import Tensor
 
 from fastcifar.benchmark.bench import EXECUTION_MODES, prepare_bench_recipe
-from fastcifar.device import choose_execution, describe_device, package_versions
+from fastcifar.device import choose_execution, collect_environment, describe_device, package_versions
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.lr_schedule import constant_lr
 from fastcifar.training.resolve import resolve
-from fastcifar.training.step import TrainStep
 from fastcifar.training.trainer import Trainer
 
 MAX_LOSS_DIFFERENCE = {"fp32": 1e-5, "bf16": 2e-2}  # absolute, after steps at the small learning rate
 MAX_WEIGHT_DIFFERENCE = 1e-5  # norm relative to that of all weights, after one step at the large learning rate
 SMALL_LR, LARGE_LR = 1e-3, 0.1
 QUICK = {"arch": "resnet", "blocks": (1, 1), "channels": (8, 16), "batch_size": 32, "data": "synthetic:200"}
-Form = tuple[Trainer, TrainStep]
 Check = dict[str, Any]
 
 
@@ -54,21 +55,22 @@ def run_checks(recipe: Recipe, modes: list[str], steps: int) -> list[Check]:
     for precision in MAX_LOSS_DIFFERENCE:
         torch.compiler.reset()
         forms = {mode: build_form(recipe, mode, precision) for mode in modes}
-        batches = full_batches(forms["eager"][0], steps)
+        batches = full_batches(forms["eager"], steps)
         checks += compare_losses(forms, batches, precision)
         if precision == "fp32":
             checks += compare_weights(forms, batches)
-        if forms["eager"][0].device.type == "cuda":
-            checks += [check_no_synchronization(mode, *forms[mode]) for mode in modes]
+        if forms["eager"].device.type == "cuda":
+            checks += [check_no_synchronization(mode, forms[mode]) for mode in modes]
     return checks
 
 
-def build_form(recipe: Recipe, mode: str, precision: str) -> Form:
-    """Return a new trainer in the execution mode `mode`, and its training step."""
+def build_form(recipe: Recipe, mode: str, precision: str) -> Trainer:
+    """Return a new trainer in the execution mode `mode`."""
     changed = Recipe(**{**recipe.model_dump(), **EXECUTION_MODES[mode], "precision": precision})
     trainer = build_trainer(resolve(changed))
     torch.backends.cudnn.benchmark = False  # `build_trainer` enables it
-    return trainer, trainer.build_train_step()
+    trainer.optimize()
+    return trainer
 
 
 def full_batches(trainer: Trainer, count: int) -> list[tuple[Tensor, ...]]:
@@ -78,15 +80,14 @@ def full_batches(trainer: Trainer, count: int) -> list[tuple[Tensor, ...]]:
     return [tuple(tensor.clone() for tensor in batch) for batch in itertools.islice(full, count)]
 
 
-def compare_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], precision: str) -> list[Check]:
+def compare_losses(forms: dict[str, Trainer], batches: list[tuple[Tensor, ...]], precision: str) -> list[Check]:
     """Train every form on all batches at the small learning rate, and compare the losses with those of eager."""
     losses = {mode: [] for mode in forms}
-    for mode, (trainer, step) in forms.items():
-        trainer.optimizer.set_lr(SMALL_LR)
-        for done, batch in enumerate(batches, start=1):
+    for mode, trainer in forms.items():
+        trainer.schedule = constant_lr(trainer.recipe, SMALL_LR)
+        for batch in batches:
             trainer.meter.reset()
-            step(*batch)
-            trainer.optimizer.after_step(done)
+            trainer.train_step(batch)
             losses[mode].append(trainer.meter.compute().loss)
     return [
         make_check(
@@ -100,25 +101,27 @@ def compare_losses(forms: dict[str, Form], batches: list[tuple[Tensor, ...]], pr
     ]
 
 
-def compare_weights(forms: dict[str, Form], batches: list[tuple[Tensor, ...]]) -> list[Check]:
+def compare_weights(forms: dict[str, Trainer], batches: list[tuple[Tensor, ...]]) -> list[Check]:
     """Start every step from the state of eager, at the large learning rate, and compare the weights after it.
 
     The check uses the norm of the difference of all weights. The largest difference of a single tensor is reported too;
     it may be that of a bias that was initialized to 0 and so consists of one rounded gradient.
     """
-    eager, eager_step = forms["eager"]
+    eager = forms["eager"]
     overall, single = ({mode: 0.0 for mode in forms if mode != "eager"} for _ in range(2))
-    for trainer, _ in forms.values():
-        trainer.optimizer.set_lr(LARGE_LR)
+    for trainer in forms.values():
+        trainer.schedule = constant_lr(trainer.recipe, LARGE_LR)
     for batch in batches:
         before = [tensor.clone() for tensor in eager.state_tensors()]
-        eager_step(*batch)
+        progress = replace(eager.progress)
+        eager.train_step(batch)
         for mode in overall:
-            trainer, step = forms[mode]
+            trainer = forms[mode]
+            trainer.progress = replace(progress)
             with torch.no_grad():
                 for tensor, value in zip(trainer.state_tensors(), before, strict=True):
                     tensor.copy_(value)
-            step(*batch)
+            trainer.train_step(batch)
             pairs = list(zip(trainer.model.parameters(), eager.model.parameters(), strict=True))
             differences = torch.stack([(weight - expected).norm() for weight, expected in pairs])
             norms = torch.stack([expected.norm() for _, expected in pairs])
@@ -137,14 +140,14 @@ def max_or_nan(largest: float, difference: Tensor) -> float:
     return value if not value <= largest else largest
 
 
-def check_no_synchronization(mode: str, trainer: Trainer, step: TrainStep) -> Check:
+def check_no_synchronization(mode: str, trainer: Trainer) -> Check:
     """Check that three batches and their training steps do not synchronize the host with the device."""
     batches = trainer.batches(0)
-    step(*next(batches))
+    trainer.train_step(next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in itertools.islice(batches, 3):
-            step(*batch)
+            trainer.train_step(batch)
         problem = ""
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
@@ -242,10 +245,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20, help="number of steps of each comparison, by default 20")
     parser.add_argument("--quick", action="store_true", help="use a tiny network on synthetic images")
     parser.add_argument("--against", metavar="COMMIT", help="compare this working tree with an older commit instead")
+    parser.add_argument("--record", action="store_true", help="write the result of --against to bench/results")
     arguments = parser.parse_args()
     if arguments.against:
         document = compare_with_commit(arguments.against)
         print(format_markdown(document["checks"]))
+        if arguments.record:
+            summary = {key: value for key, value in document.items() if key not in ("checks", "versions")}
+            print(results_folder.write("equality", collect_environment("cpu"), summary, document["checks"]))
     else:
         document = compare_forms(arguments.device, arguments.steps, arguments.quick)
     print(json.dumps(document))

@@ -29,8 +29,8 @@ def first_step(arch: str, batch_size: int) -> None:
 
     recipe = Recipe(arch=arch, batch_size=batch_size, augment="crop:4:zero,flip", data="synthetic:2000", val_size=0)
     trainer = build.build_trainer(resolve(recipe))
-    step = trainer.build_train_step()
-    step(*next(trainer.batches(0)))
+    trainer.optimize()
+    trainer.train_step(next(trainer.batches(0)))
     assert trainer.meter.compute().images == batch_size
 
 

@@ -118,7 +118,8 @@ def ours(settings: Settings) -> Iterator[int]:
         val_size=0,
     )
     trainer = build_trainer(resolve(recipe))
-    yield from train_workload(trainer, trainer.build_train_step())
+    trainer.optimize()
+    yield from train_workload(trainer)
 
 
 def airbench_style(settings: Settings) -> Iterator[int]:
