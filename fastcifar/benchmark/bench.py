@@ -241,7 +241,7 @@ def measure_case(
         device_state = read_device_state(trainer.device, lambda: next(work))
         if trace_file:
             write_trace(work, trace_file, trainer.device)
-        if not trainer.meter.compute().is_finite:
+        if not trainer.meter.compute().all_finite:
             raise NonFiniteError("the loss or a gradient became NaN or Inf in a trial", "use --precision fp32")
     return summarize_trials(case, trials) | {"peak_memory_bytes": peak} | device_state, first_s
 

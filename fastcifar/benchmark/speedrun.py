@@ -1,9 +1,10 @@
 """Measure the time to reach a target accuracy, over n training runs of one recipe.
 
-The seconds of a run are the preparation, which is the work that needs the training images before the first step, plus
-the training, in which nothing is evaluated. Building and compiling the trainer is reported separately. The model is
+The time of a run is preparation plus training. Preparation is all work on the training images before the first training
+step. Nothing is evaluated during training. Building and compiling the trainer is reported separately. The model is
 evaluated after training, and its weights are hashed before and after the evaluation. All runs share one process and its
-compiled code. Each is identical to `train` with the same recipe and seed, on a CPU bit for bit.
+compiled code. Each run does the same training steps as `train` with that recipe and seed; on a CPU the resulting
+weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -40,12 +41,8 @@ from fastcifar.training.trainer import Trainer
 TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96", "96.5": "speed96"}
 EVAL_SPLITS = {"test": "the test set, once per run", "val": "the validation split, for tuning a recipe"}
 PER_RUN_OPTIONS = ("seed", "out")  # may differ between the runs of a result folder
-FORBIDDEN_OPTIONS = (
-    "patience",
-    "time_budget",
-    "max_steps",
-    "resume",
-)  # would change where the timed training starts or ends
+# options that a speedrun refuses, because they would change where the timed training starts or ends
+FORBIDDEN_OPTIONS = ("patience", "time_budget", "max_steps", "resume")
 FLOP_COUNT_IMAGES = 8  # batch size of the passes whose operations are counted
 
 
@@ -207,7 +204,7 @@ def train_without_evaluation(trainer: Trainer) -> None:
 def reset_trainer_for_recipe(trainer: Trainer, recipe: Recipe) -> float:
     """Reset the compiled `trainer` to the start of a run of `recipe`, which may differ in its seed only.
 
-    A new trainer is built, and its checkpoint is loaded into the tensors that the compiled step uses. Returns the
+    A new trainer is built, and its initial state is loaded into the tensors that the compiled step uses. Returns the
     seconds that this takes, without the preparation, which belongs to the timed run.
     """
     started = time.perf_counter()
@@ -225,7 +222,7 @@ def evaluate_trial(trainer: Trainer, eval_split: str) -> dict[str, Any]:
     `refused` is the reason why the trial is invalid, or None: a loss or gradient was NaN or Inf, or the evaluation
     changed the weights.
     """
-    finite = trainer.meter.compute().is_finite
+    finite = trainer.meter.compute().all_finite
     sha256 = state_dict_sha256(trainer.model.state_dict())
     split = trainer.data.test if eval_split == "test" else trainer.val_split
     scores = evaluate(trainer.model, trainer.eval_forward, split, trainer.device)

@@ -184,7 +184,10 @@ def export(
         str, typer.Option("--input", metavar="uint8|normalized", help="format of the input images")
     ] = "uint8",
     outputs: Annotated[
-        str, typer.Option("--output", metavar="probabilities|logits", help="quantity that the model returns")
+        str,
+        typer.Option(
+            "--output", metavar="probabilities|logits", help="output of the model: class probabilities or logits"
+        ),
     ] = "probabilities",
     arch: CheckpointArchOption = None,
     as_json: JsonOption = False,
@@ -205,7 +208,7 @@ def models(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="architecture whose layers are listed")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="PARAMS", help="maximum number of parameters, for which the largest --width is computed"),
+        typer.Option(metavar="PARAMS", help="maximum number of parameters; the largest --width that fits is computed"),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,

@@ -1,4 +1,4 @@
-"""The end of a command: user errors in one line with the remedy, and the exit codes of errors.py.
+"""How a command ends: it prints a user error in one line with the remedy, and exits with a code of errors.py.
 
 A traceback is printed only with --debug, or for a bug.
 """
@@ -25,7 +25,7 @@ def run_cli(app: Callable[..., object]) -> NoReturn:
     signal.signal(signal.SIGTERM, handle_sigterm)
     try:
         code = app(standalone_mode=False)
-        if code == SIGINT_EXIT_CODE:  # Typer's result for a KeyboardInterrupt
+        if code == SIGINT_EXIT_CODE:  # Typer returns this code for a KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(_print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
@@ -39,7 +39,10 @@ def run_cli(app: Callable[..., object]) -> NoReturn:
 
 
 def handle_sigterm(*_: Any) -> None:
-    """Exit on SIGTERM outside of training: every `finally` is executed, and the exit code is that of a training run."""
+    """Handle a SIGTERM outside of training: run every `finally`, and exit with 143.
+
+    A training run that is stopped by SIGTERM exits with the same code.
+    """
     sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE))
 
 

@@ -115,7 +115,7 @@ def report(
     ] = False,
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="folder to write plots of accuracy, loss, throughput and classes to"),
+        typer.Option(metavar="DIR", help="folder for plots of accuracy, loss, throughput and accuracy per class"),
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="self-contained HTML file to write")] = None,
     mistakes: Annotated[

@@ -93,10 +93,11 @@ class AugmentSpec:
 
 @dataclass(frozen=True, eq=False)
 class AugmentParams:
-    """All random numbers of one epoch; a batch, the share of a rank and a DALI chunk are slices of every array.
+    """All random numbers of one epoch; slicing the arrays gives those of a batch, of a rank's share or of a DALI chunk.
 
     permutation  int64 [n], the sample at each position
-    op_params    one dict per augmentation, in list order: arrays [n] over positions, of int32, uint8 or bool
+    op_params    one dict per augmentation, in list order: arrays [n] over positions; bool, uint8, or int32 for
+                 integers and fixed-point numbers, such as a cosine or the amount of an operation
     """
 
     permutation: np.ndarray
@@ -110,7 +111,7 @@ def draw_crop(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
 
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Crop the 32x32 window at (y, x) of the image padded by `op.value` pixels of black or of reflection."""
+    """Pad the image by `op.value` pixels, black or reflected, and crop the 32x32 window at (y, x)."""
     return crop_rows(rows, params["y"].int(), params["x"].int(), _int_value(op), op.variant == "reflect")
 
 
@@ -154,7 +155,7 @@ def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillC
 
 
 def draw_rotate(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw the `sine` and `cosine` of an angle uniform over -op.value..op.value degrees."""
+    """Draw the `sine` and `cosine`, fixed-point int32, of an angle uniform over -op.value..op.value degrees."""
     return policies.draw_rotation_params(_int_value(op), len(context.permutation), context.rng)
 
 
@@ -197,7 +198,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=lambda op, rows, params, fill_color: flip_rows(rows, params["flip"]),
         default_value=0.5,
         variants={"random": (0.0, 1.0), "alternating": (0.5, 0.5)},
-        help="flip horizontally with probability VALUE, or each image in every second epoch",
+        help="flip horizontally with probability VALUE, or, if `alternating`, flip each image in every second epoch",
     ),
     "cutout": AugmentSpec(
         draw=draw_cutout,
@@ -225,7 +226,8 @@ AUGMENTS: dict[str, AugmentSpec] = {
         apply=apply_jitter,
         default_value=0.2,
         variants={"": (0.0, 1.0)},
-        help="change brightness, contrast and saturation by a factor of at most 1 +- VALUE, hue by at most VALUE / 2",
+        help="multiply brightness, contrast and saturation by a factor from 1 - VALUE to 1 + VALUE, "
+        "shift the hue by at most VALUE / 2 of a full turn",
     ),
     "autoaugment": AugmentSpec(
         draw=draw_policy,
@@ -376,9 +378,9 @@ def apply_augment_rows(
 ) -> Tensor:
     """Do the same as `apply_augment` on the same bytes viewed as rows, uint8 [b,32,96].
 
-    The loaders compile this function together with the gather of the batch. Rows of 96 adjacent bytes give the compiler
-    a long innermost loop, and int32 gives values, masks and indices the same width: a fused CPU kernel is vectorized
-    well only with both. Inside that kernel the int32 values live in registers, not in memory.
+    The loaders compile this function together with the gather of the batch. Inside, the values are int32. A fused CPU
+    kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values, masks and
+    indices have the same width (int32). The int32 values are kept in registers, not in memory.
     """
     assert len(ops) == len(params), (len(ops), len(params))
     assert rows.dtype == torch.uint8, rows.dtype

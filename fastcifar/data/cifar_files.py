@@ -195,7 +195,9 @@ def read_official_files(
         start, batch = _locate_batch(layout, name)
         swapped = next((other.name for other in layout.batches if other.md5 == md5s[name] and other.name != name), "")
         if swapped:
-            raise DataError(f"{file} is the official {swapped}, expected {name}: files were swapped", REDOWNLOAD_REMEDY)
+            raise DataError(
+                f"{file} holds the official file {swapped}, expected {name}: files were swapped", REDOWNLOAD_REMEDY
+            )
         pixels = splits[batch.split].images.reshape(-1, IMAGE_BYTES)[start : start + batch.num_images]
         labels = splits[batch.split].labels[start : start + batch.num_images]
         if layout is spec.binary:

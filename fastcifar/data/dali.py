@@ -70,7 +70,7 @@ def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fil
     )
 
 
-def _mirror_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
+def _flip_and_convert_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
     """Flip horizontally where the input is 1, and convert to layout HWC in the same operator."""
     return dali.fn.crop_mirror_normalize(
         images, mirror=inputs[0], dtype=dali.types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
@@ -95,7 +95,7 @@ def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type 
 # DALI has no single operator for reflection padding, so `ChunkSource` pads.
 CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", _int_value(op))], _slice_window)
 CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window, must_be_first=True)
-FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _mirror_to_hwc)
+FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _flip_and_convert_to_hwc)
 CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", _int_value(op) // 2, np.float32)], _erase_square)
 ERASE = DaliOp(
     lambda op, params: [_stack_params(params, names, dtype=np.float32) for names in ("yx", "hw")],
@@ -256,7 +256,7 @@ class DaliPipeline:
                 images = dali_op.build_node(dali, images, inputs[: dali_op.num_inputs], op, self.fill_color)
                 del inputs[: dali_op.num_inputs]
             if not any(dali_op is FLIP for dali_op, _ in nodes):
-                images = _mirror_to_hwc(dali, images, (0,), None, self.fill_color)
+                images = _flip_and_convert_to_hwc(dali, images, (0,), None, self.fill_color)
             pipeline.set_outputs(images)
             pipeline.build()
         return pipeline

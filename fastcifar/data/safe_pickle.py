@@ -163,7 +163,7 @@ def _reduce(machine: _PickleVM) -> None:
     args = machine.stack.pop()
     function = machine.stack.pop()
     if not callable(function) or function not in _ALLOWED_FUNCTIONS or not isinstance(args, tuple):
-        raise _UnpicklingError("a call of something that is not a function")
+        raise _UnpicklingError("a call of an object that is not an allowed function, or arguments that are not a tuple")
     machine.stack.append(function(machine, args))
 
 

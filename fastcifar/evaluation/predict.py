@@ -115,7 +115,7 @@ def _predict_probabilities(
     for member in members:
         member.compile_for(len(inputs.ids) * len(VIEWS[member.recipe.tta]))
     start_time = time.perf_counter()
-    logits = [_predict_member_logits(member, inputs, console) for member in members]
+    logits = [_predict_logits_of_ensemble_member(member, inputs, console) for member in members]
     mean_logits = torch.stack(logits).double().mean(0)
     if not torch.isfinite(mean_logits).all():
         raise NonFiniteError(
@@ -124,7 +124,7 @@ def _predict_probabilities(
     return mean_logits.softmax(1).numpy(), time.perf_counter() - start_time
 
 
-def _predict_member_logits(member: LoadedRun, inputs: InputImages, console: Console | None) -> Tensor:
+def _predict_logits_of_ensemble_member(member: LoadedRun, inputs: InputImages, console: Console | None) -> Tensor:
     """Return the float32 logits [n, classes] of one member on the CPU, with a progress bar on a terminal."""
     starts = range(0, len(inputs.ids), IMAGES_PER_CHUNK)
     no_progress_bar = console is None or not console.is_terminal

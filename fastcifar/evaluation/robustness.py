@@ -29,7 +29,7 @@ CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CI
 
 @dataclass(frozen=True)
 class RobustnessEval:
-    """The test sets that are evaluated in addition to the test set.
+    """The additional test sets: CIFAR-10.1 and the corrupted test images.
 
     shifted_test_set  the name of a CIFAR-10.1 version and its images, or None
     with_corruptions  whether to evaluate on the corrupted test set
@@ -129,8 +129,8 @@ def _corrupted_accuracy(loaded: LoadedRun, split: Split, corruption: Corruption,
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:
     """Apply a corruption to uint8 images [n,3,32,32]; return uint8 images in channels_last memory format.
 
-    Values are truncated to integers as in CIFAR-10-C. Computed in float64, because the lower precision of GPU matrix
-    products would change some of the truncated values.
+    Values are truncated to integers as in CIFAR-10-C. The corruption is computed in float64:
+    reduced-precision matrix products on a GPU would change some of the truncated values.
     """
     corrupted = corruption(images.double() / 255, severity, generator) * 255
     return (corrupted + 1e-6).to(torch.uint8).contiguous(memory_format=torch.channels_last)

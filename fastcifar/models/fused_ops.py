@@ -1,10 +1,10 @@
 """Fused BatchNorm, squeeze-and-excitation (SE), shortcut addition and ReLU: `norm_relu`.
 
 The forward pass reads its input twice, and so does the backward pass. Each of these reads is one custom operator,
-written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA tensors. Between two operators only small
-tensors are computed: the batch's statistics follow from the mean and the squared deviations of every channel of every
-image, and so does the input of the SE, because the mean of a normalized channel is a linear function of the channel's
-mean. Nothing is copied to the host.
+written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA tensors. Only small tensors are computed
+between two operators. The batch statistics and the input of the SE both follow from the mean and the squared deviations
+of each channel of each image. This works for the SE because normalization is linear: the mean of a normalized channel
+follows from the channel's mean. Nothing is copied to the host.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastcifar.models.fused_ops_shapes import choose_chunk_size, empty_channels_last_like, empty_chunk_sums
 
 # The operators. Feature maps are [n, C, H, W] in channels_last. Per-channel factors (scale, shift, slope, offset) are
-# float32 [n, C], or [1, C] where all images share them. Results for each chunk of `chunk` positions are float32
-# [n, S, C], S chunks in an image.
+# float32 [n, C], or [1, C] where all images share them. The H * W positions of an image are split into S chunks of
+# `chunk` positions (the last one may be shorter); results per chunk are float32 [n, S, C].
 
 
 @torch.library.custom_op("fastcifar::chunk_moments", mutates_args=(), device_types="cpu")
@@ -57,8 +57,8 @@ def relu_backward_with_sums(
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift).
 
-    Without a shortcut the sign of x * scale + shift replaces y, and the masked gradient is not stored:
-    `norm_input_gradient` computes it again.
+    For a layer without a shortcut. The mask is computed from the sign of x * scale + shift, so y is not needed. The
+    masked gradient is not stored; `norm_input_gradient` computes it again.
     """
     masked = _mask_relu_gradient(gradient, x, scale, shift)
     return _chunk_sums(masked, chunk), _chunk_sums(masked * x, chunk)
@@ -70,7 +70,8 @@ def norm_input_gradient(
 ) -> Tensor:
     """gradient * scale + x * slope + offset, of x's shape and dtype.
 
-    With a `shift`, `gradient` is that of relu(x * scale + shift) and is masked first; without one it already is.
+    If `shift` is given, `gradient` is the gradient with respect to relu(x * scale + shift), and is first set to 0 where
+    that output is 0. If `shift` is None, `gradient` is masked already.
     """
     masked = gradient.float() if shift is None else _mask_relu_gradient(gradient, x, scale, shift)
     input_gradient = masked * scale[..., None, None] + x * slope[..., None, None] + offset[..., None, None]
@@ -133,7 +134,7 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: T
 def norm_scale_and_shift(
     means: Tensor, squared_deviations: Tensor, num_positions: int, eps: float, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and shift for which x * scale + shift is the BatchNorm of x in training mode, and the SE after it, if any.
+    """Scale and shift such that x * scale + shift is the training-mode BatchNorm of x, followed by the SE, if any.
 
     `means`, `squared_deviations`: of each image's channels, [n, C]; the latter are sums over the
     `num_positions` = H * W. `params`: weight and bias of the BatchNorm, then, with an SE, those of the SE's two layers.
@@ -166,7 +167,10 @@ def merge_chunk_moments(
 
 
 class _NormRelu(torch.autograd.Function):
-    """relu(SE(BatchNorm(x)) + shortcut), returned twice: the gradients of the two outputs arrive separately."""
+    """relu(SE(BatchNorm(x)) + shortcut), returned twice so that the gradients from two uses arrive separately.
+
+    See `norm_relu`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:

@@ -126,8 +126,8 @@ def ray_executor(options: ExecutorOptions) -> Executor:
     return partial(_run_on_ray, ray=ray, options=options)
 
 
-# name -> function that checks the options and returns the executor, a function that runs trials and yields two events
-# for each: "running" and the final state
+# name -> function that checks the options and returns an executor. An executor is a function that runs trials and
+# yields two events per trial: "running", then the final state.
 EXECUTORS: dict[str, Callable[[ExecutorOptions], Executor]] = {
     "process": in_process_executor,
     "processes": multiprocess_executor,
@@ -189,7 +189,7 @@ def _failure_reason(error: Exception, folder: Path) -> str:
 
 
 def _wait_until_unlocked(folder: Path) -> None:
-    """Wait for a trial process of a killed sweep, which may still be writing its checkpoint."""
+    """Wait until `folder` is unlocked: the trial process of a killed sweep may still be writing its checkpoint."""
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
     while folder.is_dir():
         try:

@@ -23,25 +23,27 @@ from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgr
 from fastcifar.training.trainer import Trainer
 
 DEFAULT_OPTIONS = Recipe().model_dump(mode="json")
-MAX_ROLLBACKS = 3  # a run that is not finite once more stops
+MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run
 RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
 
-# option that may change -> the effect of a change, for the user; changes of an option without a text are not reported
+# option that may change on resume -> message about the effect; a change with an empty message is not reported
 RESUMABLE_OPTIONS: dict[str, str] = {
     "epochs": "the schedule is recomputed for the new number of epochs, from the current step on",
     "patience": "the epochs without an improvement so far still count",
     "max_steps": "the steps before the run was resumed count too",
-    "max_params": "this is only a limit, the network does not change",
-    "eval_weights": "which weights are evaluated on the test set",
-    "data": "the training images must be the same; another number of images is refused",
-    "out": "the run continues in this folder, and the folder of the checkpoint does not change",
+    "max_params": "the network does not change, it is only checked against the new limit",
+    "eval_weights": "other weights of the run are evaluated on the test set",
+    "data": "it must hold the same training images; only their number and the classes are checked",
+    "out": "the run continues in this folder; if the checkpoint is in another folder, that folder is not modified",
     "resume": "",
     "save_every_epochs": "",
     "save_every_steps": "",
     "track": "a new tracker also receives the rows of the earlier epochs",
     "on_nan": "",
-    "deterministic": "sums may be rounded differently",
-    **dict.fromkeys(section_fields("execution"), "sums may be rounded differently: the run is no longer bit-identical"),
+    **dict.fromkeys(
+        ("deterministic", *section_fields("execution")),
+        "sums may be rounded differently, so the run is no longer bit-identical to an uninterrupted one",
+    ),
 }
 # `--time-budget` changes these options of a run, so its saved recipe differs from its command line.
 TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
@@ -84,7 +86,7 @@ class ResumePoint:
             self.lock.release()
 
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
-        """Open the run on rank 0, with `callbacks` after the run's own; the other ranks write nothing.
+        """Open the run on rank 0; the other ranks write nothing. `callbacks` are called after the run's own callbacks.
 
         Every rank loads the checkpoint into its `trainer`. Raises the errors of `open_run`.
         """
@@ -141,7 +143,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     """Return where a run with `recipe` starts, by `recipe.resume`. `recipe_name`: its name, for tables.
 
     Raises `CheckpointError` if there is no such checkpoint or the recipe differs from the saved one, and `UsageError`
-    if another process trains the run or the run is finished.
+    if another process is training the run or the run is finished.
     """
     if recipe.resume is None:
         return ResumePoint(recipe, recipe_name)
@@ -208,7 +210,7 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
                 continue
             try:
                 return _resume_in_place(recipe, recipe_name, folder)
-            except UserError:  # a run with other options, a damaged one, or one that another process trains
+            except UserError:  # a run with other options, a damaged one, or one that another process is training
                 continue
     new.messages = [f"resume: {reason}; starting a new run"]
     return new
@@ -220,7 +222,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 
 def _run_folders_newest_first(parent: Path) -> list[Path]:
-    """Return the run folders in `parent`, sorted by the time of the last checkpoint, or of the start without one."""
+    """Return the run folders in `parent`, newest first: by the time of the last checkpoint, or of the start if none."""
 
     def modified(folder: Path) -> float:
         last = checkpoint.resolve_checkpoint_path(str(folder), "last")
@@ -260,9 +262,9 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
 def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int) -> Recipe:
     """Return the recipe of the resumed run: the `saved` options, overridden by those of `recipe`.
 
-    With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. A saved
-    `max_steps` is dropped. Raises `CheckpointError` with the list of options that differ and must not, and
-    `UsageError` if `epochs` is less than `epochs_done`.
+    With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. The saved
+    `max_steps` is ignored, so that a run that stopped there can continue. Raises `CheckpointError` that lists the
+    options that differ although they must be the same, and `UsageError` if `epochs` is less than `epochs_done`.
     """
     requested = recipe.model_dump(mode="json")
     if recipe.resume != "auto":

@@ -40,7 +40,8 @@ class Metrics:
     nonfinite_steps: int
 
     @property
-    def is_finite(self) -> bool:
+    def all_finite(self) -> bool:
+        """Whether no step had a NaN or Inf."""
         return self.nonfinite_steps == 0
 
 

@@ -1,7 +1,7 @@
 """READ FIRST: one training run, from a recipe to its summary.
 
-Everything is built before the run folder is created, so that a mistake leaves nothing behind. Inside an epoch the host
-only launches work: it reads the training metrics at the end, and every few steps, without waiting, for the display.
+Everything is built before the run folder is created: an error in the recipe leaves no folder behind. In an epoch the
+host only launches work. It reads the metrics at the end and, without waiting for a GPU, every few steps for display.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> dict[str, An
 
 
 def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
-    """Train until the recipe or a signal ends the run. NaN or Inf ends it too, or rolls it back."""
+    """Train until the recipe, a signal, NaN or Inf ends the run; with `--on-nan rollback`, NaN or Inf rolls it back."""
     while not signals.sync_signal(trainer.world) and not trainer.progress.find_stop_reason(trainer.recipe):
         try:
             run_epoch(trainer, run, clock, display, signals)
@@ -95,7 +95,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
         metrics = trainer.meter.compute()
         require_finite(metrics, trainer)
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
-    if signals.agreed_signal or not is_whole:  # before the validation: a resumed run continues as if never stopped
+    if signals.agreed_signal or not is_whole:  # saved before the validation, so that resuming changes no result
         save_run_checkpoint(trainer, run, clock, "last")
         if signals.agreed_signal:
             return
@@ -119,7 +119,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
 def finish_epoch(
     trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, validation: dict[str, float | None]
 ) -> None:
-    """Update progress and schedule, and save the checkpoint, also as the best one if it is."""
+    """Update progress and schedule; save checkpoint "best" if the epoch is the best so far, and "last" if it is due."""
     progress = trainer.progress
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
     is_best = progress.record_epoch(metrics.images, validation["val_acc"], is_whole)
@@ -127,7 +127,7 @@ def finish_epoch(
         trainer.meter.reset()
         clock.end_epoch()
         trainer.schedule.after_epoch(validation["val_loss"])
-    if is_best:  # first: `last` must not refer to a best checkpoint that does not exist
+    if is_best:  # saved before `last`, which must not refer to a missing best checkpoint
         save_run_checkpoint(trainer, run, clock, "best")
     is_due = trainer.recipe.save_every_epochs and progress.epoch % trainer.recipe.save_every_epochs == 0
     if is_whole and (is_due or progress.find_stop_reason(trainer.recipe)):
@@ -143,8 +143,8 @@ def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, name: str) -> 
 
 
 def require_finite(metrics: Metrics, trainer: Trainer) -> None:
-    """Raise `NonFiniteError` with the first step that had a NaN or Inf; that step and all later ones were skipped."""
-    if not metrics.is_finite:
+    """Raise `NonFiniteError` if a step had a NaN or Inf, naming the first one; it and all later ones were skipped."""
+    if not metrics.all_finite:
         first = trainer.progress.step - trainer.meter.compute().nonfinite_steps + 1
         remedy = "use a smaller --lr, a --clip-grad, --precision fp32, or --on-nan rollback"
         raise NonFiniteError(f"the loss or a gradient was not finite in step {first}", remedy)

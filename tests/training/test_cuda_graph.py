@@ -157,7 +157,7 @@ def test_warm_up_preserves_python_state_of_the_optimizer(
     assert str([{key: group[key] for key in group if key != "params"} for group in inner.param_groups]) == group_options
     assert all(torch.equal(before, after) for before, after in zip(state, trainer.state_tensors(), strict=True))
     step(*full_batches(trainer, 1)[0])
-    assert trainer.meter.compute().is_finite
+    assert trainer.meter.compute().all_finite
     assert not any(
         torch.equal(weight, before) for weight, before in zip(trainer.optimizer.parameters, weights, strict=True)
     )

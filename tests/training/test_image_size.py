@@ -102,7 +102,7 @@ def test_each_epoch_takes_the_step_of_its_size_and_short_batches_its_plain_twin(
     sizes = (24, 28, 28, 32, 32)
     assert taken == [(size, count) for size in sizes for count in (48, 48, 48, 16)]
     assert len(prepared) == 3
-    assert parts.meter.compute().is_finite
+    assert parts.meter.compute().all_finite
 
 
 def test_a_compiled_small_size_equals_the_plain_one() -> None:

@@ -59,7 +59,7 @@ def test_meter_sums_over_images_not_batches() -> None:
     meter.update(torch.tensor(1.0), torch.tensor(3), 4)
     meter.update(torch.tensor(2.0), torch.tensor(1), 1)
     reading = meter.compute()
-    assert (reading.loss, reading.accuracy, reading.images, reading.is_finite) == (6 / 5, 4 / 5, 5, True)
+    assert (reading.loss, reading.accuracy, reading.images, reading.all_finite) == (6 / 5, 4 / 5, 5, True)
     meter.reset()
     assert math.isnan(meter.compute().loss)
     assert meter.compute_delayed().images == 0
@@ -75,7 +75,7 @@ def test_low_precision_steps_learn_and_keep_fp32_weights(tiny: Callable[..., Rec
     parts.model.eval()
     assert {weight.dtype for weight in parts.model.parameters()} == {torch.float32}
     assert F.cross_entropy(parts.forward(images), labels).item() < 2.2
-    assert parts.meter.compute().is_finite
+    assert parts.meter.compute().all_finite
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -94,13 +94,13 @@ def test_fault14_nothing_is_updated_from_the_first_step_that_is_not_finite(
 
     step = parts.build_step(function)
     step(images, labels)
-    assert parts.meter.compute().is_finite
+    assert parts.meter.compute().all_finite
     kept = [value.detach().clone() for value in parts.model.parameters()]
     poison.fill_(math.inf if where == "gradient" else math.nan)
     step(images, labels)
     poison.fill_(1.0)
     step(images, labels)  # finite again, and still nothing moves: the run is to stop, not to limp on
-    assert not parts.meter.compute().is_finite
+    assert not parts.meter.compute().all_finite
     for before, after in zip(kept, parts.model.parameters(), strict=True):
         assert torch.equal(before, after)
 
