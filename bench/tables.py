@@ -249,7 +249,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def renewed(text: str) -> str:
+def update_tables(text: str) -> str:
     """Return the text of the README with every table regenerated."""
 
     def regenerate(match: re.Match[str]) -> str:
@@ -260,7 +260,7 @@ def renewed(text: str) -> str:
 
 if __name__ == "__main__":
     before = README.read_text(encoding="utf-8")
-    after = renewed(before)
+    after = update_tables(before)
     if "--check" in sys.argv:
         sys.exit(before != after)
     README.write_text(after, encoding="utf-8")

@@ -20,6 +20,7 @@ from fastcifar.benchmark.speedrun_results import SpeedrunResults
 from fastcifar.device import ExecutionPlan
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
+from fastcifar.training.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,7 +122,7 @@ def test_a_loop_trains_one_step_per_iteration(name: str, monkeypatch: pytest.Mon
     loops = script("loops")
     monkeypatch.setitem(MODELS, "mini", partial(MODELS["resnet"], blocks=(1, 1), channels=(8, 16)))
     execution = ExecutionPlan("cpu", "fp32", "tensor", False, False)
-    monkeypatch.setattr(loops, "choose_execution", lambda _: execution)
+    monkeypatch.setattr(loops, "resolve", lambda recipe: resolve(recipe, execution))
     loop = loops.LOOPS[name](loops.Settings("mini", 32, "crop-flip-cutout", "synthetic:80", "cpu"))
     drops_last_batch = name in loops.ON_DEVICE
     assert [next(loop) for _ in range(4)] == ([32] * 4 if drops_last_batch else [32, 32, 16, 32])

@@ -225,5 +225,5 @@ def test_a_sweep_of_an_earlier_version_is_reported_and_not_continued(
     report = json.dumps([build_report([folder])[0], listed(folder)])
     assert "lr_min=0.01" in report  # labels and names of folders are kept
     assert report.replace("lr_min=", "min_lr=") == expected
-    with pytest.raises(UsageError, match=r"earlier version.*reported, not continued: give another --out"):
+    with pytest.raises(UsageError, match=r"earlier version.*cannot be continued, only reported: choose another --out"):
         run_sweep(str(source), folder)

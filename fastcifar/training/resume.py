@@ -119,9 +119,11 @@ class ResumePoint:
             clock.load_state_dict(self.state["clock"])
             epochs_done = trainer.progress.epoch
         if self.folder and self.lock:
-            run = Run.reopen(self.folder, self.lock, trainer.recipe, self.recipe_name, epochs_done)
+            run = Run.reopen(
+                self.folder, self.lock, trainer.recipe, self.recipe_name, epochs_done, trainer.resolved.trackers
+            )
         else:
-            run = Run.create(trainer.recipe, self.recipe_name)
+            run = Run.create(trainer.recipe, self.recipe_name, trainer.resolved.trackers)
             self.lock = run.lock
             if self.copy_from:
                 run.copy_rows_from(self.copy_from, epochs_done)

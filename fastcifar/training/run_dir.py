@@ -30,7 +30,7 @@ from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
-from fastcifar.training.trackers import Tracker, parse_tracker_names
+from fastcifar.training.trackers import Tracker
 
 # Called with the row of metrics of each epoch. If it returns a text, training stops with it as the stop reason.
 EpochCallback = Callable[[EpochRow], str | None]
@@ -103,7 +103,7 @@ class Run:
     callbacks: tuple[EpochCallback, ...]
 
     @classmethod
-    def create(cls, recipe: Recipe, recipe_name: str) -> Run:
+    def create(cls, recipe: Recipe, recipe_name: str, trackers: Sequence[str] = ()) -> Run:
         """Create the run folder with recipe.toml and env.json: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default.
 
         Raises `DiskError` if the folder cannot be created or written.
@@ -112,7 +112,7 @@ class Run:
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
         try:
             folder, lock = _create_unique_folder(path)
-            return cls._open(folder, lock, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0)
+            return cls._open(folder, lock, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0, trackers)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {path}: {error.strerror}", WRITABLE_REMEDY) from None
 
@@ -122,7 +122,15 @@ class Run:
         return cls(folder, recipe_name, None, ())
 
     @classmethod
-    def reopen(cls, folder: Path, lock: FolderLock, recipe: Recipe, recipe_name: str, epochs_done: int) -> Run:
+    def reopen(
+        cls,
+        folder: Path,
+        lock: FolderLock,
+        recipe: Recipe,
+        recipe_name: str,
+        epochs_done: int,
+        trackers: Sequence[str] = (),
+    ) -> Run:
         """Reopen the folder of a stopped run, which `lock` locks, to continue after its first `epochs_done` epochs.
 
         Later rows, the summary and temporary files are removed. Raises `DiskError` if the folder cannot be written.
@@ -132,21 +140,24 @@ class Run:
         try:
             for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return cls._open(folder, lock, recipe, environment, epochs_done)
+            return cls._open(folder, lock, recipe, environment, epochs_done, trackers)
         except OSError as error:
             raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", WRITABLE_REMEDY) from None
 
     @classmethod
     def _open(
-        cls, folder: Path, lock: FolderLock, recipe: Recipe, environment: dict[str, Any], epochs_done: int
+        cls,
+        folder: Path,
+        lock: FolderLock,
+        recipe: Recipe,
+        environment: dict[str, Any],
+        epochs_done: int,
+        trackers: Sequence[str],
     ) -> Run:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
         write_atomically(folder / "env.json", (json.dumps(environment, indent=1) + "\n").encode())
-        callbacks = tuple(
-            CALLBACK_FACTORIES[name](folder, epochs_done)
-            for name in (*FILE_CALLBACKS, *parse_tracker_names(recipe.track))
-        )
+        callbacks = tuple(CALLBACK_FACTORIES[name](folder, epochs_done) for name in (*FILE_CALLBACKS, *trackers))
         return cls(folder, environment["recipe"], lock, callbacks)
 
     @property

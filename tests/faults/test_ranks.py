@@ -171,5 +171,5 @@ def test_fault16_checkpoint_of_two_processes_continues_in_one_with_a_warning(tin
     trainer = build_trainer(resolve(recipe))
     state = trainer.checkpoint_state(Clock())
     state["random"] = state["random"] * 2
-    with pytest.warns(UserWarning, match="had 2 processes and goes on with 1"):
+    with pytest.warns(UserWarning, match="from 2 processes and this run has 1"):
         trainer.load_state_dict(state)

@@ -279,7 +279,10 @@ def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) ->
         not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.RESUMABLE_OPTIONS.keys()
     )
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    documented = re.findall(r"`(--[\w-]+)`", readme.split("Free to differ are ")[1].split("and what the machine is")[0])
+    sentence = readme.split("The following options may differ")[1].split("and the execution options")[0]
+    documented = re.findall(r"`(--[\w-]+)`", sentence)
+        r"`(--[\w-]+)`", readme.split("The following options may differ")[1].split("and the execution options")[0]
+    )
     assert set(documented) == {
         option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("execution")}
     }
@@ -329,7 +332,7 @@ def test_time_budget_is_applied_once(tiny: MakeRecipe, tmp_path: Path, monkeypat
     from fastcifar.training import dry_run
     from fastcifar.training.dry_run import StepTiming
 
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer, step: StepTiming(2.0, 0.05))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     budget = {"time_budget": 0.75, "epochs": 200, "warmup_epochs": 20}
     train(tiny(**budget))
     train(tiny(**budget, max_steps=7, out=str(tmp_path / "cut")))

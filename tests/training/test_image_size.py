@@ -59,7 +59,7 @@ def test_fault15_wrong_sizes(text: str, epochs: int, words: str) -> None:
 def test_fault15_a_network_that_takes_no_such_size(tiny: Callable[..., Recipe]) -> None:
     deep = {"arch": "speed94", "blocks": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
     parts_of(tiny(**deep))
-    with pytest.raises(UsageError, match="--image-size 16:1,32: speed94 takes no images of 16x16"):
+    with pytest.raises(UsageError, match="--image-size 16:1,32: speed94 does not accept images of 16x16"):
         parts_of(tiny(**deep, image_size="16:1,32"))
 
 

@@ -123,5 +123,7 @@ def test_without_neighbours_a_mixer_is_refused(tiny: Callable[..., Recipe]) -> N
     with pytest.raises(UsageError, match="cutmix mixes the images of a batch; use a --batch-size of 2 or more"):
         parts_of(tiny(augment="flip,cutmix", batch_size=1))
     split = Split(torch.zeros(4, 3, 32, 32, dtype=torch.uint8).numpy(), torch.zeros(4, dtype=torch.int64).numpy())
-    with pytest.raises(UsageError, match=r"batches\(\): mixup is applied in the training step; leave it out"):
+    with pytest.raises(
+        UsageError, match=r"batches\(\): mixup is applied in the training step; remove it, or use train"
+    ):
         next(batches(split, batch_size=2, augment="flip,mixup"))

@@ -378,5 +378,5 @@ def test_gradient_clipping() -> None:
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
     for invalid in ("0.1", "value", "value:-1", "value:x", "length:1", "norm:inf"):
-        with pytest.raises(UsageError, match="--clip-grad"):
-            build_grad_clipper(parse_clip_grad(invalid), weights)
+        with pytest.raises(UsageError, match="--clip-grad should be value:LIMIT, norm:LIMIT or none"):
+            Recipe(clip_grad=invalid)

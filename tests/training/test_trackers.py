@@ -222,7 +222,7 @@ def test_failing_tracker_warns_once_and_logs_missing_rows_later(
 
 def test_rows_removed_by_a_rollback_are_removed_from_the_tracker(tiny: MakeRecipe, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    run = Run.create(tiny(track="tensorboard"), "name")
+    run = Run.create(tiny(), "name", ["tensorboard"])
     for epoch, loss in ((0, 2.0), (1, 3.0), (2, 9.0)):
         run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
     run.truncate_rows(1)

@@ -205,11 +205,9 @@ def test_user_defined_architecture_trains(tiny: Callable[..., Recipe], monkeypat
 def test_fault15_invalid_options_are_refused_before_files_are_written(
     tiny: Callable[..., Recipe], options: dict[str, Any], message: str
 ) -> None:
-    recipe = tiny(**options)
-    recipe = Recipe(**{**recipe.model_dump(), **options})
     with pytest.raises(UsageError, match=message):
-        train(recipe)
-    assert not Path(str(recipe.out)).exists()
+        train(Recipe(**{**tiny().model_dump(), **options}))
+    assert not Path(str(tiny().out)).exists()
 
 
 def test_loss_of_an_untrained_network_is_that_of_chance(tiny: Callable[..., Recipe]) -> None:
