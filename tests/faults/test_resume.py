@@ -281,8 +281,6 @@ def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) ->
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     sentence = readme.split("The following options may differ")[1].split("and the execution options")[0]
     documented = re.findall(r"`(--[\w-]+)`", sentence)
-        r"`(--[\w-]+)`", readme.split("The following options may differ")[1].split("and the execution options")[0]
-    )
     assert set(documented) == {
         option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("execution")}
     }
