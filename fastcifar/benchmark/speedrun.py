@@ -32,7 +32,6 @@ from fastcifar.renamed import upgrade_options
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
-from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.progress import print_lines
 from fastcifar.training.resolve import Resolved, model_from_recipe, resolve
 from fastcifar.training.trainer import Trainer
@@ -162,7 +161,7 @@ def plan_speedrun(
     for option in FORBIDDEN_OPTIONS:
         if getattr(recipe, option) != getattr(defaults, option):
             raise UsageError(f"{option_flag(option)}: a speedrun trains from scratch for all epochs", "leave it out")
-    if recipe.eval_weights == "best" or lookup(SCHEDULES, recipe.schedule.partition(":")[0], "schedule").uses_val_loss:
+    if recipe.eval_weights == "best" or resolve(recipe).schedule.spec.uses_val_loss:
         problem = "a speedrun does not evaluate on a validation split during training"
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
     if eval_split == "val" and not recipe.val_size:
