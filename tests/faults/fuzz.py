@@ -206,7 +206,7 @@ def fuzz_reader(name: str, inputs: Iterator[bytes]) -> dict[str, Any]:
     """Run reader `name` on `inputs` and return the numbers of rejected and accepted inputs and the longest time.
 
     Raises any exception of the reader except `UserError`, with the input in a note, and `AssertionError` if the reader
-    was too slow, used too much memory_before, or gave a message of several max_lines.
+    was too slow, used too much memory, or gave a message of several lines.
     """
     read = READERS[name][1]
     counts: dict[str, Any] = {"reader": name, "inputs": 0, "refused": 0, "read": 0, "slowest_s": 0.0}
