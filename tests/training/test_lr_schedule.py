@@ -160,7 +160,7 @@ def test_every_restart_begins_at_the_peak(cycles: int) -> None:
         ("cosine:3", "takes no number"),
         ("cosine_restarts:2.5", "an integer from 1 to 1000; use a value such as cosine_restarts:4"),
         ("triangular:1", "from 0.001 to 0.999"),
-        ("one_cycle:", "is not a number"),
+        ("one_cycle:", "NAME or NAME:VALUE"),
         ("multi_step:nan", "is not a number"),
         ("exponential:x", "'x' is not a number"),
         ("plateau:-1", "an integer"),
