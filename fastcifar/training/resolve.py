@@ -30,6 +30,7 @@ from fastcifar.training.optimizers import (
     build_param_groups,
     parse_optimizer,
 )
+from fastcifar.training.rng_state import preserve_state
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
-    """Parse and look up everything in `recipe`; nothing is read, written or allocated.
+    """Parse and look up everything in `recipe`; nothing is read or written, and the random state is left as it is.
 
     `execution`: the choice for this machine, `choose_execution(recipe)` by default. Raises `UsageError` for a spelling
     that cannot be parsed, an unknown name (with the nearest one), an optimizer argument that does not exist and a
@@ -93,7 +94,8 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
         check_image_sizes(model, recipe)
         build_param_groups(model, recipe.weight_decay, head_lr_mult=recipe.head_lr_mult)
-    OptimizerWrapper(_tiny_network(), recipe, optimizer)
+    with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
+        OptimizerWrapper(_tiny_network(), recipe, optimizer)
     return Resolved(
         recipe=recipe,
         execution=resolve_cuda_graph(execution, recipe, optimizer),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastcifar.benchmark.bench import bench
 from fastcifar.benchmark.speedrun import speedrun
@@ -91,6 +92,13 @@ def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
     trainer = build_trainer(resolved)
     assert trainer.resolved is resolved
     assert trainer.schedule.spec is resolved.schedule.spec
+
+
+@pytest.mark.parametrize("optimizer", ["lookahead:sgd", "lion", "muon"])
+def test_random_state_is_left_as_it_is(tiny: Callable[..., Recipe], optimizer: str) -> None:
+    recipe, before = tiny(optimizer=optimizer, lr=0.01), torch.get_rng_state()
+    resolve(recipe)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_recipe_strings_are_parsed_in_two_files_only() -> None:
