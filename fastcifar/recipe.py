@@ -28,7 +28,7 @@ from pydantic import (
 from fastcifar.errors import UsageError, suggest_name
 from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipes import load_recipe_values
-from fastcifar.renamed import renaming_remedy, upgrade_options
+from fastcifar.renamed import renaming_remedy
 
 
 def _split_integers(value: Any) -> Any:
@@ -73,10 +73,10 @@ def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
 
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
-ImageSizeSpec = Annotated[str, _validate_by(lambda text: parse_image_sizes(text))]
-ClipGradSpec = Annotated[str, _validate_by(lambda text: parse_clip_grad(text))]
-ScheduleSpec = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
-AugmentSpec = Annotated[
+ImageSizeText = Annotated[str, _validate_by(lambda text: parse_image_sizes(text))]
+ClipGradText = Annotated[str, _validate_by(lambda text: parse_clip_grad(text))]
+ScheduleText = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
+AugmentText = Annotated[
     str, _validate_by(lambda text: [_check_spelling(item, "NAME[:VALUE[:VARIANT]],...", 2) for item in text.split(",")])
 ]
 
@@ -132,12 +132,12 @@ class Recipe(BaseModel):
         description="input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (the data set's; kuangliu for "
         "the architectures coconut_*)",
     )
-    augment: AugmentSpec = Field(
+    augment: AugmentText = Field(
         default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
         description="augmentations in the order of their application, NAME[:VALUE[:VARIANT]],..., or none",
     )
     drop_last: bool = Field(default=False, description="removal of the last, smaller batch of every epoch")
-    image_size: ImageSizeSpec = Field(
+    image_size: ImageSizeText = Field(
         default="32",
         description="training image size in pixels, or SIZE:EPOCHS,...,SIZE for progressive resizing, "
         "such as 24:3,28:2,32",
@@ -162,7 +162,7 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay coefficient")
     bias_decay: bool = Field(default=True, description="weight decay of biases and normalization parameters")
-    schedule: ScheduleSpec = Field(
+    schedule: ScheduleText = Field(
         default="cosine", description="learning-rate schedule, NAME[:VALUE], such as cosine or linear"
     )
     schedule_epochs: float | None = Field(
@@ -172,7 +172,7 @@ class Recipe(BaseModel):
         default=0.0, ge=0, description="length of the linear warm-up in epochs, included in that of the schedule"
     )
     min_lr: float = Field(default=0.0, ge=0, description="final learning rate of the schedule")
-    clip_grad: ClipGradSpec = Field(
+    clip_grad: ClipGradText = Field(
         default="value:0.1", description="gradient clipping: value:LIMIT, norm:LIMIT or none"
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing factor")
@@ -280,12 +280,10 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a saved run, perhaps of an earlier version: renamed options are translated, unknown ones
-        ignored.
+        """Return the recipe of a saved run (see `load_saved_recipe`); options of other versions are ignored.
 
         Raises `UsageError`.
         """
-        values = upgrade_options(values)
         return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod

@@ -52,7 +52,12 @@ class SpeedrunPlan:
     target: str
     recipe_name: str
     eval_split: str
-    recipe: Recipe
+    resolved: Resolved
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of all runs, which differ in the seed."""
+        return self.resolved.recipe
 
     def document(self) -> dict[str, Any]:
         """Return the settings that all trials of a result folder share.
@@ -94,18 +99,17 @@ def speedrun(
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else plan.recipe.seed
     recipes = [plan.recipe.model_copy(update={"seed": first_seed + index}) for index in range(n)]
-    resolved, seeds = resolve(recipes[0]), [recipe.seed for recipe in recipes]
-    execution = resolved.execution
+    execution, seeds = plan.resolved.execution, [recipe.seed for recipe in recipes]
     chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader")}
     chosen["compiled"] = execution.compile
     environment = {**collect_environment(execution.device), "chosen": chosen}
     if earlier:
         earlier.require_compatible(plan.document(), environment, seeds)
     started = time.perf_counter()
-    trainer = build_trainer(resolved)
+    trainer = build_trainer(replace(plan.resolved, recipe=recipes[0]))
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
     num_images = count_training_images(trainer)
-    flops = count_flops(resolved, len(trainer.data.classes), num_images)
+    flops = count_flops(plan.resolved, len(trainer.data.classes), num_images)
     run_stats = {
         "params": count_parameters(trainer.model),
         "macs": count_macs(trainer.model),
@@ -161,12 +165,13 @@ def plan_speedrun(
     for option in FORBIDDEN_OPTIONS:
         if getattr(recipe, option) != getattr(defaults, option):
             raise UsageError(f"{option_flag(option)}: a speedrun trains from scratch for all epochs", "leave it out")
-    if recipe.eval_weights == "best" or resolve(recipe).schedule.spec.uses_val_loss:
+    resolved = resolve(recipe)
+    if recipe.eval_weights == "best" or resolved.schedule.spec.uses_val_loss:
         problem = "a speedrun does not evaluate on a validation split during training"
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
     if eval_split == "val" and not recipe.val_size:
         raise UsageError("--eval-split val needs a validation split", "set --val-size")
-    return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, recipe)
+    return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, resolved)
 
 
 def time_training(trainer: Trainer, is_cold_start: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fastcifar.models.coconut import bottleneck_resnet
 from fastcifar.models.count import count_macs, count_parameters, layer_table
 from fastcifar.models.resnet import ACTIVATIONS, enable_fused_ops, se_resnet
 from fastcifar.models.small_convnet import small_convnet
-from fastcifar.recipe import section_fields
+from fastcifar.recipe import Recipe, section_fields
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,6 +36,7 @@ __all__ = [
     "enable_fused_ops",
     "layer_table",
     "max_width_within_budget",
+    "model_options",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -78,6 +79,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 # The keyword arguments of architectures that are options of a recipe; `build_model` accepts others too.
 MODEL_OPTIONS = tuple(name for name in section_fields("network") if name not in ("arch", "max_params"))
+
+
+def model_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of `MODEL_OPTIONS` in a recipe, as `build_model` takes them."""
+    return {name: getattr(recipe, name) for name in MODEL_OPTIONS}
+
 
 # The range that `max_width_within_budget` searches: at its lower end every stage has the minimum of 8 channels.
 MIN_WIDTH, MAX_WIDTH = 2.0**-10, 64.0

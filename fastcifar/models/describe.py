@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from fastcifar.models import (
-    MODEL_OPTIONS,
     MODELS,
     build_meta_model,
     count_macs,
     count_parameters,
     layer_table,
     max_width_within_budget,
+    model_options,
 )
 from fastcifar.recipe import Recipe
 
@@ -34,7 +34,7 @@ def describe_layers(recipe: Recipe) -> dict[str, Any]:
 
     Raises `UsageError` where `build_model` does.
     """
-    model = build_meta_model(recipe.arch, **_model_options(recipe))
+    model = build_meta_model(recipe.arch, **model_options(recipe))
     return {
         "name": recipe.arch,
         "params": count_parameters(model),
@@ -49,7 +49,7 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> dict[str, Any]:
     Returns `name`, `width` (a value of --width), `params`, `macs` and `budget`.
     Raises `UsageError` where `max_width_within_budget` does.
     """
-    options = _model_options(recipe)
+    options = model_options(recipe)
     options["width"] = max_width_within_budget(recipe.arch, budget, **options)
     model = build_meta_model(recipe.arch, **options)
     return {
@@ -59,7 +59,3 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> dict[str, Any]:
         "macs": count_macs(model),
         "budget": budget,
     }
-
-
-def _model_options(recipe: Recipe) -> dict[str, Any]:
-    return {option: getattr(recipe, option) for option in MODEL_OPTIONS}

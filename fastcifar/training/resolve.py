@@ -17,7 +17,7 @@ from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import DeviceError, UsageError, lookup
-from fastcifar.models import MODEL_OPTIONS, build_model, check_param_budget, count_macs, enable_fused_ops
+from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
 from fastcifar.recipe import ClipGrad, Recipe, parse_clip_grad, parse_image_sizes
 from fastcifar.training import trackers
 from fastcifar.training.distributed import get_world
@@ -90,9 +90,10 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     optimizer = parse_optimizer(recipe)
     schedule = parse_schedule(recipe)
     clip_grad = parse_clip_grad(recipe.clip_grad)
+    image_sizes = tuple(parse_image_sizes(recipe.image_size))
     with torch.device("meta"):
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
-        check_image_sizes(model, recipe)
+        check_image_sizes(model, recipe, {size for size, _ in image_sizes})
         build_param_groups(model, recipe.weight_decay, head_lr_mult=recipe.head_lr_mult)
     with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
         OptimizerWrapper(_tiny_network(), recipe, optimizer)
@@ -103,7 +104,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         mixer=mixer,
         mean=mean,
         std=std,
-        image_sizes=tuple(parse_image_sizes(recipe.image_size)),
+        image_sizes=image_sizes,
         optimizer=optimizer,
         schedule=schedule,
         clip_grad=clip_grad,
@@ -113,7 +114,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
 
 def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
     """The network of a recipe, newly initialized. Raises `UsageError`, also if it is over the parameter budget."""
-    model = build_model(recipe.arch, num_classes, **{name: getattr(recipe, name) for name in MODEL_OPTIONS})
+    model = build_model(recipe.arch, num_classes, **model_options(recipe))
     check_param_budget(recipe.arch, model, recipe.max_params)
     if recipe.fused_ops:
         enable_fused_ops(model)
@@ -130,9 +131,9 @@ def _tiny_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def check_image_sizes(model: nn.Module, recipe: Recipe) -> None:
-    """Raise `UsageError` if the network does not accept images of every size of the recipe."""
-    for size in {size for size, _ in parse_image_sizes(recipe.image_size)} - {CIFAR_IMAGE_SIZE}:
+def check_image_sizes(model: nn.Module, recipe: Recipe, sizes: set[int]) -> None:
+    """Raise `UsageError` if the recipe's network does not accept images of every one of its sizes."""
+    for size in sizes - {CIFAR_IMAGE_SIZE}:
         try:
             count_macs(model, (3, size, size))
         except RuntimeError:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Weights:
-    """A state dict as functions of the field: convolution, normalisation in eval mode, linear layer."""
+    """A state dict as functions of the field: convolution, normalization in eval mode, linear layer."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state

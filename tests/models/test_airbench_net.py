@@ -23,7 +23,7 @@ def tiny(**knobs: object) -> AirbenchNet:
 
 
 def smooth_images(count: int) -> Tensor:
-    """Images whose neighbours are alike and whose channels are, as photographs' are."""
+    """Images whose neighbors are alike and whose channels are, as photographs' are."""
     noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return F.avg_pool2d(noise, 3, 1, 1) * 2 + noise[:, :1] * 0.3
 

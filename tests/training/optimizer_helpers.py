@@ -16,6 +16,14 @@ NO_SKIP = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
+def build_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerWrapper:
+    return OptimizerWrapper(model, recipe, parse_optimizer(recipe))
+
+
+def build_schedule(recipe: Recipe, steps_per_epoch: int) -> LRSchedule:
+    return LRSchedule(recipe, parse_schedule(recipe), steps_per_epoch)
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False))
@@ -42,8 +50,8 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
     recipe = Recipe.make(**{"lr": 0.01, "epochs": 10, **values})
     model = network()
     optimizer, schedule = (
-        OptimizerWrapper(model, recipe, parse_optimizer(recipe)),
-        LRSchedule(recipe, parse_schedule(recipe), 2),
+        build_optimizer(model, recipe),
+        build_schedule(recipe, 2),
     )
     if resume:
         resume.seek(0)

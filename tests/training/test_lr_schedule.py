@@ -14,17 +14,14 @@ from torch.optim import lr_scheduler
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule, parse_schedule
+from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule
+from tests.training.optimizer_helpers import build_schedule
 
 STEPS = 40  # 10 epochs of 4 steps
 
 
 def schedule(spec: str, **values: Any) -> LRSchedule:
-    return LRSchedule(
-        Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}),
-        parse_schedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values})),
-        4,
-    )
+    return build_schedule(Recipe.make(schedule=spec, **{"lr": 0.4, "epochs": 10, **values}), 4)
 
 
 def reference_rates(build_scheduler: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
@@ -113,11 +110,7 @@ def test_schedules_stay_between_the_minimum_and_the_peak(name: str) -> None:
 
 
 def test_cosine_decreases_monotonically_to_the_minimum() -> None:
-    lr_schedule = LRSchedule(
-        Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20),
-        parse_schedule(Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20)),
-        10,
-    )
+    lr_schedule = build_schedule(Recipe(lr=0.1, min_lr=0.01, epochs=21, schedule_epochs=20), 10)
     rates = [lr_schedule.lr_at(step) for step in range(210)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.055)
@@ -126,17 +119,11 @@ def test_cosine_decreases_monotonically_to_the_minimum() -> None:
 
 
 def test_schedule_longer_than_the_run_is_truncated() -> None:
-    assert LRSchedule(
-        Recipe(lr=0.1, epochs=30, schedule_epochs=200),
-        parse_schedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200)),
-        1,
-    ).lr_at(29) == pytest.approx(0.095, abs=2e-4)
+    assert build_schedule(Recipe(lr=0.1, epochs=30, schedule_epochs=200), 1).lr_at(29) == pytest.approx(0.095, abs=2e-4)
 
 
 def test_warm_up_increases_linearly_to_the_peak() -> None:
-    lr_at = LRSchedule(
-        Recipe(lr=0.4, epochs=10, warmup_epochs=2), parse_schedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2)), 5
-    ).lr_at
+    lr_at = build_schedule(Recipe(lr=0.4, epochs=10, warmup_epochs=2), 5).lr_at
     assert [lr_at(step) for step in range(10)] == pytest.approx([0.4 * (step + 1) / 11 for step in range(10)])
     assert lr_at(10) == pytest.approx(0.4)
     assert lr_at(11) < 0.4
@@ -144,11 +131,7 @@ def test_warm_up_increases_linearly_to_the_peak() -> None:
 
 @pytest.mark.parametrize("cycles", [3, 7, 11])
 def test_every_restart_begins_at_the_peak(cycles: int) -> None:
-    lr_schedule = LRSchedule(
-        Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"),
-        parse_schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}")),
-        13,
-    )
+    lr_schedule = build_schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
     assert [lr_schedule.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
 
 

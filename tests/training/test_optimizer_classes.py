@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastcifar.recipe import Recipe
 from fastcifar.training.optimizer_classes import as_matrix, centralize, orthogonalize, radam_rectification
-from fastcifar.training.optimizers import OptimizerWrapper, parse_optimizer
+from tests.training.optimizer_helpers import build_optimizer
 
 OFF = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -54,11 +54,7 @@ def assert_close(model: nn.Module, reference: nn.Module, tolerance: float) -> No
 @pytest.mark.parametrize("opt", [{}, {"k": 5, "alpha": 0.8, "use_gc": False}, {"betas": [0.9, 0.99], "eps": 1e-8}])
 def test_ranger_equals_pytorch_optimizer(opt: dict) -> None:
     model, reference_model = Network(), Network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt),
-        parse_optimizer(Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt)),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer="ranger", lr=0.1, weight_decay=5e-4, optimizer_arg=opt))
     reference = pytorch_optimizer.Ranger(
         reference_model.parameters(), lr=0.1, weight_decay=5e-4, degenerated_to_sgd=True, **opt
     )
@@ -76,8 +72,8 @@ def test_ranger_does_not_count_skipped_steps() -> None:
     model, reference_model = Network(), Network()
     recipe = Recipe(optimizer="ranger", lr=0.1, optimizer_arg={"k": 100})
     optimizer, reference = (
-        OptimizerWrapper(model, recipe, parse_optimizer(recipe)),
-        OptimizerWrapper(reference_model, recipe, parse_optimizer(recipe)),
+        build_optimizer(model, recipe),
+        build_optimizer(reference_model, recipe),
     )
     for step in set_same_gradients(model, reference_model, steps=10):
         if step in (0, 7):
@@ -162,11 +158,7 @@ AIRBENCH94_MUON = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr":
 def test_muon_equals_a_reference_implementation(opt: dict) -> None:
     """The reference updates one weight at a time, without batches, views or foreach; both use bf16 Newton-Schulz."""
     model, reference_model = Network(), Network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt),
-        parse_optimizer(Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt)),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, optimizer_arg=opt))
     arguments = {**MUON_DEFAULTS, "linear": False, "weight_norm": False, **opt}
     buffers = {weight: torch.zeros_like(weight) for weight in reference_model.parameters()}
     for step in set_same_gradients(model, reference_model, steps=50):
@@ -203,11 +195,7 @@ def test_muon_equals_torch_for_matrices() -> None:
     """torch's Muon supports only 2-dimensional parameters, so it gets the same filters as matrices."""
     model = Network()
     filters = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in model.parameters() if weight.ndim == 4]
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2),
-        parse_optimizer(Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2)),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2))
     reference = torch.optim.Muon(filters, lr=0.02, weight_decay=1e-2, momentum=0.95, nesterov=True, ns_steps=5)
     for _ in set_same_gradients(model, steps=50):
         gradients = [weight.grad for weight in model.parameters() if weight.ndim == 4]

@@ -22,10 +22,9 @@ from fastcifar.training.optimizers import (
     SELF_SCHEDULED_OPTIMIZERS,
     OptimizerWrapper,
     build_grad_clipper,
-    parse_optimizer,
     pytorch_optimizer_classes,
 )
-from tests.training.optimizer_helpers import NO_SKIP, SCALER, network, set_gradients, trained
+from tests.training.optimizer_helpers import NO_SKIP, SCALER, build_optimizer, network, set_gradients, trained
 
 LIBRARY_OPTIMIZERS = ("lion", "adabelief", "lamb")  # from pytorch_optimizer
 LOOKAHEAD = [f"lookahead:{name}" for name in (*OPTIMIZERS, *LIBRARY_OPTIMIZERS) if name != "ranger"]  # includes it
@@ -64,11 +63,7 @@ def assert_equal_weights(model: nn.Module, reference: nn.Module, tolerance: floa
 @pytest.mark.parametrize("opt", [{}, {"nesterov": True}, {"momentum": 0.0}, {"dampening": 0.1}])
 def test_sgd_equals_torch(opt: dict) -> None:
     model, reference_model = network(), network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt),
-        parse_optimizer(Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt)),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt))
     reference = torch.optim.SGD(reference_model.parameters(), lr=0.1, weight_decay=1e-2, **{"momentum": 0.9, **opt})
     if "dampening" in opt:  # unlike torch, fastcifar also applies dampening to the first step
         for weight in reference_model.parameters():
@@ -95,11 +90,7 @@ def test_sgd_equals_torch(opt: dict) -> None:
 )
 def test_optimizers_equal_reference_implementations(name: str, opt: dict, build: Any, arguments: dict) -> None:
     model, reference_model = network(), network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt),
-        parse_optimizer(Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt)),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt))
     reference = build(reference_model.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
     for step in range(20):
         optimizer.set_lr(0.01 / (step + 1))
@@ -113,10 +104,8 @@ def test_optimizers_equal_reference_implementations(name: str, opt: dict, build:
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (3, 0.8)])
 def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
     model, reference_model = network(), network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha}),
-        parse_optimizer(Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha})),
+    optimizer = build_optimizer(
+        model, Recipe(optimizer="lookahead:sgd", lr=0.1, optimizer_arg={"k": k, "alpha": alpha})
     )
     inner = torch.optim.SGD(reference_model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     reference = ReferenceLookahead(inner, k=k, alpha=alpha, pullback_momentum="none")
@@ -132,11 +121,7 @@ def test_lookahead_equals_pytorch_optimizer(k: int, alpha: float) -> None:
 def test_skipped_step_does_not_change_the_slow_weights(name: str) -> None:
     """k = 5: step 10 is skipped and changes neither weights nor slow weights; step 15 changes both."""
     model = network()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer=name, optimizer_arg={"k": 5}),
-        parse_optimizer(Recipe(optimizer=name, optimizer_arg={"k": 5})),
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer=name, optimizer_arg={"k": 5}))
     for step in range(9):
         advance([(model, optimizer)], step)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -152,9 +137,7 @@ def test_skipped_step_does_not_change_the_slow_weights(name: str) -> None:
 
 def test_all_groups_share_one_learning_rate_tensor() -> None:
     model = network()
-    optimizer = OptimizerWrapper(
-        model, Recipe(optimizer="sgd", bias_decay=False), parse_optimizer(Recipe(optimizer="sgd", bias_decay=False))
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer="sgd", bias_decay=False))
     assert len(optimizer.inner.param_groups) == 2
     before = copy.deepcopy(model.state_dict())
     optimizer.set_lr(0.0)
@@ -168,10 +151,7 @@ def test_all_groups_share_one_learning_rate_tensor() -> None:
 @pytest.mark.parametrize("name", [name for name in ALL_OPTIMIZERS if name.rpartition(":")[2] in OPTIMIZERS])
 def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
     model, resumed_model = network(), network()
-    optimizer, resumed_optimizer = (
-        OptimizerWrapper(model, Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
-        for model in (model, resumed_model)
-    )
+    optimizer, resumed_optimizer = (build_optimizer(model, Recipe(optimizer=name)) for model in (model, resumed_model))
     addresses = [tensor.data_ptr() for tensor in resumed_optimizer.state_tensors()]
     optimizer.set_lr(0.03)
     for step in range(7):
@@ -187,7 +167,7 @@ def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
 def test_complete_state_exists_before_the_first_step(name: str) -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
-    optimizer = OptimizerWrapper(model, Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
+    optimizer = build_optimizer(model, Recipe(optimizer=name))
     addresses = [tensor.data_ptr() for tensor in optimizer.state_tensors()]
     assert len(addresses) > len(optimizer.parameters)
     nonzero_ids = {id(tensor) for tensor in (optimizer.lr, *optimizer.slow_weights)}
@@ -230,9 +210,7 @@ def test_resumed_training_equals_uninterrupted_training(values: dict) -> None:
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_fault14_skipped_step_changes_nothing(name: str, first: bool) -> None:
     model = network()
-    optimizer = OptimizerWrapper(
-        model, Recipe(optimizer=name, lr=0.01), parse_optimizer(Recipe(optimizer=name, lr=0.01))
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer=name, lr=0.01))
     if not first:
         advance([(model, optimizer)], 0)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -245,9 +223,7 @@ def test_fault14_skipped_step_changes_nothing(name: str, first: bool) -> None:
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "lion"])
 def test_fault14_scaler_skips_only_steps_with_overflow(name: str) -> None:
     model = network()
-    optimizer = OptimizerWrapper(
-        model, Recipe(optimizer=name, lr=0.01), parse_optimizer(Recipe(optimizer=name, lr=0.01))
-    )
+    optimizer = build_optimizer(model, Recipe(optimizer=name, lr=0.01))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for factor in (math.inf, 1.0):
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -302,15 +278,15 @@ def test_fault14_scaler_skips_only_steps_with_overflow(name: str) -> None:
 )
 def test_fault15_invalid_optimizers_and_arguments_are_rejected(values: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        OptimizerWrapper(network(), Recipe.make(**values), parse_optimizer(Recipe.make(**values)))
+        build_optimizer(network(), Recipe.make(**values))
 
 
 def test_fault18_built_in_optimizers_work_without_pytorch_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     for name in OPTIMIZERS:
-        OptimizerWrapper(network(), Recipe(optimizer=name), parse_optimizer(Recipe(optimizer=name)))
+        build_optimizer(network(), Recipe(optimizer=name))
     with pytest.raises(UsageError, match=r"pip install 'pytorch_optimizer>=4.1") as caught:
-        OptimizerWrapper(network(), Recipe(optimizer="lion"), parse_optimizer(Recipe(optimizer="lion")))
+        build_optimizer(network(), Recipe(optimizer="lion"))
     assert caught.value.exit_code == 2
 
 
@@ -320,11 +296,7 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
         has_decay = "weight_decay" in inspect.signature(build).parameters
         model = network()
         try:
-            optimizer = OptimizerWrapper(
-                model,
-                Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0),
-                parse_optimizer(Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0)),
-            )
+            optimizer = build_optimizer(model, Recipe(optimizer=name, lr=0.01, weight_decay=0.01 if has_decay else 0))
         except UsageError:
             continue
         advance([(model, optimizer)], 0)
@@ -335,21 +307,15 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
 
 
 def test_lookahead_arguments_take_precedence_over_the_inner_optimizer() -> None:
-    with_lookahead = OptimizerWrapper(
-        network(),
-        Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8}),
-        parse_optimizer(Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})),
+    with_lookahead = build_optimizer(
+        network(), Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})
     )
     assert (
         with_lookahead.lookahead_k,
         with_lookahead.lookahead_alpha,
         with_lookahead.inner.param_groups[0]["alpha"],
     ) == (7, 0.8, 0.99)
-    without_lookahead = OptimizerWrapper(
-        network(),
-        Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}),
-        parse_optimizer(Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8})),
-    )
+    without_lookahead = build_optimizer(network(), Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}))
     assert (without_lookahead.lookahead_k, without_lookahead.inner.param_groups[0]["alpha"]) == (0, 0.8)
 
 
@@ -357,7 +323,7 @@ def test_trial_steps_preserve_weights_and_random_state() -> None:
     model = network()
     weights = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
-    optimizer = OptimizerWrapper(model, Recipe(optimizer="lion"), parse_optimizer(Recipe(optimizer="lion")))
+    optimizer = build_optimizer(model, Recipe(optimizer="lion"))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not optimizer.inner.state
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

@@ -9,8 +9,16 @@ import torch
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.optimizer_classes import Muon
-from fastcifar.training.optimizers import OptimizerWrapper, build_param_groups, parse_optimizer
-from tests.training.optimizer_helpers import NO_SKIP, SCALER, network, network_with_head, set_gradients, trained
+from fastcifar.training.optimizers import build_param_groups
+from tests.training.optimizer_helpers import (
+    NO_SKIP,
+    SCALER,
+    build_optimizer,
+    network,
+    network_with_head,
+    set_gradients,
+    trained,
+)
 
 
 def test_groups_contain_every_parameter_once() -> None:
@@ -40,10 +48,8 @@ def test_groups_with_lr_multipliers_contain_every_trainable_parameter_once() -> 
 def test_lr_multipliers_equal_a_reference_optimizer_with_groups(name: str) -> None:
     """Weight decay is divided by the multiplier, so decoupled decay shrinks each group by lr * decay per step."""
     model, reference_model = network_with_head(), network_with_head()
-    optimizer = OptimizerWrapper(
-        model,
-        Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr_mult=4.0, head_lr_mult=0.5),
-        parse_optimizer(Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr_mult=4.0, head_lr_mult=0.5)),
+    optimizer = build_optimizer(
+        model, Recipe(optimizer=name, lr=0.01, weight_decay=1e-2, bias_lr_mult=4.0, head_lr_mult=0.5)
     )
     build = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam,
              "rmsprop": torch.optim.RMSprop, "lion": pytorch_optimizer.Lion}[name]  # fmt: skip
@@ -74,7 +80,7 @@ def test_muon_with_sgd_at_two_learning_rates() -> None:
     opt = {"momentum": 0.6, "ns_steps": 3, "weight_norm": True, "rest_lr": 50.0, "rest_momentum": 0.85}
     model, reference_model = network_with_head(), network_with_head()
     recipe = Recipe(optimizer="muon", lr=0.24, weight_decay=0, head_lr_mult=12.0, optimizer_arg=opt)
-    optimizer = OptimizerWrapper(model, recipe, parse_optimizer(recipe))
+    optimizer = build_optimizer(model, recipe)
     head = reference_model[3].weight
     others = [
         weight
@@ -114,4 +120,4 @@ def test_multipliers_of_one_add_no_groups() -> None:
     (group,) = build_param_groups(model, 0.1, True)
     assert group.keys() == {"params", "weight_decay"}
     assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
-    assert not OptimizerWrapper(model, Recipe(optimizer="sgd"), parse_optimizer(Recipe(optimizer="sgd"))).scaled_lrs
+    assert not build_optimizer(model, Recipe(optimizer="sgd")).scaled_lrs

@@ -16,11 +16,11 @@ from fastcifar.data.normalization import normalization_name
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe, parse_clip_grad
 from fastcifar.recipes import shipped_recipes
-from fastcifar.training.lr_schedule import LRSchedule, parse_schedule
 from fastcifar.training.optimizer_classes import Ranger
-from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper, parse_optimizer
+from fastcifar.training.optimizers import build_grad_clipper
 from fastcifar.training.resolve import model_from_recipe
 from tests.models.networks import on_meta, small
+from tests.training.optimizer_helpers import build_optimizer, build_schedule
 
 CROP = "crop:4:zero,flip"
 AUTOAUGMENT = "crop:4:zero,flip,rotate:5,autoaugment:cifar10"
@@ -100,19 +100,19 @@ def test_recipe_is_valid_and_within_the_parameter_budget(name: str) -> None:
     pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
     assert mixer is None or mixer.name in MIXERS
     assert bool(pixel_ops) == (recipe.augment != "none")
-    optimizer = OptimizerWrapper(small(recipe.arch), recipe, parse_optimizer(recipe))
+    optimizer = build_optimizer(small(recipe.arch), recipe)
     for parameter in optimizer.parameters:
         parameter.grad = torch.ones_like(parameter)
     build_grad_clipper(parse_clip_grad(recipe.clip_grad), optimizer.parameters)()
     max_grad = max(float(parameter.grad.max()) for parameter in optimizer.parameters if parameter.grad is not None)
     assert max_grad == pytest.approx(1.0 if recipe.clip_grad == "none" else 0.1)
-    schedule = LRSchedule(recipe, parse_schedule(recipe), steps_per_epoch=10)
+    schedule = build_schedule(recipe, 10)
     max_lr = max(schedule.lr_at(step) for step in range(10 * recipe.epochs))
     assert max_lr == pytest.approx(recipe.lr, rel=0.05)
 
 
 def test_row5_uses_the_published_arguments_of_ranger() -> None:
-    optimizer = OptimizerWrapper(small("se68"), Recipe.make("row5"), parse_optimizer(Recipe.make("row5")))
+    optimizer = build_optimizer(small("se68"), Recipe.make("row5"))
     assert isinstance(optimizer.inner, Ranger)
     (group,) = optimizer.inner.param_groups
     assert (group["betas"], group["eps"], group["n_sma_threshold"]) == ((0.95, 0.999), 1e-5, 5)
@@ -121,17 +121,13 @@ def test_row5_uses_the_published_arguments_of_ranger() -> None:
 
 
 def test_row1_uses_the_published_lookahead_and_momentum() -> None:
-    optimizer = OptimizerWrapper(
-        small("se68"), Recipe.make("row1", arch="se68"), parse_optimizer(Recipe.make("row1", arch="se68"))
-    )
+    optimizer = build_optimizer(small("se68"), Recipe.make("row1", arch="se68"))
     assert (optimizer.lookahead_k, optimizer.lookahead_alpha) == (5, 0.5)
     assert (optimizer.inner.defaults["momentum"], optimizer.inner.defaults["nesterov"]) == (0.9, False)
 
 
 def test_mini_ends_at_a_high_learning_rate_and_coconut_at_its_minimum() -> None:
-    mini, coconut = (
-        LRSchedule(Recipe.make(name), parse_schedule(Recipe.make(name)), 100) for name in ("mini", "coconut")
-    )
+    mini, coconut = (build_schedule(Recipe.make(name), 100) for name in ("mini", "coconut"))
     assert mini.lr_at(30 * 100 - 1) == pytest.approx(0.05 * (1 + math.cos(math.pi * 30 / 200)), rel=1e-3)
     assert mini.lr_at(30 * 100 - 1) == pytest.approx(0.0946, abs=1e-4)
     assert coconut.lr_at(200 * 100) == pytest.approx(5e-4)
