@@ -50,14 +50,20 @@ class RunSummary(BaseModel):
     complete: bool
 
 
+TrialState = Literal["running", "done", "failed", "pruned"]
+
+
 class TrialLogEntry(BaseModel):
     """A line of trials.jsonl in a sweep folder; `knobs` are the options that the sweep varies."""
 
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1] = 1
     trial: FolderName
     label: str
     knobs: dict[str, Any] = {}
     seed: int | None = None
-    state: Literal["running", "done", "failed", "pruned"]
+    state: TrialState
     reason: str | None = None
     run: FolderName | None = None
     seconds: float | None = None

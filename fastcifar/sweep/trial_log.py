@@ -31,7 +31,7 @@ class TrialLog:
         self._accuracies: dict[str, TrialLogLine] = {}
         # an incomplete last line, after `_complete_bytes`, is truncated before the next line is written
         records, self._complete_bytes = read_trial_log(self.path)
-        self.last_lines = {key: record.model_dump() for key, record in records.items()}
+        self.last_lines = {key: record.model_dump(exclude={"schema_version"}) for key, record in records.items()}
 
     def trial_state(self, key: str) -> str:
         """Return the state of a trial: one of `TRIAL_STATES`, or "waiting"."""
