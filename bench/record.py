@@ -15,6 +15,7 @@ from typing import Any
 
 import results_folder
 
+from fastcifar.device import Environment
 from fastcifar.reporting.aggregate import MeanStd
 
 METRICS = ("test_acc", "test_acc_ema", "test_loss", "val_acc", "images_per_s")
@@ -30,7 +31,7 @@ def record(label: str, runs: list[Path]) -> Path:
             raise SystemExit(f"the recipe of {run} differs from that of {runs[0]}")
     return results_folder.write(
         label,
-        read_json(runs[0] / "env.json"),
+        Environment.model_validate(read_json(runs[0] / "env.json")),
         summarize(label, trials),
         map(without_paths, trials),
         recipe=recipe_options(trials[0]),

@@ -20,7 +20,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
 
 from fastcifar._version import __version__
 from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
@@ -277,28 +279,56 @@ def result_folder_name(device: str, label: str) -> str:
     return f"{format_timestamp(for_file_name=True)}_{device_name}_{label}"
 
 
-def collect_environment(device: str) -> dict[str, Any]:
-    """Return what a result depends on besides its recipe: versions, device and platform, as in env.json.
+class Environment(BaseModel):
+    """What a result depends on besides its recipe: the document env.json.
 
-    device: "auto", "cuda" or "cpu".
-    Only the version of the kernel is included, because its full name may identify the machine.
+    Subclasses add fields. Keys that are missing in a file have their default here; further keys are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    schema_version: int = 1
+    versions: dict[str, str] = {}
+    python: str = ""
+    platform: str = ""
+    device: str = ""
+    cpu: str = ""
+    cpu_count: int | None = None
+    cpu_bf16: list[str] = []
+    threads: int | None = None
+    cuda: str | None = None
+    cudnn: int | None = None
+
+
+class Diagnostics(Environment):
+    """The document of `fastcifar doctor`: `imports` maps module -> "works" or the error, `chosen` is the execution."""
+
+    imports: dict[str, str]
+    chosen: list[str]
+    error: str = ""
+
+
+def collect_environment(device: str) -> Environment:
+    """Return the environment of this process for a run on `device`: "auto", "cuda" or "cpu".
+
+    The platform contains only the version of the kernel, because its full name may identify the machine.
     """
     import torch
 
     cuda = device != "cpu" and torch.cuda.is_available()
     release = re.match(r"\d+(\.\d+)?", platform.release())
-    return {
-        "versions": package_versions(),
-        "python": platform.python_version(),
-        "platform": "-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
-        "device": describe_device(device),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "cpu_bf16": sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-    }
+    return Environment(
+        versions=package_versions(),
+        python=platform.python_version(),
+        platform="-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
+        device=describe_device(device),
+        cpu=_cpu_name(),
+        cpu_count=os.cpu_count(),
+        cpu_bf16=sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
+        threads=torch.get_num_threads(),
+        cuda=torch.version.cuda if cuda else None,
+        cudnn=torch.backends.cudnn.version() if cuda else None,
+    )
 
 
 def package_versions() -> dict[str, str]:
@@ -340,14 +370,15 @@ def import_optional(module: str, remedy: str, error_type: type[UserError] = Usag
         raise error_type(problem, remedy) from None
 
 
-def collect_diagnostics(recipe: Recipe) -> dict[str, Any]:
-    """Return the document of `fastcifar doctor`: the environment, the tried imports, and the execution of `recipe`."""
-    imports = {}
+def collect_diagnostics(recipe: Recipe) -> Diagnostics:
+    """Return the environment, the result of importing each optional module, and the execution of `recipe`."""
+    environment = collect_environment(recipe.device)
+    diagnostics = {**environment.model_dump(exclude_unset=True), "imports": {}, "chosen": []}
     for module in PROBED_MODULES:
         works, reason = probe_import(module)
-        imports[module] = "works" if works else reason
+        diagnostics["imports"][module] = "works" if works else reason
     try:
-        execution: dict[str, Any] = {"chosen": choose_execution(recipe).format_lines()}
+        diagnostics["chosen"] = choose_execution(recipe).format_lines()
     except (DeviceError, UsageError) as error:
-        execution = {"chosen": [], "error": str(error)}
-    return {**collect_environment(recipe.device), "imports": imports, **execution}
+        diagnostics["error"] = str(error)
+    return Diagnostics(**diagnostics)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastcifar.data import cifar, class_folders
 from fastcifar.data.loaders import LOADERS
+from fastcifar.device import Environment
 
 SPEEDS = {"tensor": (400.0, 100.0, 300.0), "dali": (100.0, 60.0, 50.0), "torchvision": (10.0, 20.0, 10.0)}
 
@@ -50,7 +51,7 @@ def test_the_table_has_a_row_for_each_loader(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.loaders() == "(None recorded yet.)"
     summary = loaders.summarize(trials(), batch_size=512, workers=2)
-    loaders.results_folder.write("loaders", {"device": "a CPU"}, summary, trials())
+    loaders.results_folder.write("loaders", Environment(device="a CPU"), summary, trials())
     lines = tables.loaders().splitlines()
     assert len(lines) == 2 + len(SPEEDS)
     assert all(line.count("|") == lines[0].count("|") for line in lines)

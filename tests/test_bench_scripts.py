@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.benchmark.speedrun_results import SpeedrunResults
-from fastcifar.device import ExecutionPlan
+from fastcifar.device import Environment, ExecutionPlan
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training.resolve import resolve
@@ -180,7 +180,7 @@ def test_seconds_with_compilation_are_reported_separately(tmp_path: Path, monkey
     compiling_only = airbench.summarize([{"script": "a.py", "start": "cold", "runs": runs[:1]}])
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(airbench.results_folder, "RESULTS", tmp_path)
-    airbench.results_folder.write("airbench", {"device": "a CPU"}, compiling_only, [])
+    airbench.results_folder.write("airbench", Environment(device="a CPU"), compiling_only, [])
     assert "| - | 9.0 | - | a CPU |" in tables.airbench()
 
 
@@ -204,7 +204,7 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(speedruns.results_folder, "RESULTS", tmp_path / "results")
     assert tables.pairs() == "(None recorded yet.)"
-    speedruns.results_folder.write("speed94", {"device": "a CPU"}, summary, [])
+    speedruns.results_folder.write("speed94", Environment(device="a CPU"), summary, [])
     ours_row, peer_row = tables.pairs().splitlines()[2:]
     assert (
         "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | 0.4500 |" in ours_row
@@ -270,7 +270,7 @@ def test_the_peers_table_has_a_line_for_each_loop(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     summary = run.summarize(trials, arch="se68", batch_size=128, augment="none")
     summary["scripts"] = {"a.py": {"accuracy": [0.94, 0.95], "own_s": [2.0, 3.0], "cold_s": [30.0], "warm_s": []}}
-    run.results_folder.write("peers-se68", {"device": "a CPU"}, summary, trials)
+    run.results_folder.write("peers-se68", Environment(device="a CPU"), summary, trials)
     assert "| `a.py` | 2 | 94.50 % | 2.50 | 30.0 | - | a CPU |" in tables.airbench()
     lines = tables.peers().splitlines()
     assert len(lines) == 2 + len(PEERS)

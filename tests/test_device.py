@@ -109,10 +109,10 @@ def test_fault18_a_failing_import_is_reported_not_raised() -> None:
 def test_diagnostics_contain_versions_imports_and_execution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PROBED_MODULES", ("json",))
     diagnostics = device.collect_diagnostics(Recipe())
-    assert diagnostics["imports"] == {"json": "works"}
-    assert diagnostics["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert diagnostics["python"] == sys.version.split()[0]
-    assert any(line.startswith("precision: ") for line in diagnostics["chosen"])
+    assert diagnostics.imports == {"json": "works"}
+    assert diagnostics.versions["torch"] == torch.__version__.split("+")[0]
+    assert diagnostics.python == sys.version.split()[0]
+    assert any(line.startswith("precision: ") for line in diagnostics.chosen)
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -120,7 +120,7 @@ def test_environment_describes_the_device_without_the_name_of_the_kernel_build(m
     monkeypatch.setattr(platform, "release", lambda: "6.18.44-someone-v657")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_000)
     cpu, gpu = device.collect_environment("cpu"), device.collect_environment("auto")
-    assert cpu["device"] == device.describe_device("cpu") != "a GPU"
-    assert (cpu["cuda"], cpu["cudnn"]) == (None, None)
-    assert (gpu["device"], gpu["cudnn"]) == ("a GPU", 90_000)
-    assert cpu["platform"] == f"{platform.system()}-6.18-{platform.machine()}"
+    assert cpu.device == device.describe_device("cpu") != "a GPU"
+    assert (cpu.cuda, cpu.cudnn) == (None, None)
+    assert (gpu.device, gpu.cudnn) == ("a GPU", 90_000)
+    assert cpu.platform == f"{platform.system()}-6.18-{platform.machine()}"

@@ -102,7 +102,7 @@ def speedrun(
     execution, seeds = plan.resolved.execution, [recipe.seed for recipe in recipes]
     chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader")}
     chosen["compiled"] = execution.compile
-    environment = {**collect_environment(execution.device), "chosen": chosen}
+    environment = {**collect_environment(execution.device).model_dump(), "chosen": chosen}
     if earlier:
         earlier.require_compatible(plan.document(), environment, seeds)
     started = time.perf_counter()

@@ -386,7 +386,7 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False, **options: A
     from fastcifar.device import collect_diagnostics
 
     result = collect_diagnostics(Recipe.make(**options))
-    print(json.dumps(result)) if as_json else Console().print(diagnostics_table(result))
+    print(result.model_dump_json(exclude_unset=True)) if as_json else Console().print(diagnostics_table(result))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ Every public function formats one kind of document. A value that was not measure
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -18,6 +18,9 @@ from fastcifar.format import (
     format_short_number,
     key_value_table,
 )
+
+if TYPE_CHECKING:
+    from fastcifar.device import Diagnostics
 
 MAX_CLASS_ROWS = 10
 
@@ -208,18 +211,18 @@ def width_table(result: dict[str, Any]) -> Table:
     return key_value_table(result["name"], rows)
 
 
-def diagnostics_table(diagnostics: dict[str, Any]) -> Table:
-    """Return the table of `fastcifar doctor`. `diagnostics`: as `collect_diagnostics` returns them."""
-    rows: dict[str, str] = {
-        "device": diagnostics["device"],
-        "python": diagnostics["python"],
-        "threads": str(diagnostics["threads"]),
+def diagnostics_table(diagnostics: Diagnostics) -> Table:
+    """Return the table of `fastcifar doctor`."""
+    rows = {
+        "device": diagnostics.device,
+        "python": diagnostics.python,
+        "threads": str(diagnostics.threads),
+        **diagnostics.versions,
+        **{f"import {module}": outcome for module, outcome in diagnostics.imports.items()},
+        **dict(f"train, {line}".split(": ", 1) for line in diagnostics.chosen),
     }
-    rows |= diagnostics["versions"]
-    rows |= {f"import {module}": outcome for module, outcome in diagnostics["imports"].items()}
-    rows |= dict(f"train, {line}".split(": ", 1) for line in diagnostics["chosen"])
-    if "error" in diagnostics:
-        rows["train, error"] = diagnostics["error"]
+    if diagnostics.error:
+        rows["train, error"] = diagnostics.error
     return key_value_table("", rows)
 
 

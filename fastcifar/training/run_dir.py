@@ -348,7 +348,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _launch_info(recipe: Recipe) -> dict[str, Any]:
-    return {"command": sys.argv, "started": format_timestamp(), **collect_environment(recipe.device)}
+    return {"command": sys.argv, "started": format_timestamp(), **collect_environment(recipe.device).model_dump()}
 
 
 def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
