@@ -20,6 +20,7 @@ from fastcifar.format import (
 )
 
 if TYPE_CHECKING:
+    from fastcifar.data.inspection import DatasetDescription
     from fastcifar.device import Diagnostics
 
 MAX_CLASS_ROWS = 10
@@ -157,8 +158,8 @@ def predictions_table(result: dict[str, Any]) -> Table:
     )
 
 
-def dataset_table(result: dict[str, Any]) -> Group:
-    """Return tables of a data set and its number of images per class. `result`: as `verify_dataset` returns it."""
+def dataset_table(result: DatasetDescription) -> Group:
+    """Return tables of a data set and its number of images per class."""
     splits = result["splits"]
     shapes = {name: " x ".join(map(str, split["shape"])) for name, split in splits.items()}
     rows = {

@@ -1,19 +1,16 @@
-"""Results of `fastcifar data`: a description of a data set, and image grids that show an augmentation list.
-
-`cli.tables` formats the description and `plotting` draws the grids.
-"""
+"""Results of `fastcifar data`: a description of a data set, and image grids that show an augmentation list."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data import cifar, normalization
+from fastcifar.data import cifar
 from fastcifar.data.augment import (
     AugmentOp,
     apply_augment,
@@ -26,7 +23,7 @@ from fastcifar.data.augment import (
 from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.normalization import mean_color, normalization_mean_std
+from fastcifar.data.normalization import ChannelValues, channel_mean_std, mean_color, normalization_mean_std
 from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
@@ -35,14 +32,46 @@ SAMPLES_PER_ROW = 4  # augmented versions next to the original, one per epoch
 MAX_GRID_IMAGES = 100
 
 
-def verify_dataset(recipe: Recipe) -> dict[str, Any]:
+class SplitDescription(TypedDict):
+    """One split of a data set; `per_class` is the number of images of each class name."""
+
+    shape: list[int]
+    dtype: str
+    per_class: dict[str, int]
+
+
+class DatasetDescription(TypedDict):
+    """The document of `data verify`. `cache` is the folder of the cache entry, None if the images are in memory."""
+
+    dataset: str
+    kind: str
+    source: str
+    official: bool
+    classes: list[str]
+    splits: dict[str, SplitDescription]
+    mean: ChannelValues
+    std: ChannelValues
+    cache: str | None
+
+
+class GridsDescription(TypedDict):
+    """The document of `data show`: the image file, indices and class names of the images, and titles of the grids."""
+
+    out: str
+    images: list[int]
+    classes: list[str]
+    blocks: list[str]
+    seed: int
+
+
+def verify_dataset(recipe: Recipe) -> DatasetDescription:
     """Read and check the files of the recipe's data set, even if they are cached, and return their description.
 
     Raises as `cifar.load_dataset` does.
     """
     data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
-    mean, std = normalization.channel_mean_std(data.train.images)
     images = data.train.images
+    mean, std = channel_mean_std(images)
     return {
         "dataset": data.name,
         "kind": data.source_type,
@@ -60,7 +89,7 @@ def verify_dataset(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _describe_split(split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
+def _describe_split(split: Split, classes: tuple[str, ...]) -> SplitDescription:
     counts = np.bincount(split.labels, minlength=len(classes)).tolist()
     return {
         "shape": list(split.images.shape),
@@ -69,12 +98,11 @@ def _describe_split(split: Split, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def plot_augmentations(recipe: Recipe, out: Path, count: int) -> dict[str, Any]:
-    """Plot `count` training images with the recipe's augmentations to the PNG file `out` and return what is shown.
+def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescription:
+    """Plot `count` training images with the recipe's augmentations to the PNG file `out` and describe the plot.
 
-    There is one grid per augmentation and one for the complete list, all with the same random parameters, so that each
-    grid shows the contribution of one augmentation; and one grid per policy, with a row for each of its operations. A
-    mixer mixes the images shown. The choice of images and all random parameters follow from the seed.
+    There is one grid for each augmentation, one for the complete list and one for each policy, with a row for each of
+    its operations. The grids share their random parameters. A mixer mixes the images shown.
     Raises `UsageError` if `count` or the augmentation list is invalid, `DiskError` if `out` cannot be written, and as
     `cifar.load_dataset` does.
     """
@@ -85,7 +113,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> dict[str, Any]:
     data = cifar.load_dataset(recipe.data, recipe.dataset)
     indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
     indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
-    images = torch.from_numpy(np.stack([data.train.images[index] for index in indices]))
+    images = torch.from_numpy(data.train.images[indices])
     names = [data.classes[label] for label in data.train.labels[indices]]
     columns = ["original", *(f"epoch {epoch}" for epoch in range(SAMPLES_PER_ROW))]
     grids = []
@@ -136,10 +164,8 @@ def _policy_grid(op: AugmentOp, image: Tensor) -> ImageGrid:
         results = [apply_operation(image, name, magnitude) for magnitude in magnitudes]
         rows.append(torch.cat([image, *results, *[blank] * (SAMPLES_PER_ROW - num_samples)]))
         names.append("\n".join([name, "  ".join(f"{magnitude:.3g}" for magnitude in magnitudes if any(magnitudes))]))
-    columns = ["original", *[""] * SAMPLES_PER_ROW]
-    return ImageGrid(
-        f"{format_augment((op,))} by operation and magnitude", _stack_columns([*torch.stack(rows, 1)]), names, columns
-    )
+    title = f"{format_augment((op,))} by operation and magnitude"
+    return ImageGrid(title, _stack_columns([*torch.stack(rows, 1)]), names, ["original", *[""] * SAMPLES_PER_ROW])
 
 
 def _stack_columns(columns: list[Tensor]) -> np.ndarray:

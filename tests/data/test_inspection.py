@@ -47,6 +47,7 @@ def test_verify_describes_the_data_set(folders: Path, tmp_path: Path) -> None:
     pixels = cifar.load_dataset(str(folders)).train.images / 255
     assert document["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert document["std"] == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-12)
+    assert document["cache"] is not None
     assert Path(document["cache"]).parent == tmp_path / "cache"
     assert (Path(document["cache"]) / "meta.json").is_file()
     assert dataset_table(document)
@@ -71,7 +72,7 @@ def test_fault11_verify_reads_the_files_even_if_they_are_cached(folders: Path) -
 
 
 def test_verify_repairs_a_cache_entry_with_other_contents(folders: Path) -> None:
-    entry = Path(inspection.verify_dataset(Recipe(data=str(folders)))["cache"])
+    entry = Path(inspection.verify_dataset(Recipe(data=str(folders)))["cache"] or "")
     expected = np.array(cifar.load_dataset(str(folders)).train.images)
     damaged = np.load(entry / "train_images.npy", mmap_mode="r+")
     damaged[0] ^= 1
@@ -92,7 +93,7 @@ def test_real_cifar10_has_its_known_statistics() -> None:
 
 def capture_grids(
     monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any
-) -> tuple[dict[str, Any], list[plotting.ImageGrid]]:
+) -> tuple[inspection.GridsDescription, list[plotting.ImageGrid]]:
     """Return the result of `plot_augmentations` for five images and the grids that it plots."""
     calls: list[list[plotting.ImageGrid]] = []
     monkeypatch.setattr(plotting, "plot_image_grids", lambda _, grids: calls.append(grids))
