@@ -374,7 +374,7 @@ def sweep(
     raise typer.Exit(int(not dry_run and result["counts"]["failed"] > 0))
 
 
-for command in (reports.compare, reports.ui, reports.report):
+for command in (reports.compare, reports.report):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that read the results of many runs: `compare`, `runs ls`, `runs rm`, `ui` and `report`.
+"""Commands that read the results of many runs: `compare`, `report`, `runs ls` and `runs rm`.
 
 As in app.py, each command only passes its options on. With --json the last line of stdout is one JSON document.
 """
@@ -75,30 +75,6 @@ def runs_rm(
         confirm_removal(rows, checkpoints, console)
     remove_runs(rows, checkpoints)
     print(json.dumps(rows)) if as_json else console.print(f"removed {len(rows)}")
-
-
-def ui(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of the tracked runs")] = Path("runs"),
-    page: Annotated[
-        str, typer.Option("--with", metavar="NAME", help="tracker whose page is served: mlflow, tensorboard, or auto")
-    ] = "auto",
-    port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="INT", min=1, max=65535, help="port of the server, by default 5000 for mlflow, 6006 for tensorboard"
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Serve the web page of MLflow or TensorBoard for tracked runs (`train --track`) until Ctrl-C."""
-    from fastcifar.reporting.ui import serve_tracker_ui
-
-    def announce(server: dict[str, str]) -> None:
-        text = json.dumps(server) if as_json else f"{server['page']}: {server['url']}  (Ctrl-C stops the server)"
-        print(text, flush=True)
-
-    serve_tracker_ui(folder, page, port, announce)
 
 
 @recipe_options(("data", "device", "precision"))
