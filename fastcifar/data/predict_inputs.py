@@ -21,6 +21,7 @@ from fastcifar.errors import DataError
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 SPLIT_NAMES = ("train", "test")
+MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
 MAX_PIXELS = 100_000_000  # limit per image file, checked in its header before decoding
 _EXPECTED_SHAPES = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
 _PICKLE_REMEDY = f"give a pickle of {{'data': {_EXPECTED_SHAPES}, 'ids': N unique integers}}"
@@ -94,7 +95,10 @@ def to_planar(array: Any, source_name: str) -> tuple[np.ndarray, str]:
 
 
 def _read_input_pickle(path: Path) -> InputImages:
-    content = load_pickle(path)
+    size = path.stat().st_size
+    if size > MAX_PICKLE_BYTES:  # before reading, so that a huge file cannot exhaust the memory
+        raise DataError(f"{path} has {size:,} bytes, expected at most {MAX_PICKLE_BYTES:,}", _PICKLE_REMEDY)
+    content = load_pickle(path.read_bytes(), str(path))
     images, layout = to_planar(_get_value(content, "data", path), f"{path}: data")
     ids = _check_ids(_get_value(content, "ids", path), len(images), path)
     return InputImages(images, ids, str(path), layout)

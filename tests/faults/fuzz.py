@@ -30,7 +30,7 @@ from PIL import Image
 
 from fastcifar.data import archive, cifar_files, class_folders
 from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
-from fastcifar.data.safe_pickle import loads_pickle
+from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records
@@ -178,7 +178,7 @@ REPORT_FILES = {
 # Reader name -> valid inputs, and a function that reads an input, given a temporary folder
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "pickle": ([pickle.dumps({b"a": np.arange(9), "b": [1, (2.5, None, "x")]}, p) for p in range(6)],
-               lambda _, blob: loads_pickle(blob)),
+               lambda _, blob: load_pickle(blob, "pickle")),
     "Python batch": ([pickled_batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
     "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], read_binary),
     "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
