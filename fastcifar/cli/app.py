@@ -122,9 +122,7 @@ def predict(
             metavar="INPUT", help="images: a pickle, .npy file, image file, folder of images, data:test or data:train"
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="prediction file to write: .csv, .jsonl or .parquet")
-    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="prediction file to write: .csv or .jsonl")],
     arch: CheckpointArchOption = None,
     ensemble: Annotated[
         list[str] | None,
@@ -153,6 +151,7 @@ def predict(
     """Predict the classes of images with one trained network or an ensemble, and write a prediction file."""
     from fastcifar.cli.tables import predictions_table
     from fastcifar.evaluation.predict import predict_to_file
+    from fastcifar.evaluation.prediction_files import PredictionFormat
 
     console = Console(stderr=as_json)
     result = predict_to_file(
@@ -162,10 +161,7 @@ def predict(
         ensemble=ensemble or (),
         console=console,
         arch=arch,
-        top_k=top,
-        with_probabilities=probabilities,
-        use_class_names=names,
-        header=header,
+        format=PredictionFormat(header, names, top, probabilities),
         plot_path=show,
         **options,
     )

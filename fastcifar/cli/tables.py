@@ -19,9 +19,14 @@ from fastcifar.format import (
     key_value_table,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
     from fastcifar.device import Diagnostics
+    from fastcifar.evaluation.evaluate_run import EvalResult
+    from fastcifar.evaluation.export import ExportResult
+    from fastcifar.evaluation.predict import PredictResult
+    from fastcifar.evaluation.robustness import CorruptionsResult
+    from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
 
 MAX_CLASS_ROWS = 10
 
@@ -46,8 +51,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return key_value_table("", rows)
 
 
-def export_table(result: dict[str, Any]) -> Table:
-    """Return a table of an exported file. `result`: as `export_model` returns it."""
+def export_table(result: ExportResult) -> Table:
+    """Return a table of an exported file."""
     sizes = ", ".join(map(str, result["batch_sizes"]))
     rows = {
         "file": f"{result['file']}, {result['bytes']:,} bytes",
@@ -72,8 +77,8 @@ def dry_run_table(result: dict[str, Any]) -> Table:
     return key_value_table("", rows)
 
 
-def scores_table(scores: dict[str, Any]) -> Group:
-    """Return tables of the scores of a trained network. `scores`: as `evaluate_run` returns them."""
+def scores_table(scores: EvalResult) -> Group:
+    """Return tables of the scores of a trained network."""
     calibrated = scores["temperature_missing"] or (
         f"{scores['loss_scaled']:.4f}, {scores['ece_scaled']:.4f}  (logits divided by {scores['temperature']:.3f}, "
         "fitted on the validation split)"
@@ -108,9 +113,9 @@ def _accuracy_with_interval(accuracy: float, correct: int, total: int, interval:
     return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
 
 
-def _class_table(scores: dict[str, Any]) -> Table:
+def _class_table(scores: EvalResult) -> Table:
     """Return a table of precision, recall and F1 of every class; of the ten with the lowest F1 if there are more."""
-    metrics = [scores[f"{name}_per_class"] for name in ("precision", "recall", "f1")]
+    metrics = [scores["precision_per_class"], scores["recall_per_class"], scores["f1_per_class"]]
     names, heading = scores["classes"], "class"
     if len(names) > MAX_CLASS_ROWS:
         names = sorted(names, key=lambda name: metrics[2][name] or 0)[:MAX_CLASS_ROWS]
@@ -123,7 +128,7 @@ def _class_table(scores: dict[str, Any]) -> Table:
     return table
 
 
-def _corruption_table(corruptions: dict[str, Any]) -> Table:
+def _corruption_table(corruptions: CorruptionsResult) -> Table:
     """Return a table of the accuracy for each corruption (rows) and severity (columns)."""
     table = Table("accuracy at severity", box=None)
     for column in ("1", "2", "3", "4", "5", "mean"):
@@ -134,13 +139,13 @@ def _corruption_table(corruptions: dict[str, Any]) -> Table:
     return table
 
 
-def predictions_table(result: dict[str, Any]) -> Table:
-    """Return a table about a prediction file. `result`: as `predict_to_file` returns it."""
+def predictions_table(result: PredictResult) -> Table:
+    """Return a table about a prediction file."""
     members = [
         f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in result["members"]
     ]
     first = result["members"][0]
-    compiled, cuda_graph = (format_option_value(first[name]) for name in ("compiled", "cuda_graph"))
+    compiled, cuda_graph = map(format_option_value, (first["compiled"], first["cuda_graph"]))
     speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
     return key_value_table(
@@ -153,7 +158,7 @@ def predictions_table(result: dict[str, Any]) -> Table:
             "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
             "predicted classes": counts,
             "mean confidence": format_percent(result["confidence"]),
-            "files written": ", ".join(str(result[name]) for name in ("out", "show") if result[name]),
+            "files written": ", ".join(filter(None, (result["out"], result["show"]))),
         },
     )
 
@@ -180,8 +185,8 @@ def dataset_table(result: DatasetDescription) -> Group:
     return Group(key_value_table("", rows), "", classes)
 
 
-def architectures_table(architectures: list[dict[str, Any]]) -> Table:
-    """Return a table of architectures. `architectures`: as `describe_architectures` returns them."""
+def architectures_table(architectures: list[NetworkSize]) -> Table:
+    """Return a table of architectures."""
     table = Table("name", title="architectures", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("MACs", justify="right")
@@ -190,8 +195,8 @@ def architectures_table(architectures: list[dict[str, Any]]) -> Table:
     return table
 
 
-def layers_table(network: dict[str, Any]) -> Table:
-    """Return a table of the layers in the order of the forward pass. `network`: as `describe_layers` returns it."""
+def layers_table(network: NetworkLayers) -> Table:
+    """Return a table of the layers in the order of the forward pass."""
     title = f"{network['name']}: {network['params']:,} parameters, {network['macs'] / 1e6:,.2f} M MACs"
     table = Table("layer", "kind", "output", title=title, title_justify="left")
     table.add_column("parameters", justify="right")
@@ -202,8 +207,8 @@ def layers_table(network: dict[str, Any]) -> Table:
     return table
 
 
-def width_table(result: dict[str, Any]) -> Table:
-    """Return a table of the largest width within a budget. `result`: as `fit_width_to_budget` returns it."""
+def width_table(result: FittedWidth) -> Table:
+    """Return a table of the largest width within a budget."""
     rows = {
         "--width": f"{result['width']:g}",
         "parameters": f"{result['params']:,} of {result['budget']:,}",

@@ -7,13 +7,15 @@ if the outputs agree.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,9 +26,8 @@ from fastcifar.data.cifar import Dataset
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import DiskError, UsageError, UserError, first_message_line, lookup
-from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.load_run import load_model
 from fastcifar.evaluation.model_card import write_model_card
-from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import scale_and_shift
 
 NUM_VERIFICATION_IMAGES = 256
@@ -36,7 +37,22 @@ INPUT_TYPES = ("uint8", "normalized")
 OUTPUT_TYPES = ("probabilities", "logits")
 ONNX_REMEDY = "pip install onnx onnxscript onnxruntime"
 
+BATCH_DIMENSION = {0: torch.export.Dim("batch", min=1)}
+
 TensorFunction = Callable[[Tensor], Tensor]
+
+
+class ExportResult(TypedDict):
+    """The document of `fastcifar export --json`."""
+
+    file: str
+    card: str
+    bytes: int
+    sha256: str
+    images: int  # number of test images in the verification
+    batch_sizes: list[int]
+    difference: float  # largest absolute difference of the outputs
+    data: str
 
 
 class DeployedModel(nn.Module):
@@ -70,28 +86,27 @@ class ExportFormat:
     """An export format: its file suffix, the function that writes a file, and the one that loads it for inference."""
 
     suffix: str
-    write: Callable[[DeployedModel, Tensor, Path], None]
-    load: Callable[[Path, DeployedModel, LoadedRun], TensorFunction]
+    write: Callable[[DeployedModel, Tensor, Path], object]
+    load: Callable[[Path, DeployedModel], TensorFunction]
 
 
 def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     """Export to a single ONNX file with a dynamic batch size, using the exporter based on TorchDynamo."""
     import_optional("onnxscript", ONNX_REMEDY)
-    dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}
     torch.onnx.export(
         deployed,
         (images,),
         str(path),
         dynamo=True,
         external_data=False,
-        dynamic_shapes=dynamic,
+        dynamic_shapes={"images": BATCH_DIMENSION},
         input_names=["images"],
         output_names=[deployed.output_type],
         verbose=False,
     )
 
 
-def load_onnx(path: Path, deployed: DeployedModel, _: LoadedRun) -> TensorFunction:
+def load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
     """Return a function that runs the file with ONNX Runtime on the CPU."""
     session = import_optional("onnxruntime", ONNX_REMEDY).InferenceSession(
         str(path), providers=["CPUExecutionProvider"]
@@ -101,7 +116,7 @@ def load_onnx(path: Path, deployed: DeployedModel, _: LoadedRun) -> TensorFuncti
 
 def export_program(deployed: DeployedModel, images: Tensor) -> torch.export.ExportedProgram:
     """Export with a dynamic batch size of at least one. The example input `images` must contain more than one image."""
-    return torch.export.export(deployed, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    return torch.export.export(deployed, (images,), dynamic_shapes=(BATCH_DIMENSION,))
 
 
 def write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
@@ -109,38 +124,27 @@ def write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     torch.export.save(export_program(deployed, images), path)
 
 
-def load_pt2(path: Path, *_: Any) -> TensorFunction:
-    """Load the saved program as a module."""
-    return torch.export.load(path).module()
-
-
 def write_aoti(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     """Compile with AOTInductor into a package for the CPU architecture of this machine."""
     torch._inductor.aoti_compile_and_package(export_program(deployed, images), package_path=str(path))
 
 
-def load_aoti(path: Path, *_: Any) -> TensorFunction:
-    """Load the compiled package."""
-    return torch._inductor.aoti_load_package(str(path))
-
-
-def write_safetensors(deployed: DeployedModel, _: Tensor, path: Path) -> None:
+def write_safetensors(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     """Save the weights of the network alone, without the normalization and the output activation."""
-    weights = {key: value.contiguous() for key, value in deployed.network.state_dict().items()}
-    save_file(weights, path)
+    save_file({key: value.contiguous() for key, value in deployed.network.state_dict().items()}, path)
 
 
-def load_safetensors(path: Path, deployed: DeployedModel, loaded: LoadedRun) -> TensorFunction:
-    """Load the weights into a newly built network with the same input and output type."""
-    model = model_from_recipe(loaded.recipe, len(loaded.classes)).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    return DeployedModel(model, *normalization_mean_std(loaded.recipe), deployed.input_type, deployed.output_type)
+def load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
+    """Return a copy of `deployed` with the weights in the file."""
+    model = copy.deepcopy(deployed)
+    model.network.load_state_dict(load_file(path), strict=True)
+    return model
 
 
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(".onnx", write_onnx, load_onnx),
-    "pt2": ExportFormat(".pt2", write_pt2, load_pt2),
-    "aoti": ExportFormat(".aoti.pt2", write_aoti, load_aoti),
+    "pt2": ExportFormat(".pt2", write_pt2, lambda path, _: torch.export.load(path).module()),
+    "aoti": ExportFormat(".aoti.pt2", write_aoti, lambda path, _: torch._inductor.aoti_load_package(str(path))),
     "safetensors": ExportFormat(".safetensors", write_safetensors, load_safetensors),
 }
 
@@ -154,16 +158,14 @@ def export_model(
     eval_weights: str | None = None,
     arch: str | None = None,
     **overrides: Any,
-) -> dict[str, Any]:
+) -> ExportResult:
     """Export the network of `run` to a file, verify its outputs, and write a model card beside it.
 
     run, eval_weights, arch, overrides  as for `load_model`
-    format                   a name in `EXPORT_FORMATS`
-    out                      file to write; by default named after the architecture, in the folder of the run
-    input_type, output_type  see `DeployedModel`
+    format                              a name in `EXPORT_FORMATS`
+    out                                 file to write; by default named after the architecture, in the folder of the run
+    input_type, output_type             see `DeployedModel`
 
-    Returns `file`, `card`, `bytes`, `sha256`, `difference` (the maximum absolute difference of the outputs), `images`,
-    `batch_sizes` and `data`.
     Raises `UsageError`, `CheckpointError`, `DataError` or `DiskError`, and `UserError` if the export fails or its
     outputs differ from the network's.
     """
@@ -174,34 +176,29 @@ def export_model(
     # The exported file must run on any machine, so the network is in float32 on the CPU.
     loaded = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
     data = loaded.load_dataset()
-    folder = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
-    out = out or folder / f"{loaded.recipe.arch}{export_format.suffix}"
-    card_path = out.with_name(f"{out.name}.md")
+    run_dir = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
+    out = out or run_dir / f"{loaded.recipe.arch}{export_format.suffix}"
     deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), input_type, output_type).eval()
     images = example_inputs(deployed, data)
-    verification: dict[str, Any] = {
-        "images": len(images),
-        "batch_sizes": [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)],
-    }
     try:
-        verification["difference"] = write_and_verify(export_format, out, deployed, images, loaded)
-        export_info = {"format": format, "inputs": input_type, "outputs": output_type, **verification}
-        digest = write_model_card(card_path, out, loaded, data, folder, export_info)
+        difference = write_and_verify(export_format, out, deployed, images)
+        result: ExportResult = {
+            "file": str(out),
+            "card": f"{out}.md",
+            "bytes": out.stat().st_size,
+            "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+            "images": len(images),
+            "batch_sizes": [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)],
+            "difference": difference,
+            "data": data.source,
+        }
+        write_model_card(result, format, deployed, loaded, data, run_dir)
     except OSError as error:
         raise DiskError(f"cannot write {out}: {error.strerror or error}", "choose another file with --out") from None
-    return {
-        "file": str(out),
-        "card": str(card_path),
-        "bytes": out.stat().st_size,
-        "sha256": digest,
-        **verification,
-        "data": data.source,
-    }
+    return result
 
 
-def write_and_verify(
-    export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor, loaded: LoadedRun
-) -> float:
+def write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor) -> float:
     """Write the exported file to `out` if its outputs agree with those of `deployed`; return their largest difference.
 
     Raises `UserError` if the export fails or the difference exceeds `EXPORT_TOLERANCE`; `out` is then unchanged.
@@ -212,17 +209,15 @@ def write_and_verify(
         temporary_file = Path(folder) / f"model{export_format.suffix}"
         try:
             export_format.write(deployed, images, temporary_file)
-            function = export_format.load(temporary_file, deployed, loaded)
-            difference = max_abs_difference(function, deployed, images)
+            difference = max_abs_difference(export_format.load(temporary_file, deployed), deployed, images)
         except (UserError, OSError):
             raise
         except Exception as error:  # the errors of exporters, compilers and runtimes have no common base class
             if as_memory_error(error):
                 raise
             problem = f"cannot export {out}: {type(error).__name__}: {first_message_line(error)}"
-            raise UserError(
-                problem, "choose another --format, or check the compiler with `fastcifar doctor`"
-            ) from error
+            remedy = "choose another --format, or check the compiler with `fastcifar doctor`"
+            raise UserError(problem, remedy) from error
         if not difference <= EXPORT_TOLERANCE:
             raise UserError(
                 f"the outputs of {out} differ from the network's by {difference:.2g}, more than {EXPORT_TOLERANCE:g}; "
@@ -242,10 +237,7 @@ def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
 
 
 def max_abs_difference(function: TensorFunction, deployed: DeployedModel, images: Tensor) -> float:
-    """Return the maximum absolute difference between the outputs of `function` and `deployed` over all batch sizes.
-
-    Returns infinity if an output is not finite.
-    """
+    """Return the largest difference between the outputs of two models over all batch sizes; infinity for NaN."""
     expected = deployed(images)
     differences = [
         (function(images[:size].clone()) - expected[:size]).abs().max().item()

@@ -1,8 +1,7 @@
 """Load the network of a run for inference from its checkpoint alone.
 
 The architecture, the normalization and the classes come from the checkpoint; the options that say where and how the
-network runs may be overridden. A checkpoint of a source project contains no recipe: the caller names the architecture,
-which determines the rest.
+network runs may be overridden. A checkpoint of another project contains no recipe: the caller names the architecture.
 """
 
 from __future__ import annotations
@@ -12,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.cifar import Dataset
+from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
-from fastcifar.errors import CheckpointError, DataError, UsageError, lookup
+from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, source_checkpoints
 from fastcifar.training.build import to_channels_last
-from fastcifar.training.evaluate import EVAL_BATCH_SIZE, MIN_IMAGES_TO_COMPILE, VIEWS, optimize_forward
+from fastcifar.training.evaluate import (
+    EVAL_BATCH_SIZE,
+    MIN_IMAGES_TO_COMPILE,
+    VIEWS,
+    Scores,
+    compute_scores,
+    optimize_forward,
+    predict_logits,
+)
 from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
@@ -48,10 +55,7 @@ class LoadedRun:
     weights: str  # "last", "best", "ema" or "published"
 
     def load_dataset(self) -> Dataset:
-        """Load the data set of the recipe.
-
-        Raises `DataError` if its classes are not those of the checkpoint, and the errors of `cifar.load_dataset`.
-        """
+        """Load the data set of the recipe. Raises `DataError` if its classes are not those of the checkpoint."""
         data = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
         if list(data.classes) != self.classes:
             problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
@@ -59,10 +63,9 @@ class LoadedRun:
         return data
 
     def compile_for(self, num_images: int) -> None:
-        """Compile `forward` and capture it in a CUDA graph where `num_images` images make up for the setup time.
+        """Compile `forward` and capture it in a CUDA graph if that saves time for `num_images` images.
 
-        Compilation needs at least `MIN_IMAGES_TO_COMPILE` images and a CUDA graph at least `EVAL_BATCH_SIZE`. The
-        options `--compile` and `--cuda-graph` take precedence in both directions.
+        The options `--compile` and `--cuda-graph` take precedence.
         """
         recipe, execution = self.recipe, self.execution
         if recipe.compile is None and execution.compile and num_images < MIN_IMAGES_TO_COMPILE:
@@ -76,9 +79,24 @@ class LoadedRun:
             self.model, self.forward, self.device, execution.compile, execution.cuda_graph, recipe.compile_mode
         )
 
+    def predict_logits(self, split: Split, tta: str = "none") -> Tensor:
+        """Return the float32 logits [n, classes] of a split on the CPU, averaged over the views of `tta`.
+
+        Raises `NonFiniteError` if the logits contain NaN or infinity.
+        """
+        logits = predict_logits(self.model, self.forward, split, self.device, tta)
+        if not torch.isfinite(logits).all():
+            remedy = "use --precision fp32, or other weights"
+            raise NonFiniteError("the logits of the network contain NaN or infinity", remedy)
+        return logits
+
+    def evaluate(self, split: Split, tta: str = "none") -> Scores:
+        """Return the scores on a split. Raises the errors of `predict_logits`."""
+        return compute_scores(self.predict_logits(split, tta), torch.from_numpy(split.labels))
+
 
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
-    """Load the network of `run`, a run folder or a checkpoint file, which may come from a source project.
+    """Load the network of `run`, a run folder or a checkpoint file, which may come from another project.
 
     eval_weights  "last", "best" or "ema"; by default the recipe's
     arch          architecture of a checkpoint that does not name it
@@ -116,12 +134,12 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
         to_channels_last(model, device).eval(), *normalization_mean_std(recipe), execution.precision, device
     )
     return LoadedRun(
-        recipe=recipe,
-        execution=execution,
-        device=device,
-        classes=saved["classes"],
-        model=model,
-        forward=forward,
-        checkpoint_path=path,
-        weights=eval_weights if "format" in saved else "published",
+        recipe,
+        execution,
+        device,
+        saved["classes"],
+        model,
+        forward,
+        path,
+        eval_weights if "format" in saved else "published",
     )

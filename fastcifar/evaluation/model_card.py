@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastcifar._version import __version__
 from fastcifar.data.cifar import Dataset, Split
@@ -20,6 +20,9 @@ from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import section_fields
 from fastcifar.training.run_dir import read_summary
 
+if TYPE_CHECKING:  # a circular import otherwise
+    from fastcifar.evaluation.export import DeployedModel, ExportResult
+
 INPUT_DESCRIPTIONS = {
     "uint8": "`images`: uint8 [n, 32, 32, 3], RGB; the model normalizes them",
     "normalized": "`images`: float32 [n, 3, 32, 32], RGB in [0, 1], minus the mean, divided by the standard deviation",
@@ -27,29 +30,24 @@ INPUT_DESCRIPTIONS = {
 
 
 def write_model_card(
-    card_path: Path, exported_file: Path, loaded: LoadedRun, data: Dataset, run_dir: Path, export_info: dict[str, Any]
-) -> str:
-    """Write the model card of `exported_file` to `card_path` and return the SHA-256 digest of the file.
-
-    run_dir      folder of the run, whose summary.json is used if it exists
-    export_info  format, inputs, outputs, images and difference, as in `export_model`
-    """
-    digest = hashlib.sha256(exported_file.read_bytes()).hexdigest()
+    result: ExportResult, format: str, deployed: DeployedModel, loaded: LoadedRun, data: Dataset, run_dir: Path
+) -> None:
+    """Write the model card of an exported file, with the results in summary.json of `run_dir` if it exists."""
     recipe = loaded.recipe
     mean, std = normalization_mean_std(recipe)
     sections = {
         f"{recipe.arch} on {recipe.dataset}": [
-            f"- file: `{exported_file.name}` ({export_info['format']}), {exported_file.stat().st_size:,} bytes, "
-            f"SHA-256 `{digest}`",
+            f"- file: `{Path(result['file']).name}` ({format}), {result['bytes']:,} bytes, "
+            f"SHA-256 `{result['sha256']}`",
             f"- network: {count_parameters(loaded.model):,} trainable parameters, "
             f"{count_macs(loaded.model) / 1e6:.2f} M multiply-accumulates per image (convolutions and linear layers)",
-            f"- input: {INPUT_DESCRIPTIONS[export_info['inputs']]}",
-            f"- output: {export_info['outputs']}, float32 [n, {len(loaded.classes)}], in the order "
+            f"- input: {INPUT_DESCRIPTIONS[deployed.input_type]}",
+            f"- output: {deployed.output_type}, float32 [n, {len(loaded.classes)}], in the order "
             f"{', '.join(loaded.classes)}",
             f"- normalization: `{normalization_name(recipe)}`, mean {_format_channel_values(mean)}, "
             f"std {_format_channel_values(std)} of pixels in [0, 1]",
-            f"- verification against the float32 network on {export_info['images']} test images: maximum absolute "
-            f"difference {export_info['difference']:.2g}",
+            f"- verification against the float32 network on {result['images']} test images: maximum absolute "
+            f"difference {result['difference']:.2g}",
             f"- weights: {loaded.weights}, from `{loaded.checkpoint_path.name}`; exported by fastcifar {__version__}",
         ],
         "Data": [
@@ -69,8 +67,7 @@ def write_model_card(
     }
     # The heading of the first section is the title of the card.
     text = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
-    write_atomically(card_path, text[1:].encode())
-    return digest
+    write_atomically(Path(result["card"]), text[1:].encode())
 
 
 def _format_split(split: Split) -> str:

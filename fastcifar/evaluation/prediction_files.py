@@ -1,4 +1,4 @@
-"""Write prediction files in CSV, JSON Lines or Parquet format, and compare two of them."""
+"""Write prediction files in CSV or JSON Lines format, and compare two CSV files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from fastcifar.device import import_optional
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.files import write_atomically
 
@@ -20,116 +20,130 @@ PredictionColumns = Mapping[str, Sequence[Any]]  # column name -> values; all co
 
 KAGGLE_HEADER = ("ID", "Labels")  # header of a Kaggle submission
 PROBABILITY_DIGITS = 6
-PYARROW_REMEDY = "pip install 'pyarrow>=17'"
 
 
-def prediction_columns(
-    ids: Sequence[int] | Sequence[str],
-    probabilities: np.ndarray,
-    classes: Sequence[str],
-    header: tuple[str, str] = KAGGLE_HEADER,
-    *,
-    use_class_names: bool = False,
-    top_k: int = 0,
-    with_probabilities: bool = False,
-) -> dict[str, Sequence[Any]]:
-    """Return the columns of a prediction file for images with class probabilities [n, classes].
+class LabelPair(TypedDict):
+    """The number of images with label `a` in one prediction file and label `b` in the other."""
 
-    header              names of the columns of image ids and predicted labels
-    use_class_names     write class names instead of class indices
-    top_k               add the columns top_1, top_1_probability, ... of the `top_k` most probable classes
-    with_probabilities  add a column of probabilities for every class
-
-    Raises `UsageError` if `top_k` is out of range or two columns have the same name.
-    """
-    if not 0 <= top_k <= len(classes):
-        raise UsageError(f"--top {top_k} is out of range for {len(classes)} classes", f"choose 0 to {len(classes)}")
-
-    def format_labels(labels: np.ndarray) -> list[Any]:
-        return [classes[label] for label in labels] if use_class_names else labels.tolist()
-
-    ranking = np.argsort(-probabilities, axis=1, kind="stable")
-    rounded = probabilities.round(PROBABILITY_DIGITS)
-    columns: list[tuple[str, Sequence[Any]]] = [(header[0], ids), (header[1], format_labels(ranking[:, 0]))]
-    for rank in range(top_k):
-        rank_probabilities = np.take_along_axis(rounded, ranking[:, rank : rank + 1], 1)[:, 0].tolist()
-        columns.append((f"top_{rank + 1}", format_labels(ranking[:, rank])))
-        columns.append((f"top_{rank + 1}_probability", rank_probabilities))
-    if with_probabilities:
-        columns += [(name, rounded[:, label].tolist()) for label, name in enumerate(classes)]
-    name, count = Counter(name for name, _ in columns).most_common(1)[0]
-    if count > 1:
-        raise UsageError(f"{count} columns would be named {name!r}", "choose other column names with --header ID,LABEL")
-    return dict(columns)
+    a: str
+    b: str
+    count: int
 
 
-def parse_header(header: str | None, out: Path) -> tuple[str, str]:
-    """Return the names of the first two columns from the text "id,label"; None gives the names that Kaggle expects.
+class PredictionComparison(TypedDict):
+    """The comparison of two prediction files; `pairs` lists the differing labels in decreasing order of their count."""
 
-    Raises `UsageError` if `header` is not two different names, or `out` is not a CSV file.
-    """
-    if header is None:
-        return KAGGLE_HEADER
-    names = next(csv.reader([header]), [])
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise UsageError(
-            f"--header {header!r} does not name two different columns", "write two names, such as id,label"
-        )
-    if out.suffix.lower() != ".csv":
-        raise UsageError(f"--header applies only to .csv files, but --out is {out}", "omit --header")
-    return names[0], names[1]
+    a: str
+    b: str
+    total: int
+    differ: int
+    share: float
+    pairs: list[LabelPair]
 
 
-def predictions_to_csv(columns: PredictionColumns) -> bytes:
-    """Return the bytes of a CSV file with a header, in the format of a Kaggle submission."""
+def predictions_to_csv(columns: PredictionColumns) -> str:
+    """Return the text of a CSV file with a header, in the format of a Kaggle submission."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
-def predictions_to_jsonl(columns: PredictionColumns) -> bytes:
-    """Return the bytes of a JSON Lines file with one object per image."""
+def predictions_to_jsonl(columns: PredictionColumns) -> str:
+    """Return the text of a JSON Lines file with one object per image."""
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def predictions_to_parquet(columns: PredictionColumns) -> bytes:
-    """Return the bytes of a Parquet file. Raises `UsageError` if pyarrow is not installed."""
-    pyarrow = import_optional("pyarrow", PYARROW_REMEDY)
-    parquet = import_optional("pyarrow.parquet", PYARROW_REMEDY)
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), buffer)
-    return buffer.getvalue()
-
-
-PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], bytes]] = {
+PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], str]] = {
     ".csv": predictions_to_csv,
     ".jsonl": predictions_to_jsonl,
-    ".parquet": predictions_to_parquet,
 }
 
 
-def get_prediction_serializer(out: Path) -> Callable[[PredictionColumns], bytes]:
-    """Return the function that serializes predictions in the format of the suffix of `out`.
+@dataclass(frozen=True)
+class PredictionFormat:
+    """The columns of a prediction file.
 
-    Raises `UsageError` for an unknown suffix or if pyarrow is required but not installed, and `DiskError` if the
-    folder of `out` does not exist.
+    header              names of the columns of image ids and labels, as "id,label"; by default those of a Kaggle
+                        submission
+    use_class_names     write class names instead of class indices
+    top_k               add the columns top_1, top_1_probability, ... of the `top_k` most probable classes
+    with_probabilities  add a column of probabilities for every class
     """
-    serializer = PREDICTION_SERIALIZERS.get(out.suffix.lower())
-    if serializer is None:
-        formats = ", ".join(PREDICTION_SERIALIZERS)
-        raise UsageError(f"--out {out} has no known file suffix", f"choose a file name that ends in one of {formats}")
-    if serializer is predictions_to_parquet:
-        import_optional("pyarrow.parquet", PYARROW_REMEDY)
-    if not out.parent.is_dir():
-        raise DiskError(f"cannot write {out}: there is no folder {out.parent}", "choose an existing folder with --out")
-    return serializer
+
+    header: str | None = None
+    use_class_names: bool = False
+    top_k: int = 0
+    with_probabilities: bool = False
+
+    def check(self, out: Path, classes: Sequence[str]) -> None:
+        """Check before prediction that `out` can be written.
+
+        Raises `UsageError` for an unknown suffix or an invalid option, and `DiskError` if the folder of `out` does not
+        exist.
+        """
+        suffix = out.suffix.lower()
+        if suffix not in PREDICTION_SERIALIZERS:
+            remedy = f"choose a file name that ends in one of {', '.join(PREDICTION_SERIALIZERS)}"
+            raise UsageError(f"--out {out} has no known file suffix", remedy)
+        if self.header is not None and suffix != ".csv":
+            raise UsageError(f"--header applies only to .csv files, but --out is {out}", "omit --header")
+        if not out.parent.is_dir():
+            problem = f"cannot write {out}: there is no folder {out.parent}"
+            raise DiskError(problem, "choose an existing folder with --out")
+        self.build_columns([], np.empty((0, len(classes))), classes)
+
+    def build_columns(
+        self, ids: Sequence[int] | Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
+    ) -> dict[str, Sequence[Any]]:
+        """Return the columns for images with class probabilities [n, classes].
+
+        Raises `UsageError` if the header is not two different names, `top_k` is out of range or two columns have the
+        same name.
+        """
+        id_name, label_name = KAGGLE_HEADER if self.header is None else _parse_header(self.header)
+        if not 0 <= self.top_k <= len(classes):
+            problem = f"--top {self.top_k} is out of range for {len(classes)} classes"
+            raise UsageError(problem, f"choose 0 to {len(classes)}")
+        ranking = np.argsort(-probabilities, axis=1, kind="stable")
+        rounded = probabilities.round(PROBABILITY_DIGITS)
+
+        def labels_at_rank(rank: int) -> list[Any]:
+            labels = ranking[:, rank].tolist()
+            return [classes[label] for label in labels] if self.use_class_names else labels
+
+        columns: list[tuple[str, Sequence[Any]]] = [(id_name, ids), (label_name, labels_at_rank(0))]
+        for rank in range(self.top_k):
+            rank_probabilities = rounded[np.arange(len(rounded)), ranking[:, rank]].tolist()
+            columns += [(f"top_{rank + 1}", labels_at_rank(rank)), (f"top_{rank + 1}_probability", rank_probabilities)]
+        if self.with_probabilities:
+            columns += [(name, rounded[:, label].tolist()) for label, name in enumerate(classes)]
+        name, count = Counter(name for name, _ in columns).most_common(1)[0]
+        if count > 1:
+            remedy = "choose other column names with --header ID,LABEL"
+            raise UsageError(f"{count} columns would be named {name!r}", remedy)
+        return dict(columns)
 
 
-def write_predictions(out: Path, content: bytes) -> None:
-    """Write a prediction file atomically, replacing an existing file. Raises `DiskError` if it cannot be written."""
+KAGGLE_SUBMISSION = PredictionFormat()
+
+
+def _parse_header(header: str) -> list[str]:
+    names = next(csv.reader([header]), [])
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        problem = f"--header {header!r} does not name two different columns"
+        raise UsageError(problem, "write two names, such as id,label")
+    return names
+
+
+def write_predictions(out: Path, columns: PredictionColumns) -> None:
+    """Write a prediction file in the format of the suffix of `out`, atomically, replacing an existing file.
+
+    Raises `DiskError` if the file cannot be written.
+    """
+    content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode()
     try:
         write_atomically(out, content)
     except OSError as error:
@@ -161,12 +175,9 @@ def read_predictions(path: Path) -> dict[str, str]:
     return predictions
 
 
-def compare_predictions(path_a: Path, path_b: Path) -> dict[str, Any]:
-    """Compare two prediction files of the same images.
+def compare_predictions(path_a: Path, path_b: Path) -> PredictionComparison:
+    """Compare the labels in two prediction files of the same images. Rows are matched by id, in any order.
 
-    Rows are matched by id, regardless of their order. Returns `a`, `b`, `total`, `differ` (the number of differing
-    labels), `share` (the fraction of `total`) and `pairs`, the differing pairs of labels with their counts in
-    decreasing order.
     Raises `DataError` if a file is invalid, the ids differ, or only one of the files uses class names.
     """
     a, b = read_predictions(path_a), read_predictions(path_b)
@@ -178,12 +189,11 @@ def compare_predictions(path_a: Path, path_b: Path) -> dict[str, Any]:
         problem = f"one of {path_a} and {path_b} contains class names and the other class indices"
         raise DataError(problem, "write both with --names")
     pairs = Counter((a[key], b[key]) for key in a if a[key] != b[key])
-    differ = pairs.total()
     return {
         "a": str(path_a),
         "b": str(path_b),
         "total": len(a),
-        "differ": differ,
-        "share": differ / len(a),
+        "differ": pairs.total(),
+        "share": pairs.total() / len(a),
         "pairs": [{"a": label_a, "b": label_b, "count": count} for (label_a, label_b), count in pairs.most_common()],
     }

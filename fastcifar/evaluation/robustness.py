@@ -5,9 +5,9 @@ Nothing is trained or selected on these images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,35 +20,34 @@ from fastcifar.errors import DataError
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from fastcifar.evaluation.load_run import LoadedRun
 from fastcifar.evaluation.metrics import wilson_interval
-from fastcifar.training.evaluate import compute_scores, predict_logits
 
 CIFAR10_1_VERSIONS = ("cifar10.1_v6", "cifar10.1_v4")  # v6 first: it is class-balanced and recommended by its authors
+NUM_CORRUPTED_TEST_SETS = len(CORRUPTIONS) * len(SEVERITIES)
 CORRUPTION_SEED = 0  # fixed, so that all runs are compared on the same images
 CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CIFAR-10.1/tree/master/datasets"
 
 
-@dataclass(frozen=True)
-class RobustnessEval:
-    """The additional test sets: CIFAR-10.1 and the corrupted test images.
+class ShiftedResult(TypedDict):
+    """The results on a version of CIFAR-10.1; `acc_interval` is the 95 % confidence interval of the accuracy."""
 
-    shifted_test_set  the name of a CIFAR-10.1 version and its images, or None
-    with_corruptions  whether to evaluate on the corrupted test set
+    name: str
+    acc: float
+    acc_interval: tuple[float, float]
+    correct: int
+    total: int
+    loss: float
+    ece: float
+
+
+class CorruptionsResult(TypedDict):
+    """The accuracies on corrupted test images, of each corruption by severity.
+
+    `mean_acc` is their mean. It is not the mean corruption error, which is relative to a reference network.
     """
 
-    shifted_test_set: tuple[str, Split] | None
-    with_corruptions: bool
-
-    def num_images(self, num_test_images: int) -> int:
-        """Return the number of additional images for a test set of `num_test_images` images."""
-        num_shifted = len(self.shifted_test_set[1].labels) if self.shifted_test_set else 0
-        return num_shifted + self.with_corruptions * num_test_images * len(CORRUPTIONS) * len(SEVERITIES)
-
-    def evaluate(self, loaded: LoadedRun, test: Split, console: Console | None) -> dict[str, Any]:
-        """Return the results as `shifted` and `corruptions`, each None if not requested."""
-        return {
-            "shifted": evaluate_shifted(loaded, *self.shifted_test_set) if self.shifted_test_set else None,
-            "corruptions": evaluate_corruptions(loaded, test, console) if self.with_corruptions else None,
-        }
+    mean_acc: float
+    acc: dict[str, list[float]]
+    seed: int
 
 
 def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
@@ -87,10 +86,9 @@ def _load_npy(path: Path) -> np.ndarray:
     return array
 
 
-def evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> dict[str, Any]:
-    """Return the accuracy with its confidence interval, the loss and the calibration error on `split`."""
-    logits = predict_logits(loaded.model, loaded.forward, split, loaded.device)
-    scores = compute_scores(logits, torch.from_numpy(split.labels))
+def evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResult:
+    """Return the scores on `split`, the images of the CIFAR-10.1 version `name`."""
+    scores = loaded.evaluate(split)
     return {
         "name": name,
         "acc": scores.accuracy,
@@ -102,18 +100,14 @@ def evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> dict[str, An
     }
 
 
-def evaluate_corruptions(loaded: LoadedRun, split: Split, console: Console | None) -> dict[str, Any]:
-    """Return the accuracies on `split` for every corruption at severities 1 to 5, and their mean, `mean_acc`.
-
-    The mean accuracy is not the mean corruption error, which is relative to a reference network. A terminal `console`
-    shows a progress bar.
-    """
+def evaluate_corruptions(loaded: LoadedRun, split: Split, console: Console | None) -> CorruptionsResult:
+    """Return the accuracies on `split` for every corruption and severity. A terminal `console` shows a progress bar."""
     no_progress_bar = console is None or not console.is_terminal
     accuracies: dict[str, list[float]] = {}
     for name in track(CORRUPTIONS, "corruptions", console=console, disable=no_progress_bar, transient=True):
         accuracies[name] = [_corrupted_accuracy(loaded, split, CORRUPTIONS[name], severity) for severity in SEVERITIES]
-    flat = [accuracy for by_severity in accuracies.values() for accuracy in by_severity]
-    return {"mean_acc": sum(flat) / len(flat), "acc": accuracies, "seed": CORRUPTION_SEED}
+    mean = float(np.mean(list(accuracies.values())))
+    return {"mean_acc": mean, "acc": accuracies, "seed": CORRUPTION_SEED}
 
 
 def _corrupted_accuracy(loaded: LoadedRun, split: Split, corruption: Corruption, severity: int) -> float:
@@ -122,8 +116,7 @@ def _corrupted_accuracy(loaded: LoadedRun, split: Split, corruption: Corruption,
     def forward(images: Tensor) -> Tensor:
         return loaded.forward(apply_corruption(images, corruption, severity, generator))
 
-    logits = predict_logits(loaded.model, forward, split, loaded.device)
-    return compute_scores(logits, torch.from_numpy(split.labels)).accuracy
+    return replace(loaded, forward=forward).evaluate(split).accuracy
 
 
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:

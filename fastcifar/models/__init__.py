@@ -1,43 +1,28 @@
-"""Architectures by name (`MODELS`), building one (`build_model`), and fitting one to a parameter budget.
+"""Architectures by name (`MODELS`), and building one (`build_model`).
 
-An entry of `MODELS` is a function that takes `num_classes` and any of the options in `MODEL_OPTIONS` by keyword and
-returns a module that maps images [n, 3, 32, 32] to logits [n, num_classes].
+An entry of `MODELS` takes `num_classes` and any of the options in `MODEL_OPTIONS` by keyword and returns a module that
+maps images [n, 3, 32, 32] to logits [n, num_classes].
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import option_flag
 from fastcifar.models.airbench_net import airbench_net
 from fastcifar.models.coconut import bottleneck_resnet
-from fastcifar.models.count import count_macs, count_parameters, layer_table
-from fastcifar.models.resnet import ACTIVATIONS, enable_fused_ops, se_resnet
+from fastcifar.models.count import count_macs, count_parameters
+from fastcifar.models.resnet import enable_fused_ops, se_resnet
 from fastcifar.models.small_convnet import small_convnet
 from fastcifar.recipe import Recipe, section_fields
 
-__all__ = [
-    "ACTIVATIONS",
-    "MODELS",
-    "MODEL_OPTIONS",
-    "build_meta_model",
-    "build_model",
-    "check_param_budget",
-    "count_macs",
-    "count_parameters",
-    "enable_fused_ops",
-    "layer_table",
-    "max_width_within_budget",
-    "model_options",
-]
+__all__ = ["MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     # Any SE-ResNet from the command line: --blocks, --channels, --se and so on.
@@ -86,14 +71,10 @@ def model_options(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in MODEL_OPTIONS}
 
 
-# The range that `max_width_within_budget` searches: at its lower end every stage has the minimum of 8 channels.
-MIN_WIDTH, MAX_WIDTH = 2.0**-10, 64.0
-
-
 def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
-    """The architecture `arch`, newly initialized on the default device, in training mode.
+    """Return the architecture `arch`, newly initialized on the default device, in training mode.
 
-    `overrides` that are None leave the architecture's own values. A function in `MODELS` without a `num_classes`
+    `overrides` that are None leave the architecture's own values. An entry of `MODELS` without a `num_classes`
     parameter is called without it.
     Raises `UsageError` for an unknown architecture, an option it does not have, and an invalid value.
     """
@@ -103,67 +84,18 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
     accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in parameters and not accepts_any:
-            flags = ", ".join(option_flag(option) for option in MODEL_OPTIONS if option in parameters)
-            raise UsageError(
-                f"architecture {arch} has no option {option_flag(name)}", f"its options: {flags or 'none'}"
-            )
+            flags = ", ".join(option_flag(option) for option in MODEL_OPTIONS if option in parameters) or "none"
+            raise UsageError(f"architecture {arch} has no option {option_flag(name)}", f"its options: {flags}")
     if "num_classes" in parameters or accepts_any:
         arguments["num_classes"] = num_classes
     return builder(**arguments)
 
 
-def build_meta_model(arch: str, **overrides: Any) -> nn.Module:
-    """`build_model` on the meta device: no memory is allocated and no random numbers are drawn."""
-    with torch.device("meta"):
-        return build_model(arch, **overrides)
-
-
 def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:
-    """Raises `UsageError` if `model`, called `arch` in the message, has more than `max_params` trainable parameters."""
+    """Raise `UsageError` if `model`, called `arch` in the message, has more than `max_params` trainable parameters."""
     count = count_parameters(model)
     if count > max_params:
         raise UsageError(
             f"{arch} has {count:,} parameters, {count - max_params:,} over the budget of {max_params:,}",
             f"choose a smaller network, or allow it with --max-params {count}",
         )
-
-
-def max_width_within_budget(arch: str, max_params: int, **overrides: Any) -> float:
-    """The largest `width` at which `arch` with the other `overrides` has at most `max_params` trainable parameters.
-
-    Channels are rounded, so a range of widths builds the same network; of that range the result is the largest width
-    with the fewest decimals that build it. Networks are built on the meta device.
-    Raises `UsageError` if the architecture has no width, and if the budget is too small or too large for every width.
-    """
-
-    def count(width: float) -> int:
-        return count_parameters(build_meta_model(arch, **{**overrides, "width": width}))
-
-    low, high = MIN_WIDTH, 1.0  # `low` is within the budget, and after the first loop `high` is over it
-    if count(low) > max_params:
-        raise UsageError(
-            f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {max_params:,}",
-            f"use fewer blocks, or a budget of at least {count(low)}",
-        )
-    # Starts at exactly 1, where channels are not rounded: it may be within the budget although widths near it are not.
-    while count(high) <= max_params:
-        low, high = high, 2 * high
-        if high > MAX_WIDTH:
-            raise UsageError(f"{arch} has at most {max_params:,} parameters at every width", "give a smaller budget")
-    # Two widths at which the rounded channels change are further apart than this, if no stage has 10,000 channels.
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        if count(middle) <= max_params:
-            low = middle
-        else:
-            high = middle
-    return _truncate_decimals(low, lambda width: width > 0 and count(width) == count(low))
-
-
-def _truncate_decimals(number: float, is_equivalent: Callable[[float], bool]) -> float:
-    """`number` truncated to the fewest decimals for which `is_equivalent` holds."""
-    for decimals in range(16):
-        truncated = math.floor(number * 10**decimals) / 10**decimals
-        if is_equivalent(truncated):
-            return truncated
-    return number

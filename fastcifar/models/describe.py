@@ -1,61 +1,95 @@
-"""Architectures, layers and fitted widths as plain documents (lists and dicts that JSON can hold).
+"""Architectures, layers and fitted widths as documents for `fastcifar models`.
 
-Networks are built on the meta device: no memory is allocated and no random numbers are drawn. MACs are forward
-multiply-accumulates of one 32x32 image.
+Networks are built on the meta device: no memory is allocated and no random numbers are drawn. MACs are those of one
+32x32 image.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypedDict
 
-from fastcifar.models import (
-    MODELS,
-    build_meta_model,
-    count_macs,
-    count_parameters,
-    layer_table,
-    max_width_within_budget,
-    model_options,
-)
+import torch
+from torch import nn
+
+from fastcifar.errors import UsageError
+from fastcifar.models import MODELS, build_model, model_options
+from fastcifar.models.count import LayerRow, count_macs, count_parameters, layer_table
 from fastcifar.recipe import Recipe
 
-
-def describe_architectures() -> list[dict[str, Any]]:
-    """Every entry of `MODELS` in order, as built by default: `name`, `params`, `macs`."""
-    documents = []
-    for name in MODELS:
-        model = build_meta_model(name)
-        documents.append({"name": name, "params": count_parameters(model), "macs": count_macs(model)})
-    return documents
+# The range of the search for a width: at its lower end every stage has the minimum of 8 channels.
+MIN_WIDTH, MAX_WIDTH = 2.0**-10, 64.0
 
 
-def describe_layers(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's network: `name`, `params`, `macs`, and `layers` in forward order, as `layer_table` returns them.
+class NetworkSize(TypedDict):
+    """The name of an architecture, its number of trainable parameters and its multiply-accumulates."""
 
-    Raises `UsageError` where `build_model` does.
+    name: str
+    params: int
+    macs: int
+
+
+class NetworkLayers(NetworkSize):
+    """A network and its layers in forward order."""
+
+    layers: list[LayerRow]
+
+
+class FittedWidth(NetworkSize):
+    """A network with the largest `width` at which it has at most `budget` trainable parameters."""
+
+    width: float
+    budget: int
+
+
+def describe_architectures() -> list[NetworkSize]:
+    """Return the size of every entry of `MODELS` with its default options."""
+    return [_network_size(name, _build_on_meta_device(name)) for name in MODELS]
+
+
+def describe_layers(recipe: Recipe) -> NetworkLayers:
+    """Return the size and the layers of the recipe's network. Raises `UsageError` where `build_model` does."""
+    model = _build_on_meta_device(recipe.arch, **model_options(recipe))
+    return {**_network_size(recipe.arch, model), "layers": layer_table(model)}
+
+
+def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
+    """Return the recipe's network at the largest width with at most `budget` trainable parameters.
+
+    Channels are rounded, so a range of widths builds the same network; of that range the result is the largest width
+    with the fewest decimals that build it.
+    Raises `UsageError` if the architecture has no width, and if the budget is too small or too large for every width.
     """
-    model = build_meta_model(recipe.arch, **model_options(recipe))
-    return {
-        "name": recipe.arch,
-        "params": count_parameters(model),
-        "macs": count_macs(model),
-        "layers": layer_table(model),
-    }
+    arch, options = recipe.arch, model_options(recipe)
+
+    def count(width: float) -> int:
+        return count_parameters(_build_on_meta_device(arch, **{**options, "width": width}))
+
+    low, high = MIN_WIDTH, 1.0  # `low` is within the budget, and after the first loop `high` is over it
+    if count(low) > budget:
+        raise UsageError(
+            f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {budget:,}",
+            f"use fewer blocks, or a budget of at least {count(low)}",
+        )
+    # Starts at exactly 1, where channels are not rounded: it may be within the budget although widths near it are not.
+    while count(high) <= budget:
+        low, high = high, 2 * high
+        if high > MAX_WIDTH:
+            raise UsageError(f"{arch} has at most {budget:,} parameters at every width", "give a smaller budget")
+    # Two widths at which the rounded channels change are further apart than this, if no stage has 10,000 channels.
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    truncated = (math.floor(low * 10**decimals) / 10**decimals for decimals in range(16))
+    width = next((width for width in truncated if width > 0 and count(width) == count(low)), low)
+    model = _build_on_meta_device(arch, **{**options, "width": width})
+    return {**_network_size(arch, model), "width": width, "budget": budget}
 
 
-def fit_width_to_budget(recipe: Recipe, budget: int) -> dict[str, Any]:
-    """The recipe's network at the largest width with at most `budget` trainable parameters.
+def _build_on_meta_device(arch: str, **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(arch, **options)
 
-    Returns `name`, `width` (a value of --width), `params`, `macs` and `budget`.
-    Raises `UsageError` where `max_width_within_budget` does.
-    """
-    options = model_options(recipe)
-    options["width"] = max_width_within_budget(recipe.arch, budget, **options)
-    model = build_meta_model(recipe.arch, **options)
-    return {
-        "name": recipe.arch,
-        "width": options["width"],
-        "params": count_parameters(model),
-        "macs": count_macs(model),
-        "budget": budget,
-    }
+
+def _network_size(name: str, model: nn.Module) -> NetworkSize:
+    return {"name": name, "params": count_parameters(model), "macs": count_macs(model)}

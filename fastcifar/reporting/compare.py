@@ -5,7 +5,7 @@ The kinds are the entries of `COMPARERS`. The kind of a path is detected from it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
-from fastcifar.evaluation import prediction_files
+from fastcifar.evaluation.prediction_files import PredictionComparison, compare_predictions
 from fastcifar.format import format_percent, key_value_table
 from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
@@ -32,8 +32,8 @@ class Comparer:
     """
 
     read: Callable[[Path], Any]
-    compare: Callable[[Any, Any], dict[str, Any]]
-    build_table: Callable[[dict[str, Any]], Group]
+    compare: Callable[[Any, Any], Mapping[str, Any]]
+    build_table: Callable[[Any], Group]
 
 
 def read_benchmark_file(path: Path) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ def detect_predictions_file(path: Path) -> Path | None:
         return path
 
 
-def prediction_comparison_table(result: dict[str, Any]) -> Group:
+def prediction_comparison_table(result: PredictionComparison) -> Group:
     """Return the table of a comparison of two prediction files."""
     summary = key_value_table(
         "",
@@ -77,7 +77,7 @@ def prediction_comparison_table(result: dict[str, Any]) -> Group:
 COMPARERS: dict[str, Comparer] = {
     "run": Comparer(read_run_document, compare_runs, run_comparison_table),
     "benchmark": Comparer(read_benchmark_file, compare_benchmarks, benchmark_comparison_table),
-    "submission": Comparer(detect_predictions_file, prediction_files.compare_predictions, prediction_comparison_table),
+    "submission": Comparer(detect_predictions_file, compare_predictions, prediction_comparison_table),
 }
 
 

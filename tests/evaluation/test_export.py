@@ -55,7 +55,7 @@ def check_export(run: Path, tmp_path: Path, format: str, output_type: str) -> No
     assert result["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     loaded = load_model(str(run), device="cpu", precision="fp32")
     deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), "uint8", output_type).eval()
-    function = EXPORT_FORMATS[format].load(out, deployed, loaded)
+    function = EXPORT_FORMATS[format].load(out, deployed)
     images = torch.randint(256, (13, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = loaded.forward(images)
@@ -75,11 +75,13 @@ def test_normalized_input_gives_the_same_outputs(run: Path, tmp_path: Path) -> N
 
 
 def test_file_with_different_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_wrong(*args: object) -> Callable:
-        function = export.load_pt2(*args)  # type: ignore[arg-type]
+    pt2 = EXPORT_FORMATS["pt2"]
+
+    def load_wrong(path: Path, deployed: DeployedModel) -> Callable:
+        function = pt2.load(path, deployed)
         return lambda images: function(images) + (0.01 if len(images) == 7 else 0)
 
-    monkeypatch.setitem(EXPORT_FORMATS, "pt2", replace(EXPORT_FORMATS["pt2"], load=load_wrong))
+    monkeypatch.setitem(EXPORT_FORMATS, "pt2", replace(pt2, load=load_wrong))
     with pytest.raises(UserError, match=r"differ from the network's by 0\.01, .* not kept"):
         export_model(str(run), "pt2", tmp_path / "a.pt2")
     assert list(tmp_path.iterdir()) == []

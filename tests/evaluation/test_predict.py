@@ -23,6 +23,7 @@ from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
 from fastcifar.evaluation import load_run
 from fastcifar.evaluation.predict import predict_to_file
+from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
@@ -145,7 +146,7 @@ def test_fault13_csv_is_a_kaggle_submission(runs: list[str], images: np.ndarray,
     assert sum(result["counts"].values()) == result["images"] == 200
     assert result["images_per_s"] == pytest.approx(200 / result["seconds"]["predict"])
     assert predictions_table(result)
-    predict_to_file(runs[0], source, out, header="id,label", use_class_names=True, **CPU_OPTIONS)
+    predict_to_file(runs[0], source, out, format=PredictionFormat("id,label", True), **CPU_OPTIONS)
     assert out.read_text().startswith("id,label\n199,")
     assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load_dataset(DATA).classes)
 
@@ -156,7 +157,13 @@ def test_logits_are_averaged_over_views_and_members(runs: list[str], images: np.
     logits = sum(reference_logits(run, view) for run in runs for view in (images, flipped)) / 4
     assert isinstance(logits, Tensor)
     result = predict_to_file(
-        runs[0], "data:test", out, ensemble=runs[1:], tta="flip", top_k=3, with_probabilities=True, **CPU_OPTIONS
+        runs[0],
+        "data:test",
+        out,
+        ensemble=runs[1:],
+        tta="flip",
+        format=PredictionFormat(top_k=3, with_probabilities=True),
+        **CPU_OPTIONS,
     )
     assert [member["checkpoint"] for member in result["members"]] == runs
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -188,9 +195,9 @@ def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path
         ({"out": Path("no/a.csv")}, DiskError, "no folder"),
         ({"plot_path": Path("a.jpg")}, UsageError, "ends in .png"),
         ({"plot_path": Path("no/such/a.png")}, DiskError, "no folder"),
-        ({"top_k": 11}, UsageError, "choose 0 to 10"),
-        ({"header": "id"}, UsageError, "two different columns"),
-        ({"header": "id,cat", "with_probabilities": True}, UsageError, "2 columns would be named 'cat'"),
+        ({"format": PredictionFormat(top_k=11)}, UsageError, "choose 0 to 10"),
+        ({"format": PredictionFormat("id")}, UsageError, "two different columns"),
+        ({"format": PredictionFormat("id,cat", with_probabilities=True)}, UsageError, "2 columns would be named 'cat'"),
         ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
         ({"eval_weights": "lats"}, UsageError, "did you mean 'last'"),
         ({"eval_weights": "ema"}, CheckpointError, "no EMA weights"),

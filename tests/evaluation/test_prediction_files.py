@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,8 @@ import pytest
 
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.evaluation.prediction_files import (
-    PREDICTION_SERIALIZERS,
+    PredictionFormat,
     compare_predictions,
-    get_prediction_serializer,
-    parse_header,
-    prediction_columns,
     read_predictions,
     write_predictions,
 )
@@ -26,10 +22,10 @@ CLASSES = ["airplane", "cat", "dog, small"]
 PROBABILITIES = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])
 
 
-def test_prediction_columns() -> None:
-    assert prediction_columns([9, 4], PROBABILITIES, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
-    named = prediction_columns([9, 4], PROBABILITIES, CLASSES, use_class_names=True, top_k=2, with_probabilities=True)
-    assert named == {
+def test_columns() -> None:
+    assert PredictionFormat().build_columns([9, 4], PROBABILITIES, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
+    all_columns = PredictionFormat(use_class_names=True, top_k=2, with_probabilities=True)
+    assert all_columns.build_columns([9, 4], PROBABILITIES, CLASSES) == {
         "ID": [9, 4],
         "Labels": ["cat", "dog, small"],
         "top_1": ["cat", "dog, small"],
@@ -40,20 +36,14 @@ def test_prediction_columns() -> None:
         "cat": [0.5, 0.0],
         "dog, small": [0.3, 0.876543],
     }
-    renamed = prediction_columns([9, 4], PROBABILITIES, CLASSES, ("id", "label"), top_k=1)
+    renamed = PredictionFormat("id,label", top_k=1).build_columns([9, 4], PROBABILITIES, CLASSES)
     assert list(renamed)[:3] == ["id", "label", "top_1"]
 
 
-@pytest.mark.parametrize(("header", "duplicate"), [(("id", "cat"), "cat"), (("top_1", "label"), "top_1")])
-def test_duplicate_column_names_are_refused(header: tuple[str, str], duplicate: str) -> None:
-    with pytest.raises(UsageError, match=f"2 columns would be named '{duplicate}'"):
-        prediction_columns([9, 4], PROBABILITIES, CLASSES, header, top_k=1, with_probabilities=True)
-
-
 def test_csv_and_jsonl_round_trip(tmp_path: Path) -> None:
-    columns = prediction_columns([9, 4], PROBABILITIES, CLASSES, use_class_names=True, with_probabilities=True)
+    columns = PredictionFormat(None, True, 0, True).build_columns([9, 4], PROBABILITIES, CLASSES)
     for suffix in (".csv", ".jsonl"):
-        write_predictions(tmp_path / f"a{suffix}", PREDICTION_SERIALIZERS[suffix](columns))
+        write_predictions(tmp_path / f"a{suffix}", columns)
     assert (tmp_path / "a.csv").read_text().startswith("ID,Labels,airplane,")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -64,36 +54,29 @@ def test_csv_and_jsonl_round_trip(tmp_path: Path) -> None:
         assert row == {name: str(value) for name, value in expected.items()}
 
 
-def test_parquet_round_trip(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    columns = prediction_columns([9, 4], PROBABILITIES, CLASSES, top_k=1)
-    write_predictions(tmp_path / "a.parquet", PREDICTION_SERIALIZERS[".parquet"](columns))
-    assert parquet.read_table(tmp_path / "a.parquet").to_pydict() == columns
-
-
-def test_fault18_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UsageError, match="pip install 'pyarrow"):
-        get_prediction_serializer(tmp_path / "a.parquet")
+@pytest.mark.parametrize(
+    ("out", "format", "message"),
+    [
+        ("a.txt", PredictionFormat(), r"ends in one of \.csv, \.jsonl"),
+        ("a.jsonl", PredictionFormat("a,b"), r"only to \.csv files"),
+        *(("a.csv", PredictionFormat(header), "two different columns") for header in ("id", "a,b,c", "a,a", "")),
+        ("a.csv", PredictionFormat("id,cat", with_probabilities=True), "2 columns would be named 'cat'"),
+        ("a.csv", PredictionFormat("top_1,label", top_k=1), "2 columns would be named 'top_1'"),
+        ("a.csv", PredictionFormat(top_k=4), "choose 0 to 3"),
+    ],
+)
+def test_invalid_options_are_refused(tmp_path: Path, out: str, format: PredictionFormat, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        format.check(tmp_path / out, CLASSES)
 
 
 def test_unwritable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"ends in one of \.csv, \.jsonl, \.parquet"):
-        get_prediction_serializer(tmp_path / "a.txt")
     with pytest.raises(DiskError):
-        get_prediction_serializer(tmp_path / "missing" / "a.csv")
+        PredictionFormat().check(tmp_path / "missing" / "a.csv", CLASSES)
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(DiskError):
-        write_predictions(tmp_path / "a.csv", b"ID")
+        write_predictions(tmp_path / "a.csv", {"ID": [1]})
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
-
-
-def test_parse_header(tmp_path: Path) -> None:
-    assert parse_header(None, Path("a.jsonl")) == ("ID", "Labels")
-    assert parse_header("id,label", Path("a.csv")) == ("id", "label")
-    for header, out in (("id", "a.csv"), ("a,b,c", "a.csv"), ("a,a", "a.csv"), ("", "a.csv"), ("a,b", "a.jsonl")):
-        with pytest.raises(UsageError):
-            parse_header(header, Path(out))
 
 
 def test_compare_predictions(tmp_path: Path) -> None:

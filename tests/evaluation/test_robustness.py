@@ -57,6 +57,8 @@ def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pyte
     assert low < scores["test_acc"] < high
     # The shifted set is the test set in the layout of CIFAR-10.1, and one corruption is the identity.
     shifted, corrupted = scores["shifted"], scores["corruptions"]
+    assert shifted
+    assert corrupted
     assert (shifted["name"], shifted["acc"], shifted["loss"]) == (
         "cifar10.1_v6",
         scores["test_acc"],
@@ -88,6 +90,7 @@ def test_temperature_is_fitted_on_the_validation_split(tiny: Callable[..., Recip
     best = math.exp(min(losses, key=losses.__getitem__))
     assert with_split["temperature"] == pytest.approx(best, rel=0.021), "the grid has steps of 2 %"
     test = predict_logits(loaded.model, loaded.forward, data.test, loaded.device)
+    assert with_split["temperature"]
     scaled = F.cross_entropy(test / with_split["temperature"], torch.from_numpy(data.test.labels)).item()
     assert with_split["loss_scaled"] == pytest.approx(scaled, rel=1e-5)
 

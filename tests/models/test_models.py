@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fastcifar import models
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, build_model, count_macs, count_parameters, max_width_within_budget
+from fastcifar.models import MODELS, build_model, count_macs, count_parameters
+from fastcifar.models.describe import fit_width_to_budget
 from fastcifar.models.resnet import ACTIVATIONS, scale_channels
+from fastcifar.recipe import Recipe
 
 BUDGET = 5_000_000
 
@@ -145,7 +147,7 @@ def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tupl
 )
 def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: tuple[int, ...], budget: int) -> None:
     random = torch.get_rng_state()
-    width = max_width_within_budget(arch, budget)
+    width = fit_width_to_budget(Recipe(arch=arch), budget)["width"]
     assert torch.equal(torch.get_rng_state(), random)
     assert count_parameters(on_meta(arch, width=width)) <= budget
     # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
@@ -154,22 +156,20 @@ def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: t
 
 
 def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
-    assert max_width_within_budget("se55", 4_994_878) == 1.0
-    assert max_width_within_budget("se55", 4_994_877) < 1.0
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_878)["width"] == 1.0
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
 
 
-def test_largest_width_takes_the_other_knobs_and_refuses_the_impossible() -> None:
-    assert max_width_within_budget("se68", BUDGET, blocks=(2, 2, 2), width=None) > max_width_within_budget(
-        "se68", BUDGET
-    )
+def test_largest_width_depends_on_the_other_options_and_impossible_budgets_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shallow = fit_width_to_budget(Recipe(blocks=(2, 2, 2)), BUDGET)
+    assert shallow["width"] > fit_width_to_budget(Recipe(), BUDGET)["width"]
     with pytest.raises(UsageError, match="even the narrowest se68 has"):
-        max_width_within_budget("se68", 1000)
-
-
-def test_largest_width_refuses_a_row_without_width(monkeypatch: pytest.MonkeyPatch) -> None:
+        fit_width_to_budget(Recipe(), 1000)
     monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
     with pytest.raises(UsageError, match="mine has no option --width"):
-        max_width_within_budget("mine", BUDGET)
+        fit_width_to_budget(Recipe(arch="mine"), BUDGET)
 
 
 @pytest.mark.parametrize(

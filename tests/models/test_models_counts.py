@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, check_param_budget, count_macs, count_parameters, layer_table
+from fastcifar.models import MODELS, check_param_budget, count_macs, count_parameters
+from fastcifar.models.count import layer_table
 from tests.models.networks import on_meta, small
 
 BUDGET = 5_000_000
