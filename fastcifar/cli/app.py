@@ -75,9 +75,9 @@ def train(
     console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")  # of torchrun's processes rank 0 prints
     result = estimate_run(resolved) if dry_run else run(resolved, recipe, console)
     if not as_json:
-        console.print(dry_run_table(result) if dry_run else summary_table(result))
+        console.print(dry_run_table(result) if isinstance(result, dict) else summary_table(result))
     elif not console.quiet:
-        print(json.dumps(result))
+        print(json.dumps(result if isinstance(result, dict) else result.model_dump()))
 
 
 @app.command("eval")

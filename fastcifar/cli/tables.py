@@ -27,26 +27,27 @@ if TYPE_CHECKING:  # these modules import torch
     from fastcifar.evaluation.predict import PredictResult
     from fastcifar.evaluation.robustness import CorruptionsResult
     from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
+    from fastcifar.training.summary import RunSummary
 
 MAX_CLASS_ROWS = 10
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Return a table of the main results of a run. `summary`: the document in summary.json."""
+def summary_table(summary: RunSummary) -> Table:
+    """Return a table of the main results of a run."""
     rows = {
-        "run": summary["run"],
-        "network": f"{summary['arch']}, {summary['params']:,} parameters, {summary['macs'] / 1e6:,.2f} M MACs",
-        "test accuracy": f"{format_percent(summary['test_acc'])}  ({summary['correct']:,} of {summary['total']:,}, "
-        f"weights {summary['eval_weights']})",
-        "  moving average of weights": format_percent(summary["test_acc_ema"]),
-        **_tta_row(summary["config"]["tta"], summary["test_acc_tta"]),
-        "test loss, calibration error": f"{summary['test_loss']:.4f}, {summary['ece']:.4f}",
-        "validation accuracy": f"{format_percent(summary['val_acc'])}, best {format_percent(summary['best_val_acc'])}",
-        "lowest class accuracy": _format_lowest_class(summary["per_class"]),
-        "epochs, steps": f"{summary['epochs']}, {summary['steps']:,}  (stopped by {summary['stop_reason']})",
-        "images/s in training": format_short_number(summary["images_per_s"]),
-        "seconds": _phase_seconds(summary["seconds"]),
-        "peak memory": format_memory(summary["peak_memory_bytes"]),
+        "run": summary.run,
+        "network": f"{summary.arch}, {summary.params:,} parameters, {summary.macs / 1e6:,.2f} M MACs",
+        "test accuracy": f"{format_percent(summary.test_acc)}  ({summary.correct:,} of {summary.total:,}, "
+        f"weights {summary.eval_weights})",
+        "  moving average of weights": format_percent(summary.test_acc_ema),
+        **_tta_row(summary.config["tta"], summary.test_acc_tta),
+        "test loss, calibration error": f"{summary.test_loss:.4f}, {summary.ece:.4f}",
+        "validation accuracy": f"{format_percent(summary.val_acc)}, best {format_percent(summary.best_val_acc)}",
+        "lowest class accuracy": _format_lowest_class(summary.per_class),
+        "epochs, steps": f"{summary.epochs}, {summary.steps:,}  (stopped by {summary.stop_reason})",
+        "images/s in training": format_short_number(summary.images_per_s),
+        "seconds": _phase_seconds(summary.seconds),
+        "peak memory": format_memory(summary.peak_memory_bytes),
     }
     return key_value_table("", rows)
 

@@ -18,7 +18,7 @@ from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import section_fields
-from fastcifar.training.run_dir import read_summary
+from fastcifar.training.summary import read_summary
 
 if TYPE_CHECKING:  # a circular import otherwise
     from fastcifar.evaluation.export import DeployedModel, ExportResult
@@ -91,19 +91,19 @@ def _training_section(loaded: LoadedRun) -> list[str]:
 
 def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
     summary = read_summary(run_dir)
-    if summary.get("eval_weights") != loaded.weights:
+    if not summary or summary.eval_weights != loaded.weights:
         return [
             f"- these weights ({loaded.weights}) were not evaluated on the test set in this run; see `fastcifar eval`"
         ]
-    trained = loaded.recipe.model_copy(update={"normalize": summary["config"]["normalize"]})
+    trained = loaded.recipe.model_copy(update={"normalize": summary.config["normalize"]})
     if normalization_mean_std(trained) != normalization_mean_std(loaded.recipe):
         name = normalization_name(trained)
         return [f"- not evaluated with this normalization, only with `{name}`; see `fastcifar eval`"]
-    correct = f"{summary['correct']:,} of {summary['total']:,}"
+    correct = f"{summary.correct:,} of {summary.total:,}"
     return [
-        f"- test accuracy {format_percent(summary['test_acc'])}, {correct}, n = 1 seed",
-        f"- test loss {summary['test_loss']:.4f} nats, expected calibration error {summary['ece']:.4f} (15 bins)",
-        f"- complete: {'yes' if summary['complete'] else 'no'}, stopped by {summary['stop_reason']}",
+        f"- test accuracy {format_percent(summary.test_acc)}, {correct}, n = 1 seed",
+        f"- test loss {summary.test_loss:.4f} nats, expected calibration error {summary.ece:.4f} (15 bins)",
+        f"- complete: {'yes' if summary.complete else 'no'}, stopped by {summary.stop_reason}",
     ]
 
 

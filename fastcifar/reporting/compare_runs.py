@@ -6,7 +6,6 @@ The run folders can be finished or not; a missing value is None. Checkpoints are
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError
-from fastcifar.files import read_json_object
 from fastcifar.format import format_decimal, format_option_value, format_percent, option_flag
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_saved_recipe
-from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
+from fastcifar.training.metrics_file import METRICS_COLUMNS, read_metrics
 from fastcifar.training.run_dir import read_environment
+from fastcifar.training.summary import read_summary
 
 COMPARED_CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
 TIMING_COLUMNS = ("images_per_s", "seconds")  # columns that differ between otherwise identical runs
@@ -38,11 +37,11 @@ def read_run_document(path: Path) -> JsonDocument | None:
     if not (path / "recipe.toml").is_file():
         return None
     options = Recipe.from_saved(load_saved_recipe(path)).model_dump(mode="json")
-    rows = read_metrics_csv(path / "metrics.csv", sys.maxsize)
-    summary = read_json_object(path / "summary.json")
+    rows = read_metrics(path / "metrics.csv")
+    summary = read_summary(path)
     if not summary and (path / "summary.json").exists():
         raise DataError(f"{path / 'summary.json'} cannot be read", "compare another run")
-    curves = {name: [parse_finite_float(row[name]) for row in rows] for name in METRICS_COLUMNS}
+    curves = {name: [row[name] for row in rows] for name in METRICS_COLUMNS}
     return {"options": options, "environment": _read_flat_environment(path), "curves": curves, "summary": summary}
 
 
@@ -100,9 +99,7 @@ def _compare_accuracy(a: JsonDocument, b: JsonDocument) -> JsonDocument | None:
     accuracy is available for both runs.
     """
     for name in ("test_acc", "val_acc"):
-        accuracies = [
-            parse_finite_float(run["summary"].get(name, _last_value(run["curves"].get(name, [])))) for run in (a, b)
-        ]
+        accuracies = [_final_accuracy(run, name) for run in (a, b)]
         sizes = [_split_size(run, name) for run in (a, b)]
         if all(accuracy is not None and 0 <= accuracy <= 1 for accuracy in accuracies) and all(sizes):
             acc_a, acc_b = (float(accuracy or 0) for accuracy in accuracies)
@@ -119,10 +116,16 @@ def _compare_accuracy(a: JsonDocument, b: JsonDocument) -> JsonDocument | None:
     return None
 
 
+def _final_accuracy(run: JsonDocument, name: str) -> float | None:
+    """Return `test_acc` or `val_acc` of the summary; without a summary, the last value in metrics.csv."""
+    return getattr(run["summary"], name) if run["summary"] else _last_value(run["curves"].get(name, []))
+
+
 def _split_size(run: JsonDocument, name: str) -> int:
     """Return the number of images of the split that the accuracy `name` was measured on; 0 if unknown."""
-    size = run["summary"].get("total") if name == "test_acc" else run["options"]["val_size"]
-    return size if isinstance(size, int) else 0
+    if name == "val_acc":
+        return run["options"]["val_size"]
+    return run["summary"].total if run["summary"] else 0
 
 
 def _read_flat_environment(path: Path) -> JsonDocument:

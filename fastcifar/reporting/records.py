@@ -7,47 +7,28 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import one_line
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.renamed import upgrade_options
-from fastcifar.training.metrics_file import METRICS_COLUMNS, parse_finite_float, read_metrics_csv
+from fastcifar.training.metrics_file import read_metrics
 from fastcifar.training.run_dir import read_environment
+from fastcifar.training.summary import RunSummary
 
 TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
 MAX_METRIC_VALUE = 1e30  # larger metrics are dropped, because their mean can overflow
 CUSTOM_RECIPE_NAME = "custom"  # name that `train` records for a run without --recipe
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
-Seconds = Annotated[float, Field(ge=0, le=1e12)]
-
-
-class RunSummary(BaseModel):
-    """The fields of summary.json that a report needs; other fields are ignored."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    params: int = Field(ge=0)
-    steps: int = Field(ge=0)
-    eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
-    val_acc: Fraction | None = None
-    best_val_acc: Fraction | None = None
-    test_acc: Fraction | None = None
-    per_class: dict[str, Fraction | None] = {}
-    seconds: dict[str, Seconds] = {}
-    stop_reason: str
-    complete: bool
 
 
 TrialState = Literal["running", "done", "failed", "pruned"]
@@ -172,10 +153,9 @@ def _read_recipe_options(folder: Path) -> dict[str, Any]:
 def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
     """Return the complete rows of metrics.csv as numbers; values that are missing, invalid or too large are None."""
     try:
-        rows = read_metrics_csv(folder / METRICS_FILE, sys.maxsize)
+        return read_metrics(folder / METRICS_FILE, MAX_METRIC_VALUE)
     except OSError:
         return []
-    return [{name: parse_finite_float(row[name], MAX_METRIC_VALUE) for name in METRICS_COLUMNS} for row in rows]
 
 
 def read_sweep_records(folder: Path) -> list[RunRecord]:

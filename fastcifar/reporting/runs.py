@@ -27,8 +27,9 @@ from fastcifar.format import MISSING, format_count, format_decimal, format_perce
 from fastcifar.recipe import Recipe
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
-from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
-from fastcifar.training.run_dir import read_environment, read_summary
+from fastcifar.training.metrics_file import read_metrics
+from fastcifar.training.run_dir import read_environment
+from fastcifar.training.summary import read_summary
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
 # The expected contents of a run folder, a sweep folder and the `runs` folder of a sweep, including exported models and
@@ -113,7 +114,7 @@ def describe_run_or_sweep(folder: Path) -> ListingEntry:
 
 def _describe_run(folder: Path) -> ListingEntry:
     summary, environment = read_summary(folder), read_environment(folder)
-    rows = read_metrics_csv(folder / "metrics.csv", sys.maxsize)
+    rows = read_metrics(folder / "metrics.csv")
     last = rows[-1] if rows else {}
     try:
         options = load_saved_recipe(folder)
@@ -129,10 +130,10 @@ def _describe_run(folder: Path) -> ListingEntry:
         "state": state,
         "arch": options.get("arch"),
         "recipe": environment.get("recipe"),
-        "epochs": int(parse_finite_float(summary.get("epochs")) or len(rows)),
-        "val_acc": parse_finite_float(summary.get("val_acc", last.get("val_acc"))),
-        "test_acc": parse_finite_float(summary.get("test_acc")),
-        "seconds": parse_finite_float(_dict_or_empty(summary, "seconds").get("total", last.get("seconds"))),
+        "epochs": summary.epochs if summary else len(rows),
+        "val_acc": summary.val_acc if summary else last.get("val_acc"),
+        "test_acc": summary.test_acc if summary else None,
+        "seconds": summary.seconds.get("total") if summary else last.get("seconds"),
         "date": str(environment.get("started") or _modified_at(folder / RECIPE_FILE)),
     }
 
@@ -325,8 +326,3 @@ def folder_size_bytes(folder: Path) -> int:
 
 def _modified_at(path: Path) -> str:
     return format_timestamp(path.stat().st_mtime)
-
-
-def _dict_or_empty(document: ListingEntry, key: str) -> ListingEntry:
-    value = document.get(key)
-    return value if isinstance(value, dict) else {}

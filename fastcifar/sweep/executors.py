@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import (
@@ -35,6 +35,9 @@ from fastcifar.errors import (
 from fastcifar.files import lock_folder
 from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
+
+if TYPE_CHECKING:
+    from fastcifar.training.summary import RunSummary
 
 RAY_MAX_RETRIES = 3  # for a Ray task whose worker process dies
 CHECKPOINT_TIMEOUT_S = 30  # time for a trial that is being terminated to write its checkpoint
@@ -74,7 +77,7 @@ class TrialEvent:
     trial: SweepTrial
     state: str
     reason: str | None = None
-    summary: dict[str, Any] | None = None
+    summary: RunSummary | None = None
     files: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -163,7 +166,7 @@ def run_trial(trial: SweepTrial) -> TrialEvent:
     Errors become the reason of a failed trial, except `Interrupted`, which is raised.
     """
     from fastcifar.sweep.study import optuna_epoch_callback
-    from fastcifar.training.run_dir import read_summary
+    from fastcifar.training.summary import read_summary
     from fastcifar.training.train import train
 
     folder = Path(str(trial.recipe.out))
@@ -175,7 +178,7 @@ def run_trial(trial: SweepTrial) -> TrialEvent:
         raise
     except Exception as error:  # a bug in one trial must not end the other trials
         return TrialEvent(trial, "failed", _failure_reason(error, folder))
-    return TrialEvent(trial, "pruned" if summary["stop_reason"] == "pruned" else "done", summary=summary)
+    return TrialEvent(trial, "pruned" if summary.stop_reason == "pruned" else "done", summary=summary)
 
 
 def _failure_reason(error: Exception, folder: Path) -> str:

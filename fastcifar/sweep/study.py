@@ -15,7 +15,9 @@ from typing import Any
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, UserError, lookup
 from fastcifar.sweep.sweep_spec import SweepSpec, SweepTrial, TrialRef, build_trial, round_to_4_digits, settings_label
-from fastcifar.training.run_dir import EpochCallback, EpochRow
+from fastcifar.training.metrics_file import EpochRow
+from fastcifar.training.run_dir import EpochCallback
+from fastcifar.training.summary import RunSummary
 
 JOURNAL_FILE = "study.log"
 OPTUNA_REMEDY = "pip install 'fastcifar[sweep]'"
@@ -129,14 +131,14 @@ class OptunaStudy:
             self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
             raise
 
-    def tell(self, trial: SweepTrial, state: str, summary: dict[str, Any] | None) -> None:
+    def tell(self, trial: SweepTrial, state: str, summary: RunSummary | None) -> None:
         """Report the final state of a trial to Optuna; ignore running trials."""
         if state == "running":
             return
         assert trial.trial_ref is not None
         states = self.optuna.trial.TrialState
         optuna_state = {"done": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
-        value = summary["val_acc"] if summary and state == "done" else None
+        value = summary.val_acc if summary and state == "done" else None
         self.optuna_study.tell(trial.trial_ref.trial_number, value, state=optuna_state, skip_if_finished=True)
 
 

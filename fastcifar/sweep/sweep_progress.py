@@ -5,7 +5,6 @@ Everything shown is read from the trial log and from the metrics of the runs.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +17,7 @@ from rich.table import Table
 from fastcifar.format import format_count, format_decimal, format_percent
 from fastcifar.sweep.executors import TrialEvent
 from fastcifar.sweep.trial_log import TrialLog
-from fastcifar.training.metrics_file import parse_finite_float, read_metrics_csv
+from fastcifar.training.metrics_file import read_metrics
 from fastcifar.training.progress import print_lines
 
 MAX_LIVE_ROWS = 30  # rows of the live table: running trials first, then the most recent ones
@@ -100,10 +99,10 @@ def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = N
 def _format_progress(run: Path) -> str:
     """Return the progress of a running trial, `3 epochs, 61.20 %`, or "" if its metrics are on another machine."""
     try:
-        rows = read_metrics_csv(run / "metrics.csv", sys.maxsize)
+        rows = read_metrics(run / "metrics.csv")
     except OSError:
         return ""
     if not rows:
         return ""
-    accuracy = parse_finite_float(rows[-1]["val_acc"] or rows[-1]["train_acc"])
+    accuracy = rows[-1]["train_acc"] if rows[-1]["val_acc"] is None else rows[-1]["val_acc"]
     return f"{len(rows)} epochs" + (f", {format_percent(accuracy)}" if accuracy is not None else "")

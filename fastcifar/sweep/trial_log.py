@@ -14,7 +14,7 @@ from typing import Any
 from fastcifar.errors import DiskError
 from fastcifar.reporting.records import TRIALS_FILE, read_trial_log
 from fastcifar.sweep.sweep_spec import SweepTrial
-from fastcifar.training.run_dir import read_summary
+from fastcifar.training.summary import RunSummary, read_summary
 
 TRIAL_STATES = ("running", "done", "pruned", "failed")
 FINISHED_STATES = ("done", "pruned")
@@ -38,10 +38,10 @@ class TrialLog:
         return str(self.last_lines.get(key, {}).get("state", "waiting"))
 
     def log_state(
-        self, trial: SweepTrial, state: str, reason: str | None = None, summary: TrialLogLine | None = None
+        self, trial: SweepTrial, state: str, reason: str | None = None, summary: RunSummary | None = None
     ) -> None:
         """Append a line with the new state of a trial. Raises `DiskError` if it cannot be written."""
-        run_name = Path(summary["run"]).name if summary else trial.key
+        run_name = Path(summary.run).name if summary else trial.key
         line = {
             "trial": trial.key,
             "label": trial.label,
@@ -50,7 +50,7 @@ class TrialLog:
             "state": state,
             "reason": reason,
             "run": str(Path("runs") / run_name),
-            "seconds": summary["seconds"]["total"] if summary else None,
+            "seconds": summary.seconds["total"] if summary else None,
         }
         self._append_line(line)
 
@@ -86,7 +86,10 @@ class TrialLog:
             return {"val_acc": None, "test_acc": None}
         if line["run"] not in self._accuracies:
             summary = read_summary(self.folder / line["run"])
-            self._accuracies[line["run"]] = {name: summary.get(name) for name in ("val_acc", "test_acc")}
+            self._accuracies[line["run"]] = {
+                "val_acc": summary and summary.val_acc,
+                "test_acc": summary and summary.test_acc,
+            }
         return self._accuracies[line["run"]]
 
     def _append_line(self, line: TrialLogLine) -> None:

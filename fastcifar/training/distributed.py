@@ -7,8 +7,6 @@ saved.
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -68,32 +66,18 @@ class World:
             dist.all_reduce(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the `value` of rank 0, which must be JSON-serializable; the other ranks' values are ignored."""
-        if self.world_size == 1:
-            return value
-        return json.loads(self._broadcast_bytes(json.dumps(value).encode() if self.is_main_process else b"", 0))
+        """Return the `value` of rank 0, which must be picklable; the other ranks' values are ignored."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def broadcast_tensors(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the `state` of rank 0: values that a checkpoint can hold, or None."""
-        if self.world_size == 1:
-            return state
-        return _deserialize(self._broadcast_bytes(_serialize(state) if self.is_main_process else b"", 0))
-
-    def all_gather_object(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the `state` of every rank, in rank order."""
-        if self.world_size == 1:
-            return [state]
-        return [_deserialize(self._broadcast_bytes(_serialize(state), rank)) for rank in range(self.world_size)]
-
-    def _broadcast_bytes(self, content: bytes, source: int) -> bytes:
-        """Return the `content` of rank `source`."""
-        length = torch.tensor(len(content))
-        dist.broadcast(length, source)
-        buffer = torch.empty(int(length), dtype=torch.uint8)
-        if self.rank == source:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(buffer, source)
-        return buffer.numpy().tobytes()
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the `value` of every rank, in rank order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def all_reduce_max(self, value: int) -> int:
         """Return the maximum of `value` over the ranks; the host waits for all of them."""
@@ -105,16 +89,6 @@ class World:
 
 
 SINGLE_PROCESS = World()
-
-
-def _serialize(state: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def _deserialize(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 def get_world() -> World:

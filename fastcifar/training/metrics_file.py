@@ -1,4 +1,4 @@
-"""Reading the metrics of a run: one row per epoch in metrics.csv and in events.jsonl, which `run_dir` writes.
+"""The metrics of a run: one row per epoch in metrics.csv and in events.jsonl, which `run_dir` writes.
 
 Invalid rows are ignored, because a killed process may leave a truncated file.
 """
@@ -7,29 +7,57 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from fastcifar.files import parse_json_object
 
-METRICS_COLUMNS: tuple[str, ...] = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_acc",
-    "val_loss",
-    "val_acc",
-    "ema_val_acc",
-    "images_per_s",
-    "seconds",
-)
 
-EpochRow = dict[str, Any]
+class ValidationMetrics(TypedDict):
+    """The columns of `EpochRow` that are measured on the validation split; None if they were not computed."""
+
+    val_loss: float | None
+    val_acc: float | None
+    ema_val_acc: float | None
 
 
-def read_metrics_csv(path: Path, epochs_done: int) -> list[EpochRow]:
-    """Return the complete rows of the first `epochs_done` epochs of a metrics.csv; empty if there is no file."""
+class EpochRow(TypedDict):
+    """The metrics of an epoch. Accuracies are fractions; validation metrics that were not computed are None.
+
+    `epoch` counts from 0, `step` is the number of steps since the start of the run, `seconds` the time since then, and
+    `time`, in events.jsonl only, is in seconds since 1970.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    train_acc: float
+    val_loss: float | None
+    val_acc: float | None
+    ema_val_acc: float | None
+    images_per_s: float
+    seconds: float
+    time: NotRequired[float]
+
+
+METRICS_COLUMNS = tuple(name for name in EpochRow.__annotations__ if name != "time")
+
+
+def read_metrics(path: Path, limit: float = math.inf) -> list[dict[str, float | None]]:
+    """Return the complete rows of a metrics.csv as numbers; empty if there is no file.
+
+    A value that is missing, not a finite number, or not below `limit` in absolute value is None.
+    """
+    return [
+        {name: parse_finite_float(row[name], limit) for name in METRICS_COLUMNS}
+        for row in read_metrics_csv(path, sys.maxsize)
+    ]
+
+
+def read_metrics_csv(path: Path, epochs_done: int) -> list[dict[str, str]]:
+    """Return the text of the complete rows of the first `epochs_done` epochs of a metrics.csv."""
     try:
         return [
             {name: row[name] for name in METRICS_COLUMNS}

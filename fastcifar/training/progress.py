@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastcifar.format import format_short_number
+from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.step import Metrics
 from fastcifar.training.trainer import Trainer
 
@@ -63,7 +63,7 @@ class TrainingDisplay:
         state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {format_short_number(images_per_s)} images/s"
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
-    def show_epoch(self, row: dict[str, Any]) -> None:
+    def show_epoch(self, row: EpochRow) -> None:
         """Print the epoch's `row` of metrics.csv as one line."""
         fields = [
             f"epoch {row['epoch'] + 1}/{self.epochs}",

@@ -93,14 +93,15 @@ class ResumePoint:
         if not trainer.world.is_main_process and self.state:
             load_trainer_state(trainer, self.state)
         run = self.open_run(trainer, clock) if trainer.world.is_main_process else None
-        folder, best_val_acc = trainer.world.broadcast_object([str(run.folder), trainer.progress.best] if run else None)
-        trainer.progress.best = best_val_acc
+        folder, trainer.progress.best = trainer.world.broadcast_object(
+            (run.folder, trainer.progress.best) if run else None
+        )
         if trainer.recipe.on_nan == "rollback":
             state = trainer.checkpoint_state(clock)  # on every rank: it gathers their random states
             if run and not run.checkpoint_path("last").is_file():
                 # a rollback within the first epoch needs a checkpoint
                 checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
-        return run.with_callbacks(callbacks) if run else Run.for_other_rank(Path(folder), self.recipe_name)
+        return run.with_callbacks(callbacks) if run else Run.for_other_rank(folder, self.recipe_name)
 
     @property
     def is_new(self) -> bool:
@@ -182,11 +183,10 @@ def find_resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: Worl
         if world.is_main_process:
             trackers.require_trackers(resume_point.recipe)
         stack.pop_all()
-    options, is_new = world.broadcast_object([resume_point.recipe.model_dump(mode="json"), resume_point.is_new])
-    state = world.broadcast_tensors(resume_point.state)
+    recipe, state, is_new = world.broadcast_object((resume_point.recipe, resume_point.state, resume_point.is_new))
     if world.is_main_process:
         return resume_point
-    return ResumePoint(Recipe(**options), recipe_name, state, folder=None if is_new else Path())
+    return ResumePoint(recipe, recipe_name, state, folder=None if is_new else Path())
 
 
 def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
@@ -340,10 +340,9 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     if trainer.recipe.on_nan != "rollback" or trainer.progress.rollbacks == MAX_ROLLBACKS:
         raise error
     rollbacks = trainer.progress.rollbacks + 1
-    state = trainer.world.broadcast_tensors(
+    state = trainer.world.broadcast_object(
         checkpoint.load_checkpoint(run.checkpoint_path("last")) if trainer.world.is_main_process else None
     )
-    assert state is not None
     load_trainer_state(trainer, state)
     trainer.progress.rollbacks = trainer.schedule.halvings = rollbacks
     if trainer.world.is_main_process:

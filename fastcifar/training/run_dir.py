@@ -28,8 +28,8 @@ from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, read_json_object, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
-from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
+from fastcifar.training.summary import RunSummary
 from fastcifar.training.trackers import Tracker
 
 # Called with the row of metrics of each epoch. If it returns a text, training stops with it as the stop reason.
@@ -51,9 +51,8 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
 
     def write(row: EpochRow) -> None:
         with path.open("a", newline="", encoding="utf-8") as file:
-            cells = {name: row.get(name) for name in METRICS_COLUMNS}
             csv.DictWriter(file, METRICS_COLUMNS).writerow(
-                {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in cells.items()}
+                {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()}
             )
             file.flush()
             os.fsync(file.fileno())
@@ -210,15 +209,15 @@ class Run:
         """Return the path of the checkpoint `name`: "last" or "best"."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
-    def finish(self, summary: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
         """Write summary.json and weights.safetensors, and pass the summary to the trackers. Raises `DiskError`.
 
         `weights`: the state dict that was evaluated on the test set.
         """
         try:
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-            save_file(contiguous, self.folder / "weights.safetensors", {"arch": str(summary["arch"])})
-            write_atomically(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+            save_file(contiguous, self.folder / "weights.safetensors", {"arch": summary.arch})
+            write_atomically(self.folder / "summary.json", (json.dumps(summary.model_dump(), indent=1) + "\n").encode())
         except OSError as error:
             raise self._disk_error(error) from None
         for tracker in self.trackers:
@@ -335,16 +334,6 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """Return env.json of a run folder, or an empty dict if it is missing or invalid."""
     environment = read_json_object(folder / "env.json")
     return environment if isinstance(environment.get("recipe"), str) else {}
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return summary.json of a run folder, with current option names; an empty dict if it is missing or invalid."""
-    summary = read_json_object(folder / "summary.json")
-    if isinstance(config := summary.get("config"), dict):
-        summary["config"] = upgrade_options(config)
-    if "weights" in summary:
-        summary["eval_weights"] = summary.pop("weights")
-    return summary
 
 
 def _launch_info(recipe: Recipe) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, first_message_line, lookup
 from fastcifar.files import load_toml, lock_folder
 from fastcifar.recipe import Recipe
-from fastcifar.training.metrics_file import EpochRow, read_event_lines
+from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines
+from fastcifar.training.summary import RunSummary
 
 TENSORBOARD_INSTALL = "pip install 'tensorboard>=2.18,<3'"
 MLFLOW_INSTALL = "pip install 'mlflow>=3,<4'"
@@ -42,7 +43,7 @@ class TrackerSession:
     """
 
     write: Callable[[EpochRow], None]
-    finish: Callable[[dict[str, Any]], None]
+    finish: Callable[[RunSummary], None]
     close: Callable[[str], None]
 
 
@@ -73,10 +74,10 @@ class Tracker:
 
         self._run_or_warn(open_session)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: RunSummary) -> None:
         """Log the summary, after the missing rows if the tracker had failed."""
         if self.session is None:
-            self.reopen(summary["epochs"])
+            self.reopen(summary.epochs)
         if session := self.session:
             self._run_or_warn(lambda: session.finish(summary))
 
@@ -120,10 +121,10 @@ def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
             writer.add_scalar(name, value, row["epoch"], row.get("time"))
         writer.flush()
 
-    def finish(summary: dict[str, Any]) -> None:
+    def finish(summary: RunSummary) -> None:
         for name, value in _summary_metrics(summary).items():
-            writer.add_scalar(name, value, summary["epochs"] - 1)
-        writer.add_text("summary", f"```\n{json.dumps(summary, indent=1)}\n```", summary["epochs"] - 1)
+            writer.add_scalar(name, value, summary.epochs - 1)
+        writer.add_text("summary", f"```\n{json.dumps(summary.model_dump(), indent=1)}\n```", summary.epochs - 1)
         writer.file_writer.add_summary(end)
         writer.flush()
 
@@ -156,8 +157,8 @@ def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     def write(row: EpochRow) -> None:
         log(_row_metrics(row), row["epoch"], row.get("time", time.time()))
 
-    def finish(summary: dict[str, Any]) -> None:
-        log(_summary_metrics(summary), summary["epochs"] - 1, time.time())
+    def finish(summary: RunSummary) -> None:
+        log(_summary_metrics(summary), summary.epochs - 1, time.time())
         for name in MLFLOW_UPLOADED_FILES:
             client.log_artifact(run_id, str(folder / name))
 
@@ -304,11 +305,11 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 def _row_metrics(row: EpochRow) -> dict[str, float]:
     """Return the columns of a row that have a value, without the time stamp."""
-    return {name: value for name, value in row.items() if name != "time" and value is not None}
+    return {name: row[name] for name in METRICS_COLUMNS if row[name] is not None}
 
 
-def _summary_metrics(summary: dict[str, Any]) -> dict[str, float]:
-    return {name: summary[name] for name in SUMMARY_METRICS if summary[name] is not None}
+def _summary_metrics(summary: RunSummary) -> dict[str, float]:
+    return summary.model_dump(include=set(SUMMARY_METRICS), exclude_none=True)
 
 
 def _describe_error(error: Exception) -> str:

@@ -7,7 +7,6 @@ host only launches work. It reads the metrics at the end and, without waiting fo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -18,12 +17,13 @@ from fastcifar.training import checkpoint, resume
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
+from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
 from fastcifar.training.progress import TrainingDisplay, print_lines
 from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
 from fastcifar.training.step import Metrics
-from fastcifar.training.summary import summarize_run
+from fastcifar.training.summary import RunSummary, summarize_run
 from fastcifar.training.trainer import Trainer
 
 DISPLAY_EVERY_STEPS = 10
@@ -31,7 +31,7 @@ DISPLAY_EVERY_STEPS = 10
 
 def train(
     recipe: Recipe, recipe_name: str | None = None, console: Console | None = None, callbacks: EpochCallbacks = ()
-) -> dict[str, Any]:
+) -> RunSummary:
     """Train by `recipe`, evaluate once on the test set, and return the summary that is saved in the run folder.
 
     `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown, if anywhere. `callbacks`:
@@ -59,7 +59,7 @@ def train(
         return world.broadcast_object(test_and_summarize(trainer, run, clock) if world.is_main_process else None)
 
 
-def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> dict[str, Any]:
+def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> RunSummary:
     """Evaluate once on the test set; save the summary and the evaluated weights in the run folder."""
     with clock.phase("eval"):
         test_result = trainer.test(run.checkpoint_path("best"))
@@ -101,7 +101,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
             return
     with clock.phase("eval"):
         validation = trainer.validate()
-    row = {
+    row: EpochRow = {
         "epoch": progress.epoch,
         "step": progress.step,
         "lr": trainer.schedule.lr_at(progress.step - 1),
@@ -116,9 +116,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
     finish_epoch(trainer, run, clock, metrics, validation)
 
 
-def finish_epoch(
-    trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, validation: dict[str, float | None]
-) -> None:
+def finish_epoch(trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, validation: ValidationMetrics) -> None:
     """Update progress and schedule; save checkpoint "best" if the epoch is the best so far, and "last" if it is due."""
     progress = trainer.progress
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch

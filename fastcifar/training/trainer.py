@@ -28,6 +28,7 @@ from fastcifar.training.distributed import World
 from fastcifar.training.ema import Ema
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
 from fastcifar.training.lr_schedule import LRSchedule
+from fastcifar.training.metrics_file import ValidationMetrics
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.resolve import Resolved
 from fastcifar.training.rng_state import collect_rng_state, preserve_state, restore_rng_state
@@ -276,15 +277,15 @@ class Trainer:
             *ema_tensors,
         ]
 
-    def validate(self) -> dict[str, float | None]:
+    def validate(self) -> ValidationMetrics:
         """Evaluate on the validation split: the validation columns of metrics.csv, computed by rank 0.
 
         A column is None without a validation split or without a moving average.
         """
         return self.world.broadcast_object(self._compute_validation_metrics() if self.world.is_main_process else None)
 
-    def _compute_validation_metrics(self) -> dict[str, float | None]:
-        row: dict[str, float | None] = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
+    def _compute_validation_metrics(self) -> ValidationMetrics:
+        row: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val_split.labels):
             scores = evaluate(self.model, self.eval_forward, self.val_split, self.device)
             row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy

@@ -214,8 +214,8 @@ def test_dali_is_not_imported_before_a_loader_is_created() -> None:
 
 def test_a_run_equals_a_run_with_the_tensor_loader(tiny: Callable[..., Recipe]) -> None:
     expected, summary = train(tiny()), train(tiny(loader="dali"))
-    assert (expected["loader"], summary["loader"]) == ("tensor", "dali")
-    assert (summary["test_loss"], summary["val_acc"]) == (expected["test_loss"], expected["val_acc"])
+    assert (expected.loader, summary.loader) == ("tensor", "dali")
+    assert (summary.test_loss, summary.val_acc) == (expected.test_loss, expected.val_acc)
 
 
 def test_a_run_builds_one_pipeline(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +229,8 @@ def test_a_run_builds_one_pipeline(tiny: Callable[..., Recipe], monkeypatch: pyt
 def test_a_run_on_the_gpu_captures_its_step_before_dali_starts(tiny: Callable[..., Recipe]) -> None:
     options = {"device": "cuda", "cuda_graph": True, "compile": True, "drop_last": True}
     summary = train(tiny(loader="dali", **options))
-    assert (summary["loader"], summary["cuda_graph"]) == ("dali", True)
-    assert summary["test_loss"] == pytest.approx(train(tiny(loader="tensor", **options))["test_loss"], rel=1e-2)
+    assert (summary.loader, summary.cuda_graph) == ("dali", True)
+    assert summary.test_loss == pytest.approx(train(tiny(loader="tensor", **options)).test_loss, rel=1e-2)
 
 
 @pytest.mark.gpu

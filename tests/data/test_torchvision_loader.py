@@ -171,8 +171,8 @@ def test_without_augmentation_a_run_equals_one_with_the_tensor_loader(
 ) -> None:
     expected = train(tiny(augment="none", epochs=1))
     summary = train(tiny(augment="none", epochs=1, loader="torchvision", workers=workers))
-    assert (expected["loader"], summary["loader"]) == ("tensor", "torchvision")
-    assert (summary["test_loss"], summary["val_acc"]) == (expected["test_loss"], expected["val_acc"])
+    assert (expected.loader, summary.loader) == ("tensor", "torchvision")
+    assert (summary.test_loss, summary.val_acc) == (expected.test_loss, expected.val_acc)
 
 
 def test_fault18_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

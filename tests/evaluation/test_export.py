@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         arch="resnet", blocks=(1, 1), channels=(8, 16), se="block", data="synthetic:300", val_size=40, epochs=1,
         batch_size=32, lr=0.01, device="cpu", precision="fp32", compile=False, out=str(out),
     )  # fmt: skip
-    return Path(train(recipe)["run"])
+    return Path(train(recipe).run)
 
 
 @pytest.mark.parametrize("output_type", export.OUTPUT_TYPES)

@@ -31,7 +31,7 @@ CLASSES = list(cifar.load_dataset("synthetic:100").classes)
 
 @pytest.fixture
 def run(tiny: Callable[..., Recipe]) -> str:
-    return train(tiny())["run"]
+    return train(tiny()).run
 
 
 def save_cifar10_1(folder: Path, images: np.ndarray, labels: np.ndarray, version: str = "v6") -> Path:
@@ -75,8 +75,8 @@ def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_temperature_is_fitted_on_the_validation_split(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
-    with_split = evaluate_run(train(tiny())["run"])
-    without = evaluate_run(train(tiny(val_size=0, out=str(tmp_path / "all")))["run"])
+    with_split = evaluate_run(train(tiny()).run)
+    without = evaluate_run(train(tiny(val_size=0, out=str(tmp_path / "all"))).run)
     assert without["temperature"] is without["ece_scaled"] is without["loss_scaled"] is None
     assert without["temperature_missing"] == "the run had no validation split"
     assert without["shifted"] is without["corruptions"] is without["plots"] is None

@@ -36,7 +36,9 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records
 from fastcifar.reporting.table import build_report_table
 from fastcifar.reporting.table_formats import TABLE_FORMATS
-from fastcifar.training import checkpoint, run_dir
+from fastcifar.training import checkpoint, metrics_file
+from fastcifar.training.run_dir import read_environment
+from tests.training.summaries import summary_document
 
 NUM_IMAGES = 20  # of each batch in replacements of the official files
 MAX_READ_S = 5.0
@@ -161,18 +163,15 @@ def report_reader(name: str) -> Callable[[Path, bytes], Any]:
 
 STATE = {"recipe": {"arch": "x"}, "model": {"weight": torch.arange(6.0)}, "step": 3, "more": [None, True, (1, "a")]}
 CSV = (
-    ",".join(run_dir.METRICS_COLUMNS)
+    ",".join(metrics_file.METRICS_COLUMNS)
     + "\n"
     + "".join(f"{epoch},5,0.1,2.3,0.1,2.3,0.1,,1000,1.5\n" for epoch in range(3))
 )
-SUMMARY = {"params": 5266, "steps": 270, "eval_weights": "last", "val_acc": 0.5, "test_acc": 0.4,
-           "per_class": {"cat": 0.4}, "seconds": {"total": 61.5}, "stop_reason": "epochs",
-           "complete": True}  # fmt: skip
 TRIAL = {"trial": "t0", "label": "lr=0.1", "knobs": {"lr": 0.1}, "seed": 3, "state": "done", "run": "runs/t0"}
 REPORT_FILES = {
     "recipe.toml": b"lr = 0.1\nblocks = [4, 4, 3]\nepochs = 3\n",
     "metrics.csv": CSV.encode(),
-    "summary.json": json.dumps(SUMMARY).encode(),
+    "summary.json": json.dumps(summary_document()).encode(),
     "trials.jsonl": json.dumps(TRIAL).encode() + b"\n",
 }
 # Reader name -> valid inputs, and a function that reads an input, given a temporary folder
@@ -191,10 +190,10 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],
                  file_reader("manifest.json", lambda path: checkpoint.read_manifest(path.parent))),
     "env.json": ([b'{"recipe": "quick", "resumed": []}'],
-                 file_reader("env.json", lambda path: run_dir.read_environment(path.parent))),
-    "metrics.csv": ([CSV.encode()], file_reader("metrics.csv", lambda path: run_dir.read_metrics_csv(path, 2))),
+                 file_reader("env.json", lambda path: read_environment(path.parent))),
+    "metrics.csv": ([CSV.encode()], file_reader("metrics.csv", lambda path: metrics_file.read_metrics_csv(path, 2))),
     "events.jsonl": ([b'{"time": 1.5, "epoch": 0, "step": 5, "seconds": 1.5}\n' * 3],
-                     file_reader("events.jsonl", lambda path: run_dir.read_event_lines(path, 2))),
+                     file_reader("events.jsonl", lambda path: metrics_file.read_event_lines(path, 2))),
     **{f"{name} of a report": ([content], report_reader(name)) for name, content in REPORT_FILES.items()},
     "recipe file": ([b"lr = 0.1\nblocks = [4, 4, 3]\noptimizer_arg = {nesterov = true}\n",
                      b"augment = 'crop:4'\nepochs = 3\n"],

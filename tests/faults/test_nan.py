@@ -144,7 +144,7 @@ def test_fault14_rollback_restores_the_checkpoint_and_halves_the_learning_rate(
 ) -> None:
     train(tiny(epochs=3, schedule="constant", out=str(tmp_path / "plain")))
     install(NanInjector({nan_step}))
-    assert train(tiny(epochs=3, schedule="constant", on_nan="rollback"))["complete"]
+    assert train(tiny(epochs=3, schedule="constant", on_nan="rollback")).complete
     rates = [float(row["lr"]) for row in rows(tmp_path / "run")]
     assert rates == [0.1 if index < epoch else 0.05 for index in range(3)]
     assert rows(tmp_path / "run")[:epoch] == rows(tmp_path / "plain")[:epoch]

@@ -167,9 +167,9 @@ def test_fault02_resuming_with_ema_cutmix_smoothing_clipping_early_stopping_and_
 def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=3, eval_weights="best"))
     values = {"epochs": 3, "eval_weights": "best", "out": str(tmp_path / "cut")}
-    assert train(tiny(**values, max_steps=7))["complete"] is False
+    assert train(tiny(**values, max_steps=7)).complete is False
     assert len(rows(tmp_path / "cut")) == 2
-    assert train(Recipe(resume=str(tmp_path / "cut"), max_steps=12))["steps"] == 12
+    assert train(Recipe(resume=str(tmp_path / "cut"), max_steps=12)).steps == 12
     train(Recipe(resume=str(tmp_path / "cut")))
     assert_equal_runs(tmp_path / "cut", tmp_path / "run")
 
@@ -193,7 +193,7 @@ def test_fault01_new_run_reuses_an_incomplete_run_folder_only(tiny: MakeRecipe, 
     unrelated.mkdir()
     (unrelated / "thesis.txt").write_text("text")
     for folder, used_folder in ((incomplete, incomplete), (unrelated, tmp_path / "unrelated-2")):
-        assert train(tiny(out=str(folder), resume="auto"))["run"] == str(used_folder)
+        assert train(tiny(out=str(folder), resume="auto")).run == str(used_folder)
         assert_equal_runs(used_folder, tmp_path / "run")
     assert not list(incomplete.rglob("*.tmp"))
     assert len(list(unrelated.iterdir())) == 1
@@ -231,7 +231,7 @@ def test_fault01_run_continues_in_another_folder_and_is_unchanged(
     train(tiny(epochs=3, out=str(stopped_run), max_steps=7), "my_recipe")
     before = {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()}
     resumed = train(Recipe.make(resume=str(stopped_run / source), out=out and str(tmp_path / out)))
-    assert (resumed["run"], resumed["recipe"]) == (str(tmp_path / run_name), "my_recipe")
+    assert (resumed.run, resumed.recipe) == (str(tmp_path / run_name), "my_recipe")
     assert_equal_runs(tmp_path / run_name, tmp_path / "run")
     assert {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()} == before
 
@@ -261,7 +261,7 @@ def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: Ma
         assert resume_point.messages[1] == (
             "--epochs 2 -> 4: the schedule is recomputed for the new number of epochs, from the current step on"
         )
-    assert train(Recipe(resume=str(tmp_path / "run"), epochs=4))["complete"]
+    assert train(Recipe(resume=str(tmp_path / "run"), epochs=4)).complete
     expected_rows, resumed_rows = rows(tmp_path / "four"), rows(tmp_path / "run")
     assert [row["lr"] for row in resumed_rows[2:]] == [row["lr"] for row in expected_rows[2:]]
     assert resumed_rows[1]["lr"] < expected_rows[1]["lr"]
@@ -338,7 +338,7 @@ def test_time_budget_is_applied_once(tiny: MakeRecipe, tmp_path: Path, monkeypat
     assert_equal_runs(tmp_path / "cut", tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"--time-budget 0\.75, not 9"):
         train(Recipe(resume=str(tmp_path / "run"), time_budget=9.0))
-    assert train(Recipe(resume=str(tmp_path / "run"), epochs=4))["epochs"] == 4
+    assert train(Recipe(resume=str(tmp_path / "run"), epochs=4)).epochs == 4
 
 
 def test_fault01_resuming_with_whitening_progressive_resizing_and_lr_multipliers(

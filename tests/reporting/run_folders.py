@@ -10,6 +10,7 @@ from typing import Any
 
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS
+from tests.training.summaries import summary_document
 
 CLASSES = ("cat", "dog")
 
@@ -33,13 +34,12 @@ def write_run(
             row |= {"train_acc": val_acc + 0.01, "train_loss": 1.9 - val_acc, "images_per_s": 1000 + epoch}
             writer.writerow(dict.fromkeys(METRICS_COLUMNS, "") | row | {"seconds": 1})
     if finished:
-        summary = {
-            "run": str(folder), "arch": recipe.arch, "params": 4_697_742, "steps": steps,
-            "eval_weights": recipe.eval_weights, "val_acc": val_accs[-1], "best_val_acc": max(val_accs),
-            "test_acc": test_acc, "per_class": dict.fromkeys(CLASSES, test_acc),
-            "seconds": {"train": seconds - 1, "total": seconds}, "stop_reason": stop_reason,
-            "complete": stop_reason != "max_steps",
-        }  # fmt: skip
+        summary = summary_document(
+            run=str(folder), arch=recipe.arch, steps=steps, eval_weights=recipe.eval_weights, val_acc=val_accs[-1],
+            best_val_acc=max(val_accs), test_acc=test_acc, per_class=dict.fromkeys(CLASSES, test_acc),
+            seconds={"train": seconds - 1, "total": seconds}, stop_reason=stop_reason,
+            complete=stop_reason != "max_steps",
+        )  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

@@ -16,6 +16,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import compare_paths
 from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.train import train
+from tests.training.summaries import summary_document
 
 
 def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **options: Any) -> Path:
@@ -30,7 +31,7 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
     (folder / "metrics.csv").write_text("\n".join([",".join(METRICS_COLUMNS), *lines, ""]))
     if test_acc is not None:
         (folder / "summary.json").write_text(
-            json.dumps({"test_acc": test_acc, "total": 10_000, "val_acc": val_acc[-1]})
+            json.dumps(summary_document(test_acc=test_acc, total=10_000, val_acc=val_acc[-1]))
         )
     return folder
 

@@ -148,12 +148,12 @@ def test_misclassified_images_agree_with_the_summaries(
     tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any
 ) -> None:
     summaries = [train(tiny(seed=seed, out=str(tmp_path / f"s{seed}"))) for seed in (0, 1)]
-    folders = [Path(summary["run"]) for summary in summaries]
+    folders = [Path(summary.run) for summary in summaries]
     (group,) = group_runs(read_records(folders))
     misclassified = find_misclassified(group, 4)
     assert misclassified.num_models == 2
-    assert misclassified.confusion_matrix.sum() == summaries[0]["total"]
-    assert misclassified.confusion_matrix.trace() == np.mean([summary["correct"] for summary in summaries])
+    assert misclassified.confusion_matrix.sum() == summaries[0].total
+    assert misclassified.confusion_matrix.trace() == np.mean([summary.correct for summary in summaries])
     assert all(misclassified.predictions != misclassified.labels)
     assert list(misclassified.confidences) == sorted(misclassified.confidences, reverse=True)
 

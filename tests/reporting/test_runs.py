@@ -19,6 +19,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.runs import folder_size_bytes, list_runs, remove_runs, runs_table, select_for_removal
 from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.train import train
+from tests.training.summaries import summary_document
 
 STARTED = "2026-11-0{}T10:00:00Z"
 
@@ -37,7 +38,7 @@ def make_run(
     ]
     (folder / "metrics.csv").write_text("\n".join([",".join(METRICS_COLUMNS), *lines, ""]))
     if done:
-        summary = {"epochs": rows, "val_acc": val_acc, "test_acc": val_acc - 0.01, "seconds": {"total": 61.5}}
+        summary = summary_document(epochs=rows, val_acc=val_acc, test_acc=val_acc - 0.01, seconds={"total": 61.5})
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -249,7 +250,7 @@ def test_runs_commands_on_a_trained_run(tiny: Callable[..., Recipe], tmp_path: P
 
     (entry,) = json.loads(fastcifar("ls", "--json").stdout)
     assert (entry["name"], entry["state"], entry["recipe"]) == ("runs/real", "finished", "quick")
-    assert (entry["test_acc"], entry["bytes"]) == (summary["test_acc"], folder_size_bytes(tmp_path / "runs" / "real"))
+    assert (entry["test_acc"], entry["bytes"]) == (summary.test_acc, folder_size_bytes(tmp_path / "runs" / "real"))
     refused = fastcifar("rm", "runs/real")
     assert refused.returncode == 2
     assert refused.stderr == "fastcifar: removal needs confirmation, but there is no terminal; add --yes\n"

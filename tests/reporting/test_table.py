@@ -24,6 +24,7 @@ from fastcifar.reporting.table import ReportTable, build_report_table
 from fastcifar.reporting.table_formats import TABLE_FORMATS
 from fastcifar.sweep.trial_log import TrialLog
 from tests.reporting.run_folders import write_run, write_trials
+from tests.training.summaries import summary_document
 
 ACCURACIES = {"val_acc": 0.5, "test_acc": 0.5}
 SPECIAL_CHARACTERS = r"50% & $x_1^2$ #{a}\b | *c* <script>alert(1)</script> [d] ~e"
@@ -217,11 +218,7 @@ def test_rows_are_sorted_by_a_column(folders: list[Path]) -> None:
     [
         ("summary.json", '{"params": 3, "weig', "summary.json: Invalid JSON"),
         ("summary.json", "[]", "summary.json"),
-        (
-            "summary.json",
-            '{"params": 1, "steps": 1, "eval_weights": "last", "test_acc": 93.1, "complete": true}',
-            "test_acc",
-        ),
+        ("summary.json", json.dumps(summary_document(test_acc=93.1)), "test_acc"),
         ("recipe.toml", "lr = ", "TOML"),
         ("recipe.toml", "lr = -3", "--lr should be greater than 0"),
         ("recipe.toml", "\x00\xff", "TOML"),

@@ -67,9 +67,9 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
 def test_run_with_a_time_budget_is_complete(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     summary = train(tiny(time_budget=0.75, epochs=200))
-    assert summary["complete"]
-    assert summary["epochs"] == summary["config"]["epochs"] == 3
-    assert Recipe.make(str(Path(summary["run"]) / "recipe.toml")).epochs == 3
+    assert summary.complete
+    assert summary.epochs == summary.config["epochs"] == 3
+    assert Recipe.make(str(Path(summary.run) / "recipe.toml")).epochs == 3
 
 
 @pytest.mark.parametrize(("step_s", "mode"), [(1.0, "max-autotune-no-cudagraphs"), (0.001, "")])

@@ -130,14 +130,14 @@ def test_unknown_tta_is_rejected(tiny: Callable[..., Recipe]) -> None:
 
 def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe]) -> None:
     plain, with_tta = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
-    assert plain["test_acc_tta"] is None
+    assert plain.test_acc_tta is None
     trainer = build_trainer(resolve(tiny()))
-    checkpoint = torch.load(f"{with_tta['run']}/checkpoints/last.pt", weights_only=True)
+    checkpoint = torch.load(f"{with_tta.run}/checkpoints/last.pt", weights_only=True)
     trainer.model.load_state_dict(checkpoint["ema"])
     images = torch.from_numpy(trainer.data.test.images)
     with eval_mode(trainer.model):
         correct = ten_crops(trainer.forward, images.float()).argmax(1) == torch.from_numpy(trainer.data.test.labels)
-    assert with_tta["test_acc_tta"] == correct.double().mean().item()
+    assert with_tta.test_acc_tta == correct.double().mean().item()
 
 
 def test_compiled_evaluation_equals_eager_evaluation_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:

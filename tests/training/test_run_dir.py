@@ -19,8 +19,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import SINGLE_PROCESS
 from fastcifar.training.run_dir import CALLBACK_FACTORIES, FILE_CALLBACKS, METRICS_COLUMNS, Clock, Run
 from fastcifar.training.signals import SignalHandler
-
-ROW = dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 0, "step": 3, "val_acc": None}
+from tests.training.summaries import epoch_row
 
 
 def test_run_folder_contains_recipe_and_environment(
@@ -55,8 +54,8 @@ def test_fault07_a_file_at_the_path_of_a_folder_is_a_disk_error(tiny: Callable[.
 @pytest.mark.parametrize("name", FILE_CALLBACKS)
 def test_file_callbacks_write_one_row_per_call(name: str, tmp_path: Path) -> None:
     write = CALLBACK_FACTORIES[name](tmp_path, 0)
-    write(ROW)
-    write({**ROW, "epoch": 1})
+    write(epoch_row(0, val_acc=None))
+    write(epoch_row(1))
     text = next(tmp_path.iterdir()).read_text()
     assert text.count("\n") >= 2
     if name == "csv":

@@ -218,7 +218,7 @@ def test_fault22_parameter_limit_applies_to_published_checkpoints(tmp_path: Path
 
 
 def test_fastcifar_checkpoint_contains_its_architecture(tiny: Callable[..., Recipe]) -> None:
-    run = train(tiny(max_steps=1))["run"]
+    run = train(tiny(max_steps=1)).run
     assert evaluate_run(run, arch="resnet")["eval_weights"] == "last"
     with pytest.raises(CheckpointError, match="contains resnet, not se68; remove --arch"):
         evaluate_run(run, arch="se68")

@@ -23,6 +23,7 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.run_dir import Run
 from fastcifar.training.train import train
+from tests.training.summaries import epoch_row
 
 MakeRecipe = Callable[..., Recipe]
 Points = dict[str, list[tuple[int, float]]]
@@ -129,7 +130,7 @@ def test_mlflow_contains_every_metric_of_an_interrupted_run(
     assert (tracked.info.status, tracked.info.run_name) == ("FINISHED", "run")
     assert_same_rows(run, columns, float)
     summary = json.loads((run / "summary.json").read_text())
-    assert tracked.data.metrics["test_acc"] == summary["test_acc"]
+    assert tracked.data.metrics["test_acc"] == summary.test_acc
     assert (tracked.data.params["lr"], tracked.data.params["blocks"]) == ("0.1", "[1, 1]")
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == set(trackers.MLFLOW_UPLOADED_FILES)
     train(tiny(**{**values, "epochs": 4}, resume=str(run), max_steps=18))  # the fourth epoch is incomplete
@@ -215,7 +216,7 @@ def test_failing_tracker_warns_once_and_logs_missing_rows_later(
     assert [str(warning.message).split(";")[0] for warning in caught] == [
         "tensorboard failed (OSError: [Errno 28] No space left on device)"
     ]
-    assert summary["complete"]
+    assert summary.complete
     assert_same_rows(tmp_path / "run", read_tensorboard(tmp_path / "run"), np.float32)
     assert set(count_scalars(tmp_path / "run").values()) == {1}
 
@@ -224,9 +225,9 @@ def test_rows_removed_by_a_rollback_are_removed_from_the_tracker(tiny: MakeRecip
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     run = Run.create(tiny(), "name", ["tensorboard"])
     for epoch, loss in ((0, 2.0), (1, 3.0), (2, 9.0)):
-        run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": epoch, "train_loss": loss})
+        run.log_epoch(epoch_row(epoch, loss))
     run.truncate_rows(1)
-    run.log_epoch(dict.fromkeys(METRICS_COLUMNS, 0.5) | {"epoch": 1, "train_loss": 1.5})
+    run.log_epoch(epoch_row(1, 1.5))
     assert read_tensorboard(run.folder)["train_loss"] == [(0, 2.0), (1, 1.5)]
     assert_same_rows(run.folder, read_tensorboard(run.folder), np.float32)
     assert set(count_scalars(run.folder).values()) == {1}

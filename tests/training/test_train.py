@@ -20,6 +20,8 @@ from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.lr_schedule import LRSchedule
+from fastcifar.training.metrics_file import EpochRow
+from fastcifar.training.summary import read_summary
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
 from tests.faults.runs import assert_equal_runs
@@ -39,20 +41,21 @@ def read_metrics(run: str) -> list[dict[str, str]]:
 
 def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(epochs=8, ema_decay=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
-    folder = Path(summary["run"])
+    folder = Path(summary.run)
     assert {entry.name for entry in folder.iterdir()} == {
         "recipe.toml", "env.json", "metrics.csv", "events.jsonl", "checkpoints", "weights.safetensors", "summary.json",
     }  # fmt: skip
-    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert summary.keys() >= SUMMARY_KEYS
-    assert summary["seconds"].keys() == {"setup", "compile", "train", "eval", "total"}
-    assert (summary["epochs"], summary["steps"], summary["stop_reason"], summary["complete"]) == (8, 80, "epochs", True)
-    assert summary["test_acc"] > 0.3
-    assert summary["test_acc"] == summary["correct"] / summary["total"]
-    assert 0 <= summary["test_acc_ema"] <= 1
-    rows = read_metrics(summary["run"])
+    assert read_summary(folder) == summary
+    assert json.loads((folder / "summary.json").read_text()).keys() >= {"schema_version", *SUMMARY_KEYS}
+    assert summary.seconds.keys() == {"setup", "compile", "train", "eval", "total"}
+    assert (summary.epochs, summary.steps, summary.stop_reason, summary.complete) == (8, 80, "epochs", True)
+    assert summary.test_acc is not None
+    assert summary.test_acc > 0.3
+    assert summary.test_acc == summary.correct / summary.total
+    assert summary.test_acc_ema is not None
+    rows = read_metrics(summary.run)
     assert [int(row["epoch"]) for row in rows] == list(range(8))
-    assert float(rows[-1]["val_acc"]) == pytest.approx(summary["val_acc"], rel=1e-5)
+    assert float(rows[-1]["val_acc"]) == pytest.approx(summary.val_acc, rel=1e-5)
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     last = checkpoint.load_checkpoint(folder / "checkpoints" / "last.pt")
     for key, value in load_file(folder / "weights.safetensors").items():
@@ -62,14 +65,13 @@ def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Reci
 def test_fault21_equal_seeds_give_equal_runs_and_other_seeds_do_not(tiny: Callable[..., Recipe]) -> None:
     first, second, other = (train(tiny(seed=seed, dropout=0.1)) for seed in (3, 3, 4))
     weights = [
-        checkpoint.load_checkpoint(Path(run["run"]) / "checkpoints" / "last.pt")["model"]
-        for run in (first, second, other)
+        checkpoint.load_checkpoint(Path(run.run) / "checkpoints" / "last.pt")["model"] for run in (first, second, other)
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["linear.weight"], weights[2]["linear.weight"])
     times = ("images_per_s", "seconds")
     metrics = [
-        [{name: value for name, value in row.items() if name not in times} for row in read_metrics(run["run"])]
+        [{name: value for name, value in row.items() if name not in times} for row in read_metrics(run.run)]
         for run in (first, second)
     ]
     assert metrics[0] == metrics[1]
@@ -77,9 +79,9 @@ def test_fault21_equal_seeds_give_equal_runs_and_other_seeds_do_not(tiny: Callab
 
 def test_without_a_validation_split_all_images_train_and_no_epoch_is_best(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(val_size=0))
-    assert summary["steps"] == 2 * 7
-    assert summary["val_acc"] is None
-    assert not (Path(summary["run"]) / "checkpoints" / "best.pt").exists()
+    assert summary.steps == 2 * 7
+    assert summary.val_acc is None
+    assert not (Path(summary.run) / "checkpoints" / "best.pt").exists()
 
 
 def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +90,10 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
         Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=3, eval_weights="best"))
-    assert (summary["best_val_acc"], summary["val_acc"]) == (0.9, 0.3)
-    best = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "best.pt")
+    assert (summary.best_val_acc, summary.val_acc) == (0.9, 0.3)
+    best = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "best.pt")
     assert best["epoch"] == 2
-    evaluated = load_file(Path(summary["run"]) / "weights.safetensors")
+    evaluated = load_file(Path(summary.run) / "weights.safetensors")
     assert all(torch.equal(value, best["model"][key]) for key, value in evaluated.items())
 
 
@@ -101,7 +103,7 @@ def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypa
         Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
     )
     summary = train(tiny(epochs=6, patience=2))
-    assert (summary["epochs"], summary["stop_reason"], summary["complete"]) == (4, "patience", True)
+    assert (summary.epochs, summary.stop_reason, summary.complete) == (4, "patience", True)
 
 
 def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
@@ -112,23 +114,23 @@ def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
         Trainer, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None}
     )
     summary = train(tiny(epochs=4, schedule="plateau:1"))
-    learning_rates = [float(row["lr"]) for row in read_metrics(summary["run"])]
+    learning_rates = [float(row["lr"]) for row in read_metrics(summary.run)]
     assert learning_rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
-    last = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
+    last = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "last.pt")
     assert last["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1, "halvings": 0}
 
 
 def test_max_steps_ends_the_run_as_incomplete(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=7))
-    assert (summary["steps"], summary["stop_reason"], summary["complete"]) == (7, "max_steps", False)
-    assert 0 <= summary["test_acc"] <= 1
+    assert (summary.steps, summary.stop_reason, summary.complete) == (7, "max_steps", False)
+    assert summary.test_acc is not None
 
 
 def test_eval_weights_ema_evaluates_the_averaged_weights(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(eval_weights="ema", ema_decay=0.5))
-    assert summary["test_acc"] == summary["test_acc_ema"]
-    saved = checkpoint.load_checkpoint(Path(summary["run"]) / "checkpoints" / "last.pt")
-    evaluated = load_file(Path(summary["run"]) / "weights.safetensors")
+    assert summary.test_acc == summary.test_acc_ema
+    saved = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "last.pt")
+    evaluated = load_file(Path(summary.run) / "weights.safetensors")
     assert all(torch.equal(value, saved["ema"][key]) for key, value in evaluated.items())
 
 
@@ -184,7 +186,7 @@ def test_user_defined_architecture_trains(tiny: Callable[..., Recipe], monkeypat
 
     monkeypatch.setitem(MODELS, "custom", custom_model)
     assert train(Recipe(arch="custom", data="synthetic:200", val_size=40, epochs=1, batch_size=32, device="cpu",
-                        compile=False, out=tiny().out))["arch"] == "custom"  # fmt: skip
+                        compile=False, out=tiny().out)).arch == "custom"  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -212,20 +214,20 @@ def test_fault15_invalid_options_are_refused_before_files_are_written(
 
 def test_loss_of_an_untrained_network_is_that_of_chance(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=1, lr=1e-6))
-    assert summary["test_loss"] == pytest.approx(math.log(10), abs=0.5)
+    assert summary.test_loss == pytest.approx(math.log(10), abs=0.5)
 
 
 def test_a_callback_can_stop_a_run_that_is_resumed_later(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     train(tiny(epochs=4))
     epochs: list[int] = []
 
-    def stop_after_epoch_1(row: dict[str, Any]) -> str | None:
+    def stop_after_epoch_1(row: EpochRow) -> str | None:
         epochs.append(row["epoch"])
         return "enough" if row["epoch"] == 1 else None
 
     options = {"epochs": 4, "out": str(tmp_path / "stopped")}
     summary = train(tiny(**options), callbacks=[stop_after_epoch_1])
-    assert (summary["epochs"], summary["stop_reason"], summary["complete"], epochs) == (2, "enough", False, [0, 1])
-    assert summary["test_acc"] is not None
+    assert (summary.epochs, summary.stop_reason, summary.complete, epochs) == (2, "enough", False, [0, 1])
+    assert summary.test_acc is not None
     train(tiny(**options, resume="auto"))
     assert_equal_runs(tmp_path / "stopped", tmp_path / "run")
