@@ -1,7 +1,6 @@
 """Reads the bytes of the official files from a folder or directly from a .tar.gz.
 
-Nothing is extracted to disk and no path from inside an archive is opened, so a malicious archive cannot write outside a
-folder. Sizes are checked before anything is read. The contents of the files are parsed in `cifar_files`.
+Nothing is extracted to disk and no path from inside an archive is opened. Sizes are checked before anything is read.
 """
 
 from __future__ import annotations
@@ -13,32 +12,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcifar.data.cifar_files import IMAGE_BYTES, REDOWNLOAD_REMEDY, DatasetSpec, FileLayout, MemberFile
+from fastcifar.data.cifar_files import IMAGE_BYTES, DatasetSpec, FileLayout, MemberFile, file_error
+from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError
-
-# Pickle protocol 0 writes a byte as up to four characters; the rest is for the file name and the labels of an image.
-_PICKLE_BYTES_PER_IMAGE = 4 * IMAGE_BYTES + 512
 
 
 def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
     """Return the largest accepted size of file `name` in bytes."""
     num_images = next((batch.num_images for batch in layout.batches if batch.name == name), 0)
-    bytes_per_image = IMAGE_BYTES + spec.label_bytes if layout is spec.binary else _PICKLE_BYTES_PER_IMAGE
+    # Pickle protocol 0 writes a byte as up to four characters; the rest is for file name and labels of an image.
+    bytes_per_image = IMAGE_BYTES + spec.label_bytes if layout is spec.binary else 4 * IMAGE_BYTES + 512
     return num_images * bytes_per_image + 2**20
 
 
 def iter_folder_files(folder: Path, spec: DatasetSpec, layout: FileLayout) -> Iterator[MemberFile]:
     """Yield the files of `layout` in `folder`. Raises `DataError` if one is missing, too large or unreadable."""
-    names = [batch.name for batch in layout.batches] + [layout.meta_file]
+    names = layout.file_names
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"missing in {folder}: {', '.join(missing)}; expected {', '.join(names)}", REDOWNLOAD_REMEDY)
+        raise file_error(f"missing in {folder}: {', '.join(missing)}; expected {', '.join(names)}")
     for name in names:
         path, limit = folder / name, _max_member_bytes(spec, layout, name)
         try:
             size = path.stat().st_size
             if size > limit:
-                raise DataError(f"{path} has {size:,} bytes, expected at most {limit:,}", REDOWNLOAD_REMEDY)
+                raise file_error(f"{path} has {size:,} bytes, expected at most {limit:,}")
             yield layout, name, path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
@@ -54,9 +52,7 @@ class _SizeLimitedStream:
         data = self.stream.read(size)
         self.remaining -= len(data)
         if self.remaining < 0:
-            raise DataError(
-                f"{self.path} unpacks to more than {self.limit:,} bytes, expected a CIFAR archive", REDOWNLOAD_REMEDY
-            )
+            raise file_error(f"{self.path} unpacks to more than {self.limit:,} bytes, expected a CIFAR archive")
         return data
 
 
@@ -68,14 +64,10 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
     with path.open("rb") as file:
         head = file.read(512)
     if head[:2] != b"\x1f\x8b":
-        kind = "an HTML page" if b"<html" in head.lower() or b"<!doctype" in head.lower() else "another kind of file"
-        kind = kind if head else "an empty file"
-        raise DataError(f"{path} is {kind} (it starts with {head[:16]!r}), expected a .tar.gz", REDOWNLOAD_REMEDY)
-    expected_members = {
-        f"{layout.folder}/{name}": (layout, name)
-        for layout in (spec.python, spec.binary)
-        for name in (*(batch.name for batch in layout.batches), layout.meta_file)
-    }
+        kind = "an HTML page" if is_html_page(head) else "another kind of file" if head else "an empty file"
+        raise file_error(f"{path} is {kind} (it starts with {head[:16]!r}), expected a .tar.gz")
+    layouts = (spec.python, spec.binary)
+    expected = {f"{layout.folder}/{name}": (layout, name) for layout in layouts for name in layout.file_names}
     archive_layout: FileLayout | None = None
     limit = 2 * sum(batch.num_images * (IMAGE_BYTES + 100) for batch in spec.python.batches) + 2**22
     other_members: list[str] = []
@@ -84,26 +76,21 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
             stream = _SizeLimitedStream(decompressed, limit, path)
             with tarfile.open(fileobj=stream, mode="r|") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
                 for member in archive:
-                    layout, name = expected_members.get(member.name.removeprefix("./"), (None, ""))
+                    layout, name = expected.get(member.name.removeprefix("./"), (None, ""))
                     if layout is None or archive_layout not in (None, layout):
                         other_members += [member.name[:80]] if len(other_members) < 3 else []
                         continue
                     archive_layout = layout
                     if not member.isreg() or member.issparse() or member.size > _max_member_bytes(spec, layout, name):
-                        raise DataError(
-                            f"{path}: {member.name} is not a regular file of the expected size ({member.size:,} bytes)",
-                            REDOWNLOAD_REMEDY,
-                        )
+                        problem = f"is not a regular file of the expected size ({member.size:,} bytes)"
+                        raise file_error(f"{path}: {member.name} {problem}")
                     reader = archive.extractfile(member)
                     assert reader is not None, "extractfile returns a reader for every regular file"
                     yield layout, name, reader.read()
             while stream.read(2**20):  # read to the end, where gzip verifies its checksum
                 pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise DataError(
-            f"{path} is truncated or damaged ({error}), expected a complete .tar.gz", REDOWNLOAD_REMEDY
-        ) from None
+        raise file_error(f"{path} is truncated or damaged ({error}), expected a complete .tar.gz") from None
     if archive_layout is None:
-        folders = f"{spec.python.folder}/ or {spec.binary.folder}/"
         content = ", ".join(other_members) or "no files"
-        raise DataError(f"{path} contains {content}, expected {folders}", REDOWNLOAD_REMEDY)
+        raise file_error(f"{path} contains {content}, expected {spec.python.folder}/ or {spec.binary.folder}/")

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100: locating, downloading, verifying and caching the data; the training and validation split.
-`load_dataset` is the entry point; `cifar_files` and `archive` read the official files, `class_folders` all other data.
-Images and labels are NumPy arrays of uint8 and int64. This module neither imports torch nor normalizes or augments.
+
+`cifar_files` and `archive` read the official files, `class_folders` all other data. Does not import torch.
 """
 
 from __future__ import annotations
@@ -9,27 +9,18 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 
 from fastcifar.data import archive, class_folders, dataset_cache
-from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, Split, read_official_files
+from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, SourceContents, Split, read_official_files
 from fastcifar.data.download import DATA_REMEDY, download_file
-from fastcifar.data.normalization import NORMALIZATIONS, channel_mean_std, parse_normalization
 from fastcifar.errors import DataError, UsageError, lookup
 
-__all__ = [
-    "DATASETS",
-    "NORMALIZATIONS",
-    "Dataset",
-    "Split",
-    "channel_mean_std",
-    "load_dataset",
-    "parse_normalization",
-    "stratified_split",
-]
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "stratified_split"]
 
 
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,12 +49,12 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
 
 @dataclass(frozen=True)
 class _DataSource:
-    """A recognized source: its kind in words, its path, the files that its cache entry depends on, and its reader."""
+    """A recognized source: its kind in words, its path, the files that identify its cache entry, and its reader."""
 
     kind: str
     path: Path
-    files: Callable[[], list[Path]]
-    read: Callable[[], tuple[dict[str, Split], tuple[str, ...], bool, str]]
+    files: list[Path]
+    read: Callable[[], SourceContents]
 
 
 def load_dataset(
@@ -87,23 +78,21 @@ def load_dataset(
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
     data = data or os.environ.get("FASTCIFAR_DATA")
     if data and data.split(":")[0] == "synthetic":
-        return class_folders.make_synthetic_dataset(data, dataset, spec.num_classes, spec.class_names)
+        return class_folders.make_synthetic_dataset(data, dataset, spec)
     try:
-        source = (
-            _identify_source(Path(data).expanduser(), dataset, spec)
-            if data
-            else _find_or_download(folder, dataset, spec, download)
-        )
-        contents, notes = dataset_cache.load_or_cache(
-            folder, dataset, source.path, source.files(), source.read, refresh_cache
+        if data:
+            source = _identify_source(Path(data).expanduser(), dataset, spec)
+        else:
+            source = _find_or_download(folder, dataset, spec, download)
+        contents, cache_note = dataset_cache.load_or_cache(
+            folder, dataset, source.path, source.files, source.read, refresh_cache
         )
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
-    splits, classes, is_official, note = contents
-    if note:
-        notes.insert(0, note)
+    notes = [note for note in (contents.note, cache_note) if note]
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
+    splits, classes, is_official, _ = contents
     return Dataset(dataset, splits["train"], splits["test"], classes, str(source.path), is_official, source.kind)
 
 
@@ -126,49 +115,31 @@ def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource
     for name, other_spec in DATASETS.items():
         if name != dataset and _detect_source(path, other_spec) is not None:
             raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
-    layouts = [
-        f"{spec.python.folder}/",
-        f"{spec.binary.folder}/",
-        "the files of these folders",
-        spec.python.archive_name,
-        spec.binary.archive_name,
-        "train/<class>/*.png",
-    ]
-    raise DataError(f"{path} contains no {dataset}; expected one of {', '.join(layouts)}", DATA_REMEDY)
+    folders = f"{spec.python.folder}/, {spec.binary.folder}/, the files of these folders"
+    others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png"
+    raise DataError(f"{path} contains no {dataset}; expected one of {folders}, {others}", DATA_REMEDY)
 
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     if path.is_file():
         return _archive_source(path, spec)
     for version, layout in (("Python", spec.python), ("binary", spec.binary)):
-        names = [*(batch.name for batch in layout.batches), layout.meta_file]
         for folder in (path, path / layout.folder):
-            if any((folder / name).is_file() for name in names):
-                return _DataSource(
-                    f"folder of the {version} version",
-                    folder.resolve(),
-                    lambda folder=folder, names=names: [folder / name for name in names],
-                    lambda folder=folder, layout=layout: read_official_files(
-                        spec, archive.iter_folder_files(folder, spec, layout), folder
-                    ),
-                )
+            files = [folder / name for name in layout.file_names]
+            if any(file.is_file() for file in files):
+                members = archive.iter_folder_files(folder, spec, layout)
+                read = partial(read_official_files, spec, members, folder)
+                return _DataSource(f"folder of the {version} version", folder.resolve(), files, read)
     for layout in (spec.python, spec.binary):
         if (path / layout.archive_name).is_file():
             return _archive_source(path / layout.archive_name, spec)
     if (path / "train").is_dir():
-        return _DataSource(
-            "class folders of images",
-            path.resolve(),
-            lambda: class_folders.list_image_files(path),
-            lambda: class_folders.read_class_folders(path, spec.class_names),
-        )
+        files = class_folders.list_image_files(path)
+        read = partial(class_folders.read_class_folders, path, spec.class_names)
+        return _DataSource("class folders of images", path.resolve(), files, read)
     return None
 
 
 def _archive_source(path: Path, spec: DatasetSpec) -> _DataSource:
-    return _DataSource(
-        "archive",
-        path.resolve(),
-        lambda: [path],
-        lambda: read_official_files(spec, archive.iter_tar_files(path, spec), path),
-    )
+    read = partial(read_official_files, spec, archive.iter_tar_files(path, spec), path)
+    return _DataSource("archive", path.resolve(), [path], read)

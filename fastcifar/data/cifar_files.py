@@ -1,6 +1,6 @@
 """The official CIFAR files: their names, their contents, and the verification that they are intact.
 
-Pickles are read through `safe_pickle` only. Locations are chosen in `cifar`, and files are opened in `archive`.
+Pickles are read through `safe_pickle` only. `cifar` finds the files and `archive` opens them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
 
 IMAGE_BYTES = 3 * 32 * 32
-REDOWNLOAD_REMEDY = "download the official file again, or give another path with --data or FASTCIFAR_DATA"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Split:
 class Dataset:
     """Both splits of a data set, its class names in label order and its source.
 
-    `is_official` tells whether the MD5 of every file is the official one; `source_type` is the kind of source in words.
+    `is_official` is whether every file has its official MD5, and `source_type` is the kind of source in words.
     """
 
     name: str
@@ -63,6 +63,11 @@ class FileLayout:
     batches: tuple[BatchFile, ...]
     meta_file: str
     meta_md5: str = ""
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of all files, the one of the class names last."""
+        return [*(batch.name for batch in self.batches), self.meta_file]
 
 
 @dataclass(frozen=True)
@@ -158,10 +163,7 @@ DATASETS: dict[str, DatasetSpec] = {
         binary=FileLayout(
             folder="cifar-100-binary",
             archive_name="cifar-100-binary.tar.gz",
-            batches=(
-                BatchFile("train.bin", "train", 50_000),
-                BatchFile("test.bin", "test", 10_000),
-            ),
+            batches=(BatchFile("train.bin", "train", 50_000), BatchFile("test.bin", "test", 10_000)),
             meta_file="fine_label_names.txt",
         ),
     ),
@@ -171,143 +173,123 @@ DATASETS: dict[str, DatasetSpec] = {
 MemberFile = tuple[FileLayout, str, bytes]
 
 
-def read_official_files(
-    spec: DatasetSpec, members: Iterator[MemberFile], source: Path
-) -> tuple[dict[str, Split], tuple[str, ...], bool, str]:
+class SourceContents(NamedTuple):
+    """What is read from a source: the splits by name, class names in label order, and one line for the user or ""."""
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...]
+    is_official: bool = False
+    note: str = ""
+
+
+def file_error(problem: str) -> DataError:
+    """Return the error for a file that is not the expected one."""
+    return DataError(problem, "download the official file again, or give another path with --data or FASTCIFAR_DATA")
+
+
+def read_official_files(spec: DatasetSpec, members: Iterator[MemberFile], source: Path) -> SourceContents:
     """Parse and verify the files of one layout.
 
-    Returns both splits, the class names, whether the MD5 of every file is official, and one line for the user, empty if
-    so. Raises `DataError` that names the file, the expected and the actual content; the structure is checked first,
-    then the checksums.
+    Raises `DataError` that names the file, the expected and the actual content; the structure is checked first, then
+    the checksums.
     """
-    splits = {split_name: _allocate_split(spec, split_name) for split_name in ("train", "test")}
+    sizes = {split: sum(b.num_images for b in spec.python.batches if b.split == split) for split in ("train", "test")}
+    splits = {split: Split(np.empty((n, 3, 32, 32), np.uint8), np.empty(n, np.int64)) for split, n in sizes.items()}
     md5s: dict[str, str] = {}
     classes: tuple[str, ...] = ()
     layout = spec.python
     for layout, name, content in members:
         file = str(source / name)
         if name in md5s:
-            raise DataError(f"{file} appears twice, expected once", REDOWNLOAD_REMEDY)
+            raise file_error(f"{file} appears twice, expected once")
         md5s[name] = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if name == layout.meta_file:
             classes = _parse_class_names(spec, layout, content, file)
             continue
-        start, batch = _locate_batch(layout, name)
-        swapped = next((other.name for other in layout.batches if other.md5 == md5s[name] and other.name != name), "")
+        index = [batch.name for batch in layout.batches].index(name)
+        batch = layout.batches[index]
+        swapped = next((other.name for other in layout.batches if other.md5 == md5s[name] and other is not batch), "")
         if swapped:
-            raise DataError(
-                f"{file} holds the official file {swapped}, expected {name}: files were swapped", REDOWNLOAD_REMEDY
-            )
-        pixels = splits[batch.split].images.reshape(-1, IMAGE_BYTES)[start : start + batch.num_images]
-        labels = splits[batch.split].labels[start : start + batch.num_images]
-        if layout is spec.binary:
-            _read_binary_batch(spec, batch, content, file, pixels, labels)
-        else:
-            _read_python_batch(spec, batch, content, file, pixels, labels, is_official=md5s[name] == batch.md5)
-    missing = [name for name in (*(batch.name for batch in layout.batches), layout.meta_file) if name not in md5s]
+            raise file_error(f"{file} holds the official file {swapped}, expected {name}: files were swapped")
+        start = sum(other.num_images for other in layout.batches[:index] if other.split == batch.split)
+        selected = slice(start, start + batch.num_images)
+        pixels, labels = parse_batch(spec, layout, batch, content, file, is_official=md5s[name] == batch.md5)
+        splits[batch.split].images.reshape(-1, IMAGE_BYTES)[selected] = pixels
+        splits[batch.split].labels[selected] = labels
+    missing = [name for name in layout.file_names if name not in md5s]
     if missing:
-        raise DataError(f"missing in {source}: {', '.join(missing)}", REDOWNLOAD_REMEDY)
+        raise file_error(f"missing in {source}: {', '.join(missing)}")
     _check_class_balance(spec, layout, splits, source)
-    is_official, note = _verify_official(spec, layout, md5s, splits, classes, source)
-    return splits, classes, is_official, note
+    return SourceContents(splits, classes, *_verify_official(spec, layout, md5s, splits, classes, source))
 
 
-def _allocate_split(spec: DatasetSpec, split_name: str) -> Split:
-    num_images = sum(batch.num_images for batch in spec.python.batches if batch.split == split_name)
-    return Split(np.empty((num_images, 3, 32, 32), np.uint8), np.empty(num_images, np.int64))
+def parse_batch(
+    spec: DatasetSpec, layout: FileLayout, batch: BatchFile, content: bytes, file: str, *, is_official: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the planar pixels uint8 [n, 3072] and the labels [n] of one batch, whose structure is checked."""
+    parse = _parse_binary_batch if layout is spec.binary else _parse_python_batch
+    pixels, labels = parse(spec, batch, content, file, is_official)
+    invalid = labels[(labels < 0) | (labels >= spec.num_classes)]
+    if len(invalid):
+        raise file_error(f"{file} has the label {invalid[0]}, expected 0 to {spec.num_classes - 1}")
+    return pixels, labels
 
 
-def _locate_batch(layout: FileLayout, name: str) -> tuple[int, BatchFile]:
-    """Return the index of the first image of file `name` in its split, and the file's entry in `layout`."""
-    batch = next(batch for batch in layout.batches if batch.name == name)
-    earlier = layout.batches[: layout.batches.index(batch)]
-    return sum(other.num_images for other in earlier if other.split == batch.split), batch
-
-
-def _read_binary_batch(
-    spec: DatasetSpec, batch: BatchFile, content: bytes, source_name: str, images: np.ndarray, labels: np.ndarray
-) -> None:
-    """Read one binary batch into `images` uint8 [n, 3072] and `labels` int64 [n].
-
-    A record is `label_bytes` labels (coarse before fine) and 3,072 planar pixels.
-    """
+def _parse_binary_batch(
+    spec: DatasetSpec, batch: BatchFile, content: bytes, file: str, _is_official: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read records of `label_bytes` labels (coarse before fine) and 3,072 planar pixels."""
     record_bytes = spec.label_bytes + IMAGE_BYTES
     if len(content) != batch.num_images * record_bytes:
         expected = f"{batch.num_images * record_bytes:,} ({batch.num_images:,} records of {record_bytes:,})"
-        raise DataError(f"{source_name} has {len(content):,} bytes, expected {expected}", REDOWNLOAD_REMEDY)
+        raise file_error(f"{file} has {len(content):,} bytes, expected {expected}")
     records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
-    images[:] = records[:, spec.label_bytes :]
-    labels[:] = records[:, spec.label_bytes - 1]
-    _check_label(spec, int(labels.max()), source_name)
+    return records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
 
 
-def _read_python_batch(
-    spec: DatasetSpec,
-    batch: BatchFile,
-    content: bytes,
-    source_name: str,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    is_official: bool,
-) -> None:
-    """Check the pickled dict of one batch and read it into `images` uint8 [n, 3072] and `labels` int64 [n]."""
-    entries = {_to_str(key): value for key, value in load_pickle(content, source_name).items()}
-    for key in ("data", spec.label_key):
-        if key not in entries:
-            raise DataError(
-                f"{source_name} has the keys {sorted(entries)[:8]}, expected 'data' and {spec.label_key!r}",
-                REDOWNLOAD_REMEDY,
-            )
+def _parse_python_batch(
+    spec: DatasetSpec, batch: BatchFile, content: bytes, file: str, is_official: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the pickled dict of one batch."""
+    entries = _load_text_keys(content, file)
+    if not {"data", spec.label_key} <= entries.keys():
+        raise file_error(f"{file} has the keys {sorted(entries)[:8]}, expected 'data' and {spec.label_key!r}")
     batch_label = _to_str(entries.get("batch_label", batch.batch_label))
     if batch_label != batch.batch_label and not is_official:
-        raise DataError(
-            f"{source_name} has the batch_label {batch_label[:60]!r}, expected {batch.batch_label!r}: "
-            "files were swapped",
-            REDOWNLOAD_REMEDY,
-        )
-    data, raw_labels = entries["data"], entries[spec.label_key]
+        mismatch = f"{batch_label[:60]!r}, expected {batch.batch_label!r}"
+        raise file_error(f"{file} has the batch_label {mismatch}: files were swapped")
+    data, labels = entries["data"], entries[spec.label_key]
     shape = f"{data.shape} {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
-    if shape != f"({batch.num_images}, {IMAGE_BYTES}) uint8":
-        raise DataError(
-            f"{source_name} has images {shape}, expected ({batch.num_images}, {IMAGE_BYTES}) uint8", REDOWNLOAD_REMEDY
-        )
-    values = raw_labels.tolist() if isinstance(raw_labels, np.ndarray) else raw_labels
-    if not isinstance(values, list) or len(values) != batch.num_images or {type(value) for value in values} != {int}:
-        count = f"{len(values):,}" if isinstance(values, list) else "no list of"
-        raise DataError(f"{source_name} has {count} labels, expected {batch.num_images:,} integers", REDOWNLOAD_REMEDY)
-    for value in (min(values), max(values)):
-        _check_label(spec, value, source_name)
-    images[:] = data
-    labels[:] = values
+    expected_shape = f"({batch.num_images}, {IMAGE_BYTES}) uint8"
+    if shape != expected_shape:
+        raise file_error(f"{file} has images {shape}, expected {expected_shape}")
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if not isinstance(labels, list) or len(labels) != batch.num_images or {type(label) for label in labels} != {int}:
+        count = f"{len(labels):,}" if isinstance(labels, list) else "no list of"
+        raise file_error(f"{file} has {count} labels, expected {batch.num_images:,} integers")
+    return data, np.array(labels)
+
+
+def _load_text_keys(content: bytes, file: str) -> dict[str, Any]:
+    return {_to_str(key): value for key, value in load_pickle(content, file).items()}
 
 
 def _to_str(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _check_label(spec: DatasetSpec, value: int, source_name: str) -> None:
-    if not 0 <= value < spec.num_classes:
-        raise DataError(f"{source_name} has the label {value}, expected 0 to {spec.num_classes - 1}", REDOWNLOAD_REMEDY)
-
-
-def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, source_name: str) -> tuple[str, ...]:
+def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, file: str) -> tuple[str, ...]:
     """Return the class names in label order: a list in the Python version, one per line in the binary version."""
     if layout is spec.binary:
         names = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
     else:
-        entries = {_to_str(key): value for key, value in load_pickle(content, source_name).items()}
+        entries = _load_text_keys(content, file)
         value = entries.get(spec.class_names_key)
         if not isinstance(value, list) or not all(isinstance(name, bytes | str) for name in value):
-            raise DataError(
-                f"{source_name} has the keys {sorted(entries)[:8]}, expected a list {spec.class_names_key!r}",
-                REDOWNLOAD_REMEDY,
-            )
+            raise file_error(f"{file} has the keys {sorted(entries)[:8]}, expected a list {spec.class_names_key!r}")
         names = [_to_str(name) for name in value]
     if len(names) != spec.num_classes or len(set(names)) != spec.num_classes:
-        raise DataError(
-            f"{source_name} has {len(set(names))} class names, expected {spec.num_classes}", REDOWNLOAD_REMEDY
-        )
+        raise file_error(f"{file} has {len(set(names))} class names, expected {spec.num_classes}")
     return tuple(names)
 
 
@@ -323,7 +305,7 @@ def _check_class_balance(spec: DatasetSpec, layout: FileLayout, splits: dict[str
             worst = int(np.abs(counts - expected).argmax())
             files = ", ".join(batch.name for batch in layout.batches if batch.split == split_name)
             actual = f"{counts[worst]:,} images of class {worst} in {files}"
-            raise DataError(f"{source} has {actual}, expected {expected:,} of each class", REDOWNLOAD_REMEDY)
+            raise file_error(f"{source} has {actual}, expected {expected:,} of each class")
 
 
 def split_digest(split: Split) -> str:
@@ -356,31 +338,28 @@ def _verify_official(
     known_md5s = [official_md5s, official_md5s | (spec.reordered_md5s if layout is spec.python else {})]
     intact = {name for known in known_md5s for name, md5 in known.items() if md5 and md5 == md5s[name]}
     files = {split: [batch.name for batch in layout.batches if batch.split == split] for split in splits}
-    verified_by_md5 = {
+    verified = {
         split: any(all(known[name] == md5s[name] for name in names) for known in known_md5s)
         for split, names in files.items()
     }
-    verified = dict(verified_by_md5)
-    for split, names in files.items():
-        # Next to intact files of the same version, a file with another MD5 is damaged even if its pixels are intact.
-        check_digest = intact.isdisjoint(names) and not (split == "test" and verified_by_md5["train"])
-        if not verified[split] and check_digest and split in spec.split_digests:
-            verified[split] = split_digest(splits[split]) == spec.split_digests[split]
+    # Next to intact files of the same version, a file with another MD5 is damaged even if its pixels are intact.
+    if not verified["train"]:
+        for split, names in files.items():
+            if not verified[split] and intact.isdisjoint(names) and split in spec.split_digests:
+                verified[split] = split_digest(splits[split]) == spec.split_digests[split]
     if not intact and not any(verified.values()):
         return False, f"{source} is not the official data set (no MD5 matches): only its structure was checked"
     for split, names in files.items():
-        bad = [name for name in names if name not in intact] or names
         if not verified[split]:
+            bad = [name for name in names if name not in intact] or names
             which = f"{source / bad[0]}" if len(bad) == 1 or len(bad) < len(names) else f"{source}: {', '.join(names)}"
             mismatch = f"expected MD5 {official_md5s[bad[0]] or 'unknown'}, found {md5s[bad[0]]}"
-            raise DataError(f"{which} damaged: {mismatch}, while other files are the official ones", REDOWNLOAD_REMEDY)
+            raise file_error(f"{which} damaged: {mismatch}, while other files are the official ones")
     meta = layout.meta_file
     meta_intact = md5s[meta] == layout.meta_md5 if layout.meta_md5 and intact else spec.class_names in ((), classes)
     if not meta_intact:
         mismatch = f"expected MD5 {layout.meta_md5 or 'unknown'}, found {md5s[meta]}"
-        raise DataError(
-            f"{source / meta} damaged: {mismatch}, while the images are the official ones", REDOWNLOAD_REMEDY
-        )
+        raise file_error(f"{source / meta} damaged: {mismatch}, while the images are the official ones")
     changed = [name for name, md5 in official_md5s.items() if md5 != md5s[name]]
     if not changed:
         return True, ""

@@ -1,8 +1,7 @@
 """Cache of decoded data sets on disk: `<cache>/<dataset>-<key>/` with four .npy files and meta.json.
 
 An entry is put in place by one rename, so any number of processes may write and read at once. A damaged entry, or one
-whose source files have changed, is written again. If the cache cannot be written, the data stays in memory and a note
-says so; a run never fails for that reason.
+whose source files have changed, is written again.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcifar.data.cifar_files import Split
+from fastcifar.data.cifar_files import SourceContents, Split
 
 CACHE_FORMAT_VERSION = 1  # increase it when the meaning of the files changes; older entries are then ignored
-DatasetContents = tuple[dict[str, Split], tuple[str, ...], bool, str]
 
 
 def load_or_cache(
@@ -28,28 +26,28 @@ def load_or_cache(
     dataset: str,
     source: Path,
     files: list[Path],
-    read_source: Callable[[], DatasetContents],
+    read_source: Callable[[], SourceContents],
     refresh_cache: bool = False,
-) -> tuple[DatasetContents, list[str]]:
-    """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and notes for the user.
+) -> tuple[SourceContents, str]:
+    """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and a note for the user.
 
-    Otherwise read the source and write the entry; there is one note if it cannot be written. `refresh_cache` reads the
-    source in any case and replaces an entry that differs.
+    Otherwise read the source and write the entry; if that fails, the data stays in memory and the note says so.
+    `refresh_cache` reads the source in any case and replaces an entry that differs.
     """
     entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
     cached = _load_entry(entry)
     if cached is not None and not refresh_cache:
-        return cached, []
+        return cached, ""
     contents = read_source()
     if cached is not None:
         if _same_contents(cached, contents):
-            return cached, []
+            return cached, ""
         shutil.rmtree(entry, ignore_errors=True)
     try:
         _write_entry(entry, contents)
     except OSError as error:
-        return contents, [f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"]
-    return _load_entry(entry) or contents, []
+        return contents, f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"
+    return _load_entry(entry) or contents, ""
 
 
 def _cache_key(source: Path, files: list[Path]) -> str:
@@ -68,7 +66,7 @@ def _cache_key(source: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_entry(entry: Path) -> DatasetContents | None:
+def _load_entry(entry: Path) -> SourceContents | None:
     """Return the contents of an entry, its images memory-mapped read-only; None if anything is missing or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
@@ -84,28 +82,29 @@ def _load_entry(entry: Path) -> DatasetContents | None:
             split_name: Split(arrays[f"{split_name}_images"], np.array(arrays[f"{split_name}_labels"]))
             for split_name in ("train", "test")
         }
-        return splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"])
+        return SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
 
-def _same_contents(a: DatasetContents, b: DatasetContents) -> bool:
-    pairs = [(a[0][split_name], b[0][split_name]) for split_name in ("train", "test")]
+def _same_contents(a: SourceContents, b: SourceContents) -> bool:
+    pairs = [(a.splits[split_name], b.splits[split_name]) for split_name in ("train", "test")]
     equal = (np.array_equal(x.images, y.images) and np.array_equal(x.labels, y.labels) for x, y in pairs)
     return a[1:] == b[1:] and all(equal)
 
 
-def _write_entry(entry: Path, contents: DatasetContents) -> None:
+def _write_entry(entry: Path, contents: SourceContents) -> None:
     """Write an entry atomically. Raises `OSError`, and then leaves nothing behind."""
-    splits, classes, is_official, note = contents
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale_temporaries(entry)
+    for path in entry.parent.glob(f"{entry.name}.*.tmp"):
+        if time.time() - path.stat().st_mtime > 3600:  # left behind by a killed process
+            shutil.rmtree(path, ignore_errors=True)
     temporary = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     replaced = temporary.with_suffix(".old.tmp")
     temporary.mkdir()
     try:
         sizes = {}
-        for split_name, split in splits.items():
+        for split_name, split in contents.splits.items():
             for name, array in ((f"{split_name}_images", split.images), (f"{split_name}_labels", split.labels)):
                 path = temporary / f"{name}.npy"
                 np.save(path, array, allow_pickle=False)
@@ -113,9 +112,9 @@ def _write_entry(entry: Path, contents: DatasetContents) -> None:
         meta = {
             "format": CACHE_FORMAT_VERSION,
             "arrays": sizes,
-            "classes": classes,
-            "official": is_official,
-            "note": note,
+            "classes": contents.classes,
+            "official": contents.is_official,
+            "note": contents.note,
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if entry.exists() and _load_entry(entry) is None:
@@ -129,10 +128,3 @@ def _write_entry(entry: Path, contents: DatasetContents) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_stale_temporaries(entry: Path) -> None:
-    """Remove temporary folders older than an hour, which only killed processes leave behind."""
-    for path in entry.parent.glob(f"{entry.name}.*.tmp"):
-        if time.time() - path.stat().st_mtime > 3600:
-            shutil.rmtree(path, ignore_errors=True)

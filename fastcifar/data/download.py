@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError
 from fastcifar.files import lock_folder
 
@@ -29,9 +30,8 @@ _MAX_BYTES = 2**30
 def download_file(url: str, md5: str, target: Path) -> Path:
     """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`.
 
-    Raises `DataError` if the network or the server fails or the MD5 is not `md5` (hexadecimal; the file is then
-    deleted), and `DiskError` if the folder cannot be written. Concurrent downloads to the same folder wait for each
-    other.
+    Concurrent downloads to the same folder wait for each other. Raises `DataError` if the network or the server fails
+    or the MD5 is not `md5` (the file is then deleted), and `DiskError` if the folder cannot be written.
     """
     part = target.with_name(f"{target.name}.part")
     try:
@@ -53,21 +53,24 @@ def _download_verified(url: str, md5: str, part: Path) -> None:
             part.unlink(missing_ok=True)
         _download_from(url, part, start if resumed else 0)
         with part.open("rb") as file:
-            actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            head = file.read(512)
             file.seek(0)
-            head = file.read(512).lower()
+            actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if actual_md5 == md5:
             return
         if not resumed:
-            kind = "an HTML page" if b"<html" in head or b"<!doctype" in head else f"{part.stat().st_size:,} bytes"
+            kind = "an HTML page" if is_html_page(head) else f"{part.stat().st_size:,} bytes"
             part.unlink()
             raise DataError(f"{url} sent {kind} with MD5 {actual_md5}, expected MD5 {md5}; deleted", DATA_REMEDY)
 
 
 def _download_from(url: str, part: Path, start: int) -> None:
     """Append the bytes from `start` on, or write the whole file if the server does not support resuming."""
+    headers = {"User-Agent": "fastcifar", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
-        response = _open_url(url, start)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # range not satisfiable: the file is already complete
             return
@@ -92,23 +95,12 @@ def _download_from(url: str, part: Path, start: int) -> None:
         )
 
 
-def _open_url(url: str, start: int) -> Any:
-    headers = {"User-Agent": "fastcifar", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-
-
 def _iter_chunks(response: Any, url: str) -> Iterator[bytes]:
     # Separate from writing, whose OSError concerns the disk and has another exit code.
-    while True:
-        try:
-            chunk = response.read(_CHUNK_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"{url}: connection failed: {error}", f"run again to resume, or {DATA_REMEDY}") from None
-        if not chunk:
-            return
-        yield chunk
+    try:
+        yield from iter(lambda: response.read(_CHUNK_BYTES), b"")
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: connection failed: {error}", f"run again to resume, or {DATA_REMEDY}") from None
 
 
 @contextlib.contextmanager

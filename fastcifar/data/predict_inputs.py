@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from fastcifar.data import cifar
-from fastcifar.data.class_folders import IMAGE_SUFFIXES
+from fastcifar.data.class_folders import IMAGE_SUFFIXES, open_image
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
 
@@ -169,14 +169,11 @@ def _read_image(file: Path) -> np.ndarray:
     The image is rotated as its EXIF data says, cropped to its largest centered square and resized with antialiased
     bicubic interpolation; 32x32 pixels are returned unchanged.
     """
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}x{image.height}"
-                raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
+    with open_image(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            size = f"{image.width}x{image.height}"
+            raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     side = min(upright.size)
     left, top = (upright.width - side) / 2, (upright.height - side) / 2
     square = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))

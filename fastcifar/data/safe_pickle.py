@@ -215,6 +215,11 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
+def is_html_page(content: bytes) -> bool:
+    """Return whether a file is a web page, such as the error page of a server."""
+    return content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
 def load_pickle(content: bytes, source_name: str) -> dict[Any, Any]:
     """Read the dict in a pickle of protocol 0 to 5; its keys are bytes, str or int.
 
@@ -222,7 +227,7 @@ def load_pickle(content: bytes, source_name: str) -> dict[Any, Any]:
     the file in errors. Raises `DataError` unless `content` is a complete pickle of a dict with lists, tuples, text,
     numbers and numeric arrays, and before allocating more than a few times its size.
     """
-    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if is_html_page(content):
         raise DataError(f"{source_name} is an HTML page, expected a pickle", "download the file again")
     if not content:
         raise DataError(f"{source_name} is empty, expected a pickle", PICKLE_REMEDY)

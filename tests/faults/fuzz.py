@@ -120,16 +120,8 @@ def torch_files(*values: Any) -> list[bytes]:
     return files
 
 
-def read_batch(folder: Path, blob: bytes) -> Any:
-    images, labels = np.empty((NUM_IMAGES, 3072), np.uint8), np.empty(NUM_IMAGES, np.int64)
-    cifar_files._read_python_batch(SPEC, SPEC.python.batches[0], blob, "batch", images, labels, is_official=False)
-    return labels
-
-
-def read_binary(folder: Path, blob: bytes) -> Any:
-    images, labels = np.empty((NUM_IMAGES, 3072), np.uint8), np.empty(NUM_IMAGES, np.int64)
-    cifar_files._read_binary_batch(SPEC, SPEC.binary.batches[0], blob, "batch", images, labels)
-    return labels
+def batch_reader(layout: FileLayout) -> Callable[[Path, bytes], Any]:
+    return lambda _, blob: cifar_files.parse_batch(SPEC, layout, layout.batches[0], blob, "batch")
 
 
 def file_reader(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes], Any]:
@@ -178,8 +170,8 @@ REPORT_FILES = {
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "pickle": ([pickle.dumps({b"a": np.arange(9), "b": [1, (2.5, None, "x")]}, p) for p in range(6)],
                lambda _, blob: load_pickle(blob, "pickle")),
-    "Python batch": ([pickled_batch(protocol) for protocol in (0, 2, 4, 5)], read_batch),
-    "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], read_binary),
+    "Python batch": ([pickled_batch(protocol) for protocol in (0, 2, 4, 5)], batch_reader(SPEC.python)),
+    "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], batch_reader(SPEC.binary)),
     "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
                                "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
                 file_reader("a.tar.gz", lambda path: list(archive.iter_tar_files(path, SPEC)))),
