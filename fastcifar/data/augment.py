@@ -50,6 +50,12 @@ class AugmentOp:
     variant: str
     policy: Policy | None = None
 
+    @property
+    def int_value(self) -> int:
+        """The value of an entry that takes an integer."""
+        assert isinstance(self.value, int), self
+        return self.value
+
 
 @dataclass(frozen=True, eq=False)
 class DrawContext:
@@ -106,13 +112,13 @@ class AugmentParams:
 
 def draw_crop(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
     """Draw the top-left corner `y`, `x` in the padded image, uniform over 0..2 * padding."""
-    offsets = context.rng.integers(0, 2 * _int_value(op) + 1, size=(2, len(context.permutation)), dtype=np.uint8)
+    offsets = context.rng.integers(0, 2 * op.int_value + 1, size=(2, len(context.permutation)), dtype=np.uint8)
     return {"y": offsets[0], "x": offsets[1]}
 
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     """Pad the image by `op.value` pixels, black or reflected, and crop the 32x32 window at (y, x)."""
-    return crop_rows(rows, params["y"].int(), params["x"].int(), _int_value(op), op.variant == "reflect")
+    return crop_rows(rows, params["y"].int(), params["x"].int(), op.int_value, op.variant == "reflect")
 
 
 def draw_flip(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
@@ -137,7 +143,7 @@ def draw_cutout(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
 
 def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     """Fill the square of `op.value` pixels whose corner is center - size // 2 (DeVries and Taylor, 2017)."""
-    size = _int_value(op)
+    size = op.int_value
     top, left = (params[axis].int() - size // 2 for axis in "yx")
     return fill_box(rows, top, left, size, size, FILL_COLORS.get(op.variant, fill_color))
 
@@ -156,7 +162,7 @@ def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillC
 
 def draw_rotate(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
     """Draw the `sine` and `cosine`, fixed-point int32, of an angle uniform over -op.value..op.value degrees."""
-    return policies.draw_rotation_params(_int_value(op), len(context.permutation), context.rng)
+    return policies.draw_rotation_params(op.int_value, len(context.permutation), context.rng)
 
 
 def draw_jitter(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
@@ -392,8 +398,3 @@ def apply_augment_rows(
 
 def _rng_stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).jumped(jumps))
-
-
-def _int_value(op: AugmentOp) -> int:
-    assert isinstance(op.value, int), op
-    return op.value

@@ -1,9 +1,9 @@
-"""Loaders, which turn a data set in memory into augmented batches on the device; the table is `LOADERS`.
+"""The table of loaders, `LOADERS`, the loader that keeps the data set on the device, and functions that use loaders.
 
 Every loader yields uint8 channels_last images and int64 labels, in the same order for the same seed and epoch. The
 batches of all loaders are identical, except for the torchvision baseline, which draws its own random parameters. A
-loader has no state to save, does not wait for the device within an epoch, and leaves normalization and casting to the
-training step.
+loader has no state to save, does not wait for the device within an epoch, and leaves normalization to the training
+step.
 """
 
 from __future__ import annotations
@@ -17,21 +17,13 @@ from torch import Tensor
 from fastcifar.data.augment import (
     CIFAR_IMAGE_SIZE,
     AugmentOp,
-    FillColor,
-    draw_epoch,
+    AugmentParams,
     draw_mixer_params,
     parse_augment,
     split_mixer,
 )
-from fastcifar.data.batch_slicing import slice_epoch
+from fastcifar.data.batch_loader import Loader, split_by_step, split_params_by_step, upload_array
 from fastcifar.data.cifar_files import Split
-from fastcifar.data.compiled_augment import (
-    compile_gather,
-    eager_gather,
-    split_by_step,
-    split_params_by_step,
-    upload_array,
-)
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.torchvision_loader import TorchvisionLoader
 from fastcifar.errors import UsageError
@@ -39,84 +31,28 @@ from fastcifar.errors import UsageError
 UPLOAD_IMAGES = 8192  # images per upload: 25 MB of pinned memory instead of a second copy of the data set
 
 
-class TensorLoader:
-    """Loader that keeps the data set on the device; one compiled kernel gathers and augments a batch.
+class TensorLoader(Loader):
+    """Loader that keeps the data set on the device; one compiled kernel gathers and augments a batch."""
 
-    images            uint8 NumPy [n,3,32,32], planar; may be a read-only memory map (it is copied)
-    labels            int64 NumPy [n]
-    batch_size        global batch size; the last batch of an epoch is shorter unless `drop_last`
-    augment           augmentations in order, from `parse_augment`
-    seed              seed of the permutations and augmentation parameters, >= 0
-    device            device of the batches
-    fill_color        mean color, 0..255 for each channel, that augmentations fill with
-    compile           False runs in eager mode, which gives bit-identical batches
-    drop_last         whether to drop a shorter last batch
-    rank, world_size  this process and the number of processes; of each step it takes the images `rank::world_size`
-
-    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `slice_epoch`).
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        batch_size: int,
-        augment: tuple[AugmentOp, ...],
-        seed: int,
-        device: torch.device | str,
-        fill_color: FillColor = (0, 0, 0),
-        compile: bool = True,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        assert images.dtype == np.uint8, images.dtype
-        assert images.ndim == 4, images.shape
-        assert len(images) == len(labels), (len(images), len(labels))
-        assert all(0 <= value <= 255 for value in fill_color), fill_color
-        self.num_samples = len(images)
-        self.slicing = slice_epoch(self.num_samples, batch_size, drop_last, rank, world_size)
-        self.steps_per_epoch = self.slicing.steps_per_epoch
-        self.batch_size = batch_size
-        self._ops, self._fill_color, self._seed = augment, fill_color, seed
-        self._device = torch.device(device)
-        self._labels = np.array(labels, dtype=np.int64)
+    def _prepare(self, images: np.ndarray) -> None:
         # NHWC, viewed as rows of 96 bytes, so that the output is channels_last without a copy.
-        self._rows = torch.empty(
-            self.num_samples, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self._device
-        )
+        shape = (self.num_samples, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE)
+        self._rows = torch.empty(shape, dtype=torch.uint8, device=self._device)
         for start in range(0, self.num_samples, UPLOAD_IMAGES):
             uploaded = upload_array(images[start : start + UPLOAD_IMAGES], self._device)
             self._rows[start : start + UPLOAD_IMAGES] = uploaded.permute(0, 2, 3, 1).flatten(2)
-        self._gather = (
-            compile_gather(augment, fill_color, self.num_samples, self.slicing.local_batch_size, self._device)
-            if compile
-            else eager_gather(augment, fill_color)
-        )
+        self._gather = self._make_gather(self._ops, self.num_samples)
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
-
-        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops. A later
-        `start_step` gives exactly the remaining batches of the epoch, which is all that resuming needs.
-        """
-        assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        epoch_params = draw_epoch(self._ops, self.num_samples, epoch, self._seed)
-        indices = split_by_step(self.slicing, epoch_params.permutation.astype(np.int32), self._device)
-        labels = split_by_step(self.slicing, self._labels[epoch_params.permutation], self._device)
-        params = split_params_by_step(self.slicing, epoch_params.op_params, self._device)
+    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
+        indices = split_by_step(self.slicing, params.permutation.astype(np.int32), self._device)
+        op_params = split_params_by_step(self.slicing, params.op_params, self._device)
         for step in range(start_step, self.steps_per_epoch):
             with torch.no_grad():  # a change of the grad mode by the caller would trigger a recompilation
-                images = self._gather(self._rows, indices[step], params[step])
-            # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
-            count = self.slicing.local_count(step)
-            yield images[:count], labels[step][:count]
+                images = self._gather(self._rows, indices[step], op_params[step])
+            yield images
 
 
-Loader = TensorLoader | DaliLoader | TorchvisionLoader
-
-LOADERS: dict[str, type[TensorLoader] | type[DaliLoader] | type[TorchvisionLoader]] = {
+LOADERS: dict[str, type[Loader]] = {
     "tensor": TensorLoader,
     "dali": DaliLoader,
     "torchvision": TorchvisionLoader,  # the baseline for comparisons

@@ -1,0 +1,167 @@
+"""The common part of all loaders: arguments, order of the batches, the augmentation kernel, upload to the device."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcifar.data.augment import (
+    CIFAR_IMAGE_SIZE,
+    AugmentOp,
+    AugmentParams,
+    FillColor,
+    OpParams,
+    apply_augment_rows,
+    draw_epoch,
+)
+from fastcifar.data.batch_slicing import BatchSlicing, slice_epoch
+
+ALIGNMENT = 16  # the parameters of a step start at a multiple of this many elements
+
+# (rows uint8 [n,32,96], indices int32 [b], parameters [b]) -> augmented samples: uint8 channels_last [b,3,32,32]
+GatherFn = Callable[[Tensor, Tensor, tuple[OpParams, ...]], Tensor]
+
+# With its default thresholds the compiler splits a chain of augmentations into two kernels and passes int32 rows
+# between them through memory. Its index checks in the innermost loop cost time and are not needed: the indices of
+# augmentations are clamped or reflected into the image, and those of samples are a permutation.
+SINGLE_KERNEL_OPTIONS = {
+    "realize_opcount_threshold": 10_000,
+    "realize_acc_reads_threshold": 10_000,
+    "assert_indirect_indexing": False,
+}
+
+
+class Loader(abc.ABC):
+    """Base class of the loaders, which turn a data set in memory into augmented batches on the device.
+
+    images            uint8 NumPy [n,3,32,32], planar; may be a read-only memory map
+    labels            int64 NumPy [n]
+    batch_size        global batch size; the last batch of an epoch is shorter unless `drop_last`
+    augment           augmentations in order, from `parse_augment`
+    seed              seed of the permutations and augmentation parameters, >= 0
+    device            device of the batches
+    fill_color        mean color, 0..255 for each channel, that augmentations fill with
+    compile           whether to compile the augmentation kernel; eager mode gives bit-identical batches
+    workers           number of worker processes, 0 for none; ignored unless `uses_workers`
+    drop_last         whether to drop a shorter last batch
+    rank, world_size  this process and the number of processes; of each step it takes the images `rank::world_size`
+
+    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `slice_epoch`).
+    """
+
+    uses_workers = False
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        augment: tuple[AugmentOp, ...],
+        seed: int,
+        device: torch.device | str,
+        fill_color: FillColor = (0, 0, 0),
+        compile: bool = True,
+        workers: int = 2,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert images.dtype == np.uint8, images.dtype
+        assert images.ndim == 4, images.shape
+        assert len(images) == len(labels), (len(images), len(labels))
+        assert all(0 <= value <= 255 for value in fill_color), fill_color
+        self.num_samples = len(images)
+        self.slicing = slice_epoch(self.num_samples, batch_size, drop_last, rank, world_size)
+        self.steps_per_epoch = self.slicing.steps_per_epoch
+        self.batch_size = batch_size
+        self._ops, self._fill_color, self._seed = augment, fill_color, seed
+        self._compile, self._workers = compile, workers
+        self._device = torch.device(device)
+        self._labels = np.array(labels, dtype=np.int64)
+        self._prepare(images)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
+
+        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops. A later
+        `start_step` gives exactly the remaining batches of the epoch, which is all that resuming needs.
+        """
+        assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
+        params = self._draw_epoch(epoch)
+        labels = split_by_step(self.slicing, self._labels[params.permutation], self._device)
+        for step, images in enumerate(self._image_batches(epoch, params, start_step), start_step):
+            # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
+            count = self.slicing.local_count(step)
+            yield images[:count], labels[step][:count]
+
+    @abc.abstractmethod
+    def _prepare(self, images: np.ndarray) -> None:
+        """Prepare for `batches`; called at the end of `__init__`."""
+
+    @abc.abstractmethod
+    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
+        """Yield the images of each step; a short last batch may be full size."""
+
+    def _draw_epoch(self, epoch: int) -> AugmentParams:
+        return draw_epoch(self._ops, self.num_samples, epoch, self._seed)
+
+    def _make_gather(self, ops: tuple[AugmentOp, ...], num_rows: int) -> GatherFn:
+        if not self._compile:
+            return eager_gather(ops, self._fill_color)
+        return compile_gather(ops, self._fill_color, num_rows, self.slicing.local_batch_size, self._device)
+
+
+def eager_gather(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> GatherFn:
+    """Return the eager version of `compile_gather`, which gives identical bytes."""
+
+    def gather(rows: Tensor, indices: Tensor, params: tuple[OpParams, ...]) -> Tensor:
+        augmented = apply_augment_rows(ops, rows[indices], params, fill_color)
+        return augmented.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
+
+    return gather
+
+
+@functools.lru_cache(maxsize=64)
+def compile_gather(
+    ops: tuple[AugmentOp, ...], fill_color: FillColor, num_samples: int, batch_size: int, device: torch.device
+) -> GatherFn:
+    """Compile one kernel for these arguments and static shapes; all loaders with equal arguments share it.
+
+    torch.compile limits the number of recompilations per code object. Each call therefore compiles a copy of the code
+    object; without the copy, the ninth configuration of a sweep would fail.
+    """
+    eager = eager_gather(ops, fill_color)
+    copy = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
+    return torch.compile(copy, fullgraph=True, dynamic=False, options=SINGLE_KERNEL_OPTIONS)
+
+
+def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy `array` to `device`; to a GPU through pinned memory, without waiting."""
+    host = torch.from_numpy(np.array(array, order="C"))  # a copy, because torch warns about read-only arrays
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def split_by_step(slicing: BatchSlicing, array: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
+    """Upload an array [n] over positions in one copy and return this rank's share of each step, [local_batch_size].
+
+    Shares start at aligned addresses, because a compiled kernel first copies every misaligned input.
+    """
+    return upload_array(slicing.step_table(array, ALIGNMENT), device)[:, : slicing.local_batch_size].unbind(0)
+
+
+def split_params_by_step(
+    slicing: BatchSlicing, params: Sequence[Mapping[str, np.ndarray]], device: torch.device
+) -> list[tuple[dict[str, Tensor], ...]]:
+    """Upload `AugmentParams.op_params`, or part of it, and return the `params` of `apply_augment` for each step."""
+    shares = [{name: split_by_step(slicing, array, device) for name, array in arrays.items()} for arrays in params]
+    return [
+        tuple({name: by_step[step] for name, by_step in op_shares.items()} for op_shares in shares)
+        for step in range(slicing.steps_per_epoch)
+    ]
