@@ -11,7 +11,6 @@ with the number of cores that other processes used meanwhile.
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import statistics
 import sys
@@ -65,12 +64,11 @@ def build_workloads(spec: str, split: cifar.Split, arguments: argparse.Namespace
     """Return name -> workload of every loader that supports the augmentations `spec`; print why others do not."""
     workloads = {}
     for name, loader_class in LOADERS.items():
-        parameters = inspect.signature(loader_class).parameters
-        worker_options = {"workers": arguments.workers} if "workers" in parameters else {}
         try:
             loader = loader_class(
                 split.images, split.labels, batch_size=arguments.batch_size, augment=parse_augment(spec), seed=0,
-                device=device, fill_color=mean_color(normalization_mean_std(Recipe())[0]), **worker_options,
+                device=device, fill_color=mean_color(normalization_mean_std(Recipe())[0]),
+                workers=arguments.workers,
             )  # fmt: skip
         except UserError as error:
             print(f"{spec}: {name} is skipped: {error}", flush=True)

@@ -6,7 +6,6 @@ of images. It runs the code of `train`, on a trainer of `build_trainer`. Timing 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
@@ -138,7 +137,7 @@ def select_settings(trainer: Trainer, *names: str) -> dict[str, Any]:
         "cuda_graph": execution.cuda_graph,
         "data": trainer.data.source,
     }
-    if "workers" in inspect.signature(LOADERS[execution.loader]).parameters:
+    if LOADERS[execution.loader].uses_workers:
         settings["workers"] = recipe.workers
     return {name: settings[name] for name in names if name in settings}
 

@@ -5,8 +5,6 @@ Augmentations and loaders are implemented in `fastcifar.data`.
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
@@ -41,10 +39,7 @@ def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
     loader cannot run on this machine.
     """
     recipe, execution = resolved.recipe, resolved.execution
-    loader_class = LOADERS[execution.loader]
-    parameters = inspect.signature(loader_class).parameters
-    loader_options = {"compile": execution.compile, "workers": recipe.workers}  # which not every loader takes
-    return loader_class(
+    return LOADERS[execution.loader](
         split.images,
         split.labels,
         batch_size=recipe.batch_size,
@@ -52,10 +47,11 @@ def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
         seed=recipe.seed,
         device=torch.device(execution.device),
         fill_color=mean_color(resolved.mean),
+        compile=execution.compile,
+        workers=recipe.workers,
         drop_last=recipe.drop_last,
         rank=world.rank,
         world_size=world.world_size,
-        **{name: value for name, value in loader_options.items() if name in parameters},
     )
 
 

@@ -44,8 +44,14 @@ def make_loader(kind: type, spec: str = SPEC, batch_size: int = 20, device: str 
     )
 
 
-def dali_loader(*args: Any, **options: Any) -> DaliLoader:
-    return make_loader(DaliLoader, *args, **options)
+def dali_loader(*args: Any, chunk_size: int = 0, max_threads: int = 4, **options: Any) -> DaliLoader:
+    class Loader(DaliLoader):
+        pass
+
+    Loader.max_threads = max_threads
+    if chunk_size:
+        Loader.chunk_images = {"cpu": chunk_size, "cuda": chunk_size}
+    return make_loader(Loader, *args, **options)
 
 
 def tensor_loader(*args: Any, **options: Any) -> TensorLoader:
@@ -99,7 +105,7 @@ def test_every_dali_op_is_exact(name: str, variant: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_chunk_size_threads_and_ranks_do_not_change_the_batches(device: str) -> None:
     expected = list(tensor_loader(batch_size=24, device=device).batches(1))
-    for options in ({"chunk_size": 1}, {"chunk_size": 50, "num_threads": 1}, {"chunk_size": 10_000, "num_threads": 3}):
+    for options in ({"chunk_size": 1}, {"chunk_size": 50, "max_threads": 1}, {"chunk_size": 10_000, "max_threads": 3}):
         assert count_differences(dali_loader(batch_size=24, device=device, **options).batches(1), iter(expected)) == 0
     for rank in range(4):
         share = ((images[rank::4], labels[rank::4]) for images, labels in expected)
@@ -219,10 +225,10 @@ def test_a_run_equals_a_run_with_the_tensor_loader(tiny: Callable[..., Recipe]) 
 
 
 def test_a_run_builds_one_pipeline(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    queues, build = [], DaliPipeline._build_pipeline
-    monkeypatch.setattr(DaliPipeline, "_build_pipeline", lambda self, queue: queues.append(queue) or build(self, queue))
+    pipelines, build = [], DaliPipeline._build_pipeline
+    monkeypatch.setattr(DaliPipeline, "_build_pipeline", lambda self: pipelines.append(self) or build(self))
     train(tiny(loader="dali", epochs=2))
-    assert len(queues) == 1
+    assert len(pipelines) == 1
 
 
 @pytest.mark.gpu
@@ -265,7 +271,7 @@ def test_dali_does_not_reuse_memory_that_a_busy_gpu_still_needs() -> None:
 
 @pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="needs the real images: FASTCIFAR_DATA is not set")
 @pytest.mark.filterwarnings("ignore:.*unofficial files")
-def test_three_epochs_of_the_real_images_with_resuming() -> None:
+def test_three_epochs_of_the_real_images_with_resuming(monkeypatch: pytest.MonkeyPatch) -> None:
     split = cifar.load_dataset(None, "cifar10").train
     ops = parse_augment("crop:4:reflect,flip,cutout:8:mean")
 
@@ -277,7 +283,8 @@ def test_three_epochs_of_the_real_images_with_resuming() -> None:
     expected, loader = make(TensorLoader), make(DaliLoader)
     for epoch in (0, 1):
         assert count_differences(loader.batches(epoch), expected.batches(epoch)) == 0
-    resumed = make(DaliLoader, chunk_size=2000)
+    monkeypatch.setattr(DaliLoader, "chunk_images", {"cpu": 2000})
+    resumed = make(DaliLoader)
     assert count_differences(resumed.batches(2, 49), expected.batches(2, 49)) == 0
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fastcifar.data import compiled_augment
+from fastcifar.data import batch_loader
 from fastcifar.data.image_ops import OPERATION_CODES, OperationStep, apply_operation, apply_operations, encode_operation
 from fastcifar.errors import UsageError
 
@@ -159,7 +159,7 @@ def test_compiled_equals_eager_and_steps_are_separate_kernels() -> None:
     def apply_steps(rows: Tensor, steps: list[OperationStep]) -> Tensor:
         return apply_operations(rows.int(), steps, names).to(torch.uint8)
 
-    compiled = torch.compile(apply_steps, fullgraph=True, dynamic=False, options=compiled_augment.SINGLE_KERNEL_OPTIONS)
+    compiled = torch.compile(apply_steps, fullgraph=True, dynamic=False, options=batch_loader.SINGLE_KERNEL_OPTIONS)
     assert torch.equal(compiled(rows, steps), apply_steps(rows, steps))
     # Without `_materialize` there is a single kernel, which computes every value again for each use.
     assert metrics.generated_kernel_count > 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ def make_loader(name: str, batch_size: int = 20, spec: str = SPEC, **options: An
     """Create the loader `name` in eager mode without worker processes."""
     images = options.pop("images", IMAGES)
     options = {"compile": False, "workers": 0, "seed": 0, "fill_color": (9, 8, 7), **options}
-    accepted = inspect.signature(LOADERS[name]).parameters
-    options = {key: value for key, value in options.items() if key in accepted}
     ops = parse_augment(spec)
     return LOADERS[name](images, LABELS, batch_size=batch_size, augment=ops, device="cpu", **options)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.data import compiled_augment, loaders
+from fastcifar.data import batch_loader, loaders
 from fastcifar.data.augment import apply_augment, draw_epoch, parse_augment
 from fastcifar.data.loaders import LOADERS, TensorLoader, eval_batches
 from fastcifar.errors import UsageError
@@ -164,7 +164,7 @@ def test_evaluation_batches_are_the_data_in_order(batch_size: int) -> None:
 def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
     from torch._inductor import metrics
 
-    compiled_augment.compile_gather.cache_clear()
+    batch_loader.compile_gather.cache_clear()
     metrics.reset()
     compiled, eager = make_loader(30, LONG_SPEC, compile=True), make_loader(30, LONG_SPEC)
     next(compiled.batches(0))
@@ -187,9 +187,9 @@ def test_many_configurations_in_one_process_stay_compiled(monkeypatch: pytest.Mo
         return torch_compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     monkeypatch.setattr(torch, "compile", trace_only)
-    compiled_augment.compile_gather.cache_clear()
+    batch_loader.compile_gather.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=2):
         for spec, batch_size in (("crop:1", 20), ("crop:1", 40), ("crop:2", 20), ("crop:3", 20), ("flip", 20)):
             images, _ = next(make_loader(batch_size, spec, compile=True).batches(0))
             assert torch.equal(images, next(make_loader(batch_size, spec).batches(0))[0])
-    compiled_augment.compile_gather.cache_clear()  # other tests must not use the traced functions
+    batch_loader.compile_gather.cache_clear()  # other tests must not use the traced functions
