@@ -1,7 +1,6 @@
 """The choice of device, precision, data loader, compilation and CUDA graph, each with its reason; machine information.
 
-`train`, `bench` and `doctor` all use `choose_execution`. `collect_diagnostics` is the document of `fastcifar doctor`:
-versions, devices, and imports that may fail, each tried in a separate process. torch is imported only inside functions.
+`train`, `bench` and `doctor` all use `choose_execution`. torch is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from fastcifar._version import __version__
 from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
-from fastcifar.format import format_option_value, format_timestamp
+from fastcifar.format import format_option_value, format_timestamp, option_flag
 from fastcifar.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,31 +37,19 @@ try:
 except ImportError:  # not a POSIX system
     resource = None
 
-VERSIONED_PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "nvidia-dali-cuda120",
-    "pytorch_optimizer",
-    "numpy",
-    "pydantic",
-    "typer",
-)
+PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
 DALI_MODULE = "nvidia.dali"
 DALI_REMEDY = "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3'"
 PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
+CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
 class ExecutionPlan:
     """How a run is executed.
 
-    device: "cuda" or "cpu".
-    precision: "bf16", "fp16" or "fp32".
-    loader: a name in `LOADERS`.
-    compile: whether torch.compile is used.
-    cuda_graph: whether the training step is captured in a CUDA graph.
-    reasons: name of a field -> why it was chosen.
+    `device` is "cuda" or "cpu", `precision` is "bf16", "fp16" or "fp32", and `loader` is a name in `LOADERS`. `compile`
+    is the use of torch.compile, `cuda_graph` the capture of the training step. `reasons` says why each was chosen.
     """
 
     device: str
@@ -82,32 +70,45 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
 
     Raises `DeviceError` if a requested device or library is not available.
     """
-    reasons: dict[str, str] = {}
-    device, reasons["device"] = _choose_device(recipe.device)
-    precision, reasons["precision"] = _choose_precision(recipe.precision, device)
-    loader, reasons["loader"] = _choose_loader(recipe.loader, device)
-    compiled, reasons["compile"] = _choose_compile(recipe.compile, device)
-    cuda_graph, reasons["cuda_graph"] = _choose_cuda_graph(recipe.cuda_graph, device)
-    _check_fused_ops(recipe.fused_ops, device)
-    return ExecutionPlan(device, precision, loader, compiled, cuda_graph, reasons)
+    device, device_reason = (recipe.device, "requested") if recipe.device != "auto" else _choose_device()
+    _check_requested(recipe, device)
+    chosen: dict[str, Any] = {"device": device}
+    reasons = {"device": device_reason}
+    for name, choose in AUTOMATIC_CHOICES.items():
+        requested = getattr(recipe, name)
+        is_automatic = requested in ("auto", None)
+        chosen[name], reasons[name] = choose(device) if is_automatic else (requested, "requested")
+    if recipe.loader == "torchvision":
+        reasons["loader"] += ": the baseline, one image at a time in worker processes"
+    return ExecutionPlan(**chosen, reasons=reasons)
 
 
-def _choose_device(requested: str) -> tuple[str, str]:
+def _check_requested(recipe: Recipe, device: str) -> None:
     import torch
 
-    visible = torch.cuda.is_available()
-    if requested == "cuda" and not visible:
+    if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
-    if requested != "auto":
-        return requested, "requested"
-    return ("cuda", torch.cuda.get_device_name()) if visible else ("cpu", "no CUDA device is visible")
+    for name in ("cuda_graph", "fused_ops"):
+        if getattr(recipe, name) and device != "cuda":
+            problem = f"{option_flag(name)} needs CUDA, and the device is cpu"
+            raise DeviceError(problem, "remove it, or use --device cuda")
+    if recipe.fused_ops and not importlib.util.find_spec("triton"):
+        raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
+    if recipe.loader == "dali":
+        import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
 
 
-def _choose_precision(requested: str, device: str) -> tuple[str, str]:
+def _choose_device() -> tuple[str, str]:
     import torch
 
-    if requested != "auto":
-        return requested, "requested"
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    return "cpu", "no CUDA device is visible"
+
+
+def _choose_precision(device: str) -> tuple[str, str]:
+    import torch
+
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if major >= 8:
@@ -115,19 +116,13 @@ def _choose_precision(requested: str, device: str) -> tuple[str, str]:
         if major >= 7:
             return "fp16", f"compute capability {major}.{minor} has no bf16; with loss scaling on the device"
         return "fp32", f"compute capability {major}.{minor} has neither bf16 nor fast fp16"
-    for name in ("amx_bf16", "avx512_bf16"):
+    for name in CPU_BF16_FLAGS:
         if name in _cpu_flags():
             return "bf16", f"this CPU has {name}"
     return "fp32", "this CPU has neither AMX nor AVX-512 bf16 instructions"
 
 
-def _choose_loader(requested: str, device: str) -> tuple[str, str]:
-    if requested == "torchvision":
-        return requested, "requested: the baseline, one image at a time in worker processes"
-    if requested == "dali":
-        import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
-    if requested != "auto":
-        return requested, "requested"
+def _choose_loader(device: str) -> tuple[str, str]:
     if device == "cpu":
         return "tensor", "one compiled kernel per batch, the fastest on a CPU"
     try:
@@ -137,14 +132,12 @@ def _choose_loader(requested: str, device: str) -> tuple[str, str]:
     return "dali", f"DALI {version} augments on the GPU in parallel with training"
 
 
-def _choose_compile(requested: bool | None, device: str) -> tuple[bool, str]:
-    if requested is not None:
-        return requested, "requested"
+def _choose_compile(device: str) -> tuple[bool, str]:
     if device == "cpu":
-        compiler = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), "")
-        if not compiler:
-            return False, "no C++ compiler was found; install g++ for faster training"
-        return True, f"C++ compiler {compiler}"
+        compilers = (os.environ.get("CXX"), "g++", "clang++")
+        if compiler := next((name for name in compilers if name and shutil.which(name)), None):
+            return True, f"C++ compiler {compiler}"
+        return False, "no C++ compiler was found; install g++ for faster training"
     try:
         import triton
     except ImportError:
@@ -152,24 +145,22 @@ def _choose_compile(requested: bool | None, device: str) -> tuple[bool, str]:
     return True, f"triton {triton.__version__}"
 
 
-def _choose_cuda_graph(requested: bool | None, device: str) -> tuple[bool, str]:
-    if requested and device != "cuda":
-        raise DeviceError("--cuda-graph needs CUDA, and the device is cpu", "remove it, or use --device cuda")
-    if requested is not None:
-        return requested, "requested"
-    return device == "cuda", "one graph launch per step" if device == "cuda" else "CUDA only"
+def _choose_cuda_graph(device: str) -> tuple[bool, str]:
+    return (True, "one graph launch per step") if device == "cuda" else (False, "CUDA only")
 
 
-def _check_fused_ops(requested: bool, device: str) -> None:
-    if requested and device != "cuda":
-        raise DeviceError("--fused-ops needs CUDA, and the device is cpu", "remove it, or use --device cuda")
-    if requested and not importlib.util.find_spec("triton"):
-        raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
+# field of `ExecutionPlan` -> function that returns the choice for a device, and its reason
+AUTOMATIC_CHOICES: dict[str, Callable[[str], tuple[Any, str]]] = {
+    "precision": _choose_precision,
+    "loader": _choose_loader,
+    "compile": _choose_compile,
+    "cuda_graph": _choose_cuda_graph,
+}
 
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    """Return the instruction set extensions of the CPU by their names on Linux; none without /proc/cpuinfo."""
+    """Return the names that Linux gives to the instruction set extensions of the CPU; none without /proc/cpuinfo."""
     return frozenset(_read_cpuinfo("flags", "Features").split())
 
 
@@ -183,7 +174,7 @@ def _read_cpuinfo(*names: str) -> str:
 
 
 def enable_deterministic_algorithms() -> None:
-    """Make torch use deterministic algorithms only, in the whole process; operations without one raise.
+    """Make torch use only deterministic algorithms in this process; operations without one raise.
 
     Must be called before the first use of the GPU, because cuBLAS reads its environment variable when it starts.
     """
@@ -211,9 +202,7 @@ def _cpu_name() -> str:
 
 def usable_cpu_count() -> int:
     """Return the number of CPU cores that this process may run on; of all cores if the system has no such limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory_bytes() -> int | None:
@@ -271,18 +260,15 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
 
 
 def result_folder_name(device: str, label: str) -> str:
-    """Return the name of a result folder, TIME_DEVICE_LABEL, with the time in UTC.
-
-    device: as `describe_device` returns it.
-    """
+    """Return the name of a result folder, TIME_DEVICE_LABEL in UTC, for a `device` as `describe_device` returns it."""
     device_name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
     return f"{format_timestamp(for_file_name=True)}_{device_name}_{label}"
 
 
 class Environment(BaseModel):
-    """What a result depends on besides its recipe: the document env.json.
+    """What a result depends on besides its recipe: the document env.json, whose further keys are kept.
 
-    Subclasses add fields. Keys that are missing in a file have their default here; further keys are kept.
+    A key that is missing in the file has its default.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -324,7 +310,7 @@ def collect_environment(device: str) -> Environment:
         device=describe_device(device),
         cpu=_cpu_name(),
         cpu_count=os.cpu_count(),
-        cpu_bf16=sorted(_cpu_flags() & {"amx_bf16", "avx512_bf16"}),
+        cpu_bf16=[name for name in CPU_BF16_FLAGS if name in _cpu_flags()],
         threads=torch.get_num_threads(),
         cuda=torch.version.cuda if cuda else None,
         cudnn=torch.backends.cudnn.version() if cuda else None,
@@ -332,30 +318,26 @@ def collect_environment(device: str) -> Environment:
 
 
 def package_versions() -> dict[str, str]:
-    """Return package name -> installed version, of fastcifar and the packages that results depend on.
-
-    The version of a package that is not installed is "missing".
-    """
-    return {"fastcifar": __version__, **{name: _package_version(name) for name in VERSIONED_PACKAGES}}
-
-
-def _package_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
+    """Return name -> installed version, or "missing", of fastcifar and the packages that results depend on."""
+    versions = {"fastcifar": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return versions
 
 
-def probe_import(module: str) -> tuple[bool, str]:
-    """Return whether `module` can be imported, tried in a separate process, and the last line of the error if not."""
+def probe_import(module: str) -> str:
+    """Import `module` in a separate process; return "works", or the last line of the error."""
     command = [sys.executable, "-c", f"import {module}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return False, str(error)
+        return str(error)
     if run.returncode == 0:
-        return True, ""
-    return False, next(reversed(run.stderr.strip().splitlines()), f"exit code {run.returncode}")
+        return "works"
+    return next(reversed(run.stderr.strip().splitlines()), f"exit code {run.returncode}")
 
 
 def import_optional(module: str, remedy: str, error_type: type[UserError] = UsageError) -> ModuleType:
@@ -372,13 +354,9 @@ def import_optional(module: str, remedy: str, error_type: type[UserError] = Usag
 
 def collect_diagnostics(recipe: Recipe) -> Diagnostics:
     """Return the environment, the result of importing each optional module, and the execution of `recipe`."""
-    environment = collect_environment(recipe.device)
-    diagnostics = {**environment.model_dump(exclude_unset=True), "imports": {}, "chosen": []}
-    for module in PROBED_MODULES:
-        works, reason = probe_import(module)
-        diagnostics["imports"][module] = "works" if works else reason
+    environment = collect_environment(recipe.device).model_dump(exclude_unset=True)
+    imports = {module: probe_import(module) for module in PROBED_MODULES}
     try:
-        diagnostics["chosen"] = choose_execution(recipe).format_lines()
+        return Diagnostics(**environment, imports=imports, chosen=choose_execution(recipe).format_lines())
     except (DeviceError, UsageError) as error:
-        diagnostics["error"] = str(error)
-    return Diagnostics(**diagnostics)
+        return Diagnostics(**environment, imports=imports, chosen=[], error=str(error))

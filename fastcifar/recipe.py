@@ -1,9 +1,8 @@
 """`Recipe`: all options of a training run in one flat, immutable, validated model.
 
-Every option has one name everywhere: the command-line options are generated from the fields, and recipe files
-(`recipes/*.toml` list only the options that differ from the defaults), checkpoints, sweeps and tables use the same
-names. Names of architectures, optimizers and so on are looked up by the modules that define them, not here. This
-module does not import torch.
+The command-line options are generated from the fields; recipe files (`recipes/*.toml`), checkpoints, sweeps and tables
+use the names of the fields. Names of architectures, optimizers and so on are looked up by the modules that define them.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,6 +28,57 @@ from fastcifar.errors import UsageError, suggest_name
 from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
+
+# options of storage and tracking; they do not influence the trained weights
+OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")
+
+# section -> its first field; a section ends before the first field of the next one
+SECTION_FIRST_FIELDS = {
+    "network": "arch",
+    "data": "data",
+    "optimization": "epochs",
+    "run": "seed",
+    "execution": "device",
+}
+
+
+class ClipGrad(NamedTuple):
+    """Gradient clipping by "value" or by "norm", with its limit."""
+
+    kind: str
+    limit: float
+
+
+def parse_clip_grad(text: str) -> ClipGrad | None:
+    """Parse `value:LIMIT`, `norm:LIMIT` or `none`. Raises `ValueError`."""
+    if text == "none":
+        return None
+    kind, _, limit_text = text.partition(":")
+    try:
+        limit = float(limit_text)
+    except ValueError:
+        limit = math.nan
+    if kind not in ("value", "norm") or not 0 < limit < math.inf:
+        raise ValueError("should be value:LIMIT, norm:LIMIT or none, such as value:0.1")
+    return ClipGrad(kind, limit)
+
+
+def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
+    """Return the stages of progressive resizing: `24:3,28:2,32` -> [(24, 3), (28, 2), (32, None)].
+
+    A stage is the image size in pixels and its number of epochs; the last one has no limit. Raises `ValueError`.
+    """
+    *early, last = text.split(",")
+    try:
+        pairs = [stage.split(":") for stage in early]
+        stages = [*((int(size), int(epochs)) for size, epochs in pairs), (int(last), None)]
+    except ValueError:
+        stages = []
+    if not stages or any(not (16 <= size <= 64 and (epochs is None or epochs > 0)) for size, epochs in stages):
+        raise ValueError(
+            "should be sizes from 16 to 64, each but the last with a whole number of epochs, such as 24:3,28:2,32"
+        )
+    return stages
 
 
 def _split_integers(value: Any) -> Any:
@@ -62,7 +112,7 @@ def _parse_literal(text: str) -> Any:
 
 
 def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
-    """A validator that keeps the text and raises the `ValueError` of `parse`."""
+    """Return a validator that keeps the text and raises the `ValueError` of `parse`."""
 
     def validate(text: str) -> str:
         parse(text)
@@ -71,14 +121,25 @@ def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(validate)
 
 
+def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
+    """Raise `ValueError` if `text` is not a name with at most `max_parts` further parts separated by colons."""
+    name, *parts = text.split(":")
+    if not name.strip() or len(parts) > max_parts or not all(part.strip() for part in parts):
+        raise ValueError(f"should be {grammar}")
+
+
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
-ImageSizeText = Annotated[str, _validate_by(lambda text: parse_image_sizes(text))]
-ClipGradText = Annotated[str, _validate_by(lambda text: parse_clip_grad(text))]
+ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
+ClipGradText = Annotated[str, _validate_by(parse_clip_grad)]
 ScheduleText = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
 AugmentText = Annotated[
     str, _validate_by(lambda text: [_check_spelling(item, "NAME[:VALUE[:VARIANT]],...", 2) for item in text.split(",")])
 ]
+
+
+def _option(default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, **bounds)
 
 
 class Recipe(BaseModel):
@@ -91,155 +152,107 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # network
-    arch: str = Field(default="se68", description="network architecture; `fastcifar models` lists them")
-    width: float | None = Field(default=None, gt=0, le=16, description="channel multiplier")
-    blocks: PositiveIntegers | None = Field(default=None, description="number of blocks in each stage, such as 4,4,3")
-    channels: PositiveIntegers | None = Field(
-        default=None, description="number of channels in each stage, such as 64,128,256"
-    )
-    kernel: int | None = Field(
-        default=None, ge=1, le=11, description="kernel size of the block convolutions, an odd number"
-    )
-    shortcut_kernel: int | None = Field(
-        default=None, ge=1, le=11, description="kernel size of the projection shortcuts, an odd number"
-    )
-    conv: Literal["full", "separable"] | None = Field(default=None, description="type of the block convolutions")
-    se: Literal["none", "stem", "block"] | None = Field(default=None, description="location of squeeze-and-excitation")
-    se_reduction: int | None = Field(
-        default=None, ge=1, le=256, description="reduction ratio of squeeze-and-excitation"
-    )
-    activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = Field(
-        default=None, description="activation function"
-    )
-    dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="dropout probability after every block and before the classifier"
-    )
-    max_params: int = Field(default=5_000_000, gt=0, description="maximum number of trainable parameters")
+    arch: str = _option("se68", "network architecture; `fastcifar models` lists them")
+    width: float | None = _option(None, "channel multiplier", gt=0, le=16)
+    blocks: PositiveIntegers | None = _option(None, "number of blocks in each stage, such as 4,4,3")
+    channels: PositiveIntegers | None = _option(None, "number of channels in each stage, such as 64,128,256")
+    kernel: int | None = _option(None, "kernel size of the block convolutions, an odd number", ge=1, le=11)
+    shortcut_kernel: int | None = _option(None, "kernel size of the projection shortcuts, an odd number", ge=1, le=11)
+    conv: Literal["full", "separable"] | None = _option(None, "type of the block convolutions")
+    se: Literal["none", "stem", "block"] | None = _option(None, "location of squeeze-and-excitation")
+    se_reduction: int | None = _option(None, "reduction ratio of squeeze-and-excitation", ge=1, le=256)
+    activation: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] | None = _option(None, "activation function")
+    dropout: float | None = _option(None, "dropout probability after every block and before the classifier", ge=0, lt=1)
+    max_params: int = _option(5_000_000, "maximum number of trainable parameters", gt=0)
 
     # data
-    data: str | None = Field(
-        default=None,
-        description="path of the data set (folder, .tar.gz file or class folders), by default the downloaded one; "
+    data: str | None = _option(
+        None,
+        "path of the data set (folder, .tar.gz file or class folders), by default the downloaded one; "
         "synthetic[:N] for N random images",
     )
-    dataset: Literal["cifar10", "cifar100"] = Field(default="cifar10", description="name of the data set")
-    val_size: int = Field(
-        default=5000, ge=0, description="size of the validation split in images; 0 trains on all images"
-    )
-    val_seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of the validation split")
-    normalize: str = Field(
-        default="auto",
-        description="input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (the data set's; kuangliu for "
+    dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "name of the data set")
+    val_size: int = _option(5000, "size of the validation split in images; 0 trains on all images", ge=0)
+    val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
+    normalize: str = _option(
+        "auto",
+        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (the data set's; kuangliu for "
         "the architectures coconut_*)",
     )
-    augment: AugmentText = Field(
-        default="crop:4:zero,flip,rotate:5,autoaugment:cifar10",
-        description="augmentations in the order of their application, NAME[:VALUE[:VARIANT]],..., or none",
+    augment: AugmentText = _option(
+        "crop:4:zero,flip,rotate:5,autoaugment:cifar10",
+        "augmentations in the order of their application, NAME[:VALUE[:VARIANT]],..., or none",
     )
-    drop_last: bool = Field(default=False, description="removal of the last, smaller batch of every epoch")
-    image_size: ImageSizeText = Field(
-        default="32",
-        description="training image size in pixels, or SIZE:EPOCHS,...,SIZE for progressive resizing, "
-        "such as 24:3,28:2,32",
+    drop_last: bool = _option(False, "removal of the last, smaller batch of every epoch")
+    image_size: ImageSizeText = _option(
+        "32", "training image size in pixels, or SIZE:EPOCHS,...,SIZE for progressive resizing, such as 24:3,28:2,32"
     )
 
     # optimization
-    epochs: int = Field(default=200, gt=0, le=100_000, description="number of epochs")
-    batch_size: int = Field(default=128, gt=0, description="global batch size in images")
-    optimizer: str = Field(
-        default="lookahead:sgd",
-        description="name of a built-in optimizer or of one in pytorch_optimizer, or lookahead:NAME",
+    epochs: int = _option(200, "number of epochs", gt=0, le=100_000)
+    batch_size: int = _option(128, "global batch size in images", gt=0)
+    optimizer: str = _option(
+        "lookahead:sgd", "name of a built-in optimizer or of one in pytorch_optimizer, or lookahead:NAME"
     )
-    optimizer_arg: KeyValues = Field(
-        default_factory=dict, description="argument of the optimizer, such as momentum=0.95; may be repeated"
+    optimizer_arg: KeyValues = _option({}, "argument of the optimizer, such as momentum=0.95; may be repeated")
+    lr: float = _option(0.1, "peak learning rate", gt=0, le=100)
+    bias_lr_mult: float = _option(1.0, "learning-rate multiplier of biases and normalization parameters", gt=0, le=1e5)
+    head_lr_mult: float = _option(1.0, "learning-rate multiplier of the classifier weight", gt=0, le=1e5)
+    weight_decay: float = _option(5e-4, "weight decay coefficient", ge=0, le=10)
+    bias_decay: bool = _option(True, "weight decay of biases and normalization parameters")
+    schedule: ScheduleText = _option("cosine", "learning-rate schedule, NAME[:VALUE], such as cosine or linear")
+    schedule_epochs: float | None = _option(None, "length of the schedule in epochs, by default --epochs", gt=0)
+    warmup_epochs: float = _option(
+        0.0, "length of the linear warm-up in epochs, included in that of the schedule", ge=0
     )
-    lr: float = Field(default=0.1, gt=0, le=100, description="peak learning rate")
-    bias_lr_mult: float = Field(
-        default=1.0, gt=0, le=1e5, description="learning-rate multiplier of biases and normalization parameters"
+    min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
+    clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
+    label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
+    ema_decay: float = _option(
+        0.0, "decay per step of the exponential moving average (EMA) of the weights; 0 disables it", ge=0, lt=1
     )
-    head_lr_mult: float = Field(
-        default=1.0, gt=0, le=1e5, description="learning-rate multiplier of the classifier weight"
-    )
-    weight_decay: float = Field(default=5e-4, ge=0, le=10, description="weight decay coefficient")
-    bias_decay: bool = Field(default=True, description="weight decay of biases and normalization parameters")
-    schedule: ScheduleText = Field(
-        default="cosine", description="learning-rate schedule, NAME[:VALUE], such as cosine or linear"
-    )
-    schedule_epochs: float | None = Field(
-        default=None, gt=0, description="length of the schedule in epochs, by default --epochs"
-    )
-    warmup_epochs: float = Field(
-        default=0.0, ge=0, description="length of the linear warm-up in epochs, included in that of the schedule"
-    )
-    min_lr: float = Field(default=0.0, ge=0, description="final learning rate of the schedule")
-    clip_grad: ClipGradText = Field(
-        default="value:0.1", description="gradient clipping: value:LIMIT, norm:LIMIT or none"
-    )
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing factor")
-    ema_decay: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="decay per step of the exponential moving average (EMA) of the weights; 0 disables it",
-    )
-    patience: int = Field(
-        default=0,
-        ge=0,
-        description="number of epochs without a better validation accuracy after which training stops; 0 disables it",
+    patience: int = _option(
+        0, "number of epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
     )
 
     # run
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="random seed of the initial weights, the data order and the augmentation"
-    )
-    time_budget: float | None = Field(
-        default=None, gt=0, description="time limit of the run in minutes; --epochs is chosen to fit it"
-    )
-    max_steps: int | None = Field(default=None, gt=0, description="maximum number of training steps")
-    eval_weights: Literal["last", "best", "ema"] = Field(
-        default="last",
-        description="weights that are evaluated: last (of the last epoch), best (of the epoch with the best validation "
+    seed: int = _option(0, "random seed of the initial weights, the data order and the augmentation", ge=0, lt=2**63)
+    time_budget: float | None = _option(None, "time limit of the run in minutes; --epochs is chosen to fit it", gt=0)
+    max_steps: int | None = _option(None, "maximum number of training steps", gt=0)
+    eval_weights: Literal["last", "best", "ema"] = _option(
+        "last",
+        "weights that are evaluated: last (of the last epoch), best (of the epoch with the best validation "
         "accuracy) or ema (their moving average)",
     )
-    tta: str = Field(default="none", description="test-time augmentation: none, flip, 6view or 10crop")
-    out: str | None = Field(
-        default=None, description="folder to create, by default a new one in runs (speedrun: in speedruns)"
+    tta: str = _option("none", "test-time augmentation: none, flip, 6view or 10crop")
+    out: str | None = _option(None, "folder to create, by default a new one in runs (speedrun: in speedruns)")
+    save_every_epochs: int = _option(1, "checkpoint interval in epochs; 0 disables it", ge=0)
+    save_every_steps: int | None = _option(
+        None, "checkpoint interval in steps, in addition to --save-every-epochs", gt=0
     )
-    save_every_epochs: int = Field(default=1, ge=0, description="checkpoint interval in epochs; 0 disables it")
-    save_every_steps: int | None = Field(
-        default=None, gt=0, description="checkpoint interval in steps, in addition to --save-every-epochs"
-    )
-    resume: str | None = Field(
-        default=None,
-        description="run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
+    resume: str | None = _option(
+        None,
+        "run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
         "with another --epochs the schedule is recomputed from the current step on",
     )
-    track: str = Field(default="none", description="experiment trackers, comma-separated: tensorboard, mlflow; or none")
-    on_nan: Literal["stop", "rollback"] = Field(
-        default="stop",
-        description="action on a NaN or Inf loss: stop, or rollback to the last checkpoint with half the learning rate",
+    track: str = _option("none", "experiment trackers, comma-separated: tensorboard, mlflow; or none")
+    on_nan: Literal["stop", "rollback"] = _option(
+        "stop", "action on a NaN or Inf loss: stop, or rollback to the last checkpoint with half the learning rate"
     )
-    deterministic: bool = Field(
-        default=False, description="deterministic algorithms only: bit-identical results on CUDA, slower"
-    )
+    deterministic: bool = _option(False, "deterministic algorithms only: bit-identical results on CUDA, slower")
 
     # execution
-    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="device to run on")
-    loader: str = Field(default="auto", description="data loader: auto, dali, tensor or torchvision")
-    workers: int = Field(default=2, ge=0, le=256, description="number of worker processes of --loader torchvision")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="floating-point precision of the forward and backward pass"
+    device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
+    loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
+    workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
+        "auto", "floating-point precision of the forward and backward pass"
     )
-    compile: bool | None = Field(
-        default=None, description="compilation by torch.compile, by default where a compiler is installed"
-    )
-    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = Field(
-        default="auto", description="mode of torch.compile"
-    )
-    cuda_graph: bool | None = Field(default=None, description="capture of the step in a CUDA graph, by default on CUDA")
-    fused_ops: bool = Field(
-        default=False,
-        description="fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)",
+    compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
+    compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
+    cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")
+    fused_ops: bool = _option(
+        False, "fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)"
     )
 
     def __init__(self, **options: Any) -> None:
@@ -250,7 +263,7 @@ class Recipe(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            raise UsageError("; ".join(_format_validation_error(problem) for problem in error.errors())) from None
+            raise _usage_error(error) from None
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
@@ -297,78 +310,16 @@ class Recipe(BaseModel):
             try:
                 TypeAdapter(Annotated[field.annotation, field]).validate_python(value)  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
             except ValidationError as error:
-                problems = [{**problem, "loc": (name, *problem["loc"])} for problem in error.errors()]
-                raise UsageError("; ".join(map(_format_validation_error, problems))) from None
+                raise _usage_error(error, name) from None
 
     def non_default_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain values for TOML, JSON and tables."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if value != _DEFAULTS[name]}
+        return self.model_dump(mode="json", exclude_defaults=True)
 
     def to_toml(self) -> str:
         """Return the recipe as a TOML document that `make` reads: every option that is not None."""
         options = self.model_dump(mode="json").items()
         return "".join(f"{name} = {format_toml_value(value)}\n" for name, value in options if value is not None)
-
-
-class ClipGrad(NamedTuple):
-    """Gradient clipping by "value" or by "norm", with its limit."""
-
-    kind: str
-    limit: float
-
-
-def parse_clip_grad(text: str) -> ClipGrad | None:
-    """Parse `value:LIMIT`, `norm:LIMIT` or `none`. Raises `ValueError`."""
-    if text == "none":
-        return None
-    kind, _, limit_text = text.partition(":")
-    try:
-        limit = float(limit_text)
-    except ValueError:
-        limit = math.nan
-    if kind not in ("value", "norm") or not 0 < limit < math.inf:
-        raise ValueError("should be value:LIMIT, norm:LIMIT or none, such as value:0.1")
-    return ClipGrad(kind, limit)
-
-
-def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
-    """Check that `text` is a name with at most `max_parts` further parts; the names are looked up later."""
-    name, *parts = text.split(":")
-    if not name.strip() or len(parts) > max_parts or not all(part.strip() for part in parts):
-        raise ValueError(f"should be {grammar}")
-
-
-def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
-    """Return the stages of progressive resizing: `24:3,28:2,32` -> [(24, 3), (28, 2), (32, None)].
-
-    A stage is the image size in pixels and its number of epochs; the last one has no limit. Raises `ValueError`.
-    """
-    *early, last = text.split(",")
-    try:
-        pairs = [stage.split(":") for stage in early]
-        stages = [*((int(size), int(epochs)) for size, epochs in pairs), (int(last), None)]
-    except ValueError:
-        stages = []
-    if not stages or any(not (16 <= size <= 64 and (epochs is None or epochs > 0)) for size, epochs in stages):
-        raise ValueError(
-            "should be sizes from 16 to 64, each but the last with a whole number of epochs, such as 24:3,28:2,32"
-        )
-    return stages
-
-
-# options of storage and tracking; they do not influence the trained weights
-OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")
-
-# section -> its first field; a section ends before the first field of the next one
-SECTION_FIRST_FIELDS = {
-    "network": "arch",
-    "data": "data",
-    "optimization": "epochs",
-    "run": "seed",
-    "execution": "device",
-}
-
-_DEFAULTS = Recipe().model_dump(mode="json")
 
 
 def section_fields(name: str) -> tuple[str, ...]:
@@ -379,10 +330,11 @@ def section_fields(name: str) -> tuple[str, ...]:
     return tuple(fields[starts[section] : starts[section + 1]])
 
 
-def _format_validation_error(problem: Any) -> str:
-    """Format an error of pydantic: `--lr should be greater than 0 (got -1)`."""
-    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    if not problem["loc"]:
-        return message
-    name = option_flag(str(problem["loc"][0]))
-    return f"{name} {message} (got {problem['input']!r})"
+def _usage_error(error: ValidationError, option: str = "") -> UsageError:
+    """Return the error for the user: `--lr should be greater than 0 (got -1)`. `option` is the option, if only one."""
+    messages = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        name = option or next(map(str, problem["loc"]), "")
+        messages.append(f"{option_flag(name)} {message} (got {problem['input']!r})" if name else message)
+    return UsageError("; ".join(messages))

@@ -1,4 +1,4 @@
-"""Recipe fields as command-line options, and the options that several commands share.
+"""The decorator of every command: options from recipe fields, --json, --debug, and printing of the result.
 
 Name, help text, choices and default of an option come from the field of `Recipe`, so that a new field becomes an option
 of `train` without a change here. This module does not import torch.
@@ -6,53 +6,90 @@ of `train` without a change here. This module does not import torch.
 
 from __future__ import annotations
 
-import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+from rich.console import Console, RenderableType
 
 from fastcifar.format import add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document as the last line of stdout")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="print the traceback of an error")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="run a few steps and estimate the time and memory of the whole run")
-]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="name of a shipped recipe, or a TOML file")
-]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN|CKPT", help="run folder or checkpoint file")]
-CheckpointArchOption = Annotated[
-    str | None, typer.Option("--arch", metavar="NAME", help="architecture of a checkpoint that does not name it")
-]
+
+def argument(metavar: str, help_text: str) -> Any:
+    """Return the declaration of a positional argument."""
+    return typer.Argument(metavar=metavar, help=help_text)
 
 
-def recipe_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces the `**options` of a command by options for the recipe fields `names`.
+def option(metavar: str, help_text: str, *flags: str, **settings: Any) -> Any:
+    """Return the declaration of an option with a value; its flag is the name of the parameter unless given."""
+    return typer.Option(*flags, metavar=metavar, help=help_text, **settings)
 
-    Their values are checked before the command runs, and so before it imports torch.
+
+def switch(flag: str, help_text: str) -> Any:
+    """Return the declaration of an option without a value."""
+    return typer.Option(flag, help=help_text)
+
+
+JsonOption = Annotated[bool, switch("--json", "print one JSON document as the last line of stdout")]
+DebugOption = Annotated[bool, switch("--debug", "print the traceback of an error")]
+RecipeOption = Annotated[str | None, option("NAME|FILE", "name of a shipped recipe, or a TOML file")]
+RunArgument = Annotated[str, argument("RUN|CKPT", "run folder or checkpoint file")]
+CheckpointArchOption = Annotated[str | None, option("NAME", "architecture of a checkpoint that does not name it")]
+
+
+class Output(NamedTuple):
+    """What a command prints: with --json `document` as one line of JSON, else what `format_document` returns for it."""
+
+    document: Any
+    format_document: Callable[[Any], RenderableType]
+    exit_code: int = 0
+
+
+def command(
+    app: typer.Typer, name: str | None = None, fields: Iterable[str] = ()
+) -> Callable[[Callable[..., Output]], Callable[..., int]]:
+    """Return a decorator that adds a function to `app` as a command, by default with the name of the function.
+
+    The options of the command are the parameters of the function, those of the recipe fields `fields` in place of
+    `**options`, --json and --debug. The values of recipe fields are checked before the function runs, and so before it
+    imports torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout.
     """
-    fields = list(names)
+    recipe_fields = list(fields)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def checked_command(**arguments: Any) -> None:
-            Recipe.check_options({name: arguments[name] for name in fields if arguments[name] is not None})
-            command(**arguments)
+    def decorate(function: Callable[..., Output]) -> Callable[..., int]:
+        signature = inspect.signature(function, eval_str=True)
 
-        signature = inspect.signature(command, eval_str=True)
-        parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-        parameters += [_option_parameter(name) for name in fields]
-        checked_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        checked_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return checked_command
+        def run(as_json: bool, debug: bool, **arguments: Any) -> int:
+            given = {name: arguments[name] for name in recipe_fields if arguments[name] is not None}
+            Recipe.check_options(given)
+            console = Console(stderr=as_json)
+            if "console" in signature.parameters:
+                arguments["console"] = console
+            output = function(**arguments)
+            if not as_json:
+                text = output.format_document(output.document)
+                print(text) if isinstance(text, str) else console.print(text)
+            elif not console.quiet:
+                print(json.dumps(to_jsonable_python(output.document)))
+            return output.exit_code
+
+        parameters = [
+            *(p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD and p.name != "console"),
+            inspect.Parameter("as_json", KEYWORD_ONLY, default=False, annotation=JsonOption),
+            inspect.Parameter("debug", KEYWORD_ONLY, default=False, annotation=DebugOption),
+            *map(_option_parameter, recipe_fields),
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return app.command(name or function.__name__, help=inspect.getdoc(function))(run)
 
     return decorate
 
