@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 class UserError(Exception):
-    """An error whose message is the problem and, after a semicolon, what the user can do about it.
-
-    `exit_code` is the exit code of the command.
-    """
+    """An error whose message is the problem and, after a semicolon, what the user can do about it."""
 
     exit_code = 1
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
 
@@ -90,16 +86,13 @@ def first_message_line(error: BaseException, default: str = "") -> str:
 
 
 def lookup(table: Mapping[str, T], name: str, noun: str) -> T:
-    """Return `table[name]`. Raises `UsageError` with the most similar name if there is no such entry.
-
-    noun: what the table holds, for the message: "architecture".
-    """
+    """Return `table[name]`. Raises `UsageError` with the most similar name; `noun` is what a name stands for."""
     if name in table:
         return table[name]
     raise UsageError(f"unknown {noun} {name!r}", suggest_name(name, table))
 
 
-def suggest_name(name: str, valid_names: Mapping[str, object] | list[str]) -> str:
+def suggest_name(name: str, valid_names: Iterable[str]) -> str:
     """Return the remedy for a misspelled name: the most similar valid name, or the list of all."""
     names = sorted(valid_names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

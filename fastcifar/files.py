@@ -1,7 +1,7 @@
 """File operations that work on every operating system: atomic writes, folder locks, reading possibly damaged files.
 
-`fcntl`, `os.O_DIRECTORY` and `os.statvfs` exist on POSIX systems only. No other module of the package uses them, and
-each function here documents what it does without them. This module does not import torch.
+`fcntl`, `os.O_DIRECTORY` and `os.statvfs` exist on POSIX systems only; no other module uses them. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fastcifar.errors import DiskError, UsageError
@@ -38,7 +35,9 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_current_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         if previous and path.exists():
             _link_or_copy(path, previous)
         os.replace(temporary, path)
@@ -46,18 +45,12 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Flush the directory entries of `folder` to the disk; do nothing on Windows, which cannot open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _link_or_copy(path: Path, previous: Path) -> None:
@@ -72,29 +65,10 @@ def _link_or_copy(path: Path, previous: Path) -> None:
     os.replace(link, previous)
 
 
-def _current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-class FolderLock:
+class FolderLock(contextlib.ExitStack):
     """An exclusive lock on a folder, held until `release`, the end of its `with` block or the end of the process."""
 
-    def __init__(self, unlock: Callable[[], object]) -> None:
-        self._unlock: Callable[[], object] | None = unlock
-
-    def release(self) -> None:
-        """Release the lock; further calls do nothing."""
-        if self._unlock:
-            self._unlock()
-            self._unlock = None
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
+    release = contextlib.ExitStack.close
 
 
 def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
@@ -105,7 +79,7 @@ def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
     Raises `UsageError` if another process holds the lock, and `DiskError` if the folder cannot be read.
     """
     try:
-        return FolderLock(_acquire_flock(folder, wait) if fcntl else _acquire_lock_file(folder, wait))
+        return _acquire_flock(folder, wait) if fcntl else _acquire_lock_file(folder, wait)
     except BlockingIOError:
         raise UsageError(
             f"{folder} is being trained by another process", "wait for it, or give another --out"
@@ -117,17 +91,14 @@ def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
 def is_locked(folder: Path) -> bool:
     """Return whether a process holds the lock on `folder`. A free lock is still free afterwards."""
     try:
-        unlock = _acquire_flock(folder, shared=True) if fcntl else _acquire_lock_file(folder)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    unlock()
+        (_acquire_flock(folder, shared=True) if fcntl else _acquire_lock_file(folder)).release()
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
-def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Callable[[], object]:
-    """Lock `folder`; return the function that releases the lock. Raises `BlockingIOError` if it is already locked."""
+def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> FolderLock:
+    """Lock `folder`. Raises `BlockingIOError` if it is already locked."""
     assert fcntl
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -137,23 +108,27 @@ def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Ca
         raise
     except OSError:  # a file system without locks
         pass
-    return partial(os.close, handle)
+    lock = FolderLock()
+    lock.callback(os.close, handle)
+    return lock
 
 
-def _acquire_lock_file(folder: Path, wait: bool = False) -> Callable[[], object]:
-    """Like `_acquire_flock`. The lock file is outside the folder, so that a locked folder can be removed."""
+def _acquire_lock_file(folder: Path, wait: bool = False) -> FolderLock:
+    """Lock `folder` by a file beside it, so that the locked folder can be removed; raises as `_acquire_flock` does."""
     import filelock
 
     os.scandir(folder).close()  # raises the same errors as opening the folder does on POSIX systems
     folder = folder.resolve()
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
+    file_lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        file_lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         raise BlockingIOError from None
     except OSError:  # the lock file cannot be written
         pass
-    return lock.release
+    lock = FolderLock()
+    lock.callback(file_lock.release)
+    return lock
 
 
 def free_disk_bytes(folder: Path) -> int | None:

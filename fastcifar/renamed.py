@@ -19,22 +19,18 @@ from fastcifar.format import option_flag
 @functools.cache
 def renamed_options(command: str = "") -> dict[str, list[str]]:
     """Return old name -> new names, for the options of all commands and those that only `command` has."""
-    text = resources.files("fastcifar").joinpath("renamed.toml").read_text(encoding="utf-8")
-    tables = tomllib.loads(text)
+    tables = tomllib.loads(resources.files("fastcifar").joinpath("renamed.toml").read_text(encoding="utf-8"))
     return {**tables["options"], **tables.get(command, {})}
 
 
 def renaming_remedy(name: str, command: str = "", format_name: Callable[[str], str] = option_flag) -> str:
-    """Return the advice to use the new name of the option `name`, or "" if it was never renamed.
-
-    format_name: the syntax of the new name; by default that of a command-line option.
-    """
+    """Return the advice to use the new name of an option, formatted by `format_name`; "" if it was never renamed."""
     new_names = renamed_options(command).get(name, [])
     return f"it was renamed: use {' or '.join(map(format_name, new_names))}" if new_names else ""
 
 
 def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a saved recipe with their current names and values; other options are kept unchanged."""
+    """Return the options of a saved recipe with their current names and values."""
     upgraded: dict[str, Any] = {}
     for name, value in values.items():
         if name not in renamed_options():

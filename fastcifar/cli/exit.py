@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -39,29 +38,24 @@ def run_cli(app: Callable[..., object]) -> NoReturn:
 
 
 def handle_sigterm(*_: Any) -> None:
-    """Handle a SIGTERM outside of training: run every `finally`, and exit with 143.
-
-    A training run that is stopped by SIGTERM exits with the same code.
-    """
+    """Exit with 143 after every `finally` block; training handles SIGTERM itself, with the same exit code."""
     sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE))
 
 
 def report_error(error: Exception) -> int:
     """Print a user error in one line and return its exit code; raise any other error again."""
-    if isinstance(error, UserError):
-        return _print_error(str(error), error.exit_code)
+    user_error = error if isinstance(error, UserError) else as_memory_error(error)
+    if user_error:
+        return _print_error(str(user_error), user_error.exit_code)
     if type(error).__name__ == "Abort":  # a KeyboardInterrupt in older versions of Typer
         return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
-    if memory_error := as_memory_error(error):
-        return _print_error(str(memory_error), memory_error.exit_code)
     if option := getattr(error, "option_name", ""):  # Click's NoSuchOption
         command = getattr(getattr(error, "ctx", None), "info_name", "")
         if remedy := renaming_remedy(option.lstrip("-").replace("-", "_"), command):
             return _print_error(f"no such option: {option}; {remedy}", UsageError.exit_code)
-    if isinstance(
-        getattr(error, "format_message", None), types.MethodType
-    ):  # a ClickException, such as an unknown option
-        return _print_error(" ".join(error.format_message().split()), getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+    if hasattr(error, "format_message"):  # a ClickException, such as an unknown option
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return _print_error(message, getattr(error, "exit_code", UsageError.exit_code))
     raise error
 
 

@@ -21,9 +21,8 @@ def load_recipe_values(source: str) -> dict[str, Any]:
     """Return the options of a shipped recipe, given by name, or of a TOML file. Raises `UsageError`."""
     path = shipped_recipes().get(source) or Path(source)
     if not path.is_file():
-        raise UsageError(
-            f"no recipe {source!r}", f"{suggest_name(source, list(shipped_recipes()))} or give the path of a TOML file"
-        )
+        remedy = f"{suggest_name(source, shipped_recipes())} or give the path of a TOML file"
+        raise UsageError(f"no recipe {source!r}", remedy)
     return load_toml(path)
 
 
