@@ -1,10 +1,10 @@
 """Augmentations: the table `AUGMENTS`, the parser of augmentation lists, random parameters and their application.
 
 `draw_epoch` draws the random parameters of a whole epoch with NumPy, from the seed and the epoch number alone.
-`apply_augment` is a pure function of a batch and its slice of these parameters, exact in uint8. It holds no state,
-draws no random numbers, has no Python loop over images and never waits for the device.
-To add an augmentation, add one entry to `AUGMENTS` with its two functions; the loaders need no change. Mixers (module
-`mixers`) are written in the same list, but the training step applies them.
+`apply_augment` is a pure function of a batch and its slice of these parameters, exact in uint8. It has no Python loop
+over images and never waits for the device.
+To add an augmentation, add one entry to `AUGMENTS`; the loaders need no change. Mixers (module `mixers`) are written in
+the same list, but the training step applies them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fastcifar.data.policies import Policy
 from fastcifar.errors import UsageError, lookup
 
 Number = int | float
+ParamArrays = dict[str, np.ndarray]
 OpParams = Mapping[str, Tensor]
 
 # Random streams that stay the same in every epoch use this epoch number, which no run reaches.
@@ -49,6 +50,12 @@ class AugmentOp:
     value: Number | None
     variant: str
     policy: Policy | None = None
+
+    @property
+    def number(self) -> Number:
+        """The value of an entry that takes one."""
+        assert self.value is not None, self
+        return self.value
 
     @property
     def int_value(self) -> int:
@@ -88,7 +95,7 @@ class AugmentSpec:
     accepts_file   whether a variant may also be the path of a TOML file
     """
 
-    draw: Callable[[AugmentOp, DrawContext], dict[str, np.ndarray]]
+    draw: Callable[[AugmentOp, DrawContext], ParamArrays]
     apply: Callable[[AugmentOp, Tensor, OpParams, FillColor], Tensor]
     default_value: Number | None
     variants: Mapping[str, tuple[Number, Number]]
@@ -107,13 +114,13 @@ class AugmentParams:
     """
 
     permutation: np.ndarray
-    op_params: tuple[dict[str, np.ndarray], ...]
+    op_params: tuple[ParamArrays, ...]
 
 
-def draw_crop(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw the top-left corner `y`, `x` in the padded image, uniform over 0..2 * padding."""
-    offsets = context.rng.integers(0, 2 * op.int_value + 1, size=(2, len(context.permutation)), dtype=np.uint8)
-    return {"y": offsets[0], "x": offsets[1]}
+def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
+    """Draw `y` and `x`, uniform over 0..num_positions - 1."""
+    y, x = context.rng.integers(0, num_positions, size=(2, len(context.permutation)), dtype=np.uint8)
+    return {"y": y, "x": x}
 
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
@@ -121,7 +128,7 @@ def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillCo
     return crop_rows(rows, params["y"].int(), params["x"].int(), op.int_value, op.variant == "reflect")
 
 
-def draw_flip(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
+def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
     """Draw `flip`, bool: with probability `op.value` at each position, or alternating.
 
     With "alternating" (Keller Jordan, airbench94) each sample draws one fair bit for the whole run, which decides
@@ -131,14 +138,7 @@ def draw_flip(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
     if op.variant == "alternating":
         is_odd = context.fixed_rng.integers(0, 2, size=n, dtype=np.uint8).astype(bool)
         return {"flip": is_odd[context.permutation] ^ bool(context.epoch & 1)}
-    assert op.value is not None
-    return {"flip": context.rng.random(n) < op.value}
-
-
-def draw_cutout(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw the center `y`, `x` of the square, uniform over the pixels; near the border, part of it falls outside."""
-    centers = context.rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, len(context.permutation)), dtype=np.uint8)
-    return {"y": centers[0], "x": centers[1]}
+    return {"flip": context.rng.random(n) < op.number}
 
 
 def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
@@ -148,27 +148,10 @@ def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: Fill
     return fill_box(rows, top, left, size, size, FILL_COLORS.get(op.variant, fill_color))
 
 
-def draw_erase(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw the corner `y`, `x` and the size `h`, `w` of the box; the size is 0 for images that are not erased."""
-    assert op.value is not None
-    return draw_erasing_params(op.value, len(context.permutation), context.rng)
-
-
 def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     """Fill the box (random erasing, Zhong et al., 2017)."""
     top, left, height, width = (params[name].int() for name in "yxhw")
     return fill_box(rows, top, left, height, width, FILL_COLORS.get(op.variant, fill_color))
-
-
-def draw_rotate(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw the `sine` and `cosine`, fixed-point int32, of an angle uniform over -op.value..op.value degrees."""
-    return policies.draw_rotation_params(op.int_value, len(context.permutation), context.rng)
-
-
-def draw_jitter(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
-    """Draw an order of the four color operations and their amounts for each position."""
-    assert op.value is not None
-    return policies.draw_jitter_params(op.value, len(context.permutation), context.rng)
 
 
 def apply_jitter(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
@@ -177,7 +160,7 @@ def apply_jitter(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: Fill
     return image_ops.apply_operations(rows, steps, [policies.JITTER_OPERATIONS] * 4)
 
 
-def draw_policy(op: AugmentOp, context: DrawContext) -> dict[str, np.ndarray]:
+def draw_policy(op: AugmentOp, context: DrawContext) -> ParamArrays:
     """Draw the operation and amount of every step, named as by `policies.draw_policy_params`."""
     assert op.policy is not None, op
     return policies.draw_policy_params(op.policy, len(context.permutation), context.rng)
@@ -193,7 +176,7 @@ def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: Fill
 
 AUGMENTS: dict[str, AugmentSpec] = {
     "crop": AugmentSpec(
-        draw=draw_crop,
+        draw=lambda op, context: _draw_corner(context, 2 * op.int_value + 1),
         apply=apply_crop,
         default_value=4,
         variants={"zero": (1, 16), "reflect": (1, 16)},
@@ -207,28 +190,29 @@ AUGMENTS: dict[str, AugmentSpec] = {
         help="flip horizontally with probability VALUE, or, if `alternating`, flip each image in every second epoch",
     ),
     "cutout": AugmentSpec(
-        draw=draw_cutout,
+        # The center of the square, uniform over the pixels; near the border, part of the square falls outside.
+        draw=lambda op, context: _draw_corner(context, CIFAR_IMAGE_SIZE),
         apply=apply_cutout,
         default_value=8,
         variants={"mean": (1, CIFAR_IMAGE_SIZE), "zero": (1, CIFAR_IMAGE_SIZE)},
         help="fill a square of VALUE x VALUE pixels at a random center with the mean color or black",
     ),
     "erase": AugmentSpec(
-        draw=draw_erase,
+        draw=lambda op, context: draw_erasing_params(op.number, len(context.permutation), context.rng),
         apply=apply_erase,
         default_value=0.33,
         variants=dict.fromkeys(("gray", "mean", "zero"), (MIN_ERASE_AREA, 1.0)),
         help="in half of the images, fill a box of 0.02 to VALUE of the area with mid-gray, the mean color or black",
     ),
     "rotate": AugmentSpec(
-        draw=draw_rotate,
+        draw=lambda op, context: policies.draw_rotation_params(op.number, len(context.permutation), context.rng),
         apply=lambda op, rows, params, fill_color: image_ops.rotate_rows(rows, params["sine"], params["cosine"]),
         default_value=5,
         variants={"": (1, 180)},
         help="rotate by a random angle of at most VALUE degrees, black outside",
     ),
     "jitter": AugmentSpec(
-        draw=draw_jitter,
+        draw=lambda op, context: policies.draw_jitter_params(op.number, len(context.permutation), context.rng),
         apply=apply_jitter,
         default_value=0.2,
         variants={"": (0.0, 1.0)},
@@ -266,18 +250,16 @@ AUGMENTS: dict[str, AugmentSpec] = {
 def parse_augment(spec: str) -> tuple[AugmentOp, ...]:
     """Parse an augmentation list such as "crop:4:zero,flip,cutout:8"; "none" and "" are the empty list.
 
-    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value; omitted parts take the
-    defaults. One mixer may stand at the end. Raises `UsageError` with the nearest name, the allowed variants or the
-    bounds.
+    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value. A mixer may stand at the
+    end. Raises `UsageError` with the nearest name, the allowed variants or the bounds.
     """
     if spec.strip() in ("", "none"):
         return ()
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
-    for op in split_mixer(ops)[0]:
+    for op in ops[:-1]:
         if op.name in MIXERS:
-            raise UsageError(
-                f"augmentation {op.name!r} is a mixer and not the last item", "write at most one mixer, at the end"
-            )
+            problem = f"augmentation {op.name!r} is a mixer and not the last item"
+            raise UsageError(problem, "write at most one mixer, at the end")
     return ops
 
 
@@ -291,10 +273,8 @@ def format_augment(ops: tuple[AugmentOp, ...]) -> str:
 
     Default values are written too, so that a saved recipe keeps its meaning when a default changes.
     """
-    items = (
-        ":".join([op.name, *([] if op.value is None else [repr(op.value)]), *filter(None, [op.variant])]) for op in ops
-    )
-    return ",".join(items) or "none"
+    items = ((op.name, "" if op.value is None else repr(op.value), op.variant) for op in ops)
+    return ",".join(":".join(filter(None, item)) for item in items) or "none"
 
 
 def _parse_item(item: str) -> AugmentOp:
@@ -311,13 +291,12 @@ def _parse_item(item: str) -> AugmentOp:
     variant = fields.pop(0) if fields else default_variant
     is_file = spec.accepts_file and variant.endswith(".toml")
     if fields or (variant not in spec.variants and not is_file):
-        syntax, allowed = name + (":VALUE" if value is not None else ""), ""
+        syntax = name + (":VALUE" if value is not None else "")
         if default_variant:
-            syntax, allowed = f"{syntax}:VARIANT", f", VARIANT one of {', '.join(spec.variants)}"
-        allowed += " or a .toml file" if spec.accepts_file else ""
-        raise UsageError(
-            f"augmentation {item!r}: unexpected {(fields or [variant])[0]!r}", f"write {syntax}{allowed} ({spec.help})"
-        )
+            syntax += f":VARIANT, VARIANT one of {', '.join(spec.variants)}"
+        syntax += " or a .toml file" if spec.accepts_file else ""
+        unexpected = fields[0] if fields else variant
+        raise UsageError(f"augmentation {item!r}: unexpected {unexpected!r}", f"write {syntax} ({spec.help})")
     low, high = spec.variants[default_variant if is_file else variant]
     if value is not None and not low <= value <= high:
         bounds = f"{low}" if low == high else f"from {low} to {high}"
@@ -341,10 +320,10 @@ def _parse_value(item: str, text: str, spec: AugmentSpec | MixerSpec) -> Number:
 def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> AugmentParams:
     """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
-    They depend on (seed, epoch) alone. The key of the counter-based Philox generator is [seed, epoch]: the stream
-    jumped by 0 gives the permutation, the stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so
-    streams never overlap). Appending an augmentation therefore leaves the draws of the earlier ones unchanged, and
-    batch size, number of ranks, loader and device have no influence.
+    The key of the counter-based Philox generator is [seed, epoch]: the stream jumped by 0 gives the permutation, the
+    stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so streams never overlap). Appending an
+    augmentation leaves the draws of the earlier ones unchanged, and batch size, ranks, loader and device have no
+    influence.
     """
     assert n > 0, n
     assert seed >= 0, seed
@@ -358,13 +337,8 @@ def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> Aug
 
 
 def draw_mixer_params(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> np.ndarray:
-    """Draw the parameters of the mixer at the end of `ops` for the `n` positions of an epoch: [n] or [n,k].
-
-    They come from the stream that `draw_epoch` assigns to the last item of `ops`.
-    """
-    mixer = ops[-1]
-    assert mixer.value is not None, mixer
-    return MIXERS[mixer.name].draw(mixer.value, n, _rng_stream(seed, epoch, len(ops)))
+    """Draw the parameters of the mixer at the end of `ops` for the `n` positions of an epoch: [n] or [n,k]."""
+    return MIXERS[ops[-1].name].draw(ops[-1].number, n, _rng_stream(seed, epoch, len(ops)))
 
 
 def apply_augment(
@@ -372,8 +346,8 @@ def apply_augment(
 ) -> Tensor:
     """Apply every augmentation in order to a batch, uint8 channels_last [b,3,32,32] in and out, not in place.
 
-    `params` holds one dict per augmentation, tensors [b] on the device of the images: a slice of
-    `AugmentParams.op_params`. `fill_color` is the mean color, 0..255 per channel. Compiles as a full graph.
+    `params` is a slice of `AugmentParams.op_params`, tensors [b] on the device of the images. `fill_color` is the mean
+    color, 0..255 per channel. Compiles as a full graph.
     """
     rows = apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
     return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
@@ -384,9 +358,8 @@ def apply_augment_rows(
 ) -> Tensor:
     """Do the same as `apply_augment` on the same bytes viewed as rows, uint8 [b,32,96].
 
-    The loaders compile this function together with the gather of the batch. Inside, the values are int32. A fused CPU
-    kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values, masks and
-    indices have the same width (int32). The int32 values are kept in registers, not in memory.
+    A fused CPU kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values,
+    masks and indices have the same width (int32). The int32 values are kept in registers, not in memory.
     """
     assert len(ops) == len(params), (len(ops), len(params))
     assert rows.dtype == torch.uint8, rows.dtype

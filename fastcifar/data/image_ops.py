@@ -2,7 +2,7 @@
 
 They reproduce torchvision's v2 operations on uint8 tensors; geometric operations use nearest-neighbor sampling and fill
 with black. Amounts are integers computed on the host and all rounding is explicit, so that every device gives the same
-bytes. This module draws no random numbers and has no Python loop over images; `policies` chooses the operations.
+bytes.
 """
 
 from __future__ import annotations
@@ -26,24 +26,9 @@ AFFINE_SCALE = 1 << 23
 AMOUNT_SCALE = 1 << 29
 
 # Invert is Solarize with threshold 0, so both have the same code.
-OPERATION_CODES = {
-    "Identity": 0,
-    "ShearX": 1,
-    "ShearY": 2,
-    "TranslateX": 3,
-    "TranslateY": 4,
-    "Rotate": 5,
-    "Brightness": 6,
-    "Contrast": 7,
-    "Color": 8,
-    "Hue": 9,
-    "Sharpness": 10,
-    "Posterize": 11,
-    "Solarize": 12,
-    "Invert": 12,
-    "AutoContrast": 13,
-    "Equalize": 14,
-}
+OPERATION_CODES = {"Identity": 0, "ShearX": 1, "ShearY": 2, "TranslateX": 3, "TranslateY": 4, "Rotate": 5}
+OPERATION_CODES |= {"Brightness": 6, "Contrast": 7, "Color": 8, "Hue": 9, "Sharpness": 10, "Posterize": 11}
+OPERATION_CODES |= {"Solarize": 12, "Invert": 12, "AutoContrast": 13, "Equalize": 14}
 GEOMETRIC_OPS = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
 BLEND_OPS = {"Brightness", "Contrast", "Color"}
 LOOKUP_OPS = {"Posterize", "Solarize", "Invert", "AutoContrast", "Equalize"}
@@ -105,20 +90,15 @@ def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
 
 
 def rotate_rows(rows: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """Rotate each image counterclockwise around its center, with nearest-neighbor sampling and black outside.
+    """Rotate each image of rows int32 [b,32,96] counterclockwise around its center, black outside.
 
-    `rows` is int32 [b,32,96]; `sine` and `cosine` are int32 [b] in units of 1 / AFFINE_SCALE.
+    `sine` and `cosine` are int32 [b] in units of 1 / AFFINE_SCALE.
     """
     sine, cosine = sine[:, None, None], cosine[:, None, None]
-    return _sample_nearest(rows, *_pixel_grid(rows), (cosine, -sine, 0), (sine, cosine, 0))
-
-
-def _pixel_grid(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices (y [32,1], x [96], channel [96]) of the elements of rows."""
-    row = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
+    y = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)[:, None]
     column = torch.arange(3 * CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
     x = (column * 171) >> 9  # column // 3; CPUs have no vectorized division
-    return row[:, None], x, column - 3 * x
+    return _sample_nearest(rows, y, x, column - 3 * x, (cosine, -sine, 0), (sine, cosine, 0))
 
 
 def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:
@@ -146,10 +126,8 @@ def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | No
 
 
 def _materialize(values: Tensor) -> Tensor:
-    """Convert `values` (0..255) to uint8 and force the compiler to store them in memory.
-
-    Otherwise a fused kernel computes them again for every use. `as_strided` is defined on memory, so its input has to
-    be stored.
+    """Convert `values` (0..255) to uint8 and force the compiler to store them: a fused kernel would compute them again
+    for every use. `as_strided` is defined on memory, so its input has to be stored.
     """
     values = values.to(torch.uint8).contiguous()
     return values.as_strided(values.shape, values.stride())

@@ -1,8 +1,7 @@
 """Augmentation policies as tables: the operations of `image_ops` with their probabilities and magnitudes.
 
 The policies are AutoAugment for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and
-Hutter, 2021) as torchvision's v2 transforms define them, and custom policies from TOML files. Random parameters are
-drawn for whole epochs with NumPy; images are processed in `image_ops`.
+Hutter, 2021) as torchvision's v2 transforms define them, and custom policies from TOML files.
 """
 
 from __future__ import annotations
@@ -131,9 +130,9 @@ def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> 
     """Return the magnitude of an operation at each of `num_levels` levels; zeros if it has none.
 
     The arithmetic is that of torch.linspace: a float32 step, a fused multiply-add from the nearer end, rounded to
-    float32. Raises `UsageError` if the operation is unknown.
+    float32.
     """
-    magnitude_range = lookup(space, operation, "operation")
+    magnitude_range = space[operation]
     if magnitude_range is None:
         return [0.0] * num_levels
     first, last = (float(np.float32(end)) for end in magnitude_range[:2])
@@ -152,10 +151,7 @@ def make_policy_op(
 
 
 def autoaugment_policy(sub_policies: SubPolicies) -> Policy:
-    """Return the policy given by sub-policies of (operation, probability, level from 0 to 9) as in AutoAugment.
-
-    Shorter sub-policies are padded with Identity.
-    """
+    """Return the policy given by sub-policies as in AutoAugment; shorter ones are padded with Identity."""
     longest = max(len(steps) for steps in sub_policies)
     padded = []
     for steps in sub_policies:
@@ -166,20 +162,15 @@ def autoaugment_policy(sub_policies: SubPolicies) -> Policy:
 
 def randaugment_policy(level: int, num_draws: int) -> Policy:
     """Return the policy of RandAugment: `num_draws` of fourteen operations, all at `level`, 0 to 30."""
-    return Policy(
-        tuple((make_policy_op(name, 1.0, level, STANDARD_SPACE, NUM_LEVELS),) for name in STANDARD_SPACE), num_draws
-    )
+    ops = [make_policy_op(name, 1.0, level, STANDARD_SPACE, NUM_LEVELS) for name in STANDARD_SPACE]
+    return Policy(tuple((op,) for op in ops), num_draws)
 
 
 def trivialaugment_policy() -> Policy:
     """Return the policy of TrivialAugment Wide: one of fourteen operations at one of 31 levels."""
-    return Policy(
-        tuple(
-            (make_policy_op(name, 1.0, level, WIDE_SPACE, NUM_LEVELS),)
-            for name in WIDE_SPACE
-            for level in range(NUM_LEVELS)
-        )
-    )
+    levels = range(NUM_LEVELS)
+    ops = [make_policy_op(name, 1.0, level, WIDE_SPACE, NUM_LEVELS) for name in WIDE_SPACE for level in levels]
+    return Policy(tuple((op,) for op in ops))
 
 
 POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugment policies by name
@@ -188,9 +179,9 @@ POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugme
 def load_policy(name_or_path: str) -> Policy:
     """Return the AutoAugment policy of that name, or a custom policy from a TOML file, whose name ends in .toml.
 
-    The file contains one list `policy` of sub-policies, each a list of [operation, probability, level], such as
-    `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`; operations without magnitude have no
-    level. Raises `UsageError` that names the faulty sub-policy and step.
+    An example of a file is `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`: sub-policies of
+    [operation, probability, level]; operations without magnitude have no level. Raises `UsageError` that names the
+    faulty sub-policy and step.
     """
     if not name_or_path.endswith(".toml"):
         return autoaugment_policy(lookup(POLICIES, name_or_path, "policy"))
@@ -200,40 +191,33 @@ def load_policy(name_or_path: str) -> Policy:
     sub_policies = content.get("policy")
     if content.keys() != {"policy"} or not isinstance(sub_policies, list) or not sub_policies:
         raise UsageError(f"{name_or_path} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
-    return autoaugment_policy(
-        tuple(_parse_sub_policy(f"{name_or_path}, sub-policy {i}", value) for i, value in enumerate(sub_policies, 1))
-    )
-
-
-def _parse_sub_policy(location: str, value: Any) -> tuple[tuple[str, float, int | None], ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_SUBPOLICY_STEPS:
-        raise UsageError(
-            f"{location}: {value!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps", "write [['Rotate', 0.7, 2]]"
-        )
-    return tuple(_parse_step(f"{location}, step {i}", step) for i, step in enumerate(value, 1))
+    parsed = []
+    for i, steps in enumerate(sub_policies, 1):
+        location = f"{name_or_path}, sub-policy {i}"
+        if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_SUBPOLICY_STEPS:
+            problem = f"{location}: {steps!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps"
+            raise UsageError(problem, "write [['Rotate', 0.7, 2]]")
+        parsed.append(tuple(_parse_step(f"{location}, step {j}", step) for j, step in enumerate(steps, 1)))
+    return autoaugment_policy(tuple(parsed))
 
 
 def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:
     if not isinstance(value, list) or len(value) not in (2, 3) or not isinstance(value[0], str):
         raise UsageError(f"{location}: {value!r} is not a step", "write [operation, probability, level]")
-    name, probability, *level = value
+    name, probability, level = (*value, None)[:3]
     try:
-        magnitude_range = lookup(AUTOAUGMENT_SPACE, name, "operation")
+        has_magnitude = lookup(AUTOAUGMENT_SPACE, name, "operation") is not None
     except UsageError as error:
         raise UsageError(f"{location}: {error.problem}", error.remedy) from None
     if isinstance(probability, bool) or not isinstance(probability, int | float) or not 0 <= probability <= 1:
         raise UsageError(f"{location}: probability {probability!r} of {name} is out of range", "choose 0.0 to 1.0")
-    if magnitude_range is None and level:
-        raise UsageError(
-            f"{location}: {name} has no magnitude, but the level is {level[0]!r}", f"write ['{name}', {probability}]"
-        )
-    if magnitude_range and not (level and type(level[0]) is int and 0 <= level[0] < AUTOAUGMENT_NUM_LEVELS):
-        level_text = repr(level[0]) if level else "none"
-        raise UsageError(
-            f"{location}: level {level_text} of {name} is out of range",
-            f"choose an integer from 0 to {AUTOAUGMENT_NUM_LEVELS - 1}",
-        )
-    return name, float(probability), level[0] if magnitude_range else None
+    if not has_magnitude and level is not None:
+        problem = f"{location}: {name} has no magnitude, but the level is {level!r}"
+        raise UsageError(problem, f"write ['{name}', {probability}]")
+    if has_magnitude and not (type(level) is int and 0 <= level < AUTOAUGMENT_NUM_LEVELS):
+        problem = f"{location}: level {'none' if level is None else repr(level)} of {name} is out of range"
+        raise UsageError(problem, f"choose an integer from 0 to {AUTOAUGMENT_NUM_LEVELS - 1}")
+    return name, float(probability), level
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,13 +226,11 @@ def _encode_policy(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
 
     Index 1 of the third dimension has the negated magnitude if the operation is signed.
     """
-
-    def encode_signs(op: PolicyOp) -> list[tuple[int, int, int]]:
-        negated = -op.magnitude if op.signed else op.magnitude
-        return [encode_operation(op.operation, magnitude) for magnitude in (op.magnitude, negated)]
-
-    encoded = [[encode_signs(op) for op in sub_policy] for sub_policy in policy.sub_policies]
-    probabilities = [[op.probability for op in sub_policy] for sub_policy in policy.sub_policies]
+    encoded = [
+        [[encode_operation(op.operation, sign * op.magnitude) for sign in (1, -1 if op.signed else 1)] for op in steps]
+        for steps in policy.sub_policies
+    ]
+    probabilities = [[op.probability for op in steps] for steps in policy.sub_policies]
     return np.array(encoded, np.int32), np.array(probabilities)
 
 
