@@ -38,7 +38,7 @@ from fastcifar.device import (
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.benchmark_tables import setting_texts
+from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, DeviceLimits
 from fastcifar.training.build import build_trainer
 from fastcifar.training.progress import print_lines
 from fastcifar.training.resolve import Resolved, resolve
@@ -85,7 +85,7 @@ def bench(
     console: Console | None = None,
     trial_s: float = DEFAULT_TRIAL_S,
     grid: BenchGrid | None = None,
-) -> dict[str, Any]:
+) -> BenchDocument:
     """Measure the throughput of `recipe` on this machine.
 
     Args:
@@ -97,9 +97,6 @@ def bench(
         trial_s: approximate duration of a trial, in seconds.
         grid: option values to measure; all combinations are measured.
 
-    Returns a dictionary with the keys "device", "versions", "limits" (precision -> output of `measure_roofline`) and
-    "results" (a list with one dictionary per benchmark case).
-
     Raises `UsageError` if a benchmark, an option value or the folder of `trace` does not exist, `NonFiniteError` if the
     loss or a gradient is NaN or Inf, and the other `UserError`s of a training run.
     """
@@ -110,22 +107,21 @@ def bench(
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: the folder {trace.absolute().parent} does not exist", "create it first")
     points = [resolve(point) for point in expand_grid(prepare_bench_recipe(recipe), grid or {})]
-    results: list[dict[str, Any]] = []
+    rows: list[BenchRow] = []
     for point in points:
         options = MeasurementOptions(names, trials, trial_s, trace if point is points[-1] else None)
-        results += measure_point(point, options, results, console)
+        measure_point(point, options, rows, console)
         if point is not points[-1]:
             reset_compiler_and_memory()
     device = torch.device(points[0].execution.device)
-    precisions = dict.fromkeys(row["precision"] for row in results if "precision" in row)
-    rooflines = {precision: measure_roofline(device, precision) for precision in precisions}
-    results = [row | compute_utilization(row, rooflines) for row in results]
-    return {
-        "device": describe_device(device.type),
-        "versions": {**package_versions(), **runtime_versions(device)},
-        **({"limits": rooflines} if rooflines else {}),
-        "results": results,
-    }
+    precisions = dict.fromkeys(row.precision for row in rows if row.precision)
+    limits = {precision: measure_roofline(device, precision) for precision in precisions}
+    return BenchDocument(
+        device=describe_device(device.type),
+        versions={**package_versions(), **runtime_versions(device)},
+        limits=limits or None,
+        results=[with_utilization(row, limits) for row in rows],
+    )
 
 
 @dataclass(frozen=True)
@@ -179,53 +175,47 @@ def reset_compiler_and_memory() -> None:
 
 
 def measure_point(
-    resolved: Resolved,
-    options: MeasurementOptions,
-    measured_rows: Sequence[dict[str, Any]],
-    console: Console | None,
-) -> list[dict[str, Any]]:
-    """Return the result rows of one grid point, without the cases that are already in `measured_rows`."""
+    resolved: Resolved, options: MeasurementOptions, rows: list[BenchRow], console: Console | None
+) -> None:
+    """Measure the benchmarks at one grid point and append a row for each case to `rows`.
+
+    A case whose settings are already in `rows` does not depend on the option that differs (the loader on the
+    architecture, for example) and is not measured again.
+    """
     started = time.perf_counter()
     trainer = build_trainer(resolved)
     setup_s = time.perf_counter() - started
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines(), "compiling and warming up ..."])
-    rows = []
-    for row in measure_benchmarks(trainer, options, measured_rows):
-        rows.append(row | {"setup_s": setup_s})
-        print_lines(console, [format_bench_row(row)])
-    return rows
-
-
-def measure_benchmarks(
-    trainer: Trainer, options: MeasurementOptions, measured_rows: Sequence[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Yield one result row for each benchmark case of `trainer` as soon as it is measured."""
     trainer.model.train()
-    started = time.perf_counter()
     reset_peak_memory(trainer.device)
     needs_step = bool(STEP_BENCHMARKS & set(options.benchmarks))
+    started = time.perf_counter()
     if needs_step:
         trainer.optimize()
     step_s, step_peak = time.perf_counter() - started, peak_memory_bytes(trainer.device)
     for name in options.benchmarks:
         cases = list(BENCHMARKS[name](trainer))
         for case in cases:
-            settings = {"what": name, **case.settings}
-            if any(settings.items() <= row.items() for row in measured_rows):
-                continue  # the case does not depend on the option that differs, e.g. the loader on the architecture
+            if case.settings in [row.settings for row in rows]:
+                continue
             trace = options.trace if name == options.benchmarks[-1] and case is cases[-1] else None
-            results, first_s = measure_case(case, trainer, options, trace)
-            if name != "loader" or not needs_step:  # `optimize` also warms up the loader
-                results["compile_s"] = step_s if name in STEP_BENCHMARKS else first_s
-            if name in STEP_BENCHMARKS and trainer.execution.cuda_graph:  # the capture allocates, a replay does not
-                results["peak_memory_bytes"] = max(step_peak or 0, results["peak_memory_bytes"])
-            yield settings | results
+            row, first_s = measure_case(case, trainer, options, trace)
+            compile_s, peak = first_s, row.peak_memory_bytes
+            if name in STEP_BENCHMARKS:
+                compile_s = step_s
+                if trainer.execution.cuda_graph:  # the capture allocates, a replay does not
+                    peak = max(step_peak or 0, peak or 0)
+            elif name == "loader" and needs_step:
+                compile_s = None  # `optimize` also warms up the loader
+            changes = {"setup_s": setup_s, "compile_s": compile_s, "peak_memory_bytes": peak}
+            rows.append(row.model_copy(update=changes))
+            print_lines(console, [format_bench_row(row)])
 
 
 def measure_case(
     case: BenchmarkCase, trainer: Trainer, options: MeasurementOptions, trace_file: Path | None
-) -> tuple[dict[str, Any], float]:
-    """Return the measured values of a case and the seconds of its first unit of work.
+) -> tuple[BenchRow, float]:
+    """Return the result of a case and the seconds of its first unit of work.
 
     The state of the trainer is restored afterwards. Raises `NonFiniteError` if the loss or a gradient is NaN or Inf.
     """
@@ -236,51 +226,50 @@ def measure_case(
         next(work)
         synchronize(trainer.device)
         first_s = time.perf_counter() - started
-        trials = run_trials(work, options.trials, trainer, options.trial_s * case.trial_s_factor)
+        trials = run_trials(work, options.trials, trainer, options.trial_s * case.relative_trial_s)
         peak = peak_memory_bytes(trainer.device)
         device_state = read_device_state(trainer.device, lambda: next(work))
         if trace_file:
             write_trace(work, trace_file, trainer.device)
         if not trainer.meter.compute().all_finite:
             raise NonFiniteError("the loss or a gradient became NaN or Inf in a trial", "use --precision fp32")
-    return summarize_trials(case, trials) | {"peak_memory_bytes": peak} | device_state, first_s
+    row = summarize_trials(case, trials)
+    return row.model_copy(update={"peak_memory_bytes": peak, **device_state}), first_s
 
 
-def summarize_trials(case: BenchmarkCase, trials: list[TimedTrial]) -> dict[str, Any]:
+def summarize_trials(case: BenchmarkCase, trials: list[TimedTrial]) -> BenchRow:
     """Return the median throughput, the throughput of each trial, and the rates of operations and bytes if known."""
     images_per_s = statistics.median(trial.images_per_s for trial in trials)
-    summary: dict[str, Any] = {
-        "images_per_s": images_per_s,
-        "cpu_us_per_image": statistics.median(trial.cpu_us_per_image for trial in trials),
-        "trials": [trial.images_per_s for trial in trials],
-    }
-    if case.reports_latency:
-        summary["latency_ms"] = 1e3 / images_per_s
-    if case.flop_per_image:
-        summary |= {"flop_per_image": case.flop_per_image, "tflop_per_s": case.flop_per_image * images_per_s / 1e12}
-    if case.bytes_per_image:
-        summary |= {"bytes_per_image": case.bytes_per_image, "gb_per_s": case.bytes_per_image * images_per_s / 1e9}
-    return summary
+    is_latency = case.settings.what == "infer" and case.settings.batch_size == 1
+    flop, num_bytes = case.flop_per_image, case.bytes_per_image
+    return BenchRow(
+        **dict(case.settings),
+        images_per_s=images_per_s,
+        cpu_us_per_image=statistics.median(trial.cpu_us_per_image for trial in trials),
+        trials=[trial.images_per_s for trial in trials],
+        latency_ms=1e3 / images_per_s if is_latency else None,
+        flop_per_image=flop,
+        tflop_per_s=flop and flop * images_per_s / 1e12,
+        bytes_per_image=num_bytes,
+        gb_per_s=num_bytes and num_bytes * images_per_s / 1e9,
+    )
 
 
-def compute_utilization(row: dict[str, Any], rooflines: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the utilization of the device as fractions of its measured limits.
-
-    `mfu` is relative to the rate of a matrix product, `mbu` to the bandwidth of a copy in device memory.
-    """
-    columns = {"mfu": ("tflop_per_s", "matmul_tflop_per_s"), "mbu": ("gb_per_s", "copy_gb_per_s")}
-    return {
-        name: row[measured] / rooflines[row["precision"]][limit]
-        for name, (measured, limit) in columns.items()
-        if measured in row
-    }
+def with_utilization(row: BenchRow, limits: Mapping[str, DeviceLimits]) -> BenchRow:
+    """Return `row` with the utilization of the device as fractions of its measured limits, if the rates are known."""
+    if row.precision is None or row.tflop_per_s is None or row.gb_per_s is None:
+        return row
+    limit = limits[row.precision]
+    return row.model_copy(
+        update={"mfu": row.tflop_per_s / limit.matmul_tflop_per_s, "mbu": row.gb_per_s / limit.copy_gb_per_s}
+    )
 
 
-def format_bench_row(row: dict[str, Any]) -> str:
-    """Format a result row as a progress line: `step (se68, batch 128): 170 images/s`."""
-    texts = setting_texts(row)
+def format_bench_row(row: BenchRow) -> str:
+    """Format a row as a progress line: `step (se68, batch 128): 170 images/s`."""
+    texts = row.setting_texts()
     settings = ", ".join(texts[name] for name in ("arch", "batch_size", "conv", "direction") if name in texts)
-    return f"{row['what']} ({settings}): {format_short_number(row['images_per_s'])} images/s"
+    return f"{row.what} ({settings}): {format_short_number(row.images_per_s)} images/s"
 
 
 def runtime_versions(device: torch.device) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fastcifar.reporting.benchmark_tables import DeviceLimits
 from fastcifar.training.step import DTYPES
 
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
@@ -30,16 +31,11 @@ NVIDIA_SMI_FIELDS = ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c"
 
 
 @functools.cache
-def measure_roofline(device: torch.device, precision: str) -> dict[str, float]:
-    """Return `matmul_tflop_per_s` in `precision`, at the fastest of `MATMUL_SIZES`, and `copy_gb_per_s`.
-
-    The copy counts bytes read plus bytes written.
-    """
-    sides = MATMUL_SIZES[device.type]
-    return {
-        "matmul_tflop_per_s": max(measure_matmul_flop_per_s(device, precision, side) for side in sides) / 1e12,
-        "copy_gb_per_s": measure_copy_bytes_per_s(device, COPY_BYTES[device.type]) / 1e9,
-    }
+def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
+    """Return the rate of the fastest of `MATMUL_SIZES` in `precision`, and that of a copy (bytes read and written)."""
+    flop_per_s = max(measure_matmul_flop_per_s(device, precision, side) for side in MATMUL_SIZES[device.type])
+    bytes_per_s = measure_copy_bytes_per_s(device, COPY_BYTES[device.type])
+    return DeviceLimits(matmul_tflop_per_s=flop_per_s / 1e12, copy_gb_per_s=bytes_per_s / 1e9)
 
 
 def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -> float:

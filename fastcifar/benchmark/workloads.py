@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch.nn.functional import conv2d
 from fastcifar.data.loaders import LOADERS
 from fastcifar.models import count_macs
 from fastcifar.models.memory_traffic import ConvCall, count_conv_calls, feature_map_bytes_per_image
+from fastcifar.reporting.benchmark_tables import BenchSettings
 from fastcifar.training import compilation, cuda_graph
+from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.lr_schedule import constant_lr
 from fastcifar.training.step import DTYPES, Forward
 from fastcifar.training.trainer import Trainer
@@ -30,6 +32,7 @@ Workload = Generator[int]  # performs one unit of work per `next` and yields its
 INFERENCE_BATCH_SIZES = {"cuda": (1, 256, 1024, 4096), "cpu": (1, 64, 256)}
 
 STEPS_PER_REPLAY = (1, 2, 5, 10)
+STEP_SETTINGS = ("arch", "batch_size", "precision", "compiled", "cuda_graph")
 
 
 @dataclass(frozen=True)
@@ -39,80 +42,66 @@ class BenchmarkCase:
     Args:
         flop_per_image: floating-point operations per image, if known.
         bytes_per_image: bytes read and written per image, if known.
-        trial_s_factor: trial length relative to the default.
-        reports_latency: whether the time of one unit is reported as latency.
+        relative_trial_s: length of a trial relative to the default.
     """
 
-    settings: dict[str, Any]
+    settings: BenchSettings
     workload: Workload
     flop_per_image: int | None = None
     bytes_per_image: int | None = None
-    trial_s_factor: float = 1.0
-    reports_latency: bool = False
+    relative_trial_s: float = 1.0
 
 
 def loader_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the loader alone."""
-    yield BenchmarkCase(
-        select_settings(trainer, "loader", "augment", "batch_size", "workers", "compiled", "data"),
-        loader_workload(trainer),
-    )
+    settings = select_settings(trainer, "loader", ("loader", "augment", "batch_size", "workers", "compiled", "data"))
+    yield BenchmarkCase(settings, loader_workload(trainer))
 
 
 def step_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the training step on a fixed batch that is already on the device."""
-    settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
+    settings = select_settings(trainer, "step", STEP_SETTINGS)
     yield BenchmarkCase(settings, step_workload(trainer), *training_cost_per_image(trainer))
 
 
 def train_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of end-to-end training: loader and step."""
-    names = ("arch", "loader", "augment", "batch_size", "workers", "precision", "compiled", "cuda_graph", "data")
-    yield BenchmarkCase(select_settings(trainer, *names), train_workload(trainer), *training_cost_per_image(trainer))
+    settings = select_settings(trainer, "train", (*STEP_SETTINGS, "loader", "augment", "workers", "data"))
+    yield BenchmarkCase(settings, train_workload(trainer), *training_cost_per_image(trainer))
 
 
 def inference_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield a case of the forward pass for each batch size of `INFERENCE_BATCH_SIZES`."""
     cost = 2 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, False, bytes_per_element(trainer))
     for batch_size in INFERENCE_BATCH_SIZES[trainer.device.type]:
-        settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
-        yield BenchmarkCase(
-            settings | {"batch_size": batch_size},
-            inference_workload(trainer, batch_size),
-            *cost,
-            reports_latency=batch_size == 1,
-        )
+        settings = select_settings(trainer, "infer", STEP_SETTINGS, batch_size=batch_size)
+        yield BenchmarkCase(settings, inference_workload(trainer, batch_size), *cost)
 
 
 def conv_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield two cases for each distinct convolution of the model: forward pass, and forward and backward pass."""
-    settings = select_settings(trainer, "arch", "batch_size", "precision")
     for conv, calls in count_conv_calls(trainer.model).items():
         if conv.output_shape[1:] == (1, 1):  # a negligible matrix product in a squeeze-and-excitation block
             continue
+        elements = math.prod(conv.input_shape) + math.prod(conv.output_shape)
         is_first_layer = conv.input_shape == (3, 32, 32)  # images have no gradient
         for direction, passes in (("forward", 1), ("forward_backward", 2 if is_first_layer else 3)):
+            names = ("arch", "batch_size", "precision")
             yield BenchmarkCase(
-                settings | {"conv": str(conv), "calls": calls, "direction": direction},
+                select_settings(trainer, "conv", names, conv=str(conv), calls=calls, direction=direction),
                 conv_workload(trainer, conv, passes),
                 flop_per_image=2 * passes * conv.macs,
-                bytes_per_image=passes
-                * bytes_per_element(trainer)
-                * (math.prod(conv.input_shape) + math.prod(conv.output_shape)),
-                trial_s_factor=0.1,
+                bytes_per_image=passes * bytes_per_element(trainer) * elements,
+                relative_trial_s=0.1,
             )
 
 
 def replay_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield cases with several training steps per CUDA graph replay, which show the cost of launching replays."""
     for count in STEPS_PER_REPLAY:
-        settings = select_settings(trainer, "arch", "batch_size", "precision", "compiled", "cuda_graph")
-        yield BenchmarkCase(
-            settings | {"steps_per_replay": count},
-            replay_workload(trainer, count),
-            *training_cost_per_image(trainer),
-            trial_s_factor=0.5,
-        )
+        settings = select_settings(trainer, "replay", STEP_SETTINGS, steps_per_replay=count)
+        cost = training_cost_per_image(trainer)
+        yield BenchmarkCase(settings, replay_workload(trainer, count), *cost, relative_trial_s=0.5)
 
 
 BENCHMARKS: dict[str, Callable[[Trainer], Iterator[BenchmarkCase]]] = {
@@ -126,20 +115,24 @@ BENCHMARKS: dict[str, Callable[[Trainer], Iterator[BenchmarkCase]]] = {
 STEP_BENCHMARKS = {"step", "train"}  # benchmarks that need a training step
 
 
-def select_settings(trainer: Trainer, *names: str) -> dict[str, Any]:
-    """Return the named settings of the trainer; `workers` only if the loader has workers."""
+def select_settings(trainer: Trainer, what: str, names: Sequence[str], **others: Any) -> BenchSettings:
+    """Return the settings of the benchmark `what`: those of the trainer in `names`, and `others`.
+
+    `workers` is None if the loader has no workers.
+    """
     recipe, execution = trainer.recipe, trainer.execution
-    settings = {
-        **recipe.model_dump(include={"arch", "augment", "batch_size"}),
+    values = {
+        "arch": recipe.arch,
+        "augment": recipe.augment,
+        "batch_size": recipe.batch_size,
         "loader": execution.loader,
+        "workers": recipe.workers if LOADERS[execution.loader].uses_workers else None,
         "precision": execution.precision,
         "compiled": execution.compile,
         "cuda_graph": execution.cuda_graph,
         "data": trainer.data.source,
     }
-    if LOADERS[execution.loader].uses_workers:
-        settings["workers"] = recipe.workers
-    return {name: settings[name] for name in names if name in settings}
+    return BenchSettings(what=what, **{name: values[name] for name in names} | others)
 
 
 def training_cost_per_image(trainer: Trainer) -> tuple[int, int]:
@@ -203,33 +196,14 @@ def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
     forward: Forward = trainer.forward
     if trainer.execution.compile:
         forward = compilation.compile_function(forward, trainer.recipe.compile_mode)
-    trainer.model.eval()
-    try:
-        with torch.no_grad():
-            logits = forward(images)
-            if trainer.execution.cuda_graph:
-                forward = cuda_graphed_inference(forward, images, logits)
+    with eval_mode(trainer.model):
+        if trainer.execution.cuda_graph:
+            with torch.no_grad():
+                forward = cuda_graph.cuda_graphed_forward(forward, images)
         while True:
             with torch.no_grad():  # not around the yield, where it would affect the caller
                 forward(images)
             yield batch_size
-    finally:
-        trainer.model.train()
-
-
-def cuda_graphed_inference(forward: Forward, images: Tensor, logits: Tensor) -> Forward:
-    """Return `forward` as a CUDA graph replay that writes into `logits`."""
-
-    def forward_into_logits(images: Tensor) -> None:
-        logits.copy_(forward(images))
-
-    replay = cuda_graph.cuda_graphed(forward_into_logits, (images,), ())
-
-    def run_graph(images: Tensor) -> Tensor:
-        replay(images)
-        return logits
-
-    return run_graph
 
 
 def conv_workload(trainer: Trainer, conv: ConvCall, passes: int) -> Workload:

@@ -16,7 +16,12 @@ from rich.table import Table
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation.prediction_files import PredictionComparison, compare_predictions
 from fastcifar.format import format_percent, key_value_table
-from fastcifar.reporting.benchmark_tables import benchmark_comparison_table, compare_benchmarks, parse_benchmark
+from fastcifar.reporting.benchmark_tables import (
+    BenchComparison,
+    BenchDocument,
+    benchmark_comparison_table,
+    compare_benchmarks,
+)
 from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
 
 MAX_LABEL_PAIRS = 15  # maximum number of rows in the table of two prediction files
@@ -34,14 +39,6 @@ class Comparer:
     read: Callable[[Path], Any]
     compare: Callable[[Any, Any], Mapping[str, Any]]
     build_table: Callable[[Any], Group]
-
-
-def read_benchmark_file(path: Path) -> dict[str, Any] | None:
-    """Return the document in a file with the output of `bench --json`, or None for any other file."""
-    try:
-        return parse_benchmark(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def detect_predictions_file(path: Path) -> Path | None:
@@ -76,7 +73,11 @@ def prediction_comparison_table(result: PredictionComparison) -> Group:
 
 COMPARERS: dict[str, Comparer] = {
     "run": Comparer(read_run_document, compare_runs, run_comparison_table),
-    "benchmark": Comparer(read_benchmark_file, compare_benchmarks, benchmark_comparison_table),
+    "benchmark": Comparer(
+        BenchDocument.read,
+        lambda a, b: compare_benchmarks(a, b).model_dump(mode="json"),
+        lambda result: benchmark_comparison_table(BenchComparison.model_validate(result)),
+    ),
     "submission": Comparer(detect_predictions_file, compare_predictions, prediction_comparison_table),
 }
 

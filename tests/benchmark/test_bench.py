@@ -19,7 +19,7 @@ from fastcifar.data import cifar
 from fastcifar.errors import DataError, UsageError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
-from fastcifar.training import cuda_graph
+from fastcifar.reporting.benchmark_tables import BenchDocument, DeviceLimits
 from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
 
@@ -36,22 +36,23 @@ SETTING_KEYS = {
 }
 MACHINE_DEPENDENT_KEYS = {"clock_mhz"}
 TRIAL_S = 0.02
-ROOFLINE = {"matmul_tflop_per_s": 0.5, "copy_gb_per_s": 10.0}
+LIMITS = DeviceLimits(matmul_tflop_per_s=0.5, copy_gb_per_s=10.0)
 
 
 @pytest.fixture(autouse=True)
 def fixed_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the measurement of the device limits, which takes seconds and is tested in test_roofline.py."""
-    monkeypatch.setattr(bench_module, "measure_roofline", lambda *_: ROOFLINE)
+    monkeypatch.setattr(bench_module, "measure_roofline", lambda *_: LIMITS)
     monkeypatch.setitem(workloads.INFERENCE_BATCH_SIZES, "cpu", (1, 16))
 
 
 @pytest.mark.parametrize("what", BENCHMARKS)
 def test_result_row_keys(tiny: Callable[..., Recipe], what: str) -> None:
-    document = bench(tiny(), what, trials=3, trial_s=TRIAL_S)
-    assert document.keys() - {"limits"} == {"device", "versions", "results"}
+    result = bench(tiny(), what, trials=3, trial_s=TRIAL_S)
+    assert BenchDocument.model_validate_json(result.model_dump_json()) == result
+    document = json.loads(result.model_dump_json())
+    assert document.keys() - {"limits"} == {"schema_version", "device", "versions", "results"}
     assert ("limits" in document) == (what != "loader")
-    assert json.loads(json.dumps(document)) == document
     for row in document["results"]:
         latency_keys = {"latency_ms"} if what == "infer" and row["batch_size"] == 1 else set()
         assert row.keys() - MACHINE_DEPENDENT_KEYS == RESULT_KEYS | SETTING_KEYS[what] | latency_keys
@@ -65,19 +66,19 @@ def test_result_row_keys(tiny: Callable[..., Recipe], what: str) -> None:
 
 
 def test_default_benchmarks(tiny: Callable[..., Recipe]) -> None:
-    rows = bench(tiny(), trials=1, trial_s=TRIAL_S)["results"]
-    assert [row["what"] for row in rows] == ["loader", "step", "train"]
-    assert "compile_s" not in rows[0]  # the loader is warmed up together with the step
-    assert rows[1]["compile_s"] == rows[2]["compile_s"]
-    assert rows[1]["flop_per_image"] == 6 * count_macs(build_trainer(resolve(tiny())).model)
+    rows = bench(tiny(), trials=1, trial_s=TRIAL_S).results
+    assert [row.what for row in rows] == ["loader", "step", "train"]
+    assert rows[0].compile_s is None  # the loader is warmed up together with the step
+    assert rows[1].compile_s == rows[2].compile_s
+    assert rows[1].flop_per_image == 6 * count_macs(build_trainer(resolve(tiny())).model)
 
 
 def test_result_is_the_median_of_all_trials(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     trials = [TimedTrial(100, 1.0, 2.0), TimedTrial(100, 0.5, 4.0), TimedTrial(100, 10.0, 1.0)]
     monkeypatch.setattr(bench_module, "run_trials", lambda *_: trials)
-    (row,) = bench(tiny(), "loader", trials=3)["results"]
-    assert row["trials"] == [100.0, 200.0, 10.0]
-    assert (row["images_per_s"], row["cpu_us_per_image"]) == (100.0, 20_000.0)
+    (row,) = bench(tiny(), "loader", trials=3).results
+    assert row.trials == [100.0, 200.0, 10.0]
+    assert (row.images_per_s, row.cpu_us_per_image) == (100.0, 20_000.0)
 
 
 def test_grid_measures_all_combinations_without_duplicates(
@@ -88,11 +89,11 @@ def test_grid_measures_all_combinations_without_duplicates(
     monkeypatch.setitem(MODELS, "same", mini)
     grid = {"arch": ["mini", "same"], "batch_size": ["16", "32"], "mode": ["eager"]}
     recipe = tiny(blocks=None, channels=None)
-    rows = bench(recipe, "loader,step", trials=1, trial_s=TRIAL_S, grid=grid)["results"]
-    assert [(row["arch"], row["batch_size"]) for row in rows if row["what"] == "step"] == [
+    rows = bench(recipe, "loader,step", trials=1, trial_s=TRIAL_S, grid=grid).results
+    assert [(row.arch, row.batch_size) for row in rows if row.what == "step"] == [
         ("mini", 16), ("mini", 32), ("same", 16), ("same", 32)
     ]  # fmt: skip
-    assert [row["batch_size"] for row in rows if row["what"] == "loader"] == [16, 32]
+    assert [row.batch_size for row in rows if row.what == "loader"] == [16, 32]
 
 
 @pytest.mark.parametrize(
@@ -140,18 +141,6 @@ def test_inference_workload_uses_evaluation_mode_and_restores_training_mode(tiny
     assert all(torch.equal(tensor, old) for tensor, old in zip(trainer.state_tensors(), before, strict=True))
 
 
-def test_cuda_graphed_inference_equals_eager_inference(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda function: function)
-    trainer = build_trainer(resolve(tiny()))
-    trainer.model.eval()
-    first, second = (torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
-    with torch.no_grad():
-        graphed = workloads.cuda_graphed_inference(trainer.forward, first, trainer.forward(first).clone())
-        assert torch.equal(graphed(second), trainer.forward(second))
-
-
 @pytest.mark.parametrize(("unit_s", "units"), [(0.05, 4), (0.001, 29 * 7), (0.025, 7)])
 def test_trials_longer_than_an_epoch_are_whole_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, unit_s: float, units: int
@@ -178,7 +167,7 @@ def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
     recipe = tiny().model_copy(update={"data": None})
     with pytest.warns(UserWarning, match="not in the cache; using synthetic images instead"):
         document = bench(recipe, "loader", trials=1, trial_s=TRIAL_S)
-    assert document["results"][0]["data"].startswith("synthetic")
+    assert str(document.results[0].data).startswith("synthetic")
 
 
 def test_specified_data_set_must_exist(tiny: Callable[..., Recipe]) -> None:

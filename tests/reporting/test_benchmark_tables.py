@@ -15,17 +15,17 @@ from rich.console import Console
 
 from fastcifar.errors import UsageError, UserError
 from fastcifar.plotting import plot_bar_chart
-from fastcifar.reporting.benchmark_tables import bench_panels, bench_table
+from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, bench_panels, bench_table
 from fastcifar.reporting.compare import COMPARERS, compare_paths
 
 
-def row(what: str, speed: float, **settings: Any) -> dict[str, Any]:
+def row(what: str, speed: float, **values: Any) -> BenchRow:
     trials = [speed * 0.9, speed, speed * 1.2]
-    return {"what": what, **settings, "images_per_s": speed, "cpu_us_per_image": 2.0, "trials": trials, "setup_s": 1.0}
+    return BenchRow(what=what, images_per_s=speed, cpu_us_per_image=2.0, trials=trials, setup_s=1.0, **values)
 
 
-def document(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"device": "a CPU, 2 cores", "versions": {"torch": "2.11"}, "results": list(rows)}
+def document(*rows: BenchRow, torch: str = "2.11") -> BenchDocument:
+    return BenchDocument(device="a CPU, 2 cores", versions={"torch": torch}, results=list(rows))
 
 
 def printed(renderable: Any) -> str:
@@ -74,11 +74,14 @@ def test_documents_are_compared_by_settings(tmp_path: Path) -> None:
     a = document(
         row("loader", 5000.0, batch_size=128, data="first"), row("step", 100.0, **step), row("train", 90.0, **step)
     )
-    b = document(row("step", 150.0, **step), row("loader", 5100.0, batch_size=128, data="second"))
-    b["results"].append(row("step", 80.0, **step | {"compiled": False}))
-    b["versions"] = {"torch": "2.15"}
-    (tmp_path / "a.json").write_text(json.dumps(a, indent=1))
-    (tmp_path / "b.json").write_text("a progress line\n" + json.dumps(b) + "\n")
+    b = document(
+        row("step", 150.0, **step),
+        row("loader", 5100.0, batch_size=128, data="second"),
+        row("step", 80.0, **step | {"compiled": False}),
+        torch="2.15",
+    )
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(a.model_dump_json()), indent=1))
+    (tmp_path / "b.json").write_text(f"a progress line\n{b.model_dump_json()}\n")
     comparison = compare_paths(tmp_path / "a.json", tmp_path / "b.json")
     assert json.loads(json.dumps(comparison)) == comparison
     loader_row, step_row = comparison["rows"]
@@ -98,7 +101,7 @@ def test_documents_are_compared_by_settings(tmp_path: Path) -> None:
 )
 def test_invalid_documents_are_refused(tmp_path: Path, content: str | None) -> None:
     good = tmp_path / "good.json"
-    good.write_text(json.dumps(document(row("loader", 5000.0))))
+    good.write_text(document(row("loader", 5000.0)).model_dump_json())
     wrong = tmp_path / "wrong.json"
     if content is not None:
         wrong.write_text(content)
@@ -109,7 +112,7 @@ def test_invalid_documents_are_refused(tmp_path: Path, content: str | None) -> N
 def test_prediction_files_are_compared_by_label(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ID,Labels\n1,2\n2,3\n")
     (tmp_path / "b.csv").write_text("ID,Labels\n2,3\n1,4\n")
-    (tmp_path / "c.json").write_text(json.dumps(document(row("loader", 5000.0))))
+    (tmp_path / "c.json").write_text(document(row("loader", 5000.0)).model_dump_json())
     comparison = compare_paths(tmp_path / "a.csv", tmp_path / "b.csv")
     assert (comparison["kind"], comparison["differ"], comparison["total"]) == ("submission", 1, 2)
     assert "1 of 2 labels" in printed(COMPARERS["submission"].build_table(comparison))

@@ -117,8 +117,8 @@ def test_training_with_a_mixer_learns_and_evaluates_unmixed_images(tiny: Callabl
     assert summary.test_acc > 0.3
     assert summary.config["augment"] == "flip,cutmix"
     assert dry_run(recipe)["step_s"] > 0
-    results = bench(recipe, trials=1, trial_s=0.01)["results"]
-    assert {result["what"] for result in results} == {"loader", "step", "train"}
+    results = bench(recipe, trials=1, trial_s=0.01).results
+    assert {result.what for result in results} == {"loader", "step", "train"}
 
 
 def test_mixer_is_refused_with_batch_size_1_and_outside_the_training_step(tiny: Callable[..., Recipe]) -> None:
