@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcifar.benchmark.speedrun_results import SpeedrunResults
+from fastcifar.benchmark.speedrun_results import (
+    RunCosts,
+    SpeedrunEnvironment,
+    SpeedrunRecipe,
+    SpeedrunResults,
+    SpeedrunTrial,
+)
 from fastcifar.device import Environment, ExecutionPlan
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
@@ -283,18 +289,23 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tables = script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.speedruns() == "(None recorded yet.)"
-    times = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0, "refused": None}
+    times: dict[str, Any] = {"seconds": 60.0, "train_s": 59.0, "prepare_s": 1.0, "build_s": 9.0}
+    costs = RunCosts(params=1000, macs=1, images=1, flops=2 * 10**14)
     for name, tta_accuracies, on in (("a", [0.939, 0.941], "test"), ("b", [None], "test"), ("c", [0.95], "val")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "env.json").write_text('{"device": "a CPU"}')
-        document = {"target": "94", "recipe": "small", "on": on, "config": Recipe().model_dump(mode="json")}
-        results = SpeedrunResults(tmp_path / name, document, {"params": 1000, "flops": 2 * 10**14})
+        config = Recipe().model_dump(mode="json")
+        recipe = SpeedrunRecipe(target="94", recipe="small", on=on, config=config, about=costs)
+        results = SpeedrunResults(tmp_path / name, recipe, SpeedrunEnvironment())
         for seed, accuracy in enumerate(tta_accuracies):
-            results.add_trial(
-                {**times, "seed": seed, "acc": 0.93, "acc_tta": accuracy, "cold_start_s": None if seed else 90.2}
+            cold_start_s = None if seed else 90.2
+            trial = SpeedrunTrial(
+                seed=seed, acc=0.93, acc_tta=accuracy, cold_start_s=cold_start_s, refused=None, **times
             )
+            results.add_trial(trial)
         if name == "b":
-            results.add_trial({**results.trials[0], "seed": 1, "cold_start_s": None, "refused": "it was not finite"})
+            changes = {"seed": 1, "cold_start_s": None, "refused": "it was not finite"}
+            results.add_trial(results.trials[0].model_copy(update=changes))
     first, second = tables.speedruns().splitlines()[2:]
     assert first == (
         "| `small` | 1,000 | 94 % | 2 | 93.00 ± 0.00 % | 94.00 ± 0.14 % | 50 % | 60.0 ± 0.0 | 90 "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmark.bench import synchronize
-from fastcifar.benchmark.speedrun_results import SpeedrunResults
+from fastcifar.benchmark.speedrun_results import (
+    RunCosts,
+    SpeedrunEnvironment,
+    SpeedrunRecipe,
+    SpeedrunResults,
+    SpeedrunSettings,
+    SpeedrunSummary,
+    SpeedrunTrial,
+)
 from fastcifar.device import collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
-from fastcifar.format import format_percent, option_flag
+from fastcifar.format import format_percent, format_timestamp, option_flag
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe
-from fastcifar.renamed import upgrade_options
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
@@ -37,38 +44,12 @@ from fastcifar.training.resolve import Resolved, model_from_recipe, resolve
 from fastcifar.training.trainer import Trainer
 
 # target accuracy in percent -> recipe
-TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96", "96.5": "speed96"}
+TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96"}
 EVAL_SPLITS = {"test": "the test set, once per run", "val": "the validation split, for tuning a recipe"}
 PER_RUN_OPTIONS = ("seed", "out")  # may differ between the runs of a result folder
 # options that a speedrun refuses, because they would change where the timed training starts or ends
 FORBIDDEN_OPTIONS = ("patience", "time_budget", "max_steps", "resume")
 FLOP_COUNT_IMAGES = 8  # batch size of the passes whose operations are counted
-
-
-@dataclass(frozen=True)
-class SpeedrunPlan:
-    """The runs to time: a key of `TARGET_RECIPES`, a recipe and its name, and a key of `EVAL_SPLITS`."""
-
-    target: str
-    recipe_name: str
-    eval_split: str
-    resolved: Resolved
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of all runs, which differ in the seed."""
-        return self.resolved.recipe
-
-    def document(self) -> dict[str, Any]:
-        """Return the settings that all trials of a result folder share.
-
-        The path of the data set is left out, unless it is synthetic.
-        """
-        config = {
-            key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in PER_RUN_OPTIONS
-        }
-        config["data"] = config["data"] if str(config["data"]).startswith("synthetic") else None
-        return {"target": self.target, "recipe": self.recipe_name, "on": self.eval_split, "config": config}
 
 
 def speedrun(
@@ -79,7 +60,7 @@ def speedrun(
     append: Path | None = None,
     console: Console | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> SpeedrunSummary:
     """Time `n` training runs and return the summary of all trials in the result folder.
 
     Args:
@@ -94,68 +75,73 @@ def speedrun(
     Raises `UsageError` if the recipe or the environment differs from that of `append`, a seed is already in `append`,
     or the recipe is unsuitable (see `plan_speedrun`); raises the other `UserError`s of a training run.
     """
+    assert n > 0, n
     earlier = SpeedrunResults.read(append) if append else None
-    plan = plan_speedrun(earlier.document if earlier else {}, target, recipe_name, eval_split, options)
+    settings, resolved = plan_speedrun(earlier.recipe if earlier else None, target, recipe_name, eval_split, options)
     seed = options.get("seed")
-    first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else plan.recipe.seed
-    recipes = [plan.recipe.model_copy(update={"seed": first_seed + index}) for index in range(n)]
-    execution, seeds = plan.resolved.execution, [recipe.seed for recipe in recipes]
-    chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader")}
-    chosen["compiled"] = execution.compile
-    environment = {**collect_environment(execution.device).model_dump(), "chosen": chosen}
+    first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else resolved.recipe.seed
+    seeds, execution = range(first_seed, first_seed + n), resolved.execution
+    environment = SpeedrunEnvironment(
+        **collect_environment(execution.device).model_dump(),
+        chosen={
+            "device": execution.device,
+            "precision": execution.precision,
+            "loader": execution.loader,
+            "compiled": execution.compile,
+        },
+        started=format_timestamp(),
+    )
     if earlier:
-        earlier.require_compatible(plan.document(), environment, seeds)
+        earlier.require_compatible(settings, environment, seeds)
     started = time.perf_counter()
-    trainer = build_trainer(replace(plan.resolved, recipe=recipes[0]))
+    trainer = build_trainer(with_seed(resolved, first_seed))
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
     num_images = count_training_images(trainer)
-    flops = count_flops(plan.resolved, len(trainer.data.classes), num_images)
-    run_stats = {
-        "params": count_parameters(trainer.model),
-        "macs": count_macs(trainer.model),
-        "images": num_images,
-        "flops": flops,
-    }
-    with SpeedrunResults.open(append, plan.recipe.out, plan.document(), run_stats, environment, seeds) as results:
-        print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[plan.eval_split]}"])
+    costs = RunCosts(
+        params=count_parameters(trainer.model),
+        macs=count_macs(trainer.model),
+        images=num_images,
+        flops=count_flops(resolved, len(trainer.data.classes), num_images),
+    )
+    recipe = SpeedrunRecipe(**dict(settings), about=costs)
+    with SpeedrunResults.open(append, resolved.recipe.out, recipe, environment, seeds) as results:
+        print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[recipe.on]}"])
         trainer.optimize()
         build_s = time.perf_counter() - started - trainer.prepare_s
-        for recipe in recipes:
-            if recipe is not recipes[0]:
-                build_s = reset_trainer_for_recipe(trainer, recipe)
-            trial = {
-                **time_training(trainer, is_cold_start=recipe is recipes[0]),
-                **evaluate_trial(trainer, plan.eval_split),
-            }
-            results.add_trial({"seed": recipe.seed, **chosen, "flops": flops, "build_s": build_s, **trial})
-            print_lines(console, [format_trial(results.trials[-1])])
-        return {"folder": str(results.folder), **results.summary()}
+        for seed in seeds:
+            if seed != first_seed:
+                build_s = reset_trainer(trainer, seed)
+            trial = run_trial(trainer, recipe.on, build_s, costs.flops, is_cold_start=seed == first_seed)
+            results.add_trial(trial)
+            print_lines(console, [format_trial(trial)])
+        return results.summary()
 
 
 def plan_speedrun(
-    document: Mapping[str, Any],
+    earlier: SpeedrunSettings | None,
     target: str | None,
     recipe_name: str | None,
     eval_split: str | None,
     options: Mapping[str, Any],
-) -> SpeedrunPlan:
-    """Return the plan of a speedrun; arguments that are None default to the values in `document`.
+) -> tuple[SpeedrunSettings, Resolved]:
+    """Return the settings of a speedrun and its resolved recipe.
 
     Args:
-        document: contents of recipe.json in the result folder to append to, or an empty mapping.
+        earlier: settings of the result folder to append to, which replace arguments that are None.
 
     Raises `UsageError` if a name is unknown, the recipe may stop early or needs a validation split during training, or
     there is no data to evaluate on.
     """
     if is_distributed_launch():
         raise UsageError("speedrun does not support distributed training", "start it without torchrun")
-    target, eval_split = str(target or document.get("target", "94")), str(eval_split or document.get("on", "test"))
+    target = target or (earlier.target if earlier else "94")
+    eval_split = eval_split or (earlier.on if earlier else "test")
     target_recipe = lookup(TARGET_RECIPES, target, "target")
     lookup(EVAL_SPLITS, eval_split, "split")
     overrides = {key: value for key, value in options.items() if value is not None}
-    if document and not recipe_name:
-        recipe_name = str(document["recipe"])
-        recipe = Recipe(**{**upgrade_options(document["config"]), **overrides})
+    if earlier and not recipe_name:
+        recipe_name = earlier.recipe
+        recipe = Recipe(**{**earlier.config, **overrides})
     else:
         recipe_name = recipe_name or target_recipe
         recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | overrides)
@@ -171,26 +157,57 @@ def plan_speedrun(
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
     if eval_split == "val" and not recipe.val_size:
         raise UsageError("--eval-split val needs a validation split", "set --val-size")
-    return SpeedrunPlan(target, Path(recipe_name).stem, eval_split, resolved)
+    config = recipe.model_dump(mode="json", exclude=set(PER_RUN_OPTIONS))
+    if not str(recipe.data).startswith("synthetic"):
+        config["data"] = None  # the path of a data set differs between machines
+    settings = SpeedrunSettings(target=target, recipe=Path(recipe_name).stem, on=eval_split, config=config)
+    return settings, resolved
 
 
-def time_training(trainer: Trainer, is_cold_start: bool) -> dict[str, Any]:
-    """Train and return the timing: `seconds` is the sum of `prepare_s` and `train_s`.
+def with_seed(resolved: Resolved, seed: int) -> Resolved:
+    """Return `resolved` with another seed."""
+    return replace(resolved, recipe=resolved.recipe.model_copy(update={"seed": seed}))
 
-    For the first run of a process, `cold_start_s` is the time since the process was started, where the system provides
-    it.
+
+def run_trial(trainer: Trainer, eval_split: str, build_s: float, flops: int, is_cold_start: bool) -> SpeedrunTrial:
+    """Time the training, then evaluate the model on `eval_split`.
+
+    The trial is invalid if a loss or gradient was NaN or Inf, or if the evaluation changed the weights.
     """
     synchronize(trainer.device)
     started = time.perf_counter()
     train_without_evaluation(trainer)
     synchronize(trainer.device)
     train_s = time.perf_counter() - started
-    return {
-        "seconds": trainer.prepare_s + train_s,
-        "train_s": train_s,
-        "prepare_s": trainer.prepare_s,
-        "cold_start_s": process_uptime_s() if is_cold_start else None,
-    }
+    times = process_times() if is_cold_start else None
+    refused = None if trainer.meter.compute().all_finite else "the loss or a gradient became NaN or Inf"
+    sha256 = state_dict_sha256(trainer.model.state_dict())
+    split, tta = trainer.data.test if eval_split == "test" else trainer.val_split, trainer.recipe.tta
+    scores = evaluate(trainer.model, trainer.eval_forward, split, trainer.device)
+    acc_tta = None
+    if tta != "none":
+        acc_tta = evaluate(trainer.model, trainer.eval_forward, split, trainer.device, tta).accuracy
+    if state_dict_sha256(trainer.model.state_dict()) != sha256:
+        refused = "the evaluation changed the weights"
+    return SpeedrunTrial(
+        seed=trainer.recipe.seed,
+        device=trainer.execution.device,
+        precision=trainer.execution.precision,
+        loader=trainer.execution.loader,
+        compiled=trainer.execution.compile,
+        flops=flops,
+        build_s=build_s,
+        seconds=trainer.prepare_s + train_s,
+        train_s=train_s,
+        prepare_s=trainer.prepare_s,
+        cold_start_s=times[1] if times else None,
+        acc=scores.accuracy,
+        acc_tta=acc_tta,
+        loss=scores.loss,
+        sha256=sha256,
+        steps=trainer.progress.step,
+        refused=refused,
+    )
 
 
 def train_without_evaluation(trainer: Trainer) -> None:
@@ -205,46 +222,19 @@ def train_without_evaluation(trainer: Trainer) -> None:
         trainer.ema.copy_to_model()
 
 
-def reset_trainer_for_recipe(trainer: Trainer, recipe: Recipe) -> float:
-    """Reset the compiled `trainer` to the start of a run of `recipe`, which may differ in its seed only.
+def reset_trainer(trainer: Trainer, seed: int) -> float:
+    """Reset the compiled `trainer` to the start of a run with another seed.
 
     A new trainer is built, and its initial state is loaded into the tensors that the compiled step uses. Returns the
     seconds that this takes, without the preparation, which belongs to the timed run.
     """
     started = time.perf_counter()
-    new_trainer = build_trainer(replace(trainer.resolved, recipe=recipe))
+    new_trainer = build_trainer(with_seed(trainer.resolved, seed))
     trainer.resolved, trainer.loader, trainer.schedule = new_trainer.resolved, new_trainer.loader, new_trainer.schedule
     trainer.prepare_s = new_trainer.prepare_s
     trainer.load_state_dict(new_trainer.state_dict())
     trainer.warm_up_loader()  # as `optimize` does for the first run
     return time.perf_counter() - started - trainer.prepare_s
-
-
-def evaluate_trial(trainer: Trainer, eval_split: str) -> dict[str, Any]:
-    """Evaluate the model on `eval_split`; return accuracies, loss, steps and the SHA-256 of the weights.
-
-    `refused` is the reason why the trial is invalid, or None: a loss or gradient was NaN or Inf, or the evaluation
-    changed the weights.
-    """
-    finite = trainer.meter.compute().all_finite
-    sha256 = state_dict_sha256(trainer.model.state_dict())
-    split = trainer.data.test if eval_split == "test" else trainer.val_split
-    scores = evaluate(trainer.model, trainer.eval_forward, split, trainer.device)
-    tta = trainer.recipe.tta
-    acc_tta = (
-        evaluate(trainer.model, trainer.eval_forward, split, trainer.device, tta).accuracy if tta != "none" else None
-    )
-    refused = None if finite else "the loss or a gradient became NaN or Inf"
-    if state_dict_sha256(trainer.model.state_dict()) != sha256:
-        refused = "the evaluation changed the weights"
-    return {
-        "acc": scores.accuracy,
-        "acc_tta": acc_tta,
-        "loss": scores.loss,
-        "sha256": sha256,
-        "steps": trainer.progress.step,
-        "refused": refused,
-    }
 
 
 def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -280,14 +270,8 @@ def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
     return round(sum(flops_per_image[size] for size in image_sizes) * num_images / len(image_sizes))
 
 
-def process_uptime_s() -> float | None:
-    """Return the seconds since this process was started, or None where the system does not provide them."""
-    times = process_times()
-    return times[1] if times else None
-
-
-def format_trial(trial: Mapping[str, Any]) -> str:
+def format_trial(trial: SpeedrunTrial) -> str:
     """Format a trial as a progress line."""
-    tta = "" if trial["acc_tta"] is None else f", {format_percent(trial['acc_tta'])} with test-time augmentation"
-    invalid = f" (invalid: {trial['refused']})" if trial["refused"] else ""
-    return f"seed {trial['seed']}: {format_percent(trial['acc'])}{tta}, {trial['seconds']:.1f} s{invalid}"
+    tta = "" if trial.acc_tta is None else f", {format_percent(trial.acc_tta)} with test-time augmentation"
+    invalid = f" (invalid: {trial.refused})" if trial.refused else ""
+    return f"seed {trial.seed}: {format_percent(trial.acc)}{tta}, {trial.seconds:.1f} s{invalid}"

@@ -219,7 +219,7 @@ def bench(
 @command(app, fields=Recipe.model_fields)
 def speedrun(
     console: Console,
-    target: Annotated[str | None, option("94|95|96|96.5", "target accuracy in percent, by default 94")] = None,
+    target: Annotated[str | None, option("94|95|96", "target accuracy in percent, by default 94")] = None,
     recipe: RecipeOption = None,
     n: Annotated[int, option("INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1)] = 1,
     eval_split: Annotated[
@@ -232,7 +232,7 @@ def speedrun(
 ) -> Output:
     """Time n training runs, evaluate them outside the timed region, and report how often the target is reached."""
     from fastcifar.benchmark.speedrun import speedrun as run_speedrun
-    from fastcifar.reporting.benchmark_tables import speedrun_table
+    from fastcifar.benchmark.speedrun_results import speedrun_table
 
     return Output(run_speedrun(target, recipe, n, eval_split, append, console, **options), speedrun_table)
 

@@ -16,11 +16,18 @@ from torch import nn
 
 from fastcifar.benchmark import speedrun as speedrun_module
 from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
-from fastcifar.benchmark.speedrun_results import SpeedrunResults, sample_statistics
+from fastcifar.benchmark.speedrun_results import (
+    RunCosts,
+    SpeedrunEnvironment,
+    SpeedrunRecipe,
+    SpeedrunResults,
+    SpeedrunTrial,
+    sample_statistics,
+    speedrun_table,
+)
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.benchmark_tables import speedrun_table
 from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
@@ -54,7 +61,7 @@ def recipe_file(tiny: MakeRecipe, tmp_path: Path) -> MakeFile:
 def test_each_run_equals_train(tiny: MakeRecipe, recipe_file: MakeFile, tmp_path: Path, values: dict) -> None:
     result = speedrun(recipe_name=recipe_file(**values), n=3, eval_split="val", seed=4, out=str(tmp_path / "timed"))
     trials = [json.loads(line) for line in (tmp_path / "timed" / "trials.jsonl").read_text().splitlines()]
-    assert result["seeds"] == [trial["seed"] for trial in trials] == [4, 5, 6]
+    assert result.seeds == [trial["seed"] for trial in trials] == [4, 5, 6]
     assert len({trial["sha256"] for trial in trials}) == 3
     for trial in trials:
         summary = train(tiny(**values, seed=trial["seed"], out=str(tmp_path / f"run-{trial['seed']}")))
@@ -71,16 +78,17 @@ def test_result_folder_summary_and_table(recipe_file: MakeFile, tmp_path: Path) 
     summary = speedrun(target="95", recipe_name=recipe_file(), n=2, out=str(folder), console=console)
     assert "evaluation: the test set, once per run" in console.export_text()
     assert {path.name for path in folder.iterdir()} == {"recipe.json", "env.json", "trials.jsonl", "summary.json"}
-    assert {"folder": str(folder), **json.loads((folder / "summary.json").read_text())} == summary
-    assert (summary["target"], summary["recipe"], summary["on"], summary["tta"]) == (0.95, "small", "test", "6view")
-    assert summary["seconds"]["trials"] == [
-        prepare + training
-        for prepare, training in zip(summary["prepare_s"]["trials"], summary["train_s"]["trials"], strict=True)
+    document = json.loads((folder / "summary.json").read_text())
+    assert {"folder": str(folder), **document} == summary.model_dump()
+    assert (summary.target, summary.recipe, summary.on, summary.tta) == (0.95, "small", "test", "6view")
+    assert summary.seconds and summary.prepare_s and summary.train_s  # noqa: PT018
+    assert summary.seconds.trials == [
+        prepare + training for prepare, training in zip(summary.prepare_s.trials, summary.train_s.trials, strict=True)
     ]
-    assert summary["images"] == 2 * 160 + 2 * 40, "all images are used for training if the test set is evaluated"
-    assert len(summary["cold_start_s"]) == 1
-    assert summary["cold_start_s"][0] > summary["seconds"]["trials"][0]
-    assert (summary["reached"], summary["flops_to_target"]) == (False, None)
+    assert summary.images == 2 * 160 + 2 * 40, "all images are used for training if the test set is evaluated"
+    assert len(summary.cold_start_s) == 1
+    assert summary.cold_start_s[0] > summary.seconds.trials[0]
+    assert (summary.reached, summary.flops_to_target) == (False, None)
     assert json.loads((folder / "recipe.json").read_text())["config"]["val_size"] == 0
     assert "small on the test set: 2 runs" in speedrun_table(summary).renderables[0]  # type: ignore[operator]
 
@@ -89,10 +97,11 @@ def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_
     folder, name = tmp_path / "timed", recipe_file()
     first = speedrun(recipe_name=name, seed=3, out=str(folder))
     result = speedrun(append=folder, n=2)
-    assert result["seeds"] == [3, 4, 5]
-    assert result["acc"]["trials"][:1] == first["acc"]["trials"]
-    assert json.loads((folder / "summary.json").read_text())["seeds"] == result["seeds"]
-    assert speedrun(append=folder, recipe_name=name, seed=9)["seeds"] == [3, 4, 5, 9]
+    assert result.seeds == [3, 4, 5]
+    assert result.acc and first.acc  # noqa: PT018
+    assert result.acc.trials[:1] == first.acc.trials
+    assert json.loads((folder / "summary.json").read_text())["seeds"] == result.seeds
+    assert speedrun(append=folder, recipe_name=name, seed=9).seeds == [3, 4, 5, 9]
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"seed": 4}, "already has a trial with seed 4; start at --seed 10"),
         ({"lr": 0.5}, "another recipe: lr 0.1, not 0.5"),
@@ -138,28 +147,24 @@ def test_seed_added_by_another_process_during_startup_is_not_repeated(
     monkeypatch.setattr(speedrun_module, "build_trainer", append_then_build)
     with pytest.raises(UsageError, match="already has a trial with seed 1; start at --seed 2"):
         speedrun(append=folder)
-    assert speedrun(append=folder)["seeds"] == [0, 1, 2], "the lock must have been released"
+    assert speedrun(append=folder).seeds == [0, 1, 2], "the lock must have been released"
 
 
 def test_completed_trials_survive_a_kill_and_can_be_appended_to(
     recipe_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, name = tmp_path / "timed", recipe_file()
-    reset_trainer_for_recipe = speedrun_module.reset_trainer_for_recipe
-    monkeypatch.setattr(
-        speedrun_module, "reset_trainer_for_recipe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    reset_trainer = speedrun_module.reset_trainer
+    monkeypatch.setattr(speedrun_module, "reset_trainer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         speedrun(recipe_name=name, n=2, eval_split="val", out=str(folder))
-    monkeypatch.setattr(speedrun_module, "reset_trainer_for_recipe", reset_trainer_for_recipe)
+    monkeypatch.setattr(speedrun_module, "reset_trainer", reset_trainer)
     with (folder / "trials.jsonl").open("a") as lines:
         lines.write('{"seed": 1, "acc')  # an incomplete line
     assert json.loads((folder / "summary.json").read_text())["seeds"] == [0]
     result = speedrun(append=folder)
-    assert result["seeds"] == [0, 1]
-    assert (
-        speedrun(recipe_name=name, n=2, eval_split="val", out=str(tmp_path / "uninterrupted"))["acc"] == result["acc"]
-    )
+    assert result.seeds == [0, 1]
+    assert speedrun(recipe_name=name, n=2, eval_split="val", out=str(tmp_path / "uninterrupted")).acc == result.acc
 
 
 @pytest.mark.parametrize("fault", ["evaluation", "training"])
@@ -190,31 +195,51 @@ def test_invalid_trial_is_kept_and_counts_as_a_miss(
         "training": "the loss or a gradient became NaN or Inf",
     }
     assert [trial["refused"] for trial in trials] == [None, reasons[fault], None]
-    assert (summary["n"], summary["refused"]) == (3, 1)
-    assert summary["acc"]["trials"] == [trials[0]["acc"], trials[2]["acc"]]
+    assert summary.acc is not None
+    assert (summary.n, summary.refused) == (3, 1)
+    assert summary.acc.trials == [trials[0]["acc"], trials[2]["acc"]]
+
+
+def test_recorded_result_can_be_continued() -> None:
+    """It is of an earlier version, in which options had other names and trials fewer values."""
+    (folder,) = (Path(__file__).parents[2] / "bench" / "results").glob("*_speed95")
+    results = SpeedrunResults.read(folder)
+    recorded = json.loads((folder / "summary.json").read_text())
+    recorded["eval_weights"] = recorded.pop("weights")
+    assert recorded.items() <= results.summary().model_dump().items()
 
 
 def test_summary_statistics(tmp_path: Path) -> None:
-    config = Recipe().model_dump(mode="json")
-    document = {"target": "94", "recipe": "small", "on": "test", "config": config}
+    costs = RunCosts(params=1, macs=1, images=1, flops=10**15)
+    recipe = SpeedrunRecipe(
+        target="94", recipe="small", on="test", config=Recipe().model_dump(mode="json"), about=costs
+    )
     accuracies = [0.9402, 0.94, 0.9399, 0.9471]
-    results = SpeedrunResults(tmp_path, document, {"flops": 10**15})
+    results = SpeedrunResults(tmp_path, recipe, SpeedrunEnvironment())
     for seed, accuracy in enumerate(accuracies):
-        times = {"seconds": 3.0 + seed, "train_s": 2.0 + seed, "prepare_s": 1.0, "build_s": 9.0, "cold_start_s": None}
-        results.add_trial({"seed": seed, "acc": accuracy - 0.005, "acc_tta": accuracy, **times, "refused": None})
+        results.add_trial(
+            SpeedrunTrial(
+                seed=seed, acc=accuracy - 0.005, acc_tta=accuracy, seconds=3.0 + seed, train_s=2.0 + seed,
+                prepare_s=1.0, build_s=9.0, cold_start_s=None, refused=None,
+            )
+        )  # fmt: skip
     summary = results.summary()
-    assert summary["acc_tta"]["mean"] == statistics.fmean(accuracies)
-    assert summary["acc_tta"]["std"] == statistics.stdev(accuracies)
-    assert summary["acc_tta"]["stderr"] == pytest.approx(statistics.stdev(accuracies) / 2)
-    assert (summary["acc_tta"]["share"], summary["acc"]["share"]) == (0.75, 0.25)
-    assert summary["seconds"] == sample_statistics([3.0, 4.0, 5.0, 6.0])
-    assert (summary["reached"], summary["flops_to_target"]) == (True, 10**15)
-    results.add_trial({**results.trials[-1], "seed": 4, "refused": "the loss became NaN"})
+    assert summary.acc and summary.acc_tta  # noqa: PT018
+    assert summary.acc_tta.mean == statistics.fmean(accuracies)
+    assert summary.acc_tta.std == statistics.stdev(accuracies)
+    assert summary.acc_tta.stderr == pytest.approx(statistics.stdev(accuracies) / 2)
+    assert (summary.acc_tta.share, summary.acc.share) == (0.75, 0.25)
+    assert summary.seconds == sample_statistics([3.0, 4.0, 5.0, 6.0])
+    assert (summary.reached, summary.flops_to_target) == (True, 10**15)
+    results.add_trial(results.trials[-1].model_copy(update={"seed": 4, "refused": "the loss became NaN"}))
     summary = results.summary()
-    assert (summary["n"], summary["refused"], summary["acc_tta"]["share"]) == (5, 1, 0.6)
-    assert (summary["reached"], summary["flops_to_target"]) == (False, None), "an invalid trial is a miss"
-    assert summary["acc_tta"]["mean"] == statistics.fmean(accuracies)
-    assert sample_statistics([1.0]) == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
+    assert summary.acc_tta is not None
+    assert (summary.n, summary.refused, summary.acc_tta.share) == (5, 1, 0.6)
+    assert (summary.reached, summary.flops_to_target) == (False, None), "an invalid trial is a miss"
+    assert summary.acc_tta.mean == statistics.fmean(accuracies)
+    single = sample_statistics([1.0])
+    assert single is not None
+    assert single.model_dump() == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
     assert sample_statistics([1.0, None]) is sample_statistics([]) is None
 
 
