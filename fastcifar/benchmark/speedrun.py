@@ -31,7 +31,7 @@ from fastcifar.benchmark.speedrun_results import (
     SpeedrunSummary,
     SpeedrunTrial,
 )
-from fastcifar.device import collect_environment, process_times
+from fastcifar.device import ExecutionPlan, collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import format_percent, format_timestamp, option_flag
 from fastcifar.models import count_macs, count_parameters
@@ -80,30 +80,13 @@ def speedrun(
     settings, resolved = plan_speedrun(earlier.recipe if earlier else None, target, recipe_name, eval_split, options)
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else resolved.recipe.seed
-    seeds, execution = range(first_seed, first_seed + n), resolved.execution
-    environment = SpeedrunEnvironment(
-        **collect_environment(execution.device).model_dump(),
-        chosen={
-            "device": execution.device,
-            "precision": execution.precision,
-            "loader": execution.loader,
-            "compiled": execution.compile,
-        },
-        started=format_timestamp(),
-    )
+    seeds, environment = range(first_seed, first_seed + n), collect_speedrun_environment(resolved.execution)
     if earlier:
         earlier.require_compatible(settings, environment, seeds)
     started = time.perf_counter()
     trainer = build_trainer(with_seed(resolved, first_seed))
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
-    num_images = count_training_images(trainer)
-    costs = RunCosts(
-        params=count_parameters(trainer.model),
-        macs=count_macs(trainer.model),
-        images=num_images,
-        flops=count_flops(resolved, len(trainer.data.classes), num_images),
-    )
-    recipe = SpeedrunRecipe(**dict(settings), about=costs)
+    recipe = SpeedrunRecipe(**dict(settings), about=count_run_costs(trainer))
     with SpeedrunResults.open(append, resolved.recipe.out, recipe, environment, seeds) as results:
         print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[recipe.on]}"])
         trainer.optimize()
@@ -111,7 +94,7 @@ def speedrun(
         for seed in seeds:
             if seed != first_seed:
                 build_s = reset_trainer(trainer, seed)
-            trial = run_trial(trainer, recipe.on, build_s, costs.flops, is_cold_start=seed == first_seed)
+            trial = run_trial(trainer, recipe.on, build_s, recipe.about.flops, is_cold_start=seed == first_seed)
             results.add_trial(trial)
             print_lines(console, [format_trial(trial)])
         return results.summary()
@@ -162,6 +145,16 @@ def plan_speedrun(
         config["data"] = None  # the path of a data set differs between machines
     settings = SpeedrunSettings(target=target, recipe=Path(recipe_name).stem, on=eval_split, config=config)
     return settings, resolved
+
+
+def collect_speedrun_environment(execution: ExecutionPlan) -> SpeedrunEnvironment:
+    """Return the environment of this process and the execution of the runs."""
+    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
+    return SpeedrunEnvironment(
+        **collect_environment(execution.device).model_dump(),
+        chosen={**chosen, "compiled": execution.compile},
+        started=format_timestamp(),
+    )
 
 
 def with_seed(resolved: Resolved, seed: int) -> Resolved:
@@ -246,10 +239,17 @@ def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def count_training_images(trainer: Trainer) -> int:
-    """Return the number of training images of a whole run, where each image counts once per epoch."""
+def count_run_costs(trainer: Trainer) -> RunCosts:
+    """Count the costs of a run; each training image counts once per epoch."""
     slicing = trainer.loader.slicing
-    return trainer.recipe.epochs * min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
+    images_per_epoch = min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
+    num_images = trainer.recipe.epochs * images_per_epoch
+    return RunCosts(
+        params=count_parameters(trainer.model),
+        macs=count_macs(trainer.model),
+        images=num_images,
+        flops=count_flops(trainer.resolved, len(trainer.data.classes), num_images),
+    )
 
 
 def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
