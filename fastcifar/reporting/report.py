@@ -19,8 +19,7 @@ from fastcifar.reporting.html import check_html_output, write_html_report
 from fastcifar.reporting.misclassified import Misclassified, find_misclassified
 from fastcifar.reporting.records import read_records
 from fastcifar.reporting.report_plots import write_report_plots
-from fastcifar.reporting.table import build_report_table
-from fastcifar.reporting.table_formats import TABLE_FORMATS
+from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 
 
 def build_report(

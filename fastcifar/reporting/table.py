@@ -1,127 +1,101 @@
-"""The table of a report: its columns, its rows and their order, and the runs that are not averaged.
+"""The table of a report, for a terminal or as Markdown, CSV or LaTeX.
 
-A value that was not measured is shown as a dash, never as zero. `table_formats` renders the table.
+Each format also lists the runs that are not averaged, with the reasons, and escapes text from run folders.
 """
 
 from __future__ import annotations
 
+import csv
 import inspect
-from collections.abc import Callable, Sequence
+import io
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from fastcifar.errors import lookup
-from fastcifar.format import MISSING, format_count, format_duration, format_mean_std, format_option_value, one_line
+from fastcifar.format import (
+    MISSING,
+    add_wrap_points,
+    format_count,
+    format_duration,
+    format_mean_std,
+    format_option_value,
+    one_line,
+)
 from fastcifar.models import MODELS
-from fastcifar.reporting.aggregate import VALIDATION_SPLIT, MeanStd, RunGroup, varying_options
+from fastcifar.reporting.aggregate import VALIDATION_SPLIT, RunGroup, varying_options
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    value      the value for --json, --format csv and --sort
-    text       the displayed text, by default the formatted value
-    is_option  whether the column is an option of the recipe rather than a result
-    """
-
-    value: Callable[[RunGroup], Any]
-    text: Callable[[RunGroup], str] | None = None
-    is_option: bool = False
-
-
-def _option_column(name: str) -> Column:
-    return Column(lambda group: group.options.get(name), is_option=True)
-
-
-def _blocks_per_stage(group: RunGroup) -> Any:
-    """Return the blocks per stage from the recipe or, if it does not set them, the default of the architecture."""
-    arch = group.options.get("arch")
-    if group.options.get("blocks") or arch not in MODELS:
-        return group.options.get("blocks")
-    parameter = inspect.signature(MODELS[arch]).parameters.get("blocks")
-    return list(parameter.default) if parameter and isinstance(parameter.default, Sequence) else None
-
-
-def _parameter_count(group: RunGroup) -> int | None:
-    return next((record.summary.params for record in group.finished_runs if record.summary), None)
-
-
-def _accuracy_mean_column(split: Callable[[RunGroup], str]) -> Column:
-    """Return the column of the mean accuracy, as a fraction, on the split that `split` returns for a group."""
-    return Column(
-        lambda group: _field_or_none(group.accuracy(split(group)), "mean"),
-        lambda group: _accuracy_text(group.accuracy(split(group))),
-    )
-
-
-def _accuracy_std_column(split: Callable[[RunGroup], str]) -> Column:
-    return Column(lambda group: _field_or_none(group.accuracy(split(group)), "std"))
-
-
-def _field_or_none(statistics: MeanStd | None, name: str) -> Any:
-    return getattr(statistics, name) if statistics else None
-
-
-def _split_and_weights(group: RunGroup) -> str:
-    weights = sorted({record.summary.eval_weights for record in group.finished_runs if record.summary})
-    return f"{group.accuracy_split}, {'/'.join(weights)}" if weights else ""
-
-
-# heading -> column, in the order of the source project's table; other options that differ between rows follow
+# heading -> option, in the order of the source project's table; other options that differ between rows follow
 OPTION_COLUMNS = {
-    "model": _option_column("arch"),
-    "blocks": Column(_blocks_per_stage, is_option=True),
-    "optimizer": _option_column("optimizer"),
-    "lr": _option_column("lr"),
-    "augment": _option_column("augment"),
-    "clip_grad": _option_column("clip_grad"),
-    "batch": _option_column("batch_size"),
+    "model": "arch",
+    **{name: name for name in ("blocks", "optimizer", "lr", "augment", "clip_grad")},
+    "batch": "batch_size",
 }
-OPTIONS_WITH_COLUMNS = (
-    "arch",
-    "blocks",
-    "optimizer",
-    "lr",
-    "augment",
-    "clip_grad",
-    "batch_size",
-)  # the options that OPTION_COLUMNS shows
-RESULT_COLUMNS = {
-    "params": Column(_parameter_count, lambda group: format_count(_parameter_count(group))),
-    "accuracy %": _accuracy_mean_column(lambda group: group.accuracy_split),
-    "std": _accuracy_std_column(lambda group: group.accuracy_split),
-    "of": Column(_split_and_weights),
-    "validation %": _accuracy_mean_column(lambda group: VALIDATION_SPLIT),
-    "validation std": _accuracy_std_column(lambda group: VALIDATION_SPLIT),
-    "n": Column(lambda group: len(group.finished_runs)),
-    "time": Column(
-        lambda group: _field_or_none(group.total_seconds, "mean"),
-        lambda group: format_duration(_field_or_none(group.total_seconds, "mean")),
-    ),
-    "notes": Column(lambda group: ", ".join([*group.notes, *_excluded_state_counts(group)])),
-}
-STD_COLUMNS = ("std", "validation std")  # shown after the mean in texts
+VALIDATION_COLUMNS = ("validation", "validation std")
+STD_COLUMNS = {"accuracy": "std", "validation": "validation std"}  # shown in the text of the mean
+ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ only by the seed"
+EXCLUDED_HEADING = "not in the means"
+MAX_OPTION_WIDTH = 16  # characters; longer option values are listed above the terminal table
+LATEX_ESCAPES = (
+    {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {char: f"\\{char}" for char in "&%$#_{}"}
+)
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """The rows of a report, one for each group of runs, and its columns by heading."""
+    """The rows of a report, one for each group of runs; `options` maps headings to the options that are shown."""
 
     rows: list[RunGroup]
-    columns: dict[str, Column]
+    options: dict[str, str]
+    include_validation: bool
 
     def row_values(self, group: RunGroup) -> dict[str, Any]:
         """Return the values of a row for programs: accuracies as fractions, times in seconds, None if not measured."""
-        return {heading.removesuffix(" %"): column.value(group) for heading, column in self.columns.items()}
+        accuracy, validation = group.accuracy(group.accuracy_split), group.accuracy(VALIDATION_SPLIT)
+        summaries = [record.summary for record in group.finished_runs if record.summary]
+        weights = "/".join(sorted({summary.eval_weights for summary in summaries}))
+        excluded = Counter(record.state for record in group.excluded_runs)
+        values = {
+            "row": group.name,
+            **{heading: group.options.get(option) for heading, option in self.options.items()},
+            "blocks": _blocks_per_stage(group),
+            "params": summaries[0].params if summaries else None,
+            "accuracy": accuracy.mean if accuracy else None,
+            "std": accuracy.std if accuracy else None,
+            "of": f"{group.accuracy_split}, {weights}" if weights else "",
+            "validation": validation.mean if validation else None,
+            "validation std": validation.std if validation else None,
+            "n": len(group.finished_runs),
+            "time": group.total_seconds.mean if group.total_seconds else None,
+            "notes": ", ".join([*group.notes, *(f"{count} {state}" for state, count in excluded.items())]),
+        }
+        return {
+            heading: value
+            for heading, value in values.items()
+            if self.include_validation or heading not in VALIDATION_COLUMNS
+        }
 
     def row_texts(self, group: RunGroup) -> dict[str, str]:
-        """Return the displayed texts of a row."""
-        return {
-            heading: column.text(group) if column.text else format_option_value(column.value(group))
-            for heading, column in self.columns.items()
-            if heading not in STD_COLUMNS
-        }
+        """Return the displayed texts of a row. A value that was not measured is shown as a dash, never as zero."""
+        values = self.row_values(group)
+        texts = {}
+        for heading, value in values.items():
+            if heading in STD_COLUMNS:
+                std = values[STD_COLUMNS[heading]]
+                texts[f"{heading} %"] = MISSING if value is None else format_mean_std(value, std, scale=100)
+            elif heading not in STD_COLUMNS.values():
+                format_value = {"params": format_count, "time": format_duration}.get(heading, format_option_value)
+                texts[heading] = format_value(value)
+        return texts
 
     def describe_excluded_runs(self) -> list[dict[str, str]]:
         """Return the runs that are not averaged, with their states and reasons."""
@@ -138,9 +112,13 @@ class ReportTable:
         ]
 
 
-def _excluded_state_counts(group: RunGroup) -> list[str]:
-    states = [record.state for record in group.excluded_runs]
-    return [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+def _blocks_per_stage(group: RunGroup) -> Any:
+    """Return the blocks per stage from the recipe or, if it does not set them, the default of the architecture."""
+    arch = group.options.get("arch")
+    if group.options.get("blocks") or arch not in MODELS:
+        return group.options.get("blocks")
+    parameter = inspect.signature(MODELS[arch]).parameters.get("blocks")
+    return list(parameter.default) if parameter and isinstance(parameter.default, Sequence) else None
 
 
 def build_report_table(
@@ -151,27 +129,120 @@ def build_report_table(
     Numbers are sorted in descending order, texts in ascending order, and missing values last. Raises `UsageError` if
     there is no such column.
     """
-    other_options = [name for name in varying_options(groups) if name not in OPTIONS_WITH_COLUMNS]
-    columns = {
-        "row": Column(lambda group: group.name),
-        **OPTION_COLUMNS,
-        **{name: _option_column(name) for name in other_options},
-        **RESULT_COLUMNS,
-    }
-    if not include_validation:
-        columns = {heading: column for heading, column in columns.items() if not heading.startswith("validation")}
-    if sort_by is None:
-        return ReportTable(list(groups), columns)
-    sort_column = lookup({heading.removesuffix(" %"): column for heading, column in columns.items()}, sort_by, "column")
+    others = [name for name in varying_options(groups) if name not in OPTION_COLUMNS.values()]
+    table = ReportTable(list(groups), {**OPTION_COLUMNS, **{name: name for name in others}}, include_validation)
+    if sort_by is not None:
 
-    def key(group: RunGroup) -> tuple[bool, float, str]:
-        value = sort_column.value(group)
-        is_number = isinstance(value, int | float)
-        text = "" if is_number else format_option_value(value)
-        return value is None or value == "", -value if is_number else 0.0, text
+        def key(group: RunGroup) -> tuple[bool, float, str]:
+            value = lookup(table.row_values(group), sort_by, "column")
+            is_number = isinstance(value, int | float)
+            text = "" if is_number else format_option_value(value)
+            return value is None or value == "", -value if is_number else 0.0, text
 
-    return ReportTable(sorted(groups, key=key), columns)
+        table.rows.sort(key=key)
+    return table
 
 
-def _accuracy_text(accuracy: MeanStd | None) -> str:
-    return format_mean_std(accuracy.mean, accuracy.std, scale=100) if accuracy else MISSING
+def render_terminal(table: ReportTable) -> RenderableType:
+    """Return the values that all rows share on one line, the other columns as a table, and the excluded runs.
+
+    On a terminal that is too narrow for one table, options and results are two tables.
+    """
+    texts = [table.row_texts(group) for group in table.rows]
+    values = {heading: list(dict.fromkeys(text[heading] for text in texts)) for heading in texts[0]}
+    shared = {heading: values[heading][0] for heading in (*table.options, "of", "notes") if len(values[heading]) == 1}
+    options = [heading for heading in table.options if heading not in shared]
+    results = [heading for heading in values if heading not in table.options and heading not in shared]
+    long_texts = dict.fromkeys(text[name] for text in texts for name in options if len(text[name]) > MAX_OPTION_WIDTH)
+    labels = {text: f"({letter})" for text, letter in zip(long_texts, string.ascii_lowercase, strict=False)}
+    short_texts = [{heading: labels.get(text, text) for heading, text in row.items()} for row in texts]
+    single_table = _terminal_table(["row", *options, *results[1:]], table, short_texts)
+    fits = Console(width=10_000).measure(single_table).maximum <= Console().width
+    tables = (
+        [single_table]
+        if fits or not options
+        else [_terminal_table(["row", *options], table, short_texts), "", _terminal_table(results, table, short_texts)]
+    )
+    notes = [f"{name}: {add_wrap_points(text)}" for name, text in shared.items() if text]
+    notes += [f"{label}: {add_wrap_points(text)}" for text, label in labels.items()]
+    output: list[RenderableType] = [Text("; ".join(notes)), "", *tables, "", Text(ACCURACY_NOTE)]
+    if excluded := table.describe_excluded_runs():
+        excluded_table = Table(*excluded[0], box=None, title=EXCLUDED_HEADING, title_justify="left")
+        for run in excluded:
+            excluded_table.add_row(*(Text(text, overflow="fold") for text in run.values()))
+        output += ["", excluded_table]
+    return Group(*output)
+
+
+def _terminal_table(headings: Sequence[str], report: ReportTable, rows: Sequence[dict[str, str]]) -> Table:
+    table = Table(box=None)
+    for heading in headings:
+        is_text = heading in ("row", "of", "notes")
+        is_option = heading == "row" or heading in report.options
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_option)
+    for row in rows:
+        table.add_row(*(Text(row[heading], overflow="fold") for heading in headings))
+    return table
+
+
+def render_markdown(table: ReportTable) -> str:
+    """Return two Markdown tables: the rows, and the runs that are not averaged."""
+    rows = _markdown_table([table.row_texts(group) for group in table.rows])
+    excluded = table.describe_excluded_runs()
+    excluded_text = f"\n\n{EXCLUDED_HEADING.capitalize()}:\n\n{_markdown_table(excluded)}" if excluded else ""
+    return f"{rows}\n\n{ACCURACY_NOTE.capitalize()}.{excluded_text}"
+
+
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(re.sub(r"([\\|*<`\[\]])", r"\\\1", cell) for cell in cells) + " |"
+
+    return "\n".join([line(rows[0]), "|" + "---|" * len(rows[0]), *(line(row.values()) for row in rows)])
+
+
+def render_csv(table: ReportTable) -> str:
+    """Return CSV text with a line for each row: its unrounded values, and the runs that are not averaged."""
+    text = io.StringIO()
+    rows = [table.row_values(group) for group in table.rows]
+    writer = csv.DictWriter(text, [*rows[0], EXCLUDED_HEADING], lineterminator="\n")
+    writer.writeheader()
+    for group, values in zip(table.rows, rows, strict=True):
+        excluded = [
+            f"seed {format_option_value(record.seed)} {record.state}: {record.reason}" for record in group.excluded_runs
+        ]
+        cells = {
+            heading: format_option_value(value) if isinstance(value, list | dict) else value
+            for heading, value in values.items()
+        }
+        writer.writerow({**cells, EXCLUDED_HEADING: "; ".join(excluded)})
+    return text.getvalue().rstrip("\n")
+
+
+def render_latex(table: ReportTable) -> str:
+    """Return a LaTeX tabular for the booktabs package, with the runs that are not averaged as comments."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(LATEX_ESCAPES.get(char, char) for char in cell) for cell in cells) + r" \\"
+
+    texts = [table.row_texts(group) for group in table.rows]
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}; " + ACCURACY_NOTE,
+            rf"\begin{{tabular}}{{{'l' * len(texts[0])}}}",
+            r"\toprule",
+            line([*texts[0]]),
+            r"\midrule",
+            *(line([add_wrap_points(cell) for cell in text.values()]) for text in texts),
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(f"% {EXCLUDED_HEADING}: {', '.join(run.values())}" for run in table.describe_excluded_runs()),
+        ]
+    )
+
+
+TABLE_FORMATS: dict[str, Callable[[ReportTable], RenderableType]] = {
+    "terminal": render_terminal,
+    "markdown": render_markdown,
+    "csv": render_csv,
+    "latex": render_latex,
+}

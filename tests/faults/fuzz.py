@@ -34,8 +34,7 @@ from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records
-from fastcifar.reporting.table import build_report_table
-from fastcifar.reporting.table_formats import TABLE_FORMATS
+from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 from fastcifar.training import checkpoint, metrics_file
 from fastcifar.training.run_dir import read_environment
 from tests.training.summaries import summary_document

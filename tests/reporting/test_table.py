@@ -20,8 +20,7 @@ from fastcifar.reporting.aggregate import group_runs
 from fastcifar.reporting.records import read_records
 from fastcifar.reporting.report import build_report
 from fastcifar.reporting.runs import list_runs
-from fastcifar.reporting.table import ReportTable, build_report_table
-from fastcifar.reporting.table_formats import TABLE_FORMATS
+from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
 from fastcifar.sweep.trial_log import TrialLog
 from tests.reporting.run_folders import write_run, write_trials
 from tests.training.summaries import summary_document
