@@ -155,6 +155,11 @@ class RunGroup:
         return curve.epochs[curve.mean.index(max(curve.mean))] if curve else None
 
 
+def per_class_accuracies(groups: Sequence[RunGroup]) -> dict[str, dict[str, float]]:
+    """Return group name -> class -> mean test accuracy, for the groups that have these accuracies."""
+    return {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
+
+
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
     """Group the records by `group_key`, in the order of first appearance, and give each group a unique name."""
     records_by_key: dict[str, list[RunRecord]] = {}

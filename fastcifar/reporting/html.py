@@ -25,15 +25,16 @@ from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import write_atomically
 from fastcifar.format import add_wrap_points, format_count
 from fastcifar.plotting import LineSeries
-from fastcifar.reporting.aggregate import RunGroup
+from fastcifar.reporting.aggregate import RunGroup, per_class_accuracies
 from fastcifar.reporting.misclassified import Misclassified
 from fastcifar.reporting.report_plots import CHARTS, chart_lines
+from fastcifar.reporting.table import ReportTable
 
 HTML_REMEDY = "pip install 'fastcifar[html]'"
 MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
 REPORTED_PACKAGES = ("torch", "nvidia-dali-cuda120", "fastcifar")  # packages whose versions affect results most
 
-TextRows = Sequence[Mapping[str, str]]
+PlotlyObject = dict[str, Any]  # a figure, trace or layout in the JSON format of plotly.js
 
 
 def check_html_output(path: Path) -> None:
@@ -51,42 +52,35 @@ def check_html_output(path: Path) -> None:
 
 
 def write_html_report(
-    path: Path,
-    title: str,
-    groups: Sequence[RunGroup],
-    row_texts: TextRows,
-    row_values: Sequence[Mapping[str, Any]],
-    excluded_runs: TextRows,
-    misclassified_by_group: Mapping[str, Misclassified],
+    path: Path, title: str, table: ReportTable, misclassified_by_group: Mapping[str, Misclassified]
 ) -> None:
-    """Write the page to `path`. Raises `DiskError` if that fails.
-
-    row_texts, row_values   for each group, heading -> the text of its cell and the value to sort by
-    excluded_runs           heading -> text, for each run that is not averaged
-    misclassified_by_group  group name -> misclassified images
-    """
-    figures = {name: plotly_chart(name, groups) for name in CHARTS}
-    figures = {name: figure for name, figure in figures.items() if figure["data"]}
-    confusions = {
-        f"confusion-{index}": plotly_confusion_matrix(misclassified)
-        for index, misclassified in enumerate(misclassified_by_group.values())
-    }
-    content = _load_template().render(
+    """Write the page to `path`; `misclassified_by_group` maps group names. Raises `DiskError` if that fails."""
+    groups = table.rows
+    figures = {name: figure for name in CHARTS if (figure := plotly_chart(name, groups))["data"]}
+    confusions = map(plotly_confusion_matrix, misclassified_by_group.values())
+    cells = [_table_cells(table, group) for group in groups]
+    per_class = per_class_accuracies(groups)
+    class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
+    jinja = import_optional("jinja2", HTML_REMEDY)
+    source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")
+    template = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(source)
+    content = template.render(
         title=title,
         version=__version__,
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         num_runs=sum(len(group.records) for group in groups),
         num_averaged=sum(len(group.finished_runs) for group in groups),
-        numeric={heading for row in row_values for heading, value in row.items() if _is_number(value)},
-        table=[_table_cells(text, value) for text, value in zip(row_texts, row_values, strict=True)],
-        excluded_runs=excluded_runs,
-        figures={**figures, **confusions},
+        table=cells,
+        numeric={heading for row in cells for heading, (_, value) in row.items() if value is not None},
+        excluded_runs=table.describe_excluded_runs(),
+        figures=figures | {f"confusion-{index}": figure for index, figure in enumerate(confusions)},
         charts={name: (CHARTS[name].title, CHARTS[name].line_style_note(groups)) for name in figures},
-        classes=_class_accuracies(groups),
-        misclassified_by_group=[
-            (name, misclassified, _images_with_captions(misclassified))
-            for name, misclassified in misclassified_by_group.items()
-        ],
+        per_class=per_class,
+        class_names=dict.fromkeys(name for accuracies in per_class.values() for name in accuracies),
+        lowest_accuracy=min(class_accuracies, default=0),
+        highest_accuracy=max(class_accuracies, default=1),
+        misclassified_by_group=misclassified_by_group,
+        data_uri=_data_uri,
         environments=_count_environments(groups),
         plotly_js=import_optional("plotly.offline", HTML_REMEDY).get_plotlyjs(),
     )
@@ -96,72 +90,53 @@ def write_html_report(
         raise DiskError(f"cannot write {path}: {error.strerror}", "write --html to another folder") from None
 
 
-def _load_template() -> Any:
-    jinja = import_optional("jinja2", HTML_REMEDY)
-    source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")
-    return jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(source)
-
-
-def _table_cells(texts: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+def _table_cells(table: ReportTable, group: RunGroup) -> dict[str, tuple[str, float | None]]:
     """Map headings to the displayed text and the value to sort by, which is None if it is not a number."""
-    cells = {}
-    for heading, text in texts.items():
+    cells, values = {}, table.row_values(group)
+    for heading, text in table.row_texts(group).items():
         value = values[heading.removesuffix(" %")]
-        cells[heading] = (text, value) if _is_number(value) else (add_wrap_points(text), None)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        cells[heading] = (text, value) if is_number else (add_wrap_points(text), None)
     return cells
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def plotly_chart(name: str, groups: Sequence[RunGroup]) -> dict[str, Any]:
+def plotly_chart(name: str, groups: Sequence[RunGroup]) -> PlotlyObject:
     """Return an entry of `CHARTS` as a plotly figure: bands, lines above them, and markers at the best epochs."""
     chart = CHARTS[name]
-    data = [trace for line in chart_lines(chart, groups) for trace in _line_traces(line)]
-    in_legend = set()
-    for trace in data:  # one legend entry for each group; a click on it hides all traces of the group
-        trace["showlegend"] = (
-            trace["mode"].startswith("lines") and "fill" not in trace and trace["legendgroup"] not in in_legend
-        )
-        in_legend |= {trace["legendgroup"]} if trace["showlegend"] else set()
-    last_epoch = max((trace["x"][-1] for trace in data if "fill" not in trace), default=0)
+    lines = chart_lines(chart, groups)
+    # one legend entry for each group; a click on it hides all traces of the group
+    first_lines = {line.name: line for line in reversed(lines)}
+    data = [trace for line in lines for trace in _line_traces(line, first_lines[line.name] is line)]
+    last_epoch = max((line.x[-1] for line in lines), default=0)
     integer_ticks = {"dtick": 1} if last_epoch <= MAX_LABELED_ITEMS else {"tickformat": "d"}
     axes = {"xaxis": {"title": {"text": "epoch"}, **integer_ticks}, "yaxis": {"title": {"text": chart.title}}}
     return {"data": data, "layout": axes}
 
 
-def _line_traces(line: LineSeries) -> list[dict[str, Any]]:
+def _line_traces(line: LineSeries, is_in_legend: bool) -> list[PlotlyObject]:
+    """Return the band of the standard deviation, the line and the marked point of `line`, as far as it has them."""
     name = html.escape(line.name)  # plotly interprets some HTML in names
+    hover_text = f"{name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}<extra></extra>"
     shared = {"type": "scatter", "legendgroup": name, "name": name}
-    hover_text = f"{name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}"
-    curve = {
-        **shared,
-        "x": line.x,
-        "y": line.y,
-        "mode": "lines" if len(line.x) > 1 else "lines+markers",
-        "line": {
-            "color": line.color,
-            "width": 1.2 if line.is_dashed else 2,
-            "dash": "dash" if line.is_dashed else "solid",
-        },
-        "hovertemplate": f"{hover_text}<extra></extra>",
-    }
-    traces = [curve]
+    traces = []
     if line.std:
-        upper, lower = ([y + sign * std for y, std in zip(line.y, line.std, strict=True)] for sign in (1, -1))
-        outline = {"mode": "lines", "line": {"width": 0, "color": line.color}, "hoverinfo": "skip"}
+        lower, upper = np.subtract(line.y, line.std).tolist(), np.add(line.y, line.std).tolist()
+        area = {"x": [*line.x, *line.x[::-1]], "y": [*upper, *lower[::-1]], "fill": "toself", "hoverinfo": "skip"}
+        outline = {"mode": "lines", "line": {"width": 0, "color": line.color}, "showlegend": False}
         red, green, blue = bytes.fromhex(line.color[1:])
-        area = {"x": [*line.x, *line.x[::-1]], "y": [*upper, *lower[::-1]], "fill": "toself"}
-        traces.insert(0, {**shared, **outline, **area, "fillcolor": f"rgba({red}, {green}, {blue}, 0.15)"})
+        traces.append({**shared, **area, **outline, "fillcolor": f"rgba({red}, {green}, {blue}, 0.15)"})
+    dash, width = ("dash", 1.2) if line.is_dashed else ("solid", 2)
+    style = {"mode": "lines" if len(line.x) > 1 else "lines+markers", "showlegend": is_in_legend}
+    style["line"] = {"color": line.color, "width": width, "dash": dash}
+    traces.append({**shared, **style, "x": line.x, "y": line.y, "hovertemplate": hover_text})
     if line.marked_index is not None:
         point = {"x": [line.x[line.marked_index]], "y": [line.y[line.marked_index]], "mode": "markers"}
-        style = {"marker": {"color": line.color, "size": 9}, "hovertemplate": f"best: {hover_text}<extra></extra>"}
-        traces.append({**shared, **point, **style})
+        style = {"marker": {"color": line.color, "size": 9}, "showlegend": False}
+        traces.append({**shared, **style, **point, "hovertemplate": f"best: {hover_text}"})
     return traces
 
 
-def plotly_confusion_matrix(misclassified: Misclassified) -> dict[str, Any]:
+def plotly_confusion_matrix(misclassified: Misclassified) -> PlotlyObject:
     """Return the mean confusion matrix as a plotly figure.
 
     The color is the square root of the fraction of the row, as in `plotting.plot_confusion_matrix`.
@@ -182,38 +157,11 @@ def plotly_confusion_matrix(misclassified: Misclassified) -> dict[str, Any]:
         "showscale": False,
         "hovertemplate": "%{text} of class %{y} predicted as %{x}<extra></extra>",
     }
-    axes = {
-        "xaxis": {"title": {"text": "predicted class"}, "side": "top", "tickangle": -40, "constrain": "domain"},
-        "yaxis": {
-            "title": {"text": "true class", "standoff": 16},
-            "automargin": True,
-            "autorange": "reversed",
-            "scaleanchor": "x",
-            "constrain": "domain",
-        },
-    }
-    return {"data": [trace], "layout": {**axes, "height": 560 if show_counts else 900}}
-
-
-def _class_accuracies(groups: Sequence[RunGroup]) -> dict[str, Any]:
-    """Return the mean test accuracy of each class (None if missing) in each group that has any, and their range."""
-    by_group = {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
-    classes = dict.fromkeys(name for accuracies in by_group.values() for name in accuracies)
-    values = [value for accuracies in by_group.values() for value in accuracies.values()]
-    return {
-        "groups": list(by_group),
-        "accuracies": {name: [accuracies.get(name) for accuracies in by_group.values()] for name in classes},
-        "min": min(values, default=0),
-        "max": max(values, default=1),
-    }
-
-
-def _images_with_captions(misclassified: Misclassified) -> list[tuple[str, str]]:
-    """Return each image as a data URI, with its caption."""
-    return [
-        (_data_uri(image), caption)
-        for image, caption in zip(misclassified.images, misclassified.captions(), strict=True)
-    ]
+    x_axis = {"title": {"text": "predicted class"}, "side": "top", "tickangle": -40, "constrain": "domain"}
+    y_axis = {"title": {"text": "true class", "standoff": 16}, "automargin": True, "autorange": "reversed"}
+    y_axis |= {"scaleanchor": "x", "constrain": "domain"}
+    layout = {"xaxis": x_axis, "yaxis": y_axis, "height": 560 if show_counts else 900}
+    return {"data": [trace], "layout": layout}
 
 
 def _data_uri(image: np.ndarray) -> str:

@@ -50,10 +50,9 @@ class Misclassified:
 def find_misclassified(group: RunGroup, count: int, console: Console | None = None, **overrides: Any) -> Misclassified:
     """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
 
-    The predictions are those of the mean probabilities over the models. `overrides` replaces options of their recipes
-    (data, device, precision); None keeps the option of the recipe. Raises the errors of `load_model`, `DataError` if
-    the test set cannot be read, `NonFiniteError` if logits are not finite, and `CheckpointError` if the models have
-    different classes.
+    The predictions are those of the mean probabilities over the models. `overrides` are passed to `load_model`. Raises
+    its errors, `DataError` if the test set cannot be read, `NonFiniteError` if logits are not finite, and
+    `CheckpointError` if the models have different classes.
     """
     matrices, probabilities, classes, test = [], [], None, None
     for record in group.finished_runs:

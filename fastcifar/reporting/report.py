@@ -7,19 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console, RenderableType
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import one_line
 from fastcifar.plotting import create_plots_dir
-from fastcifar.reporting.aggregate import RunGroup, group_runs
+from fastcifar.reporting.aggregate import group_runs
 from fastcifar.reporting.html import check_html_output, write_html_report
-from fastcifar.reporting.misclassified import Misclassified, find_misclassified
-from fastcifar.reporting.records import read_records
+from fastcifar.reporting.misclassified import find_misclassified
+from fastcifar.reporting.records import RunRecord, read_records
 from fastcifar.reporting.report_plots import write_report_plots
 from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
+
+
+class ReportedRun(TypedDict):
+    """A run of a row in the document of `report --json`."""
+
+    run: str
+    seed: int | None
+    state: str
+    reason: str | None
+    test_acc: float | None
+    val_acc: float | None
+
+
+class ReportDocument(TypedDict):
+    """The document of `report --json`.
+
+    rows     for each group, the values of `ReportTable.row_values`, and its `runs`
+    written  paths of the files that were written
+    """
+
+    rows: list[dict[str, Any]]
+    written: list[str]
 
 
 def build_report(
@@ -33,7 +55,7 @@ def build_report(
     num_misclassified: int = 0,
     console: Console | None = None,
     **overrides: Any,
-) -> tuple[dict[str, Any], RenderableType]:
+) -> tuple[ReportDocument, RenderableType]:
     """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
 
     format              name in `TABLE_FORMATS`
@@ -55,41 +77,28 @@ def build_report(
         check_html_output(html)
     if plots:
         create_plots_dir(plots)
-    misclassified: dict[str, Misclassified] = {}
-    if num_misclassified:
-        misclassified = {
-            group.name: find_misclassified(group, num_misclassified, console, **overrides)
-            for group in table.rows
-            if group.finished_runs
-        }
+    misclassified = {
+        group.name: find_misclassified(group, num_misclassified, console, **overrides)
+        for group in table.rows
+        if num_misclassified and group.finished_runs
+    }
     files = write_report_plots(plots, table.rows, misclassified) if plots else []
     if html:
-        texts = [table.row_texts(group) for group in table.rows]
-        values = [table.row_values(group) for group in table.rows]
-        excluded = table.describe_excluded_runs()
-        write_html_report(html, _report_title(paths), table.rows, texts, values, excluded, misclassified)
+        names = [one_line(path.resolve().name) for path in paths]
+        title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        write_html_report(html, title, table, misclassified)
         files.append(html)
-    document = {
-        "rows": [{**table.row_values(group), "runs": _run_documents(group)} for group in table.rows],
-        "written": [str(path) for path in files],
+    rows = [{**table.row_values(group), "runs": list(map(_describe_run, group.records))} for group in table.rows]
+    return {"rows": rows, "written": [str(path) for path in files]}, render(table)
+
+
+def _describe_run(record: RunRecord) -> ReportedRun:
+    summary = record.summary if record.state == "done" else None
+    return {
+        "run": str(record.folder),
+        "seed": record.seed,
+        "state": record.state,
+        "reason": record.reason or None,
+        "test_acc": summary.test_acc if summary else None,
+        "val_acc": summary.val_acc if summary else None,
     }
-    return document, render(table)
-
-
-def _report_title(paths: Sequence[Path]) -> str:
-    names = [one_line(path.resolve().name) for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _run_documents(group: RunGroup) -> list[dict[str, Any]]:
-    return [
-        {
-            "run": str(record.folder),
-            "seed": record.seed,
-            "state": record.state,
-            "reason": record.reason or None,
-            "test_acc": record.summary.test_acc if record.summary else None,
-            "val_acc": record.summary.val_acc if record.summary else None,
-        }
-        for record in group.records
-    ]

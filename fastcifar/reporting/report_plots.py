@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcifar import plotting
 from fastcifar.plotting import LineSeries
-from fastcifar.reporting.aggregate import RunGroup
+from fastcifar.reporting.aggregate import RunGroup, per_class_accuracies
 from fastcifar.reporting.misclassified import Misclassified
 
 # The color-blind safe palette of Okabe and Ito without yellow and black, and three more colors. All of them are visible
@@ -49,6 +49,7 @@ CHARTS = {
 
 def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
     """Return the curves of `chart`, one color for each group; the best epoch is marked on validation curves."""
+    scale = 100 if chart.is_fraction else 1
     lines = []
     for group, color in zip(groups, itertools.cycle(LINE_COLORS), strict=False):
         name = group.name if group.finished_runs else f"{group.name} (not finished)"
@@ -56,20 +57,18 @@ def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
             curve = group.curve(column)
             if curve is None:
                 continue
-            scale = 100 if chart.is_fraction else 1
             best_epoch = group.best_epoch if column.startswith("val_") else None
-            lines.append(
-                LineSeries(
-                    name=name,
-                    variant=label,
-                    color=color,
-                    is_dashed=index > 0,
-                    x=curve.epochs,
-                    y=[scale * mean for mean in curve.mean],
-                    std=[scale * std for std in curve.std] if curve.std and index == 0 else None,
-                    marked_index=curve.epochs.index(best_epoch) if best_epoch in curve.epochs else None,
-                )
+            line = LineSeries(
+                name=name,
+                variant=label,
+                color=color,
+                is_dashed=index > 0,
+                x=curve.epochs,
+                y=[scale * mean for mean in curve.mean],
+                std=[scale * std for std in curve.std] if curve.std and index == 0 else None,
+                marked_index=curve.epochs.index(best_epoch) if best_epoch in curve.epochs else None,
             )
+            lines.append(line)
     return lines
 
 
@@ -85,25 +84,18 @@ def write_report_plots(
         if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
             plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
-    per_class = {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
-    if per_class:
+    if per_class := per_class_accuracies(groups):
         files.append(folder / "classes.png")
         plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
     for number, group in enumerate(groups, start=1):
-        if misclassified := misclassified_by_group.get(group.name):
-            files += _write_misclassified_plots(folder, f"{number}-{_safe_file_name(group.name)}.png", misclassified)
+        misclassified = misclassified_by_group.get(group.name)
+        if misclassified is None:
+            continue
+        safe_name = re.sub(r"[^A-Za-z0-9.=-]+", "-", group.name)[:60].strip("-")
+        files.append(folder / f"confusion-{number}-{safe_name}.png")
+        plotting.plot_confusion_matrix(files[-1], misclassified.confusion_matrix, misclassified.classes)
+        if len(misclassified.images):
+            captions = [caption.replace(", not ", "\nnot ") for caption in misclassified.captions()]
+            files.append(folder / f"mistakes-{number}-{safe_name}.png")
+            plotting.plot_captioned_images(files[-1], misclassified.images, captions, [False] * len(captions))
     return files
-
-
-def _write_misclassified_plots(folder: Path, suffix: str, misclassified: Misclassified) -> list[Path]:
-    files = [folder / f"confusion-{suffix}"]
-    plotting.plot_confusion_matrix(files[0], misclassified.confusion_matrix, misclassified.classes)
-    if len(misclassified.images):
-        captions = [caption.replace(", not ", "\nnot ") for caption in misclassified.captions()]
-        files.append(folder / f"mistakes-{suffix}")
-        plotting.plot_captioned_images(files[1], misclassified.images, captions, [False] * len(captions))
-    return files
-
-
-def _safe_file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name)[:60].strip("-")
