@@ -15,37 +15,36 @@ from torch import nn
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import option_flag
-from fastcifar.models.airbench_net import airbench_net
-from fastcifar.models.coconut import bottleneck_resnet
+from fastcifar.models.coconut import BottleneckResNet
+from fastcifar.models.convnets import AirbenchNet, SmallConvNet
 from fastcifar.models.count import count_macs, count_parameters
-from fastcifar.models.resnet import enable_fused_ops, se_resnet
-from fastcifar.models.small_convnet import small_convnet
+from fastcifar.models.resnet import SEResNet, enable_fused_ops
 from fastcifar.recipe import Recipe, section_fields
 
 __all__ = ["MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     # Any SE-ResNet from the command line: --blocks, --channels, --se and so on.
-    "resnet": se_resnet,
-    "se68": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="stem"),
-    "se55": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 232, 268), se="stem"),
-    "se68_block": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="block"),
-    "se68_none": partial(se_resnet, blocks=(4, 4, 3), channels=(64, 128, 256), se="none"),
-    "coconut_leaky": partial(bottleneck_resnet, blocks=(2, 4, 6, 2), leaky_stages=(3, 4)),
-    "coconut_se": partial(bottleneck_resnet, blocks=(2, 4, 6, 2), se_stages=(3,)),
-    "coconut_2452": partial(bottleneck_resnet, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
-    "coconut_sep": partial(bottleneck_resnet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
+    "resnet": SEResNet,
+    "se68": partial(SEResNet, blocks=(4, 4, 3), channels=(64, 128, 256), se="stem"),
+    "se55": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 232, 268), se="stem"),
+    "se68_block": partial(SEResNet, blocks=(4, 4, 3), channels=(64, 128, 256), se="block"),
+    "se68_none": partial(SEResNet, blocks=(4, 4, 3), channels=(64, 128, 256), se="none"),
+    "coconut_leaky": partial(BottleneckResNet, blocks=(2, 4, 6, 2), leaky_stages=(3, 4)),
+    "coconut_se": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3,)),
+    "coconut_2452": partial(BottleneckResNet, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
+    "coconut_sep": partial(BottleneckResNet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
     # As the source's README describes it; the README names no activation. Over the default parameter budget.
-    "coconut_over": partial(bottleneck_resnet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
+    "coconut_over": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
     # The README of the fourth source names five architectures and mentions 512 channels in the last stage, LeakyReLU
     # and one dropout layer, but not the exact widths. These four are reconstructions within five million parameters:
     # ResNet-10; a deeper network with narrower stages; three stages, which leave larger feature maps in the last; and
     # ResNet-10 with LeakyReLU and a dropout layer, whose probability is unknown too.
-    "res512a": partial(se_resnet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
-    "res512b": partial(se_resnet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
-    "res512c": partial(se_resnet, blocks=(4, 4, 1), channels=(64, 128, 512)),
+    "res512a": partial(SEResNet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
+    "res512b": partial(SEResNet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
+    "res512c": partial(SEResNet, blocks=(4, 4, 1), channels=(64, 128, 512)),
     "res512d": partial(
-        se_resnet,
+        SEResNet,
         blocks=(1, 1, 1, 1),
         channels=(64, 128, 256, 512),
         activation="leaky_relu",
@@ -53,13 +52,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         dropout_at="head",
     ),
     # For short schedules: early pooling, no shortcuts.
-    "speednet": small_convnet,
+    "speednet": SmallConvNet,
     # For the shortest schedules: a whitening stem. speed95 and speed96 nearly use up the default parameter budget.
-    "speed94": airbench_net,
-    "speed95": partial(airbench_net, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
-    "speed96": partial(airbench_net, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
+    "speed94": AirbenchNet,
+    "speed95": partial(AirbenchNet, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
+    "speed96": partial(AirbenchNet, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
     # The baseline; over the default parameter budget.
-    "resnet18": partial(se_resnet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
+    "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 
 # The keyword arguments of architectures that are options of a recipe; `build_model` accepts others too.

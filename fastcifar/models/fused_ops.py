@@ -9,23 +9,28 @@ follows from the channel's mean. Nothing is copied to the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.models.fused_ops_shapes import choose_chunk_size, empty_channels_last_like, empty_chunk_sums
+MAX_TILE_ELEMENTS = 8192
+MAX_TILE_CHANNELS = 64
 
 # The operators. Feature maps are [n, C, H, W] in channels_last. Per-channel factors (scale, shift, slope, offset) are
 # float32 [n, C], or [1, C] where all images share them. The H * W positions of an image are split into S chunks of
-# `chunk` positions (the last one may be shorter); results per chunk are float32 [n, S, C].
+# `chunk` positions (the last one may be shorter); results per chunk are float32 [n, S, C]. A Triton program processes a
+# tile: one chunk of one image, and some of its channels.
 
 
 @torch.library.custom_op("fastcifar::chunk_moments", mutates_args=(), device_types="cpu")
 def chunk_moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Mean of each chunk of x, and sum of squared deviations from that mean; both [n, S, C]."""
+    """Return the mean of each chunk of x, and the sum of squared deviations from that mean; both [n, S, C]."""
     parts = [part.float() for part in x.flatten(2).split(chunk, 2)]
     means = [part.mean(2) for part in parts]
     squared_deviations = [(part - mean[..., None]).square().sum(2) for part, mean in zip(parts, means, strict=True)]
@@ -34,7 +39,7 @@ def chunk_moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fastcifar::scale_add_relu", mutates_args=(), device_types="cpu")
 def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
-    """relu(x * scale + shift + shortcut), of x's shape and dtype."""
+    """Return relu(x * scale + shift + shortcut), of x's shape and dtype."""
     y = x * scale[..., None, None] + shift[..., None, None]
     return F.relu(y if shortcut is None else y + shortcut).to(x.dtype, memory_format=torch.channels_last)
 
@@ -43,7 +48,7 @@ def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | N
 def relu_backward_with_sums(
     gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward pass of the ReLU whose output is y, with the sums that the gradients of scale and shift need.
+    """Compute the backward pass of the ReLU whose output is y, with the sums that the gradients of its factors need.
 
     Returns gradient + second_gradient where y > 0 and 0 elsewhere, of y's shape and dtype; the sums of that gradient
     over each chunk, and the sums of its product with x, both [n, S, C].
@@ -55,7 +60,7 @@ def relu_backward_with_sums(
 
 @torch.library.custom_op("fastcifar::relu_backward_sums", mutates_args=(), device_types="cpu")
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift).
+    """Return the sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift).
 
     For a layer without a shortcut. The mask is computed from the sign of x * scale + shift, so y is not needed. The
     masked gradient is not stored; `norm_input_gradient` computes it again.
@@ -68,7 +73,7 @@ def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor
 def norm_input_gradient(
     gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor
 ) -> Tensor:
-    """gradient * scale + x * slope + offset, of x's shape and dtype.
+    """Return gradient * scale + x * slope + offset, of x's shape and dtype.
 
     If `shift` is given, `gradient` is the gradient with respect to relu(x * scale + shift), and is first set to 0 where
     that output is 0. If `shift` is None, `gradient` is masked already.
@@ -86,46 +91,61 @@ def _chunk_sums(feature_map: Tensor, chunk: int) -> Tensor:
     return torch.stack([part.sum(2) for part in feature_map.flatten(2).split(chunk, 2)], 1)
 
 
-def _lazy_cuda_kernel(name: str) -> Any:
-    """The function `name` of `triton_kernels`, imported at its first call: Triton is not available everywhere."""
+def choose_tile_channels(channels: int) -> int:
+    """Return the channels of a tile: the smallest power of two that covers `channels`, at most 64."""
+    return min(MAX_TILE_CHANNELS, _next_power_of_two(channels))
 
-    def run(*arguments: Any) -> Any:
-        from fastcifar.models import triton_kernels
 
-        return getattr(triton_kernels, name)(*arguments)
+def choose_chunk_size(x: Tensor) -> int:
+    """Return the positions of a chunk of x [n, C, H, W]: a power of two that limits a tile to 8,192 elements."""
+    positions = _next_power_of_two(x.shape[2] * x.shape[3])
+    return min(positions, MAX_TILE_ELEMENTS // choose_tile_channels(x.shape[1]))
 
-    return run
+
+def _next_power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _empty_sums(x: Tensor, chunk: int) -> Tensor:
+    num_chunks = math.ceil(x.shape[2] * x.shape[3] / chunk)
+    return torch.empty(x.shape[0], num_chunks, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _empty_map(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+# Name of an operator -> function that takes the operator's arguments and allocates its results.
+ALLOCATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+    "chunk_moments": lambda x, chunk: (_empty_sums(x, chunk), _empty_sums(x, chunk)),
+    "scale_add_relu": lambda x, scale, shift, shortcut: _empty_map(x),
+    "relu_backward_with_sums": lambda gradient, second_gradient, x, y, chunk: (
+        _empty_map(y),
+        _empty_sums(x, chunk),
+        _empty_sums(x, chunk),
+    ),
+    "relu_backward_sums": lambda gradient, x, scale, shift, chunk: (_empty_sums(x, chunk), _empty_sums(x, chunk)),
+    "norm_input_gradient": lambda gradient, x, scale, shift, slope, offset: _empty_map(x),
+}
+
+
+def run_triton_kernel(operator: str, *values: Any) -> Tensor | tuple[Tensor, ...]:
+    """Return the results of an operator for the arguments `values`, computed by its Triton kernel."""
+    from fastcifar.models.triton_kernels import launch_kernel  # Triton is not available everywhere
+
+    results = ALLOCATORS[operator](*values)
+    arguments = dict(zip(inspect.signature(ALLOCATORS[operator]).parameters, values, strict=True))
+    x = arguments["x"]
+    chunk = arguments.pop("chunk", None) or choose_chunk_size(x)
+    outputs = results if isinstance(results, tuple) else (results,)
+    launch_kernel(operator, arguments, outputs, chunk, choose_tile_channels(x.shape[1]))
+    return results
 
 
 for _operator in (chunk_moments, scale_add_relu, relu_backward_with_sums, relu_backward_sums, norm_input_gradient):
-    _operator.register_kernel("cuda", _lazy_cuda_kernel(_operator._opoverload._opname))
-
-
-@chunk_moments.register_fake
-def _(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    return empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-
-
-@scale_add_relu.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
-    return empty_channels_last_like(x)
-
-
-@relu_backward_with_sums.register_fake
-def _(
-    gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_channels_last_like(y), empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-
-
-@relu_backward_sums.register_fake
-def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    return empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-
-
-@norm_input_gradient.register_fake
-def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor) -> Tensor:
-    return empty_channels_last_like(x)
+    _name = _operator._opoverload._opname
+    _operator.register_kernel("cuda", partial(run_triton_kernel, _name))
+    _operator.register_fake(ALLOCATORS[_name])
 
 
 # The small tensors between the operators.
@@ -134,7 +154,7 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: T
 def norm_scale_and_shift(
     means: Tensor, squared_deviations: Tensor, num_positions: int, eps: float, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and shift such that x * scale + shift is the training-mode BatchNorm of x, followed by the SE, if any.
+    """Return factors such that x * scale + shift is the training-mode BatchNorm of x, followed by the SE, if any.
 
     `means`, `squared_deviations`: of each image's channels, [n, C]; the latter are sums over the
     `num_positions` = H * W. `params`: weight and bias of the BatchNorm, then, with an SE, those of the SE's two layers.
@@ -156,10 +176,7 @@ def norm_scale_and_shift(
 def merge_chunk_moments(
     means: Tensor, squared_deviations: Tensor, num_positions: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Means and squared deviations of chunks, [n, S, C], combined into those of whole images, [n, C].
-
-    The combination of Chan et al. (1979); `num_positions`: H * W.
-    """
+    """Combine means and squared deviations of chunks, [n, S, C], into those of images, [n, C] (Chan et al., 1979)."""
     starts = chunk * torch.arange(means.shape[1], device=means.device)
     counts = (num_positions - starts).clamp(max=chunk)[:, None]
     mean = (means * counts).sum(1) / num_positions
@@ -167,10 +184,7 @@ def merge_chunk_moments(
 
 
 class _NormRelu(torch.autograd.Function):
-    """relu(SE(BatchNorm(x)) + shortcut), returned twice so that the gradients from two uses arrive separately.
-
-    See `norm_relu`.
-    """
+    """`norm_relu`, with the result twice so that the gradients from two uses arrive separately."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:
@@ -217,7 +231,7 @@ def _norm_relu(x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) 
 def norm_relu(
     x: Tensor, bn: nn.BatchNorm2d, se_params: tuple[Tensor, ...] = (), shortcut: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu(SE(bn(x)) + shortcut) in training mode; updates the running statistics of `bn` as its forward pass does.
+    """Compute relu(SE(bn(x)) + shortcut) in training mode; update the running statistics of `bn` as its forward does.
 
     x, shortcut: [n, C, H, W]. `se_params`: weight and bias of the SE's two layers, or () for no SE.
     Returns the result twice, each [n, C, H, W]. An output that is used in two places should give each place its own

@@ -3,11 +3,13 @@
 One program processes a tile: the positions of one chunk of one image, and BLOCK channels. All arithmetic is in float32;
 results are rounded once, when they are stored. P is the number of positions H * W, C that of channels, CHUNK that of
 positions in a chunk; `stride` and `slope_stride` are the distances between the factors of consecutive images, 0 where
-all images share them. The functions below the kernels take and return what the operators of the same names do.
+all images share them. The kernels have the names and the arguments of the operators, followed by pointers to the
+results.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcifar.models.fused_ops_shapes import (
-    choose_chunk_size,
-    choose_tile_channels,
-    empty_channels_last_like,
-    empty_chunk_sums,
-)
-
 NUM_WARPS = 8  # a tile of 8,192 elements has 32 for each thread
 
 
 @triton.jit
 def _tile_offsets(P: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets of the tile's elements in a feature map, the mask of those that exist, and the tile's channels."""
+    """Return the offsets of the tile's elements in a feature map, a mask of those that exist, and its channels."""
     positions = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     channels = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     exists = (positions < P)[:, None] & (channels < C)[None, :]
@@ -37,22 +32,22 @@ def _tile_offsets(P: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _load_factors(pointer, stride, channels, C: tl.constexpr):
-    """Per-channel factors of the tile's image, as a row."""
+    """Load the per-channel factors of the tile's image as a row."""
     return tl.load(pointer + tl.program_id(1) * stride + channels, mask=channels < C, other=0.0)[None, :]
 
 
 @triton.jit
 def _store_sums(pointer, values, channels, C: tl.constexpr):
-    """Stores one value for each channel of the tile in a tensor [n, S, C]."""
+    """Store one value for each channel of the tile in a tensor [n, S, C]."""
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(pointer + row * C + channels, values, mask=channels < C)
 
 
 @triton.jit
-def chunk_moments_kernel(
+def chunk_moments(
     x_ptr, means_ptr, deviations_ptr, P: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`fused_ops.chunk_moments`."""
+    """See `fused_ops.chunk_moments`."""
     offsets, exists, channels = _tile_offsets(P, C, CHUNK, BLOCK)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     count = tl.minimum(P - tl.program_id(0) * CHUNK, CHUNK)
@@ -63,11 +58,11 @@ def chunk_moments_kernel(
 
 
 @triton.jit
-def scale_add_relu_kernel(
+def scale_add_relu(
     x_ptr, scale_ptr, shift_ptr, shortcut_ptr, y_ptr, stride, P: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`fused_ops.scale_add_relu`."""
+    """See `fused_ops.scale_add_relu`."""
     offsets, exists, channels = _tile_offsets(P, C, CHUNK, BLOCK)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     y = x * _load_factors(scale_ptr, stride, channels, C) + _load_factors(shift_ptr, stride, channels, C)
@@ -77,11 +72,11 @@ def scale_add_relu_kernel(
 
 
 @triton.jit
-def relu_backward_with_sums_kernel(
+def relu_backward_with_sums(
     gradient_ptr, second_gradient_ptr, x_ptr, y_ptr, masked_ptr, sums_ptr, products_ptr, P: tl.constexpr,
     C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`fused_ops.relu_backward_with_sums`."""
+    """See `fused_ops.relu_backward_with_sums`."""
     offsets, exists, channels = _tile_offsets(P, C, CHUNK, BLOCK)
     gradient = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     if second_gradient_ptr is not None:
@@ -96,11 +91,11 @@ def relu_backward_with_sums_kernel(
 
 
 @triton.jit
-def relu_backward_sums_kernel(
+def relu_backward_sums(
     gradient_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, products_ptr, stride, P: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`fused_ops.relu_backward_sums`."""
+    """See `fused_ops.relu_backward_sums`."""
     offsets, exists, channels = _tile_offsets(P, C, CHUNK, BLOCK)
     gradient = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -111,11 +106,11 @@ def relu_backward_sums_kernel(
 
 
 @triton.jit
-def norm_input_gradient_kernel(
+def norm_input_gradient(
     gradient_ptr, x_ptr, scale_ptr, shift_ptr, slope_ptr, offset_ptr, out_ptr, stride, slope_stride,
     P: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`fused_ops.norm_input_gradient`."""
+    """See `fused_ops.norm_input_gradient`."""
     offsets, exists, channels = _tile_offsets(P, C, CHUNK, BLOCK)
     gradient = tl.load(gradient_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0).to(tl.float32)
@@ -128,81 +123,39 @@ def norm_input_gradient_kernel(
     tl.store(out_ptr + offsets, gradient * scale + x * slope + offset, mask=exists)
 
 
-KERNELS = (
-    chunk_moments_kernel,
-    scale_add_relu_kernel,
-    relu_backward_with_sums_kernel,
-    relu_backward_sums_kernel,
-    norm_input_gradient_kernel,
-)
+KERNELS: dict[str, Any] = {
+    "chunk_moments": chunk_moments,
+    "scale_add_relu": scale_add_relu,
+    "relu_backward_with_sums": relu_backward_with_sums,
+    "relu_backward_sums": relu_backward_sums,
+    "norm_input_gradient": norm_input_gradient,
+}
 
 
-def tile_sizes(channels: int, chunk: int) -> dict[str, int]:
-    """The compile-time sizes of a kernel's tile: CHUNK positions by BLOCK channels."""
-    return {"CHUNK": chunk, "BLOCK": choose_tile_channels(channels)}
+def launch_kernel(
+    operator: str, arguments: dict[str, Tensor | None], outputs: Sequence[Tensor], chunk: int, block: int
+) -> None:
+    """Launch the kernel of `operator` for tiles of `chunk` positions and `block` channels; it fills `outputs`.
 
-
-def _launch_kernel(kernel: Any, x: Tensor, chunk: int, *arguments: Any) -> None:
+    `arguments`: the feature maps [n, C, H, W] and the factors [n, C] or [1, C] of the operator, by name.
+    """
+    x = arguments["x"]
+    assert x is not None
     num_images, channels, height, width = x.shape
-    tile = tile_sizes(channels, chunk)
-    grid = (triton.cdiv(height * width, chunk), num_images, triton.cdiv(channels, tile["BLOCK"]))
-    kernel[grid](*arguments, P=height * width, C=channels, **tile, num_warps=NUM_WARPS)
+    grid = (triton.cdiv(height * width, chunk), num_images, triton.cdiv(channels, block))
+    strides = [_image_stride(arguments[name]) for name in ("scale", "slope") if name in arguments]
+    inputs = [_make_contiguous(value) for value in arguments.values()]
+    sizes = {"P": height * width, "C": channels, "CHUNK": chunk, "BLOCK": block}
+    KERNELS[operator][grid](*inputs, *outputs, *strides, **sizes, num_warps=NUM_WARPS)
 
 
-def _image_stride(factor: Tensor) -> int:
-    """Distance between the factors of consecutive images of a tensor [n, C]; 0 for [1, C], which all images share."""
+def _image_stride(factor: Tensor | None) -> int:
+    """Return the distance between the factors of consecutive images; 0 for [1, C], which all images share."""
+    assert factor is not None
     return factor.shape[1] if factor.shape[0] > 1 else 0
 
 
-def _to_channels_last(*feature_maps: Tensor) -> list[Tensor]:
-    return [feature_map.contiguous(memory_format=torch.channels_last) for feature_map in feature_maps]
-
-
-def chunk_moments(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """`fused_ops.chunk_moments`: two tensors [n, S, C]."""
-    (x,) = _to_channels_last(x)
-    means, squared_deviations = empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-    _launch_kernel(chunk_moments_kernel, x, chunk, x, means, squared_deviations)
-    return means, squared_deviations
-
-
-def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
-    """`fused_ops.scale_add_relu`: a tensor of x's shape and dtype."""
-    x, *optional = _to_channels_last(x, *(() if shortcut is None else (shortcut,)))
-    y = empty_channels_last_like(x)
-    arguments = (x, scale.contiguous(), shift.contiguous(), optional[0] if optional else None, y, _image_stride(scale))
-    _launch_kernel(scale_add_relu_kernel, x, choose_chunk_size(x), *arguments)
-    return y
-
-
-def relu_backward_with_sums(
-    gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_ops.relu_backward_with_sums`: a tensor of y's shape and dtype and two tensors [n, S, C]."""
-    second = () if second_gradient is None else (second_gradient,)
-    gradient, x, y, *optional = _to_channels_last(gradient, x, y, *second)
-    masked, sums, products = empty_channels_last_like(y), empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-    arguments = (gradient, optional[0] if optional else None, x, y, masked, sums, products)
-    _launch_kernel(relu_backward_with_sums_kernel, x, chunk, *arguments)
-    return masked, sums, products
-
-
-def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """`fused_ops.relu_backward_sums`: two tensors [n, S, C]."""
-    gradient, x = _to_channels_last(gradient, x)
-    sums, products = empty_chunk_sums(x, chunk), empty_chunk_sums(x, chunk)
-    arguments = (gradient, x, scale.contiguous(), shift.contiguous(), sums, products, _image_stride(scale))
-    _launch_kernel(relu_backward_sums_kernel, x, chunk, *arguments)
-    return sums, products
-
-
-def norm_input_gradient(
-    gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, slope: Tensor, offset: Tensor
-) -> Tensor:
-    """`fused_ops.norm_input_gradient`: a tensor of x's shape and dtype."""
-    gradient, x = _to_channels_last(gradient, x)
-    out = empty_channels_last_like(x)
-    factors = [None if factor is None else factor.contiguous() for factor in (scale, shift, slope, offset)]
-    arguments = (gradient, x, *factors, out, _image_stride(scale), _image_stride(slope))
-    _launch_kernel(norm_input_gradient_kernel, x, choose_chunk_size(x), *arguments)
-    return out
+def _make_contiguous(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS, build_model, count_parameters
-from fastcifar.models.airbench_net import WHITENING_EPS, AirbenchNet, ConvGroup
+from fastcifar.models.convnets import WHITENING_EPS, AirbenchNet, ConvGroup
 from tests.models.networks import on_meta
 
 SPEED = [name for name in MODELS if name.startswith("speed9")]
@@ -104,6 +104,6 @@ def test_knobs() -> None:
     assert any("seblock.conv1" in key for key in tiny(se="block").state_dict())
     assert any(isinstance(module, nn.Dropout) for module in tiny(dropout=0.1).modules())
     assert count_parameters(on_meta("speed94", width=0.5)) < count_parameters(on_meta("speed94")) / 3
-    for knobs, words in (({"se": "stem"}, "SE placement"), ({"blocks": (1,) * 5, "channels": (8,) * 5}, "at most 4")):
+    for knobs, words in (({"se": "stem"}, "SE placement"), ({"blocks": (1,) * 5, "channels": (8,) * 5}, "2 to 4")):
         with pytest.raises(UsageError, match=words):
             tiny(**knobs)

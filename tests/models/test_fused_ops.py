@@ -211,14 +211,12 @@ def test_the_compiler_is_told_the_truth(name: str) -> None:
 
 def compare_kernels() -> dict[str, float]:
     """Each pass by kernel and plain, the largest difference over the largest value: for Triton's interpreter."""
-    from fastcifar.models import triton_kernels
-
     worst: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for shape, chunk, shared in (((2, 24, 5, 7), 16, False), ((2, 70, 3, 5), 16, True)):
             for name, choices in calls(dtype, shape, shared, chunk).items():
                 for arguments in choices:
-                    pairs = [getattr(room, name)(*arguments) for room in (triton_kernels, fused_ops)]
+                    pairs = [fused_ops.run_triton_kernel(name, *arguments), getattr(fused_ops, name)(*arguments)]
                     mine, plain = (pair if isinstance(pair, tuple) else (pair,) for pair in pairs)
                     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, plain, strict=True))
                     key = f"{name} {str(dtype).removeprefix('torch.')}"
@@ -249,8 +247,8 @@ def test_kernels_equal_their_plain_forms() -> None:
 
 
 FLOATS = ("means", "deviations", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
-OPTIONAL = {"scale_add_relu_kernel": "shortcut_ptr", "relu_backward_with_sums_kernel": "second_gradient_ptr"}
-OPTIONAL |= {"norm_input_gradient_kernel": "shift_ptr"}
+OPTIONAL = {"scale_add_relu": "shortcut_ptr", "relu_backward_with_sums": "second_gradient_ptr"}
+OPTIONAL |= {"norm_input_gradient": "shift_ptr"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -262,16 +260,15 @@ def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton carries no cuobjdump")
-    forms = [(kernel, None) for kernel in triton_kernels.KERNELS]
-    forms += [(kernel, OPTIONAL[kernel.__name__]) for kernel in triton_kernels.KERNELS if kernel.__name__ in OPTIONAL]
-    for kernel, left_out in forms:
-        made = compile_kernel(kernel, {"P": 1024, "C": 64, **triton_kernels.tile_sizes(64, 128)}, left_out, capability)
+    for name, left_out in [*((name, None) for name in triton_kernels.KERNELS), *OPTIONAL.items()]:
+        sizes = {"P": 1024, "C": 64, "CHUNK": 128, "BLOCK": fused_ops.choose_tile_channels(64)}
+        made = compile_kernel(triton_kernels.KERNELS[name], sizes, left_out, capability)
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(made.asm["cubin"])
         command = [tool, "--dump-resource-usage", binary]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-        form = kernel.__name__ + (f" without {left_out}" if left_out else "")
+        form = name + (f" without {left_out}" if left_out else "")
         print(f"sm_{capability} {form}: {used}, {made.metadata.shared} bytes shared")
         assert (used["STACK"], used["LOCAL"]) == ("0", "0"), used
         assert int(used["REG"]) <= 128  # two programs of 8 warps to a multiprocessor's 65,536 registers

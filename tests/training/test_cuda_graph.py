@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from fastcifar.device import choose_execution
 from fastcifar.errors import DeviceError
-from fastcifar.models.small_convnet import global_max_pool
+from fastcifar.models.convnets import global_max_pool
 from fastcifar.recipe import Recipe
 from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.build import build_trainer

@@ -1,0 +1,185 @@
+"""Convolutional networks for short schedules, which pool early to compute little at full resolution.
+
+`SmallConvNet` has no shortcuts and a narrow stem. `AirbenchNet`, for the shortest schedules, has a stem that whitens
+the training images: its filters are computed from the data (`init_whitening`) and are not trained; neither are the
+weights of BatchNorm. Convolutions start by passing their inputs on (Dirac initialization); the logits are divided by
+the number of features. So activations are well scaled from the first step on, and learning rates far above the usual
+ones work. After Page (2019) and the airbench networks of Jordan (2024).
+
+Forward passes keep channels_last and have no data-dependent control flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcifar.errors import lookup
+from fastcifar.models.resnet import ACTIVATIONS, check_stages, dropout_layer, scale_channels, se_layer
+
+PATCH_SIZE = 2  # height and width of the whitened patches in pixels
+WHITENING_EPS = 5e-4  # added to the variance along each direction, so that directions of noise are not amplified
+BATCH_NORM_MOMENTUM = 0.4  # larger than the default, because a run has only a few hundred steps
+MAX_GROUPS = 4  # each halves height and width: a fifth would leave no pixels of 32x32 images
+SE_PER_GROUP = {"none": False, "block": True}
+
+
+class ConvBlock(nn.Module):
+    """conv3x3, [2x2 max pooling], BN, act; [n, C_in, H, W] -> [n, C, H, W], or [n, C, H/2, W/2] with `pool`."""
+
+    def __init__(self, in_channels: int, channels: int, activation: Callable[[], nn.Module], pool: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.bn = nn.BatchNorm2d(channels)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn(self.pool(self.conv(x))))
+
+
+def global_max_pool(x: Tensor) -> Tensor:
+    """Return the maximum of each channel, [n, C, H, W] -> [n, C].
+
+    It uses `max`, whose backward pass goes through the index of the maximum. That of `amax` compares the input with the
+    maximum; a compiled backward pass recomputes a bf16 activation in float32, finds no equal element and divides by 0.
+    """
+    return x.flatten(2).max(2).values
+
+
+class SmallConvNet(nn.Module):
+    """Stem, stages that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
+
+    blocks, channels  number of convolutions and of channels of each stage
+    stem_channels     channels of the stem, which has full resolution
+    width             multiplier of all channels, see `scale_channels`
+    dropout           probability of dropout before the linear layer
+
+    Raises `UsageError` for invalid values.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        blocks: Sequence[int] = (1, 2, 2),
+        channels: Sequence[int] = (32, 128, 256),
+        stem_channels: int = 16,
+        width: float = 1.0,
+        dropout: float = 0.0,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        check_stages(blocks, channels)
+        act = lookup(ACTIVATIONS, activation, "activation")
+        in_channels, *widths = scale_channels((stem_channels, *channels), width)
+        self.stem = ConvBlock(3, in_channels, act, pool=False)
+        self.stages = nn.Sequential()
+        for depth, out_channels in zip(blocks, widths, strict=True):
+            first = ConvBlock(in_channels, out_channels, act, pool=True)
+            rest = (ConvBlock(out_channels, out_channels, act, pool=False) for _ in range(depth - 1))
+            self.stages.append(nn.Sequential(first, *rest))
+            in_channels = out_channels
+        self.dropout = dropout_layer(dropout)
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stages(self.stem(images))
+        return self.linear(self.dropout(global_max_pool(x)))
+
+
+class ConvGroup(nn.Module):
+    """conv, 2x2 max pooling, BN, act, then depth - 1 times conv, BN, act, then [SE].
+
+    [n, C_in, H, W] -> [n, C, H/2, W/2]. `residual`: if depth > 2, the result of the first convolution is added to that
+    of the others. Without an SE, `se_reduction` is 0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        depth: int,
+        activation: Callable[[], nn.Module],
+        se_reduction: int,
+        residual: bool,
+    ) -> None:
+        super().__init__()
+        first = ConvBlock(in_channels, channels, activation, pool=True)
+        rest = [ConvBlock(channels, channels, activation, pool=False) for _ in range(depth - 1)]
+        for block in (first, *rest):
+            nn.init.dirac_(block.conv.weight.data[: block.conv.in_channels])
+            block.bn.momentum = BATCH_NORM_MOMENTUM
+            block.bn.weight.requires_grad = False
+        self.first, self.rest = first, nn.Sequential(*rest)
+        self.seblock = se_layer(channels, se_reduction)
+        self.residual = residual and depth > 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out = self.seblock(self.rest(x))
+        return out + x if self.residual else out
+
+
+class AirbenchNet(nn.Module):
+    """Whitening stem, groups that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
+
+    blocks, channels  number of convolutions and of channels of each group
+    se, se_reduction  `none` or `block` (at the end of each group), with C / se_reduction hidden channels
+    residual          see `ConvGroup`
+    width             multiplier of all channels, see `scale_channels`
+    dropout           probability of dropout before the linear layer
+
+    Raises `UsageError` for invalid values.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        blocks: Sequence[int] = (2, 2, 2),
+        channels: Sequence[int] = (64, 256, 256),
+        width: float = 1.0,
+        se: str = "none",
+        se_reduction: int = 16,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        check_stages(blocks, channels, MAX_GROUPS)
+        reduction = se_reduction * lookup(SE_PER_GROUP, se, "SE placement")
+        act = lookup(ACTIVATIONS, activation, "activation")
+        in_channels = 2 * 3 * PATCH_SIZE**2
+        self.whiten = nn.Conv2d(3, in_channels, PATCH_SIZE)
+        self.whiten.weight.requires_grad = False
+        self.activation = act()
+        self.groups = nn.Sequential()
+        for depth, out_channels in zip(blocks, scale_channels(channels, width), strict=True):
+            self.groups.append(ConvGroup(in_channels, out_channels, depth, act, reduction, residual))
+            in_channels = out_channels
+        self.dropout = dropout_layer(dropout)
+        self.linear = nn.Linear(in_channels, num_classes, bias=False)
+        self.linear.weight.data /= self.linear.weight.data.std()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.groups(self.activation(self.whiten(images)))
+        return self.linear(self.dropout(global_max_pool(x))) / self.linear.in_features
+
+    @torch.no_grad()
+    def init_whitening(self, images: Tensor) -> None:
+        """Set the filters of the stem to the principal components of the patches of `images`, and to their negatives.
+
+        Each is scaled to a response of variance 1. No random numbers are drawn: the same images give the same filters.
+        `images`: training images, float [n, 3, H, W], normalized like the network's inputs.
+        """
+        size = 3 * PATCH_SIZE**2
+        products, count = torch.zeros(size, size, dtype=torch.float64, device=images.device), 0
+        for part in images.split(500):
+            patches = F.unfold(part, PATCH_SIZE).transpose(0, 1).flatten(1)  # rows ordered like a filter's weights
+            products += (patches @ patches.T).double()
+            count += patches.shape[1]
+        variances, directions = torch.linalg.eigh((products / count).cpu())
+        filters = directions.T / (variances[:, None] + WHITENING_EPS).sqrt()
+        self.whiten.weight.copy_(torch.cat([filters, -filters]).view_as(self.whiten.weight))
