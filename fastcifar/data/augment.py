@@ -17,18 +17,9 @@ import torch
 from torch import Tensor
 
 from fastcifar.data import image_ops, policies
-from fastcifar.data.crop_flip_erase import (
-    FILL_COLORS,
-    MIN_ERASE_AREA,
-    FillColor,
-    crop_rows,
-    draw_erasing_params,
-    fill_box,
-    flip_rows,
-)
-from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE
+from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor, crop_rows, fill_box, flip_rows
 from fastcifar.data.mixers import MIXERS, MixerSpec
-from fastcifar.data.policies import Policy
+from fastcifar.data.policies import MIN_ERASE_AREA, Policy
 from fastcifar.errors import UsageError, lookup
 
 Number = int | float
@@ -198,7 +189,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         help="fill a square of VALUE x VALUE pixels at a random center with the mean color or black",
     ),
     "erase": AugmentSpec(
-        draw=lambda op, context: draw_erasing_params(op.number, len(context.permutation), context.rng),
+        draw=lambda op, context: policies.draw_erasing_params(op.number, len(context.permutation), context.rng),
         apply=apply_erase,
         default_value=0.33,
         variants=dict.fromkeys(("gray", "mean", "zero"), (MIN_ERASE_AREA, 1.0)),

@@ -6,6 +6,7 @@ import abc
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from fastcifar.data.augment import (
     apply_augment_rows,
     draw_epoch,
 )
-from fastcifar.data.batch_slicing import BatchSlicing, slice_epoch
+from fastcifar.errors import UsageError
 
 ALIGNMENT = 16  # the parameters of a step start at a multiple of this many elements
 
@@ -35,6 +36,77 @@ SINGLE_KERNEL_OPTIONS = {
     "realize_acc_reads_threshold": 10_000,
     "assert_indirect_indexing": False,
 }
+
+
+@dataclass(frozen=True)
+class BatchSlicing:
+    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size), and rank r takes
+    `r::world_size` of them.
+
+    The shares of all ranks interleave to exactly the batches of a single process, and all ranks have the same number of
+    steps. A short last batch is divided in the same way: shares may differ by one image, and none is empty.
+
+    num_samples  number of images in the data set, and of positions in an epoch
+    batch_size   global batch size
+
+    Raises `UsageError` if `batch_size` exceeds `num_samples` or is not divisible by `world_size`, and if the last batch
+    would leave a rank without an image, because BatchNorm cannot compute the statistics of an empty batch.
+    """
+
+    num_samples: int
+    batch_size: int
+    drop_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        num_samples, batch_size, world_size = self.num_samples, self.batch_size, self.world_size
+        assert batch_size > 0, batch_size
+        assert 0 <= self.rank < world_size, (self.rank, world_size)
+        if batch_size > num_samples:
+            problem = f"--batch-size {batch_size} is larger than the {num_samples:,} training images"
+            raise UsageError(problem, f"choose at most {num_samples}")
+        if batch_size % world_size:
+            nearest = max(batch_size // world_size, 1) * world_size
+            problem = f"--batch-size {batch_size} is not divisible by the {world_size} processes"
+            remedy = f"it is the global batch size: choose a multiple of {world_size}, such as {nearest}"
+            raise UsageError(problem, remedy)
+        remainder = num_samples % batch_size
+        if not self.drop_last and 0 < remainder < world_size:
+            sizes = f"{remainder} images ({num_samples:,} in batches of {batch_size})"
+            problem = f"the last batch of an epoch has {sizes}, fewer than the {world_size} processes"
+            raise UsageError(problem, "use --drop-last or another --batch-size")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch."""
+        return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
+
+    @property
+    def local_batch_size(self) -> int:
+        """Number of images of this rank in a full step."""
+        return self.batch_size // self.world_size
+
+    def local_count(self, step: int) -> int:
+        """Return the number of images of this rank in `step`, which is smaller in a short last step."""
+        num_images = min(self.batch_size, self.num_samples - step * self.batch_size)
+        return len(range(self.rank, num_images, self.world_size))
+
+    def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
+        """Rearrange an array [n, ...] over positions to [steps, width, ...], this rank's share of each step.
+
+        `width` is `local_batch_size` rounded up to a multiple of `alignment` elements. Elements of a row beyond
+        `local_count` repeat the first element of the epoch, which is always a valid value.
+        """
+        steps, item_shape = self.steps_per_epoch, array.shape[1:]
+        padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
+        kept = array[: len(padded)]
+        padded[: len(kept)] = kept
+        width = -(-self.local_batch_size // alignment) * alignment
+        table = np.full((steps, width, *item_shape), array[0], dtype=array.dtype)
+        by_step = padded.reshape(steps, self.batch_size, *item_shape)
+        table[:, : self.local_batch_size] = by_step[:, self.rank :: self.world_size]
+        return table
 
 
 class Loader(abc.ABC):
@@ -52,7 +124,7 @@ class Loader(abc.ABC):
     drop_last         whether to drop a shorter last batch
     rank, world_size  this process and the number of processes; of each step it takes the images `rank::world_size`
 
-    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `slice_epoch`).
+    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `BatchSlicing`).
     """
 
     uses_workers = False
@@ -78,7 +150,7 @@ class Loader(abc.ABC):
         assert len(images) == len(labels), (len(images), len(labels))
         assert all(0 <= value <= 255 for value in fill_color), fill_color
         self.num_samples = len(images)
-        self.slicing = slice_epoch(self.num_samples, batch_size, drop_last, rank, world_size)
+        self.slicing = BatchSlicing(self.num_samples, batch_size, drop_last, rank, world_size)
         self.steps_per_epoch = self.slicing.steps_per_epoch
         self.batch_size = batch_size
         self._ops, self._fill_color, self._seed = augment, fill_color, seed

@@ -1,9 +1,8 @@
-"""The loader that augments with NVIDIA DALI: its pipeline, its inputs and its threads.
+"""The loader that augments with NVIDIA DALI.
 
 DALI applies the first augmentations of the list, as far as it implements them exactly in uint8 (`DALI_OPS`); the kernel
-of the tensor loader applies the rest. DALI draws no random numbers, and its batches are bit-identical to the tensor
-loader's. It is imported when a loader is created, and its threads start with the first batch, after a CUDA graph has
-been captured.
+of the tensor loader applies the rest. DALI draws no random numbers. It is imported when a loader is created, and its
+threads start with the first batch, after a CUDA graph has been captured.
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import AugmentOp, AugmentParams, FillColor, draw_epoch
-from fastcifar.data.batch_loader import Loader, split_params_by_step, upload_array
-from fastcifar.data.batch_slicing import BatchSlicing
-from fastcifar.data.crop_flip_erase import FILL_COLORS
-from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE
+from fastcifar.data.augment import AugmentOp, AugmentParams, FillColor, ParamArrays, draw_epoch
+from fastcifar.data.batch_loader import BatchSlicing, Loader, split_params_by_step, upload_array
+from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
 from fastcifar.errors import DeviceError
 
 PREFETCH_CHUNKS = 2  # chunks that DALI prepares ahead
 
 ChunkStart = tuple[int, int]  # (epoch, first step)
-ParamArrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +46,9 @@ class DaliOp:
 
 def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
     """Crop the window at a corner, black outside the image."""
+    shape = (CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE)
     return dali.fn.slice(
-        images,
-        start=inputs[0],
-        shape=(CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE),
-        axis_names="HW",
-        out_of_bounds_policy="pad",
-        fill_values=0,
+        images, start=inputs[0], shape=shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
     )
 
 
@@ -67,15 +59,11 @@ def _flip_and_convert_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp 
     )
 
 
-def _erase_square(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
-    """Fill the square of `op.value` pixels at a corner, as far as it is inside the image."""
-    return _erase_box(dali, images, (*inputs, 2 * (float(op.int_value),)), op, fill_color)
-
-
 def _erase_box(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
-    """Fill the box given by its corner and size."""
+    """Fill the box given by its corner and its size, which is `op.value` if it is not an input."""
+    size = inputs[1] if len(inputs) > 1 else 2 * (float(op.int_value),)
     color = [float(value) for value in FILL_COLORS.get(op.variant, fill_color)]
-    return dali.fn.erase(images, anchor=inputs[0], shape=inputs[1], axis_names="HW", fill_value=color)
+    return dali.fn.erase(images, anchor=inputs[0], shape=size, axis_names="HW", fill_value=color)
 
 
 def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type = np.int32) -> np.ndarray:
@@ -86,7 +74,7 @@ def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type 
 CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", op.int_value)], _slice_window)
 CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window, must_be_first=True)
 FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _flip_and_convert_to_hwc)
-CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", op.int_value // 2, np.float32)], _erase_square)
+CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", op.int_value // 2, np.float32)], _erase_box)
 ERASE = DaliOp(
     lambda op, params: [_stack_params(params, names, dtype=np.float32) for names in ("yx", "hw")],
     _erase_box,
@@ -120,24 +108,18 @@ class ChunkSource:
     """The inputs of DALI as a function of (epoch, step), and the order in which DALI asks for them.
 
     images      uint8 NumPy [n,3,32,32], planar, possibly a memory map; neither copied nor padded as a whole
-    ops         the complete augmentation list, of which DALI applies the first `num_dali_ops`
+    ops         the complete augmentation list, of which DALI applies `dali_ops`
     next_chunk  the next chunk to feed to DALI
     pending     the chunks that were fed to DALI and not yet returned by it
 
-    It has no reference to the pipeline, which holds a reference to it.
+    It has no reference to the loader and its pipeline, which hold references to it.
     """
 
     def __init__(
-        self,
-        images: np.ndarray,
-        ops: tuple[AugmentOp, ...],
-        num_dali_ops: int,
-        seed: int,
-        slicing: BatchSlicing,
-        chunk_steps: int,
+        self, images: np.ndarray, ops: tuple[AugmentOp, ...], seed: int, slicing: BatchSlicing, chunk_steps: int
     ) -> None:
         self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
-        self.chunk_steps, self.dali_ops = chunk_steps, ops[:num_dali_ops]
+        self.chunk_steps, self.dali_ops = chunk_steps, ops[: count_dali_ops(ops)]
         first = self.dali_ops[0] if self.dali_ops else None
         self.padding = first.int_value if first and (first.name, first.variant) == ("crop", "reflect") else 0
         self._epoch_cache: dict[int, tuple[AugmentParams, list[np.ndarray]]] = {}
@@ -189,19 +171,53 @@ def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
     return out
 
 
-class DaliPipeline:
-    """A DALI pipeline whose chunks can be requested in any order, fastest in sequence; `close` stops its threads."""
+class DaliLoader(Loader):
+    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training.
 
-    def __init__(self, source: ChunkSource, fill_color: FillColor, device: torch.device, num_threads: int) -> None:
-        self.dali = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
-        self.source, self.fill_color, self.device, self.num_threads = source, fill_color, device, num_threads
+    The images are not copied, and the batches are those of `TensorLoader`. If an iteration over `batches` ends early,
+    the threads of DALI stop until they are needed again. Also raises `DeviceError` if DALI is not available.
+    """
+
+    # Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).
+    chunk_images: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
+    max_threads = 4  # 1, 2 and 3 threads were equally fast on two cores
+
+    def _prepare(self, images: np.ndarray) -> None:
+        self._dali = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
+        local_size = self.slicing.local_batch_size
+        chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
+        self._source = ChunkSource(images, self._ops, self._seed, self.slicing, chunk_steps)
+        remaining_ops = self._ops[len(self._source.dali_ops) :]
+        self._apply_remaining_ops = self._make_gather(remaining_ops, local_size) if remaining_ops else None
+        self._all_indices = upload_array(np.arange(local_size, dtype=np.int32), self._device)
         self._pipeline: Any = None
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending_copy: tuple[Any, Any] | None = None  # the last output of DALI, and the event of its copy
 
-    def get_chunk(self, chunk: ChunkStart) -> Tensor:
+    def _draw_epoch(self, epoch: int) -> AugmentParams:
+        return self._source.prepare_epoch(epoch)[0]
+
+    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
+        local_size, chunk_steps = self.slicing.local_batch_size, self._source.chunk_steps
+        op_params = split_params_by_step(self.slicing, params.op_params[len(self._source.dali_ops) :], self._device)
+        try:
+            for first in range(start_step, self.steps_per_epoch, chunk_steps):
+                chunk = self._get_chunk((epoch, first))
+                for step in range(first, min(first + chunk_steps, self.steps_per_epoch)):
+                    images = chunk[(step - first) * local_size :][:local_size].permute(0, 3, 1, 2)
+                    if self._apply_remaining_ops:
+                        with torch.no_grad():
+                            rows = images.permute(0, 2, 3, 1).flatten(2)
+                            images = self._apply_remaining_ops(rows, self._all_indices, op_params[step])
+                    yield images
+        except BaseException:  # raised by DALI, or in the loop over this generator: GeneratorExit, KeyboardInterrupt
+            self._pipeline = self._pending_copy = None  # stops the threads of DALI
+            self._source.reset()
+            raise
+
+    def _get_chunk(self, chunk: ChunkStart) -> Tensor:
         """Return the images of a chunk, uint8 [b,32,32,3] on the device; later calls do not overwrite them."""
-        source = self.source
+        source = self._source
         if self._pipeline is None:
             self._pipeline = self._build_pipeline()
         if (source.pending[0] if source.pending else source.next_chunk) != chunk:
@@ -211,20 +227,15 @@ class DaliPipeline:
             if source.pending.popleft() == chunk:
                 return images
 
-    def close(self) -> None:
-        """Stop the threads of DALI; `get_chunk` starts them again."""
-        self._pipeline = self._pending_copy = None
-        self.source.reset()
-
     def _build_pipeline(self) -> Any:
-        dali, source, on_gpu = self.dali, self.source, self._copy_stream is not None
+        dali, source, on_gpu = self._dali, self._source, self._copy_stream is not None
         nodes = [(DALI_OPS[op.name, op.variant], op) for op in source.dali_ops]
         num_inputs = sum(dali_op.num_inputs for dali_op, _ in nodes)
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device() if on_gpu else None
+        gpu_index = torch.cuda.current_device() if on_gpu and self._device.index is None else self._device.index
         pipeline = dali.Pipeline(
-            batch_size=source.chunk_steps * source.slicing.local_batch_size,
-            num_threads=self.num_threads,
-            device_id=index if on_gpu else None,
+            batch_size=source.chunk_steps * self.slicing.local_batch_size,
+            num_threads=min(self.max_threads, usable_cpu_count()),
+            device_id=gpu_index if on_gpu else None,
             prefetch_queue_depth=PREFETCH_CHUNKS,
         )
         with warnings.catch_warnings(), pipeline:
@@ -238,10 +249,10 @@ class DaliPipeline:
             )
             images = images.gpu() if on_gpu else images
             for dali_op, op in nodes:
-                images = dali_op.build_node(dali, images, inputs[: dali_op.num_inputs], op, self.fill_color)
+                images = dali_op.build_node(dali, images, inputs[: dali_op.num_inputs], op, self._fill_color)
                 del inputs[: dali_op.num_inputs]
             if not any(dali_op is FLIP for dali_op, _ in nodes):
-                images = _flip_and_convert_to_hwc(dali, images, (0,), None, self.fill_color)
+                images = _flip_and_convert_to_hwc(dali, images, (0,), None, self._fill_color)
             pipeline.set_outputs(images)
             pipeline.build()
         return pipeline
@@ -260,50 +271,7 @@ class DaliPipeline:
             (outputs,) = self._pipeline.run(self._copy_stream)
             images = torch.from_dlpack(outputs.as_tensor()).clone()
             self._pending_copy = outputs, self._copy_stream.record_event()
-        current = torch.cuda.current_stream(self.device)
+        current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._copy_stream)
         images.record_stream(current)
         return images
-
-
-class DaliLoader(Loader):
-    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training.
-
-    The images are not copied, and the batches are those of `TensorLoader`. If an iteration over `batches` ends early,
-    the threads of DALI stop until they are needed again. Also raises `DeviceError` if DALI is not available.
-    """
-
-    # Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).
-    chunk_images: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
-    max_threads = 4  # 1, 2 and 3 threads were equally fast on two cores
-
-    def _prepare(self, images: np.ndarray) -> None:
-        self._num_dali_ops = count_dali_ops(self._ops)
-        local_size = self.slicing.local_batch_size
-        chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
-        self._source = ChunkSource(images, self._ops, self._num_dali_ops, self._seed, self.slicing, chunk_steps)
-        num_threads = min(self.max_threads, usable_cpu_count())
-        self._pipeline = DaliPipeline(self._source, self._fill_color, self._device, num_threads)
-        remaining_ops = self._ops[self._num_dali_ops :]
-        self._apply_remaining_ops = self._make_gather(remaining_ops, local_size) if remaining_ops else None
-        self._all_indices = upload_array(np.arange(local_size, dtype=np.int32), self._device)
-
-    def _draw_epoch(self, epoch: int) -> AugmentParams:
-        return self._source.prepare_epoch(epoch)[0]
-
-    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
-        local_size, chunk_steps = self.slicing.local_batch_size, self._source.chunk_steps
-        op_params = split_params_by_step(self.slicing, params.op_params[self._num_dali_ops :], self._device)
-        try:
-            for first in range(start_step, self.steps_per_epoch, chunk_steps):
-                chunk = self._pipeline.get_chunk((epoch, first))
-                for step in range(first, min(first + chunk_steps, self.steps_per_epoch)):
-                    images = chunk[(step - first) * local_size :][:local_size].permute(0, 3, 1, 2)
-                    if self._apply_remaining_ops:
-                        with torch.no_grad():
-                            rows = images.permute(0, 2, 3, 1).flatten(2)
-                            images = self._apply_remaining_ops(rows, self._all_indices, op_params[step])
-                    yield images
-        except BaseException:  # raised by DALI, or in the loop over this generator: GeneratorExit, KeyboardInterrupt
-            self._pipeline.close()
-            raise

@@ -1,6 +1,7 @@
-"""Image operations on a batch, with a separate operation and amount for each image, exact in uint8.
+"""Operations on a batch of images with separate parameters for each image, exact in uint8, without loops over images.
 
-They reproduce torchvision's v2 operations on uint8 tensors; geometric operations use nearest-neighbor sampling and fill
+Images are int32 rows [b,32,96], where column 3 * x + channel holds that channel of pixel x. The operations of policies
+ reproduce torchvision's v2 operations on uint8 tensors; geometric operations use nearest-neighbor sampling and fill
 with black. Amounts are integers computed on the host and all rounding is explicit, so that every device gives the same
 bytes.
 """
@@ -18,12 +19,18 @@ from fastcifar.errors import lookup
 
 CIFAR_IMAGE_SIZE = 32  # height and width in pixels
 CIFAR_IMAGE_AREA = CIFAR_IMAGE_SIZE * CIFAR_IMAGE_SIZE
+LAST_COLUMN = 3 * CIFAR_IMAGE_SIZE - 1
 # Pixels added before and after a flat plane, so that the neighbors of all pixels are shifted views of the plane.
 PLANE_PADDING = 2 * CIFAR_IMAGE_SIZE
 # Fixed-point scale of affine coefficients: up to 125 half-pixels times a coefficient stay within int32.
 AFFINE_SCALE = 1 << 23
 # Fixed-point scale of blend and hue amounts: it represents float32 magnitudes from 1/64 on exactly.
 AMOUNT_SCALE = 1 << 29
+
+FillColor = tuple[int, int, int]  # 0..255 for each channel
+# The fill color of a variant; the variant "mean", not listed, uses the mean color of the data set.
+# Mid-gray is 127.5, which rounds to 128.
+FILL_COLORS: dict[str, FillColor] = {"zero": (0, 0, 0), "gray": (128, 128, 128)}
 
 # Invert is Solarize with threshold 0, so both have the same code.
 OPERATION_CODES = {"Identity": 0, "ShearX": 1, "ShearY": 2, "TranslateX": 3, "TranslateY": 4, "Rotate": 5}
@@ -39,6 +46,59 @@ RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT, INV_255 = (
 # (code uint8, amount int32, cosine int32), each [b]: the operation of each image as encoded by `encode_operation`; the
 # cosine is None if no operation is geometric.
 OperationStep = tuple[Tensor, Tensor, Tensor | None]
+
+
+def crop_rows(rows: Tensor, top: Tensor, left: Tensor, pad: int, reflect: bool) -> Tensor:
+    """Crop the 32x32 window at (top, left) int32 [b] of the image padded by `pad` pixels, without building that image.
+
+    The padding is black, or with `reflect` mirrored as in the "reflect" mode of NumPy and torch.
+    """
+    row, column, channel = _grid_indices(rows)
+    y = row + (top[:, None] - pad)
+    source = column + 3 * (left[:, None] - pad)
+    if reflect:
+        y = (CIFAR_IMAGE_SIZE - 1) - ((CIFAR_IMAGE_SIZE - 1) - y.abs()).abs()
+        source = torch.where(source < 0, 2 * channel - source, source)
+        mirrored = 2 * (LAST_COLUMN - 2 + channel) - source
+        return _gather_at(rows, y, torch.where(source > LAST_COLUMN, mirrored, source))
+    # The clamps keep reads inside the image; the mask discards the values that were read outside of the window.
+    inside = ((y >= 0) & (y < CIFAR_IMAGE_SIZE))[:, :, None] & ((source >= 0) & (source <= LAST_COLUMN))[:, None, :]
+    return torch.where(inside, _gather_at(rows, y.clamp(0, CIFAR_IMAGE_SIZE - 1), source.clamp(0, LAST_COLUMN)), 0)
+
+
+def flip_rows(rows: Tensor, flip: Tensor) -> Tensor:
+    """Flip horizontally where `flip`, bool [b], is set."""
+    row, column, channel = _grid_indices(rows)
+    mirrored = (LAST_COLUMN - 2) + 2 * channel - column  # 3 * (31 - x) + channel
+    # Select the column and read once: selecting between two reads would compute a fused chain of operations twice.
+    return _gather_at(rows, row[None, :], torch.where(flip[:, None], mirrored, column))
+
+
+def fill_box(
+    rows: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, color: FillColor
+) -> Tensor:
+    """Fill a box with one color, as far as it is inside the image; its sides are int32 [b] or one int."""
+    row, column, channel = _grid_indices(rows)
+    box_y, box_column = row - top[:, None], column - 3 * left[:, None]
+    height, width = (size if isinstance(size, int) else size[:, None] for size in (height, width))
+    inside_rows, inside_columns = (box_y >= 0) & (box_y < height), (box_column >= 0) & (box_column < 3 * width)
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    # The channels are packed into one integer, a byte each: torch.tensor(color) would be an upload, which waits.
+    packed = color[0] | color[1] << 8 | color[2] << 16
+    return torch.where(inside, (packed >> (8 * channel)) & 255, rows)
+
+
+def _grid_indices(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row indices int32 [32], the column indices int32 [96] and their channels, column % 3."""
+    row = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
+    column = torch.arange(3 * CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
+    return row, column, column - 3 * ((column * 171) >> 9)  # CPUs have no vectorized division
+
+
+def _gather_at(rows: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+    """Return rows[i, y[i, r], columns[i, c]] for all i, r and c; y int32 [b or 1, 32], columns int32 [b or 1, 96]."""
+    sample = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    return rows[sample[:, None, None], y[:, :, None], columns[:, None, :]]
 
 
 def encode_operation(name: str, magnitude: float) -> tuple[int, int, int]:
@@ -69,7 +129,7 @@ def encode_operation(name: str, magnitude: float) -> tuple[int, int, int]:
 
 
 def apply_operations(rows: Tensor, steps: Sequence[OperationStep], operations: Sequence[Collection[str]]) -> Tensor:
-    """Apply one operation per step to each image; int32 rows [b,32,96] in and out (column 3 * x + channel).
+    """Apply one operation per step to each image; int32 rows [b,32,96] in and out.
 
     `operations` lists for each step the operations that may occur in it; nothing is computed for the others.
     """
@@ -95,10 +155,8 @@ def rotate_rows(rows: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     `sine` and `cosine` are int32 [b] in units of 1 / AFFINE_SCALE.
     """
     sine, cosine = sine[:, None, None], cosine[:, None, None]
-    y = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)[:, None]
-    column = torch.arange(3 * CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
-    x = (column * 171) >> 9  # column // 3; CPUs have no vectorized division
-    return _sample_nearest(rows, y, x, column - 3 * x, (cosine, -sine, 0), (sine, cosine, 0))
+    row, column, channel = _grid_indices(rows)
+    return _sample_nearest(rows, row[:, None], (column * 171) >> 9, channel, (cosine, -sine, 0), (sine, cosine, 0))
 
 
 def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Augmentation policies as tables: the operations of `image_ops` with their probabilities and magnitudes.
+"""Random parameters of augmentations, and policies: tables of operations with their probabilities and magnitudes.
 
 The policies are AutoAugment for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and
 Hutter, 2021) as torchvision's v2 transforms define them, and custom policies from TOML files.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, CIFAR_IMAGE_SIZE, encode_operation
+from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, CIFAR_IMAGE_AREA, CIFAR_IMAGE_SIZE, encode_operation
 from fastcifar.errors import UsageError, lookup
 from fastcifar.files import load_toml
 
@@ -204,7 +204,8 @@ def load_policy(name_or_path: str) -> Policy:
 def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:
     if not isinstance(value, list) or len(value) not in (2, 3) or not isinstance(value[0], str):
         raise UsageError(f"{location}: {value!r} is not a step", "write [operation, probability, level]")
-    name, probability, level = (*value, None)[:3]
+    name, probability, *levels = value
+    level = levels[0] if levels else None
     try:
         has_magnitude = lookup(AUTOAUGMENT_SPACE, name, "operation") is not None
     except UsageError as error:
@@ -251,6 +252,11 @@ def draw_policy_params(policy: Policy, n: int, rng: np.random.Generator) -> dict
     return params
 
 
+# As in torchvision's RandomErasing; the area is a fraction of the image and the aspect ratio is height / width.
+ERASE_PROBABILITY = 0.5
+MIN_ERASE_AREA = 0.02
+ERASE_ASPECT_RANGE = (0.3, 3.3)
+MAX_ERASE_ATTEMPTS = 10
 JITTER_OPERATIONS = ("Brightness", "Contrast", "Color", "Hue")
 
 
@@ -272,3 +278,23 @@ def draw_rotation_params(degrees: float, n: int, rng: np.random.Generator) -> di
     angle = rng.uniform(-degrees, degrees, n) * (math.pi / 180)
     values = {"sine": np.sin(angle), "cosine": np.cos(angle)}
     return {name: np.rint(value * AFFINE_SCALE).astype(np.int32) for name, value in values.items()}
+
+
+def draw_erasing_params(max_area: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw a box for each of `n` images: corner `y`, `x` and size `h`, `w`, uint8; half of the images have size 0.
+
+    The area is uniform over MIN_ERASE_AREA..`max_area` of the image and the aspect ratio is log-uniform, with up to ten
+    attempts to get a box that is lower and narrower than the image; its position is uniform inside the image.
+    """
+    low, high = np.log(ERASE_ASPECT_RANGE)
+    heights, widths = np.zeros((2, n), np.uint8)
+    pending = np.flatnonzero(rng.random(n) < ERASE_PROBABILITY)
+    for _ in range(MAX_ERASE_ATTEMPTS):
+        area = CIFAR_IMAGE_AREA * rng.uniform(MIN_ERASE_AREA, max_area, len(pending))
+        aspect = np.exp(rng.uniform(low, high, len(pending)))
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (height < CIFAR_IMAGE_SIZE) & (width < CIFAR_IMAGE_SIZE)
+        heights[pending[fits]], widths[pending[fits]] = height[fits], width[fits]
+        pending = pending[~fits]
+    y, x = (rng.integers(0, CIFAR_IMAGE_SIZE - size, dtype=np.uint8, endpoint=True) for size in (heights, widths))
+    return {"y": y, "x": x, "h": heights, "w": widths}

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, AugmentParams, FillColor, format_augment
 from fastcifar.data.batch_loader import Loader
-from fastcifar.data.crop_flip_erase import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, FILL_COLORS, MIN_ERASE_AREA
+from fastcifar.data.image_ops import FILL_COLORS
+from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError
 

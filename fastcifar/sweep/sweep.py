@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from fastcifar.data import cifar
-from fastcifar.data.batch_slicing import slice_epoch
+from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.files import load_toml, lock_folder, write_atomically
 from fastcifar.recipe import Recipe
@@ -175,7 +175,7 @@ def count_training_steps(recipe: Recipe) -> int | None:
     """Return the training steps of a run, or None if the data set is not on disk or does not fit the recipe."""
     try:
         images = len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
-        slicing = slice_epoch(images - recipe.val_size, recipe.batch_size, recipe.drop_last)
+        slicing = BatchSlicing(images - recipe.val_size, recipe.batch_size, recipe.drop_last)
     except UserError:
         return None
     steps = recipe.epochs * slicing.steps_per_epoch

@@ -215,7 +215,7 @@ def test_parameters_have_the_right_type_and_range(spec: str) -> None:
         low, high = ranges[name]
         if op.name == "flip" and op.variant == "random":
             low, high = int(op.value == 1), int(op.value != 0)
-        if op.name == "erase":  # the exact range depends on the value: see test_crop_flip_erase.py
+        if op.name == "erase":  # the exact range depends on the value: see test_random_erasing.py
             assert low <= array.min() < array.max() <= high
         else:
             assert (int(array.min()), int(array.max())) == (low, high)  # 20,000 draws include both bounds

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcifar.data.batch_slicing import BatchSlicing, slice_epoch
+from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def test_shares_interleave_to_the_batches_of_one_process(
 ) -> None:
     size = local_size * world_size
     try:
-        slicings = [slice_epoch(num_samples, size, drop, rank, world_size) for rank in range(world_size)]
+        slicings = [BatchSlicing(num_samples, size, drop, rank, world_size) for rank in range(world_size)]
     except UsageError:
         assert size > num_samples or 0 < num_samples % size < world_size
         return
@@ -56,8 +56,8 @@ def test_a_step_table_keeps_the_dtype_and_the_other_dimensions() -> None:
 )
 def test_invalid_batch_sizes_are_refused(num_samples: int, batch_size: int, world_size: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        slice_epoch(num_samples, batch_size, False, 0, world_size)
+        BatchSlicing(num_samples, batch_size, False, 0, world_size)
 
 
 def test_drop_last_allows_a_short_batch_smaller_than_the_world_size() -> None:
-    assert slice_epoch(50, 48, True, 3, 4).steps_per_epoch == 1
+    assert BatchSlicing(50, 48, True, 3, 4).steps_per_epoch == 1

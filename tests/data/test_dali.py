@@ -19,7 +19,7 @@ import torch
 
 from fastcifar.data import cifar
 from fastcifar.data.augment import parse_augment
-from fastcifar.data.dali import DALI_OPS, DaliLoader, DaliPipeline, count_dali_ops, pad_reflect
+from fastcifar.data.dali import DALI_OPS, DaliLoader, count_dali_ops, pad_reflect
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
@@ -225,8 +225,8 @@ def test_a_run_equals_a_run_with_the_tensor_loader(tiny: Callable[..., Recipe]) 
 
 
 def test_a_run_builds_one_pipeline(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    pipelines, build = [], DaliPipeline._build_pipeline
-    monkeypatch.setattr(DaliPipeline, "_build_pipeline", lambda self: pipelines.append(self) or build(self))
+    pipelines, build = [], DaliLoader._build_pipeline
+    monkeypatch.setattr(DaliLoader, "_build_pipeline", lambda self: pipelines.append(self) or build(self))
     train(tiny(loader="dali", epochs=2))
     assert len(pipelines) == 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastcifar.data.crop_flip_erase import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA, draw_erasing_params
+from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA, draw_erasing_params
 
 N, N_TORCHVISION = 40_000, 4000
 
