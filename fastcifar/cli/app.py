@@ -7,24 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from fastcifar._version import __version__
-from fastcifar.cli import reports, tables
+from fastcifar.cli import tables
 from fastcifar.cli.exit import run_cli
-from fastcifar.cli.options import (
-    CheckpointArchOption,
-    Output,
-    RecipeOption,
-    RunArgument,
-    argument,
-    command,
-    option,
-    switch,
-)
+from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
 from fastcifar.recipe import Recipe, section_fields
 
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
@@ -37,8 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Verify a data set, or plot the effect of augmentations.", no_args_is_help=True)
+runs_app = typer.Typer(help="List run folders and sweeps, or remove them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.add_typer(reports.runs_app, name="runs")
+app.add_typer(runs_app, name="runs")
 
 
 def _print_version(requested: bool) -> None:
@@ -49,9 +41,9 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def root_command(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
-    ] = False,
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+    ),
 ) -> None:
     """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
 
@@ -59,10 +51,8 @@ def root_command(
 @command(app, fields=Recipe.model_fields)
 def train(
     console: Console,
-    recipe: RecipeOption = None,
-    dry_run: Annotated[
-        bool, switch("--dry-run", "run a few steps and estimate the time and memory of the whole run")
-    ] = False,
+    recipe: str | None = RECIPE,
+    dry_run: bool = switch("--dry-run", "run a few steps and estimate the time and memory of the whole run"),
     **options: Any,
 ) -> Output:
     """Train a network, evaluate it once on the test set, and save both in a run folder.
@@ -81,14 +71,12 @@ def train(
 
 @command(app, "eval", fields=EVALUATION_FIELDS)
 def evaluate(
-    run: RunArgument,
     console: Console,
-    arch: CheckpointArchOption = None,
-    plots: Annotated[Path | None, option("DIR", "folder to write reliability.png and confusion.png to")] = None,
-    shifted: Annotated[
-        Path | None, option("DIR", "folder of the .npy files of CIFAR-10.1, evaluated in addition")
-    ] = None,
-    corruptions: Annotated[bool, switch("--corruptions", "evaluate on corrupted test images in addition")] = False,
+    run: str = RUN,
+    arch: str | None = CHECKPOINT_ARCH,
+    plots: Path | None = option(None, "DIR", "folder to write reliability.png and confusion.png to"),
+    shifted: Path | None = option(None, "DIR", "folder of the .npy files of CIFAR-10.1, evaluated in addition"),
+    corruptions: bool = switch("--corruptions", "evaluate on corrupted test images in addition"),
     **options: Any,
 ) -> Output:
     """Evaluate a run, a checkpoint, or the published weights of another project on the test set."""
@@ -100,23 +88,19 @@ def evaluate(
 
 @command(app, fields=EVALUATION_FIELDS)
 def predict(
-    run: RunArgument,
-    source: Annotated[
-        str, argument("INPUT", "images: a pickle, .npy file, image file, folder of images, data:test or data:train")
-    ],
-    out: Annotated[Path, option("FILE", "prediction file to write: .csv or .jsonl")],
     console: Console,
-    arch: CheckpointArchOption = None,
-    ensemble: Annotated[
-        list[str] | None, option("RUN|CKPT", "further run; logits are averaged over all; may be repeated")
-    ] = None,
-    top: Annotated[int, option("INT", "number of most probable classes to write, with their probabilities")] = 0,
-    probabilities: Annotated[bool, switch("--probabilities", "write the probability of every class")] = False,
-    names: Annotated[bool, switch("--names", "write class names instead of class indices")] = False,
-    header: Annotated[str | None, option("ID,LABEL", "header of a .csv file, by default ID,Labels")] = None,
-    show: Annotated[
-        Path | None, option("FILE.png", "image file to plot some images with their predicted labels to")
-    ] = None,
+    run: str = RUN,
+    source: str = argument(
+        ..., "INPUT", "images: a pickle, .npy file, image file, folder of images, data:test or data:train"
+    ),
+    out: Path = option(..., "FILE", "prediction file to write: .csv or .jsonl"),
+    arch: str | None = CHECKPOINT_ARCH,
+    ensemble: list[str] | None = option(None, "RUN|CKPT", "further run; logits are averaged over all; may be repeated"),
+    top: int = option(0, "INT", "number of most probable classes to write, with their probabilities"),
+    probabilities: bool = switch("--probabilities", "write the probability of every class"),
+    names: bool = switch("--names", "write class names instead of class indices"),
+    header: str | None = option(None, "ID,LABEL", "header of a .csv file, by default ID,Labels"),
+    show: Path | None = option(None, "FILE.png", "image file to plot some images with their predicted labels to"),
     **options: Any,
 ) -> Output:
     """Predict the classes of images with one trained network or an ensemble, and write a prediction file."""
@@ -139,14 +123,14 @@ def predict(
 
 @command(app, fields=MODEL_FIELDS)
 def export(
-    run: RunArgument,
-    format: Annotated[str, option("onnx|pt2|aoti|safetensors", "file format")] = "onnx",
-    out: Annotated[Path | None, option("FILE", "file to write, by default in the run folder")] = None,
-    inputs: Annotated[str, option("uint8|normalized", "format of the input images", "--input")] = "uint8",
-    outputs: Annotated[
-        str, option("probabilities|logits", "output of the model: class probabilities or logits", "--output")
-    ] = "probabilities",
-    arch: CheckpointArchOption = None,
+    run: str = RUN,
+    format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
+    out: Path | None = option(None, "FILE", "file to write, by default in the run folder"),
+    inputs: str = option("uint8", "uint8|normalized", "format of the input images", "--input"),
+    outputs: str = option(
+        "probabilities", "probabilities|logits", "output of the model: class probabilities or logits", "--output"
+    ),
+    arch: str | None = CHECKPOINT_ARCH,
     **options: Any,
 ) -> Output:
     """Export a trained network with a model card; the file is kept only if its outputs equal those of the network."""
@@ -157,10 +141,10 @@ def export(
 
 @command(app, fields=section_fields("network"))
 def models(
-    name: Annotated[str | None, argument("NAME", "architecture whose layers are listed")] = None,
-    budget: Annotated[
-        float | None, option("PARAMS", "maximum number of parameters; the largest --width that fits is computed")
-    ] = None,
+    name: str | None = argument(None, "NAME", "architecture whose layers are listed"),
+    budget: float | None = option(
+        None, "PARAMS", "maximum number of parameters; the largest --width that fits is computed"
+    ),
     **options: Any,
 ) -> Output:
     """List the architectures, list the layers of one, or fit its width to a parameter budget."""
@@ -180,25 +164,22 @@ def models(
 )
 def bench(
     console: Console,
-    recipe: RecipeOption = None,
-    what: Annotated[
-        str,
-        option(
-            "NAME,...", "benchmarks to run: loader, step, train (loader and step together), infer, conv, replay, or all"
-        ),
-    ] = "loader,step,train",
-    archs: Annotated[str, option("NAME,...", "architectures to measure, by default --arch")] = "",
-    batch_sizes: Annotated[str, option("INT,...", "batch sizes to measure, by default --batch-size")] = "",
-    modes: Annotated[
-        str,
-        option(
-            "NAME,...",
-            "execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
-        ),
-    ] = "",
-    trials: Annotated[int, option("INT", "number of timed trials of a few seconds each; all are recorded", min=1)] = 5,
-    profile: Annotated[Path | None, option("FILE", "file to write a Chrome trace of a few steps to")] = None,
-    chart: Annotated[Path | None, option("FILE.png", "image file to write a bar chart of the results to")] = None,
+    recipe: str | None = RECIPE,
+    what: str = option(
+        "loader,step,train",
+        "NAME,...",
+        "benchmarks to run: loader, step, train (loader and step together), infer, conv, replay, or all",
+    ),
+    archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
+    batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
+    modes: str = option(
+        "",
+        "NAME,...",
+        "execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
+    ),
+    trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
+    profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
+    chart: Path | None = option(None, "FILE.png", "image file to write a bar chart of the results to"),
     **options: Any,
 ) -> Output:
     """Measure images/s of the data loader, of the training step on a fixed batch, of both together, and more."""
@@ -219,15 +200,13 @@ def bench(
 @command(app, fields=Recipe.model_fields)
 def speedrun(
     console: Console,
-    target: Annotated[str | None, option("94|95|96", "target accuracy in percent, by default 94")] = None,
-    recipe: RecipeOption = None,
-    n: Annotated[int, option("INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1)] = 1,
-    eval_split: Annotated[
-        str | None, option("test|val", "split to evaluate on, by default test; with test all images are trained on")
-    ] = None,
-    append: Annotated[
-        Path | None, option("DIR", "result folder of an earlier speedrun to which runs are added")
-    ] = None,
+    target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
+    recipe: str | None = RECIPE,
+    n: int = option(1, "INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1),
+    eval_split: str | None = option(
+        None, "test|val", "split to evaluate on, by default test; with test all images are trained on"
+    ),
+    append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
     """Time n training runs, evaluate them outside the timed region, and report how often the target is reached."""
@@ -239,26 +218,23 @@ def speedrun(
 
 @command(app, fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")])
 def sweep(
-    source: Annotated[str, argument("FILE|NAME", "sweep file, name of a shipped sweep, or folder of a sweep")],
     console: Console,
-    out: Annotated[Path | None, option("DIR", "sweep folder, by default sweeps/NAME")] = None,
-    executor: Annotated[
-        str,
-        option("NAME", "executor of the trials: process (one after another in this process), processes, gpus or ray"),
-    ] = "process",
-    seeds: Annotated[
-        str | None, option("INT|INT,...", "number of seeds, or a list of seeds, by default that of the sweep file")
-    ] = None,
-    jobs: Annotated[int | None, option("INT", "number of concurrent trials, by default as many as fit", min=1)] = None,
-    cpus: Annotated[
-        int | None, option("INT", "number of CPU threads per trial, by default an equal share of the cores", min=1)
-    ] = None,
-    trials_per_gpu: Annotated[int, option("INT", "number of concurrent trials on each GPU", min=1)] = 1,
-    address: Annotated[str, option("auto|local|HOST:PORT", "address of the Ray cluster")] = "auto",
-    retry_failed: Annotated[bool, switch("--retry-failed", "rerun the failed trials")] = False,
-    dry_run: Annotated[
-        bool, switch("--dry-run", "list the trials and their number of steps without running them")
-    ] = False,
+    source: str = argument(..., "FILE|NAME", "sweep file, name of a shipped sweep, or folder of a sweep"),
+    out: Path | None = option(None, "DIR", "sweep folder, by default sweeps/NAME"),
+    executor: str = option(
+        "process", "NAME", "executor of the trials: process (one after another in this process), processes, gpus or ray"
+    ),
+    seeds: str | None = option(
+        None, "INT|INT,...", "number of seeds, or a list of seeds, by default that of the sweep file"
+    ),
+    jobs: int | None = option(None, "INT", "number of concurrent trials, by default as many as fit", min=1),
+    cpus: int | None = option(
+        None, "INT", "number of CPU threads per trial, by default an equal share of the cores", min=1
+    ),
+    trials_per_gpu: int = option(1, "INT", "number of concurrent trials on each GPU", min=1),
+    address: str = option("auto", "auto|local|HOST:PORT", "address of the Ray cluster"),
+    retry_failed: bool = switch("--retry-failed", "rerun the failed trials"),
+    dry_run: bool = switch("--dry-run", "list the trials and their number of steps without running them"),
     **options: Any,
 ) -> Output:
     """Run or continue the trials of a sweep file: a grid, a list, a random search or an Optuna study, times seeds."""
@@ -273,8 +249,80 @@ def sweep(
     return Output(result, sweep_table, exit_code=int(result["counts"]["failed"] > 0))
 
 
-command(app)(reports.compare)
-command(app, fields=("data", "device", "precision"))(reports.report)
+@command(app)
+def compare(
+    a: Path = argument(..., "A", "run folder, prediction file or bench document"),
+    b: Path = argument(..., "B", "another one of the same kind"),
+) -> Output:
+    """Compare two runs, two prediction files label by label, or two bench documents row by row."""
+    from fastcifar.reporting.compare import COMPARERS, compare_paths
+
+    return Output(compare_paths(a, b), lambda result: COMPARERS[result["kind"]].build_table(result))
+
+
+@command(app, fields=("data", "device", "precision"))
+def report(
+    runs: list[Path] = argument(..., "RUN|SWEEP...", "run or sweep folders"),
+    format: str = option("terminal", "NAME", "output format: terminal, markdown, csv or latex"),
+    sort: str | None = option(None, "COLUMN", "heading of the column to sort by, numbers in descending order"),
+    validation: bool = switch("--validation", "add the accuracy on the validation split to the table"),
+    plots: Path | None = option(None, "DIR", "folder for plots of accuracy, loss, throughput and accuracy per class"),
+    html: Path | None = option(None, "FILE", "self-contained HTML file to write"),
+    mistakes: int = option(
+        0, "INT", "number of misclassified images to show, with confusion matrices; the runs are evaluated again", min=0
+    ),
+    **options: Any,
+) -> Output:
+    """Report runs and sweeps: mean and standard deviation over seeds, curves, and unfinished runs."""
+    from fastcifar.reporting.report import build_report
+
+    document, text = build_report(
+        runs,
+        format,
+        sort,
+        console=Console(stderr=True),
+        include_validation=validation,
+        plots=plots,
+        html=html,
+        num_misclassified=mistakes,
+        **options,
+    )
+    return Output(document, lambda _: text)
+
+
+@command(runs_app, "ls")
+def runs_ls(
+    folder: Path = argument(Path("runs"), "DIR", "folder that is searched at any depth"),
+    sort: str = option("date", "COLUMN", "column to sort by in ascending order, such as name, val_acc or bytes"),
+    reverse: bool = switch("--reverse", "sort in descending order"),
+) -> Output:
+    """List run folders and sweeps with their state, epochs, accuracies, seconds, size and date."""
+    from fastcifar.reporting.runs import list_runs, runs_table
+
+    return Output(list_runs(folder, sort, reverse), runs_table)
+
+
+@command(runs_app, "rm")
+def runs_rm(
+    console: Console,
+    paths: list[Path] = argument(
+        ..., "RUN...", "run or sweep folders; with --unfinished or --keep-best also folders of them"
+    ),
+    unfinished: bool = switch("--unfinished", "remove only interrupted or damaged runs"),
+    keep_best: int | None = option(
+        None, "INT", "number of finished runs, of the highest val_acc, that are not removed", min=0
+    ),
+    checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
+    yes: bool = switch("--yes", "skip the confirmation", "-y"),
+) -> Output:
+    """Remove run folders and sweeps, or only their checkpoints, after a confirmation; other files are never removed."""
+    from fastcifar.reporting.runs import confirm_removal, remove_runs, select_for_removal
+
+    rows = select_for_removal(paths, unfinished, keep_best, checkpoints)
+    if rows and not yes:
+        confirm_removal(rows, checkpoints, console)
+    remove_runs(rows, checkpoints)
+    return Output(rows, lambda rows: f"removed {len(rows)}")
 
 
 @command(data_app, "verify", fields=("data", "dataset"))
@@ -287,8 +335,8 @@ def data_verify(**options: Any) -> Output:
 
 @command(data_app, "show", fields=("augment", "data", "dataset", "seed"))
 def data_show(
-    out: Annotated[Path, option("FILE.png", "image file to write; an existing one is overwritten")],
-    count: Annotated[int, option("INT", "number of images")] = 8,
+    out: Path = option(..., "FILE.png", "image file to write; an existing one is overwritten"),
+    count: int = option(8, "INT", "number of images"),
     **options: Any,
 ) -> Output:
     """Plot images before and after each augmentation in --augment, and after all of them."""

@@ -10,39 +10,38 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import typer
-from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 
 from fastcifar.format import add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
 
-KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+METAVARS = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def argument(metavar: str, help_text: str) -> Any:
-    """Return the declaration of a positional argument."""
-    return typer.Argument(metavar=metavar, help=help_text)
+def argument(default: Any, metavar: str, help_text: str) -> Any:
+    """Return the declaration of a positional argument, which is required if `default` is `...`."""
+    return typer.Argument(default, metavar=metavar, help=help_text)
 
 
-def option(metavar: str, help_text: str, *flags: str, **settings: Any) -> Any:
+def option(default: Any, metavar: str, help_text: str, *flags: str, **settings: Any) -> Any:
     """Return the declaration of an option with a value; its flag is the name of the parameter unless given."""
-    return typer.Option(*flags, metavar=metavar, help=help_text, **settings)
+    return typer.Option(default, *flags, metavar=metavar, help=help_text, **settings)
 
 
-def switch(flag: str, help_text: str) -> Any:
-    """Return the declaration of an option without a value."""
-    return typer.Option(flag, help=help_text)
+def switch(flag: str, help_text: str, *further_flags: str) -> Any:
+    """Return the declaration of an option without a value, by default off."""
+    return typer.Option(False, flag, *further_flags, help=help_text)
 
 
-JsonOption = Annotated[bool, switch("--json", "print one JSON document as the last line of stdout")]
-DebugOption = Annotated[bool, switch("--debug", "print the traceback of an error")]
-RecipeOption = Annotated[str | None, option("NAME|FILE", "name of a shipped recipe, or a TOML file")]
-RunArgument = Annotated[str, argument("RUN|CKPT", "run folder or checkpoint file")]
-CheckpointArchOption = Annotated[str | None, option("NAME", "architecture of a checkpoint that does not name it")]
+RUN = argument(..., "RUN|CKPT", "run folder or checkpoint file")
+RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file")
+CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
+JSON = switch("--json", "print one JSON document as the last line of stdout")
+DEBUG = switch("--debug", "print the traceback of an error")
 
 
 class Output(NamedTuple):
@@ -83,8 +82,8 @@ def command(
 
         parameters = [
             *(p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD and p.name != "console"),
-            inspect.Parameter("as_json", KEYWORD_ONLY, default=False, annotation=JsonOption),
-            inspect.Parameter("debug", KEYWORD_ONLY, default=False, annotation=DebugOption),
+            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=JSON, annotation=bool),
+            inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=DEBUG, annotation=bool),
             *map(_option_parameter, recipe_fields),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -96,45 +95,24 @@ def command(
 
 def _option_parameter(name: str) -> inspect.Parameter:
     """Return the parameter of a command for the recipe field `name`."""
-    field = Recipe.model_fields[name]
+    field, flag = Recipe.model_fields[name], option_flag(name)
     section = next(section for section in SECTION_FIRST_FIELDS if name in section_fields(section))
     details: dict[str, Any] = {"rich_help_panel": section.capitalize(), "show_default": False}
-    help_text, flag = field.description or "", option_flag(name)
-    if bool in (field.annotation, *typing.get_args(field.annotation)):
-        value_type: type = bool
-        if field.default is not False:
-            flag += f"/--no-{name.replace('_', '-')}"
+    types = [field.annotation, *typing.get_args(field.annotation)]
+    choices = next((list(typing.get_args(item)) for item in types if typing.get_origin(item) is typing.Literal), [])
+    help_text = field.description or ""
+    if not all(choice in help_text for choice in choices):
+        help_text += f": {', '.join(choices[:-1])} or {choices[-1]}"
+    if field.default is None and section == "network":
+        help_text += " \\[default: that of --arch]"
+    elif field.default is not None and field.default is not False and field.default != {}:
+        help_text += f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
+    value_type: Any = list[str] if name == "optimizer_arg" else str
+    if bool in types:
+        value_type = bool
+        flag += "" if field.default is False else f"/--no-{flag[2:]}"
     else:
-        value_type = list[str] if name == "optimizer_arg" else str
-        details["metavar"] = _metavar(field)
-        if not all(choice in help_text for choice in _choices(field)):
-            *first, last = _choices(field)
-            help_text += f": {', '.join(first)} or {last}"
-    details["help"] = help_text + _default_text(name, field)
-    return inspect.Parameter(
-        name, KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, typer.Option(flag, **details)]
-    )
-
-
-def _default_text(name: str, field: FieldInfo) -> str:
-    """Return the default for the help text, ` [default: 128]`; nothing for flags, and where the description says it."""
-    if field.default is None and name in section_fields("network"):
-        return " \\[default: that of --arch]"
-    if field.default is None or field.default is False or name == "optimizer_arg":
-        return ""
-    return f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
-
-
-def _choices(field: FieldInfo) -> tuple[str, ...]:
-    """Return the values that the field accepts, in order; none if it is not a Literal."""
-    types = [field.annotation, *typing.get_args(field.annotation)]
-    return next((typing.get_args(item) for item in types if typing.get_origin(item) is typing.Literal), ())
-
-
-def _metavar(field: FieldInfo) -> str:
-    """Return the placeholder of the value in the help text."""
-    if _choices(field):
-        return "NAME"
-    names = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
-    types = [field.annotation, *typing.get_args(field.annotation)]
-    return next((names[item] for item in [*map(typing.get_origin, types), *types] if item in names), "INT,INT,...")
+        named = (METAVARS[item] for item in [*map(typing.get_origin, types), *types] if item in METAVARS)
+        details["metavar"] = "NAME" if choices else next(named, "INT,INT,...")
+    declaration = typer.Option(None, flag, help=help_text, **details)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declaration, annotation=value_type | None)
