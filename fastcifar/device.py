@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -41,7 +40,6 @@ PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_op
 DALI_MODULE = "nvidia.dali"
 DALI_REMEDY = "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3'"
 PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
-CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class ExecutionPlan:
     """How a run is executed.
 
     `device` is "cuda" or "cpu", `precision` is "bf16", "fp16" or "fp32", and `loader` is a name in `LOADERS`. `compile`
-    is the use of torch.compile, `cuda_graph` the capture of the training step. `reasons` says why each was chosen.
+    is the use of torch.compile, `cuda_graph` the capture of the training step. `reasons` maps each to its reason.
     """
 
     device: str
@@ -70,24 +68,27 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
 
     Raises `DeviceError` if a requested device or library is not available.
     """
-    device, device_reason = (recipe.device, "requested") if recipe.device != "auto" else _choose_device()
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    device, reasons = recipe.device, {"device": "requested"}
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+        reasons["device"] = torch.cuda.get_device_name() if has_cuda else "no CUDA device is visible"
+    if device == "cuda" and not has_cuda:
+        raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
     _check_requested(recipe, device)
-    chosen: dict[str, Any] = {"device": device}
-    reasons = {"device": device_reason}
+    chosen = {}
     for name, choose in AUTOMATIC_CHOICES.items():
         requested = getattr(recipe, name)
         is_automatic = requested in ("auto", None)
         chosen[name], reasons[name] = choose(device) if is_automatic else (requested, "requested")
     if recipe.loader == "torchvision":
         reasons["loader"] += ": the baseline, one image at a time in worker processes"
-    return ExecutionPlan(**chosen, reasons=reasons)
+    return ExecutionPlan(device=device, **chosen, reasons=reasons)
 
 
 def _check_requested(recipe: Recipe, device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
     for name in ("cuda_graph", "fused_ops"):
         if getattr(recipe, name) and device != "cuda":
             problem = f"{option_flag(name)} needs CUDA, and the device is cpu"
@@ -96,14 +97,6 @@ def _check_requested(recipe: Recipe, device: str) -> None:
         raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
     if recipe.loader == "dali":
         import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
-
-
-def _choose_device() -> tuple[str, str]:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.get_device_name()
-    return "cpu", "no CUDA device is visible"
 
 
 def _choose_precision(device: str) -> tuple[str, str]:
@@ -116,9 +109,8 @@ def _choose_precision(device: str) -> tuple[str, str]:
         if major >= 7:
             return "fp16", f"compute capability {major}.{minor} has no bf16; with loss scaling on the device"
         return "fp32", f"compute capability {major}.{minor} has neither bf16 nor fast fp16"
-    for name in CPU_BF16_FLAGS:
-        if name in _cpu_flags():
-            return "bf16", f"this CPU has {name}"
+    if flags := _cpu_bf16_flags():
+        return "bf16", f"this CPU has {flags[0]}"
     return "fp32", "this CPU has neither AMX nor AVX-512 bf16 instructions"
 
 
@@ -158,10 +150,10 @@ AUTOMATIC_CHOICES: dict[str, Callable[[str], tuple[Any, str]]] = {
 }
 
 
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """Return the names that Linux gives to the instruction set extensions of the CPU; none without /proc/cpuinfo."""
-    return frozenset(_read_cpuinfo("flags", "Features").split())
+def _cpu_bf16_flags() -> list[str]:
+    """Return the names that Linux gives to the bf16 instructions of the CPU; none without /proc/cpuinfo."""
+    flags = _read_cpuinfo("flags", "Features").split()
+    return [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
 
 
 def _read_cpuinfo(*names: str) -> str:
@@ -190,12 +182,10 @@ def describe_device(device: str = "auto") -> str:
     """Return the name of the GPU, or the model and number of cores of the CPU. "auto" means the GPU if there is one."""
     import torch
 
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_cpu_name()}, {os.cpu_count()} cores"
+    uses_cuda = device != "cpu" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if uses_cuda else f"{_cpu_name()}, {os.cpu_count()} cores"
 
 
-@functools.cache
 def _cpu_name() -> str:
     return _read_cpuinfo("model name") or platform.processor() or platform.machine()
 
@@ -246,17 +236,16 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
         numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
         return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
     if text.startswith("DataLoader worker"):  # raised from a signal handler, at any line of this process
-        return InsufficientMemoryError(
-            "a worker process of the data loader died, perhaps from too little memory",
-            "use fewer --workers, or --loader tensor",
-        )
+        problem = "a worker process of the data loader died, perhaps from too little memory"
+        return InsufficientMemoryError(problem, "use fewer --workers, or --loader tensor")
     if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
         return None
-    size = re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text)
-    requested = f": {size[1]} more were requested" if size else ""
-    available = available_memory_bytes()
-    free = "" if available is None else f", {available:,} bytes are available"
-    return InsufficientMemoryError(f"out of memory{requested}{free}", remedy)
+    problem = "out of memory"
+    if size := re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text):
+        problem += f": {size[1]} more were requested"
+    if (available := available_memory_bytes()) is not None:
+        problem += f", {available:,} bytes are available"
+    return InsufficientMemoryError(problem, remedy)
 
 
 def result_folder_name(device: str, label: str) -> str:
@@ -310,7 +299,7 @@ def collect_environment(device: str) -> Environment:
         device=describe_device(device),
         cpu=_cpu_name(),
         cpu_count=os.cpu_count(),
-        cpu_bf16=[name for name in CPU_BF16_FLAGS if name in _cpu_flags()],
+        cpu_bf16=_cpu_bf16_flags(),
         threads=torch.get_num_threads(),
         cuda=torch.version.cuda if cuda else None,
         cudnn=torch.backends.cudnn.version() if cuda else None,

@@ -19,51 +19,40 @@ class UserError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        cls.exit_code = exit_code or cls.exit_code
+
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem, self.remedy = problem, remedy
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
 
 
-class UsageError(UserError):
+class UsageError(UserError, exit_code=2):
     """An invalid option, name, value or recipe."""
 
-    exit_code = 2
 
-
-class DataError(UserError):
+class DataError(UserError, exit_code=3):
     """A missing, damaged or malicious data set, or one with wrong shapes."""
 
-    exit_code = 3
 
-
-class CheckpointError(UserError):
+class CheckpointError(UserError, exit_code=4):
     """A missing or damaged checkpoint, or one of another model."""
 
-    exit_code = 4
 
-
-class NonFiniteError(UserError):
+class NonFiniteError(UserError, exit_code=5):
     """NaN or infinity in the loss or the gradients."""
 
-    exit_code = 5
 
-
-class InsufficientMemoryError(UserError):
+class InsufficientMemoryError(UserError, exit_code=6):
     """Too little host or device memory."""
 
-    exit_code = 6
 
-
-class DiskError(UserError):
+class DiskError(UserError, exit_code=7):
     """A full disk, or a folder that cannot be written."""
 
-    exit_code = 7
 
-
-class DeviceError(UserError):
+class DeviceError(UserError, exit_code=8):
     """A requested device or library (DALI, Triton) that is not available."""
-
-    exit_code = 8
 
 
 class Interrupted(UserError):

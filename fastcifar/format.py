@@ -1,7 +1,4 @@
-"""Format numbers, times and option values as text, for every layer of the package.
-
-A value that was not measured is shown as a dash, never as zero.
-"""
+"""Numbers, times and option values as text; a value that was not measured is shown as a dash, never as zero."""
 
 from __future__ import annotations
 
@@ -120,11 +117,19 @@ def add_wrap_points(text: str) -> str:
     return re.sub(r",(?=[a-z])", ", ", text)
 
 
-def key_value_table(title: str, rows: dict[str, str]) -> Table:
+def key_value_table(rows: Mapping[str, str], title: str | None = None) -> Table:
     """Return a table of two columns without a header, with the names in bold."""
-    table = Table(title=title or None, show_header=False, title_justify="left", box=None)
+    table = Table(title=title, show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def numeric_table(names: Iterable[str], numbers: Iterable[str], title: str | None = None) -> Table:
+    """Return an empty table with the columns `names` on the left and the right-aligned columns `numbers`."""
+    table = Table(*names, title=title, title_justify="left", box=None)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -33,13 +33,7 @@ from fastcifar.renamed import renaming_remedy
 OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")
 
 # section -> its first field; a section ends before the first field of the next one
-SECTION_FIRST_FIELDS = {
-    "network": "arch",
-    "data": "data",
-    "optimization": "epochs",
-    "run": "seed",
-    "execution": "device",
-}
+SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
 
 
 class ClipGrad(NamedTuple):
@@ -191,9 +185,7 @@ class Recipe(BaseModel):
     # optimization
     epochs: int = _option(200, "number of epochs", gt=0, le=100_000)
     batch_size: int = _option(128, "global batch size in images", gt=0)
-    optimizer: str = _option(
-        "lookahead:sgd", "name of a built-in optimizer or of one in pytorch_optimizer, or lookahead:NAME"
-    )
+    optimizer: str = _option("lookahead:sgd", "optimizer: a built-in one, one of pytorch_optimizer, or lookahead:NAME")
     optimizer_arg: KeyValues = _option({}, "argument of the optimizer, such as momentum=0.95; may be repeated")
     lr: float = _option(0.1, "peak learning rate", gt=0, le=100)
     bias_lr_mult: float = _option(1.0, "learning-rate multiplier of biases and normalization parameters", gt=0, le=1e5)
@@ -202,17 +194,13 @@ class Recipe(BaseModel):
     bias_decay: bool = _option(True, "weight decay of biases and normalization parameters")
     schedule: ScheduleText = _option("cosine", "learning-rate schedule, NAME[:VALUE], such as cosine or linear")
     schedule_epochs: float | None = _option(None, "length of the schedule in epochs, by default --epochs", gt=0)
-    warmup_epochs: float = _option(
-        0.0, "length of the linear warm-up in epochs, included in that of the schedule", ge=0
-    )
+    warmup_epochs: float = _option(0.0, "length of the linear warm-up in epochs, part of the schedule", ge=0)
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
     clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
     label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
-    ema_decay: float = _option(
-        0.0, "decay per step of the exponential moving average (EMA) of the weights; 0 disables it", ge=0, lt=1
-    )
+    ema_decay: float = _option(0.0, "decay per step of the moving average of the weights; 0 disables it", ge=0, lt=1)
     patience: int = _option(
-        0, "number of epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
+        0, "epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
     )
 
     # run
@@ -227,9 +215,7 @@ class Recipe(BaseModel):
     tta: str = _option("none", "test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = _option(None, "folder to create, by default a new one in runs (speedrun: in speedruns)")
     save_every_epochs: int = _option(1, "checkpoint interval in epochs; 0 disables it", ge=0)
-    save_every_steps: int | None = _option(
-        None, "checkpoint interval in steps, in addition to --save-every-epochs", gt=0
-    )
+    save_every_steps: int | None = _option(None, "checkpoint interval in steps, besides --save-every-epochs", gt=0)
     resume: str | None = _option(
         None,
         "run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
@@ -245,15 +231,11 @@ class Recipe(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
     loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
     workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
-        "auto", "floating-point precision of the forward and backward pass"
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option("auto", "floating-point precision of the model")
     compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")
-    fused_ops: bool = _option(
-        False, "fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)"
-    )
+    fused_ops: bool = _option(False, "fused Triton kernels for BatchNorm, squeeze-and-excitation and ReLU (CUDA only)")
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -325,8 +307,8 @@ class Recipe(BaseModel):
 def section_fields(name: str) -> tuple[str, ...]:
     """Return the names of the fields of a section of the recipe, in order."""
     fields = list(Recipe.model_fields)
-    starts = [*map(fields.index, SECTION_FIRST_FIELDS.values()), len(fields)]
-    section = list(SECTION_FIRST_FIELDS).index(name)
+    starts = [*map(fields.index, SECTION_STARTS.values()), len(fields)]
+    section = list(SECTION_STARTS).index(name)
     return tuple(fields[starts[section] : starts[section + 1]])
 
 

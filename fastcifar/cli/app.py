@@ -22,10 +22,7 @@ MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
 EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
 app = typer.Typer(
-    help="Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 data_app = typer.Typer(help="Verify a data set, or plot the effect of augmentations.", no_args_is_help=True)
 runs_app = typer.Typer(help="List run folders and sweeps, or remove them.", no_args_is_help=True)
@@ -82,8 +79,10 @@ def evaluate(
     """Evaluate a run, a checkpoint, or the published weights of another project on the test set."""
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
-    extras: dict[str, Any] = {"plots_dir": plots, "shifted_dir": shifted, "with_corruptions": corruptions}
-    return Output(evaluate_run(run, arch=arch, console=console, **extras, **options), tables.scores_table)
+    scores = evaluate_run(
+        run, arch=arch, plots_dir=plots, shifted_dir=shifted, with_corruptions=corruptions, console=console, **options
+    )
+    return Output(scores, tables.scores_table)
 
 
 @command(app, fields=EVALUATION_FIELDS)
@@ -107,16 +106,9 @@ def predict(
     from fastcifar.evaluation.predict import predict_to_file
     from fastcifar.evaluation.prediction_files import PredictionFormat
 
+    format = PredictionFormat(header, names, top, probabilities)
     result = predict_to_file(
-        run,
-        source,
-        out,
-        ensemble=ensemble or (),
-        console=console,
-        arch=arch,
-        format=PredictionFormat(header, names, top, probabilities),
-        plot_path=show,
-        **options,
+        run, source, out, ensemble=ensemble or (), console=console, arch=arch, format=format, plot_path=show, **options
     )
     return Output(result, tables.predictions_table)
 
@@ -127,9 +119,7 @@ def export(
     format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
     out: Path | None = option(None, "FILE", "file to write, by default in the run folder"),
     inputs: str = option("uint8", "uint8|normalized", "format of the input images", "--input"),
-    outputs: str = option(
-        "probabilities", "probabilities|logits", "output of the model: class probabilities or logits", "--output"
-    ),
+    outputs: str = option("probabilities", "probabilities|logits", "output of the exported model", "--output"),
     arch: str | None = CHECKPOINT_ARCH,
     **options: Any,
 ) -> Output:
@@ -142,9 +132,7 @@ def export(
 @command(app, fields=section_fields("network"))
 def models(
     name: str | None = argument(None, "NAME", "architecture whose layers are listed"),
-    budget: float | None = option(
-        None, "PARAMS", "maximum number of parameters; the largest --width that fits is computed"
-    ),
+    budget: float | None = option(None, "PARAMS", "parameter budget; the largest --width within it is computed"),
     **options: Any,
 ) -> Output:
     """List the architectures, list the layers of one, or fit its width to a parameter budget."""
@@ -172,11 +160,7 @@ def bench(
     ),
     archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
     batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
-    modes: str = option(
-        "",
-        "NAME,...",
-        "execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
-    ),
+    modes: str = option("", "NAME,...", "execution modes: eager, compiled or captured, by default the chosen one"),
     trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
     profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
     chart: Path | None = option(None, "FILE.png", "image file to write a bar chart of the results to"),
@@ -203,9 +187,7 @@ def speedrun(
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
     recipe: str | None = RECIPE,
     n: int = option(1, "INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1),
-    eval_split: str | None = option(
-        None, "test|val", "split to evaluate on, by default test; with test all images are trained on"
-    ),
+    eval_split: str | None = option(None, "test|val", "evaluation split, by default test, with training on all images"),
     append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
@@ -224,13 +206,9 @@ def sweep(
     executor: str = option(
         "process", "NAME", "executor of the trials: process (one after another in this process), processes, gpus or ray"
     ),
-    seeds: str | None = option(
-        None, "INT|INT,...", "number of seeds, or a list of seeds, by default that of the sweep file"
-    ),
+    seeds: str | None = option(None, "INT|INT,...", "number or list of seeds, by default that of the sweep file"),
     jobs: int | None = option(None, "INT", "number of concurrent trials, by default as many as fit", min=1),
-    cpus: int | None = option(
-        None, "INT", "number of CPU threads per trial, by default an equal share of the cores", min=1
-    ),
+    cpus: int | None = option(None, "INT", "CPU threads per trial, by default an equal share of the cores", min=1),
     trials_per_gpu: int = option(1, "INT", "number of concurrent trials on each GPU", min=1),
     address: str = option("auto", "auto|local|HOST:PORT", "address of the Ray cluster"),
     retry_failed: bool = switch("--retry-failed", "rerun the failed trials"),
@@ -309,9 +287,7 @@ def runs_rm(
         ..., "RUN...", "run or sweep folders; with --unfinished or --keep-best also folders of them"
     ),
     unfinished: bool = switch("--unfinished", "remove only interrupted or damaged runs"),
-    keep_best: int | None = option(
-        None, "INT", "number of finished runs, of the highest val_acc, that are not removed", min=0
-    ),
+    keep_best: int | None = option(None, "INT", "number of finished runs with the highest val_acc to keep", min=0),
     checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
     yes: bool = switch("--yes", "skip the confirmation", "-y"),
 ) -> Output:

@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 
 from fastcifar.format import add_wrap_points, format_option_value, option_flag
-from fastcifar.recipe import SECTION_FIRST_FIELDS, Recipe, section_fields
+from fastcifar.recipe import SECTION_STARTS, Recipe, section_fields
 
 METAVARS = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
 
@@ -96,7 +96,7 @@ def command(
 def _option_parameter(name: str) -> inspect.Parameter:
     """Return the parameter of a command for the recipe field `name`."""
     field, flag = Recipe.model_fields[name], option_flag(name)
-    section = next(section for section in SECTION_FIRST_FIELDS if name in section_fields(section))
+    section = next(section for section in SECTION_STARTS if name in section_fields(section))
     details: dict[str, Any] = {"rich_help_panel": section.capitalize(), "show_default": False}
     types = [field.annotation, *typing.get_args(field.annotation)]
     choices = next((list(typing.get_args(item)) for item in types if typing.get_origin(item) is typing.Literal), [])

@@ -1,7 +1,4 @@
-"""Tables for the terminal of the documents that commands print with --json.
-
-Every public function formats one kind of document. A value that was not measured is a dash.
-"""
+"""Tables for the terminal of the documents that commands print with --json, one function for each kind of document."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from fastcifar.format import (
     format_percent,
     format_short_number,
     key_value_table,
+    numeric_table,
 )
 
 if TYPE_CHECKING:  # these modules import torch
@@ -49,7 +47,7 @@ def summary_table(summary: RunSummary) -> Table:
         "seconds": _phase_seconds(summary.seconds),
         "peak memory": format_memory(summary.peak_memory_bytes),
     }
-    return key_value_table("", rows)
+    return key_value_table(rows)
 
 
 def export_table(result: ExportResult) -> Table:
@@ -62,7 +60,7 @@ def export_table(result: ExportResult) -> Table:
         "largest difference": f"{result['difference']:.2g} between the outputs of the file and of the network, "
         f"on {result['images']} test images in batches of {sizes}",
     }
-    return key_value_table("", rows)
+    return key_value_table(rows)
 
 
 def dry_run_table(result: dict[str, Any]) -> Table:
@@ -75,7 +73,7 @@ def dry_run_table(result: dict[str, Any]) -> Table:
         "peak memory": format_memory(result["peak_memory_bytes"]),
         "files written": "none",
     }
-    return key_value_table("", rows)
+    return key_value_table(rows)
 
 
 def scores_table(scores: EvalResult) -> Group:
@@ -102,14 +100,12 @@ def scores_table(scores: EvalResult) -> Group:
             shifted["acc"], shifted["correct"], shifted["total"], shifted["acc_interval"]
         )
         rows[shifted["name"]] = f"{accuracy}, loss {shifted['loss']:.4f}, calibration error {shifted['ece']:.4f}"
-    tables = [key_value_table("", rows), "", _class_table(scores)]
-    if corruptions := scores["corruptions"]:
-        tables += ["", _corruption_table(corruptions)]
-    return Group(*tables)
+    corruptions = scores["corruptions"]
+    further_tables = ["", _corruption_table(corruptions)] if corruptions else []
+    return Group(key_value_table(rows), "", _class_table(scores), *further_tables)
 
 
 def _accuracy_with_interval(accuracy: float, correct: int, total: int, interval: tuple[float, float]) -> str:
-    """Return `93.99 %  (9,399 of 10,000; 95 % interval 93.51 % to 94.44 %)`."""
     low, high = map(format_percent, interval)
     return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
 
@@ -121,19 +117,14 @@ def _class_table(scores: EvalResult) -> Table:
     if len(names) > MAX_CLASS_ROWS:
         names = sorted(names, key=lambda name: metrics[2][name] or 0)[:MAX_CLASS_ROWS]
         heading = f"the {MAX_CLASS_ROWS} classes with the lowest F1"
-    table = Table(heading, box=None)
-    for column in ("precision", "recall", "F1"):
-        table.add_column(column, justify="right")
+    table = numeric_table([heading], ("precision", "recall", "F1"))
     for name in names:
         table.add_row(name, *(format_percent(metric[name]) for metric in metrics))
     return table
 
 
 def _corruption_table(corruptions: CorruptionsResult) -> Table:
-    """Return a table of the accuracy for each corruption (rows) and severity (columns)."""
-    table = Table("accuracy at severity", box=None)
-    for column in ("1", "2", "3", "4", "5", "mean"):
-        table.add_column(column, justify="right")
+    table = numeric_table(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
     for name, accuracies in corruptions["acc"].items():
         table.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
     table.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]), style="bold")
@@ -149,19 +140,17 @@ def predictions_table(result: PredictResult) -> Table:
     compiled, cuda_graph = map(format_option_value, (first["compiled"], first["cuda_graph"]))
     speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
-    return key_value_table(
-        "",
-        {
-            "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
-            "networks": "\n".join(members),
-            "test-time augmentation": result["tta"],
-            "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
-            "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
-            "predicted classes": counts,
-            "mean confidence": format_percent(result["confidence"]),
-            "files written": ", ".join(filter(None, (result["out"], result["show"]))),
-        },
-    )
+    rows = {
+        "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
+        "networks": "\n".join(members),
+        "test-time augmentation": result["tta"],
+        "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
+        "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
+        "predicted classes": counts,
+        "mean confidence": format_percent(result["confidence"]),
+        "files written": ", ".join(filter(None, (result["out"], result["show"]))),
+    }
+    return key_value_table(rows)
 
 
 def dataset_table(result: DatasetDescription) -> Group:
@@ -178,19 +167,15 @@ def dataset_table(result: DatasetDescription) -> Group:
         "std of training images": ", ".join(f"{value:.8f}" for value in result["std"]),
         "cache": result["cache"] or "none, the images are kept in memory",
     }
-    classes = Table("class", box=None, title_justify="left")
-    for name in splits:
-        classes.add_column(name, justify="right")
+    classes = numeric_table(["class"], splits)
     for class_name in splits["train"]["per_class"]:
         classes.add_row(class_name, *(f"{split['per_class'][class_name]:,}" for split in splits.values()))
-    return Group(key_value_table("", rows), "", classes)
+    return Group(key_value_table(rows), "", classes)
 
 
 def architectures_table(architectures: list[NetworkSize]) -> Table:
     """Return a table of architectures."""
-    table = Table("name", title="architectures", title_justify="left")
-    table.add_column("parameters", justify="right")
-    table.add_column("MACs", justify="right")
+    table = numeric_table(["name"], ("parameters", "MACs"), title="architectures")
     for network in architectures:
         table.add_row(network["name"], f"{network['params']:,}", f"{network['macs'] / 1e6:,.2f} M")
     return table
@@ -199,9 +184,7 @@ def architectures_table(architectures: list[NetworkSize]) -> Table:
 def layers_table(network: NetworkLayers) -> Table:
     """Return a table of the layers in the order of the forward pass."""
     title = f"{network['name']}: {network['params']:,} parameters, {network['macs'] / 1e6:,.2f} M MACs"
-    table = Table("layer", "kind", "output", title=title, title_justify="left")
-    table.add_column("parameters", justify="right")
-    table.add_column("MACs", justify="right")
+    table = numeric_table(("layer", "kind", "output"), ("parameters", "MACs"), title)
     for layer in network["layers"]:
         shape = " x ".join(map(str, layer["output"]))
         table.add_row(layer["name"], layer["kind"], shape, f"{layer['params']:,}", f"{layer['macs']:,}")
@@ -215,7 +198,7 @@ def width_table(result: FittedWidth) -> Table:
         "parameters": f"{result['params']:,} of {result['budget']:,}",
         "MACs": f"{result['macs']:,}",
     }
-    return key_value_table(result["name"], rows)
+    return key_value_table(rows, title=result["name"])
 
 
 def diagnostics_table(diagnostics: Diagnostics) -> Table:
@@ -230,11 +213,10 @@ def diagnostics_table(diagnostics: Diagnostics) -> Table:
     }
     if diagnostics.error:
         rows["train, error"] = diagnostics.error
-    return key_value_table("", rows)
+    return key_value_table(rows)
 
 
 def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
-    """Return the row of the accuracy with test-time augmentation, if it was used."""
     return {} if accuracy is None else {f"  with --tta {tta}": format_percent(accuracy)}
 
 

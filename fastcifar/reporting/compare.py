@@ -54,12 +54,11 @@ def detect_predictions_file(path: Path) -> Path | None:
 def prediction_comparison_table(result: PredictionComparison) -> Group:
     """Return the table of a comparison of two prediction files."""
     summary = key_value_table(
-        "",
         {
             "a": result["a"],
             "b": result["b"],
             "differ": f"{result['differ']:,} of {result['total']:,} labels, {format_percent(result['share'])}",
-        },
+        }
     )
     if not result["pairs"]:
         return Group(summary)

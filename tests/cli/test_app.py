@@ -58,7 +58,7 @@ def test_train_help_lists_every_option() -> None:
     assert "--no-cuda-graph" in text
 
 
-def test_train_prints_one_json_document(tmp_path: Path) -> None:
+def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     summary = json.loads(run.stdout.strip().splitlines()[-1])
@@ -71,6 +71,15 @@ def test_train_prints_one_json_document(tmp_path: Path) -> None:
     assert scores["test_acc"] == summary["test_acc"]
     assert scores["correct"] == round(scores["test_acc"] * scores["total"])
     assert scores["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    run = fastcifar("predict", summary["run"], "data:test", "--out", "a.csv", "--tta", "flip", "--json", cwd=tmp_path)
+    assert (run.returncode, run.stdout.count("\n")) == (0, 1), run.stderr
+    result = json.loads(run.stdout)
+    assert (result["images"], result["tta"], result["out"]) == (40, "flip", "a.csv")
+    assert "0 of 40 labels" in fastcifar("compare", "a.csv", "a.csv", cwd=tmp_path).stdout
+    (tmp_path / "in.pkl").write_bytes(b"<html>")
+    invalid = fastcifar("predict", summary["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
+    assert (invalid.returncode, invalid.stdout, invalid.stderr.count("\n")) == (3, "", 1)
+    assert not (tmp_path / "b.csv").exists()
 
 
 def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
@@ -131,8 +140,6 @@ def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(run.stdout)
     comparison = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)
     assert [(row["what"], row["ratio"], row["overlap"]) for row in comparison["rows"]] == [("loader", 1.0, True)]
-    invalid = fastcifar("bench", *tiny, "--what", "loader,trian", cwd=tmp_path)
-    assert (invalid.returncode, invalid.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -148,23 +155,35 @@ def test_bench_prints_one_json_document(tmp_path: Path) -> None:
         (("--dataset", "cifar1000"), 2, "'cifar10' or 'cifar100'"),
         (("--blocks", "1,1,1"), 2, "--channels"),
         (("--max-params", "1000"), 2, "over the budget of 1,000"),
+        (("--device", "cuda"), 8, "use --device cpu"),
     ],
 )
-def test_fault15_invalid_options_are_refused_in_one_line_and_nothing_is_written(
+def test_fault15_fault17_invalid_options_are_refused_in_one_line_and_nothing_is_written(
     tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    run = fastcifar("train", *TINY, *arguments, cwd=tmp_path)
+    run = fastcifar("train", *TINY, *arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert (run.returncode, run.stdout) == (code, "")
     assert run.stderr.count("\n") == 1, run.stderr
     assert words in run.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_fault17_cuda_is_not_available(tmp_path: Path) -> None:
-    run = fastcifar("train", *TINY, "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 8
-    assert "use --device cpu" in run.stderr
-    assert run.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("eval", "no-run"), 4),
+        (("eval", "damaged"), 4),
+        (("predict", "no-run", "damaged", "--out", "a.csv"), 4),
+        (("data", "verify", "--data", "no/such/place"), 3),
+        (("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop"), 2),
+        (("bench", "--data", "synthetic:100", "--what", "loader,trian"), 2),
+    ],
+)
+def test_other_commands_refuse_invalid_input_in_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int) -> None:
+    (tmp_path / "damaged").write_text("<html>")
+    run = fastcifar(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (code, "", 1), run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_data_verify_and_show(tmp_path: Path) -> None:
@@ -173,35 +192,8 @@ def test_data_verify_and_show(tmp_path: Path) -> None:
     table = fastcifar("data", "verify", "--data", "synthetic:100", cwd=tmp_path, COLUMNS="120").stdout
     for words in ("synthetic:100", "100 x 3 x 32 x 32, uint8", "airplane", "mean of training"):
         assert words in table, words
-    missing = fastcifar("data", "verify", "--data", "no/such/place", cwd=tmp_path)
-    assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (3, "", 1)
     plot = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flip:1", cwd=tmp_path)
     assert (plot.returncode, plot.stdout) == (0, "wrote a.png\n"), plot.stderr
-    invalid = fastcifar("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop", cwd=tmp_path)
-    assert (invalid.returncode, invalid.stderr.count("\n")) == (2, 1)
-
-
-def test_eval_errors(tmp_path: Path) -> None:
-    missing = fastcifar("eval", "no-run", cwd=tmp_path)
-    assert (missing.returncode, missing.stderr.count("\n")) == (4, 1)
-    (tmp_path / "last.pt").write_text("<html>")
-    damaged = fastcifar("eval", "last.pt", cwd=tmp_path)
-    assert (damaged.returncode, damaged.stderr.count("\n")) == (4, 1)
-
-
-def test_predict_and_compare_from_a_run(tmp_path: Path) -> None:
-    trained = json.loads(fastcifar("train", *TINY, "--json", cwd=tmp_path).stdout.strip().splitlines()[-1])
-    run = fastcifar("predict", trained["run"], "data:test", "--out", "a.csv", "--tta", "flip", "--json", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n") == 1
-    result = json.loads(run.stdout)
-    assert (result["images"], result["tta"], result["out"]) == (40, "flip", "a.csv")
-    table = fastcifar("compare", "a.csv", "a.csv", cwd=tmp_path).stdout
-    assert "0 of 40 labels" in table
-    (tmp_path / "in.pkl").write_bytes(b"<html>")
-    invalid = fastcifar("predict", trained["run"], "in.pkl", "--out", "b.csv", cwd=tmp_path)
-    assert (invalid.returncode, invalid.stdout, invalid.stderr.count("\n")) == (3, "", 1)
-    assert not (tmp_path / "b.csv").exists()
 
 
 def test_a_warning_is_one_line_without_its_position_in_the_source() -> None:
