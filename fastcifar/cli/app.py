@@ -224,7 +224,7 @@ def sweep(
         return Output(plan_sweep(source, out, executor, seeds, **options), plan_table)
     executor_options = ExecutorOptions(jobs, cpus, trials_per_gpu, address)
     result = run_sweep(source, out, executor, executor_options, seeds, retry_failed, console, **options)
-    return Output(result, sweep_table, exit_code=int(result["counts"]["failed"] > 0))
+    return Output(result, sweep_table, exit_code=int(result.counts["failed"] > 0))
 
 
 @command(app)

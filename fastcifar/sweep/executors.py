@@ -32,11 +32,12 @@ from fastcifar.errors import (
     lookup,
     print_warning,
 )
-from fastcifar.files import lock_folder
+from fastcifar.files import is_locked
 from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
 
 if TYPE_CHECKING:
+    from fastcifar.reporting.records import TrialState
     from fastcifar.training.summary import RunSummary
 
 RAY_MAX_RETRIES = 3  # for a Ray task whose worker process dies
@@ -68,14 +69,13 @@ class TrialEvent:
     """A change of the state of a trial.
 
     Args:
-        state: "running", "done", "pruned" or "failed".
         reason: why a trial failed.
         summary: the summary of a finished run.
         files: contents of files in the run folder of a trial that ran on another machine.
     """
 
     trial: SweepTrial
-    state: str
+    state: TrialState
     reason: str | None = None
     summary: RunSummary | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -85,32 +85,30 @@ TrialEvents = Generator[TrialEvent, None, None]
 Executor = Callable[[Iterator[SweepTrial]], TrialEvents]
 
 
-def in_process_executor(options: ExecutorOptions) -> Executor:
-    """Run trials one after the other in this process; a signal writes a checkpoint and ends the sweep."""
-    return _run_sequentially
-
-
 def multiprocess_executor(options: ExecutorOptions) -> Executor:
     """Run each trial in its own process, `jobs` at a time."""
     jobs = options.jobs or max(1, (os.cpu_count() or 1) // (options.cpus or 1))
-    return partial(_run_in_processes, slots=[{}] * jobs, options=options)
+    return partial(_run_in_processes, slots=[{}] * jobs, cpus=options.cpus)
 
 
 def gpu_executor(options: ExecutorOptions) -> Executor:
-    """Run each trial in its own process on one of the GPUs of this machine.
+    """Run each trial in its own process on one of the GPUs of this machine. Raises `DeviceError` if there is none."""
+    import torch
 
-    Raises `DeviceError` if no GPU is visible.
-    """
-    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(options.trials_per_gpu) for gpu in _visible_gpus()]
-    return partial(_run_in_processes, slots=slots[: options.jobs], options=options)
+    if not torch.cuda.is_available():
+        remedy = "use --executor processes, or see `fastcifar doctor`"
+        raise DeviceError("--executor gpus: no CUDA device is visible", remedy)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus * options.trials_per_gpu]
+    return partial(_run_in_processes, slots=slots[: options.jobs], cpus=options.cpus)
 
 
 def ray_executor(options: ExecutorOptions) -> Executor:
     """Run each trial as a task of a Ray cluster, with its share of a GPU if the cluster has GPUs.
 
-    A task whose worker process dies is retried. It resumes from its checkpoint if the run folder is on this machine or
-    on a shared file system. Raises `UsageError` if Ray is not installed and `DeviceError` if the cluster cannot be
-    reached.
+    A task whose worker process dies is retried; it resumes if it can read its run folder. Raises `UsageError` if Ray is
+    not installed and `DeviceError` if the cluster cannot be reached.
     """
     ray = import_optional("ray", RAY_REMEDY)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
@@ -129,10 +127,10 @@ def ray_executor(options: ExecutorOptions) -> Executor:
     return partial(_run_on_ray, ray=ray, options=options)
 
 
-# name -> function that checks the options and returns an executor. An executor is a function that runs trials and
-# yields two events per trial: "running", then the final state.
+# name -> function that checks the options and returns an executor, which runs trials and yields two events for each:
+# "running", then the final state
 EXECUTORS: dict[str, Callable[[ExecutorOptions], Executor]] = {
-    "process": in_process_executor,
+    "process": lambda options: _run_in_this_process,
     "processes": multiprocess_executor,
     "gpus": gpu_executor,
     "ray": ray_executor,
@@ -147,10 +145,9 @@ EXECUTORS_BY_OPTION = {
 
 
 def build_executor(executor: str, options: ExecutorOptions) -> Executor:
-    """Return the executor named `executor`, a key of `EXECUTORS`.
+    """Return the executor named `executor`.
 
-    Raises `UsageError` if the name is unknown or an option is not supported by the executor, and the errors of the
-    executor.
+    Raises `UsageError` if the name is unknown or an option is not supported, and the errors of the executor.
     """
     factory = lookup(EXECUTORS, executor, "executor")
     for name, supported in EXECUTORS_BY_OPTION.items():
@@ -194,24 +191,12 @@ def _failure_reason(error: Exception, folder: Path) -> str:
 def _wait_until_unlocked(folder: Path) -> None:
     """Wait until `folder` is unlocked: the trial process of a killed sweep may still be writing its checkpoint."""
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
-    while folder.is_dir():
-        try:
-            lock_folder(folder).release()
-            return
-        except UsageError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+    while is_locked(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
-def _threads_per_trial(options: ExecutorOptions, concurrent_trials: int) -> int:
-    """Return `options.cpus`, or an equal share of the threads of this process."""
-    import torch
-
-    return options.cpus or max(1, torch.get_num_threads() // concurrent_trials)
-
-
-def _run_sequentially(trials: Iterator[SweepTrial]) -> TrialEvents:
+def _run_in_this_process(trials: Iterator[SweepTrial]) -> TrialEvents:
+    """Run trials one after the other; a signal writes a checkpoint and ends the sweep."""
     from fastcifar.benchmark.bench import reset_compiler_and_memory
 
     for trial in trials:
@@ -220,18 +205,18 @@ def _run_sequentially(trials: Iterator[SweepTrial]) -> TrialEvents:
         reset_compiler_and_memory()
 
 
-def _run_in_processes(
-    trials: Iterator[SweepTrial], slots: Sequence[dict[str, str]], options: ExecutorOptions
-) -> TrialEvents:
+def _run_in_processes(trials: Iterator[SweepTrial], slots: Sequence[dict[str, str]], cpus: int | None) -> TrialEvents:
     """Run each trial in a process, forked from a server that has imported torch where the system supports it.
 
     `slots` holds the environment variables of each concurrent process. If a process dies, only its trial fails.
     """
+    import torch
+
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     server: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
         server.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train"])
-    free_slots, threads = list(slots), _threads_per_trial(options, len(slots))
+    free_slots, threads = list(slots), cpus or max(1, torch.get_num_threads() // len(slots))
     running: dict[Connection, tuple[SweepTrial, Any, dict[str, str]]] = {}
     try:
         while True:
@@ -249,25 +234,20 @@ def _run_in_processes(
                 assert isinstance(receiver, Connection)
                 trial, process, slot = running.pop(receiver)
                 free_slots.append(slot)
-                yield _receive_event(trial, receiver, process)
+                try:
+                    event = receiver.recv()
+                    process.join()
+                except EOFError:
+                    process.join()
+                    code = process.exitcode
+                    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    event = TrialEvent(trial, "failed", f"the process ended with {cause}")
+                yield event
     finally:
         for _, process, _ in running.values():
             process.terminate()  # the process writes a checkpoint before it exits
         for _, process, _ in running.values():
             process.join(CHECKPOINT_TIMEOUT_S)
-
-
-def _receive_event(trial: SweepTrial, receiver: Connection, process: Any) -> TrialEvent:
-    """Return the result that the process of a trial sent, or a failure that says how the process ended."""
-    try:
-        state, reason, summary = receiver.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        state, reason, summary = "failed", f"the process ended with {cause}", None
-    process.join()
-    return TrialEvent(trial, state, reason, summary)
 
 
 def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: Connection) -> None:
@@ -279,10 +259,9 @@ def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: C
     warnings.showwarning = print_warning
     threading.Thread(target=_terminate_with_parent, daemon=True).start()
     try:
-        event = run_trial(trial)
-        sender.send((event.state, event.reason, event.summary))
+        sender.send(run_trial(trial))
     except Interrupted as error:
-        sender.send(("failed", str(error), None))
+        sender.send(TrialEvent(trial, "failed", str(error)))
 
 
 def _terminate_with_parent() -> None:
@@ -290,17 +269,6 @@ def _terminate_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _visible_gpus() -> list[str]:
-    """Return the GPUs of this machine as CUDA_VISIBLE_DEVICES identifies them."""
-    import torch
-
-    if not torch.cuda.is_available():
-        remedy = "use --executor processes, or see `fastcifar doctor`"
-        raise DeviceError("--executor gpus: no CUDA device is visible", remedy)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:
@@ -318,7 +286,9 @@ def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions
                 cores = f"a trial needs {resources['num_cpus']} cores, and the cluster has {cluster.get('CPU', 0):g}"
                 raise UsageError(f"--executor ray: {cores}", "lower --cpus")
             while len(pending) < max_tasks and (trial := next(trials, None)):
-                arguments = (_with_absolute_out(trial), options.cpus or 1, socket.gethostname())
+                out = str(Path(str(trial.recipe.out)).absolute())  # a worker may have another working directory
+                remote_trial = replace(trial, recipe=trial.recipe.model_copy(update={"out": out}))
+                arguments = (remote_trial, options.cpus or 1, socket.gethostname())
                 pending[task.options(**resources).remote(*arguments)] = trial
                 yield TrialEvent(trial, "running")
             if not pending:
@@ -360,9 +330,3 @@ def _ray_task(trial: SweepTrial, threads: int, driver_host: str) -> TrialEvent:
     folder = Path(str(trial.recipe.out))
     files = {name: (folder / name).read_bytes() for name in RETURNED_FILES if (folder / name).is_file()}
     return replace(event, files=files)
-
-
-def _with_absolute_out(trial: SweepTrial) -> SweepTrial:
-    """Make the run folder absolute, because a worker may have another working directory."""
-    out = str(Path(str(trial.recipe.out)).absolute())
-    return replace(trial, recipe=trial.recipe.model_copy(update={"out": out}))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executo
 from fastcifar.sweep.study import OptunaStudy
 from fastcifar.sweep.sweep_progress import SweepDisplay
 from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_trials, read_sweep_spec
-from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, TrialLog
+from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, PlannedTrial, SweepPlan, SweepResult, TrialLog
 from fastcifar.training import trackers
 from fastcifar.training.progress import print_lines
 from fastcifar.training.resolve import any_machine, resolve
@@ -40,8 +40,8 @@ def run_sweep(
     retry_failed: bool = False,
     console: Console | None = None,
     **overrides: Any,
-) -> dict[str, Any]:
-    """Run the unfinished trials of a sweep and return `sweep_document`.
+) -> SweepResult:
+    """Run the unfinished trials of a sweep and return the results of all.
 
     Args:
         source: name of a shipped sweep, path of a sweep file, or a sweep folder.
@@ -61,19 +61,26 @@ def run_sweep(
         raise UsageError("a [study] does not rerun failed trials", "leave --retry-failed out")
     print_lines(console, describe_duplicate_recipes(trials))
     run_trials = build_executor(executor, executor_options or ExecutorOptions())
-    with _locked_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot create the sweep folder {folder}: {error.strerror}"
+        raise DiskError(problem, "choose another --out DIR") from None
+    with lock_folder(folder):
         trial_log = TrialLog(folder)
         if study:
             study.open_study()
             trials = [trial.with_sweep_folder(folder) for trial in study.existing_trials()]
         print_lines(console, _start_sweep(folder, spec, trial_log, trials, retry_failed))
-        total = study.study_spec.n if study else len(trials)
-        skipped = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
-        remaining: Iterator[SweepTrial] = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
         if study:
             remaining = (trial.with_sweep_folder(folder) for trial in study.remaining_trials())
+        else:
+            skipped = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
+            remaining = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
         trial_keys = [trial.key for trial in trials]
-        with SweepDisplay(console, trial_log, total) as display, closing(run_trials(remaining)) as events:
+        total = study.study_spec.n if study else len(trials)
+        display = SweepDisplay(console, trial_log, total)
+        with display.live or nullcontext(), closing(run_trials(remaining)) as events:
             for event in events:
                 _log_event(trial_log, folder, event)
                 if event.trial.key not in trial_keys:
@@ -81,7 +88,9 @@ def run_sweep(
                 display.on_event(event, trial_keys)
                 if study:
                     study.tell(event.trial, event.state, event.summary)
-        return sweep_document(folder, trial_log, trial_keys)
+        results = trial_log.results(trial_keys)
+    counts = Counter(result.state for result in results)
+    return SweepResult(str(folder), {state: counts[state] for state in TRIAL_STATES}, results)
 
 
 def prepare_sweep(
@@ -114,38 +123,30 @@ def _require_current_names(folder: Path) -> None:
 
 def plan_sweep(
     source: str, out: Path | None = None, executor: str = "process", seeds: str | None = None, **overrides: Any
-) -> dict[str, Any]:
+) -> SweepPlan:
     """Return what `run_sweep` would run, without writing anything.
 
-    Returns a dictionary with the keys "sweep" (the folder), "n" (number of trials), "steps" and "trials". "steps" is
-    the maximum number of remaining training steps, or None if the data set is not on disk or a trial cannot be trained
-    on it. The trials of a study are those at the ends of its ranges.
+    The trials of a study are those at the ends of its ranges.
     """
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     trial_log = TrialLog(folder)
-    rows = [
-        {
-            "trial": trial.key,
-            "label": trial.label,
-            "seed": trial.recipe.seed,
-            "knobs": trial.options,
-            "state": trial_log.trial_state(trial.key),
-            "epochs": trial.recipe.epochs,
-            "steps": count_training_steps(trial.recipe),
-        }
+    planned = [
+        PlannedTrial(
+            trial=trial.key,
+            label=trial.label,
+            seed=trial.recipe.seed,
+            knobs=trial.options,
+            state=trial_log.trial_state(trial.key),
+            epochs=trial.recipe.epochs,
+            steps=count_training_steps(trial.recipe),
+        )
         for trial in (study.boundary_trials() if study else trials)
     ]
-    num_trials = study.study_spec.n if study else len(trials)
-    steps = [row["steps"] for row in rows if row["state"] not in FINISHED_STATES]
-    total_steps = None if None in steps else max(steps, default=0) * num_trials if study else sum(steps)
-    return {"sweep": str(folder), "n": num_trials, "steps": total_steps, "trials": rows}
-
-
-def sweep_document(folder: Path, trial_log: TrialLog, trial_keys: Iterable[str]) -> dict[str, Any]:
-    """Return the trials with their accuracies: `{"sweep": folder, "counts": {state: trials}, "trials": [...]}`."""
-    rows = trial_log.trial_rows(trial_keys)
-    counts = Counter(row["state"] for row in rows)
-    return {"sweep": str(folder), "counts": {state: counts[state] for state in TRIAL_STATES}, "trials": rows}
+    n = study.study_spec.n if study else len(trials)
+    steps = [trial.steps for trial in planned if trial.state not in FINISHED_STATES]
+    known = [count for count in steps if count is not None]
+    total = max(known, default=0) * n if study else sum(known)
+    return SweepPlan(str(folder), n, total if len(known) == len(steps) else None, planned)
 
 
 def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
@@ -182,39 +183,23 @@ def count_training_steps(recipe: Recipe) -> int | None:
     return min(steps, recipe.max_steps or steps)
 
 
-@contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """Create the sweep folder if necessary and lock it.
-
-    Raises `DiskError` if it cannot be created, and `UsageError` if another process has locked it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"cannot create the sweep folder {folder}: {error.strerror}", "choose another --out DIR"
-        ) from None
-    with lock_folder(folder):
-        yield
-
-
 def _start_sweep(
     folder: Path, spec: SweepSpec, trial_log: TrialLog, trials: list[SweepTrial], retry_failed: bool
 ) -> list[str]:
     """Write the sweep file and update the trial log; return lines about changes and the state of the trials."""
     lines, spec_file, text = [], folder / SPEC_FILE, spec.to_toml()
-    added = sum(trial.key not in trial_log.last_lines for trial in trials)
-    removed = trial_log.mark_removed(trial.key for trial in trials)
-    if spec_file.is_file() and spec_file.read_text("utf-8") != text:
-        lines.append(f"the sweep file has changed: {added} trials added, {len(removed)} removed (their runs are kept)")
+    has_changed = spec_file.is_file() and spec_file.read_text("utf-8") != text
+    added = sum(trial.key not in trial_log.entries for trial in trials)
+    removed = trial_log.update_labels(trials)
+    if has_changed:
+        lines.append(f"the sweep file has changed: {added} trials added, {removed} removed (their runs are kept)")
     try:
         write_atomically(spec_file, text.encode())
     except OSError as error:
         raise DiskError(f"cannot write {spec_file}: {error.strerror}", "choose another --out DIR") from None
-    trial_log.restore_labels(trials)
+    failed = "failed, to rerun" if retry_failed else "failed (--retry-failed reruns them)"
+    words = {"waiting": "to start", "running": "to resume", "failed": failed}
     counts = Counter(trial_log.trial_state(trial.key) for trial in trials)
-    words = {"waiting": "to start", "running": "to resume", "failed": "failed"}
-    words["failed"] += ", to rerun" if retry_failed else " (--retry-failed reruns them)"
     states = [f"{count} {words.get(state, state)}" for state, count in counts.items()]
     num_trials = spec.study.n if spec.study else len(trials)
     return [*lines, f"{folder}: {num_trials} trials: {', '.join(states) or 'none started'}"]

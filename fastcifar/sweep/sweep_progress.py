@@ -5,9 +5,8 @@ Everything shown is read from the trial log and from the metrics of the runs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from fastcifar.format import format_count, format_decimal, format_percent
 from fastcifar.sweep.executors import TrialEvent
-from fastcifar.sweep.trial_log import TrialLog
+from fastcifar.sweep.trial_log import SweepPlan, SweepResult, TrialLog, TrialResult
 from fastcifar.training.metrics_file import read_metrics
 from fastcifar.training.progress import print_lines
 
@@ -24,7 +23,7 @@ MAX_LIVE_ROWS = 30  # rows of the live table: running trials first, then the mos
 
 
 class SweepDisplay:
-    """Context manager that shows the progress of a sweep of `total` trials; a `console` of None shows nothing."""
+    """The progress of a sweep of `total` trials; `live` is the live table, None unless `console` is a terminal."""
 
     def __init__(self, console: Console | None, trial_log: TrialLog, total: int) -> None:
         self.console, self.trial_log, self.total = console, trial_log, total
@@ -33,66 +32,57 @@ class SweepDisplay:
         if console and console.is_terminal:
             self.live = Live(console=console, get_renderable=self._live_table, refresh_per_second=1, transient=True)
 
-    def __enter__(self) -> SweepDisplay:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
-
     def on_event(self, event: TrialEvent, trial_keys: list[str]) -> None:
         """Show an event, which is already in the trial log; `trial_keys` are the trials of the sweep so far."""
         self.trial_keys = list(trial_keys)
         if self.live or event.state == "running":
             return
-        (row,) = self.trial_log.trial_rows([event.trial.key])
+        (result,) = self.trial_log.results([event.trial.key])
         ended = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
-        accuracies = [f"{name} {format_percent(row[key])}" for name, key in (("val", "val_acc"), ("test", "test_acc"))]
-        seconds = [f"{format_decimal(row['seconds'], 0)} s"] if row["seconds"] else []
-        state = f"{event.state}: {event.reason}" if event.reason else event.state
-        outcome = ", ".join([state, *accuracies, *seconds])
-        print_lines(self.console, [f"{ended} of {self.total}  {row['label']}, seed {row['seed']}: {outcome}"])
+        state = f"{result.state}: {result.reason}" if result.reason else result.state
+        seconds = f", {result.seconds:,.0f} s" if result.seconds else ""
+        accuracies = f"val {format_percent(result.val_acc)}, test {format_percent(result.test_acc)}"
+        text = f"{result.label}, seed {result.seed}: {state}, {accuracies}{seconds}"
+        print_lines(self.console, [f"{ended} of {self.total}  {text}"])
 
     def _live_table(self) -> Group:
         """Return the current table; rich calls this once per second in another thread."""
-        rows = self.trial_log.trial_rows(list(self.trial_keys))
-        running = [row for row in rows if row["state"] == "running"]
-        others = [row for row in rows if row["state"] != "running"]
-        shown = [*running, *others[::-1]][:MAX_LIVE_ROWS]
-        progress = {row["trial"]: _format_progress(self.trial_log.folder / row["run"]) for row in running}
-        return Group(trials_table(shown, progress), f"{len(others)} of {self.total} ended, {len(running)} running")
+        results = self.trial_log.results(list(self.trial_keys))
+        running = [result for result in results if result.state == "running"]
+        others = [result for result in results if result.state != "running"]
+        progress = {result.trial: _format_progress(self.trial_log.folder / result.run) for result in running}
+        table = trials_table([*running, *others[::-1]][:MAX_LIVE_ROWS], progress)
+        return Group(table, f"{len(others)} of {self.total} ended, {len(running)} running")
 
 
-def sweep_table(result: dict[str, Any]) -> Group:
-    """Return a table of the trials of a sweep and their number in each state, from the result of `run_sweep`."""
-    counts = ", ".join(f"{count} {state}" for state, count in result["counts"].items() if count)
-    return Group(trials_table(result["trials"]), f"{result['sweep']}: {counts or 'nothing to run'}")
+def sweep_table(result: SweepResult) -> Group:
+    """Return a table of the trials of a sweep and their number in each state."""
+    counts = ", ".join(f"{count} {state}" for state, count in result.counts.items() if count)
+    return Group(trials_table(result.trials), f"{result.sweep}: {counts or 'nothing to run'}")
 
 
-def plan_table(result: dict[str, Any]) -> Group:
-    """Return a table of the trials that a sweep would run, from the result of `plan_sweep`."""
+def plan_table(plan: SweepPlan) -> Group:
+    """Return a table of the trials that a sweep would run."""
     table = Table("trial", "state", box=None)
     for name in ("seed", "epochs", "steps"):
         table.add_column(name, justify="right")
-    for row in result["trials"]:
-        numbers = (str(row["seed"]), str(row["epochs"]), format_count(row["steps"]))
-        table.add_row(escape(row["label"]), row["state"], *numbers)
-    steps = "" if result["steps"] is None else f", at most {result['steps']:,} steps remaining"
-    return Group(table, f"{result['sweep']}: {result['n']} trials{steps}; nothing was written")
+    for trial in plan.trials:
+        numbers = (str(trial.seed), str(trial.epochs), format_count(trial.steps))
+        table.add_row(escape(trial.label), trial.state, *numbers)
+    steps = "" if plan.steps is None else f", at most {plan.steps:,} steps remaining"
+    return Group(table, f"{plan.sweep}: {plan.n} trials{steps}; nothing was written")
 
 
-def trials_table(rows: list[dict[str, Any]], progress: dict[str, str] | None = None) -> Table:
+def trials_table(results: Sequence[TrialResult], progress: Mapping[str, str] | None = None) -> Table:
     """Return a table with one row per trial; `progress` maps running trials to the text of their progress."""
     table = Table("trial", box=None)
     for name in ("seed", "state", "validation", "test", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        label = escape(f"{row['label']}  ({row['reason']})" if row["reason"] else row["label"])
-        state = (progress or {}).get(row["trial"]) or row["state"]
-        accuracies = (format_percent(row[name]) for name in ("val_acc", "test_acc"))
-        table.add_row(label, str(row["seed"]), state, *accuracies, format_decimal(row["seconds"], 0))
+    for result in results:
+        label = escape(f"{result.label}  ({result.reason})" if result.reason else result.label)
+        state = (progress or {}).get(result.trial) or result.state
+        accuracies = map(format_percent, (result.val_acc, result.test_acc))
+        table.add_row(label, str(result.seed), state, *accuracies, format_decimal(result.seconds, 0))
     return table
 
 

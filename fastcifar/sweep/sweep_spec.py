@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastcifar.errors import UsageError, lookup, suggest_name
 from fastcifar.files import load_toml
@@ -53,19 +53,22 @@ def _parse_seeds(value: Any) -> Any:
     return range(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else value
 
 
-def _check_list_row(value: dict[str, Any]) -> dict[str, Any]:
-    """Check that label and recipe of a [[list]] entry are text."""
-    for name in ("label", "recipe"):
-        if not isinstance(value.get(name, ""), str):
-            raise ValueError(f"{name} should be text")
-    return value
+class ListEntry(BaseModel):
+    """A [[list]] entry: further keys are options of the recipe."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    label: str | None = None
+    recipe: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options of the recipe."""
+        return self.model_extra or {}
 
 
 class RandomSearchSpec(BaseModel):
-    """[random]: `n` points, sampled from a range for each other key, such as `lr.log = [0.01, 1.0]`.
-
-    The kind of a range is a key of `RANGE_SAMPLERS`.
-    """
+    """[random]: `n` points, sampled from a range for each other key, such as `lr.log = [0.01, 1.0]`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -87,7 +90,7 @@ class StudySpec(RandomSearchSpec):
 class SweepSpec(BaseModel):
     """The contents of a sweep file; `rows` are its [[list]] entries."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     recipe: str | None = None
     seeds: Annotated[
@@ -95,7 +98,7 @@ class SweepSpec(BaseModel):
     ] = (0,)
     base: dict[str, Any] = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    rows: list[Annotated[dict[str, Any], AfterValidator(_check_list_row)]] = Field(default=[], alias="list")
+    rows: list[ListEntry] = Field(default=[], alias="list")
     random: RandomSearchSpec | None = None
     study: StudySpec | None = None
 
@@ -105,7 +108,7 @@ class SweepSpec(BaseModel):
         Raises `UsageError` if an option is in more than one of [grid], [[list]], [random] and [study].
         """
         sampled = [name for search in (self.random, self.study) if search for name in search.ranges]
-        listed = {name for row in self.rows for name in row if name not in ("label", "recipe")}
+        listed = {name for row in self.rows for name in row.settings}
         names = [*self.grid, *sampled, *listed]
         for name in names:
             if names.count(name) > 1:
@@ -179,36 +182,28 @@ def read_sweep_spec(
         raise UsageError(f"unknown sweep {source!r}", f"give a TOML file or the name of a shipped sweep; {suggestion}")
     values = load_toml(path)
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
-    for name in values:
-        if name not in keys:
-            raise UsageError(
-                f"{path}: unknown key {name!r}", f"recipe options belong under [base]; {suggest_name(name, keys)}"
-            )
+    for name in sorted(values.keys() - keys):
+        remedy = f"recipe options belong under [base]; {suggest_name(name, keys)}"
+        raise UsageError(f"{path}: unknown key {name!r}", remedy)
+    try:
+        spec = SweepSpec.model_validate(values if seeds is None else {**values, "seeds": seeds})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where, message = ".".join(map(str, problem["loc"])), str(problem["msg"])
+        message = message.removeprefix("Value error, ").removeprefix("Input ")
+        raise UsageError(f"{path}: {where} {message} (got {problem['input']!r})") from None
     base = {name: value for name, value in (overrides or {}).items() if value is not None}
-    spec = _validate_spec(path, values if seeds is None else {**values, "seeds": seeds})
     for name in spec.axes() & base.keys():
         raise UsageError(f"{option_flag(name)}: {name} is varied by the sweep", "leave it out, or edit the sweep file")
-    rows = [_resolve_recipe_path(row, path.parent) for row in spec.rows]
-    top = _resolve_recipe_path({"recipe": spec.recipe} if spec.recipe else {}, path.parent)
-    changes = {**top, "base": {**spec.base, **base}, "rows": rows}
+    rows = [row.model_copy(update={"recipe": _absolute_recipe(row.recipe, path.parent)}) for row in spec.rows]
+    changes = {"recipe": _absolute_recipe(spec.recipe, path.parent), "base": {**spec.base, **base}, "rows": rows}
     return spec.model_copy(update=changes), path.parent.name if path.name == SPEC_FILE else path.stem
 
 
-def _validate_spec(path: Path, values: dict[str, Any]) -> SweepSpec:
-    try:
-        return SweepSpec.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-        raise UsageError(f"{path}: {where} {message} (got {problem['input']!r})") from None
-
-
-def _resolve_recipe_path(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _absolute_recipe(source: str | None, folder: Path) -> str | None:
     """Make the path of a recipe file absolute if the file is in the folder of the sweep file."""
-    source = row.get("recipe")
     file = folder / str(source)
-    return {**row, "recipe": str(file.absolute())} if source and source.endswith(".toml") and file.is_file() else row
+    return str(file.absolute()) if source and source.endswith(".toml") and file.is_file() else source
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -218,9 +213,7 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
-    """Return all trials of a sweep called `name`, ordered by seed.
-
-    In this order, the rows of a sweep that is stopped early have similar numbers of seeds.
+    """Return all trials of a sweep called `name`, ordered by seed, so that a sweep that is stopped early is balanced.
 
     Raises `UsageError` with the label of the first trial whose recipe is invalid.
     """
@@ -229,10 +222,8 @@ def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
     random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]
     trials: dict[str, SweepTrial] = {}
     labels = set()
-    for row in spec.rows or [{}]:
-        settings = {key: value for key, value in row.items() if key not in ("label", "recipe")}
-        recipe_name = Path(row.get("recipe", "")).stem
-        row_label = row.get("label") or ", ".join(filter(None, (recipe_name, settings_label(settings))))
+    for row in spec.rows or [ListEntry()]:
+        row_label = row.label or ", ".join(filter(None, (Path(row.recipe or "").stem, settings_label(row.settings))))
         if row_label in labels:
             raise UsageError(f"two [[list]] entries have the label {row_label!r}", "give each entry a unique label")
         labels.add(row_label)
@@ -240,7 +231,7 @@ def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
             point = {**grid_point, **random_point}
             label = ", ".join(filter(None, (row_label, settings_label(point)))) or "base"
             for seed in spec.seeds:
-                trial = build_trial(spec, name, label, {**settings, **point}, seed, row.get("recipe"))
+                trial = build_trial(spec, name, label, {**row.settings, **point}, seed, row.recipe)
                 trials[trial.key] = trial
     return sorted(trials.values(), key=lambda trial: spec.seeds.index(trial.recipe.seed))
 
@@ -272,25 +263,18 @@ def build_trial(
     values, base_values = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")
     options = {key: value for key, value in values.items() if value != base_values[key] or key in settings}
     recipe_name = Path(source).stem if source else name
-    return SweepTrial(_trial_key(label, recipe), label, options, recipe_name, recipe, trial_ref)
-
-
-def _trial_key(label: str, recipe: Recipe) -> str:
-    """Return a key such as `relu-s0-1a2b3c4d`: label, seed, and a hash of the label and the non-default options.
-
-    Options that do not change what is trained (`OUTPUT_OPTIONS`) are left out of the hash.
-    """
-    experiment = {name: value for name, value in recipe.non_default_options().items() if name not in OUTPUT_OPTIONS}
+    # the key is such as `relu-s0-1a2b3c4d`; options that do not change what is trained are left out of its hash
+    experiment = {key: value for key, value in recipe.non_default_options().items() if key not in OUTPUT_OPTIONS}
     identity = json.dumps([label, experiment], sort_keys=True)
     slug = re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:60]
-    return f"{slug}-s{recipe.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    key = f"{slug}-s{seed}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    return SweepTrial(key, label, options, recipe_name, recipe, trial_ref)
 
 
 def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
     """Format settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`.
 
-    The label is part of a trial's key and of trials.jsonl. Values are therefore formatted with `str` instead of
-    `format_option_value`, so that a change of the text in tables does not change the keys of trials.
+    The label is part of a trial's key. Values are therefore not formatted as in tables, whose format may change.
     """
 
     def value_text(value: Any) -> str:
@@ -319,20 +303,18 @@ def _draw_random_points(spec: RandomSearchSpec) -> Iterator[dict[str, Any]]:
 def _parse_range(name: str, value: Any) -> tuple[str, list[Any]]:
     """Parse a range such as `{log = [0.01, 1.0]}` into its kind and ends. Raises `UsageError` if it is invalid."""
     if name not in Recipe.model_fields:
-        raise UsageError(
-            f"unknown recipe key {name!r}", renaming_remedy(name) or suggest_name(name, Recipe.model_fields)
-        )
+        remedy = renaming_remedy(name) or suggest_name(name, Recipe.model_fields)
+        raise UsageError(f"unknown recipe key {name!r}", remedy)
     if not isinstance(value, dict) or len(value) != 1:
         kinds = ", ".join(RANGE_SAMPLERS)
         raise UsageError(f"invalid range {value!r} for {name}", f"write {name}.KIND = [LOW, HIGH], KIND one of {kinds}")
     ((kind, ends),) = value.items()
     lookup(RANGE_SAMPLERS, kind, "kind of range")
-    number_types = (int,) if kind == "integer" else (int, float)
-    if kind == "choice":
-        is_valid = isinstance(ends, list) and bool(ends)
-    else:
-        is_valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) in number_types for end in ends)
-        is_valid = is_valid and ends[0] < ends[1] and (kind != "log" or ends[0] > 0)
+    is_valid = isinstance(ends, list) and bool(ends)
+    if kind != "choice" and is_valid:
+        number_types = (int,) if kind == "integer" else (int, float)
+        is_valid = len(ends) == 2 and all(type(end) in number_types for end in ends) and ends[0] < ends[1]
+        is_valid = is_valid and (kind != "log" or ends[0] > 0)
     if not is_valid:
         raise UsageError(f"invalid range {name}.{kind} = {ends!r}", f"write for example {name}.log = [0.01, 1.0]")
     return kind, ends

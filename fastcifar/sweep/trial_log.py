@@ -5,101 +5,132 @@ Lines are only appended, so that killing a sweep loses none; an incomplete last 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from pydantic import Field
 
 from fastcifar.errors import DiskError
-from fastcifar.reporting.records import TRIALS_FILE, read_trial_log
+from fastcifar.reporting.records import TRIALS_FILE, TrialLogEntry, TrialState, read_trial_log
 from fastcifar.sweep.sweep_spec import SweepTrial
 from fastcifar.training.summary import RunSummary, read_summary
 
-TRIAL_STATES = ("running", "done", "pruned", "failed")
+TRIAL_STATES: tuple[TrialState, ...] = get_args(TrialState)
 FINISHED_STATES = ("done", "pruned")
 REMOVED_SUFFIX = " (no longer asked for)"
 
-TrialLogLine = dict[str, Any]
+
+class TrialResult(TrialLogEntry):
+    """The last entry of a trial, and the accuracies of its run if it is finished."""
+
+    schema_version: Literal[1] = Field(default=1, exclude=True)
+    run: str
+    val_acc: float | None = None
+    test_acc: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The trials of a sweep: `counts` maps state -> number of trials."""
+
+    sweep: str
+    counts: dict[str, int]
+    trials: list[TrialResult]
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial that a sweep would run; `steps` is None if the data set is not on disk or does not fit the recipe."""
+
+    trial: str
+    label: str
+    seed: int
+    knobs: dict[str, Any]
+    state: str
+    epochs: int
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would run: its folder, the number of trials, and the maximum number of remaining training steps.
+
+    `steps` is None if that of an unfinished trial is unknown.
+    """
+
+    sweep: str
+    n: int
+    steps: int | None
+    trials: list[PlannedTrial]
 
 
 class TrialLog:
-    """The trial log of the sweep in `folder`; `last_lines` maps each trial to its last line, in order of creation."""
+    """The trial log of the sweep in `folder`; `entries` maps each trial to its last entry, in order of creation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / TRIALS_FILE
-        self._accuracies: dict[str, TrialLogLine] = {}
         # an incomplete last line, after `_complete_bytes`, is truncated before the next line is written
-        records, self._complete_bytes = read_trial_log(self.path)
-        self.last_lines = {key: record.model_dump(exclude={"schema_version"}) for key, record in records.items()}
+        self.entries, self._complete_bytes = read_trial_log(self.path)
+        self._summaries: dict[str, RunSummary | None] = {}
 
     def trial_state(self, key: str) -> str:
         """Return the state of a trial: one of `TRIAL_STATES`, or "waiting"."""
-        return str(self.last_lines.get(key, {}).get("state", "waiting"))
+        return self.entries[key].state if key in self.entries else "waiting"
 
     def log_state(
-        self, trial: SweepTrial, state: str, reason: str | None = None, summary: RunSummary | None = None
+        self, trial: SweepTrial, state: TrialState, reason: str | None = None, summary: RunSummary | None = None
     ) -> None:
         """Append a line with the new state of a trial. Raises `DiskError` if it cannot be written."""
-        run_name = Path(summary.run).name if summary else trial.key
-        line = {
-            "trial": trial.key,
-            "label": trial.label,
-            "knobs": trial.options,
-            "seed": trial.recipe.seed,
-            "state": state,
-            "reason": reason,
-            "run": str(Path("runs") / run_name),
-            "seconds": summary.seconds["total"] if summary else None,
-        }
-        self._append_line(line)
+        entry = TrialLogEntry(
+            trial=trial.key,
+            label=trial.label,
+            knobs=trial.options,
+            seed=trial.recipe.seed,
+            state=state,
+            reason=reason,
+            run=str(Path("runs") / (Path(summary.run).name if summary else trial.key)),
+            seconds=summary.seconds["total"] if summary else None,
+        )
+        self._append(entry)
 
-    def mark_removed(self, trial_keys: Iterable[str]) -> list[str]:
-        """Mark the labels of trials that are not in `trial_keys`, and return these trials.
+    def update_labels(self, trials: Sequence[SweepTrial]) -> int:
+        """Mark the labels of trials that are not in `trials` as removed, and return their number.
 
-        A different label keeps them apart from current trials in reports.
+        A different label keeps them apart from current trials in reports. It is restored if the trial is added again.
         """
-        current = set(trial_keys)
-        removed = [key for key in self.last_lines if key not in current]
-        for line in [self.last_lines[key] for key in removed]:
-            if not line["label"].endswith(REMOVED_SUFFIX):
-                self._append_line({**line, "label": f"{line['label']}{REMOVED_SUFFIX}"})
-        return removed
+        labels = {trial.key: trial.label for trial in trials}
+        for key, entry in list(self.entries.items()):
+            label = labels.get(key) or entry.label.removesuffix(REMOVED_SUFFIX) + REMOVED_SUFFIX
+            if entry.label != label:
+                self._append(entry.model_copy(update={"label": label}))
+        return len(self.entries.keys() - labels.keys())
 
-    def restore_labels(self, trials: Iterable[SweepTrial]) -> None:
-        """Restore the labels of trials that are part of the sweep again."""
-        for trial in trials:
-            line = self.last_lines.get(trial.key)
-            if line and line["label"] != trial.label:
-                self._append_line({**line, "label": trial.label})
+    def results(self, trial_keys: Iterable[str]) -> list[TrialResult]:
+        """Return the results of those of the given trials that have been started."""
+        return [self._read_result(self.entries[key]) for key in trial_keys if key in self.entries]
 
-    def trial_rows(self, trial_keys: Iterable[str]) -> list[TrialLogLine]:
-        """Return the last lines of the given trials, with `val_acc` and `test_acc` of finished ones."""
-        return [
-            {**self.last_lines[key], **self._read_accuracies(self.last_lines[key])}
-            for key in trial_keys
-            if key in self.last_lines
-        ]
+    def _read_result(self, entry: TrialLogEntry) -> TrialResult:
+        result = TrialResult(**{**dict(entry), "run": entry.run or f"runs/{entry.trial}"})
+        if entry.state not in FINISHED_STATES:
+            return result
+        if result.run not in self._summaries:
+            self._summaries[result.run] = read_summary(self.folder / result.run)
+        summary = self._summaries[result.run]
+        return (
+            result.model_copy(update={"val_acc": summary.val_acc, "test_acc": summary.test_acc}) if summary else result
+        )
 
-    def _read_accuracies(self, line: TrialLogLine) -> TrialLogLine:
-        if line["state"] not in FINISHED_STATES:
-            return {"val_acc": None, "test_acc": None}
-        if line["run"] not in self._accuracies:
-            summary = read_summary(self.folder / line["run"])
-            self._accuracies[line["run"]] = {
-                "val_acc": summary and summary.val_acc,
-                "test_acc": summary and summary.test_acc,
-            }
-        return self._accuracies[line["run"]]
-
-    def _append_line(self, line: TrialLogLine) -> None:
+    def _append(self, entry: TrialLogEntry) -> None:
         try:
             with self.path.open("ab") as file:
                 file.truncate(self._complete_bytes)
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(entry.model_dump_json().encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
                 self._complete_bytes = file.tell()
         except OSError as error:
             raise DiskError(f"cannot write {self.path}: {error.strerror}", "choose another --out DIR") from None
-        self.last_lines[line["trial"]] = line
+        self.entries[entry.trial] = entry

@@ -157,9 +157,8 @@ def test_incomplete_last_line_is_ignored_by_every_reader(tmp_path: Path) -> None
     with (folder / "trials.jsonl").open("a") as file:
         file.write('\n[1]\n{"trial": "t"}\n')
     with pytest.warns(UserWarning, match="invalid lines skipped: 2"):
-        assert TrialLog(folder).trial_rows(["t"]) == [
-            {**line, "knobs": {}, "state": "done", "seconds": None} | ACCURACIES
-        ]
+        (result,) = TrialLog(folder).results(["t"])
+    assert result.model_dump() == {**line, "knobs": {}, "state": "done", "seconds": None} | ACCURACIES
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid lines skipped")

@@ -56,7 +56,7 @@ def test_processes_equal_one_process(tmp_path: Path) -> None:
         running += 1 if line["state"] == "running" else -1
         max_running = max(max_running, running)
     assert max_running == 2
-    assert document["counts"]["done"] == 4
+    assert document.counts["done"] == 4
 
 
 def test_fault24_killed_trial_process_fails_only_its_trial_and_trials_end_with_the_sweep(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_fault24_killed_trial_process_fails_only_its_trial_and_trials_end_with_t
     os.kill(process.pid, signal.SIGKILL)
     children.wait_for_exit(process)
     children.wait_for(lambda: lock_owner(folder / "runs" / second[0]) is None, 30)  # terminated with its parent
-    assert run_sweep(source, folder, retry_failed=True)["counts"]["done"] == 4
+    assert run_sweep(source, folder, retry_failed=True).counts["done"] == 4
     run_sweep(source, tmp_path / "one")
     assert_equal_sweeps(folder, tmp_path / "one")
 
@@ -175,10 +175,10 @@ def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatc
     monkeypatch.setitem(executors.EXECUTORS, "remote", remote_executor)
     source = write_sweep_file(tmp_path, TWO_LRS)
     remote, local = run_sweep(source, tmp_path / "copies", "remote"), run_sweep(source, tmp_path / "one")
-    assert remote["counts"]["done"] == 4
+    assert remote.counts["done"] == 4
     assert trial_accuracies(tmp_path / "copies") == trial_accuracies(tmp_path / "one")
-    for row in local["trials"]:
-        assert rows(tmp_path / "copies" / row["run"]) == rows(tmp_path / "one" / row["run"])
+    for row in local.trials:
+        assert rows(tmp_path / "copies" / row.run) == rows(tmp_path / "one" / row.run)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "runs").write_text("a file instead of a folder")
     with pytest.raises(DiskError, match=r"cannot write .*full/runs"):  # fault07

@@ -62,17 +62,15 @@ def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
             )
             study.optuna_study.add_trial(best_trial)
         document = run_sweep(source, folder)
-        assert document["counts"][expected] == len(document["trials"]) == 2
-        for row, trial in zip(document["trials"], optuna_trials(folder)[2:], strict=True):
-            reported = val_accuracies(folder / row["run"])
+        assert document.counts[expected] == len(document.trials) == 2
+        for row, trial in zip(document.trials, optuna_trials(folder)[2:], strict=True):
+            reported = val_accuracies(folder / row.run)
             assert list(trial.intermediate_values) == list(range(1 if expected == "pruned" else 3))
             assert list(trial.intermediate_values.values()) == pytest.approx(reported)
             assert trial.state == getattr(optuna.trial.TrialState, {"pruned": "PRUNED", "done": "COMPLETE"}[expected])
-            assert row["knobs"] == {"lr": float(f"{trial.params['lr']:.4g}"), "activation": trial.params["activation"]}
-            assert row["test_acc"] is not None
-        assert optuna_trials(folder)[3].value == pytest.approx(
-            val_accuracies(folder / document["trials"][-1]["run"])[-1]
-        )
+            assert row.knobs == {"lr": float(f"{trial.params['lr']:.4g}"), "activation": trial.params["activation"]}
+            assert row.test_acc is not None
+        assert optuna_trials(folder)[3].value == pytest.approx(val_accuracies(folder / document.trials[-1].run)[-1])
 
 
 def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> No
     os.kill(process.pid, signal.SIGKILL)
     children.wait_for_exit(process)
     document = run_sweep(source, killed)
-    assert document["counts"]["done"] == 4
+    assert document.counts["done"] == 4
     run_sweep(source, tmp_path / "uninterrupted")
     assert_equal_sweeps(killed, tmp_path / "uninterrupted")
     resumed, uninterrupted = optuna_trials(killed), optuna_trials(tmp_path / "uninterrupted")
@@ -91,17 +89,17 @@ def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> No
     length = len(read_log_lines(killed))
     assert run_sweep(source, killed) == document
     assert (len(read_log_lines(killed)), len(optuna_trials(killed))) == (length, 4)
-    assert run_sweep(write_study_file(tmp_path, 5, ends=ends), killed)["counts"]["done"] == 5
+    assert run_sweep(write_study_file(tmp_path, 5, ends=ends), killed).counts["done"] == 5
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     document = run_sweep(
         write_study_file(tmp_path, 3, "asha:2"), tmp_path / "out", "processes", ExecutorOptions(jobs=2, cpus=1)
     )
-    assert document["counts"]["done"] + document["counts"]["pruned"] == 3
+    assert document.counts["done"] + document.counts["pruned"] == 3
     for trial in optuna_trials(tmp_path / "out"):
-        (row,) = [row for row in document["trials"] if row["label"].startswith(f"{trial.number}: ")]
-        assert list(trial.intermediate_values.values()) == pytest.approx(val_accuracies(tmp_path / "out" / row["run"]))
+        (row,) = [row for row in document.trials if row.label.startswith(f"{trial.number}: ")]
+        assert list(trial.intermediate_values.values()) == pytest.approx(val_accuracies(tmp_path / "out" / row.run))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +123,7 @@ def test_fault15_invalid_studies_are_refused_before_anything_runs(
 
 def test_options_that_a_study_does_not_support_are_refused(tmp_path: Path) -> None:
     source, out = write_study_file(tmp_path), tmp_path / "out"
-    assert plan_sweep(source, out)["steps"] == 4 * 2 * 5
+    assert plan_sweep(source, out).steps == 4 * 2 * 5
     cases: list[dict[str, Any]] = [{"seeds": "2"}, {"val_size": "0"}, {"lr": "0.1"}, {"retry_failed": True}]
     for options in cases:
         with pytest.raises(UsageError):

@@ -40,16 +40,16 @@ def test_fault01_killed_sweep_is_resumed_without_repeating_runs(tmp_path: Path) 
     done = [path for path in before if path.name == "summary.json"]
     assert len(done) == 2
     resumed = run_sweep(source, killed)
-    assert resumed["counts"] == {"running": 0, "done": 6, "pruned": 0, "failed": 0}
+    assert resumed.counts == {"running": 0, "done": 6, "pruned": 0, "failed": 0}
     assert {path: path.read_bytes() for path in done} == {path: before[path] for path in done}
     assert all((path.parent / "env.json").read_bytes() == before[path.parent / "env.json"] for path in done)
     resumptions = [json.loads(path.read_text()).get("resumed", []) for path in killed.glob("runs/*/env.json")]
     assert sorted(map(len, resumptions)) == [0, 0, 0, 0, 0, 1]
     expected = run_sweep(source, uninterrupted)
     assert_equal_sweeps(killed, uninterrupted)
-    columns = ("trial", "label", "seed", "state", "val_acc", "test_acc")
-    assert [[row[name] for name in columns] for row in resumed["trials"]] == [
-        [row[name] for name in columns] for row in expected["trials"]
+    columns = {"trial", "label", "seed", "state", "val_acc", "test_acc"}
+    assert [row.model_dump(include=columns) for row in resumed.trials] == [
+        row.model_dump(include=columns) for row in expected.trials
     ]
     length = len(read_log_lines(uninterrupted))
     assert run_sweep(source, uninterrupted) == expected
@@ -74,15 +74,15 @@ def test_failed_trial_has_a_reason_and_is_rerun_on_request_only(tmp_path: Path) 
     axes = "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n"
     source, folder = write_sweep_file(tmp_path, axes), tmp_path / "out"
     document = run_sweep(source, folder, seeds="1")
-    assert document["counts"] == {"running": 0, "done": 1, "pruned": 0, "failed": 1}
-    (failed,) = [row for row in document["trials"] if row["state"] == "failed"]
-    assert (failed["label"], failed["test_acc"]) == ("bad", None)
-    assert failed["reason"].startswith("--batch-size 400 is larger than the 160 training images")
+    assert document.counts == {"running": 0, "done": 1, "pruned": 0, "failed": 1}
+    (failed,) = [row for row in document.trials if row.state == "failed"]
+    assert (failed.label, failed.test_acc) == ("bad", None)
+    assert str(failed.reason).startswith("--batch-size 400 is larger than the 160 training images")
     console = Console(record=True, width=200)
     assert run_sweep(source, folder, seeds="1", console=console) == document
     assert "2 trials: 1 done, 1 failed (--retry-failed reruns them)" in console.export_text()
     assert len(read_log_lines(folder)) == 4
-    assert run_sweep(source, folder, seeds="1", retry_failed=True)["counts"]["failed"] == 1
+    assert run_sweep(source, folder, seeds="1", retry_failed=True).counts["failed"] == 1
     assert [line["state"] for line in read_log_lines(folder)[4:]] == ["running", "failed"]
 
 
@@ -101,11 +101,11 @@ def test_unexpected_error_fails_only_its_trial_and_its_traceback_is_saved(
 
     monkeypatch.setattr(train_module, "test_and_summarize", fail_first_call)
     document = run_sweep(write_sweep_file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out")
-    assert [(row["state"], row["reason"]) for row in document["trials"]] == [
+    assert [(row.state, row.reason) for row in document.trials] == [
         ("failed", "RuntimeError: a bug"),
         ("done", None),
     ]
-    assert "in fail_first_call" in (tmp_path / "out" / document["trials"][0]["run"] / "error.txt").read_text()
+    assert "in fail_first_call" in (tmp_path / "out" / document.trials[0].run / "error.txt").read_text()
 
 
 def test_changed_sweep_file_adds_trials_and_keeps_finished_ones(tmp_path: Path) -> None:
@@ -115,10 +115,10 @@ def test_changed_sweep_file_adds_trials_and_keeps_finished_ones(tmp_path: Path) 
     text = console.export_text()
     assert "the sweep file has changed: 1 trials added, 1 removed (their runs are kept)" in text
     assert text.count("seed 0: done") == 1
-    assert [row["label"] for row in second["trials"]] == ["lr=0.02", "lr=0.005"]
-    assert second["trials"][0] == first["trials"][1]
+    assert [row.label for row in second.trials] == ["lr=0.02", "lr=0.005"]
+    assert second.trials[0] == first.trials[1]
     last = {line["trial"]: line["label"] for line in read_log_lines(folder)}
-    assert last[first["trials"][0]["trial"]] == "lr=0.1 (no longer asked for)"
+    assert last[first.trials[0].trial] == "lr=0.1 (no longer asked for)"
     third = run_sweep(write_sweep_file(tmp_path, "[grid]\nlr = [0.1, 0.02]\n"), folder, seeds="1")
     assert third == first
 
@@ -133,20 +133,20 @@ def test_labels_with_identical_recipes_are_reported(tmp_path: Path) -> None:
 def test_plan_counts_steps_and_writes_nothing(tmp_path: Path) -> None:
     source = write_sweep_file(tmp_path)
     document = plan_sweep(source, tmp_path / "out")
-    assert (document["n"], document["steps"]) == (6, 6 * 2 * 5)
-    assert {row["state"] for row in document["trials"]} == {"waiting"}
+    assert (document.n, document.steps) == (6, 6 * 2 * 5)
+    assert {row.state for row in document.trials} == {"waiting"}
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
     run_sweep(source, tmp_path / "out", seeds="1", max_steps="3")
     document = plan_sweep(source, tmp_path / "out", max_steps="3")
-    assert [row["state"] for row in document["trials"]] == ["done"] * 3 + ["waiting"] * 3
-    assert document["steps"] == 3 * 3
+    assert [row.state for row in document.trials] == ["done"] * 3 + ["waiting"] * 3
+    assert document.steps == 3 * 3
 
 
 def test_plan_has_no_steps_for_a_trial_that_will_fail(tmp_path: Path) -> None:
     source = write_sweep_file(tmp_path, "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n")
     document = plan_sweep(source, tmp_path / "out", seeds="1")
-    assert [(row["label"], row["steps"]) for row in document["trials"]] == [("good", 10), ("bad", None)]
-    assert document["steps"] is None
+    assert [(row.label, row.steps) for row in document.trials] == [("good", 10), ("bad", None)]
+    assert document.steps is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -155,7 +155,7 @@ def test_fault17_unavailable_devices_are_refused_before_anything_runs_except_on_
     with pytest.raises(DeviceError, match="cuda_graph=True: --cuda-graph needs CUDA"):
         run_sweep(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert plan_sweep(source, tmp_path / "out", "ray")["n"] == 4
+    assert plan_sweep(source, tmp_path / "out", "ray").n == 4
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,8 @@ def test_command_prints_one_json_document_and_exits_with_1_if_a_trial_failed(tmp
     assert run.returncode == 1
     assert run.stdout.count("\n") == 1
     document = json.loads(run.stdout)
-    assert (document["sweep"], document["counts"]["done"], document["counts"]["failed"]) == ("sweeps/tiny", 1, 1)
+    counts = document["counts"]
+    assert (document["sweep"], counts["done"], counts["failed"]) == ("sweeps/tiny", 1, 1)
     assert "1 of 2  good, seed 0: done, val" in run.stderr
 
 
