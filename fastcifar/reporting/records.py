@@ -49,6 +49,11 @@ class TrialLogEntry(BaseModel):
     run: FolderName | None = None
     seconds: float | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The run folder, relative to the sweep folder."""
+        return Path(self.run or f"runs/{self.trial}")
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -191,7 +196,7 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
 
 
 def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
-    folder = sweep_folder / (trial.run or f"runs/{trial.trial}")
+    folder = sweep_folder / trial.folder
     group: dict[str, Any] = {
         "group_key": f"sweep {sweep_folder.resolve()} {trial.label}",
         "name": one_line(trial.label),

@@ -50,7 +50,7 @@ class SweepDisplay:
         results = self.trial_log.results(list(self.trial_keys))
         running = [result for result in results if result.state == "running"]
         others = [result for result in results if result.state != "running"]
-        progress = {result.trial: _format_progress(self.trial_log.folder / result.run) for result in running}
+        progress = {result.trial: _format_progress(self.trial_log.folder / result.folder) for result in running}
         table = trials_table([*running, *others[::-1]][:MAX_LIVE_ROWS], progress)
         return Group(table, f"{len(others)} of {self.total} ended, {len(running)} running")
 

@@ -27,7 +27,6 @@ class TrialResult(TrialLogEntry):
     """The last entry of a trial, and the accuracies of its run if it is finished."""
 
     schema_version: Literal[1] = Field(default=1, exclude=True)
-    run: str
     val_acc: float | None = None
     test_acc: float | None = None
 
@@ -74,7 +73,7 @@ class TrialLog:
         self.folder, self.path = folder, folder / TRIALS_FILE
         # an incomplete last line, after `_complete_bytes`, is truncated before the next line is written
         self.entries, self._complete_bytes = read_trial_log(self.path)
-        self._summaries: dict[str, RunSummary | None] = {}
+        self._summaries: dict[Path, RunSummary | None] = {}
 
     def trial_state(self, key: str) -> str:
         """Return the state of a trial: one of `TRIAL_STATES`, or "waiting"."""
@@ -113,12 +112,12 @@ class TrialLog:
         return [self._read_result(self.entries[key]) for key in trial_keys if key in self.entries]
 
     def _read_result(self, entry: TrialLogEntry) -> TrialResult:
-        result = TrialResult(**{**dict(entry), "run": entry.run or f"runs/{entry.trial}"})
+        result = TrialResult(**dict(entry))
         if entry.state not in FINISHED_STATES:
             return result
-        if result.run not in self._summaries:
-            self._summaries[result.run] = read_summary(self.folder / result.run)
-        summary = self._summaries[result.run]
+        if entry.folder not in self._summaries:
+            self._summaries[entry.folder] = read_summary(self.folder / entry.folder)
+        summary = self._summaries[entry.folder]
         return (
             result.model_copy(update={"val_acc": summary.val_acc, "test_acc": summary.test_acc}) if summary else result
         )

@@ -178,7 +178,7 @@ def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatc
     assert remote.counts["done"] == 4
     assert trial_accuracies(tmp_path / "copies") == trial_accuracies(tmp_path / "one")
     for row in local.trials:
-        assert rows(tmp_path / "copies" / row.run) == rows(tmp_path / "one" / row.run)
+        assert rows(tmp_path / "copies" / row.folder) == rows(tmp_path / "one" / row.folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "runs").write_text("a file instead of a folder")
     with pytest.raises(DiskError, match=r"cannot write .*full/runs"):  # fault07

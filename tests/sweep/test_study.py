@@ -64,13 +64,13 @@ def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
         document = run_sweep(source, folder)
         assert document.counts[expected] == len(document.trials) == 2
         for row, trial in zip(document.trials, optuna_trials(folder)[2:], strict=True):
-            reported = val_accuracies(folder / row.run)
+            reported = val_accuracies(folder / row.folder)
             assert list(trial.intermediate_values) == list(range(1 if expected == "pruned" else 3))
             assert list(trial.intermediate_values.values()) == pytest.approx(reported)
             assert trial.state == getattr(optuna.trial.TrialState, {"pruned": "PRUNED", "done": "COMPLETE"}[expected])
             assert row.knobs == {"lr": float(f"{trial.params['lr']:.4g}"), "activation": trial.params["activation"]}
             assert row.test_acc is not None
-        assert optuna_trials(folder)[3].value == pytest.approx(val_accuracies(folder / document.trials[-1].run)[-1])
+        assert optuna_trials(folder)[3].value == pytest.approx(val_accuracies(folder / document.trials[-1].folder)[-1])
 
 
 def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     assert document.counts["done"] + document.counts["pruned"] == 3
     for trial in optuna_trials(tmp_path / "out"):
         (row,) = [row for row in document.trials if row.label.startswith(f"{trial.number}: ")]
-        assert list(trial.intermediate_values.values()) == pytest.approx(val_accuracies(tmp_path / "out" / row.run))
+        assert list(trial.intermediate_values.values()) == pytest.approx(val_accuracies(tmp_path / "out" / row.folder))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_unexpected_error_fails_only_its_trial_and_its_traceback_is_saved(
         ("failed", "RuntimeError: a bug"),
         ("done", None),
     ]
-    assert "in fail_first_call" in (tmp_path / "out" / document.trials[0].run / "error.txt").read_text()
+    assert "in fail_first_call" in (tmp_path / "out" / document.trials[0].folder / "error.txt").read_text()
 
 
 def test_changed_sweep_file_adds_trials_and_keeps_finished_ones(tmp_path: Path) -> None:
