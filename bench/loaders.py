@@ -1,4 +1,4 @@
-"""Benchmark of the data loaders in images/s, for several lists of augmentations, in turn; and of two PNG decoders.
+"""Benchmark of the data loaders in images/s, for several lists of augmentations, in turn.
 
     python bench/loaders.py [--data PATH --batch-size 512 --rounds 5 --seconds 1 --augment LIST --augment LIST ...]
 
@@ -11,26 +11,21 @@ with the number of cores that other processes used meanwhile.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-import numpy as np
 import results_folder
 import torch
-from PIL import Image
 from run import busy_seconds, ratio
 
-from fastcifar.benchmark.bench import cpu_seconds, prepare_bench_recipe, time_units
-from fastcifar.data import cifar, class_folders
+from fastcifar.benchmark.bench import prepare_bench_recipe, time_units
+from fastcifar.benchmark.workloads import Workload, loader_workload
+from fastcifar.data import cifar
 from fastcifar.data.augment import format_augment, parse_augment
 from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import mean_color, normalization_mean_std
@@ -48,16 +43,6 @@ LISTS = (
 )
 BASELINE = "torchvision"
 WARM_UP_BATCHES = 12  # before every trial: more than a loader prefetches, 2 batches per worker or 2 chunks of DALI
-NUM_DECODED = 2000  # images of a trial of the decoders
-DECODER_BATCH = 256
-Workload = Iterator[int]  # number of images of each batch
-
-
-def iterate_forever(loader: Any) -> Workload:
-    """Iterate over the batches of a loader, epoch after epoch, and yield the number of images of each."""
-    for epoch in itertools.count():
-        for _images, labels in loader.batches(epoch):
-            yield len(labels)
 
 
 def build_workloads(spec: str, split: cifar.Split, arguments: argparse.Namespace, device: str) -> dict[str, Workload]:
@@ -73,7 +58,7 @@ def build_workloads(spec: str, split: cifar.Split, arguments: argparse.Namespace
         except UserError as error:
             print(f"{spec}: {name} is skipped: {error}", flush=True)
             continue
-        workloads[name] = iterate_forever(loader)
+        workloads[name] = loader_workload(loader)
     return workloads
 
 
@@ -105,69 +90,8 @@ def run_trials(
     return trials
 
 
-def write_folder(split: cifar.Split, folder: Path, count: int) -> list[Path]:
-    """Write the first `count` images as PNG files in class folders."""
-    files = []
-    for number, (image, label) in enumerate(zip(split.images[:count], split.labels[:count], strict=True)):
-        file = folder / f"class_{label:02d}" / f"{number:05d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(file)
-        files.append(file)
-    return files
-
-
-def decode_with_pillow(files: list[Path]) -> Iterator[np.ndarray]:
-    """Decode the files as the package does for class folders: uint8 [32,32,3] each."""
-    return map(class_folders.decode_image, files)
-
-
-def decode_with_dali(files: list[Path], threads: int = 2) -> Iterator[np.ndarray]:
-    """Decode the files with DALI's file reader and image decoder on the CPU; its GPU decoder does not support PNG."""
-    from nvidia import dali
-
-    pipeline = dali.Pipeline(batch_size=min(DECODER_BATCH, len(files)), num_threads=threads, device_id=None)
-    with pipeline:
-        content, _ = dali.fn.readers.file(files=[str(file) for file in files], name="files", pad_last_batch=True)
-        pipeline.set_outputs(dali.fn.decoders.image(content, device="cpu", output_type=dali.types.RGB))
-    pipeline.build()
-    remaining = len(files)
-    while remaining > 0:
-        (images,) = pipeline.run()
-        for index in range(min(remaining, len(images))):
-            yield np.array(images.at(index))
-        remaining -= len(images)
-
-
-DECODERS: dict[str, Callable[[list[Path]], Iterator[np.ndarray]]] = {
-    "pillow": decode_with_pillow,
-    "dali": decode_with_dali,
-}
-
-
-def run_decoder_trials(split: cifar.Split, arguments: argparse.Namespace) -> list[dict]:
-    """Run trials of the decoders on the same PNG files in turn. Raises SystemExit if an image is decoded wrong."""
-    trials = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_folder(split, Path(folder), NUM_DECODED)
-        expected = split.images[:NUM_DECODED].transpose(0, 2, 3, 1)
-        for number in range(arguments.rounds):
-            for name, decode in DECODERS.items():
-                busy, cpu, wall = busy_seconds(), cpu_seconds(), time.perf_counter()
-                images = np.stack(list(decode(files)))
-                seconds, cpu_s = time.perf_counter() - wall, cpu_seconds() - cpu
-                if not np.array_equal(images, expected):
-                    raise SystemExit(f"{name} decodes wrong pixels; no result is written")
-                trials.append({
-                    "augment": "decoding PNG files", "name": name, "round": number, "images": len(images),
-                    "seconds": seconds, "images_per_s": len(images) / seconds,
-                    "cpu_us_per_image": 1e6 * cpu_s / len(images),
-                    "others_cores": (busy_seconds() - busy - cpu_s) / seconds,
-                })  # fmt: skip
-    return trials
-
-
 def summarize(trials: list[dict], **settings: Any) -> dict[str, Any]:
-    """Return medians for every augmentation and loader, and speeds relative to the baseline (Pillow for decoders)."""
+    """Return medians for every augmentation and loader, and speeds relative to the baseline."""
     rows = []
     for augment in dict.fromkeys(trial["augment"] for trial in trials):
         group = [trial for trial in trials if trial["augment"] == augment]
@@ -175,7 +99,7 @@ def summarize(trials: list[dict], **settings: Any) -> dict[str, Any]:
             name: [trial["images_per_s"] for trial in group if trial["name"] == name]
             for name in dict.fromkeys(trial["name"] for trial in group)
         }
-        baseline = next((name for name in (BASELINE, "pillow") if name in speeds), None)
+        baseline = BASELINE if BASELINE in speeds else None
         for name, speed in speeds.items():
             loader_trials = [trial for trial in group if trial["name"] == name]
             rows.append({
@@ -216,7 +140,6 @@ def main() -> None:
         trials += run_trials(workloads, arguments, device, augment=format_augment(parse_augment(spec)))
         print(format_table(summarize(trials[-len(workloads) * arguments.rounds :])), flush=True)
         del workloads
-    trials += run_decoder_trials(data.train, arguments)
     summary = summarize(
         trials,
         batch_size=arguments.batch_size,
@@ -224,7 +147,6 @@ def main() -> None:
         data="synthetic" if str(recipe.data).startswith("synthetic") else recipe.dataset,
         images=len(data.train.labels),
     )
-    print(format_table(summarize(trials[-len(DECODERS) * arguments.rounds :])))
     if not arguments.dry:
         print(results_folder.write("loaders", collect_environment(device.type), summary, trials))
 

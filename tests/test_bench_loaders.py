@@ -1,4 +1,4 @@
-"""The benchmark of the data loaders: order of trials, ratios by round, the table in the README, equal decoders."""
+"""The benchmark of the data loaders: order of trials, ratios by round, the table in the README."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastcifar.data import cifar, class_folders
+from fastcifar.benchmark.workloads import loader_workload
+from fastcifar.data import cifar
 from fastcifar.data.loaders import LOADERS
 from fastcifar.device import Environment
 
@@ -69,32 +68,10 @@ def test_loaders_are_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> Non
     for name, loader_class in LOADERS.items():
         options: dict[str, Any] = {} if name == "torchvision" else {"compile": False}
         loader = loader_class(split.images, split.labels, batch_size=50, augment=(), seed=0, device="cpu", **options)
-        workloads[name] = loaders.iterate_forever(loader)
+        workloads[name] = loader_workload(loader)
     results = loaders.run_trials(workloads, arguments, torch.device("cpu"), augment="none")
     assert [(trial["round"], trial["name"]) for trial in results] == [
         (number, name) for number in (0, 1) for name in LOADERS
     ]
     assert all(trial["images"] > 0 and trial["cpu_us_per_image"] >= 0 for trial in results)
     assert json.loads(json.dumps(results)) == results
-
-
-@pytest.mark.parametrize("name", ["pillow", "dali"])
-def test_decoders_return_the_written_pixels(name: str, tmp_path: Path) -> None:
-    loaders = script("loaders")
-    pytest.importorskip("nvidia.dali", reason="DALI cannot be imported")
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
-    files = loaders.write_folder(cifar.Split(images, np.arange(30) % 3), tmp_path, 30)
-    assert {file.parent.name for file in files} == {"class_00", "class_01", "class_02"}
-    assert np.array_equal(np.stack(list(loaders.DECODERS[name](files))), images.transpose(0, 2, 3, 1))
-
-
-def test_dali_decodes_every_kind_of_png_as_pillow_does(tmp_path: Path) -> None:
-    loaders = script("loaders")
-    pytest.importorskip("nvidia.dali", reason="DALI cannot be imported")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    files = [tmp_path / f"{mode}.png" for mode in ("RGB", "L", "P")]
-    for file in files:
-        image.convert(file.stem).save(file)
-    for decoded, file in zip(loaders.decode_with_dali(files), files, strict=True):
-        assert np.array_equal(decoded, class_folders.decode_image(file)), file.name

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fastcifar.benchmark.speedrun_results import (
     RunCosts,
@@ -312,25 +311,3 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "| 0.2000 | a CPU | `a` |"
     )
     assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
-
-
-def test_traffic_equals_a_count_by_hand() -> None:
-    """Convolution, BatchNorm, ReLU, convolution: how often each kernel reads or writes a whole feature map."""
-    traffic = script("traffic")
-    layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
-    kernels = traffic.list_kernels(network, batch_size=32)
-    feature_map = 32 * 2 * 64 * 32 * 32
-    passes = [
-        (kernel["pass"], kernel["kind"], round(kernel["read"] / feature_map), round(kernel["written"] / feature_map))
-        for kernel in kernels
-        if "max" not in kernel["computes"] and max(kernel["read"], kernel["written"]) > 0.9 * feature_map
-    ]
-    assert passes[:4] == [
-        ("forward", "convolution", 0, 1),
-        ("forward", "reduction", 1, 0),
-        ("forward", "pointwise", 1, 1),
-        ("forward", "convolution", 1, 1),
-    ]
-    assert ("backward", "convolution", 3, 1) in passes  # the gradient for each of two kernels, and the input

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from fastcifar.data.loaders import LOADERS
+from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.models import count_macs
 from fastcifar.models.memory_traffic import ConvCall, count_conv_calls, feature_map_bytes_per_image
 from fastcifar.reporting.benchmark_tables import BenchSettings
@@ -55,7 +55,7 @@ class BenchmarkCase:
 def loader_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the loader alone."""
     settings = select_settings(trainer, "loader", ("loader", "augment", "batch_size", "workers", "compiled", "data"))
-    yield BenchmarkCase(settings, loader_workload(trainer))
+    yield BenchmarkCase(settings, loader_workload(trainer.loader))
 
 
 def step_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
@@ -148,10 +148,10 @@ def bytes_per_element(trainer: Trainer) -> int:
     return DTYPES[trainer.execution.precision].itemsize
 
 
-def loader_workload(trainer: Trainer) -> Workload:
+def loader_workload(loader: Loader) -> Workload:
     """Load batches, epoch after epoch."""
     for epoch in itertools.count():
-        for _images, labels in trainer.loader.batches(epoch):
+        for _images, labels in loader.batches(epoch):
             yield len(labels)
 
 

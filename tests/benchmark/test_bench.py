@@ -148,7 +148,7 @@ def test_trials_longer_than_an_epoch_are_whole_epochs(
     """0.2 seconds are 4, 200 and 8 units; an epoch has 7 units."""
     trainer = build_trainer(resolve(tiny(val_size=0)))
     monkeypatch.setattr(bench_module, "time_units", lambda _, units, device: TimedTrial(units, units * unit_s, 0.0))
-    assert bench_module.calibrate_units(workloads.loader_workload(trainer), trainer, 0.2) == units
+    assert bench_module.calibrate_units(workloads.loader_workload(trainer.loader), trainer, 0.2) == units
 
 
 def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
