@@ -1,7 +1,6 @@
-"""fastcifar: fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation.
+"""Fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation.
 
-The public names are `Recipe`, `train`, `load_dataset`, `batches` and `MODELS`. Each is imported on first use, so that
-`import fastcifar` does not import torch.
+The public names are imported on first use, so that `import fastcifar` does not import torch.
 """
 
 from __future__ import annotations

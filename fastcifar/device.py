@@ -1,7 +1,4 @@
-"""The choice of device, precision, data loader, compilation and CUDA graph, each with its reason; machine information.
-
-`train`, `bench` and `doctor` all use `choose_execution`. torch is imported only inside functions.
-"""
+"""The choice of device, precision, data loader, compilation and CUDA graph, and information about the machine."""
 
 from __future__ import annotations
 
@@ -64,10 +61,7 @@ class ExecutionPlan:
 
 
 def choose_execution(recipe: Recipe) -> ExecutionPlan:
-    """Return the execution of `recipe` on this machine.
-
-    Raises `DeviceError` if a requested device or library is not available.
-    """
+    """Return the execution of `recipe`. Raises `DeviceError` if a requested device or library is not available."""
     import torch
 
     has_cuda = torch.cuda.is_available()
@@ -226,10 +220,7 @@ def process_times(process_id: str = "self") -> tuple[float, float] | None:
 
 
 def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
-    """Return the user error for a failed allocation, with the sizes in its message; None for any other error.
-
-    torch's errors are recognized by name and message: on a GPU, in host memory, and in a worker of a DataLoader.
-    """
+    """Return the user error for a failed allocation, on a GPU, in host memory or in a DataLoader; None for others."""
     text = " ".join(str(error).split())
     remedy = "use a smaller --batch-size or --width"
     if type(error).__name__ == "OutOfMemoryError":
@@ -255,10 +246,7 @@ def result_folder_name(device: str, label: str) -> str:
 
 
 class Environment(BaseModel):
-    """What a result depends on besides its recipe: the document env.json, whose further keys are kept.
-
-    A key that is missing in the file has its default.
-    """
+    """What a result depends on besides its recipe: the document env.json. Its writers may add keys."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -284,14 +272,11 @@ class Diagnostics(Environment):
 
 
 def collect_environment(device: str) -> Environment:
-    """Return the environment of this process for a run on `device`: "auto", "cuda" or "cpu".
-
-    The platform contains only the version of the kernel, because its full name may identify the machine.
-    """
+    """Return the environment of this process for a run on `device`: "auto", "cuda" or "cpu"."""
     import torch
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    release = re.match(r"\d+(\.\d+)?", platform.release())
+    release = re.match(r"\d+(\.\d+)?", platform.release())  # without the rest, which may identify the machine
     return Environment(
         versions=package_versions(),
         python=platform.python_version(),
@@ -330,10 +315,7 @@ def probe_import(module: str) -> str:
 
 
 def import_optional(module: str, remedy: str, error_type: type[UserError] = UsageError) -> ModuleType:
-    """Import and return `module`, which only some features need.
-
-    Raises `error_type` with `remedy` if it is not installed or its import fails.
-    """
+    """Import a module that only some features need. Raises `error_type` with `remedy` if that fails."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # not only ImportError: torchvision with another torch version raises RuntimeError

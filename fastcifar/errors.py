@@ -1,7 +1,6 @@
-"""User errors, with a remedy and an exit code, and the lookup of names in tables.
+"""Errors that a user can cause or remedy, with exit codes, and the lookup of names in tables.
 
-Every error that a user can cause or remedy is a `UserError`; `cli/exit.py` prints it in one line and exits with its
-code. A state that only a bug can cause is an `assert` instead. This module does not import torch.
+`cli/exit.py` prints them in one line. A state that only a bug can cause is an `assert` instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""File operations that work on every operating system: atomic writes, folder locks, reading possibly damaged files.
-
-`fcntl`, `os.O_DIRECTORY` and `os.statvfs` exist on POSIX systems only; no other module uses them. This module does not
-import torch.
-"""
+"""File operations that work on every operating system: atomic writes, folder locks, reading possibly damaged files."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from fastcifar.errors import DiskError, UsageError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: see `_acquire_lock_file`
+except ImportError:  # not a POSIX system
     fcntl = None
 
 
@@ -74,9 +70,9 @@ class FolderLock(contextlib.ExitStack):
 def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
     """Lock `folder` for this process. With `wait`, block until no other process holds the lock.
 
-    On POSIX systems `flock` locks the folder itself; on other systems the `filelock` library locks the file
-    `.NAME.lock` next to it and removes that file afterwards. On a file system without locks nothing is locked.
-    Raises `UsageError` if another process holds the lock, and `DiskError` if the folder cannot be read.
+    On POSIX systems the folder itself is locked, on other systems the file `.NAME.lock` next to it. On a file system
+    without locks nothing is locked. Raises `UsageError` if another process holds the lock, and `DiskError` if the
+    folder cannot be read.
     """
     try:
         return _acquire_flock(folder, wait) if fcntl else _acquire_lock_file(folder, wait)

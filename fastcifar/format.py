@@ -55,10 +55,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_timestamp(seconds: float | None = None, *, for_file_name: bool = False) -> str:
-    """Format a time as ISO 8601 in UTC, `2026-11-21T05:20:22Z`, or as `20261121T052022Z` for a file name.
-
-    `seconds` counts from the Unix epoch (1970); the default is the current time.
-    """
+    """Format a Unix time, by default the current one, in UTC: `2026-11-21T05:20:22Z`, or `20261121T052022Z`."""
     return time.strftime("%Y%m%dT%H%M%SZ" if for_file_name else "%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 

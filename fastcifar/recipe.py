@@ -1,8 +1,7 @@
 """`Recipe`: all options of a training run in one flat, immutable, validated model.
 
-The command-line options are generated from the fields; recipe files (`recipes/*.toml`), checkpoints, sweeps and tables
-use the names of the fields. Names of architectures, optimizers and so on are looked up by the modules that define them.
-This module does not import torch.
+The command-line options are generated from the fields. Names of architectures, optimizers and so on are looked up by
+the modules that define them, so that this module does not import torch.
 """
 
 from __future__ import annotations
@@ -137,10 +136,9 @@ def _option(default: Any, description: str, **bounds: Any) -> Any:
 
 
 class Recipe(BaseModel):
-    """The options of a training run.
+    """The options of a training run. Raises `UsageError` for unknown options and invalid values.
 
     The defaults are row 3 of the results published by SEResNet68, with a validation split (see README).
-    Raises `UsageError`, with a message of one line, for unknown options and invalid values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -198,9 +196,11 @@ class Recipe(BaseModel):
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
     clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
     label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
-    ema_decay: float = _option(0.0, "decay per step of the moving average of the weights; 0 disables it", ge=0, lt=1)
+    ema_decay: float = _option(
+        0.0, "decay per step of the exponential moving average (EMA) of the weights; 0 disables it", ge=0, lt=1
+    )
     patience: int = _option(
-        0, "epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
+        0, "number of epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
     )
 
     # run
@@ -215,7 +215,9 @@ class Recipe(BaseModel):
     tta: str = _option("none", "test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = _option(None, "folder to create, by default a new one in runs (speedrun: in speedruns)")
     save_every_epochs: int = _option(1, "checkpoint interval in epochs; 0 disables it", ge=0)
-    save_every_steps: int | None = _option(None, "checkpoint interval in steps, besides --save-every-epochs", gt=0)
+    save_every_steps: int | None = _option(
+        None, "checkpoint interval in steps, in addition to --save-every-epochs", gt=0
+    )
     resume: str | None = _option(
         None,
         "run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
@@ -231,11 +233,15 @@ class Recipe(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
     loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
     workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option("auto", "floating-point precision of the model")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
+        "auto", "floating-point precision of the forward and backward pass"
+    )
     compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")
-    fused_ops: bool = _option(False, "fused Triton kernels for BatchNorm, squeeze-and-excitation and ReLU (CUDA only)")
+    fused_ops: bool = _option(
+        False, "fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)"
+    )
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -265,28 +271,19 @@ class Recipe(BaseModel):
 
     @classmethod
     def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
-        """Return the recipe `source` (the name of a shipped recipe or a TOML file) with `overrides`.
-
-        Overrides that are None are ignored. Raises `UsageError` that names the invalid option.
-        """
+        """Return the recipe `source` (a shipped recipe or a TOML file) with the `overrides` that are not None."""
         values = load_recipe_values(source) if source else {}
         values.update({name: value for name, value in overrides.items() if value is not None})
         return cls(**values)
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a saved run (see `load_saved_recipe`); options of other versions are ignored.
-
-        Raises `UsageError`.
-        """
+        """Return the recipe of a saved run (see `load_saved_recipe`); options of other versions are ignored."""
         return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
-        """Check every value by itself; whether they fit together depends on the rest of the recipe.
-
-        Raises `UsageError`.
-        """
+        """Raise `UsageError` if a value is invalid by itself; whether values fit together is not checked."""
         for name, value in options.items():
             field = cls.model_fields[name]
             try:

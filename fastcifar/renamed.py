@@ -1,7 +1,7 @@
 """Names that options had in earlier versions, listed in `renamed.toml`.
 
 Command lines and recipe files that use an old name are refused with the new one. Run folders, checkpoints and sweeps of
-earlier versions are read with the options translated. This module does not import torch.
+earlier versions are read with the options translated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Callable
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastcifar.format import option_flag
@@ -19,7 +19,7 @@ from fastcifar.format import option_flag
 @functools.cache
 def renamed_options(command: str = "") -> dict[str, list[str]]:
     """Return old name -> new names, for the options of all commands and those that only `command` has."""
-    tables = tomllib.loads(resources.files("fastcifar").joinpath("renamed.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     return {**tables["options"], **tables.get(command, {})}
 
 

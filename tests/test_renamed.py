@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fastcifar.cli.app import app
 from fastcifar.cli.exit import report_error
 from fastcifar.errors import UsageError
-from fastcifar.evaluation.evaluate_run import evaluate_run
+from fastcifar.evaluation.evaluate_run import EvalResult, evaluate_run
 from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import renamed_options, upgrade_options
@@ -171,7 +171,7 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name not in ("bytes", "date")} for entry in entries]
 
 
-def evaluated(folder: Path) -> dict[str, Any]:
+def evaluated(folder: Path) -> EvalResult:
     return evaluate_run(str(folder), device="cpu", precision="fp32", compile=False)
 
 

@@ -1,7 +1,4 @@
-"""The commands of `fastcifar`: each passes its options on and returns its result, which options.py prints.
-
-Errors become messages and exit codes in exit.py. torch is imported only when a command runs.
-"""
+"""The commands of `fastcifar`. Each imports torch only when it runs and returns its result, which options.py prints."""
 
 from __future__ import annotations
 
@@ -119,7 +116,9 @@ def export(
     format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
     out: Path | None = option(None, "FILE", "file to write, by default in the run folder"),
     inputs: str = option("uint8", "uint8|normalized", "format of the input images", "--input"),
-    outputs: str = option("probabilities", "probabilities|logits", "output of the exported model", "--output"),
+    outputs: str = option(
+        "probabilities", "probabilities|logits", "output of the model: class probabilities or logits", "--output"
+    ),
     arch: str | None = CHECKPOINT_ARCH,
     **options: Any,
 ) -> Output:
@@ -160,7 +159,11 @@ def bench(
     ),
     archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
     batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
-    modes: str = option("", "NAME,...", "execution modes: eager, compiled or captured, by default the chosen one"),
+    modes: str = option(
+        "",
+        "NAME,...",
+        "execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
+    ),
     trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
     profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
     chart: Path | None = option(None, "FILE.png", "image file to write a bar chart of the results to"),
@@ -187,7 +190,9 @@ def speedrun(
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
     recipe: str | None = RECIPE,
     n: int = option(1, "INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1),
-    eval_split: str | None = option(None, "test|val", "evaluation split, by default test, with training on all images"),
+    eval_split: str | None = option(
+        None, "test|val", "split to evaluate on, by default test; with test all images are trained on"
+    ),
     append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
@@ -208,7 +213,9 @@ def sweep(
     ),
     seeds: str | None = option(None, "INT|INT,...", "number or list of seeds, by default that of the sweep file"),
     jobs: int | None = option(None, "INT", "number of concurrent trials, by default as many as fit", min=1),
-    cpus: int | None = option(None, "INT", "CPU threads per trial, by default an equal share of the cores", min=1),
+    cpus: int | None = option(
+        None, "INT", "number of CPU threads per trial, by default an equal share of the cores", min=1
+    ),
     trials_per_gpu: int = option(1, "INT", "number of concurrent trials on each GPU", min=1),
     address: str = option("auto", "auto|local|HOST:PORT", "address of the Ray cluster"),
     retry_failed: bool = switch("--retry-failed", "rerun the failed trials"),

@@ -1,7 +1,4 @@
-"""How a command ends: it prints a user error in one line with the remedy, and exits with a code of errors.py.
-
-A traceback is printed only with --debug, or for a bug.
-"""
+"""The end of a command: user errors in one line and the exit code; a traceback only with --debug, or for a bug."""
 
 from __future__ import annotations
 

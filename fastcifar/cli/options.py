@@ -1,8 +1,4 @@
-"""The decorator of every command: options from recipe fields, --json, --debug, and printing of the result.
-
-Name, help text, choices and default of an option come from the field of `Recipe`, so that a new field becomes an option
-of `train` without a change here. This module does not import torch.
-"""
+"""The decorator of every command: options from recipe fields, --json, --debug, and printing of the result."""
 
 from __future__ import annotations
 
@@ -57,9 +53,9 @@ def command(
 ) -> Callable[[Callable[..., Output]], Callable[..., int]]:
     """Return a decorator that adds a function to `app` as a command, by default with the name of the function.
 
-    The options of the command are the parameters of the function, those of the recipe fields `fields` in place of
-    `**options`, --json and --debug. The values of recipe fields are checked before the function runs, and so before it
-    imports torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout.
+    The options of the command are the parameters of the function, the recipe fields `fields` in place of `**options`,
+    --json and --debug. The values of recipe fields are checked before the function runs, and so before it imports
+    torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout.
     """
     recipe_fields = list(fields)
 
@@ -94,7 +90,7 @@ def command(
 
 
 def _option_parameter(name: str) -> inspect.Parameter:
-    """Return the parameter of a command for the recipe field `name`."""
+    """Return the parameter of a command for a recipe field, with the help text, choices and default of the field."""
     field, flag = Recipe.model_fields[name], option_flag(name)
     section = next(section for section in SECTION_STARTS if name in section_fields(section))
     details: dict[str, Any] = {"rich_help_panel": section.capitalize(), "show_default": False}

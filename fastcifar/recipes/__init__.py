@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from fastcifar.renamed import upgrade_options
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes in the package: name -> TOML file."""
-    folder = Path(str(resources.files("fastcifar"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
 
 def load_recipe_values(source: str) -> dict[str, Any]:
