@@ -220,7 +220,7 @@ def test_a_sweep_of_an_earlier_version_is_reported_and_not_continued(
         rewrite_run_with_old_names(run)
         run.rename(run.with_name(run.name.replace("min_lr", "lr_min")))
     lines = (folder / "trials.jsonl").read_text()
-    assert '"knobs": {"min_lr": 0.01}' in lines
+    assert '"knobs":{"min_lr":0.01}' in lines
     (folder / "trials.jsonl").write_text(lines.replace("min_lr", "lr_min"))
     report = json.dumps([build_report([folder])[0], listed(folder)])
     assert "lr_min=0.01" in report  # labels and names of folders are kept
