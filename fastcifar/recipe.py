@@ -12,16 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from fastcifar.errors import UsageError, suggest_name
 from fastcifar.format import format_toml_value, option_flag
@@ -135,13 +126,11 @@ def _option(default: Any, description: str, **bounds: Any) -> Any:
     return Field(default, description=description, **bounds)
 
 
-class Recipe(BaseModel):
+class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The options of a training run. Raises `UsageError` for unknown options and invalid values.
 
     The defaults are row 3 of the results published by SEResNet68, with a validation split (see README).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # network
     arch: str = _option("se68", "network architecture; `fastcifar models` lists them")

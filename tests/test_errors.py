@@ -25,6 +25,11 @@ def test_exit_codes_are_those_documented() -> None:
     assert errors.Interrupted("SIGTERM", 143, 7, "last.pt").exit_code == 143
 
 
+def test_a_warning_is_one_line_without_its_position_in_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+    errors.print_warning(UserWarning("odd"), UserWarning, "file.py", 3)
+    assert capsys.readouterr().err == "fastcifar: warning: odd\n"
+
+
 def test_message_is_the_problem_and_the_remedy() -> None:
     assert str(errors.UsageError("a", "b")) == "a; b"
     assert str(errors.UsageError("a")) == "a"

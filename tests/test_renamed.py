@@ -88,28 +88,18 @@ def command_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[
 
 
 @pytest.mark.parametrize("command", [("train",), ("eval", "run"), ("sweep", "lr"), ("speedrun",)])
-@pytest.mark.parametrize("old_name", RENAMED)
+@pytest.mark.parametrize("old_name", [*RENAMED, "on"])
 def test_old_names_are_refused_on_the_command_line(
     command: tuple[str, ...], old_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exit_code, message = command_error(capsys, *command, option_flag(old_name), "1")
-    new_flags = " or ".join(map(option_flag, RENAMED[old_name]))
+    new_names = {**RENAMED, **RENAMED_OF_COMMANDS.get(command[0], {})}.get(old_name)
     assert exit_code == 2
-    assert message == f"fastcifar: no such option: {option_flag(old_name)}; it was renamed: use {new_flags}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "new_flag"),
-    [(("sweep", "lr", "--on", "gpus"), "--executor"), (("speedrun", "--on", "val"), "--eval-split")],
-)
-def test_old_names_of_single_commands_are_refused(
-    arguments: tuple[str, ...], new_flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command_error(capsys, *arguments) == (
-        2,
-        f"fastcifar: no such option: --on; it was renamed: use {new_flag}\n",
-    )
-    assert "renamed" not in command_error(capsys, "train", "--on", "val")[1]
+    if new_names:
+        remedy = f"it was renamed: use {' or '.join(map(option_flag, new_names))}"
+        assert message == f"fastcifar: no such option: {option_flag(old_name)}; {remedy}\n"
+    else:  # an old name of other commands
+        assert "renamed" not in message
 
 
 @pytest.mark.parametrize("old_name", RENAMED)
