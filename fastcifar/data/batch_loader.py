@@ -40,11 +40,11 @@ SINGLE_KERNEL_OPTIONS = {
 
 @dataclass(frozen=True)
 class BatchSlicing:
-    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size), and rank r takes
-    `r::world_size` of them.
+    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size).
 
-    The shares of all ranks interleave to exactly the batches of a single process, and all ranks have the same number of
-    steps. A short last batch is divided in the same way: shares may differ by one image, and none is empty.
+    Of these, rank r takes `r::world_size`. The shares of all ranks interleave to exactly the batches of a single
+    process, and all ranks have the same number of steps. A short last batch is divided in the same way: shares may
+    differ by one image, and none is empty.
 
     num_samples  number of images in the data set, and of positions in an epoch
     batch_size   global batch size

@@ -65,13 +65,14 @@ def load_dataset(
     download: bool = True,
     refresh_cache: bool = False,
 ) -> Dataset:
-    """Load the data set `data`: an official folder or .tar.gz (Python or binary version), class folders of images, a
-    folder that contains one of these, or "synthetic[:N]".
+    """Load a data set.
 
-    If `data` is None, use the environment variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's
-    cache folder), then, if `download`, download the official archive. The decoded arrays are stored in the cache folder
-    as .npy files and memory-mapped; if that folder cannot be written, they stay in memory. `refresh_cache` reads and
-    checks the source even if a cache entry exists. All remarks are issued as one `UserWarning` per call.
+    `data` is an official folder or .tar.gz (Python or binary version), class folders of images, a folder that contains
+    one of these, or "synthetic[:N]". If it is None, use the environment variable FASTCIFAR_DATA, then the cache folder
+    (`cache_dir`, or the user's cache folder), then, if `download`, download the official archive. The decoded arrays
+    are stored in the cache folder as .npy files and memory-mapped; if that folder cannot be written, they stay in
+    memory. `refresh_cache` reads and checks the source even if a cache entry exists. All remarks are issued as one
+    `UserWarning` per call.
     Raises `DataError` if the data is missing, damaged or malicious, `UsageError` if `dataset` is unknown.
     """
     spec = lookup(DATASETS, dataset, "data set")

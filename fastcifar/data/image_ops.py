@@ -184,8 +184,9 @@ def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | No
 
 
 def _materialize(values: Tensor) -> Tensor:
-    """Convert `values` (0..255) to uint8 and force the compiler to store them: a fused kernel would compute them again
-    for every use. `as_strided` is defined on memory, so its input has to be stored.
+    """Convert `values` (0..255) to uint8 and force the compiler to store them.
+
+    A fused kernel would compute them again for every use. `as_strided` is defined on memory, so its input is stored.
     """
     values = values.to(torch.uint8).contiguous()
     return values.as_strided(values.shape, values.stride())
