@@ -49,36 +49,23 @@ RETURNED_FILES = ("recipe.toml", "env.json", "metrics.csv", "events.jsonl", "sum
 
 @dataclass(frozen=True)
 class ExecutorOptions:
-    """Resources that an executor may use.
+    """Resources that an executor may use."""
 
-    Args:
-        jobs: number of concurrent trials; None runs as many as fit.
-        cpus: threads per trial; None divides the cores equally.
-        trials_per_gpu: number of trials that share a GPU.
-        address: address of a Ray cluster; "auto" finds a running one on this machine, "local" starts one.
-    """
-
-    jobs: int | None = None
-    cpus: int | None = None
+    jobs: int | None = None  # number of concurrent trials; None runs as many as fit
+    cpus: int | None = None  # threads per trial; None divides the cores equally
     trials_per_gpu: int = 1
-    address: str = "auto"
+    address: str = "auto"  # address of a Ray cluster; "auto" finds a running one on this machine, "local" starts one
 
 
 @dataclass(frozen=True)
 class TrialEvent:
-    """A change of the state of a trial.
-
-    Args:
-        reason: why a trial failed.
-        summary: the summary of a finished run.
-        files: contents of files in the run folder of a trial that ran on another machine.
-    """
+    """A change of the state of a trial."""
 
     trial: SweepTrial
     state: TrialState
-    reason: str | None = None
-    summary: RunSummary | None = None
-    files: dict[str, bytes] = field(default_factory=dict)
+    reason: str | None = None  # why the trial failed
+    summary: RunSummary | None = None  # of a finished run
+    files: dict[str, bytes] = field(default_factory=dict)  # of the run folder, if the trial ran on another machine
 
 
 TrialEvents = Generator[TrialEvent, None, None]
@@ -167,8 +154,10 @@ def run_trial(trial: SweepTrial) -> TrialEvent:
     from fastcifar.training.train import train
 
     folder = Path(str(trial.recipe.out))
+    deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
     try:
-        _wait_until_unlocked(folder)
+        while is_locked(folder) and time.monotonic() < deadline:
+            time.sleep(0.2)  # the trial process of a killed sweep may still be writing its checkpoint
         callbacks = [optuna_epoch_callback(trial.trial_ref, trial.recipe.epochs)] if trial.trial_ref else []
         summary = read_summary(folder) or train(trial.recipe, trial.recipe_name, callbacks=callbacks)
     except Interrupted:
@@ -186,13 +175,6 @@ def _failure_reason(error: Exception, folder: Path) -> str:
     with suppress(OSError):
         (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"{type(error).__name__}: {first_message_line(error)}"
-
-
-def _wait_until_unlocked(folder: Path) -> None:
-    """Wait until `folder` is unlocked: the trial process of a killed sweep may still be writing its checkpoint."""
-    deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
-    while is_locked(folder) and time.monotonic() < deadline:
-        time.sleep(0.2)
 
 
 def _run_in_this_process(trials: Iterator[SweepTrial]) -> TrialEvents:
@@ -254,21 +236,20 @@ def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: C
     """Run a trial in a child process, which terminates when its parent does."""
     import torch
 
+    def terminate_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     os.environ.update(slot)
     torch.set_num_threads(threads)
     warnings.showwarning = print_warning
-    threading.Thread(target=_terminate_with_parent, daemon=True).start()
+    threading.Thread(target=terminate_with_parent, daemon=True).start()
     try:
         sender.send(run_trial(trial))
     except Interrupted as error:
         sender.send(TrialEvent(trial, "failed", str(error)))
-
-
-def _terminate_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:

@@ -120,12 +120,11 @@ class OptunaStudy:
         return sampled
 
     def _to_sweep_trial(self, number: int, params: dict[str, Any]) -> SweepTrial:
-        settings = {
-            name: round_to_4_digits(value) if isinstance(value, float) else value for name, value in params.items()
-        }
+        values = {name: params[name] for name in self.study_spec.ranges}
+        settings = {name: round_to_4_digits(x) if isinstance(x, float) else x for name, x in values.items()}
         trial_ref = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
         try:
-            label = f"{number}: {settings_label({name: settings[name] for name in self.study_spec.ranges})}"
+            label = f"{number}: {settings_label(settings)}"
             return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
         except UserError:
             self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
@@ -143,10 +142,7 @@ class OptunaStudy:
 
 
 def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
-    """Return a callback that reports each epoch's validation accuracy, and returns "pruned" if the trial should stop.
-
-    A trial is not pruned after the last of its `epochs`, because it is complete then.
-    """
+    """Return a callback that reports each epoch's validation accuracy and prunes the trial before its last epoch."""
     optuna = import_optuna()
     study = optuna.load_study(
         study_name=trial_ref.study_name,

@@ -44,14 +44,14 @@ def run_sweep(
     """Run the unfinished trials of a sweep and return the results of all.
 
     Args:
-        source: name of a shipped sweep, path of a sweep file, or a sweep folder.
+        source: name of a shipped sweep, path of a sweep file, or a sweep folder, whose copy of the file is read.
         out: sweep folder; by default sweeps/NAME, or `source` if it is a folder.
         executor: key of `EXECUTORS`.
         executor_options: resources that the executor may use.
         seeds: number of seeds or comma-separated seeds, instead of those in the file.
         retry_failed: whether failed trials are rerun.
         console: console for progress; None shows nothing.
-        overrides: recipe options that override those of all trials; None values are ignored.
+        overrides: recipe options that take precedence over all recipes and [base]; None values are ignored.
 
     Raises a `UserError` before anything is written if the sweep is invalid. After `Interrupted` or KeyboardInterrupt,
     the sweep can be continued.
@@ -188,10 +188,9 @@ def _start_sweep(
 ) -> list[str]:
     """Write the sweep file and update the trial log; return lines about changes and the state of the trials."""
     lines, spec_file, text = [], folder / SPEC_FILE, spec.to_toml()
-    has_changed = spec_file.is_file() and spec_file.read_text("utf-8") != text
     added = sum(trial.key not in trial_log.entries for trial in trials)
     removed = trial_log.update_labels(trials)
-    if has_changed:
+    if spec_file.is_file() and spec_file.read_text("utf-8") != text:
         lines.append(f"the sweep file has changed: {added} trials added, {removed} removed (their runs are kept)")
     try:
         write_atomically(spec_file, text.encode())
@@ -206,10 +205,7 @@ def _start_sweep(
 
 
 def _log_event(trial_log: TrialLog, folder: Path, event: TrialEvent) -> None:
-    """Write an event to the trial log, and the files of a run on another machine to its run folder here.
-
-    Raises `DiskError` if a file cannot be written.
-    """
+    """Write an event to the trial log, and the files of a run on another machine to its run folder here."""
     run = folder / "runs" / event.trial.key
     try:
         for name, content in event.files.items():

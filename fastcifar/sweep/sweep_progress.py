@@ -91,7 +91,7 @@ def _format_progress(run: Path) -> str:
     try:
         rows = read_metrics(run / "metrics.csv")
     except OSError:
-        return ""
+        rows = []
     if not rows:
         return ""
     accuracy = rows[-1]["train_acc"] if rows[-1]["val_acc"] is None else rows[-1]["val_acc"]

@@ -32,7 +32,9 @@ RESERVED_OPTIONS = {
     "resume": "a sweep resumes its trials automatically",
 }
 
-# kind of range -> function of u, uniform in [0, 1), and of the range (lowest and highest value, or the choices)
+Options = dict[str, Any]  # recipe option -> value
+
+# kind of range -> function of u, uniform in [0, 1), and of the range (lowest and highest value, or the choices).
 RANGE_SAMPLERS: dict[str, Callable[[float, Sequence[Any]], Any]] = {
     "uniform": lambda u, ends: round_to_4_digits(ends[0] + u * (ends[1] - ends[0])),
     "log": lambda u, ends: round_to_4_digits(ends[0] * (ends[1] / ends[0]) ** u),
@@ -49,8 +51,8 @@ def round_to_4_digits(value: float) -> float:
 def _parse_seeds(value: Any) -> Any:
     """Convert a number of seeds n, or its text, to 0..n-1, and a comma-separated list to a list."""
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")] if "," in value else int(value)
-    return range(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else value
+        value = value.split(",") if "," in value else int(value)
+    return range(value) if type(value) is int and value > 0 else value
 
 
 class ListEntry(BaseModel):
@@ -62,8 +64,7 @@ class ListEntry(BaseModel):
     recipe: str | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The options of the recipe."""
+    def settings(self) -> Options:
         return self.model_extra or {}
 
 
@@ -96,7 +97,7 @@ class SweepSpec(BaseModel):
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(_parse_seeds), Field(min_length=1)
     ] = (0,)
-    base: dict[str, Any] = {}
+    base: Options = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     rows: list[ListEntry] = Field(default=[], alias="list")
     random: RandomSearchSpec | None = None
@@ -140,19 +141,15 @@ class TrialRef:
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One run of a sweep.
+    """One run of a sweep, in the run folder `key`, which is a function of label, seed and recipe.
 
-    Args:
-        key: name of the run folder; a function of label, seed and recipe.
-        label: identifies the trial without its seed; trials with equal labels form one row of a report.
-        options: the options that differ from the base of the sweep.
-        recipe_name: name of the recipe in reports.
-        trial_ref: the trial of the Optuna study, if there is one.
+    Trials with equal labels differ only by the seed and form one row of a report. `options` are the options that
+    differ from the base of the sweep.
     """
 
     key: str
     label: str
-    options: dict[str, Any]
+    options: Options
     recipe_name: str
     recipe: Recipe
     trial_ref: TrialRef | None = None
@@ -166,12 +163,7 @@ class SweepTrial:
 def read_sweep_spec(
     source: str, seeds: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> tuple[SweepSpec, str]:
-    """Read a sweep file and return its spec and its name.
-
-    Args:
-        source: name of a shipped sweep, path of a sweep file, or a sweep folder, whose copy of the file is read.
-        seeds: number of seeds or comma-separated seeds, instead of those in the file.
-        overrides: recipe options that take precedence over all recipes and [base]; None values are ignored.
+    """Return the spec and the name of a sweep; the arguments are those of `run_sweep`.
 
     Raises `UsageError` if the file is missing or invalid, or if the sweep varies one of the overrides.
     """
@@ -189,8 +181,8 @@ def read_sweep_spec(
         spec = SweepSpec.model_validate(values if seeds is None else {**values, "seeds": seeds})
     except ValidationError as error:
         problem = error.errors()[0]
-        where, message = ".".join(map(str, problem["loc"])), str(problem["msg"])
-        message = message.removeprefix("Value error, ").removeprefix("Input ")
+        where = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise UsageError(f"{path}: {where} {message} (got {problem['input']!r})") from None
     base = {name: value for name, value in (overrides or {}).items() if value is not None}
     for name in spec.axes() & base.keys():
@@ -240,15 +232,12 @@ def build_trial(
     spec: SweepSpec,
     name: str,
     label: str,
-    settings: dict[str, Any],
+    settings: Options,
     seed: int,
     source: str | None = None,
     trial_ref: TrialRef | None = None,
 ) -> SweepTrial:
-    """Build one trial; `source` is the recipe of the [[list]] entry, which replaces that of the sweep.
-
-    Raises `UsageError` with the label if the recipe is invalid.
-    """
+    """Build a trial; `source` replaces the recipe of the sweep. Raises `UsageError` with the label of the trial."""
     source = source or spec.recipe
     for key in (*spec.base, *settings):
         if key in RESERVED_OPTIONS:
@@ -285,11 +274,8 @@ def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
     return separator.join(f"{name}={value_text(value)}" for name, value in settings.items())
 
 
-def _draw_random_points(spec: RandomSearchSpec) -> Iterator[dict[str, Any]]:
-    """Yield the points of [random].
-
-    The i-th point depends only on i and the seed, so that increasing `n` keeps the first points.
-    """
+def _draw_random_points(spec: RandomSearchSpec) -> Iterator[Options]:
+    """Yield the points of [random]; the i-th depends only on i and the seed, so that a larger `n` only adds points."""
     for index in range(spec.n):
         # NumPy guarantees that raw bits never change, but not the values of distribution methods such as `random`.
         words = np.random.Philox(key=[spec.sampler_seed, index]).random_raw(len(spec.ranges))

@@ -112,15 +112,11 @@ class TrialLog:
         return [self._read_result(self.entries[key]) for key in trial_keys if key in self.entries]
 
     def _read_result(self, entry: TrialLogEntry) -> TrialResult:
-        result = TrialResult(**dict(entry))
-        if entry.state not in FINISHED_STATES:
-            return result
-        if entry.folder not in self._summaries:
+        if entry.state in FINISHED_STATES and entry.folder not in self._summaries:
             self._summaries[entry.folder] = read_summary(self.folder / entry.folder)
-        summary = self._summaries[entry.folder]
-        return (
-            result.model_copy(update={"val_acc": summary.val_acc, "test_acc": summary.test_acc}) if summary else result
-        )
+        summary = self._summaries.get(entry.folder)
+        val_acc, test_acc = (summary.val_acc, summary.test_acc) if summary else (None, None)
+        return TrialResult(**dict(entry), val_acc=val_acc, test_acc=test_acc)
 
     def _append(self, entry: TrialLogEntry) -> None:
         try:
