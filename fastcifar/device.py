@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from fastcifar._version import __version__
 from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
@@ -245,8 +245,10 @@ def result_folder_name(device: str, label: str) -> str:
     return f"{format_timestamp(for_file_name=True)}_{device_name}_{label}"
 
 
-class Environment(BaseModel, frozen=True, extra="allow"):
+class Environment(BaseModel):
     """What a result depends on besides its recipe: the document env.json. Its writers may add keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     schema_version: int = 1
     versions: dict[str, str] = {}
