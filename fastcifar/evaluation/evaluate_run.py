@@ -22,7 +22,7 @@ from fastcifar.evaluation.robustness import (
     evaluate_shifted,
     load_cifar10_1,
 )
-from fastcifar.training.build_data import split_validation
+from fastcifar.training.build import split_validation
 from fastcifar.training.evaluate import VIEWS, compute_scores, reliability_bins
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined

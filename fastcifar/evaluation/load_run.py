@@ -19,7 +19,7 @@ from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, compilation, source_checkpoints
+from fastcifar.training import checkpoint, compilation
 from fastcifar.training.build import to_channels_last
 from fastcifar.training.evaluate import (
     EVAL_BATCH_SIZE,
@@ -106,11 +106,11 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     if the device is not available, and `UsageError` for an invalid name or override.
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
-    saved = source_checkpoints.load_any_checkpoint(path, arch)
+    saved = checkpoint.load_any_checkpoint(path, arch)
     eval_weights = eval_weights or str(saved["recipe"].get("eval_weights", "last"))
     if eval_weights == "best":
         path = checkpoint.resolve_checkpoint_path(run, "best")
-        saved = source_checkpoints.load_any_checkpoint(path, arch)
+        saved = checkpoint.load_any_checkpoint(path, arch)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     lookup(EVAL_WEIGHTS, eval_weights, "weights")
     Recipe(**overrides)  # validated on their own, so that an invalid override is not blamed on the checkpoint

@@ -131,7 +131,7 @@ def _split_size(run: JsonDocument, name: str) -> int:
 def _read_flat_environment(path: Path) -> JsonDocument:
     """Return env.json with dotted names such as `versions.torch`, without the recipe, command and start times."""
     flat: JsonDocument = {}
-    for name, value in read_environment(path).items():
+    for name, value in read_environment(path).model_dump().items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         elif name not in ("schema_version", "command", "started", "resumed", "recipe"):

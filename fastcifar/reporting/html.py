@@ -175,11 +175,9 @@ def _count_environments(groups: Sequence[RunGroup]) -> dict[tuple[str, str], int
     """Map (device, versions) to the number of runs with that environment."""
     counts: Counter[tuple[str, str]] = Counter()
     for record in (record for group in groups for record in group.records):
-        if not record.environment:
+        versions = record.environment.versions
+        if not versions and not record.device:
             continue
-        versions = record.environment.get("versions")
-        if not isinstance(versions, dict):
-            versions = {}
         version_text = ", ".join(f"{name} {versions[name]}" for name in REPORTED_PACKAGES if name in versions)
         counts[record.device or "unknown", version_text or "unknown"] += 1
     return counts

@@ -21,7 +21,7 @@ from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.metrics_file import read_metrics
-from fastcifar.training.run_dir import read_environment
+from fastcifar.training.run_dir import RunEnvironment, read_environment
 from fastcifar.training.summary import RunSummary
 
 TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
@@ -75,12 +75,12 @@ class RunRecord:
     reason: str = ""
     summary: RunSummary | None = None
     metric_rows: list[dict[str, float | None]] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: RunEnvironment = field(default_factory=RunEnvironment)
 
     @property
     def device(self) -> str:
         """The name of the device that the run used; "" if unknown."""
-        return one_line(self.environment.get("device", ""))
+        return one_line(self.environment.device)
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:
@@ -117,7 +117,7 @@ def read_run_record(folder: Path) -> RunRecord:
         return RunRecord(
             folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment
         )
-    recipe = one_line(environment.get("recipe", ""))
+    recipe = one_line(environment.recipe)
     name = options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
     shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
     record = RunRecord(

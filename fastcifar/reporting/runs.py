@@ -129,12 +129,12 @@ def _describe_run(folder: Path) -> ListingEntry:
     return {
         "state": state,
         "arch": options.get("arch"),
-        "recipe": environment.get("recipe"),
+        "recipe": environment.recipe or None,
         "epochs": summary.epochs if summary else len(rows),
         "val_acc": summary.val_acc if summary else last.get("val_acc"),
         "test_acc": summary.test_acc if summary else None,
         "seconds": summary.seconds.get("total") if summary else last.get("seconds"),
-        "date": str(environment.get("started") or _modified_at(folder / RECIPE_FILE)),
+        "date": environment.started or _modified_at(folder / RECIPE_FILE),
     }
 
 

@@ -1,4 +1,4 @@
-"""Builds the `Trainer` of a resolved recipe: data set, loader, network, optimizer, schedule."""
+"""Build the `Trainer` of a resolved recipe: data set, loader, network, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from torch import nn
 
 from fastcifar.data import cifar
 from fastcifar.data.cifar import Dataset, Split
+from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.normalization import mean_color
 from fastcifar.device import enable_deterministic_algorithms
 from fastcifar.recipe import Recipe
 from fastcifar.training import compilation
-from fastcifar.training.build_data import build_loader, normalize_images, split_validation
-from fastcifar.training.distributed import get_world
+from fastcifar.training.distributed import World, get_world
 from fastcifar.training.ema import Ema
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.resolve import Resolved, model_from_recipe
 from fastcifar.training.rng_state import seed_all
-from fastcifar.training.step import Meter, build_forward
+from fastcifar.training.step import Meter, build_forward, scale_and_shift
 from fastcifar.training.trainer import Trainer
 
 NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is initialized
 
 
 def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
-    """The trainer of a resolved recipe, on its device.
+    """Return the trainer of a resolved recipe, on its device.
 
     `data`: the data set, by default that of the recipe, which is loaded and, if need be, downloaded. Raises
     `DataError`, and `UsageError` for what does not fit the data. Nothing is written but caches.
@@ -44,7 +45,9 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
     start = time.perf_counter()
     loader = build_loader(train_split, resolved, world)
-    init_whitening(model, train_split, resolved)
+    if initialize := getattr(model, "init_whitening", None):
+        scale, shift = (tensor.to(device) for tensor in scale_and_shift(resolved.mean, resolved.std))
+        initialize(torch.tensor(train_split.images[:NUM_WHITENING_IMAGES]).to(device) * scale + shift)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # wait for the uploads
     prepare_s = time.perf_counter() - start
@@ -69,7 +72,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
 
 
 def configure_process(recipe: Recipe, device: torch.device, compiles: bool) -> None:
-    """Process-wide settings of torch and the allocator: determinism, cuDNN's autotuner, compile cache."""
+    """Set determinism, cuDNN's autotuner, the allocator and the compile cache of this process."""
     if recipe.deterministic:
         enable_deterministic_algorithms()
     else:
@@ -80,13 +83,41 @@ def configure_process(recipe: Recipe, device: torch.device, compiles: bool) -> N
         compilation.enable_compile_cache()
 
 
-def init_whitening(model: nn.Module, train_split: Split, resolved: Resolved) -> None:
-    """Initialize the whitening layer from the first training images, if the network has one (`init_whitening`)."""
-    if initialize := getattr(model, "init_whitening", None):
-        first = Split(train_split.images[:NUM_WHITENING_IMAGES], train_split.labels[:NUM_WHITENING_IMAGES])
-        initialize(normalize_images(first, resolved.mean, resolved.std, next(model.parameters()).device))
-
-
 def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` on the device, with its convolutions in channels_last memory format."""
+    """Return `model` on the device, with its convolutions in channels_last memory format."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
+def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
+    """Split `train` into training images and `val_size` validation images, stratified by class.
+
+    The same `val_seed` selects the same images. Raises `UsageError` if `val_size` does not fit the number of images.
+    """
+    if val_size == 0:
+        return train, Split(train.images[:0], train.labels[:0])
+    indices = cifar.stratified_split(train.labels, val_size, val_seed)
+    train_split, val_split = (Split(train.images[index], train.labels[index]) for index in indices)
+    return train_split, val_split
+
+
+def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
+    """Return the loader of this rank's share of each batch of `split`, with all augmentations but the mixer.
+
+    Raises `UsageError` if the batch size does not fit the split or the number of ranks, and `DeviceError` if the
+    loader cannot run on this machine.
+    """
+    recipe, execution = resolved.recipe, resolved.execution
+    return LOADERS[execution.loader](
+        split.images,
+        split.labels,
+        batch_size=recipe.batch_size,
+        augment=resolved.pixel_ops,
+        seed=recipe.seed,
+        device=torch.device(execution.device),
+        fill_color=mean_color(resolved.mean),
+        compile=execution.compile,
+        workers=recipe.workers,
+        drop_last=recipe.drop_last,
+        rank=world.rank,
+        world_size=world.world_size,
+    )

@@ -1,8 +1,10 @@
 """Checkpoints: written atomically, verified by SHA-256, and loaded without executing code from the file.
 
-A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`): `format`, `recipe`, `classes`,
-`model`, `ema`, and the rest of the training state (`Trainer.checkpoint_state`). `manifest.json` in the same folder
+A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`). `manifest.json` in the same folder
 holds the size and SHA-256 of each file and is written last; `last.previous.pt` is the checkpoint before `last.pt`.
+
+The files that the source projects of fastcifar have published are dicts `{net, acc, epoch}` or plain state dicts. They
+do not name the architecture, so the user does.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ import json
 import re
 import struct
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastcifar.data.cifar import DATASETS
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
 from fastcifar.files import free_disk_bytes, read_json_object, write_atomically
+from fastcifar.models import MODELS, build_model
 from fastcifar.renamed import upgrade_options
+from fastcifar.training.lr_schedule import ScheduleState
+from fastcifar.training.rng_state import RngState
 
 CHECKPOINT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -33,7 +40,38 @@ NUMPY_TO_STRUCT_FORMATS = {
 }  # fmt: skip
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+class ModelCheckpoint(TypedDict):
+    """The part of a checkpoint that inference needs: the recipe's options, the class names and the state dicts."""
+
+    recipe: dict[str, Any]
+    classes: list[str]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+
+
+class TrainingCheckpoint(ModelCheckpoint):
+    """A complete checkpoint. `epoch` and what follows are the fields of `TrainingProgress`."""
+
+    samples: int
+    ema_updates: Tensor | None
+    optimizer: dict[str, Any]
+    schedule: ScheduleState
+    scaler: dict[str, Any]
+    meter: Tensor
+    random: list[RngState]
+    clock: dict[str, float]
+    epoch: int
+    epoch_step: int
+    step: int
+    images: int
+    val_acc: float | None
+    best: float | None
+    epochs_since_best: int
+    rollbacks: int
+    stop_reason: str
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path` atomically: at any time, `path` is either the old or the new checkpoint, complete.
 
     Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite, and
@@ -62,12 +100,55 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise DiskError(problem, "free disk space or set --out") from None
 
 
-def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> TrainingCheckpoint:
     """Load the checkpoint at `path` or, with a warning, the previous one if it is damaged.
 
-    `allow_foreign`: also accept a dict that is not a fastcifar checkpoint (see `source_checkpoints`).
-    Raises `CheckpointError` if neither can be read. No code in the file is executed.
+    Raises `CheckpointError` if neither can be read. The caller checks whether it holds training state.
     """
+    return cast(TrainingCheckpoint, _load_or_previous(path, allow_foreign=False))
+
+
+def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
+    """Load the checkpoint of fastcifar or of a source project at `path`; the latter gets a recipe with `arch`.
+
+    Raises `CheckpointError` if the file is not a checkpoint, if a fastcifar checkpoint has another architecture than
+    `arch`, or if `arch` is None for a source project's file; the message then names the architectures that match.
+    """
+    state = _load_or_previous(path, allow_foreign=True)
+    if _is_fastcifar_checkpoint(state):
+        saved_arch = state["recipe"].get("arch", "")
+        if arch not in (None, saved_arch):
+            raise CheckpointError(f"{path} contains {saved_arch}, not {arch}", "remove --arch")
+        return cast(ModelCheckpoint, state)
+    weights = state.get("net", state)
+    is_state_dict = isinstance(weights, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+    )
+    if not weights or not is_state_dict:
+        raise CheckpointError(
+            f"{path} contains no weights",
+            "specify a run folder, its checkpoint, a file with {net, acc, epoch}, or a state dict",
+        )
+    if arch is None:
+        matches = matching_architectures(weights)
+        remedy = f"set --arch {' or '.join(matches)}" if matches else "set --arch, although no architecture matches"
+        raise CheckpointError(f"{path} does not name the architecture of its weights", remedy)
+    return {"recipe": {"arch": arch}, "classes": list(DATASETS["cifar10"].class_names), "model": weights, "ema": None}
+
+
+def matching_architectures(weights: dict[str, Tensor]) -> list[str]:
+    """Return the names in MODELS whose keys and shapes are those of `weights`, ignoring wrapper prefixes."""
+    shapes = {strip_wrapper_prefixes(key): value.shape for key, value in weights.items()}
+    matches = []
+    for arch in MODELS:
+        with torch.device("meta"):
+            state = build_model(arch).state_dict()
+        if {key: value.shape for key, value in state.items()} == shapes:
+            matches.append(arch)
+    return matches
+
+
+def _load_or_previous(path: Path, allow_foreign: bool) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
     try:
@@ -77,7 +158,7 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
         if not previous.is_file():
             raise
         state = read_checkpoint(previous, allow_foreign)
-        warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
+        warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=3)
         return state
 
 
@@ -85,7 +166,7 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     """Read one checkpoint file and verify it against the manifest, if there is one.
 
     Raises `CheckpointError` if it is damaged, not a checkpoint, or contains objects other than plain values and
-    tensors. `allow_foreign`: as in `load_checkpoint`.
+    tensors. `allow_foreign`: also accept a dict that is not a fastcifar checkpoint.
     """
     try:
         content = path.read_bytes()
@@ -98,25 +179,20 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged or malicious file
-        raise CheckpointError(f"{path} is not a checkpoint: {_describe_load_error(error)}") from None
-    if not isinstance(state, dict) or not (allow_foreign or is_fastcifar_checkpoint(state)):
+        # torch's message advises to disable `weights_only`
+        forbidden = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+        reason = f"it refers to {forbidden[1]}, which is not allowed in checkpoints" if forbidden else None
+        reason = reason or first_message_line(error, type(error).__name__)
+        raise CheckpointError(f"{path} is not a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not (allow_foreign or _is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} has no model and recipe", "specify a fastcifar run folder or checkpoint")
-    if is_fastcifar_checkpoint(state):
+    if _is_fastcifar_checkpoint(state):
         state["recipe"] = upgrade_options(state["recipe"])
     return state
 
 
-def is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
-    """Return whether `state` is a checkpoint that fastcifar wrote."""
+def _is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
     return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
-
-
-def _describe_load_error(error: Exception) -> str:
-    """Return torch's error in a few words, without its advice to disable `weights_only`."""
-    forbidden = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-    if forbidden:
-        return f"it refers to {forbidden[1]}, which is not allowed in checkpoints"
-    return first_message_line(error, type(error).__name__)
 
 
 class _NumpyDtypeStub:
@@ -131,7 +207,7 @@ class _NumpyDtypeStub:
 
 
 def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | bool:
-    """Replaces the function that NumPy scalars are pickled with; returns a Python number."""
+    """Return the number of a pickled NumPy scalar."""
     return struct.unpack(dtype.struct_format, content)[0]
 
 
@@ -143,13 +219,13 @@ SAFE_GLOBALS: list[Any] = [
 ]
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of `folder`, file name -> {bytes, sha256}; empty if there is no readable manifest."""
     entries = read_json_object(folder / MANIFEST_NAME).items()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
 
 
-def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
 
 
@@ -159,7 +235,7 @@ def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
     return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, Tensor], source: object) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> None:
     """Load `weights` into `model`, without the prefixes of DataParallel and torch.compile.
 
     `source` names the weights in messages. Raises `CheckpointError`, which names the keys, if keys are missing or
@@ -184,7 +260,7 @@ def strip_wrapper_prefixes(key: str) -> str:
     return key
 
 
-def _require_finite_weights(state: dict[str, Any]) -> None:
+def _require_finite_weights(state: Mapping[str, Any]) -> None:
     for part in ("model", "ema"):
         for key, value in (state.get(part) or {}).items():
             if value.is_floating_point() and not torch.isfinite(value).all():

@@ -25,28 +25,19 @@ R = TypeVar("R")
 
 
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
-    """Compile `function` as one full graph with static shapes.
-
-    `mode`: a key of COMPILE_MODES.
-    """
+    """Compile `function` as one full graph with static shapes. `mode`: a key of COMPILE_MODES."""
     # torch would warn on every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # TorchDynamo caches compiled variants, up to a small limit, per code object: give each function its own copy.
-    function_copy = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    code, closure = function.__code__.replace(), function.__closure__
+    function_copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     return torch.compile(function_copy, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
 
 
 def enable_compile_cache() -> Path | None:
-    """Set the cache folder of torch.compile to the user's cache folder, so that later processes reuse compiled code.
+    """Set the cache folder of torch.compile to the user's cache folder, unless `TORCHINDUCTOR_CACHE_DIR` is set.
 
-    torch's default is a temporary folder. `TORCHINDUCTOR_CACHE_DIR` takes precedence if it is set. Return the folder,
-    or None if it cannot be created; torch's default is used then.
+    Return the folder, or None if it cannot be created; torch's default, a temporary folder, is used then.
     """
     folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
     folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or folder)

@@ -1,7 +1,6 @@
 """CUDA graphs as wrappers of functions, each with an eager equivalent.
 
-Only this module uses `torch.cuda.CUDAGraph`. A wrapper changes when kernels are launched, never what is computed:
-warm-up runs leave the weights, buffers, optimizer state and random state unchanged.
+A wrapper changes when kernels are launched, never what is computed: warm-up runs leave the state unchanged.
 """
 
 from __future__ import annotations
@@ -56,13 +55,11 @@ def cuda_graphed(
 def unroll_steps(step: Callable[..., None], num_steps: int) -> Callable[..., None]:
     """Return a function that runs `num_steps` steps, so that one replay of `cuda_graphed` launches all of them.
 
-    It takes the tensors of all batches, one batch after the other. Whatever changes from step to step, such as the
-    learning rate, must be an input.
+    It takes the tensors of all batches, one batch after the other.
     """
 
     def run_steps(*tensors: Tensor) -> None:
         inputs_per_step = len(tensors) // num_steps
-        assert inputs_per_step * num_steps == len(tensors), (len(tensors), num_steps)
         for start in range(0, len(tensors), inputs_per_step):
             step(*tensors[start : start + inputs_per_step])
 
@@ -92,10 +89,7 @@ def cuda_graphed_forward(
 
 
 def pad_batch(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
-    """Return `forward` for batches of up to `batch_size` images.
-
-    A smaller batch is padded with black images, and their logits are removed.
-    """
+    """Return `forward` for batches of up to `batch_size` images: smaller ones are padded with black images."""
 
     def padded_forward(images: Tensor) -> Tensor:
         num_missing = batch_size - len(images)
@@ -109,16 +103,14 @@ def pad_batch(forward: Callable[[Tensor], Tensor], batch_size: int) -> Callable[
 
 def warm_up(work: Closure, device: torch.device) -> None:
     """Run `work` a few times to complete lazy initialization, autotuning and compilation; on CUDA on a side stream."""
-    if device.type != "cuda":
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # without a stream, this does nothing
         for _ in range(WARMUP_ITERATIONS):
             work()
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP_ITERATIONS):
-            work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    if stream:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def capture_cuda_graph(work: Closure) -> Closure:
@@ -146,17 +138,6 @@ def reset_cuda_graphs() -> None:
     """
     for graph in _captured_graphs:
         graph.reset()
-
-
-def dispatch_by_batch_size(
-    full_batch_step: Callable[..., None], short_batch_step: Callable[..., None], batch_size: int
-) -> Callable[..., None]:
-    """Return a step that calls `full_batch_step` for `batch_size` images and `short_batch_step` otherwise."""
-
-    def step(images: Tensor, *others: Tensor) -> None:
-        (full_batch_step if len(images) == batch_size else short_batch_step)(images, *others)
-
-    return step
 
 
 def _describe_tensor(tensor: Tensor) -> str:

@@ -1,8 +1,7 @@
-"""Data-parallel training in several processes started by torchrun; with one process, every operation does nothing.
+"""Data-parallel training in several processes started by torchrun; with one process, nothing is communicated.
 
-Every rank computes on its part of a batch; gradients are averaged over all images before they are clipped, so that all
-ranks make the same update. Each rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and
-saved.
+Gradients are averaged over all images of a batch before they are clipped, so that all ranks make the same update. Each
+rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and saved.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process and the number of processes.
-
-    All ranks must call a collective method together. With a single process, nothing is communicated.
-    """
+    """The rank of this process and the number of processes, which must call collective methods together."""
 
     rank: int = 0
     world_size: int = 1
@@ -66,7 +62,7 @@ class World:
             dist.all_reduce(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the `value` of rank 0, which must be picklable; the other ranks' values are ignored."""
+        """Return the `value` of rank 0; the other ranks' values are ignored."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
@@ -103,7 +99,7 @@ def is_distributed_launch() -> bool:
 
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
-    """Context manager that initializes the process group; with CUDA, each rank uses the GPU of its local rank.
+    """Initialize the process group for the `with` block; with CUDA, each rank uses the GPU of its local rank.
 
     `device`: "cuda" or "cpu". Raises `DeviceError` if the ranks cannot connect, a GPU is missing, or another rank fails
     inside the context.
@@ -119,7 +115,10 @@ def process_group(device: str) -> Iterator[World]:
                 f"start torchrun with --nproc-per-node {num_gpus}",
             )
         torch.cuda.set_device(local_rank)
-    _set_gloo_loopback_interface()
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:  # Gloo looks the host name up
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -139,14 +138,6 @@ def process_group(device: str) -> Iterator[World]:
     finally:
         cuda_graph.reset_cuda_graphs()
         dist.destroy_process_group()
-
-
-def _set_gloo_loopback_interface() -> None:
-    """Set Gloo's interface to loopback if the host name does not resolve, because Gloo looks it up."""
-    try:
-        socket.gethostbyname(socket.gethostname())
-    except OSError:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _is_peer_failure(error: RuntimeError) -> bool:

@@ -1,7 +1,6 @@
 """Before a run: measure how fast this machine trains, and estimate time and memory of the whole run.
 
-`--dry-run` ends here and writes nothing; `--time-budget` chooses the number of epochs that fits. Measuring leaves
-weights, optimizer and random state as they were.
+Measuring leaves weights, optimizer and random state as they were.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from fastcifar.data.cifar import Split
 from fastcifar.device import peak_memory_bytes
@@ -33,6 +32,25 @@ TIME_BUDGET_MARGIN = 0.05  # share of the budget kept for checkpoints and for st
 AUTOTUNE_SPEEDUP, AUTOTUNE_EXTRA_COMPILE_S = 0.03, 100
 
 
+class DryRunEstimate(TypedDict):
+    """The document of `train --dry-run`; `chosen`: lines that describe the run, `step_s`: seconds of a step.
+
+    In `seconds`, `setup` and `compile` are measured, `train`, `eval` and `total` estimated.
+    """
+
+    dry_run: bool
+    arch: str
+    params: int
+    macs: int
+    epochs: int
+    steps: int
+    step_s: float
+    images_per_s: float
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+    chosen: list[str]
+
+
 @dataclass(frozen=True)
 class StepTiming:
     """Seconds of a training step, averaged over the image sizes of all epochs, and of evaluating one image."""
@@ -41,31 +59,30 @@ class StepTiming:
     eval_s_per_image: float
 
     def epoch_s(self, trainer: Trainer) -> float:
-        """Seconds of an epoch with its validation."""
+        """Return the seconds of an epoch with its validation."""
         return trainer.loader.steps_per_epoch * self.step_s + trainer.images_per_validation * self.eval_s_per_image
 
     def test_s(self, trainer: Trainer) -> float:
-        """Seconds of the evaluation on the test set."""
+        """Return the seconds of the evaluation on the test set."""
         return trainer.images_per_test * self.eval_s_per_image
 
 
 def measure_step_timing(trainer: Trainer) -> StepTiming:
     """Time training steps on the first batches of the run, and evaluation on training images; medians."""
-    seconds_per_image = []
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
     sizes = [trainer.resolved.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
+    eval_s = []
     with trainer.preserve_state():
         step_s = {size: _measure_step_s(trainer, sizes.index(size)) for size in dict.fromkeys(sizes)}
         for _ in range(3):
             start = time.perf_counter()
             predict_logits(trainer.model, trainer.eval_forward, few, trainer.device)
-            seconds_per_image.append((time.perf_counter() - start) / len(few.labels))
+            eval_s.append(time.perf_counter() - start)
     mean_step_s = statistics.fmean(step_s[size] for size in sizes)
-    return StepTiming(mean_step_s, statistics.median(seconds_per_image[1:]))
+    return StepTiming(mean_step_s, statistics.median(eval_s[1:]) / len(few.labels))
 
 
 def _measure_step_s(trainer: Trainer, epoch: int) -> float:
-    """Median seconds of a step as in `epoch`, over the first batches of the run."""
     seconds = []
     trainer.progress.epoch = epoch
     for batch in itertools.islice(itertools.cycle(trainer.batches(0)), TIMED_STEPS):
@@ -95,23 +112,20 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
     recipe = trainer.recipe
     if recipe.time_budget is None:
         return
-    timing = StepTiming(*trainer.world.broadcast_object(astuple(measure_step_timing(trainer))))
-    elapsed_s = trainer.world.broadcast_object(elapsed_s)
-    left_s = recipe.time_budget * 60 * (1 - TIME_BUDGET_MARGIN) - elapsed_s - timing.test_s(trainer)
-    epochs = math.floor(left_s / timing.epoch_s(trainer))
+    timing, elapsed_s = trainer.world.broadcast_object((measure_step_timing(trainer), elapsed_s))
+    epoch_s, test_s = timing.epoch_s(trainer), timing.test_s(trainer)
+    epochs = math.floor((recipe.time_budget * 60 * (1 - TIME_BUDGET_MARGIN) - elapsed_s - test_s) / epoch_s)
     if epochs < 1:
-        needed_s = elapsed_s + timing.test_s(trainer) + timing.epoch_s(trainer)
-        minutes = math.ceil(needed_s / 60 / (1 - TIME_BUDGET_MARGIN))
-        problem = f"not one epoch of {timing.epoch_s(trainer):,.0f} s fits into --time-budget {recipe.time_budget:g}"
+        minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
+        problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
-    factor = epochs / recipe.epochs
-    scaled = recipe.model_copy(update={"epochs": epochs, **scale_schedule(trainer.resolved, factor)})
+    scaled = recipe.model_copy(update={"epochs": epochs, **scale_schedule(trainer.resolved, epochs / recipe.epochs)})
     trainer.resolved = resolve(scaled, trainer.execution)
     trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
 
 
 def scale_schedule(resolved: Resolved, factor: float) -> dict[str, Any]:
-    """The options of warm-up, schedule and image-size stages for `factor` times the epochs.
+    """Return the options of warm-up, schedule and image-size stages for `factor` times the epochs.
 
     Epochs of a stage are rounded down, so that the last size loses none.
     """
@@ -124,11 +138,10 @@ def scale_schedule(resolved: Resolved, factor: float) -> dict[str, Any]:
     }
 
 
-def dry_run(recipe: Recipe) -> dict[str, Any]:
+def dry_run(recipe: Recipe) -> DryRunEstimate:
     """Build everything, run a few steps, evaluate a batch, and estimate the whole run. Nothing is written.
 
-    Returns seconds (`setup` and `compile` measured; `train`, `eval` and `total` estimated), `step_s`, `images_per_s`,
-    `peak_memory_bytes` and the lines that describe the run. Raises what `train` raises.
+    Raises what `train` raises.
     """
     if recipe.resume:
         raise UsageError("--dry-run cannot be combined with --resume", "leave one of them out")

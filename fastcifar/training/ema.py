@@ -12,8 +12,7 @@ from torch import Tensor, nn
 class Ema:
     """The exponential moving average of the weights and running statistics of `model`, updated on the device.
 
-    Update t has the weight max(1 - `decay`, 9 / (10 + t)), as in TensorFlow, so that the influence of the random
-    initialization decays quickly.
+    Update t has the weight max(1 - `decay`, 9 / (10 + t)), as in TensorFlow.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -32,12 +31,11 @@ class Ema:
         torch._foreach_add_(average, change)
 
     def copy_to_model(self) -> None:
-        """Copy the average to the model."""
         torch._foreach_copy_(list(self.model_tensors.values()), list(self.average.values()))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Context manager in which the model has the averaged weights."""
+        """Give the model the averaged weights within the `with` block."""
         original = [value.clone() for value in self.model_tensors.values()]
         self.copy_to_model()
         try:
@@ -50,11 +48,9 @@ class Ema:
         return {**model.state_dict(), **self.average}
 
     def load_state_dict(self, state: dict[str, Tensor], num_updates: Tensor) -> None:
-        """Copy the averages of `state` and `num_updates` to the existing tensors."""
         for name, value in self.average.items():
             value.copy_(state[name])
         self.num_updates.copy_(num_updates)
 
     def state_tensors(self) -> list[Tensor]:
-        """Return every tensor that an update changes."""
         return [*self.average.values(), self.num_updates]

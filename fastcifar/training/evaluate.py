@@ -53,10 +53,9 @@ VIEWS: dict[str, tuple[View, ...]] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of logits.
+    """Scores of logits: fractions of correct predictions, mean cross-entropy in nats, expected calibration error.
 
-    `accuracy` and `per_class` (None for a class without images) are fractions, `loss` is the mean cross-entropy in
-    nats, `ece` is the expected calibration error.
+    `per_class` is None for a class without images.
     """
 
     accuracy: float
@@ -68,18 +67,14 @@ class Scores:
 
 
 def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
-    """Return the scores of `model` on all images of `split`.
-
-    `forward`: uint8 images [b, 3, 32, 32] -> logits [b, classes]. `tta`: a name in VIEWS.
-    Raises `UsageError` for an unknown `tta`.
-    """
+    """Return the scores of `model` on all images of `split`, with the arguments of `predict_logits`."""
     return compute_scores(predict_logits(model, forward, split, device, tta), torch.from_numpy(split.labels))
 
 
 def predict_logits(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Tensor:
     """Return float32 logits [n, classes] on the host, in the order of `split`: the weighted mean over the views `tta`.
 
-    Raises `UsageError` if `tta` is not in VIEWS.
+    `forward`: uint8 images [b, 3, 32, 32] -> logits [b, classes]. Raises `UsageError` if `tta` is not in VIEWS.
     """
     views = lookup(VIEWS, tta, "test-time augmentation")
     with eval_mode(model):
@@ -110,14 +105,11 @@ def optimize_forward(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager that sets evaluation mode, disables gradients and finally restores the mode.
-
-    It uses `no_grad`, not `inference_mode`, because a CUDA graph may be captured or replayed inside it.
-    """
+    """Set evaluation mode and disable gradients in the `with` block."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad():  # not `inference_mode`: a CUDA graph may be captured or replayed here
             yield
     finally:
         model.train(was_training)
@@ -135,10 +127,7 @@ def apply_view(images: Tensor, view: View) -> Tensor:
 
 
 def _reflected_indices(size: int, shift: int, device: torch.device) -> Tensor:
-    """Return int64 [size], the source index of each pixel of a line that is translated by `shift`.
-
-    Reflection padding does not repeat the edge pixels.
-    """
+    """Return int64 [size], the source index of each pixel of a line that is translated by `shift`."""
     source = (torch.arange(size, device=device) - shift).abs()
     return source.minimum(2 * (size - 1) - source)
 

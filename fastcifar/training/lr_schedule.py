@@ -1,15 +1,11 @@
-"""Learning-rate schedules as functions of training progress between the minimum and the peak learning rate.
-
-Only `plateau` has state, which checkpoints contain. This module does not use torch: the optimizer copies the learning
-rate to its device tensor.
-"""
+"""Learning-rate schedules as functions of training progress between the minimum and the peak learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
@@ -22,9 +18,11 @@ PLATEAU_THRESHOLD = 1e-4  # relative: a smaller decrease of the validation loss 
 class ScheduleSpec:
     """An entry of SCHEDULES.
 
-    `lr_fraction`: (progress in [0, 1], argument) -> position between the minimum (0) and the peak learning rate (1).
-    `default_arg`: the default of the argument in `NAME:NUMBER`, None if the schedule has no argument; `arg_bounds`: its
-    inclusive bounds. `uses_val_loss`: whether the schedule depends on the validation loss.
+    Attributes:
+        lr_fraction: (progress in [0, 1], argument) -> position between the minimum (0) and the peak learning rate (1).
+        default_arg: default of the argument in `NAME:NUMBER`; None if the schedule has no argument.
+        arg_bounds: inclusive bounds of the argument.
+        uses_val_loss: whether the schedule depends on the validation loss.
     """
 
     lr_fraction: Callable[[float, float], float]
@@ -79,6 +77,15 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 }
 
 
+class ScheduleState(TypedDict):
+    """The state of a schedule in a checkpoint."""
+
+    best: float
+    waited: int
+    factor: float
+    halvings: int
+
+
 class ParsedSchedule(NamedTuple):
     """The schedule of a recipe and its argument."""
 
@@ -89,9 +96,9 @@ class ParsedSchedule(NamedTuple):
 class LRSchedule:
     """The learning rate of each step, from the recipe's `schedule`: `NAME` or `NAME:NUMBER`.
 
-    After a linear warm-up from 0, the schedule runs between `lr` and `min_lr` over `schedule_epochs` (default:
-    `epochs`); later steps keep its last value. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the
-    validation loss has not improved for more than PATIENCE epochs.
+    After a linear warm-up from 0, it runs between `lr` and `min_lr` over `schedule_epochs` (default: `epochs`); later
+    steps keep its last value. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the validation loss
+    has not improved for more than PATIENCE epochs.
     """
 
     def __init__(self, recipe: Recipe, parsed: ParsedSchedule, steps_per_epoch: int) -> None:
@@ -104,17 +111,16 @@ class LRSchedule:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of `step` (from 0)."""
-        return self._lr_before_halving(step) * 0.5**self.halvings
-
-    def _lr_before_halving(self, step: int) -> float:
         if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
-        progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
-        fraction = self.spec.lr_fraction(progress, self.arg)
-        return self.min_lr + (self.peak_lr - self.min_lr) * fraction * self.plateau_scale
+            lr = self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
+        else:
+            progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
+            fraction = self.spec.lr_fraction(progress, self.arg)
+            lr = self.min_lr + (self.peak_lr - self.min_lr) * fraction * self.plateau_scale
+        return lr * 0.5**self.halvings
 
     def after_epoch(self, val_loss: float | None) -> None:
-        """Update the state after an epoch; does nothing unless the schedule uses the validation loss."""
+        """Update the state after an epoch, if the schedule uses the validation loss."""
         if not self.spec.uses_val_loss:
             return
         assert val_loss is not None
@@ -125,17 +131,12 @@ class LRSchedule:
         if self.num_bad_epochs > self.arg:
             self.plateau_scale, self.num_bad_epochs = self.plateau_scale * PLATEAU_FACTOR, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {
-            "best": self.best_val_loss,
-            "waited": self.num_bad_epochs,
-            "factor": self.plateau_scale,
-            "halvings": self.halvings,
-        }
+    def state_dict(self) -> ScheduleState:
+        return ScheduleState(
+            best=self.best_val_loss, waited=self.num_bad_epochs, factor=self.plateau_scale, halvings=self.halvings
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of `state_dict`."""
+    def load_state_dict(self, state: ScheduleState) -> None:
         self.best_val_loss, self.num_bad_epochs, self.plateau_scale = state["best"], state["waited"], state["factor"]
         self.halvings = state["halvings"]
 
@@ -152,23 +153,21 @@ def parse_schedule(recipe: Recipe) -> ParsedSchedule:
     Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
     or a plateau without a validation split.
     """
-    spec, arg = _parse_name_and_arg(recipe.schedule)
+    parsed = _parse_name_and_arg(recipe.schedule)
     if recipe.warmup_epochs >= (recipe.schedule_epochs or recipe.epochs):
         raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
-    if spec.uses_val_loss and recipe.val_size == 0:
+    if parsed.spec.uses_val_loss and recipe.val_size == 0:
         raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")
-    return ParsedSchedule(spec, arg)
+    return parsed
 
 
-def _parse_name_and_arg(schedule: str) -> tuple[ScheduleSpec, float]:
+def _parse_name_and_arg(schedule: str) -> ParsedSchedule:
     name, colon, text = schedule.partition(":")
     spec = lookup(SCHEDULES, name, "schedule")
-    if spec.default_arg is None:
-        if colon:
-            raise UsageError(f"--schedule {schedule!r}: {name} takes no number", f"use {name}")
-        return spec, 0.0
-    if not colon:
-        return spec, spec.default_arg
+    if colon and spec.default_arg is None:
+        raise UsageError(f"--schedule {schedule!r}: {name} takes no number", f"use {name}")
+    if not colon or spec.default_arg is None:
+        return ParsedSchedule(spec, spec.default_arg or 0.0)
     low, high = spec.arg_bounds
     try:
         arg = float(text)
@@ -180,4 +179,4 @@ def _parse_name_and_arg(schedule: str) -> tuple[ScheduleSpec, float]:
             f"--schedule {schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}",
             f"use a value such as {name}:{spec.default_arg:g}",
         )
-    return spec, arg
+    return ParsedSchedule(spec, arg)

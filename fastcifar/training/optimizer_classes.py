@@ -1,8 +1,7 @@
 """Optimizers that torch lacks, or lacks in a form that a CUDA graph can capture: RMSprop, Ranger and Muon.
 
-The state of each is created in advance on the device of the weights, no step synchronizes with the host, and a step
-with `found_inf` = 1 changes nothing. To launch few kernels, they process lists of weights at once and weights of equal
-shape as one batch. `optimizers.py` contains the table of optimizers.
+Their state is created in advance, no step synchronizes with the host, and a step with `found_inf` = 1 changes nothing.
+To launch few kernels, they process lists of weights at once and weights of equal shape as one batch.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class RMSprop(torch.optim.RMSprop):
-    """torch's RMSprop with the `found_inf` flag of torch's fused kernels: a step with `found_inf` = 1 changes nothing.
-
-    To avoid a host synchronization, weights and state are concatenated before and after the step, and one of the two
-    versions is copied back.
-    """
+    """torch's RMSprop with the `found_inf` flag of torch's fused kernels."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
@@ -33,7 +28,8 @@ class RMSprop(torch.optim.RMSprop):
     def step(self, closure: Any = None) -> None:
         """Perform one update, or none if `found_inf` is 1."""
         state = [value for entry in self.state.values() for value in entry.values()]
-        views = [_flat_view(value) for value in (*_all_params(self), *state)]
+        # 1-dimensional views of dense tensors of any memory format
+        views = [value.detach().as_strided((value.numel(),), (1,)) for value in (*_all_params(self), *state)]
         before = torch.cat(views)
         super().step(closure)
         if self.found_inf is not None:
@@ -165,7 +161,6 @@ class Muon(torch.optim.Optimizer):
                 self._sgd_update(group, rest, keep)
 
     def _muon_update(self, group: dict[str, Any], filters: list[Tensor], keep: Tensor) -> None:
-        """Update `filters` by Muon, all matrices of equal shape as one batch."""
         lr = group["lr"] * keep
         directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
         pairs = [
@@ -184,7 +179,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_([weight for weight, _ in shape_group], list(weights))
 
     def _sgd_update(self, group: dict[str, Any], weights: list[Tensor], keep: Tensor) -> None:
-        """Update `weights` by SGD with momentum."""
         lr = group["lr"] * group["rest_lr"] * keep
         directions = self._momentum_directions(weights, group["rest_momentum"], group["nesterov"], keep)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
@@ -246,10 +240,7 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloa
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """Return a view [out, inputs] of `weight` [out, ...] with the inputs in memory order.
-
-    The order of the inputs does not matter to the optimizers of this module.
-    """
+    """Return a view [out, inputs] of `weight` [out, ...] with the inputs in memory order."""
     order = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return weight.permute(0, *order).view(len(weight), -1)
 
@@ -265,8 +256,7 @@ def group_by_shape(tuples: Iterable[tuple[Tensor, ...]]) -> list[list[tuple[Tens
 def _mask_skipped_step(optimizer: Ranger | Muon) -> Tensor:
     """Return a float32 scalar, 1 or, if this step is to be skipped, 0; in that case also set the gradients to 0.
 
-    The caller multiplies every change by it. NaN times 0 is NaN, so the gradients are multiplied as integers, by their
-    bits.
+    NaN times 0 is NaN, so the gradients are multiplied as integers, by their bits.
     """
     gradients = [weight.grad for weight in _all_params(optimizer) if weight.grad is not None]
     if optimizer.found_inf is None:
@@ -278,8 +268,3 @@ def _mask_skipped_step(optimizer: Ranger | Muon) -> Tensor:
 
 def _all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def _flat_view(value: Tensor) -> Tensor:
-    """Return a 1-dimensional view of a dense tensor of any memory format."""
-    return value.detach().as_strided((value.numel(),), (1,))

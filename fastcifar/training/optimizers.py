@@ -1,8 +1,8 @@
 """Optimizers, Lookahead, parameter groups and gradient clipping.
 
-A CUDA graph can capture the step of an optimizer whose `OptimizerSpec.capturable` is set: its state is created in
-advance on the device, the learning rate is one device tensor, and nothing synchronizes with the host. The training loop
-sets the learning rate and updates Lookahead's slow weights between steps, outside the graph.
+A CUDA graph can capture the step of an optimizer that is `capturable`: its state is created in advance on the device,
+the learning rate is a device tensor, and nothing synchronizes with the host. The learning rate and Lookahead's slow
+weights are updated between steps, outside the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.errors import UsageError, suggest_name
+from fastcifar.errors import UsageError, first_message_line, suggest_name
 from fastcifar.recipe import ClipGrad, Recipe
 from fastcifar.training.optimizer_classes import Muon, Ranger, RMSprop
 from fastcifar.training.rng_state import preserve_state
@@ -28,11 +28,13 @@ from fastcifar.training.rng_state import preserve_state
 class OptimizerSpec:
     """An entry of OPTIMIZERS.
 
-    `build`: the optimizer class, whose arguments `--optimizer-arg` sets; `defaults`: its arguments other than the
-    learning rate and weight decay. `fused`: torch updates all weights in one kernel. `capturable`: a CUDA graph can
-    capture the update; otherwise it runs after the graph and reads one flag on the host in each step.
-    `self_scheduled`: the optimizer sets or scales its learning rate itself. `lookahead`: `k` and `alpha` of an
-    optimizer that includes Lookahead.
+    Attributes:
+        build: the optimizer class, whose arguments `--optimizer-arg` sets.
+        defaults: arguments other than the learning rate and weight decay.
+        fused: whether torch updates all weights in one kernel.
+        capturable: whether a CUDA graph can capture the update; otherwise it reads one flag on the host in each step.
+        self_scheduled: whether the optimizer sets or scales its learning rate itself.
+        lookahead: `k` and `alpha` of an optimizer that includes Lookahead.
     """
 
     build: Callable[..., torch.optim.Optimizer]
@@ -100,11 +102,8 @@ class OptimizerWrapper:
     """A torch optimizer with the learning rate in a device tensor, optionally with Lookahead.
 
     A parameter group whose learning rate is a multiple of it (`bias_lr_mult`, `head_lr_mult`) has a tensor of its own.
-
-    `lookahead:NAME` (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow. `k` and `alpha`
-    are then arguments of Lookahead, even if the inner optimizer has arguments with these names.
-    Raises `UsageError` for an argument that the optimizer refuses, and for an optimizer that the training loop does not
-    support.
+    Lookahead (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow. Raises `UsageError`
+    for an argument that the optimizer refuses, and for an optimizer that the training loop does not support.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, parsed: ParsedOptimizer) -> None:
@@ -114,11 +113,11 @@ class OptimizerWrapper:
         groups = build_param_groups(
             model, recipe.weight_decay, recipe.bias_decay, recipe.bias_lr_mult, recipe.head_lr_mult
         )
-        self.scaled_lrs = {group[LR_MULT]: self.lr * group[LR_MULT] for group in groups if LR_MULT in group}
+        self.scaled_lrs: dict[float, Tensor] = {}  # multiplier -> learning rate
         for group in groups:
-            if LR_MULT in group:
-                scaled_lr = self.scaled_lrs[group[LR_MULT]]
-                group["lr"] = scaled_lr if self.spec.capturable else recipe.lr * group[LR_MULT]
+            if multiplier := group.get(LR_MULT):
+                scaled_lr = self.scaled_lrs.setdefault(multiplier, self.lr * multiplier)
+                group["lr"] = scaled_lr if self.spec.capturable else recipe.lr * multiplier
         self.inner = self._build_inner(groups, {**self.spec.defaults, **parsed.arguments}, recipe)
         self.lookahead_k, self.lookahead_alpha = parsed.lookahead_k, parsed.lookahead_alpha
         self.slow_weights = [weight.detach().clone() for weight in self.parameters] if self.lookahead_k else []
@@ -126,7 +125,6 @@ class OptimizerWrapper:
     def _build_inner(
         self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe
     ) -> torch.optim.Optimizer:
-        """Build the inner optimizer: with its complete state if capturable, otherwise after a trial on copies."""
         # pytorch_optimizer raises exceptions of many types
         expected = (ValueError, TypeError) if self.spec.capturable else Exception
         try:
@@ -138,10 +136,9 @@ class OptimizerWrapper:
         except torch.OutOfMemoryError:
             raise
         except expected as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(
-                f"{self.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
-            ) from None
+            reason = first_message_line(error, type(error).__name__)
+            problem = f"{self.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
+            raise UsageError(problem) from None
 
     def _build_capturable(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
         """Build the inner optimizer with its state tensors, because a CUDA graph must not capture a first step."""
@@ -156,7 +153,6 @@ class OptimizerWrapper:
         return inner
 
     def zero_grad(self) -> None:
-        """Set all gradients to None."""
         self.inner.zero_grad(set_to_none=True)
 
     def step(self, scaler: torch.amp.GradScaler, skip: Tensor) -> None:
@@ -172,10 +168,7 @@ class OptimizerWrapper:
         scaler.step(self.inner)
 
     def after_step(self, completed_steps: int, skip: Tensor | None = None) -> None:
-        """Update Lookahead's slow weights every k steps; call it after each step with the number of completed steps.
-
-        `skip`: as in `step`, applied without a branch, which would synchronize with the host.
-        """
+        """Update Lookahead's slow weights every k steps. `skip`: as in `step`, applied without synchronization."""
         if not self.lookahead_k or completed_steps % self.lookahead_k:
             return
         fast = [weight.detach() for weight in self.parameters]
@@ -187,7 +180,7 @@ class OptimizerWrapper:
             torch._foreach_add_(weights, updated)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning-rate tensors: no synchronization, no recompilation, valid for captured graphs."""
+        """Set the learning rate in place, without synchronization."""
         self.lr.fill_(lr)
         for multiplier, scaled_lr in self.scaled_lrs.items():
             scaled_lr.fill_(lr * multiplier)
@@ -203,7 +196,6 @@ class OptimizerWrapper:
         return [*_optimizer_state_tensors(self.inner), *self.slow_weights, self.lr, *self.scaled_lrs.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
         return {"inner": self.inner.state_dict(), "slow": self.slow_weights, "lr": self.lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,10 +248,9 @@ def pytorch_optimizer_classes() -> dict[str, Callable[..., torch.optim.Optimizer
 def _validate_optimizer_args(
     recipe: Recipe, name: str, spec: OptimizerSpec, lookahead_defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments of `--optimizer-arg` if the optimizer's signature or `lookahead_defaults` has all of them.
+    """Return the arguments of `--optimizer-arg` after a check against the signature.
 
-    Libraries may ignore unknown arguments silently. Raises `UsageError` for an unknown or missing argument and for an
-    unsupported optimizer.
+    Libraries may ignore unknown arguments silently.
     """
     parameters = inspect.signature(spec.build).parameters
     if not {"params", "lr"} <= parameters.keys():
@@ -271,9 +262,7 @@ def _validate_optimizer_args(
     if recipe.weight_decay and "weight_decay" not in parameters:
         raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
     own_arguments = [
-        key
-        for key, parameter in parameters.items()
-        if key not in RESERVED_ARGUMENTS and parameter.kind != parameter.VAR_KEYWORD
+        key for key, value in parameters.items() if key not in RESERVED_ARGUMENTS and value.kind != value.VAR_KEYWORD
     ]
     allowed = [*own_arguments, *lookahead_defaults]
     for key in recipe.optimizer_arg:
@@ -290,8 +279,7 @@ def _try_optimizer(
 ) -> None:
     """Make two steps on copies of the weights and save and load the state, to detect unsupported optimizers early.
 
-    Raises the exceptions of the optimizer, which may need a closure, second derivatives or matrices, and `ValueError`
-    if a checkpoint cannot hold its state.
+    An optimizer may need a closure, second derivatives or matrices, or have state that a checkpoint cannot hold.
     """
     copies = [{**group, "params": [p.detach().clone().requires_grad_() for p in group["params"]]} for group in groups]
     optimizer = build(copies, **arguments)
@@ -325,22 +313,21 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer that contain every trainable parameter exactly once.
 
-    `bias_decay`: whether weight decay also applies to biases and normalization parameters (those with at most one
-    dimension). `bias_lr_mult`: learning-rate multiplier of these parameters; `head_lr_mult`: that of the last linear
-    layer's weight. The `weight_decay` of a group is divided by its multiplier, so that the decay per step is unchanged.
-    Raises `UsageError` if `head_lr_mult` is not 1 and the network has no linear layer.
+    `bias_decay` and `bias_lr_mult`: whether weight decay applies to, and the learning-rate multiplier of, biases and
+    normalization parameters (at most one dimension). `head_lr_mult`: multiplier of the last linear layer's weight. The
+    `weight_decay` of a group is divided by its multiplier, so that the decay per step is unchanged. Raises `UsageError`
+    if `head_lr_mult` is not 1 and the network has no linear layer.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     if head_lr_mult != 1 and not linear:
         raise UsageError(f"--head-lr-mult {head_lr_mult:g}: the network has no linear layer", "remove it")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
     weights_by_factors: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for weight in weights:
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
         is_bias = weight.ndim <= 1
         lr_mult = bias_lr_mult if is_bias else head_lr_mult if linear and weight is linear[-1] else 1.0
         decay_mult = 0.0 if is_bias and not bias_decay else 1.0
         weights_by_factors.setdefault((lr_mult, decay_mult), []).append(weight)
-    groups = [
+    return [
         {
             "params": params,
             "weight_decay": weight_decay * decay_mult / lr_mult,
@@ -348,8 +335,6 @@ def build_param_groups(
         }
         for (lr_mult, decay_mult), params in sorted(weights_by_factors.items(), key=lambda item: item[1][0].ndim <= 1)
     ]
-    assert sum(len(group["params"]) for group in groups) == len(weights)
-    return groups
 
 
 def build_grad_clipper(clip_grad: ClipGrad | None, parameters: list[nn.Parameter]) -> Callable[[], object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,35 +27,31 @@ class TrainingDisplay:
         self.console = console
         self.epochs, self.batch_size = trainer.recipe.epochs, trainer.recipe.batch_size
         self.last_update_time, self.steps_done = time.perf_counter(), trainer.progress.step
-        self.bar: Progress | None = None
-        if console and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[state]}"),
-                TimeElapsedColumn(),
-                "left",
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.task = self.bar.add_task(
-                "train", total=trainer.total_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
-            )
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (console and console.is_terminal),
+        )
+        self.task = self.bar.add_task(
+            "train", total=trainer.total_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
+        )
 
     def __enter__(self) -> TrainingDisplay:
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.bar:
+    def __exit__(self, *_: object) -> None:
+        if not self.bar.disable:  # otherwise `stop` would print an empty line
             self.bar.stop()
 
     def show_step(self, steps_done: int, epoch: int, metrics: Metrics) -> None:
         """Display the state after `steps_done` steps; `metrics`: the means of the current epoch so far."""
-        if not self.bar:
-            return
         now = time.perf_counter()
         images_per_s = (steps_done - self.steps_done) * self.batch_size / max(now - self.last_update_time, 1e-9)
         self.last_update_time, self.steps_done = now, steps_done
@@ -64,12 +59,13 @@ class TrainingDisplay:
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
     def show_epoch(self, row: EpochRow) -> None:
-        """Print the epoch's `row` of metrics.csv as one line."""
+        """Print the metrics of an epoch as one line."""
+        validation = {"val_loss": row["val_loss"], "val_acc": row["val_acc"], "ema_val_acc": row["ema_val_acc"]}
         fields = [
             f"epoch {row['epoch'] + 1}/{self.epochs}",
             f"loss {row['train_loss']:.4f}",
             f"acc {row['train_acc']:.4f}",
-            *(f"{name} {row[name]:.4f}" for name in ("val_loss", "val_acc", "ema_val_acc") if row[name] is not None),
+            *(f"{name} {value:.4f}" for name, value in validation.items() if value is not None),
             f"lr {row['lr']:.4g}",
             f"{format_short_number(row['images_per_s'])} images/s",
             f"{row['seconds']:.0f} s",

@@ -1,7 +1,6 @@
-"""`resolve`: a recipe with every spelling parsed and every name looked up, before any data is read or downloaded.
+"""Parse every option of a recipe and look up every name, before any data is read or downloaded.
 
 `train`, `sweep`, `bench`, `speedrun` and the dry run all start here, so that they accept and refuse the same recipes.
-What trains takes the parsed values from `Resolved` and parses nothing again.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ from fastcifar.training.rng_state import preserve_state
 class Resolved:
     """The parsed form of a recipe.
 
-    execution    device, precision, loader, compilation and CUDA graph, as chosen for this machine
-    pixel_ops    augmentations that the loader applies
-    mixer        the augmentation that the training step applies, if there is one
-    mean, std    input normalization per channel, of pixels in [0, 1]
-    image_sizes  training image size in pixels of every stage, with its number of epochs; None: all remaining ones
-    clip_grad    None for no gradient clipping
+    Attributes:
+        pixel_ops: augmentations that the loader applies.
+        mixer: augmentation that the training step applies.
+        mean: mean per channel of pixels in [0, 1], for the normalization; `std` is the standard deviation.
+        image_sizes: training image size in pixels of every stage, with its number of epochs; None: all remaining ones.
     """
 
     recipe: Recipe
@@ -59,7 +57,6 @@ class Resolved:
 
     @property
     def augment_ops(self) -> tuple[AugmentOp, ...]:
-        """All augmentations, the mixer last."""
         return (*self.pixel_ops, *([self.mixer] if self.mixer else []))
 
     def image_size_at(self, epoch: int) -> int:
@@ -72,11 +69,11 @@ class Resolved:
 
 
 def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
-    """Parse and look up everything in `recipe`; nothing is read or written, and the random state is left as it is.
+    """Parse the options of `recipe`; nothing is read or written, and the random state is left as it is.
 
-    `execution`: the choice for this machine, `choose_execution(recipe)` by default. Raises `UsageError` for a spelling
-    that cannot be parsed, an unknown name (with the nearest one), an optimizer argument that does not exist and a
-    network over the budget; `DeviceError` for what this machine lacks.
+    `execution`: the choice for this machine, `choose_execution(recipe)` by default. Raises `UsageError` for an option
+    that cannot be parsed, an unknown name or argument and a network over the budget, and `DeviceError` for what this
+    machine lacks.
     """
     execution = execution or choose_execution(recipe)
     pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
@@ -88,15 +85,14 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     lookup(LOADERS, execution.loader, "loader")
     mean, std = normalization_mean_std(recipe)
     optimizer = parse_optimizer(recipe)
-    schedule = parse_schedule(recipe)
-    clip_grad = parse_clip_grad(recipe.clip_grad)
     image_sizes = tuple(parse_image_sizes(recipe.image_size))
     with torch.device("meta"):
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
         check_image_sizes(model, recipe, {size for size, _ in image_sizes})
         build_param_groups(model, recipe.weight_decay, head_lr_mult=recipe.head_lr_mult)
     with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
-        OptimizerWrapper(_tiny_network(), recipe, optimizer)
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters of every shape
+        OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
     return Resolved(
         recipe=recipe,
         execution=resolve_cuda_graph(execution, recipe, optimizer),
@@ -106,14 +102,14 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         std=std,
         image_sizes=image_sizes,
         optimizer=optimizer,
-        schedule=schedule,
-        clip_grad=clip_grad,
+        schedule=parse_schedule(recipe),
+        clip_grad=parse_clip_grad(recipe.clip_grad),
         trackers=tuple(trackers.parse_tracker_names(recipe.track)),
     )
 
 
 def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network of a recipe, newly initialized. Raises `UsageError`, also if it is over the parameter budget."""
+    """Return the network of a recipe. Raises `UsageError` for invalid options or too many parameters."""
     model = build_model(recipe.arch, num_classes, **model_options(recipe))
     check_param_budget(recipe.arch, model, recipe.max_params)
     if recipe.fused_ops:
@@ -122,13 +118,8 @@ def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def any_machine(recipe: Recipe) -> ExecutionPlan:
-    """The execution with which a recipe can be resolved that another machine will run."""
+    """Return an execution with which a recipe can be resolved that another machine will run."""
     return ExecutionPlan("cpu", "fp32", "tensor" if recipe.loader == "auto" else recipe.loader, False, False)
-
-
-def _tiny_network() -> nn.Module:
-    """Parameters of every shape that the networks have, to try an optimizer and its arguments on."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check_image_sizes(model: nn.Module, recipe: Recipe, sizes: set[int]) -> None:
@@ -142,7 +133,7 @@ def check_image_sizes(model: nn.Module, recipe: Recipe, sizes: set[int]) -> None
 
 
 def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: ParsedOptimizer) -> ExecutionPlan:
-    """`execution` without a CUDA graph if the optimizer cannot be captured.
+    """Return `execution`, without a CUDA graph if the optimizer cannot be captured.
 
     Raises `DeviceError` if the recipe asks for the graph.
     """

@@ -6,18 +6,26 @@ would be another experiment, and it is refused. Nothing is written before all ch
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError
+from fastcifar.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    UsageError,
+    UserError,
+    first_message_line,
+)
 from fastcifar.files import FolderLock, lock_folder
 from fastcifar.format import format_differences, format_option_value, option_flag
 from fastcifar.recipe import Recipe, section_fields
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.training import checkpoint, trackers
+from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
 from fastcifar.training.trainer import Trainer
@@ -51,78 +59,59 @@ TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size
 
 @dataclass
 class ResumePoint:
-    """Where a run starts. As a context manager it closes the run's trackers and releases the lock on its folder.
+    """Where a run starts.
 
-    recipe       the recipe to train with
-    recipe_name  its name, for tables
-    state        the checkpoint to resume from; None to start at the first step
-    folder       the run folder to continue in; None for a new one
-    copy_from    the run folder whose rows and best checkpoint are copied into the new one
-    lock         the lock on `folder`
-    messages     lines for the user
-    run          the run, once it is open (rank 0 only)
+    Attributes:
+        recipe_name: name of the recipe, for tables.
+        state: checkpoint to resume from; None to start at the first step.
+        is_new: whether the run starts at its first step, in a folder without a recipe.
+        folder: run folder to continue in, which `lock` locks; None for a new one.
+        copy_from: run folder whose rows and best checkpoint are copied into the new one.
+        messages: lines for the user.
+        run: the run, once it is open (rank 0 only).
     """
 
     recipe: Recipe
     recipe_name: str
-    state: dict[str, Any] | None = None
+    state: TrainingCheckpoint | None = None
+    is_new: bool = False
     folder: Path | None = None
     copy_from: Path | None = None
     lock: FolderLock | None = None
     messages: list[str] = field(default_factory=list)
     run: Run | None = None
 
-    def __enter__(self) -> ResumePoint:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.run:
-            stopped = exc_type is not None and issubclass(exc_type, Interrupted | KeyboardInterrupt | SystemExit)
-            for tracker in self.run.trackers:
-                tracker.close("KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
+    def close(self, status: str) -> None:
+        """Close the run's trackers with `status` and release the lock on its folder."""
+        for tracker in self.run.trackers if self.run else ():
+            tracker.close(status)
         if self.lock:
             self.lock.release()
 
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
-        """Open the run on rank 0; the other ranks write nothing. `callbacks` are called after the run's own callbacks.
+        """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder on rank 0.
 
-        Every rank loads the checkpoint into its `trainer`. Raises the errors of `open_run`.
+        `callbacks` are called after the run's own callbacks; the other ranks write nothing. Raises `DiskError` if the
+        folder cannot be written or has no space for a checkpoint, and `CheckpointError` if the checkpoint does not fit
+        the trainer.
         """
-        if not trainer.world.is_main_process and self.state:
-            load_trainer_state(trainer, self.state)
-        run = self.open_run(trainer, clock) if trainer.world.is_main_process else None
-        folder, trainer.progress.best = trainer.world.broadcast_object(
-            (run.folder, trainer.progress.best) if run else None
-        )
-        if trainer.recipe.on_nan == "rollback":
-            state = trainer.checkpoint_state(clock)  # on every rank: it gathers their random states
-            if run and not run.checkpoint_path("last").is_file():
-                # a rollback within the first epoch needs a checkpoint
-                checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
-        return run.with_callbacks(callbacks) if run else Run.for_other_rank(folder, self.recipe_name)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the run starts at its first step, in a folder without a recipe."""
-        return self.state is None and not (self.folder and (self.folder / "recipe.toml").is_file())
-
-    def open_run(self, trainer: Trainer, clock: Clock) -> Run:
-        """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder and lock it.
-
-        Raises `DiskError` if the folder cannot be written or has no space for a checkpoint, and `CheckpointError` if
-        the checkpoint does not fit the trainer.
-        """
-        epochs_done = 0
         if self.state:
             load_trainer_state(trainer, self.state)
             clock.load_state_dict(self.state["clock"])
-            epochs_done = trainer.progress.epoch
+        run = self._open_run(trainer) if trainer.world.is_main_process else Run(Path(), self.recipe_name)
+        folder, trainer.progress.best = trainer.world.broadcast_object((run.folder, trainer.progress.best))
+        if trainer.recipe.on_nan == "rollback":
+            state = trainer.state_dict(clock)  # on every rank: it gathers their random states
+            if self.run and not run.checkpoint_path("last").is_file():
+                # a rollback within the first epoch needs a checkpoint
+                checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
+        return replace(run, folder=folder, callbacks=(*run.callbacks, *(callbacks if self.run else ())))
+
+    def _open_run(self, trainer: Trainer) -> Run:
+        epochs_done = trainer.progress.epoch
         if self.folder and self.lock:
-            run = Run.reopen(
-                self.folder, self.lock, trainer.recipe, self.recipe_name, epochs_done, trainer.resolved.trackers
-            )
+            run = Run(self.folder, self.recipe_name, self.lock)
+            run = run.reopen(trainer.recipe, epochs_done, trainer.resolved.trackers)
         else:
             run = Run.create(trainer.recipe, self.recipe_name, trainer.resolved.trackers)
             self.lock = run.lock
@@ -142,6 +131,27 @@ class RunFinishedError(UsageError):
     """The run has been trained to its end and evaluated on the test set."""
 
 
+@contextmanager
+def resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) -> Iterator[ResumePoint]:
+    """Find the resume point on rank 0, which alone reads the disk, broadcast it, and finally close it.
+
+    Raises the errors of `find_resume_point`, and `UsageError` if a tracker of the recipe cannot be used.
+    """
+    point = find_resume_point(recipe, recipe_name) if world.is_main_process else ResumePoint(recipe, recipe_name)
+    status = "FAILED"
+    try:
+        if world.is_main_process:
+            trackers.require_trackers(point.recipe)
+        point.recipe, point.state, point.is_new = world.broadcast_object((point.recipe, point.state, point.is_new))
+        yield point
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        point.close(status)
+
+
 def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     """Return where a run with `recipe` starts, by `recipe.resume`. `recipe_name`: its name, for tables.
 
@@ -149,7 +159,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     if another process is training the run or the run is finished.
     """
     if recipe.resume is None:
-        return ResumePoint(recipe, recipe_name)
+        return ResumePoint(recipe, recipe_name, is_new=True)
     if recipe.resume == "auto":
         return _resume_auto(recipe, recipe_name)
     resumed_path = Path(recipe.resume)
@@ -160,7 +170,8 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
         raise CheckpointError(f"{path} is no run folder or checkpoint", RESUME_REMEDY)
     folder = path.parent.parent
     is_in_run_folder = path.parent.name == "checkpoints" and (folder / "recipe.toml").is_file()
-    recipe_name = read_environment(folder).get("recipe", recipe_name) if is_in_run_folder else recipe_name
+    if is_in_run_folder:
+        recipe_name = read_environment(folder).recipe or recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
     saved = {**DEFAULT_OPTIONS, **state["recipe"]}
     merged = merge_resumed_recipe(recipe, saved, path, state["epoch"])
@@ -171,30 +182,12 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
 
 
-def find_resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) -> ResumePoint:
-    """Find the resume point on rank 0, which alone reads the disk, and broadcast it to the other ranks.
-
-    Raises the errors of `find_resume_point`, and `UsageError` if a tracker of the recipe cannot be used.
-    """
-    with ExitStack() as stack:  # releases the lock if a tracker cannot be used
-        resume_point = stack.enter_context(
-            find_resume_point(recipe, recipe_name) if world.is_main_process else ResumePoint(recipe, recipe_name)
-        )
-        if world.is_main_process:
-            trackers.require_trackers(resume_point.recipe)
-        stack.pop_all()
-    recipe, state, is_new = world.broadcast_object((resume_point.recipe, resume_point.state, resume_point.is_new))
-    if world.is_main_process:
-        return resume_point
-    return ResumePoint(recipe, recipe_name, state, folder=None if is_new else Path())
-
-
 def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
     """Resume the newest run of this recipe and name that is unfinished and not being trained, or start a new run.
 
     With `--out`, only that folder is considered; a run of another recipe or a locked run there is an error.
     """
-    new = ResumePoint(recipe.model_copy(update={"resume": None}), recipe_name)
+    new = ResumePoint(recipe.model_copy(update={"resume": None}), recipe_name, is_new=True)
     if recipe.out:
         folder = Path(recipe.out)
         reason = f"no run in {folder}"
@@ -203,12 +196,12 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
                 return _resume_in_place(recipe, recipe_name, folder)
             except RunFinishedError as error:
                 reason = error.problem
-        elif folder.is_dir() and not _list_files(folder):  # left by a process killed right after it created the folder
-            new.folder, new.lock = folder, lock_folder(folder)
+        elif folder.is_dir() and not any(path.is_file() and path.suffix != ".tmp" for path in folder.rglob("*")):
+            new.folder, new.lock = folder, lock_folder(folder)  # of a process killed right after it created the folder
     else:
         reason = "no unfinished run of this recipe in runs"
         for folder in _run_folders_newest_first(Path("runs")):
-            if read_environment(folder).get("recipe") != recipe_name or (folder / "summary.json").exists():
+            if read_environment(folder).recipe != recipe_name or (folder / "summary.json").exists():
                 continue
             try:
                 return _resume_in_place(recipe, recipe_name, folder)
@@ -216,11 +209,6 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
                 continue
     new.messages = [f"resume: {reason}; starting a new run"]
     return new
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """Return the files below `folder`, except temporary ones."""
-    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
 
 
 def _run_folders_newest_first(parent: Path) -> list[Path]:
@@ -251,14 +239,9 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
         lock.release()
         raise
     start = f"from step {state['step']:,}" if state else "from the first step, because it has no checkpoint yet"
-    return ResumePoint(
-        merged,
-        read_environment(folder).get("recipe", recipe_name),
-        state,
-        folder,
-        lock=lock,
-        messages=[f"resume: {folder} {start}", *describe_changed_options(saved, merged)],
-    )
+    messages = [f"resume: {folder} {start}", *describe_changed_options(saved, merged)]
+    recipe_name = read_environment(folder).recipe or recipe_name
+    return ResumePoint(merged, recipe_name, state, folder=folder, lock=lock, messages=messages)
 
 
 def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int) -> Recipe:
@@ -268,15 +251,13 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
     `max_steps` is ignored, so that a run that stopped there can continue. Raises `CheckpointError` that lists the
     options that differ although they must be the same, and `UsageError` if `epochs` is less than `epochs_done`.
     """
-    requested = recipe.model_dump(mode="json")
-    if recipe.resume != "auto":
-        requested = {name: value for name, value in requested.items() if name in recipe.model_fields_set}
+    requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
     saved = {**saved, "max_steps": None}
     if saved["time_budget"] is not None:
         if requested.get("time_budget") == saved["time_budget"]:
             requested = {name: value for name, value in requested.items() if name not in TIME_BUDGET_OPTIONS}
         elif "epochs" in requested and "time_budget" not in requested:
-            saved = {**saved, "time_budget": None}
+            saved["time_budget"] = None
     merged = {**saved, **requested}
     differing = [name for name in merged if name not in RESUMABLE_OPTIONS and merged[name] != saved.get(name)]
     if differing:
@@ -306,7 +287,7 @@ def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]
     ]
 
 
-def require_resumable_state(state: dict[str, Any], source: Path) -> dict[str, Any]:
+def require_resumable_state(state: TrainingCheckpoint, source: Path) -> TrainingCheckpoint:
     """Return `state`, the checkpoint of the file `source`. Raises `CheckpointError` if it has no training state."""
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
         raise CheckpointError(
@@ -316,7 +297,7 @@ def require_resumable_state(state: dict[str, Any], source: Path) -> dict[str, An
     return state
 
 
-def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
+def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
     """Load the checkpoint `state` into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
     num_images, classes = len(trainer.train_split.labels), list(trainer.data.classes)
     if (num_images, classes) != (state["samples"], state["classes"]):
@@ -328,7 +309,7 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
     try:
         trainer.load_state_dict(state)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_message_line(error, type(error).__name__)
         raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from None
 
 
@@ -340,12 +321,11 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     if trainer.recipe.on_nan != "rollback" or trainer.progress.rollbacks == MAX_ROLLBACKS:
         raise error
     rollbacks = trainer.progress.rollbacks + 1
-    state = trainer.world.broadcast_object(
-        checkpoint.load_checkpoint(run.checkpoint_path("last")) if trainer.world.is_main_process else None
-    )
-    load_trainer_state(trainer, state)
+    is_main_process = trainer.world.is_main_process
+    state = checkpoint.load_checkpoint(run.checkpoint_path("last")) if is_main_process else None
+    load_trainer_state(trainer, trainer.world.broadcast_object(state))
     trainer.progress.rollbacks = trainer.schedule.halvings = rollbacks
-    if trainer.world.is_main_process:
+    if is_main_process:
         run.truncate_rows(trainer.progress.epoch)
     return (
         f"{error.problem}: rolled back to step {trainer.progress.step:,}, with the learning rate scaled by "

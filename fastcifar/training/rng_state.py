@@ -8,11 +8,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class RngState(TypedDict):
+    """States of the random number generators, as values that a checkpoint can hold."""
+
+    torch: Tensor
+    cuda: Tensor | None
+    numpy: list[Any]
+    python: tuple[Any, ...]
 
 
 def seed_all(seed: int) -> None:
@@ -22,24 +31,19 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def collect_rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the same generators, as values that a checkpoint can hold."""
+def collect_rng_state(device: torch.device) -> RngState:
+    """Return the states of the generators that `seed_all` seeds."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state()
+    int64_keys = torch.from_numpy(np.asarray(keys, np.int64))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [
-            str(algorithm),
-            torch.from_numpy(np.asarray(keys, np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ],
+        "numpy": [str(algorithm), int64_keys, int(position), int(has_gauss), float(gauss)],
         "python": random.getstate(),
     }
 
 
-def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng_state(state: RngState, device: torch.device) -> None:
     """Restore the result of `collect_rng_state`; a device whose state it does not contain keeps its current state."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
@@ -51,16 +55,12 @@ def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def preserve_state(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Context manager that finally restores the tensors of `state`, in place, and torch's random generators."""
+    """Restore the tensors of `state`, in place, and torch's random generators after the `with` block."""
     saved_tensors = [tensor.detach().clone() for tensor in state]
-    cpu_rng_state = torch.get_rng_state()
-    cuda_rng_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(state, saved_tensors, strict=True):
-                tensor.copy_(value)
-        torch.set_rng_state(cpu_rng_state)
-        if cuda_rng_state is not None:
-            torch.cuda.set_rng_state(cuda_rng_state, device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(state, saved_tensors, strict=True):
+                    tensor.copy_(value)

@@ -1,7 +1,7 @@
-"""The run folder, and the epoch callbacks, the progress and the timer of one run.
+"""The run folder, and the progress and the timer of a run.
 
 A run folder holds the recipe, environment, metrics, events, checkpoints and summary. The process that writes to it
-holds a lock on it. If a folder of the same name exists, `-2`, `-3`, ... is appended. No metric is computed here.
+holds a lock on it. If a folder of the same name exists, `-2`, `-3`, ... is appended.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastcifar.device import collect_environment
+from fastcifar.device import Environment, collect_environment
 from fastcifar.errors import DiskError, UsageError
-from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, read_json_object, write_atomically
+from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
@@ -35,6 +35,28 @@ from fastcifar.training.trackers import Tracker
 # Called with the row of metrics of each epoch. If it returns a text, training stops with it as the stop reason.
 EpochCallback = Callable[[EpochRow], str | None]
 EpochCallbacks = Sequence[EpochCallback]
+
+
+class LaunchEnvironment(Environment):
+    """The environment of a process that trained a run, its command line and its start time."""
+
+    command: list[str] = Field(default_factory=list)
+    started: str = ""
+
+
+class RunEnvironment(LaunchEnvironment):
+    """The content of env.json: the name of the recipe and the processes that started and that resumed the run."""
+
+    recipe: str = ""
+    resumed: list[LaunchEnvironment] = Field(default_factory=list)
+
+
+def read_environment(folder: Path) -> RunEnvironment:
+    """Return env.json of a run folder; an empty environment if the file is missing or invalid."""
+    try:
+        return RunEnvironment.model_validate_json((folder / "env.json").read_bytes())
+    except (OSError, ValidationError):
+        return RunEnvironment()
 
 
 def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
@@ -61,10 +83,7 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
 
 
 def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """Return a callback that appends a row to events.jsonl in `folder`, keeping the rows of the first `epochs_done`.
-
-    Each line is a JSON object: the row, and `time`, in seconds since 1970.
-    """
+    """Return a callback that appends a row to events.jsonl in `folder`, keeping the rows of the first `epochs_done`."""
     path = folder / "events.jsonl"
     write_atomically(path, "".join(f"{line}\n" for line in read_event_lines(path, epochs_done)).encode())
 
@@ -75,89 +94,58 @@ def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
     return write
 
 
-# name -> factory(folder, epochs_done), which returns a callback that writes the rows of a run and keeps those of its
-# first `epochs_done` epochs. The files precede the trackers, which read the earlier rows from them; a tracker is used
-# only if the recipe names it.
-CALLBACK_FACTORIES: dict[str, Callable[[Path, int], EpochCallback]] = {
-    "csv": build_csv_callback,
-    "events": build_jsonl_callback,
-    "tensorboard": partial(Tracker, "tensorboard"),
-    "mlflow": partial(Tracker, "mlflow"),
+# File in the run folder -> function (folder, epochs_done) that keeps its rows of the first epochs and returns the
+# callback that adds rows. The callbacks of trackers come after these, because trackers read the earlier rows from them.
+METRICS_FILES: dict[str, Callable[[Path, int], EpochCallback]] = {
+    "metrics.csv": build_csv_callback,
+    "events.jsonl": build_jsonl_callback,
 }
-FILE_CALLBACKS = ("csv", "events")
-
-WRITABLE_REMEDY = "give a writable folder with --out"
 
 
 @dataclass(frozen=True)
 class Run:
     """A run folder, locked by this process until `lock` is released, and the callbacks of its epochs.
 
-    `recipe_name`: the name of the recipe, for tables.
+    Methods that write raise `DiskError`. `recipe_name`: the name of the recipe, for tables.
     """
 
     folder: Path
     recipe_name: str
-    lock: FolderLock | None
-    callbacks: tuple[EpochCallback, ...]
+    lock: FolderLock | None = None
+    callbacks: tuple[EpochCallback, ...] = ()
 
     @classmethod
     def create(cls, recipe: Recipe, recipe_name: str, trackers: Sequence[str] = ()) -> Run:
-        """Create the run folder with recipe.toml and env.json: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default.
-
-        Raises `DiskError` if the folder cannot be created or written.
-        """
+        """Create the run folder: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default."""
         default_name = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
-        try:
+        with _disk_errors(f"the run folder {path}", "give a writable folder with --out"):
             folder, lock = _create_unique_folder(path)
-            return cls._open(folder, lock, recipe, {"recipe": recipe_name, **_launch_info(recipe)}, 0, trackers)
-        except OSError as error:
-            raise DiskError(f"cannot write the run folder {path}: {error.strerror}", WRITABLE_REMEDY) from None
+            environment = RunEnvironment(recipe=recipe_name, **_launch_environment(recipe).model_dump())
+            return cls(folder, recipe_name, lock)._open(recipe, environment, 0, trackers)
 
-    @classmethod
-    def for_other_rank(cls, folder: Path, recipe_name: str) -> Run:
-        """Return the run of a rank other than 0, which writes nothing."""
-        return cls(folder, recipe_name, None, ())
+    def reopen(self, recipe: Recipe, epochs_done: int, trackers: Sequence[str] = ()) -> Run:
+        """Return this stopped run with the callbacks to continue after its first `epochs_done` epochs.
 
-    @classmethod
-    def reopen(
-        cls,
-        folder: Path,
-        lock: FolderLock,
-        recipe: Recipe,
-        recipe_name: str,
-        epochs_done: int,
-        trackers: Sequence[str] = (),
-    ) -> Run:
-        """Reopen the folder of a stopped run, which `lock` locks, to continue after its first `epochs_done` epochs.
-
-        Later rows, the summary and temporary files are removed. Raises `DiskError` if the folder cannot be written.
+        Later rows, the summary and temporary files are removed.
         """
-        environment = read_environment(folder) or {"recipe": recipe_name, **_launch_info(recipe)}
-        environment["resumed"] = [*environment.get("resumed", []), _launch_info(recipe)]
-        try:
-            for stale in (*folder.glob("checkpoints/.*.tmp"), *folder.glob(".*.tmp"), folder / "summary.json"):
+        launch = _launch_environment(recipe)
+        environment = read_environment(self.folder)
+        if not environment.recipe:
+            environment = RunEnvironment(recipe=self.recipe_name, **launch.model_dump())
+        environment = environment.model_copy(update={"resumed": [*environment.resumed, launch]})
+        with _disk_errors(f"the run folder {self.folder}", "give a writable folder with --out"):
+            temporary = (*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".*.tmp"))
+            for stale in (*temporary, self.folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return cls._open(folder, lock, recipe, environment, epochs_done, trackers)
-        except OSError as error:
-            raise DiskError(f"cannot write the run folder {folder}: {error.strerror}", WRITABLE_REMEDY) from None
+            return self._open(recipe, environment, epochs_done, trackers)
 
-    @classmethod
-    def _open(
-        cls,
-        folder: Path,
-        lock: FolderLock,
-        recipe: Recipe,
-        environment: dict[str, Any],
-        epochs_done: int,
-        trackers: Sequence[str],
-    ) -> Run:
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
-        write_atomically(folder / "env.json", (json.dumps(environment, indent=1) + "\n").encode())
-        callbacks = tuple(CALLBACK_FACTORIES[name](folder, epochs_done) for name in (*FILE_CALLBACKS, *trackers))
-        return cls(folder, environment["recipe"], lock, callbacks)
+    def _open(self, recipe: Recipe, environment: RunEnvironment, epochs_done: int, trackers: Sequence[str]) -> Run:
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
+        _write_json(self.folder / "env.json", environment)
+        files = [build(self.folder, epochs_done) for build in METRICS_FILES.values()]
+        return replace(self, callbacks=(*files, *(Tracker(name, self.folder, epochs_done) for name in trackers)))
 
     @property
     def trackers(self) -> list[Tracker]:
@@ -165,23 +153,19 @@ class Run:
         return [callback for callback in self.callbacks if isinstance(callback, Tracker)]
 
     def truncate_rows(self, epochs_done: int) -> None:
-        """Remove the rows after the first `epochs_done` epochs from files and trackers. Raises `DiskError`."""
-        try:
-            for name in FILE_CALLBACKS:
-                CALLBACK_FACTORIES[name](self.folder, epochs_done)
+        """Remove the rows after the first `epochs_done` epochs from files and trackers."""
+        with _disk_errors(self.folder):
+            for build in METRICS_FILES.values():
+                build(self.folder, epochs_done)
             for tracker in self.trackers:
                 tracker.reopen(epochs_done)
-        except OSError as error:
-            raise self._disk_error(error) from None
 
     def copy_rows_from(self, source: Path, epochs_done: int) -> None:
-        """Copy the rows of the first `epochs_done` epochs from the run folder `source`. Raises `DiskError`."""
-        try:
-            for name in ("metrics.csv", "events.jsonl"):
+        """Copy the rows of the first `epochs_done` epochs from the run folder `source`."""
+        with _disk_errors(self.folder):
+            for name in METRICS_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, self.folder / name)
-        except OSError as error:
-            raise self._disk_error(error) from None
         self.truncate_rows(epochs_done)
 
     def require_disk_space(self, num_bytes: int) -> None:
@@ -191,51 +175,74 @@ class Run:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
             raise DiskError(problem, "free some space, or give --out on another disk")
 
-    def _disk_error(self, error: OSError) -> DiskError:
-        return DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space")
-
-    def with_callbacks(self, callbacks: EpochCallbacks) -> Run:
-        """Return this run with `callbacks` after its own."""
-        return replace(self, callbacks=(*self.callbacks, *callbacks))
-
     def log_epoch(self, row: EpochRow) -> str:
-        """Call every callback with the row of an epoch and return the first stop reason, or "". Raises `DiskError`."""
-        try:
+        """Call every callback with the row of an epoch and return the first stop reason, or ""."""
+        with _disk_errors(self.folder):
             return next(filter(None, [callback(row) for callback in self.callbacks]), "")
-        except OSError as error:
-            raise self._disk_error(error) from None
 
     def checkpoint_path(self, name: str) -> Path:
         """Return the path of the checkpoint `name`: "last" or "best"."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
-        """Write summary.json and weights.safetensors, and pass the summary to the trackers. Raises `DiskError`.
+        """Write summary.json and weights.safetensors, and pass the summary to the trackers.
 
         `weights`: the state dict that was evaluated on the test set.
         """
-        try:
+        with _disk_errors(self.folder):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_file(contiguous, self.folder / "weights.safetensors", {"arch": summary.arch})
-            write_atomically(self.folder / "summary.json", (json.dumps(summary.model_dump(), indent=1) + "\n").encode())
-        except OSError as error:
-            raise self._disk_error(error) from None
+            _write_json(self.folder / "summary.json", summary)
         for tracker in self.trackers:
             tracker.finish(summary)
+
+
+@contextmanager
+def _disk_errors(target: object, remedy: str = "free some space") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write {target}: {error.strerror}", remedy) from None
+
+
+def _write_json(path: Path, document: BaseModel) -> None:
+    write_atomically(path, (json.dumps(document.model_dump(), indent=1) + "\n").encode())
+
+
+def _launch_environment(recipe: Recipe) -> LaunchEnvironment:
+    environment = collect_environment(recipe.device)
+    return LaunchEnvironment(command=sys.argv, started=format_timestamp(), **environment.model_dump())
+
+
+def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
+    """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist.
+
+    `mkdir` is atomic, so two processes never get the same folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir()
+            return folder, lock_folder(folder)
+        except (FileExistsError, UsageError):  # it exists, or a process that resumes a run has locked it first
+            number += 1
 
 
 @dataclass
 class TrainingProgress:
     """The progress of a run.
 
-    epoch              completed epochs
-    epoch_step         steps in the current epoch
-    step               steps since the start of the run
-    images             training images of the completed epochs
-    val_acc, best      validation accuracy of the last and of the best epoch, in [0, 1]; None without a validation split
-    epochs_since_best  epochs since the best one
-    rollbacks          rollbacks after a loss or gradient that was not finite
-    stop_reason        why the run stopped; empty while it trains
+    Attributes:
+        epoch: completed epochs.
+        epoch_step: steps in the current epoch.
+        step: steps since the start of the run.
+        images: training images of the completed epochs.
+        val_acc: validation accuracy of the last epoch, a fraction; None without a validation split.
+        best: validation accuracy of the best epoch.
+        rollbacks: number of rollbacks after a loss or gradient that was not finite.
+        stop_reason: why the run stopped; empty while it trains.
     """
 
     epoch: int = 0
@@ -249,7 +256,7 @@ class TrainingProgress:
     stop_reason: str = ""
 
     @classmethod
-    def from_checkpoint(cls, state: dict[str, Any]) -> TrainingProgress:
+    def from_checkpoint(cls, state: Mapping[str, Any]) -> TrainingProgress:
         """Return the progress saved in a checkpoint, without its stop reason, so that a resumed run trains on."""
         return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
 
@@ -263,9 +270,8 @@ class TrainingProgress:
         self.epoch_step = 0 if is_complete else self.epoch_step
         is_best = val_acc is not None and (self.best is None or (is_complete and val_acc > self.best))
         if is_best:
-            self.best, self.epochs_since_best = val_acc, 0
-        else:
-            self.epochs_since_best += 1
+            self.best = val_acc
+        self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         return is_best
 
     def find_stop_reason(self, recipe: Recipe) -> str:
@@ -282,7 +288,7 @@ class TrainingProgress:
 class Clock:
     """A timer of the phases of a run ("setup", "compile", "train", "eval") and of its total time, all in seconds.
 
-    The total starts when the clock is created. The times of a resumed run include those of its checkpoint.
+    The times of a resumed run include those of its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -328,29 +334,3 @@ class Clock:
         self.start_time -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
         self._completed_epochs_s = self.seconds["train"] - state["epoch"]
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """Return env.json of a run folder, or an empty dict if it is missing or invalid."""
-    environment = read_json_object(folder / "env.json")
-    return environment if isinstance(environment.get("recipe"), str) else {}
-
-
-def _launch_info(recipe: Recipe) -> dict[str, Any]:
-    return {"command": sys.argv, "started": format_timestamp(), **collect_environment(recipe.device).model_dump()}
-
-
-def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
-    """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist.
-
-    `mkdir` is atomic, so two processes never get the same folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            folder.mkdir()
-            return folder, lock_folder(folder)
-        except (FileExistsError, UsageError):  # it exists, or a process that resumes a run has locked it first
-            number += 1

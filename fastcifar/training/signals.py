@@ -43,11 +43,7 @@ class SignalHandler:
         self.received_signal = signal.Signals(number).name
 
     def sync_signal(self, world: World, step: int = 0) -> str:
-        """Return the signal to stop at after `step`, "" if there is none.
-
-        Several ranks agree on a signal every SIGNAL_SYNC_EVERY_STEPS steps, because no rank may stop while another
-        waits for its gradients.
-        """
+        """Return the signal to stop at after `step`, or "". Several ranks agree every SIGNAL_SYNC_EVERY_STEPS steps."""
         names = ["", *self.EXIT_CODES]
         if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
             self.agreed_signal = names[world.all_reduce_max(names.index(self.received_signal))]
@@ -55,6 +51,5 @@ class SignalHandler:
 
     def interrupted_error(self, run: Run, step: int) -> Interrupted:
         """Return the error that ends the process with the signal's exit code; raise it after saving the checkpoint."""
-        return Interrupted(
-            self.agreed_signal, self.EXIT_CODES[self.agreed_signal], step, str(run.checkpoint_path("last"))
-        )
+        name = self.agreed_signal
+        return Interrupted(name, self.EXIT_CODES[name], step, str(run.checkpoint_path("last")))

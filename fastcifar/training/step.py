@@ -1,8 +1,7 @@
 """One training step as a plain function of images and labels, and the counters that it updates.
 
-There is no compilation, no CUDA graph and no branch on an option in it: compilation.py and cuda_graph.py make it fast
-from outside, and what varies (gradient clipping, moving average, loss scale) is bound when the step is built. It never
-synchronizes with the host, except in the update of an optimizer that cannot be captured.
+It never synchronizes with the host, except in the update of an optimizer that cannot be captured. compilation.py and
+cuda_graph.py compile and capture it from outside.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ LossAndCorrect = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Training metrics since the last reset of a meter. `loss` and `accuracy` are means (NaN before the first image).
+    """Mean training metrics since the last reset of a meter, NaN before the first image.
 
     `nonfinite_steps`: number of steps from the first one with a NaN or Inf on, that step included; 0 if there is none.
     """
@@ -41,7 +40,6 @@ class Metrics:
 
     @property
     def all_finite(self) -> bool:
-        """Whether no step had a NaN or Inf."""
         return self.nonfinite_steps == 0
 
 
@@ -60,15 +58,15 @@ class Meter:
         self.sums += torch.stack((loss.detach().double() * images, correct.double(), count, self.found_inf.double()))
 
     def compute(self) -> Metrics:
-        """The metrics since the reset, over all ranks: the one place where the host waits for the device."""
+        """Return the metrics since the reset, over all ranks; the host waits for the device."""
         sums = self.sums.clone()
         self.world.all_reduce_sum(sums)
         return _metrics_from_sums(sums.tolist())
 
     def compute_delayed(self) -> Metrics:
-        """The metrics as of the previous call, without waiting: that copy to the host has finished by now.
+        """Return the metrics as of the previous call, whose copy to the host has finished by now, without waiting.
 
-        Several ranks do wait, since they have to act on the same metrics in the same step.
+        Several ranks do wait, because they have to act on the same metrics in the same step.
         """
         if self.sums.device.type == "cpu" or self.world.world_size > 1:
             return self.compute()
@@ -105,17 +103,17 @@ class BufferSnapshot:
         self.sizes = [value.numel() for value in self.buffers]
 
     def take(self) -> Tensor:
-        """All buffers, concatenated in a new tensor [n]."""
+        """Return all buffers, concatenated in a new tensor [n]."""
         return torch.cat([value.flatten() for value in self.buffers])
 
     def restore(self, saved: Tensor, found_inf: Tensor) -> None:
-        """Restore what `take` returned if `found_inf` is 1. With `where` and no arithmetic: buffers may hold NaN."""
+        """Restore the result of `take` if `found_inf` is 1, without arithmetic, because buffers may contain NaN."""
         values = torch.where(found_inf.bool(), saved, self.take()).split(self.sizes)
         torch._foreach_copy_(self.buffers, [new.view_as(old) for new, old in zip(values, self.buffers, strict=True)])
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Normalization of pixels 0..255 as `pixels * scale + shift`, both [1, 3, 1, 1].
+    """Return (scale, shift), both [1, 3, 1, 1], with which `pixels * scale + shift` normalizes pixels 0..255.
 
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
@@ -127,7 +125,7 @@ def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
 def build_forward(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
-    """A function images [n, 3, h, w] of 0..255 -> float32 logits [n, classes] that normalizes and runs in `precision`.
+    """Return a function images [n, 3, h, w] of 0..255 -> float32 logits [n, classes], computed in `precision`.
 
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
@@ -144,7 +142,7 @@ def build_forward(
 
 
 def resized_forward(forward: Forward, image_size: int) -> Forward:
-    """`forward` on images resized to `image_size` pixels (bilinear, antialiased)."""
+    """Return `forward` on images resized to `image_size` pixels (bilinear, antialiased)."""
 
     def function(images: Tensor) -> Tensor:
         images = F.interpolate(images.float(), size=(image_size, image_size), mode="bilinear", antialias=True)
@@ -154,7 +152,7 @@ def resized_forward(forward: Forward, image_size: int) -> Forward:
 
 
 def loss_and_correct(forward: Forward, label_smoothing: float) -> LossAndCorrect:
-    """A function (images, labels [n]) -> (mean cross-entropy, number of correct predictions): what is compiled."""
+    """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions)."""
 
     def function(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = forward(images)
@@ -165,7 +163,7 @@ def loss_and_correct(forward: Forward, label_smoothing: float) -> LossAndCorrect
 
 
 def mixed_loss_and_correct(forward: Forward, label_smoothing: float, mix: MixerApplyFn) -> LossAndCorrect:
-    """A function (images, labels [n], mixer parameters) -> (mean cross-entropy, number of correct predictions).
+    """Return a function (images, labels [n], mixer parameters) -> (mean cross-entropy, number of correct predictions).
 
     The target of a mixed image is the mixture of its labels; a prediction of the largest one is correct.
     """
@@ -188,50 +186,38 @@ def build_step_function(
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
     buffer_snapshot: BufferSnapshot,
-    world: World = SINGLE_PROCESS,
 ) -> TrainStep:
-    """A step: forward, backward, gradient clipping, update, moving average, counters.
+    """Return a step: forward, backward, gradient clipping, update, moving average, counters.
 
     On a NaN or Inf in the loss or a gradient, that update and all later ones are skipped. `scaler` scales the loss on
     the device and skips steps whose gradients overflow, which is normal in fp16; it is disabled in other precisions.
     """
-    update_ema = ema.update if ema else _skip_ema
     checked = [] if scaler.is_enabled() else optimizer.parameters
-    poison = _poison_loss if scaler.is_enabled() else _unchanged_loss
 
     def step(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> None:
         optimizer.zero_grad()
         buffers = buffer_snapshot.take()
         loss, correct = loss_function(images, labels, *mixer_params)
-        scaler.scale(poison(loss, meter.found_inf)).backward()
-        loss = world.all_reduce_gradients(optimizer.parameters, loss, len(labels))
+        if scaler.is_enabled():  # it skips a step only if gradients overflow: make them overflow after a NaN or Inf
+            scaler.scale(loss * torch.where(meter.found_inf.bool(), math.inf, 1.0)).backward()
+        else:
+            loss.backward()
+        loss = meter.world.all_reduce_gradients(optimizer.parameters, loss, len(labels))
         scaler.unscale_(optimizer.inner)
         meter.found_inf.copy_(torch.maximum(meter.found_inf, compute_found_inf(loss, checked)))
         buffer_snapshot.restore(buffers, meter.found_inf)
         clip_gradients()
         optimizer.step(scaler, skip=meter.found_inf)
         scaler.update()
-        update_ema(meter.found_inf)
+        if ema:
+            ema.update(meter.found_inf)
         meter.update(loss, correct, len(labels))
 
     return step
 
 
 def compute_found_inf(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """float32 scalar on the device: 1 if the loss or any gradient holds a NaN or Inf, else 0."""
+    """Return a float32 scalar on the device: 1 if the loss or any gradient contains a NaN or Inf, else 0."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss.detach())
     return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()
-
-
-def _poison_loss(loss: Tensor, found_inf: Tensor) -> Tensor:
-    """A loss whose gradients overflow if `found_inf` is 1: an enabled scaler skips a step for no other reason."""
-    return loss * torch.where(found_inf.bool(), math.inf, 1.0)
-
-
-def _unchanged_loss(loss: Tensor, found_inf: Tensor) -> Tensor:
-    return loss
-
-
-def _skip_ema(found_inf: Tensor) -> None:
-    """Update of the moving average in a run without one."""

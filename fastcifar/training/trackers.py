@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, first_message_line, lookup
@@ -30,17 +31,12 @@ MLFLOW_DATABASE, MLFLOW_ARTIFACTS, MLFLOW_RUN_ID_FILE = "mlflow.db", "mlflow-art
 MLFLOW_EXPERIMENT = "fastcifar"
 MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shows metric curves in MLflow's UI
 # Values of summary.json that are logged as metrics, and files of the run folder that are uploaded
-SUMMARY_METRICS = ("test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc")
+SUMMARY_METRICS = {"test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc"}
 MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json")
 
 
-@dataclass(frozen=True)
-class TrackerSession:
-    """An open run of a tracker.
-
-    `write` logs a row, `finish` logs the summary once, and `close` ends the session with the status "FINISHED",
-    "KILLED" (by a signal) or "FAILED".
-    """
+class TrackerSession(NamedTuple):
+    """An open run of a tracker: functions that log a row, log the summary once, and end the session with a status."""
 
     write: Callable[[EpochRow], None]
     finish: Callable[[RunSummary], None]
@@ -48,10 +44,9 @@ class TrackerSession:
 
 
 class Tracker:
-    """A tracker whose errors do not stop training: it warns once and is reopened when the run ends.
+    """An epoch callback that logs to a tracker, whose errors do not stop training.
 
-    Opening it logs the missing rows of events.jsonl, so rows lost to an error are written when the run ends or is
-    resumed.
+    After an error it warns once; the missing rows of events.jsonl are logged when the run ends or is resumed.
     """
 
     def __init__(self, name: str, folder: Path, epochs_done: int = 0) -> None:
@@ -66,8 +61,7 @@ class Tracker:
 
     def reopen(self, epochs_done: int) -> None:
         """Synchronize the tracker with the rows of the first `epochs_done` epochs."""
-        lines = read_event_lines(self.folder / "events.jsonl", epochs_done)
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in read_event_lines(self.folder / "events.jsonl", epochs_done)]
 
         def open_session() -> None:
             self.session = TRACKERS[self.name].open(self.folder, rows)
@@ -103,8 +97,7 @@ class Tracker:
 def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     """Open event files in `folder`/tensorboard: each column is a scalar by epoch, the recipe is the hyperparameters.
 
-    The files are rewritten from `rows`, and the old files removed; `purge_step` makes an active reader discard the old
-    values.
+    The files are rewritten from `rows`; `purge_step` makes an active reader discard the old values.
     """
     library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
     from torch.utils.tensorboard.summary import hparams
@@ -139,7 +132,7 @@ def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     """Open an MLflow run in the store of `resolve_tracking_uri`: each column is a metric by epoch.
 
     `folder` stores the ID of the MLflow run, so that a resumed run continues it. A run with epochs that are not in
-    `rows` is deleted (MLflow moves it to its trash) and written again, because MLflow cannot delete logged values.
+    `rows` is deleted and written again, because MLflow cannot delete logged values.
     """
     client, experiment = _connect_mlflow(folder.parent)
     run_id = _find_resumable_mlflow_run(client, folder, {row["epoch"] for row in rows})
@@ -175,9 +168,8 @@ def _require_tensorboard(runs_folder: Path) -> None:
 
 def _require_mlflow(runs_folder: Path) -> None:
     _import_mlflow()
-    if not runs_folder.is_dir():  # before the first run there is no store to check
-        return
-    if tracking_uri_from_env() or (runs_folder / MLFLOW_DATABASE).exists():
+    # before the first run there is no store to check
+    if runs_folder.is_dir() and (tracking_uri_from_env() or (runs_folder / MLFLOW_DATABASE).exists()):
         try:
             _connect_mlflow(runs_folder)
         except Exception as error:
@@ -189,17 +181,26 @@ def _require_mlflow(runs_folder: Path) -> None:
 class TrackerSpec:
     """An entry of TRACKERS.
 
-    `open` takes a run folder with its recipe.toml and the completed rows. `require_usable` checks whether the tracker
-    works for runs in a folder and raises `UsageError` if not.
+    Attributes:
+        open: function of a run folder with its recipe.toml and of its completed rows.
+        require_usable: check of the tracker for runs in a folder; raises `UsageError` if it cannot be used.
+        view_command: function of a run folder that returns the command that starts the tracker's web page.
     """
 
     open: Callable[[Path, list[EpochRow]], TrackerSession]
     require_usable: Callable[[Path], None]
+    view_command: Callable[[Path], str]
 
 
 TRACKERS: dict[str, TrackerSpec] = {
-    "tensorboard": TrackerSpec(open_tensorboard, _require_tensorboard),
-    "mlflow": TrackerSpec(open_mlflow, _require_mlflow),
+    "tensorboard": TrackerSpec(
+        open_tensorboard, _require_tensorboard, lambda folder: f"tensorboard --logdir {shlex.quote(str(folder.parent))}"
+    ),
+    "mlflow": TrackerSpec(
+        open_mlflow,
+        _require_mlflow,
+        lambda folder: f"mlflow ui --backend-store-uri {shlex.quote(resolve_tracking_uri(folder.parent))}",
+    ),
 }
 
 
@@ -215,12 +216,14 @@ def parse_tracker_names(track: str) -> list[str]:
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Check the trackers of `recipe` before anything is written.
-
-    Raises `UsageError` if one is not installed or its store cannot be used.
-    """
+    """Raise `UsageError` if a tracker of `recipe` is not installed or its store cannot be used."""
     for name in parse_tracker_names(recipe.track):
         TRACKERS[name].require_usable(Path(recipe.out).parent if recipe.out else Path("runs"))
+
+
+def view_commands(track: str, folder: Path) -> list[str]:
+    """Return the commands that start the web pages of the trackers in `track`, for the run in `folder`."""
+    return [TRACKERS[name].view_command(folder) for name in parse_tracker_names(track)]
 
 
 def tracking_uri_from_env() -> str | None:
@@ -297,21 +300,19 @@ def _log_parameters(client: Any, run_id: str, options: dict[str, Any]) -> None:
 
 def _read_options(folder: Path) -> dict[str, Any]:
     """Return the options in the recipe of a run folder as numbers, booleans and strings, which trackers accept."""
-    options = load_toml(folder / "recipe.toml")
     return {
-        name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in options.items()
+        name: value if isinstance(value, int | float | str) else json.dumps(value)
+        for name, value in load_toml(folder / "recipe.toml").items()
     }
 
 
 def _row_metrics(row: EpochRow) -> dict[str, float]:
-    """Return the columns of a row that have a value, without the time stamp."""
     return {name: row[name] for name in METRICS_COLUMNS if row[name] is not None}
 
 
 def _summary_metrics(summary: RunSummary) -> dict[str, float]:
-    return summary.model_dump(include=set(SUMMARY_METRICS), exclude_none=True)
+    return summary.model_dump(include=SUMMARY_METRICS, exclude_none=True)
 
 
 def _describe_error(error: Exception) -> str:
-    message = first_message_line(error)
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return ": ".join(filter(None, (type(error).__name__, first_message_line(error))))

@@ -13,7 +13,7 @@ from rich.console import Console
 from fastcifar.device import choose_execution
 from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, resume
+from fastcifar.training import checkpoint, resume, trackers
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
@@ -40,7 +40,7 @@ def train(
     clock, recipe_name = Clock(), Path(recipe_name).stem if recipe_name else "custom"
     with (
         process_group(choose_execution(recipe).device) as world,
-        resume.find_resume_point_on_all_ranks(recipe, recipe_name, world) as resume_point,
+        resume.resume_point_on_all_ranks(recipe, recipe_name, world) as resume_point,
     ):
         with clock.phase("setup"):
             trainer = build_trainer(resolve(resume_point.recipe))
@@ -56,7 +56,9 @@ def train(
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
             raise signals.interrupted_error(run, trainer.progress.step)
-        return world.broadcast_object(test_and_summarize(trainer, run, clock) if world.is_main_process else None)
+        summary = test_and_summarize(trainer, run, clock) if world.is_main_process else None
+        print_lines(console, trackers.view_commands(trainer.recipe.track, run.folder))
+        return world.broadcast_object(summary)
 
 
 def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> RunSummary:
@@ -135,7 +137,7 @@ def finish_epoch(trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, val
 def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, name: str) -> None:
     """Save the current state as checkpoint "last" or "best". Raises `NonFiniteError`, `DiskError`."""
     require_finite(trainer.meter.compute(), trainer)
-    state = trainer.checkpoint_state(clock)
+    state = trainer.state_dict(clock)
     if trainer.world.is_main_process:
         checkpoint.save_checkpoint(run.checkpoint_path(name), state)
 

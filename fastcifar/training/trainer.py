@@ -1,7 +1,4 @@
-"""`Trainer`: the objects that one run trains with, and the protocol of a training step.
-
-`build.py` makes it from a recipe; the loop over epochs is in `train.py`.
-"""
+"""`Trainer`: the objects that one run trains with, and the protocol of a training step."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +21,7 @@ from fastcifar.format import format_options
 from fastcifar.models import count_parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, cuda_graph
+from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
 from fastcifar.training.ema import Ema
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
@@ -48,12 +46,7 @@ from fastcifar.training.step import (
 
 @dataclass(frozen=True)
 class TestResult:
-    """The evaluation on the test set.
-
-    scores   of the weights that the recipe evaluates
-    ema_acc  accuracy of the moving average of the weights; None without one
-    tta_acc  accuracy of the evaluated weights with test-time augmentation; None without `--tta`
-    """
+    """The evaluation on the test set: scores, and accuracies of the moving average and with test-time augmentation."""
 
     scores: Scores
     ema_acc: float | None
@@ -62,10 +55,10 @@ class TestResult:
 
 @dataclass
 class Trainer:
-    """Everything that one run trains with, on its device, and the protocol of a training step.
+    """The objects that one run trains with, on its device; `build_trainer` builds it from a recipe.
 
-    `build_trainer` makes one. `train_step` runs eagerly until `optimize` has compiled and captured the step. Shapes:
-    images uint8 [n, 3, 32, 32], labels int64 [n]; a mixer adds its parameters as a third tensor of a batch.
+    `train_step` runs eagerly until `optimize` has compiled and captured the step. Shapes: images uint8 [n, 3, 32, 32],
+    labels int64 [n]; a mixer adds its parameters as a third tensor of a batch.
     """
 
     resolved: Resolved
@@ -92,17 +85,14 @@ class Trainer:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of this run."""
         return self.resolved.recipe
 
     @property
     def execution(self) -> ExecutionPlan:
-        """Device, precision, loader, compilation and CUDA graph of this run."""
         return self.resolved.execution
 
     @property
     def world(self) -> World:
-        """The processes of this run."""
         return self.meter.world
 
     @property
@@ -111,7 +101,7 @@ class Trainer:
         return self.recipe.epochs * self.loader.steps_per_epoch
 
     def summary_lines(self) -> list[str]:
-        """Data set, network and recipe in a line each, for the user."""
+        """Return a line each for the data set, the network and the recipe."""
         official = "" if self.data.is_official else ", not the official files"
         scheduled = f"{self.optimizer.name} schedules its learning rate itself, in addition to --schedule"
         return [
@@ -123,16 +113,11 @@ class Trainer:
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of an epoch from step `start_step` on, as `train_step` takes them."""
-        ops = self.resolved.augment_ops
-        return mixed_batches(self.loader, ops, epoch, self.recipe.seed, self.device, start_step)
+        """Return the batches of an epoch from step `start_step` on, as `train_step` takes them."""
+        return mixed_batches(self.loader, self.resolved.augment_ops, epoch, self.recipe.seed, self.device, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
-        """Train on one batch of `batches`: the whole protocol of a step, without a host synchronization.
-
-        Sets the learning rate; runs forward, backward, gradient clipping, update, moving average and counters; counts
-        the step; updates Lookahead's slow weights. `train`, `speedrun`, `bench` and the dry run call this.
-        """
+        """Train on one batch of `batches`: the whole protocol of a step, without a host synchronization."""
         self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))
         self.step(*batch)
         self.progress.step += 1
@@ -140,25 +125,22 @@ class Trainer:
         self.optimizer.after_step(self.progress.step, self.meter.found_inf)
 
     def optimize(self, compile_mode: str = "auto") -> None:
-        """Compile the step and the evaluation's forward pass and capture them in CUDA graphs, as `execution` says.
+        """Compile and capture the step and the forward pass of the evaluation, as `execution` says; start the loader.
 
-        Then the loader is started: its threads would disturb a capture. The state of the run is left as it was.
-        `compile_mode` applies where the recipe says auto.
+        The loader starts last, because its threads would disturb a capture. The state of the run is left as it was.
+        `compile_mode` applies if that of the recipe is "auto".
         """
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
         self.warm_up_loader()
 
     def warm_up_loader(self) -> None:
-        """Load one batch, so that the loader's kernel is compiled and its threads are running.
-
-        It is the last batch of an epoch: leaving an epoch before its end would stop DALI's threads again.
-        """
-        for _ in self.batches(0, self.loader.steps_per_epoch - 1):
+        """Load one batch, so that the loader's kernel is compiled and its threads are running."""
+        for _ in self.batches(0, self.loader.steps_per_epoch - 1):  # the last: DALI's threads stop after an early exit
             pass
 
     def example_batch(self, batch_size: int | None = None) -> tuple[Tensor, ...]:
-        """A batch of black images with the shapes and types of `batches`; full unless `batch_size` is given."""
+        """Return a batch of black images with the shapes and types of `batches`; full unless `batch_size` is given."""
         batch_size = batch_size or self.loader.slicing.local_batch_size
         images = torch.zeros(batch_size, 3, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
@@ -169,30 +151,23 @@ class Trainer:
         return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
-        """The forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
-        mixer = self.resolved.mixer
+        """Return the forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
         forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
-        if mixer:
+        if mixer := self.resolved.mixer:
             return mixed_loss_and_correct(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
         return loss_and_correct(forward, self.recipe.label_smoothing)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
-        """A training step around `loss_function`, which may be compiled."""
+        """Return a training step around `loss_function`, which may be compiled."""
+        buffers = BufferSnapshot(self.model)
         return build_step_function(
-            loss_function,
-            self.optimizer,
-            self.clip_gradients,
-            self.meter,
-            self.ema,
-            self.scaler,
-            BufferSnapshot(self.model),
-            self.world,
+            loss_function, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler, buffers
         )
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
-        """A step for the batches of every epoch: one step per image size, and one for a smaller last batch.
+        """Return a step for the batches of every epoch, compiled and captured as `execution` says, or `eager`.
 
-        Compiled and captured as `execution` says, or `eager`. Nothing else of the trainer changes.
+        It consists of two steps per image size, for full batches and for a smaller last batch.
         """
         sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
         if eager:
@@ -200,14 +175,17 @@ class Trainer:
         else:
             full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
             last = {size: self.build_last_step(size) for size in sizes}
-        local_batch_size = self.loader.slicing.local_batch_size
-        steps = {size: cuda_graph.dispatch_by_batch_size(full[size], last[size], local_batch_size) for size in sizes}
-        return lambda *batch: steps[self.resolved.image_size_at(self.progress.epoch)](*batch)
+
+        def step(*batch: Tensor) -> None:
+            is_full = len(batch[0]) == self.loader.slicing.local_batch_size
+            (full if is_full else last)[self.resolved.image_size_at(self.progress.epoch)](*batch)
+
+        return step
 
     def build_step_block(
         self, num_steps: int, compile_mode: str = "auto", image_size: int = CIFAR_IMAGE_SIZE
     ) -> Callable[..., None]:
-        """`num_steps` steps on full batches as one function of all their tensors (see `cuda_graph.unroll_steps`)."""
+        """Return a function of the tensors of `num_steps` full batches that makes as many steps."""
         loss_function, example = self.build_loss_function(image_size), self.example_batch() * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
         self.model.train()
@@ -221,10 +199,7 @@ class Trainer:
             return compilation.precompile(block, example, self.state_tensors()) if self.execution.compile else block
 
     def build_last_step(self, image_size: int = CIFAR_IMAGE_SIZE) -> TrainStep:
-        """The step of an epoch's last batch, which may be smaller.
-
-        It runs once an epoch, too rarely to repay a compilation; it is captured if the other steps are.
-        """
+        """Return the step of an epoch's last batch: not compiled, because it runs too rarely to repay that."""
         step = self.build_step(self.build_loss_function(image_size))
         batch_size = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
         if not self.execution.cuda_graph or batch_size == self.loader.slicing.local_batch_size:
@@ -235,10 +210,10 @@ class Trainer:
 
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
-        """Context in which steps may run and after which the run is as before.
+        """Restore the state of the run after the `with` block, in which steps may run.
 
         With `skip_updates` they skip their updates, as after a NaN. Without, optimizers that create their state in
-        steps keep what they created.
+        steps keep it.
         """
         scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
@@ -249,7 +224,7 @@ class Trainer:
         self.progress = progress
 
     def build_eval_forward(self) -> Forward:
-        """`forward` for evaluation: captured if the step is, compiled if enough images are evaluated to repay it."""
+        """Return `forward` for evaluation: captured like the step, compiled if enough images are evaluated."""
         images = self.recipe.epochs * self.images_per_validation + self.images_per_test
         compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
         return optimize_forward(
@@ -268,56 +243,41 @@ class Trainer:
         return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
     def state_tensors(self) -> list[Tensor]:
-        """Every tensor that a step changes."""
-        ema_tensors = self.ema.state_tensors() if self.ema else []
-        return [
-            *self.model.state_dict().values(),
-            *self.optimizer.state_tensors(),
-            *self.meter.state_tensors(),
-            *ema_tensors,
-        ]
+        """Return every tensor that a step changes."""
+        parts = (self.optimizer, self.meter, *([self.ema] if self.ema else []))
+        return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
     def validate(self) -> ValidationMetrics:
-        """Evaluate on the validation split: the validation columns of metrics.csv, computed by rank 0.
-
-        A column is None without a validation split or without a moving average.
-        """
-        return self.world.broadcast_object(self._compute_validation_metrics() if self.world.is_main_process else None)
-
-    def _compute_validation_metrics(self) -> ValidationMetrics:
-        row: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
-        if len(self.val_split.labels):
-            scores = evaluate(self.model, self.eval_forward, self.val_split, self.device)
-            row["val_loss"], row["val_acc"] = scores.loss, scores.accuracy
+        """Evaluate on the validation split, on rank 0; a value is None without such a split or a moving average."""
+        metrics: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
+        if len(self.val_split.labels) and self.world.is_main_process:
+            scores = self._evaluate(self.val_split)
+            metrics["val_loss"], metrics["val_acc"] = scores.loss, scores.accuracy
             if self.ema:
                 with self.ema.averaged_weights():
-                    row["ema_val_acc"] = evaluate(self.model, self.eval_forward, self.val_split, self.device).accuracy
-        return row
+                    metrics["ema_val_acc"] = self._evaluate(self.val_split).accuracy
+        return self.world.broadcast_object(metrics)
+
+    def _evaluate(self, split: Split, tta: str = "none") -> Scores:
+        return evaluate(self.model, self.eval_forward, split, self.device, tta)
 
     def test(self, best_checkpoint: Path) -> TestResult:
         """Evaluate once on the test set. The model is left with the weights that the recipe evaluates."""
-        test_split, averaged_scores = self.data.test, None
+        weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
         if self.ema:
             with self.ema.averaged_weights():
-                averaged_scores = evaluate(self.model, self.eval_forward, test_split, self.device)
-            if self.recipe.eval_weights == "ema":
+                averaged_scores = self._evaluate(self.data.test)
+            if weights == "ema":
                 self.ema.copy_to_model()
-        if self.recipe.eval_weights == "best":
+        if weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
-        scores = averaged_scores if self.recipe.eval_weights == "ema" else None
-        scores = scores or evaluate(self.model, self.eval_forward, test_split, self.device)
-        tta_acc = None
-        if self.recipe.tta != "none":
-            tta_acc = evaluate(self.model, self.eval_forward, test_split, self.device, self.recipe.tta).accuracy
+        scores = averaged_scores if weights == "ema" and averaged_scores else self._evaluate(self.data.test)
+        tta_acc = self._evaluate(self.data.test, tta).accuracy if tta != "none" else None
         return TestResult(scores, averaged_scores.accuracy if averaged_scores else None, tta_acc)
 
-    def checkpoint_state(self, clock: Clock) -> dict[str, Any]:
-        """The content of a checkpoint: `state_dict` and the seconds spent so far."""
-        return {**self.state_dict(), "clock": clock.state_dict()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on. A collective call: every rank adds its random state."""
-        return {
+    def state_dict(self, clock: Clock | None = None) -> TrainingCheckpoint:
+        """Return what the rest of the run depends on. A collective call: every rank adds its random state."""
+        state = {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
             "samples": len(self.train_split.labels),
@@ -329,14 +289,16 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums,
             "random": self.world.all_gather_object(collect_rng_state(self.device)),
+            "clock": clock.state_dict() if clock else {},
             **asdict(self.progress),
         }
+        return cast(TrainingCheckpoint, state)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainingCheckpoint) -> None:
         """Load what `state_dict` returned into the existing tensors, to which a captured step is bound."""
         checkpoint.load_weights(self.model, state["model"], "the checkpoint")
         if self.ema:
-            self.ema.load_state_dict(state["ema"], state["ema_updates"])
+            self.ema.load_state_dict(cast(dict[str, Tensor], state["ema"]), cast(Tensor, state["ema_updates"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:

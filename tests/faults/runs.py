@@ -38,7 +38,7 @@ def summary(folder: Path | str) -> dict[str, Any]:
 
 def last(folder: Path | str) -> dict[str, Any]:
     """Return the checkpoint last.pt of a run."""
-    return checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "last.pt")
+    return dict(checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "last.pt"))
 
 
 def assert_equal_runs(folder: Path | str, expected_folder: Path | str) -> None:

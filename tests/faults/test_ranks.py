@@ -169,7 +169,7 @@ def rank_pid(torchrun_pid: int, rank: int) -> int:
 def test_fault16_checkpoint_of_two_processes_continues_in_one_with_a_warning(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny()
     trainer = build_trainer(resolve(recipe))
-    state = trainer.checkpoint_state(Clock())
+    state = trainer.state_dict(Clock())
     state["random"] = state["random"] * 2
     with pytest.warns(UserWarning, match="from 2 processes and this run has 1"):
         trainer.load_state_dict(state)

@@ -11,7 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from fastcifar.files import lock_folder
 from fastcifar.format import option_flag
 from fastcifar.recipe import Recipe, section_fields
 from fastcifar.training import resume
-from fastcifar.training.checkpoint import read_checkpoint
+from fastcifar.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
 from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
 from fastcifar.training.train import train
@@ -248,7 +248,7 @@ def test_fault16_different_options_are_rejected_and_listed(tiny: MakeRecipe, tmp
     with pytest.raises(CheckpointError, match="on 160 images of 10 classes, not on 360 images"):
         train(Recipe(resume=str(tmp_path / "run"), data="synthetic:400"))
     with pytest.raises(CheckpointError, match="no training state"):
-        resume.require_resumable_state({"model": {}, "recipe": {}}, tmp_path)
+        resume.require_resumable_state(cast(TrainingCheckpoint, {"model": {}, "recipe": {}}), tmp_path)
 
 
 def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: MakeRecipe, tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: Ma
     with pytest.raises(UsageError, match="run is finished: 2 epochs, 10 steps; give a larger --epochs"):
         train(Recipe(resume=str(tmp_path / "run")))
     resume_point = resume.find_resume_point(Recipe(resume=str(tmp_path / "run"), epochs=4), "custom")
-    with resume_point:
-        assert resume_point.messages[1] == (
-            "--epochs 2 -> 4: the schedule is recomputed for the new number of epochs, from the current step on"
-        )
+    resume_point.close("FINISHED")
+    assert resume_point.messages[1] == (
+        "--epochs 2 -> 4: the schedule is recomputed for the new number of epochs, from the current step on"
+    )
     assert train(Recipe(resume=str(tmp_path / "run"), epochs=4)).complete
     expected_rows, resumed_rows = rows(tmp_path / "four"), rows(tmp_path / "run")
     assert [row["lr"] for row in resumed_rows[2:]] == [row["lr"] for row in expected_rows[2:]]
@@ -299,11 +299,11 @@ def test_resume_auto_uses_the_newest_unfinished_run_of_the_recipe(
             (runs_folder / name / "summary.json").unlink()
     recipe = Recipe(**{**tiny().model_dump(), "out": None, "resume": "auto"})
     lock = lock_folder(runs_folder / "late")
-    with resume.find_resume_point(recipe, "custom") as resume_point:
-        assert resume_point.folder == Path("runs/b")
-    lock.release()
-    with resume.find_resume_point(recipe, "custom") as resume_point:
-        assert resume_point.folder == Path("runs/late")
+    for folder in ("runs/b", "runs/late"):
+        resume_point = resume.find_resume_point(recipe, "custom")
+        resume_point.close("FINISHED")
+        assert resume_point.folder == Path(folder)
+        lock.release()
     for resume_point in (
         resume.find_resume_point(recipe, "another name"),
         resume.find_resume_point(recipe.model_copy(update={"seed": 9}), "custom"),

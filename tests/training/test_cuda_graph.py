@@ -26,7 +26,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.build import build_trainer
 from fastcifar.training.compilation import compile_function, precompile
-from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, dispatch_by_batch_size, pad_batch
+from fastcifar.training.cuda_graph import cuda_graphed, cuda_graphed_forward, pad_batch
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.optimizers import OPTIMIZERS, find_optimizer
 from fastcifar.training.resolve import resolve
@@ -243,14 +243,6 @@ def test_freed_memory_is_kept_with_glibc() -> None:
     code = "from fastcifar.training.compilation import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
-
-
-def test_short_batches_use_the_eager_step() -> None:
-    calls: list[str] = []
-    step = dispatch_by_batch_size(lambda *_: calls.append("full"), lambda *_: calls.append("short"), 32)
-    for size in (32, 17, 32):
-        step(torch.zeros(size), torch.zeros(size))
-    assert calls == ["full", "short", "full"]
 
 
 def assert_captured_forward_equals_eager(trainer: Trainer, capture_fn: Callable | None, tolerance: float) -> None:

@@ -17,7 +17,8 @@ from fastcifar.device import describe_device
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import SINGLE_PROCESS
-from fastcifar.training.run_dir import CALLBACK_FACTORIES, FILE_CALLBACKS, METRICS_COLUMNS, Clock, Run
+from fastcifar.training.metrics_file import METRICS_COLUMNS
+from fastcifar.training.run_dir import METRICS_FILES, Clock, Run
 from fastcifar.training.signals import SignalHandler
 from tests.training.summaries import epoch_row
 
@@ -51,14 +52,14 @@ def test_fault07_a_file_at_the_path_of_a_folder_is_a_disk_error(tiny: Callable[.
         Run.create(tiny(out=str(tmp_path / "file" / "run")), "x")
 
 
-@pytest.mark.parametrize("name", FILE_CALLBACKS)
+@pytest.mark.parametrize("name", METRICS_FILES)
 def test_file_callbacks_write_one_row_per_call(name: str, tmp_path: Path) -> None:
-    write = CALLBACK_FACTORIES[name](tmp_path, 0)
+    write = METRICS_FILES[name](tmp_path, 0)
     write(epoch_row(0, val_acc=None))
     write(epoch_row(1))
     text = next(tmp_path.iterdir()).read_text()
     assert text.count("\n") >= 2
-    if name == "csv":
+    if name == "metrics.csv":
         rows = list(csv.DictReader(text.splitlines()))
         assert [row["epoch"] for row in rows] == ["0", "1"]
         assert tuple(rows[0]) == METRICS_COLUMNS

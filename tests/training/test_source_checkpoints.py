@@ -22,7 +22,7 @@ from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.evaluation.evaluate_run import evaluate_run
 from fastcifar.models import MODELS, build_model
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, source_checkpoints
+from fastcifar.training import checkpoint
 from fastcifar.training.train import train
 from tests.models.reference import FORWARDS
 
@@ -115,7 +115,7 @@ def test_default_normalization_of_each_architecture(arch: str) -> None:
 )
 def test_numpy_scalars_are_loaded_as_python_numbers(tmp_path: Path, acc: Any) -> None:
     torch.save({"net": {}, "acc": acc}, tmp_path / "f.pt")
-    loaded = checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)["acc"]
+    loaded = checkpoint.read_checkpoint(tmp_path / "f.pt", allow_foreign=True)["acc"]
     assert loaded == acc
     assert not isinstance(loaded, np.generic)
 
@@ -167,24 +167,24 @@ def test_fault09_only_numbers_are_accepted_beside_the_weights(
 )
 def test_error_names_the_rejected_global(tmp_path: Path, value: object, name: str) -> None:
     with pytest.raises(CheckpointError, match=f"it refers to {name}, which is not allowed in checkpoints"):
-        checkpoint.load_checkpoint(Path(save_file(tmp_path, net=value)), allow_foreign=True)
+        checkpoint.read_checkpoint(Path(save_file(tmp_path, net=value)), allow_foreign=True)
 
 
 def test_plain_pickles_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": MaliciousObject()}, protocol=2))
     with pytest.raises(CheckpointError):
-        checkpoint.load_checkpoint(tmp_path / "f.pt", allow_foreign=True)
+        checkpoint.read_checkpoint(tmp_path / "f.pt", allow_foreign=True)
 
 
 def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None:
     with torch.device("meta"):
         states = {arch: build_model(arch).state_dict() for arch in MODELS}
-    assert source_checkpoints.matching_architectures(states["coconut_sep"]) == ["coconut_sep"]
-    assert source_checkpoints.matching_architectures(
-        {f"module.{key}": value for key, value in states["se55"].items()}
-    ) == ["se55"]
-    assert source_checkpoints.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
-    assert source_checkpoints.matching_architectures({"weight": torch.ones(2)}) == []
+    assert checkpoint.matching_architectures(states["coconut_sep"]) == ["coconut_sep"]
+    assert checkpoint.matching_architectures({f"module.{key}": value for key, value in states["se55"].items()}) == [
+        "se55"
+    ]
+    assert checkpoint.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
+    assert checkpoint.matching_architectures({"weight": torch.ones(2)}) == []
     torch.save(build_model("se55").state_dict(), tmp_path / "bare.pth")
     with pytest.raises(CheckpointError, match="does not name the architecture of its weights; set --arch se55"):
         evaluate_run(str(tmp_path / "bare.pth"), data=SMALL)

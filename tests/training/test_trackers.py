@@ -130,7 +130,7 @@ def test_mlflow_contains_every_metric_of_an_interrupted_run(
     assert (tracked.info.status, tracked.info.run_name) == ("FINISHED", "run")
     assert_same_rows(run, columns, float)
     summary = json.loads((run / "summary.json").read_text())
-    assert tracked.data.metrics["test_acc"] == summary.test_acc
+    assert tracked.data.metrics["test_acc"] == summary["test_acc"]
     assert (tracked.data.params["lr"], tracked.data.params["blocks"]) == ("0.1", "[1, 1]")
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == set(trackers.MLFLOW_UPLOADED_FILES)
     train(tiny(**{**values, "epochs": 4}, resume=str(run), max_steps=18))  # the fourth epoch is incomplete
@@ -183,6 +183,11 @@ def test_empty_mlflow_tracking_uri_is_ignored(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
     assert trackers.tracking_uri_from_env() is None
     assert trackers.resolve_tracking_uri(tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert trackers.view_commands("tensorboard,mlflow", tmp_path / "run") == [
+        f"tensorboard --logdir {tmp_path}",
+        f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}",
+    ]
+    assert trackers.view_commands("none", tmp_path / "run") == []
 
 
 @pytest.fixture
@@ -262,5 +267,5 @@ def test_unavailable_trackers_are_rejected_before_anything_is_written(
 
 
 def test_only_the_main_process_has_trackers(tmp_path: Path) -> None:
-    assert not Run.for_other_rank(tmp_path, "name").trackers
+    assert not Run(tmp_path, "name").trackers
     assert not list(tmp_path.iterdir())

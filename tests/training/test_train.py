@@ -131,6 +131,7 @@ def test_eval_weights_ema_evaluates_the_averaged_weights(tiny: Callable[..., Rec
     assert summary.test_acc == summary.test_acc_ema
     saved = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "last.pt")
     evaluated = load_file(Path(summary.run) / "weights.safetensors")
+    assert saved["ema"] is not None
     assert all(torch.equal(value, saved["ema"][key]) for key, value in evaluated.items())
 
 
@@ -140,9 +141,9 @@ def test_test_set_is_evaluated_once(tiny: Callable[..., Recipe], monkeypatch: py
     evaluated_sizes: list[int] = []
     evaluate = trainer.evaluate
 
-    def recording_evaluate(model: Any, forward: Any, split: Any, device: Any) -> Any:
+    def recording_evaluate(model: Any, forward: Any, split: Any, *args: Any) -> Any:
         evaluated_sizes.append(len(split.labels))
-        return evaluate(model, forward, split, device)
+        return evaluate(model, forward, split, *args)
 
     monkeypatch.setattr(trainer, "evaluate", recording_evaluate)
     train(tiny(epochs=3))
