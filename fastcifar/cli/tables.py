@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # these modules import torch
     from fastcifar.evaluation.predict import PredictResult
     from fastcifar.evaluation.robustness import CorruptionsResult
     from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
+    from fastcifar.training.dry_run import DryRunEstimate
     from fastcifar.training.summary import RunSummary
 
 MAX_CLASS_ROWS = 10
@@ -63,7 +64,7 @@ def export_table(result: ExportResult) -> Table:
     return key_value_table(rows)
 
 
-def dry_run_table(result: dict[str, Any]) -> Table:
+def dry_run_table(result: DryRunEstimate) -> Table:
     """Return a table of the estimates of `fastcifar train --dry-run`. `result`: as `dry_run` returns it."""
     rows = {
         **dict(line.split(": ", 1) for line in result["chosen"]),
