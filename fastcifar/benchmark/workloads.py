@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from fastcifar.data.loaders import LOADERS, Loader
-from fastcifar.models import count_macs
-from fastcifar.models.memory_traffic import ConvCall, count_conv_calls, feature_map_bytes_per_image
+from fastcifar.models.count import ConvCall, count_conv_calls, count_macs, feature_map_bytes_per_image
 from fastcifar.reporting.benchmark_tables import BenchSettings
 from fastcifar.training import compilation, cuda_graph
 from fastcifar.training.evaluate import eval_mode

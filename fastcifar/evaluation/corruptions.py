@@ -1,10 +1,9 @@
 """The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches on the device.
 
 Each function in `CORRUPTIONS` takes float images [n,3,32,32] in [0, 1], a severity from 1 to 5 and a generator on the
-same device, and returns images of the same shape, range and dtype. The same generator state gives the same images on
-the same device. The parameters of each severity are those of the authors' CIFAR-10-C; any difference in the algorithm
-other than the random numbers is stated in the docstring. Five of the 19 corruptions of CIFAR-10-C are not implemented:
-glass blur, elastic transform, snow, frost and spatter.
+same device, and returns images of the same shape, range and dtype. The parameters of each severity are those of the
+authors' CIFAR-10-C; any difference in the algorithm other than the random numbers is stated in the docstring. Five of
+the 19 corruptions of CIFAR-10-C are not implemented: glass blur, elastic transform, snow, frost and spatter.
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
 def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Blur in one direction, at a random angle of up to 45 degrees for each image, replicating the edge pixels.
 
-    Offsets are whole pixels. The weights and offsets follow ImageMagick, which the authors call; no test compares them
-    with ImageMagick.
+    The weights and the offsets, whole pixels, follow ImageMagick, which the authors call.
     """
     radius, std = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     weights = [math.exp(-(step**2) / (2 * std**2)) for step in range(2 * radius + 1)]
@@ -137,10 +135,7 @@ def contrast(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Decrease the saturation of HSV at severities 1 and 2 and increase it from severity 3 on.
-
-    Grays have hue 0, so severities 4 and 5 turn them red.
-    """
+    """Decrease the saturation of HSV at severities 1 and 2, and increase it from 3 on. Grays turn red from 4 on."""
     scale, shift = ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))[severity - 1]
     value = images.amax(1, keepdim=True)
     saturation = (value - images.amin(1, keepdim=True)) / value.clamp(min=1e-6)
@@ -152,10 +147,7 @@ def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Downsample and upsample with Pillow's box filter.
-
-    Like Pillow, the filter weighs whole pixels only, and each of the four passes rounds to integer pixel values.
-    """
+    """Downsample and upsample like Pillow's box filter: whole pixels only, and each of the four passes rounds."""
     small_size = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
     levels = (images * 255).round()
     for source, target in ((IMAGE_SIZE, small_size), (small_size, IMAGE_SIZE)):
@@ -189,19 +181,17 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def apply_jpeg(images: Tensor, quality: int) -> Tensor:
-    """Return images after JPEG compression and decompression at `quality`, from 1 to 100.
+    """Return float images [n,3,32,32] in [0, 1] after JPEG compression and decompression at `quality`, from 1 to 100.
 
-    Takes and returns float images [n,3,32,32] in [0, 1]; the returned values are multiples of 1/255. The steps are
-    JFIF's YCbCr, chrominance downsampled by 2x2 averages and upsampled linearly, the 8x8 DCT, and the standard
-    quantization tables scaled and rounded as in libjpeg. libjpeg computes the DCT with integers and this function with
-    floating-point numbers, so a few quantized coefficients differ by one.
+    The steps are JFIF's YCbCr, chrominance downsampled by 2x2 averages and upsampled linearly, the 8x8 DCT, and the
+    standard quantization tables scaled and rounded as in libjpeg. libjpeg computes the DCT with integers and this
+    function with floating-point numbers, so a few quantized coefficients differ by one.
     """
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     chrominance = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1) + 128
-    bias = images.new_tensor([0.25, 0.5]).repeat(
-        IMAGE_SIZE // 4
-    )  # alternates by column, as in libjpeg, to avoid a systematic shift
+    # The bias alternates by column, as in libjpeg, to avoid a systematic shift.
+    bias = images.new_tensor([0.25, 0.5]).repeat(IMAGE_SIZE // 4)
     downsampled = (F.avg_pool2d(chrominance.round(), 2) + bias).floor()
     luminance = _quantize_dct(luminance.round()[:, None], LUMINANCE_QUANTIZATION, quality)[:, 0]
     chrominance = _quantize_dct(downsampled, CHROMINANCE_QUANTIZATION, quality)
@@ -240,10 +230,9 @@ def _gaussian_kernel(std: float, radius: int) -> Tensor:
 
 
 def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
-    """Filter each channel with a symmetric `kernel` of odd height and width, after padding with `padding_mode`.
+    """Filter each channel with a symmetric `kernel` of odd height and width, as a sum of shifted images.
 
-    The filter is a sum of shifted images because a float64 convolution of three channels takes eight times as long on
-    a CPU (LOG.md).
+    A float64 convolution of three channels takes eight times as long on a CPU (LOG.md).
     """
     pad_height, pad_width = (size // 2 for size in kernel.shape)
     padded = F.pad(images, (pad_width, pad_width, pad_height, pad_height), mode=padding_mode)
@@ -264,7 +253,7 @@ def _box_filter_weights(source: int, target: int) -> Tensor:
 
 
 def _plasma_fractal(n: int, decay: float, generator: Generator) -> Tensor:
-    """Return fractal height maps [n,32,32] in [0, 1], computed with the diamond-square algorithm on a torus.
+    """Return fractal height maps [n,32,32] in [0, 1], by the diamond-square algorithm on a torus.
 
     The roughness is divided by `decay` after each level.
     """

@@ -132,7 +132,7 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
     scores = compute_scores(logits, labels)
     scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
     confusion_matrix = metrics.compute_confusion_matrix(logits, labels)
-    per_class = metrics.per_class_metrics(confusion_matrix)
+    precision, recall, f1 = map(by_class, metrics.precision_recall_f1(confusion_matrix))
     return {
         "test_acc": scores.accuracy,
         "test_acc_interval": metrics.wilson_interval(scores.correct, scores.total),
@@ -141,9 +141,9 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
         "total": scores.total,
         "ece": scores.ece,
         "per_class": by_class(scores.per_class),
-        "precision_per_class": by_class(per_class.precision),
-        "recall_per_class": by_class(per_class.recall),
-        "f1_per_class": by_class(per_class.f1),
+        "precision_per_class": precision,
+        "recall_per_class": recall,
+        "f1_per_class": f1,
         "confusion": confusion_matrix.tolist(),
         "classes": classes,
         "brier": metrics.brier_score(logits, labels),

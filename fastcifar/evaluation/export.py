@@ -28,6 +28,7 @@ from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import DiskError, UsageError, UserError, first_message_line, lookup
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.evaluation.model_card import write_model_card
+from fastcifar.recipe import Recipe
 from fastcifar.training.step import scale_and_shift
 
 NUM_VERIFICATION_IMAGES = 256
@@ -56,21 +57,20 @@ class ExportResult(TypedDict):
 
 
 class DeployedModel(nn.Module):
-    """A network with its input normalization and its output activation.
+    """A network with the input normalization of its recipe and an output activation.
 
     input_type   "uint8" for images uint8 [n,32,32,3], which the module normalizes, or "normalized" for normalized
                  images float32 [n,3,32,32]
     output_type  "probabilities" or "logits", float32 [n,classes]
     """
 
-    def __init__(
-        self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], input_type: str, output_type: str
-    ) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, recipe: Recipe, input_type: str, output_type: str) -> None:
         super().__init__()
         self.network, self.input_type, self.output_type = network, input_type, output_type
-        self.scale: Tensor
-        self.shift: Tensor
-        scale, shift = scale_and_shift(mean, std)
+        scale, shift = scale_and_shift(*normalization_mean_std(recipe))
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -91,26 +91,19 @@ class ExportFormat:
 
 
 def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Export to a single ONNX file with a dynamic batch size, using the exporter based on TorchDynamo."""
+    """Export to a single ONNX file, using the exporter based on TorchDynamo."""
     import_optional("onnxscript", ONNX_REMEDY)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": [deployed.output_type]}
+    shapes = {"images": BATCH_DIMENSION}
     torch.onnx.export(
-        deployed,
-        (images,),
-        str(path),
-        dynamo=True,
-        external_data=False,
-        dynamic_shapes={"images": BATCH_DIMENSION},
-        input_names=["images"],
-        output_names=[deployed.output_type],
-        verbose=False,
+        deployed, (images,), str(path), dynamo=True, external_data=False, dynamic_shapes=shapes, verbose=False, **names
     )
 
 
 def load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
     """Return a function that runs the file with ONNX Runtime on the CPU."""
-    session = import_optional("onnxruntime", ONNX_REMEDY).InferenceSession(
-        str(path), providers=["CPUExecutionProvider"]
-    )
+    runtime = import_optional("onnxruntime", ONNX_REMEDY)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.output_type], {"images": images.numpy()})[0])
 
 
@@ -178,7 +171,7 @@ def export_model(
     data = loaded.load_dataset()
     run_dir = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
     out = out or run_dir / f"{loaded.recipe.arch}{export_format.suffix}"
-    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), input_type, output_type).eval()
+    deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
     images = example_inputs(deployed, data)
     try:
         difference = write_and_verify(export_format, out, deployed, images)
@@ -207,9 +200,15 @@ def write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedM
     ignore_warnings = warnings.catch_warnings(action="ignore")
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as folder, torch.no_grad(), ignore_warnings:
         temporary_file = Path(folder) / f"model{export_format.suffix}"
+        expected = deployed(images)
         try:
             export_format.write(deployed, images, temporary_file)
-            difference = max_abs_difference(export_format.load(temporary_file, deployed), deployed, images)
+            function = export_format.load(temporary_file, deployed)
+            differences = [
+                function(images[:size].clone()) - expected[:size]
+                for size in VERIFICATION_BATCH_SIZES
+                if size <= len(images)
+            ]
         except (UserError, OSError):
             raise
         except Exception as error:  # the errors of exporters, compilers and runtimes have no common base class
@@ -218,6 +217,7 @@ def write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedM
             problem = f"cannot export {out}: {type(error).__name__}: {first_message_line(error)}"
             remedy = "choose another --format, or check the compiler with `fastcifar doctor`"
             raise UserError(problem, remedy) from error
+        difference = torch.cat(differences).abs().max().item()  # NaN if an output is NaN
         if not difference <= EXPORT_TOLERANCE:
             raise UserError(
                 f"the outputs of {out} differ from the network's by {difference:.2g}, more than {EXPORT_TOLERANCE:g}; "
@@ -234,14 +234,3 @@ def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
     if deployed.input_type == "uint8":
         return images.permute(0, 2, 3, 1).contiguous()
     return images * deployed.scale + deployed.shift
-
-
-def max_abs_difference(function: TensorFunction, deployed: DeployedModel, images: Tensor) -> float:
-    """Return the largest difference between the outputs of two models over all batch sizes; infinity for NaN."""
-    expected = deployed(images)
-    differences = [
-        (function(images[:size].clone()) - expected[:size]).abs().max().item()
-        for size in VERIFICATION_BATCH_SIZES
-        if size <= len(images)
-    ]
-    return max(value if np.isfinite(value) else np.inf for value in differences)

@@ -67,17 +67,11 @@ class LoadedRun:
 
         The options `--compile` and `--cuda-graph` take precedence.
         """
-        recipe, execution = self.recipe, self.execution
-        if recipe.compile is None and execution.compile and num_images < MIN_IMAGES_TO_COMPILE:
-            reason = f"{num_images:,} images are too few to save time, at least {MIN_IMAGES_TO_COMPILE:,} are needed"
-            execution = replace(execution, compile=False, reasons={**execution.reasons, "compile": reason})
-        if recipe.cuda_graph is None and execution.cuda_graph and num_images < EVAL_BATCH_SIZE:
-            reason = f"{num_images:,} images are fewer than one batch of {EVAL_BATCH_SIZE:,}"
-            execution = replace(execution, cuda_graph=False, reasons={**execution.reasons, "cuda_graph": reason})
-        self.execution = execution
-        self.forward = optimize_forward(
-            self.model, self.forward, self.device, execution.compile, execution.cuda_graph, recipe.compile_mode
-        )
+        recipe, plan = self.recipe, self.execution
+        compile = plan.compile and (recipe.compile is not None or num_images >= MIN_IMAGES_TO_COMPILE)
+        cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= EVAL_BATCH_SIZE)
+        self.execution = replace(plan, compile=compile, cuda_graph=cuda_graph)
+        self.forward = optimize_forward(self.model, self.forward, self.device, compile, cuda_graph, recipe.compile_mode)
 
     def predict_logits(self, split: Split, tta: str = "none") -> Tensor:
         """Return the float32 logits [n, classes] of a split on the CPU, averaged over the views of `tta`.

@@ -6,7 +6,6 @@ All are computed in float64. Accuracy, loss and the expected calibration error a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,51 +16,33 @@ TEMPERATURE_RANGE = (0.01, 100.0)
 BISECTION_STEPS = 45  # reduce the interval of length 2 ln(100) to thirteen digits
 
 
-@dataclass(frozen=True)
-class PerClassMetrics:
-    """Per-class fractions; None where undefined because the class is never predicted or has no images."""
-
-    precision: list[float | None]
-    recall: list[float | None]
-    f1: list[float | None]
-
-
 def compute_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Return int64 counts [classes, classes] with a row for each label and a column for each predicted class."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def per_class_metrics(confusion_matrix: Tensor) -> PerClassMetrics:
-    """Return precision, recall and F1 = 2 PR / (P + R) of every class, for a matrix of `compute_confusion_matrix`."""
-    correct = confusion_matrix.diagonal().tolist()
-    predicted, labeled = confusion_matrix.sum(0).tolist(), confusion_matrix.sum(1).tolist()
-    return PerClassMetrics(
-        precision=[_divide_or_none(c, p) for c, p in zip(correct, predicted, strict=True)],
-        recall=[_divide_or_none(c, n) for c, n in zip(correct, labeled, strict=True)],
-        f1=[_divide_or_none(2 * c, p + n) for c, p, n in zip(correct, predicted, labeled, strict=True)],
+def precision_recall_f1(confusion_matrix: Tensor) -> tuple[list[float | None], ...]:
+    """Return precision, recall and F1 = 2 PR / (P + R) of every class, for a matrix of `compute_confusion_matrix`.
+
+    A value is None where it is undefined because the class is never predicted or has no images.
+    """
+    correct, predicted, labeled = confusion_matrix.diagonal(), confusion_matrix.sum(0), confusion_matrix.sum(1)
+    fractions = ((correct, predicted), (correct, labeled), (2 * correct, predicted + labeled))
+    return tuple(
+        [count / total if total else None for count, total in zip(counts.tolist(), totals.tolist(), strict=True)]
+        for counts, totals in fractions
     )
 
 
-def _divide_or_none(numerator: int, denominator: int) -> float | None:
-    return numerator / denominator if denominator else None
-
-
 def brier_score(logits: Tensor, labels: Tensor) -> float:
-    """Return the Brier score (Brier 1950), from 0 to 2.
-
-    It is the squared difference between the probabilities and the one-hot label, summed over the classes and averaged
-    over the images.
-    """
+    """Return the mean squared distance, from 0 to 2, of the probabilities from the one-hot label (Brier 1950)."""
     targets = F.one_hot(labels, logits.shape[1])
     return (logits.double().softmax(1) - targets).square().sum(1).mean().item()
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return the lower and upper bound of the 95 % confidence interval of `correct / total` (Wilson 1927).
-
-    The interval covers the sampling of the `total` test images, not the variation between training seeds.
-    """
+    """Return the 95 % confidence interval of `correct / total` over samples of test images (Wilson 1927)."""
     z2_over_n = Z_SCORE_95**2 / total
     fraction = correct / total
     center = fraction + z2_over_n / 2

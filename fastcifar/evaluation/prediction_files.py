@@ -81,8 +81,7 @@ class PredictionFormat:
     def check(self, out: Path, classes: Sequence[str]) -> None:
         """Check before prediction that `out` can be written.
 
-        Raises `UsageError` for an unknown suffix or an invalid option, and `DiskError` if the folder of `out` does not
-        exist.
+        Raises `UsageError` for an unknown suffix or an invalid option, and `DiskError` for a missing folder.
         """
         suffix = out.suffix.lower()
         if suffix not in PREDICTION_SERIALIZERS:
@@ -100,10 +99,12 @@ class PredictionFormat:
     ) -> dict[str, Sequence[Any]]:
         """Return the columns for images with class probabilities [n, classes].
 
-        Raises `UsageError` if the header is not two different names, `top_k` is out of range or two columns have the
-        same name.
+        Raises `UsageError` for an invalid header or `top_k`, or if two columns have the same name.
         """
-        id_name, label_name = KAGGLE_HEADER if self.header is None else _parse_header(self.header)
+        names = KAGGLE_HEADER if self.header is None else next(csv.reader([self.header]), [])
+        if len(names) != 2 or not all(names) or names[0] == names[1]:
+            problem = f"--header {self.header!r} does not name two different columns"
+            raise UsageError(problem, "write two names, such as id,label")
         if not 0 <= self.top_k <= len(classes):
             problem = f"--top {self.top_k} is out of range for {len(classes)} classes"
             raise UsageError(problem, f"choose 0 to {len(classes)}")
@@ -114,7 +115,7 @@ class PredictionFormat:
             labels = ranking[:, rank].tolist()
             return [classes[label] for label in labels] if self.use_class_names else labels
 
-        columns: list[tuple[str, Sequence[Any]]] = [(id_name, ids), (label_name, labels_at_rank(0))]
+        columns: list[tuple[str, Sequence[Any]]] = [(names[0], ids), (names[1], labels_at_rank(0))]
         for rank in range(self.top_k):
             rank_probabilities = rounded[np.arange(len(rounded)), ranking[:, rank]].tolist()
             columns += [(f"top_{rank + 1}", labels_at_rank(rank)), (f"top_{rank + 1}_probability", rank_probabilities)]
@@ -130,19 +131,8 @@ class PredictionFormat:
 KAGGLE_SUBMISSION = PredictionFormat()
 
 
-def _parse_header(header: str) -> list[str]:
-    names = next(csv.reader([header]), [])
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
-        problem = f"--header {header!r} does not name two different columns"
-        raise UsageError(problem, "write two names, such as id,label")
-    return names
-
-
 def write_predictions(out: Path, columns: PredictionColumns) -> None:
-    """Write a prediction file in the format of the suffix of `out`, atomically, replacing an existing file.
-
-    Raises `DiskError` if the file cannot be written.
-    """
+    """Write a prediction file in the format of the suffix of `out`, atomically. Raises `DiskError` if that fails."""
     content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode()
     try:
         write_atomically(out, content)
@@ -152,7 +142,7 @@ def write_predictions(out: Path, columns: PredictionColumns) -> None:
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """Return the first two columns of a CSV file with a header as id -> label, both text, in the order of the file.
+    """Return the first two columns of a CSV file with a header as id -> label.
 
     Raises `DataError` if the file is not such a CSV file or an id occurs twice.
     """

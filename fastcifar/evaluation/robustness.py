@@ -53,8 +53,7 @@ class CorruptionsResult(TypedDict):
 def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
     """Return the version name and the images of CIFAR-10.1 (Recht et al. 2018) in `folder`, preferring v6 over v4.
 
-    Raises `DataError` if `classes`, the classes of the run, are not those of CIFAR-10, or if a file is missing,
-    damaged, pickled, or of another shape, dtype or range than published.
+    Raises `DataError` if `classes`, those of the run, are not those of CIFAR-10, or if a file is not as published.
     """
     if tuple(classes) != DATASETS["cifar10"].class_names:
         raise DataError("CIFAR-10.1 has the classes of CIFAR-10, but the run has other classes", "omit --shifted")
@@ -122,7 +121,7 @@ def _corrupted_accuracy(loaded: LoadedRun, split: Split, corruption: Corruption,
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:
     """Apply a corruption to uint8 images [n,3,32,32]; return uint8 images in channels_last memory format.
 
-    Values are truncated to integers as in CIFAR-10-C. The corruption is computed in float64:
+    Values are truncated to integers as in CIFAR-10-C. The corruption is computed in float64, because
     reduced-precision matrix products on a GPU would change some of the truncated values.
     """
     corrupted = corruption(images.double() / 255, severity, generator) * 255

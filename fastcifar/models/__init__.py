@@ -94,7 +94,5 @@ def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:
     """Raise `UsageError` if `model`, called `arch` in the message, has more than `max_params` trainable parameters."""
     count = count_parameters(model)
     if count > max_params:
-        raise UsageError(
-            f"{arch} has {count:,} parameters, {count - max_params:,} over the budget of {max_params:,}",
-            f"choose a smaller network, or allow it with --max-params {count}",
-        )
+        problem = f"{arch} has {count:,} parameters, {count - max_params:,} over the budget of {max_params:,}"
+        raise UsageError(problem, f"choose a smaller network, or allow it with --max-params {count}")

@@ -1,16 +1,26 @@
-"""Parameters, multiply-accumulates (MACs) and layers of a network.
+"""Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic of a network.
 
-Layers are observed in a forward pass of one image on the meta device, where tensors have shapes but no data. The model
-is left unchanged: its mode, weights and buffers.
+They are observed in a forward pass of one image by a copy of the network on the meta device, where tensors have shapes
+but no data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypedDict
+import copy
+import math
+from collections import Counter
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ImageShape = tuple[int, int, int]  # [C, H, W]
+
+CIFAR_SHAPE: ImageShape = (3, 32, 32)
+CONV_OP = "aten.convolution.default"
+BATCH_NORM_OP = "aten.native_batch_norm.default"
+ADD_OPS = ("aten.add.Tensor", "aten.add_.Tensor")
 
 
 class LayerRow(TypedDict):
@@ -28,82 +38,126 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def count_macs(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> int:
-    """Return the forward multiply-accumulates of one image of `shape` [C, H, W].
-
-    Counts the calls of `nn.Conv2d` and `nn.Linear` modules; biases and all other operations count as 0.
-    """
+def count_macs(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> int:
+    """Return the forward multiply-accumulates of one image in `nn.Conv2d` and `nn.Linear` modules, without biases."""
     return sum(row["macs"] for row in layer_table(model, shape))
 
 
-def layer_table(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> list[LayerRow]:
-    """Return one row for each call of a layer with an image of `shape` [C, H, W], in forward order.
+def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[LayerRow]:
+    """Return one row for each call of a layer, in forward order.
 
     A layer is a module that has parameters of its own, or has no children and is not `nn.Identity`. Modules with
     parameters that are never called come last, so `params` adds up to `count_parameters(model)`.
     """
-    model = unwrap_compiled(model)
+    model = _meta_copy(model)
     rows: list[LayerRow] = []
-    counted: set[int] = set()
-    own_params = {
-        name: [p for p in module.parameters(recurse=False) if p.requires_grad] for name, module in model.named_modules()
-    }
+    counted: set[nn.Parameter] = set()
 
     def add_row(name: str, module: nn.Module, output: Any) -> None:
-        shape = list(output.shape[1:]) if isinstance(output, Tensor) else []
-        params = sum(p.numel() for p in own_params[name] if id(p) not in counted)
-        counted.update(id(p) for p in own_params[name])
-        macs = _layer_macs(module, output)
-        rows.append({"name": name, "kind": type(module).__name__, "output": shape, "params": params, "macs": macs})
+        own_params = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in counted]
+        counted.update(own_params)
+        is_counted = isinstance(output, Tensor) and isinstance(module, nn.Conv2d | nn.Linear)
+        rows.append(
+            {
+                "name": name,
+                "kind": type(module).__name__,
+                "output": list(output.shape[1:]) if isinstance(output, Tensor) else [],
+                "params": sum(p.numel() for p in own_params),
+                "macs": output.numel() * module.weight[0].numel() if is_counted else 0,
+            }
+        )
 
-    run_on_meta_device(model, shape, add_row)
     for name, module in model.named_modules():
-        if any(id(p) not in counted for p in own_params[name]):
+        is_leaf = not list(module.children()) and not isinstance(module, nn.Identity)
+        if is_leaf or list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda module, _inputs, output, name=name: add_row(name, module, output))
+    _run_one_image(model, shape)
+    for name, module in model.named_modules():
+        if any(p.requires_grad and p not in counted for p in module.parameters(recurse=False)):
             add_row(name, module, None)
     return rows
 
 
-def run_on_meta_device(
-    model: nn.Module, shape: tuple[int, int, int], layer_hook: Callable[[str, nn.Module, Any], None]
-) -> None:
-    """Run one image of `shape` [C, H, W] through `model` in evaluation mode on the meta device.
+class ConvCall(NamedTuple):
+    """One call of a convolution with one image: input [C_in, H, W], weight [C_out, C_in / groups, h, w], output."""
 
-    Calls `layer_hook(name, layer, output)` after each call of a layer. The weights are replaced by float32 meta tensors
-    for this call only, so their device and dtype do not matter.
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the forward pass of one image."""
+        return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
+
+    def __str__(self) -> str:
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        shapes = " -> ".join("x".join(map(str, shape)) for shape in (self.input_shape, self.output_shape))
+        return f"{shapes}, {self.weight_shape[2]}x{self.weight_shape[3]}{groups}"
+
+
+def count_conv_calls(model: nn.Module) -> Counter[ConvCall]:
+    """Return the convolutions of one 32x32 image in forward order, each with its number of calls."""
+    calls: Counter[ConvCall] = Counter()
+    for name, arguments, output in _record_operations(model):
+        if name == CONV_OP:
+            images, weight, _bias, stride, padding, _dilation, _transposed, _out_padding, groups = arguments
+            shapes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
+            calls[ConvCall(*shapes, tuple(stride), tuple(padding), groups)] += 1
+    return calls
+
+
+def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: int = 2) -> int:
+    """Return the bytes of feature maps that well-fused kernels read and write for one 32x32 image.
+
+    An estimate, not a measurement. Counted in whole feature maps of `element_size` bytes per element, a training step
+    reads and writes:
+    - a convolution: its input and output three times: forward, gradient of the input, gradient of the weight;
+    - a BatchNorm with the elementwise operations after it fused into it: eight times its size. Forward it reads its
+      input twice (statistics, normalization) and writes its output; backward it reads gradient and input twice each
+      and writes the new gradient;
+    - an addition: three times its size: the shortcut forward, and its gradient in the two backward reads of the
+      BatchNorm before it.
+    In evaluation a convolution reads its input and writes its output, a BatchNorm reads and writes once, an addition
+    reads once. Activations, dropout and squeeze-and-excitation are assumed to be fused. Weights and optimizer state are
+    excluded, because a batch shares them.
     """
-    model = unwrap_compiled(model)
-    modes = {module: module.training for module in model.modules()}
-    meta_tensors = {
-        name: torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
-    }
-    handles = [
-        module.register_forward_hook(lambda module, _inputs, output, name=name: layer_hook(name, module, output))
-        for name, module in model.named_modules()
-        if _is_layer(module)
-    ]
-    try:
-        model.eval()
-        with torch.no_grad():
-            torch.func.functional_call(model, meta_tensors, (torch.empty(1, *shape, device="meta"),))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    conv_factor, norm_factor, addition_factor = (3, 8, 3) if training else (1, 2, 1)
+    elements = 0
+    for name, arguments, output in _record_operations(model):
+        if name == CONV_OP:
+            elements += conv_factor * (arguments[0].numel() + output.numel())
+        elif name == BATCH_NORM_OP:
+            elements += norm_factor * output[0].numel()
+        elif name in ADD_OPS and output.dim() == 4:
+            elements += addition_factor * output.numel()
+    return element_size * elements
 
 
-def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """Return the module inside the wrapper of `torch.compile`, whose forward pass runs no hooks, or `model` itself."""
-    return getattr(model, "_orig_mod", model)
+def _record_operations(model: nn.Module) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """Return the name, the positional arguments and the result of every operation on one 32x32 image."""
+    operations: list[tuple[str, tuple[Any, ...], Any]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            operations.append((str(func), args, result))
+            return result
+
+    model = _meta_copy(model)
+    with Recorder():
+        _run_one_image(model, CIFAR_SHAPE)
+    return operations
 
 
-def _is_layer(module: nn.Module) -> bool:
-    has_own_params = next(module.parameters(recurse=False), None) is not None
-    return has_own_params or not (isinstance(module, nn.Identity) or list(module.children()))
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode on the meta device, without the wrapper of `torch.compile`."""
+    return copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta", torch.float32).eval()
 
 
-def _layer_macs(module: nn.Module, output: Any) -> int:
-    if isinstance(output, Tensor) and isinstance(module, nn.Conv2d | nn.Linear):
-        return output.numel() * module.weight[0].numel()
-    return 0
+def _run_one_image(model: nn.Module, shape: ImageShape) -> None:
+    with torch.no_grad():
+        model(torch.empty(1, *shape, device="meta"))

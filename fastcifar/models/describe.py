@@ -1,7 +1,6 @@
 """Architectures, layers and fitted widths as documents for `fastcifar models`.
 
-Networks are built on the meta device: no memory is allocated and no random numbers are drawn. MACs are those of one
-32x32 image.
+Networks are built on the meta device: no memory is allocated and no random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -67,10 +66,8 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
 
     low, high = MIN_WIDTH, 1.0  # `low` is within the budget, and after the first loop `high` is over it
     if count(low) > budget:
-        raise UsageError(
-            f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {budget:,}",
-            f"use fewer blocks, or a budget of at least {count(low)}",
-        )
+        problem = f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {budget:,}"
+        raise UsageError(problem, f"use fewer blocks, or a budget of at least {count(low)}")
     # Starts at exactly 1, where channels are not rounded: it may be within the budget although widths near it are not.
     while count(high) <= budget:
         low, high = high, 2 * high

@@ -54,7 +54,7 @@ def check_export(run: Path, tmp_path: Path, format: str, output_type: str) -> No
     assert result["bytes"] == out.stat().st_size
     assert result["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     loaded = load_model(str(run), device="cpu", precision="fp32")
-    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), "uint8", output_type).eval()
+    deployed = DeployedModel(loaded.model, loaded.recipe, "uint8", output_type).eval()
     function = EXPORT_FORMATS[format].load(out, deployed)
     images = torch.randint(256, (13, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -170,6 +170,6 @@ def test_example_inputs_are_the_first_test_images(run: Path) -> None:
     from fastcifar.data import cifar
 
     data = cifar.load_dataset(loaded.recipe.data)
-    deployed = DeployedModel(loaded.model, *normalization_mean_std(loaded.recipe), "uint8", "logits")
+    deployed = DeployedModel(loaded.model, loaded.recipe, "uint8", "logits")
     images = example_inputs(deployed, data)
     assert torch.equal(images.permute(0, 3, 1, 2), torch.from_numpy(data.test.images[: export.NUM_VERIFICATION_IMAGES]))

@@ -29,19 +29,19 @@ def test_metrics_match_torchmetrics() -> None:
     probabilities = logits.double().softmax(1)
     counts = metrics.compute_confusion_matrix(logits, labels)
     assert torch.equal(counts, torchmetrics.multiclass_confusion_matrix(probabilities, labels, CLASSES))
-    per_class = metrics.per_class_metrics(counts)
-    for name, function in (
-        ("precision", torchmetrics.multiclass_precision),
-        ("recall", torchmetrics.multiclass_recall),
-        ("f1", torchmetrics.multiclass_f1_score),
+    precision, recall, f1 = metrics.precision_recall_f1(counts)
+    for actual, function in (
+        (precision, torchmetrics.multiclass_precision),
+        (recall, torchmetrics.multiclass_recall),
+        (f1, torchmetrics.multiclass_f1_score),
     ):
         expected = function(probabilities, labels, num_classes=CLASSES, average="none").tolist()
-        assert getattr(per_class, name) == pytest.approx(expected, rel=1e-6), name
+        assert actual == pytest.approx(expected, rel=1e-6), function.__name__
     scores = compute_scores(logits, labels)
     assert scores.accuracy == pytest.approx(
         torchmetrics.multiclass_accuracy(probabilities, labels, CLASSES, average="micro").item(), rel=1e-6
     )
-    assert scores.per_class == per_class.recall
+    assert scores.per_class == recall
     calibration = torchmetrics.multiclass_calibration_error(
         probabilities, labels, CLASSES, n_bins=ECE_BINS, norm="l1"
     ).item()
@@ -55,9 +55,9 @@ def test_metrics_match_torchmetrics() -> None:
 
 def test_undefined_per_class_metrics_are_none() -> None:
     logits = torch.tensor([[2.0, 1, 0], [2, 1, 0]])
-    per_class = metrics.per_class_metrics(metrics.compute_confusion_matrix(logits, torch.tensor([0, 1])))
-    assert (per_class.precision, per_class.recall) == ([0.5, None, None], [1.0, 0.0, None])
-    assert per_class.f1 == [2 / 3, 0.0, None]
+    counts = metrics.compute_confusion_matrix(logits, torch.tensor([0, 1]))
+    expected = ([0.5, None, None], [1.0, 0.0, None], [2 / 3, 0.0, None])
+    assert metrics.precision_recall_f1(counts) == expected
 
 
 def test_reliability_bins_give_the_calibration_error() -> None:

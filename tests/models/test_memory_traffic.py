@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from fastcifar.models import MODELS, build_model, count_macs
-from fastcifar.models.memory_traffic import count_conv_calls, feature_map_bytes_per_image
+from fastcifar.models.count import count_conv_calls, feature_map_bytes_per_image
 
 
 def test_a_convolution_and_its_norm_by_hand() -> None:
