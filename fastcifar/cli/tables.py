@@ -20,10 +20,9 @@ from fastcifar.format import (
 if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
     from fastcifar.device import Diagnostics
-    from fastcifar.evaluation.evaluate_run import EvalResult
+    from fastcifar.evaluation.evaluate_run import CorruptionsResult, EvalResult
     from fastcifar.evaluation.export import ExportResult
     from fastcifar.evaluation.predict import PredictResult
-    from fastcifar.evaluation.robustness import CorruptionsResult
     from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
     from fastcifar.training.dry_run import DryRunEstimate
     from fastcifar.training.summary import RunSummary

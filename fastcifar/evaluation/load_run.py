@@ -128,12 +128,12 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
         to_channels_last(model, device).eval(), *normalization_mean_std(recipe), execution.precision, device
     )
     return LoadedRun(
-        recipe,
-        execution,
-        device,
-        saved["classes"],
-        model,
-        forward,
-        path,
-        eval_weights if "format" in saved else "published",
+        recipe=recipe,
+        execution=execution,
+        device=device,
+        classes=saved["classes"],
+        model=model,
+        forward=forward,
+        checkpoint_path=path,
+        weights=eval_weights if "format" in saved else "published",
     )

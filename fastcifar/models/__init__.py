@@ -75,7 +75,8 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
 
     `overrides` that are None leave the architecture's own values. An entry of `MODELS` without a `num_classes`
     parameter is called without it.
-    Raises `UsageError` for an unknown architecture, an option it does not have, and an invalid value.
+    Raises `UsageError` for an unknown architecture, an option it does not have, an unknown name in an option, and
+    numbers of stages that do not fit; `Recipe` checks the range of every number.
     """
     builder = lookup(MODELS, arch, "architecture")
     arguments = {name: value for name, value in overrides.items() if value is not None}

@@ -95,8 +95,7 @@ class BottleneckResNet(nn.Module):
     width             multiplier of all channels, see `scale_channels`
     dropout           probability of dropout after every block and before the linear layer
 
-    Raises `UsageError` for invalid values. Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4
-    average pooling of the published networks.
+    Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """
 
     def __init__(

@@ -57,8 +57,6 @@ class SmallConvNet(nn.Module):
     stem_channels     channels of the stem, which has full resolution
     width             multiplier of all channels, see `scale_channels`
     dropout           probability of dropout before the linear layer
-
-    Raises `UsageError` for invalid values.
     """
 
     def __init__(
@@ -131,8 +129,6 @@ class AirbenchNet(nn.Module):
     residual          see `ConvGroup`
     width             multiplier of all channels, see `scale_channels`
     dropout           probability of dropout before the linear layer
-
-    Raises `UsageError` for invalid values.
     """
 
     def __init__(

@@ -56,14 +56,16 @@ def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[Layer
     def add_row(name: str, module: nn.Module, output: Any) -> None:
         own_params = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in counted]
         counted.update(own_params)
-        is_counted = isinstance(output, Tensor) and isinstance(module, nn.Conv2d | nn.Linear)
+        macs = 0
+        if isinstance(output, Tensor) and isinstance(module, nn.Conv2d | nn.Linear):
+            macs = output.numel() * module.weight[0].numel()
         rows.append(
             {
                 "name": name,
                 "kind": type(module).__name__,
                 "output": list(output.shape[1:]) if isinstance(output, Tensor) else [],
                 "params": sum(p.numel() for p in own_params),
-                "macs": output.numel() * module.weight[0].numel() if is_counted else 0,
+                "macs": macs,
             }
         )
 

@@ -100,12 +100,13 @@ class SEResNet(nn.Module):
     se, se_reduction         `none`, `stem` (after the stem) or `block` (in every block, before the addition), with
                              C / se_reduction hidden channels
     width                    multiplier of all channels, see `scale_channels`
-    dropout, dropout_at      probability; `all` (after every block and before the linear layer) or `head` (only there)
+    dropout, dropout_at      probability; `all` (after every block and before the linear layer) or `head` (only before
+                             the linear layer)
     kernel, shortcut_kernel  odd kernel sizes of the block convolutions and of the projection shortcuts
     conv                     `full` or `separable` block convolutions
 
-    Raises `UsageError` for invalid values. Source: the published SEResNet68 (se68, se55). For 32x32 images the pooling
-    equals theirs (8x8 after three stages, 4x4 after four).
+    Source: the published SEResNet68 (se68, se55). For 32x32 images the pooling equals theirs (8x8 after three stages,
+    4x4 after four).
     """
 
     uses_fused_ops = False  # set by `enable_fused_ops`

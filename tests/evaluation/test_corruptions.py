@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as torchvision_functional
 
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, apply_jpeg
-from fastcifar.evaluation.robustness import apply_corruption
+from fastcifar.evaluation.evaluate_run import apply_corruption
 
 # saturate decreases the saturation at severities 1 and 2 and increases it from 3 on; the grid of pixelate aligns with
 # different edges at each severity.

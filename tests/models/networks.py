@@ -1,4 +1,4 @@
-"""The rows of MODELS in the two forms that tests can afford: without memory, and narrow."""
+"""Small versions of the architectures for tests: on the meta device, and narrow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from fastcifar.models import MODELS, build_model
 
 
-def on_meta(arch: str, **knobs: Any) -> nn.Module:
-    """The row's network on the meta device: shapes only."""
+def on_meta(arch: str, **options: Any) -> nn.Module:
+    """Return the network on the meta device."""
     with torch.device("meta"):
-        return build_model(arch, **knobs)
+        return build_model(arch, **options)
 
 
-def small(arch: str, **knobs: Any) -> nn.Module:
-    """The row at an eighth of its width, or as it is if it takes none."""
+def small(arch: str, **options: Any) -> nn.Module:
+    """Return the network at an eighth of its width, or at full width if it has no such option."""
     width = {"width": 0.125} if "width" in inspect.signature(MODELS[arch]).parameters else {}
-    return build_model(arch, **{**width, **knobs})
+    return build_model(arch, **{**width, **options})

@@ -1,7 +1,6 @@
-"""The published networks computed again, from a state dict and torch.nn.functional: nothing of `fastcifar.models`.
+"""Independent forward passes of the published networks, from a state dict and torch.nn.functional.
 
-Written from the sources' definitions, so that a test can hold the project's networks and its reading of published
-checkpoints against something that shares no line with them.
+They follow the definitions of the source projects and use nothing of `fastcifar.models`.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from fastcifar.cli.tables import architectures_table, layers_table, width_table
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS
+from fastcifar.models import MODELS, count_parameters
 from fastcifar.models.describe import describe_architectures, describe_layers, fit_width_to_budget
 from fastcifar.recipe import Recipe
+from tests.models.networks import on_meta
 
 SE68 = {"name": "se68", "params": 4_697_742, "macs": 798_690_304}
 
@@ -38,18 +40,40 @@ def test_layers_are_those_of_the_recipe() -> None:
 
 
 def test_fitted_width_replaces_that_of_the_recipe_and_keeps_the_other_options() -> None:
-    state = torch.get_rng_state()
     result = fit_width_to_budget(Recipe(width=3.0, blocks=(2, 2, 2)), 1_000_000)
-    assert torch.equal(torch.get_rng_state(), state)
     assert (result["name"], result["budget"]) == ("se68", 1_000_000)
     built = describe_layers(Recipe(width=result["width"], blocks=(2, 2, 2)))
     assert (result["params"], result["macs"]) == (built["params"], built["macs"])
     assert 900_000 < result["params"] <= 1_000_000
     assert width_table(result).row_count == 3
+    assert result["width"] > fit_width_to_budget(Recipe(), 1_000_000)["width"]
 
 
-def test_invalid_options_and_budgets_are_refused() -> None:
+@pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
+@pytest.mark.parametrize(
+    ("arch", "channels"),
+    [("se68", (64, 128, 256)), ("se55", (64, 128, 232, 268)), ("coconut_over", (32, 64, 128, 256))],
+)
+def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: tuple[int, ...], budget: int) -> None:
+    random = torch.get_rng_state()
+    width = fit_width_to_budget(Recipe(arch=arch), budget)["width"]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert count_parameters(on_meta(arch, width=width)) <= budget
+    # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
+    following = min(8 * (k + 0.5) / c for c in channels for k in range(200) if 8 * (k + 0.5) / c > width)
+    assert count_parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
+
+
+def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_878)["width"] == 1.0
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
+
+
+def test_invalid_options_and_budgets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="speednet has no option --kernel"):
         describe_layers(Recipe(arch="speednet", kernel=3))
-    with pytest.raises(UsageError, match="even the narrowest se68"):
-        fit_width_to_budget(Recipe(), 10)
+    with pytest.raises(UsageError, match="even the narrowest se68 has"):
+        fit_width_to_budget(Recipe(), 1000)
+    monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="mine has no option --width"):
+        fit_width_to_budget(Recipe(arch="mine"), 5_000_000)

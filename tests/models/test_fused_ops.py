@@ -1,9 +1,9 @@
-"""The fused operators against float64: their plain forms here, their kernels under Triton's interpreter, and compiled
-for GPUs that are not there."""
+"""Test the fused operators against float64, and their Triton kernels in Triton's interpreter and compiled for GPUs."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ def a_map(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0) 
     return (torch.randn(shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def distance(mine: Tensor | None, truth: Tensor | None) -> float:
-    """Norm of the difference over the norm of the truth."""
-    assert mine is not None
-    assert truth is not None
-    return ((mine.double() - truth).norm() / truth.double().norm()).item()
+def distance(actual: Tensor | None, reference: Tensor | None) -> float:
+    """Return the norm of the difference relative to the norm of the reference."""
+    assert actual is not None
+    assert reference is not None
+    return ((actual.double() - reference).norm() / reference.double().norm()).item()
 
 
 def layers(gated: bool) -> nn.ModuleDict:
-    """A BatchNorm of 24 channels, and the two layers of an SE whose hidden units are all awake."""
+    """Return a BatchNorm of 24 channels and, if `gated`, the layers of an SE whose hidden units are all positive."""
     torch.manual_seed(0)
     bn = nn.BatchNorm2d(24)
     nn.init.uniform_(bn.weight, 0.5, 1.5)
@@ -50,8 +51,8 @@ def layers(gated: bool) -> nn.ModuleDict:
     return nn.ModuleDict({"bn": bn, "down": down, "up": up})
 
 
-def truth(of: nn.ModuleDict, x: Tensor, shortcut: Tensor | None) -> Tensor:
-    """What a block writes: BatchNorm, SE, addition, ReLU, each in PyTorch's words."""
+def reference_norm_relu(of: nn.ModuleDict, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    """Compute BatchNorm, SE, addition and ReLU with PyTorch's layers."""
     y = of["bn"](x)
     if "down" in of:
         y = y * of["up"](F.relu(of["down"](y.mean((2, 3), keepdim=True)))).sigmoid()
@@ -61,23 +62,26 @@ def truth(of: nn.ModuleDict, x: Tensor, shortcut: Tensor | None) -> Tensor:
 def distances(
     gated: bool, added: bool, uses: int, dtype: torch.dtype, norm_relu=fused_ops.norm_relu
 ) -> dict[str, float]:
-    """How far output, gradients and running statistics are from float64."""
-    mine, exact = (made := layers(gated)), copy.deepcopy(made).double()
+    """Return the relative distances of output, gradients and running statistics from float64."""
+    fused = layers(gated)
+    exact = copy.deepcopy(fused).double()
     shape = (6, 24, 5, 7)
     maps = [a_map(*shape, dtype=dtype, offset=1.0).requires_grad_() for _ in range(1 + added)]
     doubles = [value.detach().double().requires_grad_() for value in maps]
     gradients = [a_map(*shape, dtype=dtype) for _ in range(uses)]
     gate = (
-        tuple(mine[name].get_parameter(part) for name in ("down", "up") for part in ("weight", "bias")) if gated else ()
+        tuple(fused[name].get_parameter(part) for name in ("down", "up") for part in ("weight", "bias"))
+        if gated
+        else ()
     )
-    outputs = norm_relu(maps[0], mine["bn"], gate, maps[1] if added else None)
-    y = truth(exact, doubles[0], doubles[1] if added else None)
+    outputs = norm_relu(maps[0], fused["bn"], gate, maps[1] if added else None)
+    y = reference_norm_relu(exact, doubles[0], doubles[1] if added else None)
     torch.autograd.backward(list(outputs[:uses]), gradients)
     y.backward(sum(gradient.double() for gradient in gradients))
     pairs = {"y": (outputs[0], y)}
     pairs |= {f"gradient of map {i}": (a.grad, b.grad) for i, (a, b) in enumerate(zip(maps, doubles, strict=True))}
-    pairs |= {name: (weight.grad, exact.get_parameter(name).grad) for name, weight in mine.named_parameters()}
-    pairs |= {name: (value, exact.get_buffer(name)) for name, value in mine.named_buffers()}
+    pairs |= {name: (weight.grad, exact.get_parameter(name).grad) for name, weight in fused.named_parameters()}
+    pairs |= {name: (value, exact.get_buffer(name)) for name, value in fused.named_buffers()}
     return {name: distance(value, other) for name, (value, other) in pairs.items()}
 
 
@@ -96,7 +100,7 @@ def test_norm_relu_compiles_as_one_graph() -> None:
     assert max(found.values()) < 1e-5, found
 
 
-def test_a_nan_is_not_hidden() -> None:
+def test_nan_propagates() -> None:
     x = a_map(2, 8, 4, 4)
     x[0, 3, 1, 1] = torch.nan
     y, _ = fused_ops.norm_relu(x, nn.BatchNorm2d(8))
@@ -104,7 +108,7 @@ def test_a_nan_is_not_hidden() -> None:
 
 
 def networks(se: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
-    """The same small SE-ResNet plain and fused, with BatchNorms that are not at their start."""
+    """Return the same small SE-ResNet without and with fused operators, with random BatchNorm parameters."""
     torch.manual_seed(0)
     plain = build_model("resnet", blocks=(2, 1), channels=(16, 24), se=se, se_reduction=4).to(device)
     for module in plain.modules():
@@ -117,9 +121,9 @@ def networks(se: str, device: str = "cpu") -> tuple[nn.Module, nn.Module]:
 
 
 def training_pass(network: nn.Module, images: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
-    """Logits, all gradients in a row and the running statistics, after a training step's forward and backward.
+    """Return the logits, all gradients in one vector and the running statistics after one forward and backward pass.
 
-    All in a row: a ReLU's input within a rounding of 0 is on one side or the other, which single biases show.
+    One vector, because rounding may change the sign of a ReLU's input, which changes the gradient of a single bias.
     """
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         logits = network(images.to(precision))
@@ -129,7 +133,7 @@ def training_pass(network: nn.Module, images: Tensor, precision: torch.dtype) ->
 
 
 def compare_networks(se: str, device: str, faster: Callable[[Callable], Callable]) -> None:
-    """The fused network, its forward made `faster`, against the plain one in float64."""
+    """Compare the fused network, with its forward transformed by `faster`, with the other one in float64."""
     images = a_map(32, 3, 32, 32).to(device)
     exact = training_pass(networks(se, device)[0].double(), images, torch.float64)
     for precision, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.02)):
@@ -140,7 +144,7 @@ def compare_networks(se: str, device: str, faster: Callable[[Callable], Callable
 
 
 @pytest.mark.parametrize("se", ["none", "stem", "block"])
-def test_a_fused_network_is_the_same_network(se: str) -> None:
+def test_a_fused_network_computes_the_same(se: str) -> None:
     compare_networks(se, "cpu", lambda forward: forward)
     plain, fused = networks(se)
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -148,9 +152,9 @@ def test_a_fused_network_is_the_same_network(se: str) -> None:
     assert torch.equal(fused.eval()(images), plain.eval()(images))
 
 
-@pytest.mark.parametrize("knobs", [{"activation": "silu"}, {"dropout": 0.1}])
-def test_what_cannot_be_fused_is_refused(knobs: dict) -> None:
-    for network in (build_model("resnet", **knobs), build_model("speednet")):
+@pytest.mark.parametrize("options", [{"activation": "silu"}, {"dropout": 0.1}])
+def test_unsupported_networks_are_refused(options: dict) -> None:
+    for network in (build_model("resnet", **options), build_model("speednet")):
         with pytest.raises(UsageError, match="--fused-ops"):
             enable_fused_ops(network)
 
@@ -168,28 +172,8 @@ def test_a_fused_network_on_a_gpu(se: str, faster: Callable, monkeypatch: pytest
     compare_networks(se, "cuda", faster)
 
 
-@pytest.mark.gpu
-def test_the_passes_on_a_gpu() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape, chunk, shared in (
-            ((3, 24, 5, 7), 16, False),
-            ((2, 70, 9, 3), 32, True),
-            ((4, 64, 32, 32), 128, False),
-        ):
-            for name, choices in calls(dtype, shape, shared, chunk).items():
-                for arguments in choices:
-                    moved = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
-                    mine, plain = getattr(fused_ops, name)(*moved), getattr(fused_ops, name)(*arguments)
-                    for a, b in zip(
-                        *(pair if isinstance(pair, tuple) else (pair,) for pair in (mine, plain)), strict=True
-                    ):
-                        assert (a.cpu() - b).abs().max() / b.abs().max() < (BIT if dtype == torch.bfloat16 else 1e-5), (
-                            name
-                        )
-
-
 def calls(dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, chunk: int) -> dict[str, list[tuple]]:
-    """For each pass, arguments it can have. `shared`: all images share the factors of the channels."""
+    """Return valid arguments of every operator. `shared`: all images share the factors of the channels."""
     torch.manual_seed(0)
     x, y, gradient, second = (a_map(*shape, dtype=dtype, offset=0.5) for _ in range(4))
     scale, shift = (torch.randn(1 if shared else shape[0], shape[1]) for _ in range(2))
@@ -204,34 +188,51 @@ def calls(dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, ch
 
 
 @pytest.mark.parametrize("name", calls(torch.float32, (1, 1, 1, 1), True, 1))
-def test_the_compiler_is_told_the_truth(name: str) -> None:
+def test_fake_results_have_the_real_shapes_and_dtypes(name: str) -> None:
     for arguments in calls(torch.bfloat16, (3, 24, 5, 7), False, 16)[name]:
         torch.library.opcheck(getattr(fused_ops, name), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def compare_kernels() -> dict[str, float]:
-    """Each pass by kernel and plain, the largest difference over the largest value: for Triton's interpreter."""
+def compare_kernels(device: str) -> dict[str, float]:
+    """Return the largest difference of every kernel from its operator in PyTorch, relative to the largest value."""
     worst: dict[str, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape, chunk, shared in (((2, 24, 5, 7), 16, False), ((2, 70, 3, 5), 16, True)):
-            for name, choices in calls(dtype, shape, shared, chunk).items():
-                for arguments in choices:
-                    pairs = [fused_ops.run_triton_kernel(name, *arguments), getattr(fused_ops, name)(*arguments)]
-                    mine, plain = (pair if isinstance(pair, tuple) else (pair,) for pair in pairs)
-                    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, plain, strict=True))
-                    key = f"{name} {str(dtype).removeprefix('torch.')}"
-                    worst[key] = max(worst.get(key, 0.0), error)
+    cases = [((2, 24, 5, 7), 16, False), ((2, 70, 3, 5), 16, True)]
+    cases += [((4, 64, 32, 32), 128, False)] if device == "cuda" else []  # large for the interpreter
+    for dtype, (shape, chunk, shared) in itertools.product((torch.float32, torch.bfloat16), cases):
+        for name, choices in calls(dtype, shape, shared, chunk).items():
+            for arguments in choices:
+                moved = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
+                operator = getattr(fused_ops, name)  # dispatches to the kernel on CUDA
+                run_kernel = operator if device == "cuda" else partial(fused_ops.run_triton_kernel, name)
+                pairs = [run_kernel(*moved), operator(*arguments)]
+                actual, expected = (pair if isinstance(pair, tuple) else (pair,) for pair in pairs)
+                key = f"{name} {str(dtype).removeprefix('torch.')}"
+                errors = [
+                    ((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in zip(actual, expected, strict=True)
+                ]
+                worst[key] = max(worst.get(key, 0.0), *errors)
     return worst
 
 
-def test_kernels_equal_their_plain_forms() -> None:
-    """float32 to rounding, bf16 to one bit: the interpreter cuts off where a GPU rounds."""
+def check_kernel_errors(worst: dict[str, float]) -> None:
+    assert len(worst) == 10
+    for name, error in worst.items():
+        assert error < (BIT if "bfloat16" in name else 1e-5), worst
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    check_kernel_errors(compare_kernels("cuda"))
+
+
+def test_kernels_equal_the_operators_in_pytorch() -> None:
+    """Compare in float32 up to rounding and in bf16 up to one bit: the interpreter truncates where a GPU rounds."""
     pytest.importorskip("triton", reason="Triton is not installed")
     run = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import json; from tests.models.test_fused_ops import *; print(json.dumps(compare_kernels()))",
+            "import json; from tests.models.test_fused_ops import *; print(json.dumps(compare_kernels('cpu')))",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
@@ -240,26 +241,23 @@ def test_kernels_equal_their_plain_forms() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    worst = json.loads(run.stdout.splitlines()[-1])
-    assert len(worst) == 10
-    for name, error in worst.items():
-        assert error < (BIT if "bfloat16" in name else 1e-5), worst
+    check_kernel_errors(json.loads(run.stdout.splitlines()[-1]))
 
 
-FLOATS = ("means", "deviations", "scale", "shift", "slope", "offset", "sums", "products")  # the others are maps
+FLOATS = ("means", "deviations", "scale", "shift", "slope", "offset", "sums", "products")  # the others are feature maps
 OPTIONAL = {"scale_add_relu": "shortcut_ptr", "relu_backward_with_sums": "second_gradient_ptr"}
 OPTIONAL |= {"norm_input_gradient": "shift_ptr"}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> None:
-    """Compiled for A100 and H100/H200 without one: nothing spilt to local memory, 16 bytes to a load."""
+    """Compile for A100 and H100/H200: no register is spilled to local memory, and loads are 16 bytes wide."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from fastcifar.models import triton_kernels
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
-        pytest.skip("this Triton carries no cuobjdump")
+        pytest.skip("this Triton contains no cuobjdump")
     for name, left_out in [*((name, None) for name in triton_kernels.KERNELS), *OPTIONAL.items()]:
         sizes = {"P": 1024, "C": 64, "CHUNK": 128, "BLOCK": fused_ops.choose_tile_channels(64)}
         made = compile_kernel(triton_kernels.KERNELS[name], sizes, left_out, capability)
@@ -276,7 +274,7 @@ def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> 
 
 
 def compile_kernel(kernel: Any, sizes: dict[str, int], left_out: str | None, capability: int) -> Any:
-    """`kernel` for maps in bf16, everything aligned, without the optional pointer `left_out`."""
+    """Compile `kernel` for aligned feature maps in bf16, without the optional pointer `left_out`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

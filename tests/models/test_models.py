@@ -1,4 +1,4 @@
-"""`build` takes what a row takes and refuses the rest, every knob has its effect, the widest network is found."""
+"""Test building networks: the effect of every option, invalid options, and the largest width within a budget."""
 
 from __future__ import annotations
 
@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from fastcifar import models
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS, build_model, count_macs, count_parameters
-from fastcifar.models.describe import fit_width_to_budget
 from fastcifar.models.resnet import ACTIVATIONS, scale_channels
-from fastcifar.recipe import Recipe
-
-BUDGET = 5_000_000
-
-
-def on_meta(arch: str, **knobs: Any) -> nn.Module:
-    with torch.device("meta"):
-        return build_model(arch, **knobs)
+from tests.models.networks import on_meta
 
 
 def conv(model: nn.Module, name: str) -> nn.Conv2d:
@@ -65,27 +57,27 @@ EFFECTS: dict[tuple[str, Any], Callable[[nn.Module], bool]] = {
 }
 
 
-@pytest.mark.parametrize(("knob", "value"), EFFECTS, ids=str)
-def test_every_knob_has_its_effect(knob: str, value: Any) -> None:
-    def logits(**knobs: Any) -> Tensor:
+@pytest.mark.parametrize(("option", "value"), EFFECTS, ids=str)
+def test_every_option_has_its_effect(option: str, value: Any) -> None:
+    def logits(**options: Any) -> Tensor:
         torch.manual_seed(0)
-        model = build_model("resnet", **{**TINY, **knobs})
+        model = build_model("resnet", **{**TINY, **options})
         torch.manual_seed(1)
         return model(torch.randn(2, 3, 32, 32))
 
-    expected = EFFECTS[knob, value]
-    assert expected(build_model("resnet", **{**TINY, knob: value}))
+    expected = EFFECTS[option, value]
+    assert expected(build_model("resnet", **{**TINY, option: value}))
     assert not expected(build_model("resnet", **TINY))
-    assert not torch.equal(logits(**{knob: value}), logits())
+    assert not torch.equal(logits(**{option: value}), logits())
 
 
-def test_every_knob_of_the_table_is_tried_and_taken_by_the_generic_row() -> None:
-    assert {knob for knob, _ in EFFECTS} == set(models.MODEL_OPTIONS)
+def test_every_option_is_tested_and_accepted_by_resnet() -> None:
+    assert {option for option, _ in EFFECTS} == set(models.MODEL_OPTIONS)
     assert set(models.MODEL_OPTIONS) <= set(inspect.signature(MODELS["resnet"]).parameters)
-    assert {value for knob, value in EFFECTS if knob == "activation"} | {"relu"} == set(ACTIVATIONS)
+    assert {value for option, value in EFFECTS if option == "activation"} | {"relu"} == set(ACTIVATIONS)
 
 
-def test_knobs_of_the_coconut_rows() -> None:
+def test_options_of_the_coconut_architectures() -> None:
     assert conv(on_meta("coconut_se", width=0.5), "conv1").out_channels == 16
     assert count_of(on_meta("coconut_leaky", dropout=0.1), nn.Dropout) == 2 + 4 + 6 + 2 + 1
     assert count_of(on_meta("coconut_leaky"), nn.LeakyReLU) == 6 + 2
@@ -96,16 +88,14 @@ def test_knobs_of_the_coconut_rows() -> None:
     assert len(list(on_meta("coconut_se", blocks=(1, 1, 2, 1)).get_submodule("layer3").children())) == 2
 
 
-def test_none_is_the_rows_own_value() -> None:
+def test_none_keeps_the_default_and_num_classes_sizes_the_linear_layer() -> None:
     assert count_parameters(on_meta("se68", width=None, se=None, blocks=None, activation=None)) == 4_697_742
-
-
-def test_num_classes() -> None:
     assert count_parameters(on_meta("se68", num_classes=100)) == 4_697_742 + 90 * 257
 
 
-def test_dropout_acts_in_train_mode_only() -> None:
+def test_dropout_acts_in_train_mode_only_and_the_gate_keeps_a_hidden_channel() -> None:
     model = build_model("resnet", **TINY, dropout=0.5)
+    assert model.state_dict()["residual_layers.0.0.seblock.conv1.weight"].shape == (1, 8, 1, 1)
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(model(images), model(images))
     model.eval()
@@ -119,10 +109,6 @@ def test_res512d_has_one_dropout_before_the_linear_layer() -> None:
     stronger = on_meta("res512d", dropout=0.4).get_submodule("dropout")
     assert isinstance(stronger, nn.Dropout)
     assert stronger.p == 0.4
-
-
-def test_the_gate_keeps_at_least_one_hidden_channel() -> None:
-    assert on_meta("resnet", **TINY).state_dict()["residual_layers.0.0.seblock.conv1.weight"].shape == (1, 8, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -140,40 +126,8 @@ def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tupl
     assert scale_channels((64, 232, 268), width) == expected
 
 
-@pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
 @pytest.mark.parametrize(
-    ("arch", "channels"),
-    [("se68", (64, 128, 256)), ("se55", (64, 128, 232, 268)), ("coconut_over", (32, 64, 128, 256))],
-)
-def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: tuple[int, ...], budget: int) -> None:
-    random = torch.get_rng_state()
-    width = fit_width_to_budget(Recipe(arch=arch), budget)["width"]
-    assert torch.equal(torch.get_rng_state(), random)
-    assert count_parameters(on_meta(arch, width=width)) <= budget
-    # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
-    following = min(8 * (k + 0.5) / c for c in channels for k in range(200) if 8 * (k + 0.5) / c > width)
-    assert count_parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
-
-
-def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
-    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_878)["width"] == 1.0
-    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
-
-
-def test_largest_width_depends_on_the_other_options_and_impossible_budgets_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shallow = fit_width_to_budget(Recipe(blocks=(2, 2, 2)), BUDGET)
-    assert shallow["width"] > fit_width_to_budget(Recipe(), BUDGET)["width"]
-    with pytest.raises(UsageError, match="even the narrowest se68 has"):
-        fit_width_to_budget(Recipe(), 1000)
-    monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
-    with pytest.raises(UsageError, match="mine has no option --width"):
-        fit_width_to_budget(Recipe(arch="mine"), BUDGET)
-
-
-@pytest.mark.parametrize(
-    ("arch", "knobs", "message"),
+    ("arch", "options", "message"),
     [
         ("se86", {}, "unknown architecture 'se86'; did you mean 'se68'"),
         (
@@ -195,14 +149,16 @@ def test_largest_width_depends_on_the_other_options_and_impossible_budgets_are_r
         ("coconut_se", {"blocks": (1, 1, 1), "channels": (8, 8, 8)}, "has 4 stages, not 3"),
     ],
 )
-def test_build_refuses_with_one_line_and_a_remedy(arch: str, knobs: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_in_one_line_with_a_remedy(
+    arch: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        on_meta(arch, **knobs)
+        on_meta(arch, **options)
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
 
 
-def test_a_users_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     def mine(num_classes: int, depth: int = 1) -> nn.Module:
         return nn.Sequential(
             nn.Flatten(), *(nn.Linear(3072, 3072) for _ in range(depth - 1)), nn.Linear(3072, num_classes)

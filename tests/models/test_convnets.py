@@ -1,4 +1,4 @@
-"""The networks for short schedules: what their stem whitens, how they start, what trains, what they refuse."""
+"""Test the networks for short schedules: whitening, initialization, trainable parameters and invalid options."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fastcifar.models import MODELS, build_model, count_parameters
 from fastcifar.models.convnets import WHITENING_EPS, AirbenchNet, ConvGroup
 from tests.models.networks import on_meta
 
-SPEED = [name for name in MODELS if name.startswith("speed9")]
+AIRBENCH_NETS = [name for name in MODELS if name.startswith("speed9")]
 
 
-def tiny(**knobs: object) -> AirbenchNet:
+def tiny(**options: object) -> AirbenchNet:
     torch.manual_seed(0)
-    model = build_model("speed94", **{"channels": (32, 40), "blocks": (2, 3), **knobs})
+    model = build_model("speed94", **{"channels": (32, 40), "blocks": (2, 3), **options})
     assert isinstance(model, AirbenchNet)
     return model
 
 
 def smooth_images(count: int) -> Tensor:
-    """Images whose neighbors are alike and whose channels are, as photographs' are."""
+    """Return images with correlated neighboring pixels and channels, like photographs."""
     noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return F.avg_pool2d(noise, 3, 1, 1) * 2 + noise[:, :1] * 0.3
 
 
-def test_the_stem_whitens_what_it_starts_from() -> None:
+def test_the_stem_whitens_the_images() -> None:
     model, images = tiny(), smooth_images(1100)
     model.init_whitening(images)
     responses = F.conv2d(images, model.whiten.weight)
@@ -43,7 +43,7 @@ def test_the_stem_whitens_what_it_starts_from() -> None:
     torch.testing.assert_close(variances.sort()[0], (along / (along + WHITENING_EPS)).sort()[0], atol=1e-4, rtol=0)
 
 
-def test_starting_draws_nothing_and_is_the_same_again() -> None:
+def test_whitening_is_deterministic() -> None:
     model, images = tiny(), smooth_images(200)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -56,7 +56,7 @@ def test_starting_draws_nothing_and_is_the_same_again() -> None:
     assert changed == ["whiten.weight"]
 
 
-def test_convolutions_start_by_passing_their_input_on() -> None:
+def test_convolutions_are_initialized_to_the_identity() -> None:
     model = tiny()
     images = torch.randn(2, 24, 8, 8)
     conv = model.get_submodule("groups.0.first.conv")
@@ -65,8 +65,8 @@ def test_convolutions_start_by_passing_their_input_on() -> None:
     assert conv.weight[24:].abs().max() > 0
 
 
-def test_what_trains_is_what_counts() -> None:
-    """By hand: whitening bias, two groups of 2 and 3 convolutions with a bias each, the head."""
+def test_frozen_parameters_are_not_counted() -> None:
+    """Count whitening bias, two groups of 2 and 3 convolutions with BatchNorm biases, and linear layer by hand."""
     model = tiny()
     convolutions = 9 * (24 * 32 + 32 * 32 + 32 * 40 + 2 * 40 * 40)
     assert count_parameters(model) == 24 + convolutions + 2 * 32 + 3 * 40 + 40 * 10
@@ -76,7 +76,7 @@ def test_what_trains_is_what_counts() -> None:
     assert all(torch.equal(model.state_dict()[name], torch.ones_like(model.state_dict()[name])) for name in norms)
 
 
-def test_the_head_starts_at_a_deviation_of_one_and_divides_by_its_width() -> None:
+def test_the_linear_layer_has_unit_standard_deviation_and_divides_by_its_features() -> None:
     model = tiny().eval()
     assert model.linear.weight.std().item() == pytest.approx(1)
     assert model.linear.bias is None
@@ -86,24 +86,24 @@ def test_the_head_starts_at_a_deviation_of_one_and_divides_by_its_width() -> Non
 
 
 @pytest.mark.parametrize(("depth", "residual", "added"), [(2, True, False), (3, False, False), (3, True, True)])
-def test_deep_groups_add_what_their_first_convolution_gave(depth: int, residual: bool, added: bool) -> None:
+def test_deep_groups_add_the_result_of_their_first_convolution(depth: int, residual: bool, added: bool) -> None:
     group = ConvGroup(8, 16, depth, nn.ReLU, 0, residual).eval()
     x = torch.randn(2, 8, 8, 8)
     first = group.first(x)
     torch.testing.assert_close(group(x), group.rest(first) + (first if added else 0))
 
 
-@pytest.mark.parametrize("arch", SPEED)
+@pytest.mark.parametrize("arch", AIRBENCH_NETS)
 @pytest.mark.parametrize("size", [16, 24, 28, 32, 40])
 def test_any_image_size(arch: str, size: int) -> None:
     with torch.device("meta"):
         assert build_model(arch, width=0.25)(torch.empty(2, 3, size, size)).shape == (2, 10)
 
 
-def test_knobs() -> None:
+def test_options() -> None:
     assert any("seblock.conv1" in key for key in tiny(se="block").state_dict())
     assert any(isinstance(module, nn.Dropout) for module in tiny(dropout=0.1).modules())
     assert count_parameters(on_meta("speed94", width=0.5)) < count_parameters(on_meta("speed94")) / 3
-    for knobs, words in (({"se": "stem"}, "SE placement"), ({"blocks": (1,) * 5, "channels": (8,) * 5}, "2 to 4")):
-        with pytest.raises(UsageError, match=words):
-            tiny(**knobs)
+    for options, message in (({"se": "stem"}, "SE placement"), ({"blocks": (1,) * 5, "channels": (8,) * 5}, "2 to 4")):
+        with pytest.raises(UsageError, match=message):
+            tiny(**options)
