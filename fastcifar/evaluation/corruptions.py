@@ -1,4 +1,4 @@
-"""The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches on the device.
+"""The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches.
 
 Each function in `CORRUPTIONS` takes float images [n,3,32,32] in [0, 1], a severity from 1 to 5 and a generator on the
 same device, and returns images of the same shape, range and dtype. The parameters of each severity are those of the
@@ -8,12 +8,14 @@ the 19 corruptions of CIFAR-10-C are not implemented: glass blur, elastic transf
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Generator, Tensor
 
 Corruption = Callable[[Tensor, int, Generator], Tensor]
@@ -21,19 +23,6 @@ Corruption = Callable[[Tensor, int, Generator], Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)
 IMAGE_SIZE = 32
 JPEG_BLOCK_SIZE = 8  # side length in pixels
-
-# JPEG's example quantization tables, used for quality 50, in row-major order (ITU-T T.81, tables K.1 and K.2).
-# fmt: off
-LUMINANCE_QUANTIZATION = (
-    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
-)
-CHROMINANCE_QUANTIZATION = (
-    (17, 18, 24, 47, 99, 99, 99, 99), (18, 21, 26, 66, 99, 99, 99, 99), (24, 26, 56, 99, 99, 99, 99, 99),
-    (47, 66, 99, 99, 99, 99, 99, 99), *((99,) * 8,) * 4,
-)
-# fmt: on
 
 
 def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -147,14 +136,14 @@ def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Downsample and upsample like Pillow's box filter: whole pixels only, and each of the four passes rounds."""
-    small_size = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
-    levels = (images * 255).round()
-    for source, target in ((IMAGE_SIZE, small_size), (small_size, IMAGE_SIZE)):
-        weights = _box_filter_weights(source, target).to(images)
-        levels = (levels @ weights.T + 0.5).floor()  # horizontal before vertical and halves rounded up, as in Pillow
-        levels = (weights @ levels + 0.5).floor()
-    return levels / 255
+    """Downsample and upsample with Pillow's box filter, on the CPU."""
+    size = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
+    box = Image.Resampling.BOX
+    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    resized = [
+        Image.fromarray(image).resize((size, size), box).resize((IMAGE_SIZE, IMAGE_SIZE), box) for image in pixels
+    ]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).to(images) / 255
 
 
 def jpeg_compression(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -183,9 +172,9 @@ CORRUPTIONS: dict[str, Corruption] = {
 def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     """Return float images [n,3,32,32] in [0, 1] after JPEG compression and decompression at `quality`, from 1 to 100.
 
-    The steps are JFIF's YCbCr, chrominance downsampled by 2x2 averages and upsampled linearly, the 8x8 DCT, and the
-    standard quantization tables scaled and rounded as in libjpeg. libjpeg computes the DCT with integers and this
-    function with floating-point numbers, so a few quantized coefficients differ by one.
+    The steps are JFIF's YCbCr, chrominance downsampled by 2x2 averages and upsampled linearly, the 8x8 DCT, and
+    quantization with Pillow's tables. libjpeg computes the DCT with integers and this function with floating-point
+    numbers, so a few quantized coefficients differ by one.
     """
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -193,8 +182,11 @@ def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     # The bias alternates by column, as in libjpeg, to avoid a systematic shift.
     bias = images.new_tensor([0.25, 0.5]).repeat(IMAGE_SIZE // 4)
     downsampled = (F.avg_pool2d(chrominance.round(), 2) + bias).floor()
-    luminance = _quantize_dct(luminance.round()[:, None], LUMINANCE_QUANTIZATION, quality)[:, 0]
-    chrominance = _quantize_dct(downsampled, CHROMINANCE_QUANTIZATION, quality)
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "JPEG", quality=quality)
+    tables: dict[int, list[int]] = Image.open(buffer).quantization  # pyright: ignore[reportAttributeAccessIssue]
+    luminance = _quantize_dct(luminance.round()[:, None], tables[0])[:, 0]
+    chrominance = _quantize_dct(downsampled, tables[1])
     chrominance = F.interpolate(chrominance, scale_factor=2, mode="bilinear", align_corners=False)
     cb, cr = ((chrominance + images.new_tensor([8 / 16, 7 / 16]).repeat(IMAGE_SIZE // 2)).floor() - 128).unbind(1)
     green = luminance - (0.114 * 1.772 * cb + 0.299 * 1.402 * cr) / 0.587
@@ -202,12 +194,11 @@ def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     return decoded.round().clamp(0, 255) / 255
 
 
-def _quantize_dct(planes: Tensor, table: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
+def _quantize_dct(planes: Tensor, table: list[int]) -> Tensor:
     """Quantize the DCT coefficients of the 8x8 blocks of planes [n,c,h,w] with values in 0..255; return the planes."""
     n, c, h, w = planes.shape
-    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    steps = ((planes.new_tensor(table) * scale + 50) / 100).floor().clamp(1, 255)
     size = JPEG_BLOCK_SIZE
+    steps = planes.new_tensor(table).view(size, size)
     indices = torch.arange(size, dtype=torch.float64)
     cosines = (indices[:, None] * (2 * indices + 1) * math.pi / (2 * size)).cos() * math.sqrt(2 / size)
     cosines[0] /= math.sqrt(2)
@@ -241,15 +232,6 @@ def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
         shifted = padded[:, :, row : row + IMAGE_SIZE, column : column + IMAGE_SIZE]
         total.add_(shifted, alpha=kernel[row, column].item())
     return total.clamp(0, 1)
-
-
-def _box_filter_weights(source: int, target: int) -> Tensor:
-    """Return the weights of Pillow's box filter along one dimension, float64 [target, source]."""
-    scale = source / target
-    radius = max(scale, 1) / 2
-    centers, pixels = (torch.arange(target).double()[:, None] + 0.5) * scale, torch.arange(source) + 0.5
-    weights = ((pixels - centers > -radius) & (pixels - centers <= radius)).double()
-    return weights / weights.sum(1, keepdim=True)
 
 
 def _plasma_fractal(n: int, decay: float, generator: Generator) -> Tensor:
