@@ -83,17 +83,10 @@ class Bottleneck(nn.Module):
 class BottleneckResNet(nn.Module):
     """Two stem convolutions, four stages of bottlenecks, global average pooling, linear.
 
-    Images [n, 3, H, W] -> logits [n, num_classes].
-
-    blocks, channels  number of bottlenecks and their width in each stage; every stage but the first halves height and
-                      width, and the stem has `channels[0]` channels
-    se_stages, leaky_stages, separable_stages
-                      the stages, from 1, with an SE of C / se_reduction hidden features, with LeakyReLU instead of
-                      ReLU, and with depthwise-separable 3x3 convolutions
-    se                `none` or `block` (every stage); replaces se_stages
-    activation        that of the whole network; replaces leaky_stages
-    width             multiplier of all channels, see `scale_channels`
-    dropout           probability of dropout after every block and before the linear layer
+    Images [n, 3, H, W] -> logits [n, num_classes]. The options are those of `Recipe`; `channels` are the widths of the
+    bottlenecks, and every stage but the first halves height and width. `se_stages`, `leaky_stages` and
+    `separable_stages` are the stages, from 1, with an SE of C / se_reduction hidden features, with LeakyReLU instead of
+    ReLU, and with depthwise-separable 3x3 convolutions; `se` and `activation` replace the first two.
 
     Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """

@@ -53,10 +53,7 @@ def global_max_pool(x: Tensor) -> Tensor:
 class SmallConvNet(nn.Module):
     """Stem, stages that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    blocks, channels  number of convolutions and of channels of each stage
-    stem_channels     channels of the stem, which has full resolution
-    width             multiplier of all channels, see `scale_channels`
-    dropout           probability of dropout before the linear layer
+    The options are those of `Recipe`; `blocks` are the numbers of convolutions in each stage.
     """
 
     def __init__(
@@ -124,11 +121,8 @@ class ConvGroup(nn.Module):
 class AirbenchNet(nn.Module):
     """Whitening stem, groups that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    blocks, channels  number of convolutions and of channels of each group
-    se, se_reduction  `none` or `block` (at the end of each group), with C / se_reduction hidden channels
-    residual          see `ConvGroup`
-    width             multiplier of all channels, see `scale_channels`
-    dropout           probability of dropout before the linear layer
+    The options are those of `Recipe`; `blocks` are the numbers of convolutions in each group. `se` is at the end of
+    each group, with C / se_reduction hidden channels; `residual` is that of `ConvGroup`.
     """
 
     def __init__(

@@ -95,15 +95,9 @@ class BasicBlock(nn.Module):
 class SEResNet(nn.Module):
     """Stem, stages of basic blocks, global average pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    blocks, channels         number of blocks and of channels of each stage; every stage but the first halves height
-                             and width
-    se, se_reduction         `none`, `stem` (after the stem) or `block` (in every block, before the addition), with
-                             C / se_reduction hidden channels
-    width                    multiplier of all channels, see `scale_channels`
-    dropout, dropout_at      probability; `all` (after every block and before the linear layer) or `head` (only before
-                             the linear layer)
-    kernel, shortcut_kernel  odd kernel sizes of the block convolutions and of the projection shortcuts
-    conv                     `full` or `separable` block convolutions
+    The options are those of `Recipe`; every stage but the first halves height and width. `se` is `stem` (after the
+    stem) or `block` (before the addition in every block), with C / se_reduction hidden channels. `dropout_at` is `all`
+    (after every block and before the linear layer) or `head` (only before the linear layer).
 
     Source: the published SEResNet68 (se68, se55). For 32x32 images the pooling equals theirs (8x8 after three stages,
     4x4 after four).

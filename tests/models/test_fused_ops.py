@@ -69,11 +69,7 @@ def distances(
     maps = [a_map(*shape, dtype=dtype, offset=1.0).requires_grad_() for _ in range(1 + added)]
     doubles = [value.detach().double().requires_grad_() for value in maps]
     gradients = [a_map(*shape, dtype=dtype) for _ in range(uses)]
-    gate = (
-        tuple(fused[name].get_parameter(part) for name in ("down", "up") for part in ("weight", "bias"))
-        if gated
-        else ()
-    )
+    gate = (*fused["down"].parameters(), *fused["up"].parameters()) if gated else ()
     outputs = norm_relu(maps[0], fused["bn"], gate, maps[1] if added else None)
     y = reference_norm_relu(exact, doubles[0], doubles[1] if added else None)
     torch.autograd.backward(list(outputs[:uses]), gradients)
