@@ -14,11 +14,9 @@ from typing import Any
 
 from fastcifar.data.cifar_files import IMAGE_BYTES, DatasetSpec, FileLayout, MemberFile, file_error
 from fastcifar.data.safe_pickle import is_html_page
-from fastcifar.errors import DataError
 
 
 def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
-    """Return the largest accepted size of file `name` in bytes."""
     num_images = next((batch.num_images for batch in layout.batches if batch.name == name), 0)
     # Pickle protocol 0 writes a byte as up to four characters; the rest is for file name and labels of an image.
     bytes_per_image = IMAGE_BYTES + spec.label_bytes if layout is spec.binary else 4 * IMAGE_BYTES + 512
@@ -26,20 +24,14 @@ def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
 
 
 def iter_folder_files(folder: Path, spec: DatasetSpec, layout: FileLayout) -> Iterator[MemberFile]:
-    """Yield the files of `layout` in `folder`. Raises `DataError` if one is missing, too large or unreadable."""
-    names = layout.file_names
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise file_error(f"missing in {folder}: {', '.join(missing)}; expected {', '.join(names)}")
-    for name in names:
+    """Yield the files of `layout` that are in `folder`. Raises `DataError` if one is too large."""
+    for name in layout.file_names:
         path, limit = folder / name, _max_member_bytes(spec, layout, name)
-        try:
+        if path.is_file():
             size = path.stat().st_size
             if size > limit:
                 raise file_error(f"{path} has {size:,} bytes, expected at most {limit:,}")
             yield layout, name, path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
 
 
 class _SizeLimitedStream:
@@ -81,11 +73,10 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
                         other_members += [member.name[:80]] if len(other_members) < 3 else []
                         continue
                     archive_layout = layout
-                    if not member.isreg() or member.issparse() or member.size > _max_member_bytes(spec, layout, name):
+                    reader = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+                    if reader is None or member.size > _max_member_bytes(spec, layout, name):
                         problem = f"is not a regular file of the expected size ({member.size:,} bytes)"
                         raise file_error(f"{path}: {member.name} {problem}")
-                    reader = archive.extractfile(member)
-                    assert reader is not None, "extractfile returns a reader for every regular file"
                     yield layout, name, reader.read()
             while stream.read(2**20):  # read to the end, where gzip verifies its checksum
                 pass

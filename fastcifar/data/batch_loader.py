@@ -40,17 +40,11 @@ SINGLE_KERNEL_OPTIONS = {
 
 @dataclass(frozen=True)
 class BatchSlicing:
-    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size).
+    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size), and rank r takes
+    `r::world_size` of them, so that the shares of all ranks interleave to exactly the batches of a single process.
 
-    Of these, rank r takes `r::world_size`. The shares of all ranks interleave to exactly the batches of a single
-    process, and all ranks have the same number of steps. A short last batch is divided in the same way: shares may
-    differ by one image, and none is empty.
-
-    num_samples  number of images in the data set, and of positions in an epoch
-    batch_size   global batch size
-
-    Raises `UsageError` if `batch_size` exceeds `num_samples` or is not divisible by `world_size`, and if the last batch
-    would leave a rank without an image, because BatchNorm cannot compute the statistics of an empty batch.
+    `batch_size` is global. Raises `UsageError` if it exceeds `num_samples` or is not divisible by `world_size`, and if
+    a short last batch would leave a rank without an image: BatchNorm cannot compute the statistics of an empty batch.
     """
 
     num_samples: int
@@ -95,8 +89,8 @@ class BatchSlicing:
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
         """Rearrange an array [n, ...] over positions to [steps, width, ...], this rank's share of each step.
 
-        `width` is `local_batch_size` rounded up to a multiple of `alignment` elements. Elements of a row beyond
-        `local_count` repeat the first element of the epoch, which is always a valid value.
+        `width` is `local_batch_size` rounded up to a multiple of `alignment`. Elements beyond `local_count` repeat the
+        first element of the epoch, which is always a valid value.
         """
         steps, item_shape = self.steps_per_epoch, array.shape[1:]
         padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
@@ -111,6 +105,9 @@ class BatchSlicing:
 
 class Loader(abc.ABC):
     """Base class of the loaders, which turn a data set in memory into augmented batches on the device.
+
+    The batches of all loaders are identical for the same seed and epoch, except for the torchvision baseline, which
+    draws its own random parameters. A loader has no state to save and does not wait for the device within an epoch.
 
     images            uint8 NumPy [n,3,32,32], planar; may be a read-only memory map
     labels            int64 NumPy [n]
@@ -162,8 +159,7 @@ class Loader(abc.ABC):
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops. A later
-        `start_step` gives exactly the remaining batches of the epoch, which is all that resuming needs.
+        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops.
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         params = self._draw_epoch(epoch)

@@ -218,7 +218,7 @@ def read_official_files(spec: DatasetSpec, members: Iterator[MemberFile], source
         splits[batch.split].labels[selected] = labels
     missing = [name for name in layout.file_names if name not in md5s]
     if missing:
-        raise file_error(f"missing in {source}: {', '.join(missing)}")
+        raise file_error(f"missing in {source}: {', '.join(missing)}; expected {', '.join(layout.file_names)}")
     _check_class_balance(spec, layout, splits, source)
     return SourceContents(splits, classes, *_verify_official(spec, layout, md5s, splits, classes, source))
 

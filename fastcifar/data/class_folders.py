@@ -1,11 +1,9 @@
-"""Data sets other than the official files: class folders of images, and synthetic images for tests without data.
-
-An image that is not 32x32 or cannot be decoded is an error that names the file.
-"""
+"""Data sets other than the official files: class folders of images, and synthetic images for tests without data."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,16 +35,14 @@ def _list_classes(folder: Path) -> list[str]:
 
 
 def _list_images(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
+    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceContents:
-    """Read both splits.
+    """Read both splits; classes are in the order of `class_names` if the folders have these names, else alphabetical.
 
-    The class order is that of `class_names` if the folders have exactly these names, otherwise alphabetical. Raises
-    `DataError` if the folders of the two splits differ, or naming the first file that is not a 32x32 image.
+    Raises `DataError` if the folders of the splits differ, or naming the first file that is not a 32x32 image.
     """
     folders = _split_folders(path)
     train, test = (_list_classes(folder) for folder in folders.values())
@@ -56,20 +52,18 @@ def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceConten
         counts = f"{len(train)} training classes and {len(test)} test classes{details}"
         raise DataError(f"{path} has {counts}, expected the same two or more in both", _LAYOUT_REMEDY)
     classes = class_names if sorted(class_names) == train else tuple(train)
-    return SourceContents({split: _load_split(folder, classes) for split, folder in folders.items()}, classes)
-
-
-def _load_split(folder: Path, classes: tuple[str, ...]) -> Split:
-    files = [(file, label) for label, name in enumerate(classes) for file in _list_images(folder / name)]
-    labels = np.array([label for _, label in files], np.int64)
-    empty = [name for label, name in enumerate(classes) if label not in labels]
-    if empty:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{folder / empty[0]} contains no images, expected {suffixes}", _LAYOUT_REMEDY)
-    images = np.empty((len(files), 3, 32, 32), np.uint8)
-    for index, (file, _) in enumerate(files):
-        images[index] = decode_image(file).transpose(2, 0, 1)
-    return Split(images, labels)
+    splits = {}
+    for split, folder in folders.items():
+        files = [_list_images(folder / name) for name in classes]
+        if [] in files:
+            empty, suffixes = folder / classes[files.index([])], ", ".join(sorted(IMAGE_SUFFIXES))
+            raise DataError(f"{empty} contains no images, expected {suffixes}", _LAYOUT_REMEDY)
+        labels = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in files])
+        images = np.empty((len(labels), 3, 32, 32), np.uint8)
+        for index, file in enumerate(itertools.chain(*files)):
+            images[index] = decode_image(file).transpose(2, 0, 1)
+        splits[split] = Split(images, labels)
+    return SourceContents(splits, classes)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,4 @@
-"""The table of loaders, `LOADERS`, the loader that keeps the data set on the device, and functions that use loaders.
-
-Every loader yields uint8 channels_last images and int64 labels, in the same order for the same seed and epoch. The
-batches of all loaders are identical, except for the torchvision baseline, which draws its own random parameters. A
-loader has no state to save, does not wait for the device within an epoch, and leaves normalization to the training
-step.
-"""
+"""The table of loaders, `LOADERS`, the loader that keeps the data set on the device, and functions that use loaders."""
 
 from __future__ import annotations
 
@@ -72,8 +66,7 @@ def batches(
     """Yield the augmented batches of `TensorLoader` for `epochs` epochs over `split`, for a custom training loop.
 
     Batches are images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays off after a few
-    hundred batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` exceeds the
-    size of the split.
+    hundred batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` is too large.
     """
     ops, mixer = split_mixer(parse_augment(augment))
     if mixer:
@@ -90,8 +83,7 @@ def mixed_batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the inputs of the training step: the batches of `loader` and the parameters of the mixer in `ops`, if any.
 
-    An item is (images, labels) or (images, labels, mixer parameters [b] or [b,k]). `ops` is the complete list,
-    including the augmentations that the loader applies.
+    An item is (images, labels) or (images, labels, mixer parameters [b] or [b,k]). `ops` is the complete list.
     """
     loader_batches = loader.batches(epoch, start_step)
     if split_mixer(ops)[1] is None:
@@ -107,11 +99,9 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the data in order without augmentation: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
 
-    `images` is uint8 NumPy [n,3,32,32], planar, possibly a memory map; one batch at a time is read and uploaded to
-    `device`. The last batch may be shorter.
+    `images` is uint8 NumPy [n,3,32,32], planar, possibly a memory map; one batch at a time is read and uploaded.
     """
     assert len(images) == len(labels), (len(images), len(labels))
-    assert batch_size > 0, batch_size
     device = torch.device(device)
     for start in range(0, len(images), batch_size):
         image_batch = upload_array(images[start : start + batch_size], device)

@@ -1,15 +1,13 @@
 """Mixers, which combine several images of a batch into one and mix their labels accordingly; the table is `MIXERS`.
 
 An image is mixed with its neighbors in the batch (the batch rolled by 1, 2, ...), which are random already because the
-epoch is a random permutation. Mixers are applied in the training step, on whole batches. Like all random numbers, their
-parameters are arrays over the positions of the epoch; applying a mixer draws nothing, has no Python loop over images
-and never waits for the device.
+epoch is a random permutation. The training step applies mixers to whole batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,39 +15,30 @@ from torch import Tensor
 
 from fastcifar.data.image_ops import CIFAR_IMAGE_AREA, CIFAR_IMAGE_SIZE
 
-MixerDrawFn = Callable[[float, int, np.random.Generator], np.ndarray]
 MixerApplyFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """One entry of `MIXERS`.
+    """One entry of `MIXERS`; fields that are not listed are those of `AugmentSpec`.
 
     draw           (value, n, generator) -> the parameters of each position, [n] or [n,k], uint8 or float32
     apply          (images uint8 [b,3,32,32], parameters) -> mixed images, uint8 or float32 with values 0..255, and the
                    weights float32 [b,m] of their labels: column k belongs to the batch rolled by k, and rows sum to 1
     default_value  the default alpha of the distribution Beta(alpha, alpha)
-    variants       as in `AugmentSpec`: only the bounds of the value, since mixers have no variants
-    help           one line of help text
-    build_policy, accepts_file  as in `AugmentSpec`, not used by mixers
     """
 
-    draw: MixerDrawFn
+    draw: Callable[[float, int, np.random.Generator], np.ndarray]
     apply: MixerApplyFn
     default_value: float
-    variants: Mapping[str, tuple[float, float]]
     help: str
+    variants: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"": (0.01, 100.0)})
     build_policy: None = None
     accepts_file: bool = False
 
 
-def draw_mixup(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the weight of the image itself, float32 [n]."""
-    return rng.beta(alpha, alpha, n).astype(np.float32)
-
-
 def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image with its neighbor (Zhang et al., 2017); pixels become float32.
+    """Blend each image, with weight float32 [b], with its neighbor (Zhang et al., 2017); pixels become float32.
 
     Mixing before or after normalization is equivalent, because normalization is affine and the weights sum to 1.
     """
@@ -61,8 +50,7 @@ def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw the box that is taken from the neighbor: uint8 [n,4], top, left, bottom and right (both exclusive).
 
-    Its center is uniform over the pixels and its area, before clipping at the border, is 1 - Beta(alpha, alpha) of the
-    image.
+    Its center is uniform over the pixels, and its area before clipping 1 - Beta(alpha, alpha) of the image.
     """
     half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
     y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
@@ -107,30 +95,21 @@ def apply_ricap(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     y = index[:, None] - torch.where(in_bottom, top, 0) + params[sample, 2 + patch]
     x = index - torch.where(in_right, left, 0) + params[sample, 6 + patch]
     mixed = images.permute(0, 2, 3, 1)[(sample - patch) % len(images), y, x]
-    height, width = params[:, 0], params[:, 1]
-    areas = (
-        height * width,
-        height * (CIFAR_IMAGE_SIZE - width),
-        (CIFAR_IMAGE_SIZE - height) * width,
-        (CIFAR_IMAGE_SIZE - height) * (CIFAR_IMAGE_SIZE - width),
-    )
-    return mixed.permute(0, 3, 1, 2), torch.stack(areas, 1) / CIFAR_IMAGE_AREA
+    heights = torch.stack((params[:, 0], CIFAR_IMAGE_SIZE - params[:, 0]), 1)
+    widths = torch.stack((params[:, 1], CIFAR_IMAGE_SIZE - params[:, 1]), 1)
+    areas = (heights[:, :, None] * widths[:, None, :]).flatten(1)
+    return mixed.permute(0, 3, 1, 2), areas / CIFAR_IMAGE_AREA
 
 
 MIXERS: dict[str, MixerSpec] = {
     "mixup": MixerSpec(
-        draw_mixup, apply_mixup, 0.2, {"": (0.01, 100.0)}, "blend with another image, with weight Beta(VALUE, VALUE)"
+        lambda alpha, n, rng: rng.beta(alpha, alpha, n).astype(np.float32),
+        apply_mixup,
+        default_value=0.2,
+        help="blend with another image, with weight Beta(VALUE, VALUE)",
     ),
-    "cutmix": MixerSpec(
-        draw_cutmix,
-        apply_cutmix,
-        1.0,
-        {"": (0.01, 100.0)},
-        "paste a box of another image, of area Beta(VALUE, VALUE)",
-    ),
-    "ricap": MixerSpec(
-        draw_ricap, apply_ricap, 0.3, {"": (0.01, 100.0)}, "join patches of four images, split at Beta(VALUE, VALUE)"
-    ),
+    "cutmix": MixerSpec(draw_cutmix, apply_cutmix, 1.0, "paste a box of another image, of area Beta(VALUE, VALUE)"),
+    "ricap": MixerSpec(draw_ricap, apply_ricap, 0.3, "join patches of four images, split at Beta(VALUE, VALUE)"),
 }
 
 

@@ -9,7 +9,6 @@ from fastcifar.recipe import Recipe
 
 ChannelValues = tuple[float, ...]
 
-
 # (mean, std) of each channel of images scaled to [0, 1]. "cifar10" and "cifar100" are computed over all pixels of the
 # training sets; the std of "kuangliu", in wide use, is the average std within an image, which is 22-30 % smaller.
 NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
@@ -22,8 +21,7 @@ NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
 def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
     """Return mean and std, three floats each for pixels in [0, 1], of a name in `NORMALIZATIONS` or of "MEAN:STD".
 
-    MEAN and STD are one number, or three separated by commas. Raises `UsageError` if `spec` is neither, or if a std is
-    not positive.
+    MEAN and STD are one number, or three separated by commas; a std that is not positive is an error.
     """
     if ":" not in spec:
         return lookup(NORMALIZATIONS, spec, "normalization")
@@ -50,7 +48,7 @@ def channel_mean_std(images: np.ndarray) -> tuple[ChannelValues, ChannelValues]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def normalization_mean_std(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization_mean_std(recipe: Recipe) -> tuple[ChannelValues, ChannelValues]:
     """Return the mean and standard deviation of each channel that a recipe uses, for pixels in [0, 1]."""
     return parse_normalization(normalization_name(recipe))
 
@@ -66,7 +64,7 @@ def normalization_name(recipe: Recipe) -> str:
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 
-def mean_color(mean: tuple[float, ...]) -> tuple[int, int, int]:
+def mean_color(mean: ChannelValues) -> tuple[int, int, int]:
     """Return the fill color of augmentations, 0..255 per channel: `mean`, which is about 0 after normalization."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue

@@ -1,12 +1,12 @@
 """Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set.
 
-`read_inputs` is the entry point. The array layout is determined from the shape alone, and an unknown shape is an error,
-since planar data read as channels-last would scramble every image without failing. Does not import torch.
+The array layout is determined from the shape alone, and an unknown shape is an error, since planar data read as
+channels-last would scramble every image without failing. Does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from PIL import Image, ImageOps
 from fastcifar.data import cifar
 from fastcifar.data.class_folders import IMAGE_SUFFIXES, open_image
 from fastcifar.data.safe_pickle import load_pickle
-from fastcifar.errors import DataError
+from fastcifar.errors import DataError, first_message_line
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
-SPLIT_NAMES = ("train", "test")
 MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
 MAX_PIXELS = 100_000_000  # limit per image file, checked in its header before decoding
 _EXPECTED_SHAPES = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
@@ -48,9 +47,9 @@ class InputImages:
 def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") -> InputImages:
     """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
 
-    Files named .pkl, .pickle or without a suffix are pickles with images and ids, read by `safe_pickle`. In a folder,
-    all images below it are read in the order of their paths, and the id is the path without the suffix. In a .npy file
-    and in the data set, the id is the index of the image.
+    Files named .pkl, .pickle or without a suffix are pickles with images and ids. In a folder, all images below it are
+    read in the order of their paths, and the id is the path without the suffix. In a .npy file and in the data set, the
+    id is the index of the image.
     Raises `DataError` if the source is missing or invalid or ids are missing or duplicate, and as `cifar.load_dataset`
     does.
     """
@@ -99,41 +98,31 @@ def _read_input_pickle(path: Path) -> InputImages:
     if size > MAX_PICKLE_BYTES:  # before reading, so that a huge file cannot exhaust the memory
         raise DataError(f"{path} has {size:,} bytes, expected at most {MAX_PICKLE_BYTES:,}", _PICKLE_REMEDY)
     content = load_pickle(path.read_bytes(), str(path))
-    images, layout = to_planar(_get_value(content, "data", path), f"{path}: data")
-    ids = _check_ids(_get_value(content, "ids", path), len(images), path)
-    return InputImages(images, ids, str(path), layout)
-
-
-def _get_value(content: dict[Any, Any], name: str, path: Path) -> Any:
-    """Return the value of the key `name`, which may be str or bytes in the pickle."""
-    matching = [key for key in (name, name.encode()) if key in content]
-    if len(matching) == 2:
-        raise DataError(f"{path} has the key {name!r} twice, as str and as bytes", "remove one of them")
-    if not matching:
-        keys = ", ".join(sorted(repr(key) for key in content)[:6]) or "none"
-        raise DataError(f"{path} has no key {name!r}; its keys: {keys}", _PICKLE_REMEDY)
-    return content[matching[0]]
-
-
-def _check_ids(ids: Any, count: int, path: Path) -> list[int]:
-    """Return `ids` as a list. Raises `DataError` unless they are `count` unique integers in a list or an array."""
+    values = []
+    for name in ("data", "ids"):
+        matching = [key for key in (name, name.encode()) if key in content]
+        if len(matching) == 2:
+            raise DataError(f"{path} has the key {name!r} twice, as str and as bytes", "remove one of them")
+        if not matching:
+            keys = ", ".join(sorted(repr(key) for key in content)[:6]) or "none"
+            raise DataError(f"{path} has no key {name!r}; its keys: {keys}", _PICKLE_REMEDY)
+        values.append(content[matching[0]])
+    images, layout = to_planar(values[0], f"{path}: data")
+    ids = values[1]
     if isinstance(ids, np.ndarray):
-        is_valid = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
-        ids = ids.tolist() if is_valid else [None]
+        ids = ids.tolist()
     if not isinstance(ids, list | tuple) or any(type(value) is not int for value in ids):
         raise DataError(f"{path}: ids are not a list of integers", _PICKLE_REMEDY)
-    if len(ids) != count:
-        raise DataError(f"{path} has {len(ids):,} ids but {count:,} images", _PICKLE_REMEDY)
+    if len(ids) != len(images):
+        raise DataError(f"{path} has {len(ids):,} ids but {len(images):,} images", _PICKLE_REMEDY)
     _require_unique(ids, path)
-    return list(ids)
+    return InputImages(images, list(ids), str(path), layout)
 
 
-def _require_unique(ids: Sequence[int] | Sequence[str], path: Path) -> None:
-    seen: set[int | str] = set()
-    for value in ids:
-        if value in seen:
-            raise DataError(f"{path}: duplicate id {value!r}", "give every image a unique id")
-        seen.add(value)
+def _require_unique(ids: Any, path: Path) -> None:
+    value, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: duplicate id {value!r}", "give every image a unique id")
 
 
 def _read_npy(path: Path) -> InputImages:
@@ -141,10 +130,8 @@ def _read_npy(path: Path) -> InputImages:
         # With a memory map, the shape in the header is checked against the size of the file and nothing is allocated.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise DataError(
-            f"{path} is not a .npy file that can be read safely: {reason}", f"save {_EXPECTED_SHAPES}"
-        ) from None
+        problem = f"{path} is not a .npy file that can be read safely: {first_message_line(error)}"
+        raise DataError(problem, f"save {_EXPECTED_SHAPES}") from None
     images, layout = to_planar(array, str(path))
     return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
 
@@ -164,10 +151,8 @@ def _read_image_folder(folder: Path) -> InputImages:
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """Read an image file of any size as uint8 [3,32,32] RGB.
-
-    The image is rotated as its EXIF data says, cropped to its largest centered square and resized with antialiased
-    bicubic interpolation; 32x32 pixels are returned unchanged.
+    """Read an image file as uint8 [3,32,32] RGB: upright by its EXIF data, cropped to its largest centered square and
+    resized with antialiased bicubic interpolation; 32x32 pixels are returned unchanged.
     """
     with open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
@@ -181,10 +166,9 @@ def _read_image(file: Path) -> np.ndarray:
 
 
 def _read_dataset_split(source: str, data: str | None, dataset: str) -> InputImages:
-    name = source.removeprefix("data:")
-    if name not in SPLIT_NAMES:
+    if source not in ("data:test", "data:train"):
         raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
     contents = cifar.load_dataset(data, dataset)
-    split = contents.test if name == "test" else contents.train
+    split = contents.test if source == "data:test" else contents.train
     ids = list(range(len(split.labels)))
     return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
