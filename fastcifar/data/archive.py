@@ -1,7 +1,4 @@
-"""Reads the bytes of the official files from a folder or directly from a .tar.gz.
-
-Nothing is extracted to disk and no path from inside an archive is opened. Sizes are checked before anything is read.
-"""
+"""Reads the bytes of the official files from a folder or directly from a .tar.gz, without extracting it."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class _SizeLimitedStream:
 
 
 def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
-    """Yield the files of the first layout found in a .tar.gz, read from the stream without extracting anything.
-
-    Raises `DataError` if the file is not gzip, is truncated or damaged, or contains neither layout of the data set.
-    """
+    """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has neither."""
     with path.open("rb") as file:
         head = file.read(512)
     if head[:2] != b"\x1f\x8b":

@@ -1,8 +1,5 @@
 """Augmentations: the table `AUGMENTS`, the parser of augmentation lists, random parameters and their application.
 
-`draw_epoch` draws the random parameters of a whole epoch with NumPy, from the seed and the epoch number alone.
-`apply_augment` is a pure function of a batch and its slice of these parameters, exact in uint8. It has no Python loop
-over images and never waits for the device.
 To add an augmentation, add one entry to `AUGMENTS`; the loaders need no change. Mixers (module `mixers`) are written in
 the same list, but the training step applies them.
 """
@@ -32,10 +29,7 @@ FIXED_STREAM_EPOCH = 2**64 - 1
 
 @dataclass(frozen=True)
 class AugmentOp:
-    """One parsed item of an augmentation list: the name of an entry of `AUGMENTS` or `MIXERS`, its value and variant.
-
-    `value` is None and `variant` is "" for entries that take none; `policy` is set for entries with `build_policy`.
-    """
+    """One parsed item of an augmentation list; `value` is None and `variant` is "" for entries that take none."""
 
     name: str
     value: Number | None
@@ -120,10 +114,9 @@ def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillCo
 
 
 def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
-    """Draw `flip`, bool: with probability `op.value` at each position, or alternating.
+    """Draw `flip`, bool: with probability `op.value` at each position, or alternating (Keller Jordan, airbench94).
 
-    With "alternating" (Keller Jordan, airbench94) each sample draws one fair bit for the whole run, which decides
-    whether it is flipped in the even or in the odd epochs, so that any two successive epochs show both orientations.
+    Alternating: a fair bit of each sample for the whole run decides whether it is flipped in even or in odd epochs.
     """
     n = len(context.permutation)
     if op.variant == "alternating":
@@ -241,8 +234,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
 def parse_augment(spec: str) -> tuple[AugmentOp, ...]:
     """Parse an augmentation list such as "crop:4:zero,flip,cutout:8"; "none" and "" are the empty list.
 
-    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value. A mixer may stand at the
-    end. Raises `UsageError` with the nearest name, the allowed variants or the bounds.
+    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value; the last may be a mixer.
     """
     if spec.strip() in ("", "none"):
         return ()
@@ -260,10 +252,7 @@ def split_mixer(ops: tuple[AugmentOp, ...]) -> tuple[tuple[AugmentOp, ...], Augm
 
 
 def format_augment(ops: tuple[AugmentOp, ...]) -> str:
-    """Return the canonical text of a list, the inverse of `parse_augment`; "none" for the empty list.
-
-    Default values are written too, so that a saved recipe keeps its meaning when a default changes.
-    """
+    """Return the canonical text of a list with all values, the inverse of `parse_augment`; "none" if it is empty."""
     items = ((op.name, "" if op.value is None else repr(op.value), op.variant) for op in ops)
     return ",".join(":".join(filter(None, item)) for item in items) or "none"
 
@@ -312,9 +301,8 @@ def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> Aug
     """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
     The key of the counter-based Philox generator is [seed, epoch]: the stream jumped by 0 gives the permutation, the
-    stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so streams never overlap). Appending an
-    augmentation leaves the draws of the earlier ones unchanged, and batch size, ranks, loader and device have no
-    influence.
+    stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so streams never overlap). Nothing else,
+    such as the batch size, the ranks, or augmentations later in the list, has an influence.
     """
     assert n > 0, n
     assert seed >= 0, seed
@@ -337,8 +325,8 @@ def apply_augment(
 ) -> Tensor:
     """Apply every augmentation in order to a batch, uint8 channels_last [b,3,32,32] in and out, not in place.
 
-    `params` is a slice of `AugmentParams.op_params`, tensors [b] on the device of the images. `fill_color` is the mean
-    color, 0..255 per channel. Compiles as a full graph.
+    `params` is a slice of `AugmentParams.op_params`, and `fill_color` the mean color. Exact, and compiles as a full
+    graph.
     """
     rows = apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
     return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)

@@ -40,8 +40,7 @@ SINGLE_KERNEL_OPTIONS = {
 
 @dataclass(frozen=True)
 class BatchSlicing:
-    """The slices of an epoch: step s is the positions [s * batch_size, (s + 1) * batch_size), and rank r takes
-    `r::world_size` of them, so that the shares of all ranks interleave to exactly the batches of a single process.
+    """The slices of an epoch: of the `batch_size` positions of each step, rank r takes `r::world_size`.
 
     `batch_size` is global. Raises `UsageError` if it exceeds `num_samples` or is not divisible by `world_size`, and if
     a short last batch would leave a rank without an image: BatchNorm cannot compute the statistics of an empty batch.
@@ -89,8 +88,8 @@ class BatchSlicing:
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
         """Rearrange an array [n, ...] over positions to [steps, width, ...], this rank's share of each step.
 
-        `width` is `local_batch_size` rounded up to a multiple of `alignment`. Elements beyond `local_count` repeat the
-        first element of the epoch, which is always a valid value.
+        `width` is `local_batch_size` rounded up to a multiple of `alignment`. Unused elements repeat the first of the
+        epoch.
         """
         steps, item_shape = self.steps_per_epoch, array.shape[1:]
         padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
@@ -157,10 +156,7 @@ class Loader(abc.ABC):
         self._prepare(images)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's batches from `start_step` on: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
-
-        Over all ranks, every sample appears once per epoch, except for those in a batch that `drop_last` drops.
-        """
+        """Yield this rank's batches from `start_step` on: images uint8 channels_last [b,3,32,32], labels int64 [b]."""
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         params = self._draw_epoch(epoch)
         labels = split_by_step(self.slicing, self._labels[params.permutation], self._device)
@@ -202,8 +198,7 @@ def compile_gather(
 ) -> GatherFn:
     """Compile one kernel for these arguments and static shapes; all loaders with equal arguments share it.
 
-    torch.compile limits the number of recompilations per code object. Each call therefore compiles a copy of the code
-    object; without the copy, the ninth configuration of a sweep would fail.
+    Each call compiles a copy of the code object, because torch.compile limits the number of compilations of one.
     """
     eager = eager_gather(ops, fill_color)
     copy = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
@@ -217,10 +212,8 @@ def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def split_by_step(slicing: BatchSlicing, array: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
-    """Upload an array [n] over positions in one copy and return this rank's share of each step, [local_batch_size].
-
-    Shares start at aligned addresses, because a compiled kernel first copies every misaligned input.
-    """
+    """Upload an array [n] over positions and return this rank's share of each step, [local_batch_size]."""
+    # Shares start at aligned addresses, because a compiled kernel first copies every misaligned input.
     return upload_array(slicing.step_table(array, ALIGNMENT), device)[:, : slicing.local_batch_size].unbind(0)
 
 

@@ -1,7 +1,4 @@
-"""CIFAR-10 and CIFAR-100: locating, downloading, verifying and caching the data; the training and validation split.
-
-`cifar_files` and `archive` read the official files, `class_folders` all other data. Does not import torch.
-"""
+"""CIFAR-10 and CIFAR-100: locating, downloading, verifying, caching, splitting. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "stratified_split"]
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`.
 
-    `val` has exactly `val_size` indices. Each class contributes its share rounded down, and the classes with the
-    largest remainders contribute one more. Raises `UsageError` if `val_size` is outside [0, n) or `seed` is negative.
+    Each class contributes its share rounded down, and the classes with the largest remainders contribute one more.
     """
     n = len(labels)
     if not 0 <= val_size < max(n, 1):
@@ -65,15 +61,12 @@ def load_dataset(
     download: bool = True,
     refresh_cache: bool = False,
 ) -> Dataset:
-    """Load a data set.
+    """Load the data set `data`: official files, class folders of images, a folder with one of these, or "synthetic[:N]".
 
-    `data` is an official folder or .tar.gz (Python or binary version), class folders of images, a folder that contains
-    one of these, or "synthetic[:N]". If it is None, use the environment variable FASTCIFAR_DATA, then the cache folder
-    (`cache_dir`, or the user's cache folder), then, if `download`, download the official archive. The decoded arrays
-    are stored in the cache folder as .npy files and memory-mapped; if that folder cannot be written, they stay in
-    memory. `refresh_cache` reads and checks the source even if a cache entry exists. All remarks are issued as one
-    `UserWarning` per call.
-    Raises `DataError` if the data is missing, damaged or malicious, `UsageError` if `dataset` is unknown.
+    Official files are a folder or a .tar.gz of the Python or binary version. If `data` is None, use the environment variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's
+    cache folder), then, if `download`, download the official archive. The decoded arrays are stored in the cache folder
+    as .npy files and memory-mapped. `refresh_cache` reads and checks the source even if a cache entry exists. All
+    remarks are issued as one `UserWarning`. Raises `DataError` if the data is missing, damaged or malicious.
     """
     spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))

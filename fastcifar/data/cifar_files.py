@@ -1,7 +1,4 @@
-"""The official CIFAR files: their names, their contents, and the verification that they are intact.
-
-Pickles are read through `safe_pickle` only. `cifar` finds the files and `archive` opens them.
-"""
+"""The official CIFAR files: their names, their contents, and the verification that they are intact."""
 
 from __future__ import annotations
 
@@ -29,10 +26,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data set, its class names in label order and its source.
-
-    `is_official` is whether every file has its official MD5, and `source_type` is the kind of source in words.
-    """
+    """Both splits of a data set, whether every file is official, and the kind of its source in words."""
 
     name: str
     train: Split
@@ -188,11 +182,7 @@ def file_error(problem: str) -> DataError:
 
 
 def read_official_files(spec: DatasetSpec, members: Iterator[MemberFile], source: Path) -> SourceContents:
-    """Parse and verify the files of one layout.
-
-    Raises `DataError` that names the file, the expected and the actual content; the structure is checked first, then
-    the checksums.
-    """
+    """Parse and verify the files of one layout: first their structure, then their checksums."""
     sizes = {split: sum(b.num_images for b in spec.python.batches if b.split == split) for split in ("train", "test")}
     splits = {split: Split(np.empty((n, 3, 32, 32), np.uint8), np.empty(n, np.int64)) for split, n in sizes.items()}
     md5s: dict[str, str] = {}
@@ -294,10 +284,7 @@ def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, fi
 
 
 def _check_class_balance(spec: DatasetSpec, layout: FileLayout, splits: dict[str, Split], source: Path) -> None:
-    """Raise `DataError` unless every class of a split has the same number of images.
-
-    No single training batch is balanced, so this also detects a training batch in place of the test batch.
-    """
+    """Raise `DataError` unless the classes are balanced; a training batch in place of the test batch is not."""
     for split_name, split in splits.items():
         counts = np.bincount(split.labels, minlength=spec.num_classes)
         expected = len(split.labels) // spec.num_classes
@@ -309,10 +296,7 @@ def _check_class_balance(spec: DatasetSpec, layout: FileLayout, splits: dict[str
 
 
 def split_digest(split: Split) -> str:
-    """Return a 128-bit digest of a split that does not depend on the order of the images.
-
-    It is a sum over the records (label byte and pixels), which detects damage but not deliberate manipulation.
-    """
+    """Return a 128-bit sum over labels and images in any order; it detects damage but not deliberate manipulation."""
     total = 0
     for label, image in zip(split.labels.tolist(), split.images, strict=True):
         total += int.from_bytes(hashlib.blake2b(image.data, digest_size=16, key=b"%d" % label).digest(), "little")

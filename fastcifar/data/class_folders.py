@@ -40,10 +40,7 @@ def _list_images(folder: Path) -> list[Path]:
 
 
 def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceContents:
-    """Read both splits; classes are in the order of `class_names` if the folders have these names, else alphabetical.
-
-    Raises `DataError` if the folders of the splits differ, or naming the first file that is not a 32x32 image.
-    """
+    """Read both splits; classes have the order of `class_names` if the folders have these names, else alphabetical."""
     folders = _split_folders(path)
     train, test = (_list_classes(folder) for folder in folders.values())
     if len(train) < 2 or test != train:
@@ -87,8 +84,7 @@ def decode_image(file: Path) -> np.ndarray:
 def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:
     """Return the deterministic data set `synthetic[:N]`: N training images (default 50,000) and N // 5 test images.
 
-    Each class is a smooth color pattern plus noise, which a small network learns in one epoch. Raises `UsageError` if N
-    is not an integer or exceeds 5,000,000.
+    Each class is a smooth color pattern plus noise, which a small network learns in one epoch.
     """
     size_text = data.partition(":")[2] or "50000"
     if not size_text.isdecimal():

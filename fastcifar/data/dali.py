@@ -1,8 +1,7 @@
-"""The loader that augments with NVIDIA DALI.
+"""The loader that augments with NVIDIA DALI, which is imported when a loader is created.
 
 DALI applies the first augmentations of the list, as far as it implements them exactly in uint8 (`DALI_OPS`); the kernel
-of the tensor loader applies the rest. DALI draws no random numbers. It is imported when a loader is created, and its
-threads start with the first batch, after a CUDA graph has been captured.
+of the tensor loader applies the rest. Its threads start with the first batch, after a CUDA graph has been captured.
 """
 
 from __future__ import annotations
@@ -105,14 +104,10 @@ def count_dali_ops(ops: tuple[AugmentOp, ...]) -> int:
 
 
 class ChunkSource:
-    """The inputs of DALI as a function of (epoch, step), and the order in which DALI asks for them.
+    """The inputs of DALI as a function of (epoch, step), without a reference to the pipeline, which refers to it.
 
-    images      uint8 NumPy [n,3,32,32], planar, possibly a memory map; neither copied nor padded as a whole
-    ops         the complete augmentation list, of which DALI applies `dali_ops`
     next_chunk  the next chunk to feed to DALI
     pending     the chunks that were fed to DALI and not yet returned by it
-
-    It has no reference to the loader and its pipeline, which hold references to it.
     """
 
     def __init__(
@@ -131,10 +126,7 @@ class ChunkSource:
         self.pending: deque[ChunkStart] = deque()
 
     def feed_next(self, _iteration: int) -> list[np.ndarray]:
-        """Return the images [b,3,s,s] of the next chunk, and the inputs [b, ...] of all DALI ops.
-
-        The first chunk of the next epoch follows the last one of an epoch, so that an epoch starts without waiting.
-        """
+        """Return the images [b,3,s,s] of the next chunk of any epoch, and the inputs [b, ...] of all DALI ops."""
         epoch, start = self.next_chunk
         self.pending.append(self.next_chunk)
         end = start + self.chunk_steps
@@ -174,8 +166,7 @@ def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
 class DaliLoader(Loader):
     """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training.
 
-    The images are not copied, and the batches are those of `TensorLoader`. If an iteration over `batches` ends early,
-    the threads of DALI stop until they are needed again. Also raises `DeviceError` if DALI is not available.
+    If an iteration over `batches` ends early, the threads of DALI stop until they are needed again.
     """
 
     # Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).

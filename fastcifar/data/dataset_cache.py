@@ -1,7 +1,6 @@
 """Cache of decoded data sets on disk: `<cache>/<dataset>-<key>/` with four .npy files and meta.json.
 
-An entry is put in place by one rename, so any number of processes may write and read at once. A damaged entry, or one
-whose source files have changed, is written again.
+An entry is put in place by one rename, so any number of processes may write and read at once.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ def load_or_cache(
 ) -> tuple[SourceContents, str]:
     """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and a note for the user.
 
-    Otherwise read the source and write the entry; if that fails, the data stays in memory and the note says so.
-    `refresh_cache` reads the source in any case and replaces an entry that differs.
+    Otherwise write the entry; if that fails, the note says so. `refresh_cache` replaces an entry that differs.
     """
     entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
     cached = _load_entry(entry)
@@ -51,10 +49,7 @@ def load_or_cache(
 
 
 def _cache_key(source: Path, files: list[Path]) -> str:
-    """Return 16 hexadecimal digits that depend on the source path and on name, size and modification time of each file.
-
-    A missing file contributes its name only.
-    """
+    """Hash the source path and, of each file, name, size and modification time; of a missing file the name only."""
     digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{source}\n".encode())
     for path in files:
         try:

@@ -1,7 +1,4 @@
-"""Download of the official archives from their own site: resumable, verified, and put in place only when complete.
-
-A file under the name of the archive always has the expected MD5. Archives are not unpacked.
-"""
+"""Download of the official archives from their own site: resumable, verified, and put in place only when complete."""
 
 from __future__ import annotations
 
@@ -30,8 +27,7 @@ _MAX_BYTES = 2**30
 def download_file(url: str, md5: str, target: Path) -> Path:
     """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`.
 
-    Concurrent downloads to the same folder wait for each other. Raises `DataError` if the network or the server fails
-    or the MD5 is not `md5` (the file is then deleted), and `DiskError` if the folder cannot be written.
+    Raises `DataError` if the network fails or the MD5 differs, and `DiskError` if the folder cannot be written.
     """
     part = target.with_name(f"{target.name}.part")
     try:

@@ -1,8 +1,7 @@
-"""Operations on a batch of images with separate parameters for each image, exact in uint8, without loops over images.
+"""Operations on a batch of images, int32 rows [b,32,96] with values 0..255: column 3 * x + channel belongs to pixel x.
 
-Images are int32 rows [b,32,96], where column 3 * x + channel holds that channel of pixel x. The operations of policies
- reproduce torchvision's v2 operations on uint8 tensors; geometric operations use nearest-neighbor sampling and fill
-with black. Amounts are integers computed on the host and all rounding is explicit, so that every device gives the same
+The operations of policies reproduce torchvision's v2 operations; geometric ones use nearest-neighbor sampling and fill
+with black. Amounts are integers computed on the host and all rounding is explicit, so every device gives the same
 bytes.
 """
 
@@ -49,10 +48,7 @@ OperationStep = tuple[Tensor, Tensor, Tensor | None]
 
 
 def crop_rows(rows: Tensor, top: Tensor, left: Tensor, pad: int, reflect: bool) -> Tensor:
-    """Crop the 32x32 window at (top, left) int32 [b] of the image padded by `pad` pixels, without building that image.
-
-    The padding is black, or with `reflect` mirrored as in the "reflect" mode of NumPy and torch.
-    """
+    """Crop the 32x32 window at (top, left) int32 [b] of the image padded by `pad` pixels, black or reflected."""
     row, column, channel = _grid_indices(rows)
     y = row + (top[:, None] - pad)
     source = column + 3 * (left[:, None] - pad)
@@ -129,10 +125,7 @@ def encode_operation(name: str, magnitude: float) -> tuple[int, int, int]:
 
 
 def apply_operations(rows: Tensor, steps: Sequence[OperationStep], operations: Sequence[Collection[str]]) -> Tensor:
-    """Apply one operation per step to each image; int32 rows [b,32,96] in and out.
-
-    `operations` lists for each step the operations that may occur in it; nothing is computed for the others.
-    """
+    """Apply one operation per step to each image, one of the `operations` of the step; int32 rows in and out."""
     image = rows
     for (code, amount, cosine), names in zip(steps, operations, strict=True):
         cosine = None if cosine is None else cosine[:, None, None]
@@ -150,10 +143,7 @@ def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
 
 
 def rotate_rows(rows: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """Rotate each image of rows int32 [b,32,96] counterclockwise around its center, black outside.
-
-    `sine` and `cosine` are int32 [b] in units of 1 / AFFINE_SCALE.
-    """
+    """Rotate each image counterclockwise; sine and cosine are int32 [b] in units of 1 / AFFINE_SCALE."""
     sine, cosine = sine[:, None, None], cosine[:, None, None]
     row, column, channel = _grid_indices(rows)
     return _sample_nearest(rows, row[:, None], (column * 171) >> 9, channel, (cosine, -sine, 0), (sine, cosine, 0))
@@ -184,10 +174,8 @@ def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | No
 
 
 def _materialize(values: Tensor) -> Tensor:
-    """Convert `values` (0..255) to uint8 and force the compiler to store them.
-
-    A fused kernel would compute them again for every use. `as_strided` is defined on memory, so its input is stored.
-    """
+    """Convert `values` (0..255) to uint8 and force the compiler to store them instead of recomputing every use."""
+    # `as_strided` is defined on memory, so its input has to be stored.
     values = values.to(torch.uint8).contiguous()
     return values.as_strided(values.shape, values.stride())
 
@@ -288,10 +276,8 @@ def _blend_target(planes: Tensor, code: Tensor, names: set[str]) -> Tensor | flo
 
 
 def _blend(values: Tensor, target: Tensor | float, amount: Tensor) -> Tensor:
-    """Compute values * (1 + amount) - target * amount with the roundings of torch's float32 fused multiply-add.
-
-    In float64 these products and sums are exact, so fusing and rounding cannot differ between devices.
-    """
+    """Compute values * (1 + amount) - target * amount, rounded like torch's float32 fused multiply-add."""
+    # In float64 these products and sums are exact, so fusing and rounding cannot differ between devices.
     factor = amount.double() / AMOUNT_SCALE
     scaled = (values.double() * (1 + factor).float().double()).float().double()
     return (scaled - target * factor.float().double()).float().clamp(0, 255).int()

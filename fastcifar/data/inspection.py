@@ -65,10 +65,7 @@ class GridsDescription(TypedDict):
 
 
 def verify_dataset(recipe: Recipe) -> DatasetDescription:
-    """Read and check the files of the recipe's data set, even if they are cached, and return their description.
-
-    Raises as `cifar.load_dataset` does.
-    """
+    """Read and check the files of the recipe's data set, even if they are cached, and return their description."""
     data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
     images = data.train.images
     mean, std = channel_mean_std(images)
@@ -103,8 +100,6 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
 
     There is one grid for each augmentation, one for the complete list and one for each policy, with a row for each of
     its operations. The grids share their random parameters. A mixer mixes the images shown.
-    Raises `UsageError` if `count` or the augmentation list is invalid, `DiskError` if `out` cannot be written, and as
-    `cifar.load_dataset` does.
     """
     ops = parse_augment(recipe.augment)
     plotting.require_png(out)

@@ -65,8 +65,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented batches of `TensorLoader` for `epochs` epochs over `split`, for a custom training loop.
 
-    Batches are images uint8 channels_last [b,3,32,32] and labels int64 [b] on `device`. `compile` pays off after a few
-    hundred batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` is too large.
+    Batches are images uint8 channels_last [b,3,32,32] and labels int64 [b]. `compile` pays off after a few hundred
+    batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` is too large.
     """
     ops, mixer = split_mixer(parse_augment(augment))
     if mixer:
@@ -81,10 +81,7 @@ def batches(
 def mixed_batches(
     loader: Loader, ops: tuple[AugmentOp, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the inputs of the training step: the batches of `loader` and the parameters of the mixer in `ops`, if any.
-
-    An item is (images, labels) or (images, labels, mixer parameters [b] or [b,k]). `ops` is the complete list.
-    """
+    """Yield the batches of `loader` and, as a third element if `ops` ends with a mixer, its parameters [b] or [b,k]."""
     loader_batches = loader.batches(epoch, start_step)
     if split_mixer(ops)[1] is None:
         yield from loader_batches
@@ -97,10 +94,7 @@ def mixed_batches(
 def eval_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the data in order without augmentation: (images uint8 channels_last [b,3,32,32], labels int64 [b]).
-
-    `images` is uint8 NumPy [n,3,32,32], planar, possibly a memory map; one batch at a time is read and uploaded.
-    """
+    """Yield the data in order without augmentation: (images uint8 channels_last [b,3,32,32], labels int64 [b])."""
     assert len(images) == len(labels), (len(images), len(labels))
     device = torch.device(device)
     for start in range(0, len(images), batch_size):

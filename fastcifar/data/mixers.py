@@ -1,7 +1,6 @@
-"""Mixers, which combine several images of a batch into one and mix their labels accordingly; the table is `MIXERS`.
+"""Mixers, which combine images of a batch with their neighbors (the batch rolled by 1, 2, ...) and mix their labels.
 
-An image is mixed with its neighbors in the batch (the batch rolled by 1, 2, ...), which are random already because the
-epoch is a random permutation. The training step applies mixers to whole batches.
+Neighbors are random already, because the epoch is a random permutation.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ class MixerSpec:
 
 
 def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image, with weight float32 [b], with its neighbor (Zhang et al., 2017); pixels become float32.
-
-    Mixing before or after normalization is equivalent, because normalization is affine and the weights sum to 1.
-    """
+    """Blend each image, with weight float32 [b], with its neighbor (Zhang et al., 2017); pixels become float32."""
     pixel_weight = weight[:, None, None, None]
     mixed = images.roll(1, 0) * (1 - pixel_weight) + images * pixel_weight
     return mixed, torch.stack((weight, 1 - weight), 1)

@@ -19,10 +19,7 @@ NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
 
 
 def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
-    """Return mean and std, three floats each for pixels in [0, 1], of a name in `NORMALIZATIONS` or of "MEAN:STD".
-
-    MEAN and STD are one number, or three separated by commas; a std that is not positive is an error.
-    """
+    """Return mean and std, three floats each, for a name in `NORMALIZATIONS` or "MEAN:STD", one or three numbers each."""
     if ":" not in spec:
         return lookup(NORMALIZATIONS, spec, "normalization")
     try:
@@ -54,13 +51,10 @@ def normalization_mean_std(recipe: Recipe) -> tuple[ChannelValues, ChannelValues
 
 
 def normalization_name(recipe: Recipe) -> str:
-    """Return the name or "MEAN:STD" that a recipe uses.
-
-    `auto` is the data set's own normalization, except for coconut networks on CIFAR-10: these use "kuangliu", with
-    which they were published.
-    """
+    """Return the name or "MEAN:STD" that a recipe uses; `auto` is the data set's own normalization."""
     if recipe.normalize != "auto":
         return recipe.normalize
+    # Coconut networks were published with "kuangliu".
     return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
 
 

@@ -127,11 +127,7 @@ IDENTITY_OP = PolicyOp("Identity", 1.0, 0.0, False)
 
 
 def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> list[float]:
-    """Return the magnitude of an operation at each of `num_levels` levels; zeros if it has none.
-
-    The arithmetic is that of torch.linspace: a float32 step, a fused multiply-add from the nearer end, rounded to
-    float32.
-    """
+    """Return the magnitude at each level with the arithmetic of torch.linspace; zeros if the operation has none."""
     magnitude_range = space[operation]
     if magnitude_range is None:
         return [0.0] * num_levels
@@ -180,8 +176,7 @@ def load_policy(name_or_path: str) -> Policy:
     """Return the AutoAugment policy of that name, or a custom policy from a TOML file, whose name ends in .toml.
 
     An example of a file is `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`: sub-policies of
-    [operation, probability, level]; operations without magnitude have no level. Raises `UsageError` that names the
-    faulty sub-policy and step.
+    [operation, probability, level]; operations without magnitude have no level.
     """
     if not name_or_path.endswith(".toml"):
         return autoaugment_policy(lookup(POLICIES, name_or_path, "policy"))
@@ -223,10 +218,7 @@ def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:
 
 @functools.lru_cache(maxsize=64)
 def _encode_policy(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
-    """Return the encoded operations int32 [sub-policies, steps, 2, 3] and their probabilities [sub-policies, steps].
-
-    Index 1 of the third dimension has the negated magnitude if the operation is signed.
-    """
+    """Return the encoded operations int32 [sub-policies, steps, 2 signs, 3] and their probabilities."""
     encoded = [
         [[encode_operation(op.operation, sign * op.magnitude) for sign in (1, -1 if op.signed else 1)] for op in steps]
         for steps in policy.sub_policies
@@ -283,8 +275,7 @@ def draw_rotation_params(degrees: float, n: int, rng: np.random.Generator) -> di
 def draw_erasing_params(max_area: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw a box for each of `n` images: corner `y`, `x` and size `h`, `w`, uint8; half of the images have size 0.
 
-    The area is uniform over MIN_ERASE_AREA..`max_area` of the image and the aspect ratio is log-uniform, with up to ten
-    attempts to get a box that is lower and narrower than the image; its position is uniform inside the image.
+    Its area (up to `max_area` of the image) is uniform, its aspect ratio log-uniform, and its position uniform.
     """
     low, high = np.log(ERASE_ASPECT_RANGE)
     heights, widths = np.zeros((2, n), np.uint8)

@@ -1,7 +1,7 @@
 """Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set.
 
 The array layout is determined from the shape alone, and an unknown shape is an error, since planar data read as
-channels-last would scramble every image without failing. Does not import torch.
+channels-last would scramble every image without failing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ _INPUT_REMEDY = (
 
 @dataclass(frozen=True)
 class InputImages:
-    """Images uint8 [n,3,32,32], planar, with unique ids in the order of the file, and labels int64 [n] if known.
-
-    `layout` describes the layout of the source in words.
-    """
+    """Images uint8 [n,3,32,32], planar, their unique ids, the layout in words, and labels int64 [n] if known."""
 
     images: np.ndarray
     ids: list[int] | list[str]
@@ -48,10 +45,7 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") 
     """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
 
     Files named .pkl, .pickle or without a suffix are pickles with images and ids. In a folder, all images below it are
-    read in the order of their paths, and the id is the path without the suffix. In a .npy file and in the data set, the
-    id is the index of the image.
-    Raises `DataError` if the source is missing or invalid or ids are missing or duplicate, and as `cifar.load_dataset`
-    does.
+    read in the order of their paths, and the id is the path without the suffix; otherwise it is the index of the image.
     """
     if source.startswith("data:"):
         return _read_dataset_split(source, data, dataset)
@@ -74,10 +68,7 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") 
 
 
 def to_planar(array: Any, source_name: str) -> tuple[np.ndarray, str]:
-    """Return `array`, uint8 in one of the three layouts, as a view of shape [n,3,32,32], and the name of its layout.
-
-    Raises `DataError` if type, dtype or shape is another, or if there are no images.
-    """
+    """Return `array`, uint8 in one of the three layouts, as a view of shape [n,3,32,32], and the name of its layout."""
     if not isinstance(array, np.ndarray):
         raise DataError(f"{source_name} is of type {type(array).__name__}, expected an array", _PICKLE_REMEDY)
     if array.dtype != np.uint8:
@@ -151,9 +142,7 @@ def _read_image_folder(folder: Path) -> InputImages:
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """Read an image file as uint8 [3,32,32] RGB: upright by its EXIF data, cropped to its largest centered square and
-    resized with antialiased bicubic interpolation; 32x32 pixels are returned unchanged.
-    """
+    """Read an image file as uint8 [3,32,32] RGB: upright, cropped to the centered square, resized (bicubic)."""
     with open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width}x{image.height}"

@@ -1,8 +1,7 @@
 """A pickle reader for dicts, lists, scalars and numeric arrays that is safe for files from unknown sources.
 
-`_check_opcodes` checks the opcodes and the size of every argument before anything is executed. Python's unpickler then
-builds the values, but every global name that it looks up is replaced by a class of this module: nothing is imported,
-no function of another module is called, and memory stays in proportion to the file. Does not import torch.
+`_check_opcodes` checks every opcode and the size of its argument before anything is executed. Python's unpickler then
+builds the values, with classes of this module in place of all global names. Memory stays in proportion to the file.
 """
 
 from __future__ import annotations
@@ -221,11 +220,10 @@ def is_html_page(content: bytes) -> bool:
 
 
 def load_pickle(content: bytes, source_name: str) -> dict[Any, Any]:
-    """Read the dict in a pickle of protocol 0 to 5; its keys are bytes, str or int.
+    """Read the dict in a pickle of protocol 0 to 5, from file `source_name`; its keys are bytes, str or int.
 
-    Python 2 strings are returned as bytes, arrays in the dict or in its lists as read-only views. `source_name` names
-    the file in errors. Raises `DataError` unless `content` is a complete pickle of a dict with lists, tuples, text,
-    numbers and numeric arrays, and before allocating more than a few times its size.
+    Python 2 strings are returned as bytes, arrays in the dict or in its lists as read-only views. Raises `DataError`
+    for anything else.
     """
     if is_html_page(content):
         raise DataError(f"{source_name} is an HTML page, expected a pickle", "download the file again")

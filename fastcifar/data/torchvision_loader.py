@@ -1,8 +1,7 @@
-"""The conventional loader: a DataLoader whose workers transform and collate one image at a time with torchvision.
+"""The conventional loader, a baseline: workers transform and collate one image at a time with torchvision.
 
-It is the baseline for comparisons. The order of an epoch is that of the other loaders; torchvision draws the random
-parameters, seeded for each step and rank, so that neither the number of workers nor resuming changes a batch.
-torchvision is imported when a loader is created, not before.
+torchvision draws the random parameters, seeded for each step and rank, so that neither the number of workers nor
+resuming changes a batch. It is imported when a loader is created.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Tr
 
 
 class TorchvisionLoader(Loader):
-    """Loader that keeps the data set in host memory and creates a DataLoader with `workers` processes for each epoch.
-
-    Also raises `UsageError` if an augmentation has no counterpart in torchvision or torchvision is not installed.
-    """
+    """Loader that keeps the data set in host memory and creates a DataLoader with `workers` for each epoch."""
 
     uses_workers = True
 
@@ -109,10 +105,7 @@ class _TransformedImages(Dataset[Tensor]):
 
 
 def build_transform(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> Transform:
-    """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32].
-
-    Raises `UsageError` if an augmentation has no counterpart in torchvision or torchvision is not installed.
-    """
+    """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32]; `UsageError` if there is none."""
     for op in ops:
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
             variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
