@@ -42,12 +42,6 @@ class AugmentOp:
         assert self.value is not None, self
         return self.value
 
-    @property
-    def int_value(self) -> int:
-        """The value of an entry that takes an integer."""
-        assert isinstance(self.value, int), self
-        return self.value
-
 
 @dataclass(frozen=True, eq=False)
 class DrawContext:
@@ -110,7 +104,7 @@ def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
 
 def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     """Pad the image by `op.value` pixels, black or reflected, and crop the 32x32 window at (y, x)."""
-    return crop_rows(rows, params["y"].int(), params["x"].int(), op.int_value, op.variant == "reflect")
+    return crop_rows(rows, params["y"].int(), params["x"].int(), int(op.number), op.variant == "reflect")
 
 
 def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
@@ -127,7 +121,7 @@ def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
 
 def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     """Fill the square of `op.value` pixels whose corner is center - size // 2 (DeVries and Taylor, 2017)."""
-    size = op.int_value
+    size = int(op.number)
     top, left = (params[axis].int() - size // 2 for axis in "yx")
     return fill_box(rows, top, left, size, size, FILL_COLORS.get(op.variant, fill_color))
 
@@ -160,7 +154,7 @@ def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: Fill
 
 AUGMENTS: dict[str, AugmentSpec] = {
     "crop": AugmentSpec(
-        draw=lambda op, context: _draw_corner(context, 2 * op.int_value + 1),
+        draw=lambda op, context: _draw_corner(context, 2 * int(op.number) + 1),
         apply=apply_crop,
         default_value=4,
         variants={"zero": (1, 16), "reflect": (1, 16)},

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import os
+import shutil
+import tarfile
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
 
-from fastcifar.data import archive, class_folders, dataset_cache
-from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, SourceContents, Split, read_official_files
+from fastcifar.data import class_folders
+from fastcifar.data.cifar_files import (
+    DATASETS,
+    IMAGE_BYTES,
+    Dataset,
+    DatasetSpec,
+    FileLayout,
+    MemberFile,
+    SourceContents,
+    Split,
+    file_error,
+    read_official_files,
+)
 from fastcifar.data.download import DATA_REMEDY, download_file
+from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, UsageError, lookup
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "stratified_split"]
@@ -43,14 +62,12 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
     return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _DataSource:
-    """A recognized source: its kind in words, its path, the files that identify its cache entry, and its reader."""
+# Entries `<cache>/<dataset>-<key>/` of the cache have four .npy files and meta.json. An entry is put in place by one
+# rename, so any number of processes may write and read at once.
+CACHE_FORMAT_VERSION = 1  # increase it when the meaning of the files changes; older entries are then ignored
 
-    kind: str
-    path: Path
-    files: list[Path]
-    read: Callable[[], SourceContents]
+# The kind of a source in words, its path, the files that identify its cache entry, and its reader
+_DataSource = tuple[str, Path, list[Path], Callable[[], SourceContents]]
 
 
 def load_dataset(
@@ -61,12 +78,13 @@ def load_dataset(
     download: bool = True,
     refresh_cache: bool = False,
 ) -> Dataset:
-    """Load the data set `data`: official files, class folders of images, a folder with one of these, or "synthetic[:N]".
+    """Load the data set `data`: official files, class folders of images, a folder of one of these, or "synthetic[:N]".
 
-    Official files are a folder or a .tar.gz of the Python or binary version. If `data` is None, use the environment variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's
-    cache folder), then, if `download`, download the official archive. The decoded arrays are stored in the cache folder
-    as .npy files and memory-mapped. `refresh_cache` reads and checks the source even if a cache entry exists. All
-    remarks are issued as one `UserWarning`. Raises `DataError` if the data is missing, damaged or malicious.
+    Official files are a folder or .tar.gz of the Python or binary version. If `data` is None, use the environment
+    variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's), then, if `download`, download the
+    official archive. The decoded arrays are stored in the cache folder and memory-mapped. `refresh_cache` reads and
+    checks the source even if a cache entry exists. All remarks are issued as one `UserWarning`. Raises `DataError` if
+    the data is missing, damaged or malicious.
     """
     spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
@@ -77,26 +95,20 @@ def load_dataset(
         if data:
             source = _identify_source(Path(data).expanduser(), dataset, spec)
         else:
-            source = _find_or_download(folder, dataset, spec, download)
-        contents, cache_note = dataset_cache.load_or_cache(
-            folder, dataset, source.path, source.files, source.read, refresh_cache
-        )
+            source = _detect_source(folder, spec) if folder.is_dir() else None
+            if source is None and not download:
+                raise DataError(f"{dataset} is not in {folder}", DATA_REMEDY)
+            archive = folder / spec.python.archive_name
+            source = source or _archive_source(download_file(spec.url, spec.archive_md5, archive), spec)
+        kind, path, files, read = source
+        contents, cache_note = load_or_cache(folder, dataset, path, files, read, refresh_cache)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
     notes = [note for note in (contents.note, cache_note) if note]
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
     splits, classes, is_official, _ = contents
-    return Dataset(dataset, splits["train"], splits["test"], classes, str(source.path), is_official, source.kind)
-
-
-def _find_or_download(cache_dir: Path, dataset: str, spec: DatasetSpec, download: bool) -> _DataSource:
-    source = _detect_source(cache_dir, spec) if cache_dir.is_dir() else None
-    if source is not None:
-        return source
-    if not download:
-        raise DataError(f"{dataset} is not in {cache_dir}", DATA_REMEDY)
-    return _archive_source(download_file(spec.url, spec.archive_md5, cache_dir / spec.python.archive_name), spec)
+    return Dataset(dataset, splits["train"], splits["test"], classes, str(path), is_official, kind)
 
 
 def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource:
@@ -121,19 +133,192 @@ def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
         for folder in (path, path / layout.folder):
             files = [folder / name for name in layout.file_names]
             if any(file.is_file() for file in files):
-                members = archive.iter_folder_files(folder, spec, layout)
+                members = iter_folder_files(folder, spec, layout)
                 read = partial(read_official_files, spec, members, folder)
-                return _DataSource(f"folder of the {version} version", folder.resolve(), files, read)
+                return f"folder of the {version} version", folder.resolve(), files, read
     for layout in (spec.python, spec.binary):
         if (path / layout.archive_name).is_file():
             return _archive_source(path / layout.archive_name, spec)
     if (path / "train").is_dir():
         files = class_folders.list_image_files(path)
         read = partial(class_folders.read_class_folders, path, spec.class_names)
-        return _DataSource("class folders of images", path.resolve(), files, read)
+        return "class folders of images", path.resolve(), files, read
     return None
 
 
 def _archive_source(path: Path, spec: DatasetSpec) -> _DataSource:
-    read = partial(read_official_files, spec, archive.iter_tar_files(path, spec), path)
-    return _DataSource("archive", path.resolve(), [path], read)
+    read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
+    return "archive", path.resolve(), [path], read
+
+
+def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
+    num_images = next((batch.num_images for batch in layout.batches if batch.name == name), 0)
+    # Pickle protocol 0 writes a byte as up to four characters; the rest is for file name and labels of an image.
+    bytes_per_image = IMAGE_BYTES + spec.label_bytes if layout is spec.binary else 4 * IMAGE_BYTES + 512
+    return num_images * bytes_per_image + 2**20
+
+
+def iter_folder_files(folder: Path, spec: DatasetSpec, layout: FileLayout) -> Iterator[MemberFile]:
+    """Yield the files of `layout` that are in `folder`. Raises `DataError` if one is too large."""
+    for name in layout.file_names:
+        path, limit = folder / name, _max_member_bytes(spec, layout, name)
+        if path.is_file():
+            size = path.stat().st_size
+            if size > limit:
+                raise file_error(f"{path} has {size:,} bytes, expected at most {limit:,}")
+            yield layout, name, path.read_bytes()
+
+
+class _SizeLimitedStream:
+    """A stream that raises `DataError` after `limit` bytes, since gzip can expand a file a thousandfold."""
+
+    def __init__(self, stream: Any, limit: int, path: Path) -> None:
+        self.stream, self.remaining, self.limit, self.path = stream, limit, limit, path
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.remaining -= len(data)
+        if self.remaining < 0:
+            raise file_error(f"{self.path} unpacks to more than {self.limit:,} bytes, expected a CIFAR archive")
+        return data
+
+
+def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
+    """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has neither."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head[:2] != b"\x1f\x8b":
+        kind = "an HTML page" if is_html_page(head) else "another kind of file" if head else "an empty file"
+        raise file_error(f"{path} is {kind} (it starts with {head[:16]!r}), expected a .tar.gz")
+    layouts = (spec.python, spec.binary)
+    expected = {f"{layout.folder}/{name}": (layout, name) for layout in layouts for name in layout.file_names}
+    archive_layout: FileLayout | None = None
+    limit = 2 * sum(batch.num_images * (IMAGE_BYTES + 100) for batch in spec.python.batches) + 2**22
+    other_members: list[str] = []
+    try:
+        with gzip.open(path) as decompressed:
+            stream = _SizeLimitedStream(decompressed, limit, path)
+            with tarfile.open(fileobj=stream, mode="r|") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+                for member in archive:
+                    layout, name = expected.get(member.name.removeprefix("./"), (None, ""))
+                    if layout is None or archive_layout not in (None, layout):
+                        other_members += [member.name[:80]] if len(other_members) < 3 else []
+                        continue
+                    archive_layout = layout
+                    reader = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+                    if reader is None or member.size > _max_member_bytes(spec, layout, name):
+                        problem = f"is not a regular file of the expected size ({member.size:,} bytes)"
+                        raise file_error(f"{path}: {member.name} {problem}")
+                    yield layout, name, reader.read()
+            while stream.read(2**20):  # read to the end, where gzip verifies its checksum
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise file_error(f"{path} is truncated or damaged ({error}), expected a complete .tar.gz") from None
+    if archive_layout is None:
+        content = ", ".join(other_members) or "no files"
+        raise file_error(f"{path} contains {content}, expected {spec.python.folder}/ or {spec.binary.folder}/")
+
+
+def load_or_cache(
+    cache_dir: Path,
+    dataset: str,
+    source: Path,
+    files: list[Path],
+    read_source: Callable[[], SourceContents],
+    refresh_cache: bool = False,
+) -> tuple[SourceContents, str]:
+    """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and a note for the user.
+
+    Otherwise write the entry; if that fails, the note says so. `refresh_cache` replaces an entry that differs.
+    """
+    entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
+    cached = _load_entry(entry)
+    if cached is not None and not refresh_cache:
+        return cached, ""
+    contents = read_source()
+    if cached is not None:
+        pairs = zip(_named_arrays(cached).values(), _named_arrays(contents).values(), strict=True)
+        if cached[1:] == contents[1:] and all(np.array_equal(a, b) for a, b in pairs):
+            return cached, ""
+        shutil.rmtree(entry, ignore_errors=True)
+    try:
+        _write_entry(entry, contents)
+    except OSError as error:
+        return contents, f"cannot cache the data set in {cache_dir} ({error.strerror or error}): it stays in memory"
+    return _load_entry(entry) or contents, ""
+
+
+def _cache_key(source: Path, files: list[Path]) -> str:
+    """Hash the source path and, of each file, name, size and modification time; of a missing file the name only."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{source}\n".encode())
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError:
+            digest.update(f"{path.name}\n".encode())
+            continue
+        digest.update(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load_entry(entry: Path) -> SourceContents | None:
+    """Return the contents of an entry, its images memory-mapped read-only; None if anything is missing or damaged."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        arrays = {}
+        for name, (size, shape, dtype) in meta["arrays"].items():
+            path = entry / f"{name}.npy"
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if path.stat().st_size != size or list(array.shape) != shape or array.dtype != dtype:
+                return None
+            arrays[name] = array
+        splits = {
+            # Labels are small, so they are copied, which makes them writable.
+            split_name: Split(arrays[f"{split_name}_images"], np.array(arrays[f"{split_name}_labels"]))
+            for split_name in ("train", "test")
+        }
+        return SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+
+
+def _named_arrays(contents: SourceContents) -> dict[str, np.ndarray]:
+    return {
+        f"{split}_{name}": array for split, arrays in contents.splits.items() for name, array in vars(arrays).items()
+    }
+
+
+def _write_entry(entry: Path, contents: SourceContents) -> None:
+    """Write an entry atomically. Raises `OSError`, and then leaves nothing behind."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    for path in entry.parent.glob(f"{entry.name}.*.tmp"):
+        if time.time() - path.stat().st_mtime > 3600:  # left behind by a killed process
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    replaced = temporary.with_suffix(".old.tmp")
+    temporary.mkdir()
+    try:
+        sizes = {}
+        for name, array in _named_arrays(contents).items():
+            path = temporary / f"{name}.npy"
+            np.save(path, array, allow_pickle=False)
+            sizes[name] = (path.stat().st_size, array.shape, array.dtype.name)
+        meta = {
+            "format": CACHE_FORMAT_VERSION,
+            "arrays": sizes,
+            "classes": contents.classes,
+            "official": contents.is_official,
+            "note": contents.note,
+        }
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if entry.exists() and _load_entry(entry) is None:
+            # A rename cannot replace a folder that contains files, so the damaged one is moved away first.
+            entry.rename(replaced)
+        try:
+            temporary.rename(entry)
+        except OSError:
+            if _load_entry(entry) is None:  # otherwise another process has already written the same contents
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -89,6 +89,38 @@ class DatasetSpec:
     reordered_md5s: dict[str, str] = field(default_factory=dict)
 
 
+_CIFAR10_PYTHON = (
+    BatchFile("data_batch_1", "train", 10_000, "c99cafc152244af753f735de768cd75f", "training batch 1 of 5"),
+    BatchFile("data_batch_2", "train", 10_000, "d4bba439e000b95fd0a9bffe97cbabec", "training batch 2 of 5"),
+    BatchFile("data_batch_3", "train", 10_000, "54ebc095f3ab1f0389bbae665268c751", "training batch 3 of 5"),
+    BatchFile("data_batch_4", "train", 10_000, "634d18415352ddfa80567beed471001a", "training batch 4 of 5"),
+    BatchFile("data_batch_5", "train", 10_000, "482c414d41f54cd18b22e5b47cb7c3cb", "training batch 5 of 5"),
+    BatchFile("test_batch", "test", 10_000, "40351d587109b95175f43aff81a1287e", "testing batch 1 of 1"),
+)
+# These MD5s agree with other public tools; the one of test_batch.bin was also computed from test_batch.
+_CIFAR10_BINARY = (
+    BatchFile("data_batch_1.bin", "train", 10_000, "5dd7e06a14cb22eb9f671a540d1b7c25"),
+    BatchFile("data_batch_2.bin", "train", 10_000, "5ea93a67294ea407fff1d09f752e9692"),
+    BatchFile("data_batch_3.bin", "train", 10_000, "942cd6a4bcdd0dd3c604fbe906cb4421"),
+    BatchFile("data_batch_4.bin", "train", 10_000, "ae636b3ba5c66a11e91e8cb52e771fcb"),
+    BatchFile("data_batch_5.bin", "train", 10_000, "53f37980c15c3d472c316c40844f3f0d"),
+    BatchFile("test_batch.bin", "test", 10_000, "803d5f7f4d78ea53de84dbe85f74fb6d"),
+)
+# Files in circulation with the official images of each class in another order. Their MD5s serve to identify the damaged
+# file of such a set.
+_CIFAR10_REORDERED_MD5S = {
+    "data_batch_1": "02c8b8c5218fd5808830be6566332c42",
+    "data_batch_2": "c945726bef0587d09167131b57065491",
+    "data_batch_3": "8a4bd9b8a2fa4ce2566c71ef9e02ec8d",
+    "data_batch_4": "490899ba4772f771d500a50e332d5a0c",
+    "data_batch_5": "ab90f073b77483564a43a3efa30e312c",
+}
+_CIFAR100_PYTHON = (
+    BatchFile("train", "train", 50_000, "16019d7e3df5f24257cddd939b257f8d", "training batch 1 of 1"),
+    BatchFile("test", "test", 10_000, "f0ef6b0ae62326f3e7ffdfab6717acfc", "testing batch 1 of 1"),
+)
+_CIFAR100_BINARY = (BatchFile("train.bin", "train", 50_000), BatchFile("test.bin", "test", 10_000))
+
 DATASETS: dict[str, DatasetSpec] = {
     "cifar10": DatasetSpec(
         num_classes=10,
@@ -97,45 +129,12 @@ DATASETS: dict[str, DatasetSpec] = {
         label_key="labels",
         class_names_key="label_names",
         label_bytes=1,
-        python=FileLayout(
-            folder="cifar-10-batches-py",
-            archive_name="cifar-10-python.tar.gz",
-            batches=(
-                BatchFile("data_batch_1", "train", 10_000, "c99cafc152244af753f735de768cd75f", "training batch 1 of 5"),
-                BatchFile("data_batch_2", "train", 10_000, "d4bba439e000b95fd0a9bffe97cbabec", "training batch 2 of 5"),
-                BatchFile("data_batch_3", "train", 10_000, "54ebc095f3ab1f0389bbae665268c751", "training batch 3 of 5"),
-                BatchFile("data_batch_4", "train", 10_000, "634d18415352ddfa80567beed471001a", "training batch 4 of 5"),
-                BatchFile("data_batch_5", "train", 10_000, "482c414d41f54cd18b22e5b47cb7c3cb", "training batch 5 of 5"),
-                BatchFile("test_batch", "test", 10_000, "40351d587109b95175f43aff81a1287e", "testing batch 1 of 1"),
-            ),
-            meta_file="batches.meta",
-            meta_md5="5ff9c542aee3614f3951f8cda6e48888",
-        ),
-        # These MD5s agree with other public tools; the one of test_batch.bin was also computed from test_batch.
-        binary=FileLayout(
-            folder="cifar-10-batches-bin",
-            archive_name="cifar-10-binary.tar.gz",
-            batches=(
-                BatchFile("data_batch_1.bin", "train", 10_000, "5dd7e06a14cb22eb9f671a540d1b7c25"),
-                BatchFile("data_batch_2.bin", "train", 10_000, "5ea93a67294ea407fff1d09f752e9692"),
-                BatchFile("data_batch_3.bin", "train", 10_000, "942cd6a4bcdd0dd3c604fbe906cb4421"),
-                BatchFile("data_batch_4.bin", "train", 10_000, "ae636b3ba5c66a11e91e8cb52e771fcb"),
-                BatchFile("data_batch_5.bin", "train", 10_000, "53f37980c15c3d472c316c40844f3f0d"),
-                BatchFile("test_batch.bin", "test", 10_000, "803d5f7f4d78ea53de84dbe85f74fb6d"),
-            ),
-            meta_file="batches.meta.txt",
-        ),
+        python=FileLayout("cifar-10-batches-py", "cifar-10-python.tar.gz", _CIFAR10_PYTHON, "batches.meta",
+                          "5ff9c542aee3614f3951f8cda6e48888"),
+        binary=FileLayout("cifar-10-batches-bin", "cifar-10-binary.tar.gz", _CIFAR10_BINARY, "batches.meta.txt"),
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         split_digests={"train": "1dcbc641ae818c058156633b92538974", "test": "762b4e904b441cc19ea5cb6fb8b54f8f"},
-        # Files in circulation with the official images of each class in another order. Their MD5s serve to identify
-        # the damaged file of such a set.
-        reordered_md5s={
-            "data_batch_1": "02c8b8c5218fd5808830be6566332c42",
-            "data_batch_2": "c945726bef0587d09167131b57065491",
-            "data_batch_3": "8a4bd9b8a2fa4ce2566c71ef9e02ec8d",
-            "data_batch_4": "490899ba4772f771d500a50e332d5a0c",
-            "data_batch_5": "ab90f073b77483564a43a3efa30e312c",
-        },
+        reordered_md5s=_CIFAR10_REORDERED_MD5S,
     ),
     "cifar100": DatasetSpec(
         num_classes=100,
@@ -144,24 +143,11 @@ DATASETS: dict[str, DatasetSpec] = {
         label_key="fine_labels",
         class_names_key="fine_label_names",
         label_bytes=2,
-        python=FileLayout(
-            folder="cifar-100-python",
-            archive_name="cifar-100-python.tar.gz",
-            batches=(
-                BatchFile("train", "train", 50_000, "16019d7e3df5f24257cddd939b257f8d", "training batch 1 of 1"),
-                BatchFile("test", "test", 10_000, "f0ef6b0ae62326f3e7ffdfab6717acfc", "testing batch 1 of 1"),
-            ),
-            meta_file="meta",
-            meta_md5="7973b15100ade9c7d40fb424638fde48",
-        ),
-        binary=FileLayout(
-            folder="cifar-100-binary",
-            archive_name="cifar-100-binary.tar.gz",
-            batches=(BatchFile("train.bin", "train", 50_000), BatchFile("test.bin", "test", 10_000)),
-            meta_file="fine_label_names.txt",
-        ),
+        python=FileLayout("cifar-100-python", "cifar-100-python.tar.gz", _CIFAR100_PYTHON, "meta",
+                          "7973b15100ade9c7d40fb424638fde48"),
+        binary=FileLayout("cifar-100-binary", "cifar-100-binary.tar.gz", _CIFAR100_BINARY, "fine_label_names.txt"),
     ),
-}
+}  # fmt: skip
 
 # A file read from a folder or an archive: its layout, its name, its bytes.
 MemberFile = tuple[FileLayout, str, bytes]

@@ -60,7 +60,7 @@ def _flip_and_convert_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp 
 
 def _erase_box(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
     """Fill the box given by its corner and its size, which is `op.value` if it is not an input."""
-    size = inputs[1] if len(inputs) > 1 else 2 * (float(op.int_value),)
+    size = inputs[1] if len(inputs) > 1 else 2 * (float(op.number),)
     color = [float(value) for value in FILL_COLORS.get(op.variant, fill_color)]
     return dali.fn.erase(images, anchor=inputs[0], shape=size, axis_names="HW", fill_value=color)
 
@@ -70,10 +70,10 @@ def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type 
 
 
 # DALI has no single operator for reflection padding, so `ChunkSource` pads.
-CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", op.int_value)], _slice_window)
+CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", int(op.number))], _slice_window)
 CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window, must_be_first=True)
 FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _flip_and_convert_to_hwc)
-CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", op.int_value // 2, np.float32)], _erase_box)
+CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", int(op.number) // 2, np.float32)], _erase_box)
 ERASE = DaliOp(
     lambda op, params: [_stack_params(params, names, dtype=np.float32) for names in ("yx", "hw")],
     _erase_box,
@@ -116,7 +116,7 @@ class ChunkSource:
         self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
         self.chunk_steps, self.dali_ops = chunk_steps, ops[: count_dali_ops(ops)]
         first = self.dali_ops[0] if self.dali_ops else None
-        self.padding = first.int_value if first and (first.name, first.variant) == ("crop", "reflect") else 0
+        self.padding = int(first.number) if first and (first.name, first.variant) == ("crop", "reflect") else 0
         self._epoch_cache: dict[int, tuple[AugmentParams, list[np.ndarray]]] = {}
         self.reset()
 

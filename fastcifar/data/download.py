@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError
@@ -78,17 +80,19 @@ def _download_from(url: str, part: Path, start: int) -> None:
         done = start if resumes else 0
         length = response.headers.get("Content-Length", "")
         total = done + int(length) if length.isdecimal() else None
-        with part.open("ab" if resumes else "wb") as file, _progress_bar(part.stem, done, total) as advance:
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        progress = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        with part.open("ab" if resumes else "wb") as file, progress:
+            task = progress.add_task(part.stem, completed=done, total=total)
             for chunk in _iter_chunks(response, url):
                 file.write(chunk)
                 done += len(chunk)
-                advance(len(chunk))
+                progress.advance(task, len(chunk))
                 if done > _MAX_BYTES:
                     raise DataError(f"{url} sent more than {_MAX_BYTES:,} bytes", DATA_REMEDY)
     if total is not None and done < total:
-        raise DataError(
-            f"{url}: connection closed after {done:,} of {total:,} bytes", f"run again to resume, or {DATA_REMEDY}"
-        )
+        problem = f"{url}: connection closed after {done:,} of {total:,} bytes"
+        raise DataError(problem, f"run again to resume, or {DATA_REMEDY}")
 
 
 def _iter_chunks(response: Any, url: str) -> Iterator[bytes]:
@@ -97,18 +101,3 @@ def _iter_chunks(response: Any, url: str) -> Iterator[bytes]:
         yield from iter(lambda: response.read(_CHUNK_BYTES), b"")
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url}: connection failed: {error}", f"run again to resume, or {DATA_REMEDY}") from None
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str, done: int, total: int | None) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar if stderr is a terminal; yield the function that advances it by a number of bytes."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, completed=done, total=total)
-        yield lambda count: bar.advance(task, count)

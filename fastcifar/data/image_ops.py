@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.errors import lookup
-
 CIFAR_IMAGE_SIZE = 32  # height and width in pixels
 CIFAR_IMAGE_AREA = CIFAR_IMAGE_SIZE * CIFAR_IMAGE_SIZE
 LAST_COLUMN = 3 * CIFAR_IMAGE_SIZE - 1
@@ -103,10 +101,8 @@ def encode_operation(name: str, magnitude: float) -> tuple[int, int, int]:
     magnitude  ShearX, ShearY: pixels of shift per pixel; TranslateX, TranslateY: whole pixels; Rotate: degrees,
                counterclockwise; Brightness, Contrast, Color, Sharpness: the factor minus 1, from -1 to 1; Hue: turns,
                from -0.5 to 0.5; Posterize: bits, 0 to 8; Solarize: threshold as a fraction of 255; unused otherwise
-
-    Raises `UsageError` if `name` is unknown.
     """
-    code = lookup(OPERATION_CODES, name, "operation")
+    code = OPERATION_CODES[name]
     if name == "Rotate":
         angle = math.radians(magnitude)
         return code, round(math.sin(angle) * AFFINE_SCALE), round(math.cos(angle) * AFFINE_SCALE)
@@ -134,7 +130,7 @@ def apply_operations(rows: Tensor, steps: Sequence[OperationStep], operations: S
 
 
 def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """Apply the same operation to every image; uint8 [b,3,32,32] in and out. Raises as `encode_operation` does."""
+    """Apply the same operation to every image; uint8 [b,3,32,32] in and out."""
     rows = images.permute(0, 2, 3, 1).reshape(-1, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE).int()
     encoded = torch.tensor(encode_operation(name, magnitude), dtype=torch.int32, device=images.device)
     code, amount, cosine = encoded[:, None].expand(3, len(rows)).contiguous()

@@ -19,7 +19,7 @@ NORMALIZATIONS: dict[str, tuple[ChannelValues, ChannelValues]] = {
 
 
 def parse_normalization(spec: str) -> tuple[ChannelValues, ChannelValues]:
-    """Return mean and std, three floats each, for a name in `NORMALIZATIONS` or "MEAN:STD", one or three numbers each."""
+    """Return mean and std, three floats each, of a named normalization or of "MEAN:STD", one or three numbers each."""
     if ":" not in spec:
         return lookup(NORMALIZATIONS, spec, "normalization")
     try:

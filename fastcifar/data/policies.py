@@ -25,15 +25,10 @@ OperationSpace = Mapping[str, tuple[float, float, bool] | None]
 
 STANDARD_SPACE: OperationSpace = {
     "Identity": None,
-    "ShearX": (0.0, 0.3, True),
-    "ShearY": (0.0, 0.3, True),
-    "TranslateX": (0.0, 150 / 331 * CIFAR_IMAGE_SIZE, True),
-    "TranslateY": (0.0, 150 / 331 * CIFAR_IMAGE_SIZE, True),
+    **dict.fromkeys(("ShearX", "ShearY"), (0.0, 0.3, True)),
+    **dict.fromkeys(("TranslateX", "TranslateY"), (0.0, 150 / 331 * CIFAR_IMAGE_SIZE, True)),
     "Rotate": (0.0, 30.0, True),
-    "Brightness": (0.0, 0.9, True),
-    "Color": (0.0, 0.9, True),
-    "Contrast": (0.0, 0.9, True),
-    "Sharpness": (0.0, 0.9, True),
+    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), (0.0, 0.9, True)),
     "Posterize": (8.0, 4.0, False),
     "Solarize": (1.0, 0.0, False),
     "AutoContrast": None,
@@ -41,15 +36,9 @@ STANDARD_SPACE: OperationSpace = {
 }
 WIDE_SPACE: OperationSpace = {
     **STANDARD_SPACE,
-    "ShearX": (0.0, 0.99, True),
-    "ShearY": (0.0, 0.99, True),
-    "TranslateX": (0.0, 32.0, True),
-    "TranslateY": (0.0, 32.0, True),
+    **dict.fromkeys(("ShearX", "ShearY", "Brightness", "Color", "Contrast", "Sharpness"), (0.0, 0.99, True)),
+    **dict.fromkeys(("TranslateX", "TranslateY"), (0.0, 32.0, True)),
     "Rotate": (0.0, 135.0, True),
-    "Brightness": (0.0, 0.99, True),
-    "Color": (0.0, 0.99, True),
-    "Contrast": (0.0, 0.99, True),
-    "Sharpness": (0.0, 0.99, True),
     "Posterize": (8.0, 2.0, False),
 }
 AUTOAUGMENT_SPACE: OperationSpace = {**STANDARD_SPACE, "Invert": None}

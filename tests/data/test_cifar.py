@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastcifar.data import cifar, dataset_cache, normalization
+from fastcifar.data import cifar, normalization
 from fastcifar.errors import DataError, UsageError
 
 
@@ -501,7 +501,7 @@ def test_an_entry_written_by_another_process_meanwhile_is_used(tiny_cifar, cache
             shutil.copytree(path, target)
         return rename(path, target)
 
-    monkeypatch.setattr(dataset_cache.Path, "rename", rename_after_another_process)
+    monkeypatch.setattr(cifar.Path, "rename", rename_after_another_process)
     assert has_contents(load_without_warning(tiny_cifar.python, cache), tiny_cifar.images, tiny_cifar.labels)
     assert list_entries(cache) == [targets[0].name]
 

@@ -182,16 +182,8 @@ def test_load_downloads_verifies_and_caches(server: Server, tiny_cifar, tmp_path
 
 
 def test_the_progress_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
-    advances: list[int] = []
-
-    @contextlib.contextmanager
-    def recording_bar(name: str, done: int, total: int | None) -> Iterator[Callable[[int], object]]:
-        assert (name, done, total) == ("set.tar.gz", 0, len(BODY))
-        with progress_bar(name, done, total) as advance:
-            yield lambda count: (advances.append(count), advance(count))
-
-    progress_bar = download._progress_bar
+    advances: list[float] = []
     monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(download, "_progress_bar", recording_bar)
+    monkeypatch.setattr(download.Progress, "advance", lambda bar, task, count: advances.append(count))
     download.download_file(server.url, MD5, target)
     assert sum(advances) == len(BODY)
