@@ -212,7 +212,9 @@ AUGMENTS: dict[str, AugmentSpec] = {
         default_value=9,
         variants={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
         help="RandAugment: VARIANT of fourteen operations per image, at magnitude level VALUE (0 to 30)",
-        build_policy=lambda value, variant: policies.randaugment_policy(int(value or 0), int(variant)),
+        build_policy=lambda value, variant: policies.uniform_policy(
+            policies.STANDARD_SPACE, [int(value or 0)], int(variant)
+        ),
     ),
     "trivialaugment": AugmentSpec(
         draw=draw_policy,
@@ -220,7 +222,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         default_value=None,
         variants={"wide": (0, 0)},
         help="TrivialAugment Wide: one of fourteen operations per image, at a random magnitude level",
-        build_policy=lambda value, variant: policies.trivialaugment_policy(),
+        build_policy=lambda value, variant: policies.uniform_policy(policies.WIDE_SPACE, range(policies.NUM_LEVELS)),
     ),
 }
 

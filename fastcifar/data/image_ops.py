@@ -36,9 +36,7 @@ OPERATION_CODES |= {"Solarize": 12, "Invert": 12, "AutoContrast": 13, "Equalize"
 GEOMETRIC_OPS = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
 BLEND_OPS = {"Brightness", "Contrast", "Color"}
 LOOKUP_OPS = {"Posterize", "Solarize", "Invert", "AutoContrast", "Equalize"}
-RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT, INV_255 = (
-    float(np.float32(weight)) for weight in (0.2989, 0.587, 0.114, 1 / 255)
-)
+RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT, INV_255 = np.float32([0.2989, 0.587, 0.114, 1 / 255]).tolist()
 
 # (code uint8, amount int32, cosine int32), each [b]: the operation of each image as encoded by `encode_operation`; the
 # cosine is None if no operation is geometric.
@@ -159,9 +157,8 @@ def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | No
         channel = torch.arange(3, dtype=torch.int32, device=table.device)[:, None]
         result = table[sample, channel, values].int()
     if names & BLEND_OPS:
-        target = _blend_target(planes, code, names)
         first, last = OPERATION_CODES["Brightness"], OPERATION_CODES["Color"]
-        result = torch.where((code >= first) & (code <= last), _blend(values, target, amount), result)
+        result = torch.where((code >= first) & (code <= last), _blend(planes, code, amount, names), result)
     if "Hue" in names:
         result = torch.where(code == OPERATION_CODES["Hue"], _adjust_hue(values, amount), result)
     if "Sharpness" in names:
@@ -206,10 +203,8 @@ def _sample_nearest(image: Tensor, y: Tensor, x: Tensor, channel: Tensor, to_x: 
         for of_x, of_y, shift in (to_x, to_y)
     )
     inside = (source_x >= 0) & (source_x < CIFAR_IMAGE_SIZE) & (source_y >= 0) & (source_y < CIFAR_IMAGE_SIZE)
-    pixels = _gather_pixels(
-        image, source_y.clamp(0, CIFAR_IMAGE_SIZE - 1), source_x.clamp(0, CIFAR_IMAGE_SIZE - 1), channel
-    )
-    return torch.where(inside, pixels, 0)
+    source_x, source_y = (source.clamp(0, CIFAR_IMAGE_SIZE - 1) for source in (source_x, source_y))
+    return torch.where(inside, _gather_pixels(image, source_y, source_x, channel), 0)
 
 
 def _gather_pixels(image: Tensor, y: Tensor, x: Tensor, channel: Tensor) -> Tensor:
@@ -251,31 +246,21 @@ def _equalize_table(planes: Tensor, value: Tensor, high: Tensor) -> Tensor:
     return torch.where(step > 0, (((smaller + step // 2) * reciprocal) >> 16).clamp(0, 255), value)
 
 
-def _to_grayscale(planes: Tensor) -> Tensor:
-    """Convert to grayscale as torchvision does, the floor of a float32 sum of three products: uint8 [b,1,1024]."""
-    red, green, blue = (planes[:, channel : channel + 1].double() for channel in range(3))
-    gray = (red * RED_WEIGHT).float().double() + green * GREEN_WEIGHT
-    return _materialize((gray.float().double() + blue * BLUE_WEIGHT).float().floor())
-
-
-def _blend_target(planes: Tensor, code: Tensor, names: set[str]) -> Tensor | float:
-    """Return what an image is blended with: black, its mean gray value or its grayscale image, as float64."""
+def _blend(planes: Tensor, code: Tensor, amount: Tensor, names: set[str]) -> Tensor:
+    """Blend with black, the mean gray value or the grayscale image, rounded like torchvision: int32 [b,3,1024]."""
+    # In float64 these products and sums are exact, so fusing and rounding cannot differ between devices.
     target: Tensor | float = 0.0
     if names & {"Contrast", "Color"}:
-        gray = _to_grayscale(planes)
+        red, green, blue = (planes[:, channel : channel + 1].double() for channel in range(3))
+        partial_sum = ((red * RED_WEIGHT).float().double() + green * GREEN_WEIGHT).float().double()
+        gray = _materialize((partial_sum + blue * BLUE_WEIGHT).float().floor())
         if "Contrast" in names:
             mean = gray.int().sum(2, keepdim=True, dtype=torch.int32).double() / CIFAR_IMAGE_AREA
             target = torch.where(code == OPERATION_CODES["Contrast"], mean, target)
         if "Color" in names:
             target = torch.where(code == OPERATION_CODES["Color"], gray.double(), target)
-    return target
-
-
-def _blend(values: Tensor, target: Tensor | float, amount: Tensor) -> Tensor:
-    """Compute values * (1 + amount) - target * amount, rounded like torch's float32 fused multiply-add."""
-    # In float64 these products and sums are exact, so fusing and rounding cannot differ between devices.
     factor = amount.double() / AMOUNT_SCALE
-    scaled = (values.double() * (1 + factor).float().double()).float().double()
+    scaled = (planes.double() * (1 + factor).float().double()).float().double()
     return (scaled - target * factor.float().double()).float().clamp(0, 255).int()
 
 

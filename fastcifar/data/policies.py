@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,10 @@ def autoaugment_policy(sub_policies: SubPolicies) -> Policy:
     return Policy(tuple(padded))
 
 
-def randaugment_policy(level: int, num_draws: int) -> Policy:
-    """Return the policy of RandAugment: `num_draws` of fourteen operations, all at `level`, 0 to 30."""
-    ops = [make_policy_op(name, 1.0, level, STANDARD_SPACE, NUM_LEVELS) for name in STANDARD_SPACE]
+def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int = 1) -> Policy:
+    """Return the policy that draws an operation of `space` at one of `levels`, `num_draws` times for each image."""
+    ops = [make_policy_op(name, 1.0, level, space, NUM_LEVELS) for name in space for level in levels]
     return Policy(tuple((op,) for op in ops), num_draws)
-
-
-def trivialaugment_policy() -> Policy:
-    """Return the policy of TrivialAugment Wide: one of fourteen operations at one of 31 levels."""
-    levels = range(NUM_LEVELS)
-    ops = [make_policy_op(name, 1.0, level, WIDE_SPACE, NUM_LEVELS) for name in WIDE_SPACE for level in levels]
-    return Policy(tuple((op,) for op in ops))
 
 
 POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugment policies by name

@@ -13,7 +13,7 @@ from test_image_ops import TEST_IMAGES, apply_torchvision
 from torchvision.transforms import v2
 
 from fastcifar.data import policies
-from fastcifar.data.augment import AugmentOp, apply_augment, draw_epoch, format_augment, parse_augment
+from fastcifar.data.augment import apply_augment, draw_epoch, format_augment, parse_augment
 from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, OPERATION_CODES, encode_operation
 from fastcifar.data.policies import (
     AUTOAUGMENT_CIFAR10,
@@ -244,6 +244,3 @@ def test_unknown_policies_are_refused() -> None:
         parse_augment("crop:4:x.toml")
     with pytest.raises(UsageError, match="VALUE in randaugment:VALUE:2 must be from 0 to 30"):
         parse_augment("randaugment:31")
-    assert parse_augment("trivialaugment") == (
-        AugmentOp("trivialaugment", None, "wide", policies.trivialaugment_policy()),
-    )
