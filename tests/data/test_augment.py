@@ -316,8 +316,3 @@ def test_apply_works_on_any_strides_and_slices_of_a_batch() -> None:
     augmented = apply_augment(ops, planar, op_params, FILL)
     sliced = tuple({name: array[3:5] for name, array in params.items()} for params in op_params)
     assert torch.equal(apply_augment(ops, planar[3:5], sliced, FILL), augmented[3:5])
-
-
-def test_the_empty_list_changes_nothing() -> None:
-    images = torch.from_numpy(noise(4)).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(apply_augment((), images, (), FILL), images)

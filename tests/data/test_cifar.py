@@ -564,26 +564,5 @@ def test_the_real_data_set_and_its_normalization(cache: Path):
     assert loaded.train.images.shape == (50_000, 3, 32, 32)
     assert loaded.test.images.shape == (10_000, 3, 32, 32)
     assert loaded.classes == cifar.DATASETS["cifar10"].class_names
-    mean, std = normalization.NORMALIZATIONS["cifar10"]
-    values = np.arange(256) / 255
-    for channel in range(3):
-        chunks = np.split(loaded.train.images[:, channel], 50)
-        counts = sum(np.bincount(chunk.ravel(), minlength=256) for chunk in chunks) / (50_000 * 1024)
-        assert counts @ values == pytest.approx(mean[channel], abs=1e-6)
-        assert (counts @ values**2 - (counts @ values) ** 2) ** 0.5 == pytest.approx(std[channel], abs=1e-6)
-
-
-@needs_data
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
-def test_fault11_one_changed_byte_of_the_real_data_set(tmp_path: Path, cache: Path, name: str):
-    source = Path(os.environ["FASTCIFAR_DATA"])
-    source = source if (source / name).is_file() else source / "cifar-10-batches-py"
-    if not (source / name).is_file():
-        pytest.skip("FASTCIFAR_DATA contains no folder of the Python version")
-    for path in source.iterdir():
-        (tmp_path / path.name).symlink_to(path.resolve())
-    (tmp_path / name).unlink()
-    shutil.copy(source / name, tmp_path / name)
-    flip_bit(tmp_path / name, 12_345_678)
-    with pytest.raises(DataError, match=rf"{name} damaged: expected MD5 \w+, found \w+"):
-        cifar.load_dataset(str(tmp_path), cache_dir=cache)
+    expected = tuple(pytest.approx(values, abs=1e-7) for values in normalization.NORMALIZATIONS["cifar10"])
+    assert normalization.channel_mean_std(loaded.train.images) == expected

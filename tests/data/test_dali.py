@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastcifar.data import cifar
 from fastcifar.data.augment import parse_augment
 from fastcifar.data.dali import DALI_OPS, DaliLoader, count_dali_ops, pad_reflect
 from fastcifar.data.loaders import TensorLoader
@@ -193,12 +191,6 @@ def test_an_error_in_the_source_is_raised_at_once(monkeypatch: pytest.MonkeyPatc
     assert count_differences(loader.batches(0), tensor_loader().batches(0)) == 0
 
 
-def test_there_are_no_warnings() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exhaust(dali_loader().batches(0))
-
-
 def test_fault18_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(
@@ -267,25 +259,6 @@ def test_dali_does_not_reuse_memory_that_a_busy_gpu_still_needs() -> None:
         for images, _ in tensor_loader(device="cuda").batches(epoch):
             expected.append((images.float() * torch.arange(images.numel(), device="cuda").view_as(images)).sum())
     assert torch.equal(torch.stack(actual), torch.stack(expected))
-
-
-@pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="needs the real images: FASTCIFAR_DATA is not set")
-@pytest.mark.filterwarnings("ignore:.*unofficial files")
-def test_three_epochs_of_the_real_images_with_resuming(monkeypatch: pytest.MonkeyPatch) -> None:
-    split = cifar.load_dataset(None, "cifar10").train
-    ops = parse_augment("crop:4:reflect,flip,cutout:8:mean")
-
-    def make(kind: type, **options: Any) -> Any:
-        return kind(
-            split.images, split.labels, batch_size=512, augment=ops, seed=1, device="cpu", fill_color=FILL, **options
-        )
-
-    expected, loader = make(TensorLoader), make(DaliLoader)
-    for epoch in (0, 1):
-        assert count_differences(loader.batches(epoch), expected.batches(epoch)) == 0
-    monkeypatch.setattr(DaliLoader, "chunk_images", {"cpu": 2000})
-    resumed = make(DaliLoader)
-    assert count_differences(resumed.batches(2, 49), expected.batches(2, 49)) == 0
 
 
 def test_a_memory_map_is_not_copied(tmp_path: Path) -> None:

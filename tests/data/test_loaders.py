@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,7 @@ import torch
 
 from fastcifar.data import batch_loader, loaders
 from fastcifar.data.augment import apply_augment, draw_epoch, parse_augment
-from fastcifar.data.loaders import LOADERS, TensorLoader, eval_batches
-from fastcifar.errors import UsageError
+from fastcifar.data.loaders import TensorLoader, eval_batches
 
 N = 110
 SPEC = "crop:4:reflect,flip:0.5:alternating,cutout:8:mean"
@@ -42,69 +39,12 @@ def equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Ten
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_table() -> None:
-    assert LOADERS["tensor"] is TensorLoader
-
-
-@pytest.mark.parametrize("batch_size", [1, 10, 32, 55, 109, 110])
-def test_every_sample_appears_once_per_epoch(batch_size: int) -> None:
-    loader = make_loader(batch_size, "flip")
-    batches = list(loader.batches(0))
-    assert (loader.num_samples, loader.batch_size, loader.steps_per_epoch) == (N, batch_size, -(-N // batch_size))
-    assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches]
-    assert [len(labels) for _, labels in batches[:-1]] == [batch_size] * (loader.steps_per_epoch - 1)
-    assert len(batches) == loader.steps_per_epoch
-    assert torch.equal(torch.cat([labels for _, labels in batches]).sort().values, torch.arange(N))
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), [(10, 11), (32, 3), (109, 1)])
-def test_drop_last_drops_the_short_batch_only(batch_size: int, steps: int) -> None:
-    loader = make_loader(batch_size, drop_last=True)
-    assert loader.steps_per_epoch == steps
-    images, labels = concatenate(loader.batches(0))
-    all_images, all_labels = concatenate(make_loader(batch_size).batches(0))
-    assert len(labels) == steps * batch_size
-    assert equal((images, labels), (all_images[: len(images)], all_labels[: len(labels)]))
-
-
-def test_batches_are_uint8_channels_last_and_int64() -> None:
-    for images, labels in make_loader().batches(0):
-        assert images.dtype == torch.uint8
-        assert images.shape[1:] == (3, 32, 32)
-        assert images.stride() == (3072, 1, 96, 3)
-        assert labels.dtype == torch.int64
-
-
-def test_without_augmentations_the_samples_are_unchanged() -> None:
-    images, labels = concatenate(make_loader(spec="none").batches(0))
-    assert np.array_equal(images.numpy(), IMAGES[labels.numpy()])
-
-
 def test_batches_use_slices_of_the_epoch_parameters() -> None:
     ops = parse_augment(SPEC)
     epoch_params = draw_epoch(ops, N, epoch=4, seed=9)
     params = tuple({name: torch.from_numpy(array) for name, array in op.items()} for op in epoch_params.op_params)
     expected = apply_augment(ops, torch.from_numpy(IMAGES[epoch_params.permutation]), params, FILL)
     assert equal(concatenate(make_loader(seed=9).batches(4)), (expected, torch.from_numpy(epoch_params.permutation)))
-
-
-def test_batch_size_does_not_change_the_images() -> None:
-    assert equal(concatenate(make_loader(32).batches(1)), concatenate(make_loader(50).batches(1)))
-
-
-def test_different_seeds_and_epochs_give_different_batches() -> None:
-    first, first_labels = concatenate(make_loader().batches(0))
-    for other, labels in (concatenate(make_loader().batches(1)), concatenate(make_loader(seed=1).batches(0))):
-        assert not torch.equal(labels, first_labels)
-        assert not torch.equal(other[labels.argsort()], first[first_labels.argsort()]), "the same augmentation"
-
-
-@pytest.mark.parametrize("start_step", [0, 1, 3, 4])
-def test_resuming_within_an_epoch_gives_the_remaining_batches(start_step: int) -> None:
-    complete = list(make_loader(32).batches(2))
-    remaining = list(make_loader(32).batches(2, start_step=start_step))
-    assert len(remaining) == 4 - start_step
-    assert all(equal(a, b) for a, b in zip(complete[start_step:], remaining, strict=True))
 
 
 def test_a_loader_has_no_state_and_batches_are_not_overwritten() -> None:
@@ -117,30 +57,6 @@ def test_a_loader_has_no_state_and_batches_are_not_overwritten() -> None:
     batches[0][0].zero_()
     batches[0][1].zero_()
     assert equal(concatenate(loader.batches(0)), concatenate(iter(copies))), "a batch shares memory with the data set"
-
-
-def test_batch_larger_than_the_data_set() -> None:
-    with pytest.raises(UsageError, match=r"--batch-size 100000 is larger than the 110 training images; choose at most"):
-        make_loader(100_000)
-
-
-def test_a_read_only_memory_map_causes_no_warning(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", IMAGES)
-    images = np.load(tmp_path / "images.npy", mmap_mode="r")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mapped = TensorLoader(
-            images,
-            LABELS,
-            batch_size=32,
-            augment=parse_augment(SPEC),
-            seed=0,
-            device="cpu",
-            fill_color=FILL,
-            compile=False,
-        )
-        assert equal(concatenate(mapped.batches(0)), concatenate(make_loader().batches(0)))
-        assert np.array_equal(concatenate(eval_batches(images, LABELS, 32, "cpu"))[0].numpy(), IMAGES)
 
 
 def test_large_data_sets_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

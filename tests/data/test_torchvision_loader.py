@@ -80,24 +80,6 @@ def test_erase_fills_a_box_in_half_of_the_images(variant: str, color: tuple[int,
     assert 70 < changed < 130
 
 
-def test_augmentations_of_recipe_b_work_with_both_loaders() -> None:
-    options = {
-        "batch_size": 20,
-        "augment": parse_augment("crop:4:zero,flip,rotate:10,jitter:0.2,erase:0.1:gray"),
-        "seed": 1,
-        "device": "cpu",
-    }
-    loader = TorchvisionLoader(IMAGES, np.arange(60), workers=0, **options)
-    tensor_loader = TensorLoader(IMAGES, np.arange(60), compile=False, **options)
-    for (images, labels), (tensor_images, tensor_labels) in zip(
-        loader.batches(0), tensor_loader.batches(0), strict=True
-    ):
-        assert torch.equal(labels, tensor_labels)
-        for batch in (images, tensor_images):
-            assert (batch.dtype, batch.shape) == (torch.uint8, (20, 3, 32, 32))
-            assert not torch.equal(batch, torch.from_numpy(IMAGES[labels.numpy()]))
-
-
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_every_augmentation_has_a_counterpart_or_is_refused_with_a_remedy(name: str) -> None:
     for variant in AUGMENTS[name].variants:
