@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcifar.data import image_ops, policies
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor, crop_rows, fill_box, flip_rows
 from fastcifar.data.mixers import MIXERS, MixerSpec
-from fastcifar.data.policies import MIN_ERASE_AREA, Policy
+from fastcifar.data.policies import MIN_ERASE_AREA, NUM_LEVELS, STANDARD_SPACE, WIDE_SPACE, Policy, uniform_policy
 from fastcifar.errors import UsageError, lookup
 
 Number = int | float
@@ -119,23 +119,21 @@ def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
     return {"flip": context.rng.random(n) < op.number}
 
 
-def apply_cutout(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill the square of `op.value` pixels whose corner is center - size // 2 (DeVries and Taylor, 2017)."""
-    size = int(op.number)
-    top, left = (params[axis].int() - size // 2 for axis in "yx")
-    return fill_box(rows, top, left, size, size, FILL_COLORS.get(op.variant, fill_color))
-
-
-def apply_erase(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill the box (random erasing, Zhong et al., 2017)."""
-    top, left, height, width = (params[name].int() for name in "yxhw")
+def apply_box(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
+    """Fill a box: of `op.value` pixels around a center (cutout, DeVries and Taylor, 2017), or of the drawn size."""
+    top, left = params["y"].int(), params["x"].int()
+    height = width = int(op.number)
+    if "h" in params:  # random erasing (Zhong et al., 2017)
+        height, width = params["h"].int(), params["w"].int()
+    else:
+        top, left = top - height // 2, left - width // 2
     return fill_box(rows, top, left, height, width, FILL_COLORS.get(op.variant, fill_color))
 
 
-def apply_jitter(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Adjust brightness, contrast, saturation and hue, each once."""
-    steps = [(params[f"code{step}"], params[f"amount{step}"], None) for step in range(4)]
-    return image_ops.apply_operations(rows, steps, [policies.JITTER_OPERATIONS] * 4)
+def _apply_steps(rows: Tensor, params: OpParams, operations: list[tuple[str, ...]]) -> Tensor:
+    """Apply one operation per step to each image, among the `operations` of the step."""
+    steps = [(params[f"code{i}"], params[f"amount{i}"], params.get(f"cosine{i}")) for i in range(len(operations))]
+    return image_ops.apply_operations(rows, steps, operations)
 
 
 def draw_policy(op: AugmentOp, context: DrawContext) -> ParamArrays:
@@ -145,11 +143,9 @@ def draw_policy(op: AugmentOp, context: DrawContext) -> ParamArrays:
 
 
 def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Apply the steps of the policy in order, one operation per step and image."""
+    """Apply the steps of the policy in order."""
     assert op.policy is not None, op
-    numbers = range(op.policy.num_steps)
-    steps = [(params[f"code{step}"], params[f"amount{step}"], params[f"cosine{step}"]) for step in numbers]
-    return image_ops.apply_operations(rows, steps, [op.policy.operations(step) for step in numbers])
+    return _apply_steps(rows, params, [op.policy.operations(step) for step in range(op.policy.num_steps)])
 
 
 AUGMENTS: dict[str, AugmentSpec] = {
@@ -170,14 +166,14 @@ AUGMENTS: dict[str, AugmentSpec] = {
     "cutout": AugmentSpec(
         # The center of the square, uniform over the pixels; near the border, part of the square falls outside.
         draw=lambda op, context: _draw_corner(context, CIFAR_IMAGE_SIZE),
-        apply=apply_cutout,
+        apply=apply_box,
         default_value=8,
         variants={"mean": (1, CIFAR_IMAGE_SIZE), "zero": (1, CIFAR_IMAGE_SIZE)},
         help="fill a square of VALUE x VALUE pixels at a random center with the mean color or black",
     ),
     "erase": AugmentSpec(
         draw=lambda op, context: policies.draw_erasing_params(op.number, len(context.permutation), context.rng),
-        apply=apply_erase,
+        apply=apply_box,
         default_value=0.33,
         variants=dict.fromkeys(("gray", "mean", "zero"), (MIN_ERASE_AREA, 1.0)),
         help="in half of the images, fill a box of 0.02 to VALUE of the area with mid-gray, the mean color or black",
@@ -191,7 +187,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
     ),
     "jitter": AugmentSpec(
         draw=lambda op, context: policies.draw_jitter_params(op.number, len(context.permutation), context.rng),
-        apply=apply_jitter,
+        apply=lambda op, rows, params, fill_color: _apply_steps(rows, params, [policies.JITTER_OPERATIONS] * 4),
         default_value=0.2,
         variants={"": (0.0, 1.0)},
         help="multiply brightness, contrast and saturation by a factor from 1 - VALUE to 1 + VALUE, "
@@ -212,9 +208,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         default_value=9,
         variants={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
         help="RandAugment: VARIANT of fourteen operations per image, at magnitude level VALUE (0 to 30)",
-        build_policy=lambda value, variant: policies.uniform_policy(
-            policies.STANDARD_SPACE, [int(value or 0)], int(variant)
-        ),
+        build_policy=lambda value, variant: uniform_policy(STANDARD_SPACE, [int(value or 0)], int(variant)),
     ),
     "trivialaugment": AugmentSpec(
         draw=draw_policy,
@@ -222,7 +216,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
         default_value=None,
         variants={"wide": (0, 0)},
         help="TrivialAugment Wide: one of fourteen operations per image, at a random magnitude level",
-        build_policy=lambda value, variant: policies.uniform_policy(policies.WIDE_SPACE, range(policies.NUM_LEVELS)),
+        build_policy=lambda value, variant: uniform_policy(WIDE_SPACE, range(NUM_LEVELS)),
     ),
 }
 

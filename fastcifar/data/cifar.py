@@ -46,9 +46,8 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
     """
     n = len(labels)
     if not 0 <= val_size < max(n, 1):
-        raise UsageError(
-            f"--val-size {val_size} is out of range for {n:,} training images", f"choose 0 to {max(n - 1, 0):,}"
-        )
+        problem = f"--val-size {val_size} is out of range for {n:,} training images"
+        raise UsageError(problem, f"choose 0 to {max(n - 1, 0):,}")
     if seed < 0:
         raise UsageError(f"--val-seed {seed} is negative", "choose 0 or more")
     classes, counts = np.unique(labels, return_counts=True)

@@ -20,7 +20,6 @@ from fastcifar.data.augment import (
     parse_augment,
     split_mixer,
 )
-from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
 from fastcifar.data.normalization import ChannelValues, channel_mean_std, mean_color, normalization_mean_std
@@ -69,29 +68,22 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
     data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
     images = data.train.images
     mean, std = channel_mean_std(images)
+    splits: dict[str, SplitDescription] = {}
+    for name, split in (("train", data.train), ("test", data.test)):
+        counts = np.bincount(split.labels, minlength=len(data.classes)).tolist()
+        per_class = dict(zip(data.classes, counts, strict=True))
+        splits[name] = {"shape": list(split.images.shape), "dtype": str(split.images.dtype), "per_class": per_class}
     return {
         "dataset": data.name,
         "kind": data.source_type,
         "source": data.source,
         "official": data.is_official,
         "classes": list(data.classes),
-        "splits": {
-            "train": _describe_split(data.train, data.classes),
-            "test": _describe_split(data.test, data.classes),
-        },
+        "splits": splits,
         "mean": mean,
         "std": std,
         # Only arrays from the cache are memory-mapped.
         "cache": str(Path(str(images.filename)).parent) if isinstance(images, np.memmap) else None,
-    }
-
-
-def _describe_split(split: Split, classes: tuple[str, ...]) -> SplitDescription:
-    counts = np.bincount(split.labels, minlength=len(classes)).tolist()
-    return {
-        "shape": list(split.images.shape),
-        "dtype": str(split.images.dtype),
-        "per_class": dict(zip(classes, counts, strict=True)),
     }
 
 

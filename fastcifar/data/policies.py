@@ -135,16 +135,6 @@ def make_policy_op(
     return PolicyOp(operation, probability, magnitude, bool(magnitude_range and magnitude_range[2]))
 
 
-def autoaugment_policy(sub_policies: SubPolicies) -> Policy:
-    """Return the policy given by sub-policies as in AutoAugment; shorter ones are padded with Identity."""
-    longest = max(len(steps) for steps in sub_policies)
-    padded = []
-    for steps in sub_policies:
-        ops = [make_policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
-        padded.append((*ops, *[IDENTITY_OP] * (longest - len(ops))))
-    return Policy(tuple(padded))
-
-
 def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int = 1) -> Policy:
     """Return the policy that draws an operation of `space` at one of `levels`, `num_draws` times for each image."""
     ops = [make_policy_op(name, 1.0, level, space, NUM_LEVELS) for name in space for level in levels]
@@ -161,21 +151,31 @@ def load_policy(name_or_path: str) -> Policy:
     [operation, probability, level]; operations without magnitude have no level.
     """
     if not name_or_path.endswith(".toml"):
-        return autoaugment_policy(lookup(POLICIES, name_or_path, "policy"))
-    if not Path(name_or_path).is_file():
+        sub_policies = lookup(POLICIES, name_or_path, "policy")
+    elif not Path(name_or_path).is_file():
         raise UsageError(f"no policy file {name_or_path}", f"write a TOML file, or choose {' or '.join(POLICIES)}")
-    content = load_toml(name_or_path)
-    sub_policies = content.get("policy")
-    if content.keys() != {"policy"} or not isinstance(sub_policies, list) or not sub_policies:
-        raise UsageError(f"{name_or_path} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
-    parsed = []
-    for i, steps in enumerate(sub_policies, 1):
-        location = f"{name_or_path}, sub-policy {i}"
+    else:
+        sub_policies = _parse_policy(name_or_path, load_toml(name_or_path))
+    longest = max(len(steps) for steps in sub_policies)
+    padded = []
+    for steps in sub_policies:
+        ops = [make_policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
+        padded.append((*ops, *[IDENTITY_OP] * (longest - len(ops))))
+    return Policy(tuple(padded))
+
+
+def _parse_policy(path: str, content: dict[str, Any]) -> SubPolicies:
+    values = content.get("policy")
+    if content.keys() != {"policy"} or not isinstance(values, list) or not values:
+        raise UsageError(f"{path} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
+    sub_policies = []
+    for i, steps in enumerate(values, 1):
+        location = f"{path}, sub-policy {i}"
         if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_SUBPOLICY_STEPS:
             problem = f"{location}: {steps!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps"
             raise UsageError(problem, "write [['Rotate', 0.7, 2]]")
-        parsed.append(tuple(_parse_step(f"{location}, step {j}", step) for j, step in enumerate(steps, 1)))
-    return autoaugment_policy(tuple(parsed))
+        sub_policies.append(tuple(_parse_step(f"{location}, step {j}", step) for j, step in enumerate(steps, 1)))
+    return tuple(sub_policies)
 
 
 def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:

@@ -150,9 +150,8 @@ class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         name = f"{module_name}.{global_name}"
         if name not in self.globals:
-            raise pickle.UnpicklingError(
-                f"it refers to {name[:80]!r}, which no data set needs and which could run code"
-            )
+            problem = f"it refers to {name[:80]!r}, which no data set needs and which could run code"
+            raise pickle.UnpicklingError(problem)
         return self.globals[name]
 
 

@@ -110,10 +110,8 @@ def build_transform(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> Transf
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
             variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
             alternative = f", or {op.name} with {' or '.join(variants)}" if variants else ""
-            raise UsageError(
-                f"--loader torchvision does not support {format_augment((op,))}", f"use --loader tensor{alternative}"
-            )
+            problem = f"--loader torchvision does not support {format_augment((op,))}"
+            raise UsageError(problem, f"use --loader tensor{alternative}")
     v2 = import_optional("torchvision.transforms.v2", TORCHVISION_REMEDY)
-    return v2.Compose(
-        [*(TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops), v2.PILToTensor()]
-    )
+    transforms = [TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops]
+    return v2.Compose([*transforms, v2.PILToTensor()])

@@ -76,16 +76,6 @@ def test_official_files_load_without_warning(tiny_cifar, cache: Path, tmp_path: 
         assert has_contents(loaded, tiny_cifar.images, tiny_cifar.labels)
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_every_pickle_protocol_loads(tiny_cifar, cache: Path, tmp_path: Path, protocol: int):
-    tiny_cifar.write(tmp_path / "custom", tiny_cifar.images, tiny_cifar.labels, protocol)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert has_contents(
-            cifar.load_dataset(str(tmp_path / "custom"), cache_dir=cache), tiny_cifar.images, tiny_cifar.labels
-        )
-
-
 def test_a_folder_is_preferred_over_an_archive(tiny_cifar, cache: Path, tmp_path: Path, pack):
     pack(tiny_cifar.python, tiny_cifar.root / "cifar-10-python.tar.gz")
     assert load_without_warning(tiny_cifar.root, cache).source == str(tiny_cifar.python)
@@ -120,9 +110,12 @@ def test_reordered_images_are_accepted_with_one_warning_every_time(tiny_cifar, c
             assert has_contents(loaded, tiny_cifar.images[order], tiny_cifar.labels[order])
 
 
-def test_fault11_a_custom_data_set_is_accepted_with_one_warning(tiny_cifar, cache: Path, tmp_path: Path, pack):
+@pytest.mark.parametrize("protocol", range(6))
+def test_fault11_a_custom_data_set_is_accepted_with_one_warning(
+    tiny_cifar, cache: Path, tmp_path: Path, pack, protocol: int
+):
     images, labels = tiny_cifar.arrays(1)
-    tiny_cifar.write(tmp_path / "custom", images, labels)
+    tiny_cifar.write(tmp_path / "custom", images, labels, protocol)
     archive = pack(tmp_path / "custom" / "cifar-10-batches-py", tmp_path / "cifar-10-python.tar.gz")
     for path in (tmp_path / "custom", archive):
         loaded, text = load_with_warning(path, cache)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_loader_contract import concatenate, equal
 
 from fastcifar.data import batch_loader, loaders
 from fastcifar.data.augment import apply_augment, draw_epoch, parse_augment
@@ -28,15 +28,6 @@ def make_loader(batch_size: int = 32, spec: str = SPEC, **options: Any) -> Tenso
     return TensorLoader(
         IMAGES, LABELS, batch_size=batch_size, augment=parse_augment(spec), device="cpu", fill_color=FILL, **options
     )  # pyright: ignore[reportArgumentType]
-
-
-def concatenate(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 def test_batches_use_slices_of_the_epoch_parameters() -> None:
