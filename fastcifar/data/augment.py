@@ -43,6 +43,9 @@ class AugmentOp:
         return self.value
 
 
+AugmentOps = tuple[AugmentOp, ...]  # a parsed augmentation list
+
+
 @dataclass(frozen=True, eq=False)
 class DrawContext:
     """What a draw function may use; every array that it returns has the length of `permutation`.
@@ -221,7 +224,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
 }
 
 
-def parse_augment(spec: str) -> tuple[AugmentOp, ...]:
+def parse_augment(spec: str) -> AugmentOps:
     """Parse an augmentation list such as "crop:4:zero,flip,cutout:8"; "none" and "" are the empty list.
 
     An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value; the last may be a mixer.
@@ -236,12 +239,12 @@ def parse_augment(spec: str) -> tuple[AugmentOp, ...]:
     return ops
 
 
-def split_mixer(ops: tuple[AugmentOp, ...]) -> tuple[tuple[AugmentOp, ...], AugmentOp | None]:
+def split_mixer(ops: AugmentOps) -> tuple[AugmentOps, AugmentOp | None]:
     """Return the augmentations that the loaders apply, and the mixer that the training step applies, or None."""
     return (ops[:-1], ops[-1]) if ops and ops[-1].name in MIXERS else (ops, None)
 
 
-def format_augment(ops: tuple[AugmentOp, ...]) -> str:
+def format_augment(ops: AugmentOps) -> str:
     """Return the canonical text of a list with all values, the inverse of `parse_augment`; "none" if it is empty."""
     items = ((op.name, "" if op.value is None else repr(op.value), op.variant) for op in ops)
     return ",".join(":".join(filter(None, item)) for item in items) or "none"
@@ -287,7 +290,7 @@ def _parse_value(item: str, text: str, spec: AugmentSpec | MixerSpec) -> Number:
         raise UsageError(f"augmentation {item!r}: {text!r} is not {expected}", f"for example {example}") from None
 
 
-def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> AugmentParams:
+def draw_epoch(ops: AugmentOps, n: int, epoch: int, seed: int) -> AugmentParams:
     """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
     The key of the counter-based Philox generator is [seed, epoch]: the stream jumped by 0 gives the permutation, the
@@ -305,14 +308,12 @@ def draw_epoch(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> Aug
     return AugmentParams(permutation, tuple(op_params))
 
 
-def draw_mixer_params(ops: tuple[AugmentOp, ...], n: int, epoch: int, seed: int) -> np.ndarray:
+def draw_mixer_params(ops: AugmentOps, n: int, epoch: int, seed: int) -> np.ndarray:
     """Draw the parameters of the mixer at the end of `ops` for the `n` positions of an epoch: [n] or [n,k]."""
     return MIXERS[ops[-1].name].draw(ops[-1].number, n, _rng_stream(seed, epoch, len(ops)))
 
 
-def apply_augment(
-    ops: tuple[AugmentOp, ...], images: Tensor, params: tuple[OpParams, ...], fill_color: FillColor
-) -> Tensor:
+def apply_augment(ops: AugmentOps, images: Tensor, params: tuple[OpParams, ...], fill_color: FillColor) -> Tensor:
     """Apply every augmentation in order to a batch, uint8 channels_last [b,3,32,32] in and out, not in place.
 
     `params` is a slice of `AugmentParams.op_params`, and `fill_color` the mean color. Exact, and compiles as a full
@@ -322,9 +323,7 @@ def apply_augment(
     return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
 
 
-def apply_augment_rows(
-    ops: tuple[AugmentOp, ...], rows: Tensor, params: tuple[OpParams, ...], fill_color: FillColor
-) -> Tensor:
+def apply_augment_rows(ops: AugmentOps, rows: Tensor, params: tuple[OpParams, ...], fill_color: FillColor) -> Tensor:
     """Do the same as `apply_augment` on the same bytes viewed as rows, uint8 [b,32,96].
 
     A fused CPU kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values,

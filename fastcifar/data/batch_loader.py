@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastcifar.data.augment import (
     CIFAR_IMAGE_SIZE,
-    AugmentOp,
+    AugmentOps,
     AugmentParams,
     FillColor,
     OpParams,
@@ -131,7 +131,7 @@ class Loader(abc.ABC):
         labels: np.ndarray,
         *,
         batch_size: int,
-        augment: tuple[AugmentOp, ...],
+        augment: AugmentOps,
         seed: int,
         device: torch.device | str,
         fill_color: FillColor = (0, 0, 0),
@@ -176,13 +176,13 @@ class Loader(abc.ABC):
     def _draw_epoch(self, epoch: int) -> AugmentParams:
         return draw_epoch(self._ops, self.num_samples, epoch, self._seed)
 
-    def _make_gather(self, ops: tuple[AugmentOp, ...], num_rows: int) -> GatherFn:
+    def _make_gather(self, ops: AugmentOps, num_rows: int) -> GatherFn:
         if not self._compile:
             return eager_gather(ops, self._fill_color)
         return compile_gather(ops, self._fill_color, num_rows, self.slicing.local_batch_size, self._device)
 
 
-def eager_gather(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> GatherFn:
+def eager_gather(ops: AugmentOps, fill_color: FillColor) -> GatherFn:
     """Return the eager version of `compile_gather`, which gives identical bytes."""
 
     def gather(rows: Tensor, indices: Tensor, params: tuple[OpParams, ...]) -> Tensor:
@@ -194,7 +194,7 @@ def eager_gather(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> GatherFn:
 
 @functools.lru_cache(maxsize=64)
 def compile_gather(
-    ops: tuple[AugmentOp, ...], fill_color: FillColor, num_samples: int, batch_size: int, device: torch.device
+    ops: AugmentOps, fill_color: FillColor, num_samples: int, batch_size: int, device: torch.device
 ) -> GatherFn:
     """Compile one kernel for these arguments and static shapes; all loaders with equal arguments share it.
 

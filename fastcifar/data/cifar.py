@@ -99,15 +99,14 @@ def load_dataset(
                 raise DataError(f"{dataset} is not in {folder}", DATA_REMEDY)
             archive = folder / spec.python.archive_name
             source = source or _archive_source(download_file(spec.url, spec.archive_md5, archive), spec)
-        kind, path, files, read = source
-        contents, cache_note = load_or_cache(folder, dataset, path, files, read, refresh_cache)
+        contents, cache_note = load_or_cache(folder, dataset, source, refresh_cache)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
     notes = [note for note in (contents.note, cache_note) if note]
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
     splits, classes, is_official, _ = contents
-    return Dataset(dataset, splits["train"], splits["test"], classes, str(path), is_official, kind)
+    return Dataset(dataset, splits["train"], splits["test"], classes, str(source[1]), is_official, source[0])
 
 
 def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource:
@@ -219,18 +218,14 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
 
 
 def load_or_cache(
-    cache_dir: Path,
-    dataset: str,
-    source: Path,
-    files: list[Path],
-    read_source: Callable[[], SourceContents],
-    refresh_cache: bool = False,
+    cache_dir: Path, dataset: str, source: _DataSource, refresh_cache: bool
 ) -> tuple[SourceContents, str]:
-    """Return the result of `read_source()`, from the cache entry for `files` if it is intact, and a note for the user.
+    """Read `source` from its cache entry, or write the entry if it is not intact; also return a note for the user.
 
-    Otherwise write the entry; if that fails, the note says so. `refresh_cache` replaces an entry that differs.
+    `refresh_cache` reads the source in any case and replaces an entry that differs.
     """
-    entry = cache_dir / f"{dataset}-{_cache_key(source, files)}"
+    _, path, files, read_source = source
+    entry = cache_dir / f"{dataset}-{_cache_key(path, files)}"
     cached = _load_entry(entry)
     if cached is not None and not refresh_cache:
         return cached, ""

@@ -203,24 +203,19 @@ def parse_batch(
     spec: DatasetSpec, layout: FileLayout, batch: BatchFile, content: bytes, file: str, *, is_official: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the planar pixels uint8 [n, 3072] and the labels [n] of one batch, whose structure is checked."""
-    parse = _parse_binary_batch if layout is spec.binary else _parse_python_batch
-    pixels, labels = parse(spec, batch, content, file, is_official)
+    if layout is spec.binary:
+        record_bytes = spec.label_bytes + IMAGE_BYTES  # the labels, coarse before fine, and planar pixels
+        if len(content) != batch.num_images * record_bytes:
+            expected = f"{batch.num_images * record_bytes:,} ({batch.num_images:,} records of {record_bytes:,})"
+            raise file_error(f"{file} has {len(content):,} bytes, expected {expected}")
+        records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
+        pixels, labels = records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
+    else:
+        pixels, labels = _parse_python_batch(spec, batch, content, file, is_official)
     invalid = labels[(labels < 0) | (labels >= spec.num_classes)]
     if len(invalid):
         raise file_error(f"{file} has the label {invalid[0]}, expected 0 to {spec.num_classes - 1}")
     return pixels, labels
-
-
-def _parse_binary_batch(
-    spec: DatasetSpec, batch: BatchFile, content: bytes, file: str, _is_official: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read records of `label_bytes` labels (coarse before fine) and 3,072 planar pixels."""
-    record_bytes = spec.label_bytes + IMAGE_BYTES
-    if len(content) != batch.num_images * record_bytes:
-        expected = f"{batch.num_images * record_bytes:,} ({batch.num_images:,} records of {record_bytes:,})"
-        raise file_error(f"{file} has {len(content):,} bytes, expected {expected}")
-    records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
-    return records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
 
 
 def _parse_python_batch(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import AugmentOp, AugmentParams, FillColor, ParamArrays, draw_epoch
+from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, FillColor, ParamArrays, draw_epoch
 from fastcifar.data.batch_loader import BatchSlicing, Loader, split_params_by_step, upload_array
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
@@ -94,7 +94,7 @@ DALI_OPS: dict[tuple[str, str], DaliOp] = {
 }
 
 
-def count_dali_ops(ops: tuple[AugmentOp, ...]) -> int:
+def count_dali_ops(ops: AugmentOps) -> int:
     """Return how many of `ops`, counted from the first, DALI applies."""
     for index, op in enumerate(ops):
         dali_op = DALI_OPS.get((op.name, op.variant))
@@ -110,9 +110,7 @@ class ChunkSource:
     pending     the chunks that were fed to DALI and not yet returned by it
     """
 
-    def __init__(
-        self, images: np.ndarray, ops: tuple[AugmentOp, ...], seed: int, slicing: BatchSlicing, chunk_steps: int
-    ) -> None:
+    def __init__(self, images: np.ndarray, ops: AugmentOps, seed: int, slicing: BatchSlicing, chunk_steps: int) -> None:
         self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
         self.chunk_steps, self.dali_ops = chunk_steps, ops[: count_dali_ops(ops)]
         first = self.dali_ops[0] if self.dali_ops else None

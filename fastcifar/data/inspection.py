@@ -13,6 +13,7 @@ from fastcifar import plotting
 from fastcifar.data import cifar
 from fastcifar.data.augment import (
     AugmentOp,
+    AugmentOps,
     apply_augment,
     draw_epoch,
     draw_mixer_params,
@@ -115,9 +116,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     return {"out": str(out), "images": indices.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
 
 
-def _augment_images(
-    ops: tuple[AugmentOp, ...], op_indices: list[int], images: Tensor, epoch: int, recipe: Recipe
-) -> Tensor:
+def _augment_images(ops: AugmentOps, op_indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:
     """Apply the ops at `op_indices` with their random parameters in the complete list; uint8 [n,3,32,32]."""
     loader_ops, mixer = split_mixer(ops)
     epoch_params = draw_epoch(loader_ops, len(images), epoch, recipe.seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcifar.data.augment import (
     CIFAR_IMAGE_SIZE,
-    AugmentOp,
+    AugmentOps,
     AugmentParams,
     draw_mixer_params,
     parse_augment,
@@ -79,7 +79,7 @@ def batches(
 
 
 def mixed_batches(
-    loader: Loader, ops: tuple[AugmentOp, ...], epoch: int, seed: int, device: torch.device, start_step: int = 0
+    loader: Loader, ops: AugmentOps, epoch: int, seed: int, device: torch.device, start_step: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the batches of `loader` and, as a third element if `ops` ends with a mixer, its parameters [b] or [b,k]."""
     loader_batches = loader.batches(epoch, start_step)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, AugmentParams, FillColor, format_augment
+from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, AugmentOps, AugmentParams, FillColor, format_augment
 from fastcifar.data.batch_loader import Loader
 from fastcifar.data.image_ops import FILL_COLORS
 from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
@@ -104,7 +104,7 @@ class _TransformedImages(Dataset[Tensor]):
             return [self.transform(Image.fromarray(self.pixels[index])) for index in indices]
 
 
-def build_transform(ops: tuple[AugmentOp, ...], fill_color: FillColor) -> Transform:
+def build_transform(ops: AugmentOps, fill_color: FillColor) -> Transform:
     """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32]; `UsageError` if there is none."""
     for op in ops:
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:

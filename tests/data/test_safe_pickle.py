@@ -251,19 +251,6 @@ def test_every_truncation_is_refused(content: bytes):
             load(content[:end])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"\n <HTML>", "is an HTML page"),
-        (pickle.dumps([1], 2), "contains a list, expected a dict"),
-    ],
-)
-def test_errors_name_the_file_and_its_content(content: bytes, message: str):
-    with pytest.raises(DataError, match=f"data_batch_1 {message}"):
-        load(content)
-
-
 def test_arrays_are_read_only():
     assert not any(load(content)[b"data"].flags.writeable for content in VALIDS)
 
