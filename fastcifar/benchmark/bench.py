@@ -12,7 +12,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -26,15 +25,10 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from fastcifar.benchmark.roofline import DeviceTimer, measure_roofline, read_device_state
+from fastcifar.benchmark.roofline import measure_roofline, read_device_state
 from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, BenchmarkCase
 from fastcifar.data import cifar
-from fastcifar.device import (
-    describe_device,
-    package_versions,
-    peak_memory_bytes,
-    process_times,
-)
+from fastcifar.device import collect_environment, peak_memory_bytes, process_times
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
@@ -116,9 +110,11 @@ def bench(
     device = torch.device(points[0].execution.device)
     precisions = dict.fromkeys(row.precision for row in rows if row.precision)
     limits = {precision: measure_roofline(device, precision) for precision in precisions}
+    environment = collect_environment(device.type)
+    versions = {"python": environment.python, "cuda": environment.cuda, "cudnn": environment.cudnn}
     return BenchDocument(
-        device=describe_device(device.type),
-        versions={**package_versions(), **runtime_versions(device)},
+        device=environment.device,
+        versions=environment.versions | {name: str(version) for name, version in versions.items() if version},
         limits=limits or None,
         results=[with_utilization(row, limits) for row in rows],
     )
@@ -209,7 +205,7 @@ def measure_point(
                 compile_s = None  # `optimize` also warms up the loader
             changes = {"setup_s": setup_s, "compile_s": compile_s, "peak_memory_bytes": peak}
             rows.append(row.model_copy(update=changes))
-            print_lines(console, [format_bench_row(row)])
+            print_lines(console, [f"{row.describe()}: {format_short_number(row.images_per_s)} images/s"])
 
 
 def measure_case(
@@ -265,21 +261,6 @@ def with_utilization(row: BenchRow, limits: Mapping[str, DeviceLimits]) -> Bench
     )
 
 
-def format_bench_row(row: BenchRow) -> str:
-    """Format a row as a progress line: `step (se68, batch 128): 170 images/s`."""
-    texts = row.setting_texts()
-    settings = ", ".join(texts[name] for name in ("arch", "batch_size", "conv", "direction") if name in texts)
-    return f"{row.what} ({settings}): {format_short_number(row.images_per_s)} images/s"
-
-
-def runtime_versions(device: torch.device) -> dict[str, str]:
-    """Return the version of Python, and on a GPU those of CUDA and cuDNN."""
-    versions = {"python": platform.python_version()}
-    if device.type == "cuda":
-        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return versions
-
-
 def run_trials(workload: Iterator[int], trials: int, trainer: Trainer, trial_s: float) -> list[TimedTrial]:
     """Run `trials` trials of equal length, of about `trial_s` seconds each, after a warm-up."""
     for _ in range(WARM_UP_UNITS):
@@ -303,9 +284,11 @@ def calibrate_units(workload: Iterator[int], trainer: Trainer, trial_s: float) -
 
 def time_units(workload: Iterator[int], units: int, device: torch.device) -> TimedTrial:
     """Time `units` units of `workload`; the device is idle at the start and at the end."""
-    timer, cpu_start_s = DeviceTimer(device), cpu_seconds()
+    synchronize(device)
+    started, cpu_start_s = time.perf_counter(), cpu_seconds()
     images = sum(itertools.islice(workload, units))
-    return TimedTrial(images, timer.elapsed_s(), cpu_seconds() - cpu_start_s)
+    synchronize(device)
+    return TimedTrial(images, time.perf_counter() - started, cpu_seconds() - cpu_start_s)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -6,22 +6,20 @@ Utilization in `bench.py` is relative to these measured limits, not to a data sh
 from __future__ import annotations
 
 import functools
-import math
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from fastcifar.reporting.benchmark_tables import DeviceLimits
 from fastcifar.training.step import DTYPES
 
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
-PASSES_PER_REPEAT = {"cuda": 5, "cpu": 1}
-MIN_REPEATS, MIN_SECONDS = 3, 0.5  # repeat at least this often and at least this long, and keep the best
+MIN_SECONDS = 0.5  # minimum duration of a measurement, of which the fastest block of runs counts
 NVIDIA_SMI_QUERY = (
     "nvidia-smi",
     "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu",
@@ -48,7 +46,7 @@ def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -
     previous_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else previous_precision)
     try:
-        return 2 * size**3 / best_pass_seconds(lambda: torch.mm(left, right, out=result), device)
+        return 2 * size**3 / fastest_run_s(lambda: torch.mm(left, right, out=result))
     finally:
         torch.set_float32_matmul_precision(previous_precision)
 
@@ -57,46 +55,13 @@ def measure_copy_bytes_per_s(device: torch.device, num_bytes: int) -> float:
     """Return the bytes per second, read plus written, of a copy of `num_bytes` bytes in device memory."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * num_bytes / best_pass_seconds(lambda: target.copy_(source), device)
+    return 2 * num_bytes / fastest_run_s(lambda: target.copy_(source))
 
 
-def best_pass_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call of `function`, in the fastest repeat after a warm-up."""
-    function()
-    passes, seconds = PASSES_PER_REPEAT[device.type], [math.inf]
-    deadline = time.perf_counter() + MIN_SECONDS
-    while len(seconds) <= MIN_REPEATS or time.perf_counter() < deadline:
-        seconds.append(time_passes(function, passes, device))
-    return min(seconds) / passes
-
-
-def time_passes(function: Callable[[], object], passes: int, device: torch.device) -> float:
-    """Return the seconds of `passes` calls of `function`; the device is idle at the start and at the end."""
-    timer = DeviceTimer(device)
-    for _ in range(passes):
-        function()
-    return timer.elapsed_s()
-
-
-class DeviceTimer:
-    """Timer that starts, on an idle device, when it is created; uses CUDA events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            self.start_event, self.end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.start_event.record(torch.cuda.current_stream(device))
-        else:
-            self.start_time = time.perf_counter()
-
-    def elapsed_s(self) -> float:
-        """Return the seconds until the device has finished all work submitted so far."""
-        if self.device.type != "cuda":
-            return time.perf_counter() - self.start_time
-        self.end_event.record(torch.cuda.current_stream(self.device))
-        torch.cuda.synchronize(self.device)
-        return self.start_event.elapsed_time(self.end_event) / 1e3
+def fastest_run_s(function: Callable[[], object]) -> float:
+    """Return the seconds of one call of `function`, in the fastest block of calls after a warm-up."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=MIN_SECONDS).times)
 
 
 def read_device_state(device: torch.device, function: Callable[[], object]) -> dict[str, float]:

@@ -110,6 +110,7 @@ def plan_speedrun(
     """Return the settings of a speedrun and its resolved recipe.
 
     The settings of the result folder to append to, `earlier`, replace arguments that are None.
+
     Raises `UsageError` if a name is unknown, the recipe may stop early or needs a validation split during training, or
     there is no data to evaluate on.
     """

@@ -128,7 +128,7 @@ class AccuracyStatistics(SampleStatistics):
     share: float
 
 
-class SpeedrunSummary(_Document):
+class SpeedrunSummary(_Document, RunCosts):
     """The document summary.json: statistics over the trials of a result folder.
 
     Args:
@@ -148,10 +148,6 @@ class SpeedrunSummary(_Document):
     epochs: int
     tta: str
     eval_weights: str
-    params: int
-    macs: int
-    images: int
-    flops: int
     n: int
     refused: int
     seeds: list[int]

@@ -23,15 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcifar.device import as_memory_error, import_optional
-from fastcifar.errors import (
-    DeviceError,
-    Interrupted,
-    UsageError,
-    UserError,
-    first_message_line,
-    lookup,
-    print_warning,
-)
+from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, first_message_line, lookup, print_warning
 from fastcifar.files import is_locked
 from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
@@ -99,13 +91,11 @@ def ray_executor(options: ExecutorOptions) -> Executor:
     """
     ray = import_optional("ray", RAY_REMEDY)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
-    init_options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if options.address == "local":
-        cores = options.jobs and options.jobs * (options.cpus or 1)
-        init_options |= {"num_cpus": cores, "include_dashboard": False}
+    cores = options.jobs and options.jobs * (options.cpus or 1)
+    local_options = {"num_cpus": cores, "include_dashboard": False} if options.address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(options.address, **init_options)
+        ray.init(options.address, log_to_driver=False, logging_level="error", **local_options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = first_message_line(error, type(error).__name__)
         remedy = "start a cluster with `ray start`, or use --address local"

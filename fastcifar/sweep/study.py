@@ -54,9 +54,8 @@ class OptunaStudy:
         if spec.grid or spec.rows or spec.random:
             raise UsageError("a [study] samples all points itself", "remove [grid], [[list]] and [random]")
         if len(spec.seeds) > 1:
-            raise UsageError(
-                "a [study] supports only one seed", "rerun its best points as a [[list]] with several seeds"
-            )
+            remedy = "rerun its best points as a [[list]] with several seeds"
+            raise UsageError("a [study] supports only one seed", remedy)
         if any(trial.recipe.val_size == 0 for trial in self.boundary_trials()):
             raise UsageError("a [study] needs a validation split to rank its trials", "set val_size")
         build_pruner(self.optuna, self.study_spec.pruner)
@@ -66,28 +65,20 @@ class OptunaStudy:
         self.study_name = hashlib.sha256(spec_without_n.encode()).hexdigest()[:8]
 
     def boundary_trials(self) -> list[SweepTrial]:
-        """Return trials at the lowest value of all ranges, at the highest, and at each choice, to check their recipes.
-
-        Raises `UsageError` if a value is invalid for its option.
-        """
+        """Return trials at the lowest and the highest values of all ranges and at each choice, to check the recipes."""
         ranges = self.study_spec.ranges
         ends = [{name: values[index] for name, (_, values) in ranges.items()} for index in (0, -1)]
         choices = [{name: value} for name, (kind, values) in ranges.items() if kind == "choice" for value in values]
-        return [
-            build_trial(self.spec, self.name, settings_label(point), point, self.spec.seeds[0])
-            for point in (*ends, *choices)
-        ]
+        return [self._build_trial(settings_label(point), point) for point in (*ends, *choices)]
+
+    def _build_trial(self, label: str, settings: dict[str, Any], trial_ref: TrialRef | None = None) -> SweepTrial:
+        return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
 
     def open_study(self) -> None:
         """Create the study, or load it from an existing journal."""
-        sampler = self.optuna.samplers.TPESampler(seed=self.study_spec.sampler_seed)
+        storage = journal_storage(self.optuna, self.journal_path)
         self.optuna_study = self.optuna.create_study(
-            study_name=self.study_name,
-            storage=journal_storage(self.optuna, self.journal_path),
-            direction="maximize",
-            sampler=sampler,
-            pruner=build_pruner(self.optuna, self.study_spec.pruner),
-            load_if_exists=True,
+            study_name=self.study_name, storage=storage, direction="maximize", load_if_exists=True
         )
 
     def existing_trials(self) -> list[SweepTrial]:
@@ -124,8 +115,7 @@ class OptunaStudy:
         settings = {name: round_to_4_digits(x) if isinstance(x, float) else x for name, x in values.items()}
         trial_ref = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
         try:
-            label = f"{number}: {settings_label(settings)}"
-            return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
+            return self._build_trial(f"{number}: {settings_label(settings)}", settings, trial_ref)
         except UserError:
             self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
             raise
