@@ -263,10 +263,9 @@ def plot_line_chart(path: Path, title: str, caption: str, lines: Sequence[LineSe
 
 
 def require_png(path: Path) -> None:
-    """Check that a plot can be written to `path`, before any work is done.
+    """Raise an error, before any work is done, if a plot cannot be written to `path`.
 
-    Raises `UsageError` if the suffix is not .png or matplotlib is not installed, and `DiskError` if the folder does
-    not exist.
+    `UsageError`: the suffix is not .png or matplotlib is not installed; `DiskError`: there is no such folder.
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is not the name of a PNG file", "choose a file name that ends in .png")

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastcifar.format import format_options
 from fastcifar.recipe import OUTPUT_OPTIONS
 from fastcifar.reporting.records import RunRecord
+from fastcifar.training.summary import RunSummary
 
-MetricRow = dict[str, float | None]
 TEST_SPLIT, VALIDATION_SPLIT = "test", "validation"
 
 
@@ -44,12 +46,8 @@ class MeanStd:
         return None if self.std is None else self.std / math.sqrt(self.n)
 
 
-@dataclass(frozen=True)
-class MetricCurve:
-    """Mean and standard deviation over runs of a column of metrics.csv, for each of `epochs` (counted from 1).
-
-    `std` is None for a single run.
-    """
+class MetricCurve(NamedTuple):
+    """Mean and standard deviation over runs, None for a single run, of a metric, for `epochs` counted from 1."""
 
     epochs: list[int]
     mean: list[float]
@@ -58,25 +56,30 @@ class MetricCurve:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ only by the seed, one row of a report. `name` is unique within the report."""
+    """Runs that differ only by the seed, one row of a report. Only `finished_runs` are averaged.
+
+    `name` is unique within the report.
+    """
 
     name: str
     records: list[RunRecord]
 
     @cached_property
     def finished_runs(self) -> list[RunRecord]:
-        """The finished runs, which are averaged."""
         return [record for record in self.records if record.state == "done"]
 
     @cached_property
     def excluded_runs(self) -> list[RunRecord]:
-        """The other runs, which are not averaged."""
         return [record for record in self.records if record.state != "done"]
 
     @cached_property
     def plotted_runs(self) -> list[RunRecord]:
-        """The finished runs or, if there are none, all runs; only those that have metrics to plot."""
-        return [record for record in self.finished_runs or self.records if record.metric_rows]
+        """The finished runs or, if there are none, all runs; only those that have a valid recipe and metrics."""
+        return [record for record in self.finished_runs or self.records if record.options and record.metric_rows]
+
+    @cached_property
+    def summaries(self) -> list[RunSummary]:
+        return [record.summary for record in self.finished_runs if record.summary]
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -86,38 +89,26 @@ class RunGroup:
     @cached_property
     def accuracy_split(self) -> str:
         """`TEST_SPLIT` if all finished runs have a test accuracy, else `VALIDATION_SPLIT`; "" if no run is finished."""
-        if not self.finished_runs:
-            return ""
-        return (
-            TEST_SPLIT
-            if all(_run_accuracy(record, TEST_SPLIT) is not None for record in self.finished_runs)
-            else VALIDATION_SPLIT
-        )
+        return TEST_SPLIT if self.accuracy(TEST_SPLIT) else VALIDATION_SPLIT if self.finished_runs else ""
 
     def accuracy(self, split: str) -> MeanStd | None:
-        """Return the accuracy on `TEST_SPLIT` or `VALIDATION_SPLIT` with the weights that the recipe selects.
-
-        The result is None unless all finished runs have this accuracy.
-        """
+        """Return the accuracy on `TEST_SPLIT` or `VALIDATION_SPLIT`, None unless all finished runs have it."""
         return MeanStd.from_values([_run_accuracy(record, split) for record in self.finished_runs])
 
     @cached_property
     def total_seconds(self) -> MeanStd | None:
         """The duration of a run; None unless all finished runs report it and ran on the same kind of device."""
-        totals = [record.summary.seconds.get("total") for record in self.finished_runs if record.summary]
+        totals = [summary.seconds.get("total") for summary in self.summaries]
         return MeanStd.from_values(totals) if len(self.devices) <= 1 else None
 
     @cached_property
-    def devices(self) -> list[str]:
-        """The names of the devices that the finished runs used."""
-        return list(dict.fromkeys(record.device for record in self.finished_runs if record.device))
+    def devices(self) -> set[str]:
+        return {record.device for record in self.finished_runs if record.device}
 
     @cached_property
     def notes(self) -> list[str]:
         """Caveats for comparing this group with others: a step limit, repeated seeds, different devices."""
-        steps = {
-            record.summary.steps for record in self.finished_runs if record.summary and not record.summary.complete
-        }
+        steps = {summary.steps for summary in self.summaries if not summary.complete}
         seed_counts = Counter(record.seed for record in self.finished_runs)
         return [
             *(f"stopped at {count:,} steps" for count in sorted(steps)),
@@ -127,7 +118,7 @@ class RunGroup:
 
     def per_class_accuracy(self) -> dict[str, float]:
         """Return the mean test accuracy of each class; {} if the finished runs do not have the same classes."""
-        per_run = [record.summary.per_class for record in self.finished_runs if record.summary]
+        per_run = [summary.per_class for summary in self.summaries]
         if not per_run or any(list(accuracies) != list(per_run[0]) for accuracies in per_run):
             return {}
         by_class = {name: MeanStd.from_values([accuracies[name] for accuracies in per_run]) for name in per_run[0]}
@@ -138,54 +129,19 @@ class RunGroup:
 
         A mean over fewer and fewer runs would change its direction where a run ends.
         """
-        series = [_values_by_epoch(record.metric_rows, column) for record in self.plotted_runs]
-        epochs = sorted(set.intersection(*map(set, series))) if series else []
-        per_epoch = [MeanStd.from_values([values[epoch] for values in series]) for epoch in epochs]
-        statistics_by_epoch = [epoch_statistics for epoch_statistics in per_epoch if epoch_statistics]
-        if not statistics_by_epoch:
+        by_run = [_values_by_epoch(record, column) for record in self.plotted_runs]
+        epochs = sorted(set.intersection(*map(set, by_run))) if by_run else []
+        if not epochs:
             return None
-        means = [epoch_statistics.mean for epoch_statistics in statistics_by_epoch]
-        stds = [epoch_statistics.std for epoch_statistics in statistics_by_epoch if epoch_statistics.std is not None]
-        return MetricCurve([epoch + 1 for epoch in epochs], means, stds or None)
+        values = np.array([[values_by_epoch[epoch] for epoch in epochs] for values_by_epoch in by_run])
+        std = values.std(0, ddof=1).tolist() if len(by_run) > 1 else None
+        return MetricCurve([epoch + 1 for epoch in epochs], values.mean(0).tolist(), std)
 
     @cached_property
     def best_epoch(self) -> int | None:
         """The first epoch (counted from 1) with the highest mean validation accuracy."""
         curve = self.curve("val_acc")
         return curve.epochs[curve.mean.index(max(curve.mean))] if curve else None
-
-
-def per_class_accuracies(groups: Sequence[RunGroup]) -> dict[str, dict[str, float]]:
-    """Return group name -> class -> mean test accuracy, for the groups that have these accuracies."""
-    return {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
-
-
-def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """Group the records by `group_key`, in the order of first appearance, and give each group a unique name."""
-    records_by_key: dict[str, list[RunRecord]] = {}
-    for record in records:
-        records_by_key.setdefault(record.group_key, []).append(record)
-    groups = [RunGroup(members[0].name, members) for members in records_by_key.values()]
-    names = [_disambiguated_name(group, groups) for group in groups]
-    numbered = [f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)]
-    return [
-        RunGroup(numbered_name if names.count(name) > 1 else name, group.records)
-        for group, name, numbered_name in zip(groups, names, numbered, strict=True)
-    ]
-
-
-def varying_options(groups: Sequence[RunGroup]) -> list[str]:
-    """Return the names of the options that differ between groups, without the seed and the output options."""
-    names = dict.fromkeys(name for group in groups for name in group.options if name not in ("seed", *OUTPUT_OPTIONS))
-    values = {name: {json.dumps(group.options.get(name), sort_keys=True) for group in groups} for name in names}
-    return [name for name in names if len(values[name]) > 1]
-
-
-def _disambiguated_name(group: RunGroup, groups: Sequence[RunGroup]) -> str:
-    """Return the group's name followed by the options that distinguish it from other groups of the same name."""
-    names = varying_options([other for other in groups if other.name == group.name])
-    options = {name: group.options[name] for name in names if group.options.get(name) is not None}
-    return " ".join(filter(None, (group.name, format_options(options, separator=" "))))
 
 
 def _run_accuracy(record: RunRecord, split: str) -> float | None:
@@ -199,11 +155,48 @@ def _run_accuracy(record: RunRecord, split: str) -> float | None:
     return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": ema_val_acc}[summary.eval_weights]
 
 
-def _values_by_epoch(metric_rows: Sequence[MetricRow], column: str) -> dict[int, float]:
+def _values_by_epoch(record: RunRecord, column: str) -> dict[int, float]:
     """Map epochs to the values of `column` that are present; the last row of a repeated epoch wins."""
     values_by_epoch = {}
-    for row in metric_rows:
+    for row in record.metric_rows:
         epoch, value = row["epoch"], row[column]
         if epoch is not None and value is not None:
             values_by_epoch[int(epoch)] = value
     return values_by_epoch
+
+
+def per_class_accuracies(groups: Sequence[RunGroup]) -> dict[str, dict[str, float]]:
+    """Return group name -> class -> mean test accuracy, for the groups that have these accuracies."""
+    return {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
+
+
+def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
+    """Group the records by `group_key`, in the order of first appearance, and give each group a unique name.
+
+    Groups of the same name are distinguished by the options that differ between them, and numbered if none do.
+    """
+    records_by_key: dict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        records_by_key[record.group_key].append(record)
+    groups = [RunGroup(members[0].name, members) for members in records_by_key.values()]
+    groups_by_name: dict[str, list[RunGroup]] = defaultdict(list)
+    for group in groups:
+        groups_by_name[group.name].append(group)
+    options_by_name = {name: varying_options(members) for name, members in groups_by_name.items()}
+    names = []
+    for group in groups:
+        values = {name: group.options.get(name) for name in options_by_name[group.name]}
+        options = {name: value for name, value in values.items() if value is not None}
+        names.append(" ".join(filter(None, (group.name, format_options(options, separator=" ")))))
+    totals, counts = Counter(names), Counter[str]()
+    for index, name in enumerate(names):
+        counts[name] += 1
+        groups[index] = RunGroup(f"{name} ({counts[name]})" if totals[name] > 1 else name, groups[index].records)
+    return groups
+
+
+def varying_options(groups: Sequence[RunGroup]) -> list[str]:
+    """Return the names of the options that differ between groups, without the seed and the output options."""
+    names = dict.fromkeys(name for group in groups for name in group.options if name not in ("seed", *OUTPUT_OPTIONS))
+    values = {name: {json.dumps(group.options.get(name), sort_keys=True) for group in groups} for name in names}
+    return [name for name in names if len(values[name]) > 1]

@@ -5,40 +5,219 @@ The kinds are the entries of `COMPARERS`. The kind of a path is detected from it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Group
 from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation.prediction_files import PredictionComparison, compare_predictions
-from fastcifar.format import format_percent, key_value_table
+from fastcifar.format import (
+    format_decimal,
+    format_option_value,
+    format_percent,
+    key_value_table,
+    numeric_table,
+    option_flag,
+)
+from fastcifar.recipe import OUTPUT_OPTIONS
 from fastcifar.reporting.benchmark_tables import (
     BenchComparison,
     BenchDocument,
     benchmark_comparison_table,
     compare_benchmarks,
 )
-from fastcifar.reporting.compare_runs import compare_runs, read_run_document, run_comparison_table
+from fastcifar.reporting.records import RECIPE_FILE, RunRecord, read_recipe_options, read_run_record
+from fastcifar.training.metrics_file import METRICS_COLUMNS
 
+COMPARED_CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
+TIMING_COLUMNS = ("images_per_s", "seconds")  # columns that differ between otherwise identical runs
+LAUNCH_INFO = ("schema_version", "command", "started", "resumed", "recipe")  # in env.json besides the environment
+Z_95 = 1.96  # standard errors; the two-sided 95 % quantile of the normal distribution
 MAX_LABEL_PAIRS = 15  # maximum number of rows in the table of two prediction files
 
 
-@dataclass(frozen=True)
-class Comparer:
-    """The functions that compare one kind of path.
+class EpochDifference(TypedDict):
+    """An epoch, counted from 0, in which the values of `columns` differ."""
 
-    read         path -> its content, or None if the path is of another kind
-    compare      two contents -> the document of --json
-    build_table  that document -> its table for the terminal
+    epoch: int
+    columns: list[str]
+
+
+class AccuracyComparison(TypedDict):
+    """The accuracies that two runs measured on `n` images each.
+
+    The binomial `standard_error` of the difference treats the images of the two runs as independent samples. On the
+    same images the true error is smaller, so a difference `within_noise` can still be real.
     """
 
-    read: Callable[[Path], Any]
-    compare: Callable[[Any, Any], Mapping[str, Any]]
-    build_table: Callable[[Any], Group]
+    measured: str
+    a: float
+    b: float
+    difference: float
+    n: list[int]
+    standard_error: float
+    within_noise: bool
+
+
+class RunComparison(TypedDict):
+    """The comparison of two runs, whose folders are `a` and `b`; lists are [of A, of B].
+
+    recipe, environment  the options and environment entries that differ
+    equal_epochs         the smaller of the numbers of `epochs`
+    curves               column -> its `final` and `best` value and the one after `equal_epochs` epochs
+    first_difference     the first epoch whose metrics differ; None if none do
+    accuracy             on the test set or, if one of the runs was not tested, on the validation split; None if neither
+                         accuracy is available for both runs
+    """
+
+    a: str
+    b: str
+    recipe: dict[str, list[Any]]
+    environment: dict[str, list[Any]]
+    epochs: list[int]
+    equal_epochs: int
+    curves: dict[str, dict[str, list[float | None]]]
+    first_difference: EpochDifference | None
+    accuracy: AccuracyComparison | None
+
+
+def read_run(path: Path) -> RunRecord | None:
+    """Return the record of a run folder, finished or not; None for any other path.
+
+    Raises `DataError` if its summary is damaged, and `UsageError` if its recipe is invalid.
+    """
+    if not (path / RECIPE_FILE).is_file():
+        return None
+    read_recipe_options(path)
+    record = read_run_record(path)
+    if record.state == "damaged":
+        raise DataError(f"{path}: {record.reason}", "compare another run")
+    return record
+
+
+def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
+    """Compare the recipes, environments, curves and accuracies of two runs."""
+    epochs = [len(a.metric_rows), len(b.metric_rows)]
+    equal_epochs = min(epochs)
+    curves = {}
+    for name, min_or_max in COMPARED_CURVES.items():
+        values = [[row[name] for row in run.metric_rows] for run in (a, b)]
+        measured = [[value for value in run_values if value is not None] for run_values in values]
+        curves[name] = {
+            "final": [_last_value(run_values) for run_values in values],
+            "best": [min_or_max(run_values, default=None) for run_values in measured],
+            "at_equal_epochs": [_last_value(run_values[:equal_epochs]) for run_values in values],
+        }
+    options = [{name: value for name, value in run.options.items() if name not in OUTPUT_OPTIONS} for run in (a, b)]
+    return {
+        "a": str(a.folder),
+        "b": str(b.folder),
+        "recipe": _differing_items(*options),
+        "environment": _differing_items(_flat_environment(a), _flat_environment(b)),
+        "epochs": epochs,
+        "equal_epochs": equal_epochs,
+        "curves": curves,
+        "first_difference": _first_differing_epoch(a, b),
+        "accuracy": _compare_accuracy(a, b, "test_acc") or _compare_accuracy(a, b, "val_acc"),
+    }
+
+
+def _last_value(values: list[float | None]) -> float | None:
+    return values[-1] if values else None
+
+
+def _differing_items(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [a.get(name), b.get(name)] for name in {**a, **b} if a.get(name) != b.get(name)}
+
+
+def _flat_environment(run: RunRecord) -> dict[str, Any]:
+    """Return the environment with dotted names such as `versions.torch`."""
+    flat: dict[str, Any] = {}
+    for name, value in run.environment.model_dump().items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        elif name not in LAUNCH_INFO:
+            flat[name] = value
+    return flat
+
+
+def _first_differing_epoch(a: RunRecord, b: RunRecord) -> EpochDifference | None:
+    columns = [name for name in METRICS_COLUMNS if name not in TIMING_COLUMNS]
+    for epoch, (row_a, row_b) in enumerate(zip(a.metric_rows, b.metric_rows, strict=False)):
+        if differing := [name for name in columns if row_a[name] != row_b[name]]:
+            return {"epoch": epoch, "columns": differing}
+    return None
+
+
+def _compare_accuracy(a: RunRecord, b: RunRecord, name: str) -> AccuracyComparison | None:
+    """Compare the accuracy `name`, "test_acc" or "val_acc"; return None unless both runs have it."""
+    (acc_a, size_a), (acc_b, size_b) = (_final_accuracy(run, name) for run in (a, b))
+    if acc_a is None or acc_b is None or not (size_a and size_b):
+        return None
+    standard_error = math.sqrt(acc_a * (1 - acc_a) / size_a + acc_b * (1 - acc_b) / size_b)
+    return {
+        "measured": name,
+        "a": acc_a,
+        "b": acc_b,
+        "difference": acc_b - acc_a,
+        "n": [size_a, size_b],
+        "standard_error": standard_error,
+        "within_noise": abs(acc_b - acc_a) <= Z_95 * standard_error,
+    }
+
+
+def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
+    """Return an accuracy of the summary, or of the last epoch if there is none, and the number of its images."""
+    if name == "test_acc":
+        return (run.summary.test_acc, run.summary.total) if run.summary else (None, 0)
+    accuracy = run.summary.val_acc if run.summary else _last_value([row["val_acc"] for row in run.metric_rows])
+    return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), run.options["val_size"]
+
+
+def run_comparison_table(comparison: RunComparison) -> Group:
+    """Return the table of a comparison of two runs."""
+    differences = Table("differs", "A", "B", box=None)
+    for name, values in comparison["recipe"].items():
+        differences.add_row(option_flag(name), *map(format_option_value, values))
+    for name, values in comparison["environment"].items():
+        differences.add_row(name, *map(format_option_value, values))
+    after = f"after {comparison['equal_epochs']}"
+    curves = numeric_table(["curve"], ["last A", "last B", "best A", "best B", f"A {after}", f"B {after}"])
+    for name, curve in comparison["curves"].items():
+        values = [*curve["final"], *curve["best"], *curve["at_equal_epochs"]]
+        if values != [None] * len(values):
+            curves.add_row(name, *(format_decimal(value, 4) for value in values))
+    first = comparison["first_difference"]
+    difference = (
+        f"first differ in epoch {first['epoch']}: {', '.join(first['columns'])}"
+        if first
+        else f"do not differ in the {comparison['equal_epochs']} common epochs"
+    )
+    return Group(
+        f"A: {comparison['a']}",
+        f"B: {comparison['b']}",
+        "",
+        differences if differences.row_count else "the same recipe and environment",
+        "",
+        curves,
+        f"{comparison['epochs'][0]} and {comparison['epochs'][1]} epochs; the curves {difference}",
+        _describe_accuracies(comparison["accuracy"]),
+    )
+
+
+def _describe_accuracies(accuracy: AccuracyComparison | None) -> str:
+    if accuracy is None:
+        return "accuracy: not measured in both runs"
+    n = " and ".join(f"{size:,}" for size in dict.fromkeys(accuracy["n"]))
+    relation = "within" if accuracy["within_noise"] else "beyond"
+    noise = f"{relation} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
+    values = f"{format_percent(accuracy['a'])} and {format_percent(accuracy['b'])}"
+    return f"{accuracy['measured']}: {values}, {100 * accuracy['difference']:+.2f} points from A to B, {noise}"
 
 
 def detect_predictions_file(path: Path) -> Path | None:
@@ -70,8 +249,22 @@ def prediction_comparison_table(result: PredictionComparison) -> Group:
     return Group(summary, "", pairs, *([f"and {omitted} more pairs (--json lists all)"] if omitted > 0 else []))
 
 
+@dataclass(frozen=True)
+class Comparer:
+    """The functions that compare one kind of path.
+
+    read         path -> its content, or None if the path is of another kind
+    compare      two contents -> the document of --json
+    build_table  that document -> its table for the terminal
+    """
+
+    read: Callable[[Path], Any]
+    compare: Callable[[Any, Any], Mapping[str, Any]]
+    build_table: Callable[[Any], Group]
+
+
 COMPARERS: dict[str, Comparer] = {
-    "run": Comparer(read_run_document, compare_runs, run_comparison_table),
+    "run": Comparer(read_run, compare_runs, run_comparison_table),
     "benchmark": Comparer(
         BenchDocument.read,
         lambda a, b: compare_benchmarks(a, b).model_dump(mode="json"),

@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastcifar.errors import CheckpointError, NonFiniteError
+from fastcifar.errors import CheckpointError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.format import format_percent
 from fastcifar.reporting.aggregate import RunGroup
-from fastcifar.training.evaluate import predict_logits
 
 
 @dataclass(frozen=True, eq=False)
 class Misclassified:
-    """Test images that the models of a group misclassify.
+    """Test images that the models of a group misclassify, the most confident first.
 
-    confusion_matrix     float64 [classes, classes], the mean over the models of the number of images of each true class
+    confusion_matrix     float64 [classes, classes], mean over the models of the number of images of each true class
                          (row) with each predicted class (column)
-    images               uint8 [n, 32, 32, 3], misclassified images, the most confident first
+    images               uint8 [n, 32, 32, 3]
     labels, predictions  int64 [n], true and predicted class numbers
     confidences          float64 [n], probability of the predicted class, the mean over the models
     """
@@ -51,8 +50,8 @@ def find_misclassified(group: RunGroup, count: int, console: Console | None = No
     """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
 
     The predictions are those of the mean probabilities over the models. `overrides` are passed to `load_model`. Raises
-    its errors, `DataError` if the test set cannot be read, `NonFiniteError` if logits are not finite, and
-    `CheckpointError` if the models have different classes.
+    its errors, those of `LoadedRun.load_dataset` and `LoadedRun.predict_logits`, and `CheckpointError` if the models
+    have different classes.
     """
     matrices, probabilities, classes, test = [], [], None, None
     for record in group.finished_runs:
@@ -66,9 +65,7 @@ def find_misclassified(group: RunGroup, count: int, console: Console | None = No
             )
         classes, test = loaded.classes, loaded.load_dataset().test
         loaded.compile_for(len(test.labels))
-        logits = predict_logits(loaded.model, loaded.forward, test, loaded.device)
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(f"{record.folder} produces non-finite logits", "use --precision fp32")
+        logits = loaded.predict_logits(test)
         matrices.append(metrics.compute_confusion_matrix(logits, torch.from_numpy(test.labels)).double().numpy())
         probabilities.append(logits.double().softmax(1).numpy())
     assert classes

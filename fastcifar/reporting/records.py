@@ -29,8 +29,6 @@ MAX_METRIC_VALUE = 1e30  # larger metrics are dropped, because their mean can ov
 CUSTOM_RECIPE_NAME = "custom"  # name that `train` records for a run without --recipe
 
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
-
-
 TrialState = Literal["running", "done", "failed", "pruned"]
 
 
@@ -62,16 +60,15 @@ class RunRecord:
     group_key    equal for runs that differ only by the seed; `name` is its readable form
     options      the options of the recipe; of a trial without a run folder, only those that the sweep varies
     state        "done" if the run finished; `reason` says why a run in any other state did not
-    summary      only of runs that are done
     metric_rows  the rows of metrics.csv, one per epoch; a value that was not measured is None
     """
 
     folder: Path
     group_key: str
     name: str
-    options: dict[str, Any]
-    seed: int | None
-    state: Literal["done", "unfinished", "failed", "pruned", "damaged"]
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    state: Literal["done", "unfinished", "failed", "pruned", "damaged"] = "done"
     reason: str = ""
     summary: RunSummary | None = None
     metric_rows: list[dict[str, float | None]] = field(default_factory=list)
@@ -90,7 +87,7 @@ def read_records(paths: Iterable[Path]) -> list[RunRecord]:
     """
     record_by_folder: dict[Path, RunRecord] = {}
     for path in paths:
-        for record in read_sweep_records(path) if os.path.isfile(path / TRIALS_FILE) else [_read_folder(path)]:
+        for record in _read_run_or_sweep(path):
             folder = record.folder.resolve()
             if folder not in record_by_folder or record.group_key.startswith("sweep"):
                 record_by_folder[folder] = record
@@ -98,53 +95,59 @@ def read_records(paths: Iterable[Path]) -> list[RunRecord]:
     if all(record.state == "damaged" for record in records):
         reasons = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "there are no trials"
         raise CheckpointError(f"nothing to report: {reasons}")
+    for record in records:
+        if record.state == "done" and not record.metric_rows:
+            warnings.warn(f"{record.folder / METRICS_FILE} has no valid row; its curves are omitted", stacklevel=2)
     return records
 
 
-def _read_folder(path: Path) -> RunRecord:
-    if not any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
-        problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
-        raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
-    return read_run_record(path)
+def _read_run_or_sweep(path: Path) -> list[RunRecord]:
+    if os.path.isfile(path / TRIALS_FILE):  # unlike `Path.is_file`, this accepts any name
+        return [_read_trial(path, trial) for trial in read_trial_log(path / TRIALS_FILE)[0].values()]
+    if any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
+        return [read_run_record(path)]
+    problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
+    raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
 
 
 def read_run_record(folder: Path) -> RunRecord:
     """Return the record of a run folder in any state."""
     environment = read_environment(folder)
     try:
-        options = _read_recipe_options(folder)
-    except UsageError as error:
-        return RunRecord(
-            folder, str(folder), folder.name, {}, None, "damaged", one_line(error), environment=environment
-        )
-    recipe = one_line(environment.recipe)
-    name = options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
-    shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
-    record = RunRecord(
-        folder,
-        json.dumps(shared, sort_keys=True),
-        name,
-        options,
-        options["seed"],
-        "unfinished",
-        metric_rows=_read_metric_rows(folder),
-        environment=environment,
-    )
-    if not (folder / SUMMARY_FILE).exists():
-        reason = f"after {len(record.metric_rows)} of {options['epochs']} epochs: still training or interrupted"
-        return replace(record, reason=reason)
+        rows = read_metrics(folder / METRICS_FILE, MAX_METRIC_VALUE)
+    except OSError:
+        rows = []
+    record = RunRecord(folder, str(folder), folder.name, metric_rows=rows, environment=environment)
+    state, reason = "done", ""
     try:
         summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
+        if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
+            state, reason = "unfinished", f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps"
+        record = replace(record, summary=summary)
+    except FileNotFoundError:
+        state = "unfinished"
     except (ValidationError, OSError) as error:
-        return replace(record, state="damaged", reason=f"{SUMMARY_FILE}: {_describe_read_error(error)}")
-    if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
-        return replace(record, reason=f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps")
-    if not record.metric_rows:
-        warnings.warn(f"{folder / METRICS_FILE} has no valid row; its curves are omitted", stacklevel=2)
-    return replace(record, state="done", summary=summary)
+        state, reason = "damaged", f"{SUMMARY_FILE}: {_describe_read_error(error)}"
+    try:
+        options = read_recipe_options(folder)
+    except UsageError as error:
+        return replace(record, state="damaged", reason=one_line(error))
+    if state == "unfinished" and not record.summary:
+        reason = f"after {len(rows)} of {options['epochs']} epochs: still training or interrupted"
+    recipe = one_line(environment.recipe)
+    shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
+    return replace(
+        record,
+        group_key=json.dumps(shared, sort_keys=True),
+        name=options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe,
+        options=options,
+        seed=options["seed"],
+        state=state,
+        reason=reason,
+    )
 
 
-def _read_recipe_options(folder: Path) -> dict[str, Any]:
+def read_recipe_options(folder: Path) -> dict[str, Any]:
     """Return the validated options of the recipe, with unknown options kept and missing ones at their defaults.
 
     Raises `UsageError` if the recipe is missing or invalid.
@@ -153,19 +156,6 @@ def _read_recipe_options(folder: Path) -> dict[str, Any]:
         raise UsageError(f"no {RECIPE_FILE}")
     values = load_saved_recipe(folder)
     return {**json.loads(json.dumps(values, default=str)), **Recipe.from_saved(values).model_dump(mode="json")}
-
-
-def _read_metric_rows(folder: Path) -> list[dict[str, float | None]]:
-    """Return the complete rows of metrics.csv as numbers; values that are missing, invalid or too large are None."""
-    try:
-        return read_metrics(folder / METRICS_FILE, MAX_METRIC_VALUE)
-    except OSError:
-        return []
-
-
-def read_sweep_records(folder: Path) -> list[RunRecord]:
-    """Return the records of the trials of a sweep. Raises `CheckpointError` if the trial log cannot be read."""
-    return [_trial_record(folder, trial) for trial in read_trial_log(folder / TRIALS_FILE)[0].values()]
 
 
 def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
@@ -195,23 +185,19 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
     return trials, num_bytes
 
 
-def _trial_record(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
+def _read_trial(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
     folder = sweep_folder / trial.folder
-    group: dict[str, Any] = {
-        "group_key": f"sweep {sweep_folder.resolve()} {trial.label}",
-        "name": one_line(trial.label),
-    }
-    if os.path.isdir(folder):  # unlike `Path.is_dir`, this accepts any name
-        record = replace(read_run_record(folder), **group)
+    if os.path.isdir(folder):
+        record = read_run_record(folder)
     else:
-        reason = "still training or interrupted" if trial.state == "running" else "its run folder is missing"
-        state = "unfinished" if trial.state == "running" else "damaged"
-        record = RunRecord(
-            folder, options=upgrade_options(trial.knobs), seed=trial.seed, state=state, reason=reason, **group
+        is_running = trial.state == "running"
+        state, reason = (
+            ("unfinished", "still training or interrupted") if is_running else ("damaged", "its run folder is missing")
         )
+        record = RunRecord(folder, "", "", upgrade_options(trial.knobs), trial.seed, state, reason)
     if trial.state in ("failed", "pruned"):
-        return replace(record, state=trial.state, reason=one_line(trial.reason or "no reason recorded"), summary=None)
-    return record
+        record = replace(record, state=trial.state, reason=one_line(trial.reason or "no reason recorded"))
+    return replace(record, group_key=f"sweep {sweep_folder.resolve()} {trial.label}", name=one_line(trial.label))
 
 
 def _describe_read_error(error: ValidationError | OSError) -> str:

@@ -22,23 +22,8 @@ from fastcifar.reporting.report_plots import write_report_plots
 from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 
 
-class ReportedRun(TypedDict):
-    """A run of a row in the document of `report --json`."""
-
-    run: str
-    seed: int | None
-    state: str
-    reason: str | None
-    test_acc: float | None
-    val_acc: float | None
-
-
 class ReportDocument(TypedDict):
-    """The document of `report --json`.
-
-    rows     for each group, the values of `ReportTable.row_values`, and its `runs`
-    written  paths of the files that were written
-    """
+    """The document of `report --json`: `ReportTable.row_values` and the `runs` of each row, and paths of files."""
 
     rows: list[dict[str, Any]]
     written: list[str]
@@ -58,14 +43,11 @@ def build_report(
 ) -> tuple[ReportDocument, RenderableType]:
     """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
 
-    format              name in `TABLE_FORMATS`
-    sort_by             column to sort by, see `build_report_table`
-    include_validation  adds the accuracy on the validation split
-    plots               folder for PNG files of the curves
-    html                path of a self-contained HTML page
-    num_misclassified   if not 0, the finished runs are evaluated on the test set again, for confusion matrices and this
-                        many misclassified images of each group
-    overrides           options of the recipes that this evaluation replaces (data, device, precision)
+    sort_by            see `build_report_table`
+    plots, html        folder for PNG files of the curves, path of a self-contained HTML page
+    num_misclassified  if not 0, the finished runs are evaluated on the test set again, for confusion matrices and this
+                       many misclassified images of each group
+    overrides          options of the recipes that this evaluation replaces (data, device, precision)
 
     Raises `UsageError`, `CheckpointError`, `DiskError`, and the errors of `find_misclassified`.
     """
@@ -92,7 +74,7 @@ def build_report(
     return {"rows": rows, "written": [str(path) for path in files]}, render(table)
 
 
-def _describe_run(record: RunRecord) -> ReportedRun:
+def _describe_run(record: RunRecord) -> dict[str, Any]:
     summary = record.summary if record.state == "done" else None
     return {
         "run": str(record.folder),

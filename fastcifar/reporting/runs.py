@@ -10,12 +10,12 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.prompt import Confirm
@@ -24,39 +24,55 @@ from rich.table import Table
 from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import is_locked, lock_folder
 from fastcifar.format import MISSING, format_count, format_decimal, format_percent, format_timestamp
-from fastcifar.recipe import Recipe
-from fastcifar.recipes import load_saved_recipe
-from fastcifar.reporting.records import METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, TRIALS_FILE, read_trial_log
-from fastcifar.training.metrics_file import read_metrics
-from fastcifar.training.run_dir import read_environment
-from fastcifar.training.summary import read_summary
+from fastcifar.reporting.records import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    SUMMARY_FILE,
+    TRIALS_FILE,
+    read_run_record,
+    read_trial_log,
+)
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
-# The expected contents of a run folder, a sweep folder and the `runs` folder of a sweep, including exported models and
+# The content of a run folder, of a sweep folder and of the `runs` folder of a sweep, including exported models and
 # their model cards. A folder with any other content is not removed.
-EXPECTED_FOLDERS = {
-    "run": {"checkpoints", "plots", "tensorboard"},
-    "sweep": {"runs", "plots"},
-    "runs": {MLFLOW_ARTIFACTS},
-}
-EXPORTED_PATTERNS = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
+EXPORTED_FILES = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
+RUN_FILES = (RECIPE_FILE, "env.json", METRICS_FILE, "events.jsonl", SUMMARY_FILE, MLFLOW_RUN_ID_FILE, "error.txt")
 EXPECTED_FILES = {
-    "run": (
-        RECIPE_FILE,
-        "env.json",
-        METRICS_FILE,
-        "events.jsonl",
-        SUMMARY_FILE,
-        MLFLOW_RUN_ID_FILE,
-        "error.txt",
-        ".*.tmp",
-        *EXPORTED_PATTERNS,
-    ),
+    "run": (*RUN_FILES, *EXPORTED_FILES, ".*.tmp"),
     "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # the journal of Optuna and its lock file
     "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # includes the auxiliary files of SQLite; lock files (see files.py)
 }
+EXPECTED_FOLDERS = {
+    "run": ("checkpoints", "plots", "tensorboard"),
+    "sweep": ("runs", "plots"),
+    "runs": (MLFLOW_ARTIFACTS,),
+}
 
-ListingEntry = dict[str, Any]
+
+class ListingEntry(TypedDict):
+    """A run or sweep in the document of `runs ls --json`; a value that was not measured is None.
+
+    bytes   size of the files in the folder
+    date    when the run or the first run of the sweep was started
+    trials  of a sweep only: state -> number of trials
+    """
+
+    name: str
+    kind: Literal["run", "sweep"]
+    state: Literal["running", "finished", "interrupted", "damaged"]
+    arch: str | None
+    recipe: str | None
+    epochs: int
+    val_acc: float | None
+    test_acc: float | None
+    seconds: float | None
+    bytes: int
+    date: str
+    trials: NotRequired[dict[str, int]]
+
+
+SORT_COLUMNS = {name: None for name in ListingEntry.__annotations__ if name != "trials"}
 
 
 def folder_kind(folder: Path) -> str | None:
@@ -86,55 +102,41 @@ def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
 def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> list[ListingEntry]:
     """Return an entry for each run and sweep below `folder`, in ascending order of `sort_by`, missing values first.
 
-    Keys: name, kind, state ("running", "finished", "interrupted", "damaged"), arch, recipe, epochs, val_acc, test_acc,
-    seconds, bytes, date; for sweeps also trials, the number of trials in each state. Raises `UsageError` if the folder
-    does not exist or `sort_by` is not in `SORT_COLUMNS`.
+    Raises `UsageError` if the folder does not exist or `sort_by` is not in `SORT_COLUMNS`.
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "give the folder that contains the runs")
     lookup(SORT_COLUMNS, sort_by, "column")
-    entries = [
-        describe_run_or_sweep(path)
-        for path in ([folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder))
-    ]
-    return sorted(entries, key=lambda entry: (entry[sort_by] is not None, entry[sort_by] or 0), reverse=reverse)
+    folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
+    entries = [describe_run_or_sweep(path) for path in folders]
+    return sorted(entries, key=lambda entry: (entry.get(sort_by) is not None, entry.get(sort_by) or 0), reverse=reverse)
 
 
 def describe_run_or_sweep(folder: Path) -> ListingEntry:
-    """Return the entry of a run or sweep folder, with the keys of `list_runs`."""
-    kind = folder_kind(folder)
-    return {
-        **dict.fromkeys(SORT_COLUMNS),
-        "name": str(folder),
-        "kind": kind,
-        **(_describe_sweep(folder) if kind == "sweep" else _describe_run(folder)),
-        "bytes": folder_size_bytes(folder),
-    }
-
-
-def _describe_run(folder: Path) -> ListingEntry:
-    summary, environment = read_summary(folder), read_environment(folder)
-    rows = read_metrics(folder / "metrics.csv")
-    last = rows[-1] if rows else {}
-    try:
-        options = load_saved_recipe(folder)
-        Recipe.from_saved(options)
-        state = "interrupted"
-    except UsageError:
-        options, state = {}, "damaged"
-    if (folder / SUMMARY_FILE).exists():
-        state = state if state == "damaged" else "finished" if summary else "damaged"
-    elif is_locked(folder):
+    """Return the entry of a run or sweep folder."""
+    if folder_kind(folder) == "sweep":
+        return _describe_sweep(folder)
+    record = read_run_record(folder)
+    summary = record.summary
+    last_row = record.metric_rows[-1] if record.metric_rows else {"val_acc": None, "seconds": None}
+    if not (folder / SUMMARY_FILE).exists() and is_locked(folder):
         state = "running"
+    elif record.state == "damaged":
+        state = "damaged"
+    else:
+        state = "finished" if summary else "interrupted"
     return {
+        "name": str(folder),
+        "kind": "run",
         "state": state,
-        "arch": options.get("arch"),
-        "recipe": environment.recipe or None,
-        "epochs": summary.epochs if summary else len(rows),
-        "val_acc": summary.val_acc if summary else last.get("val_acc"),
+        "arch": record.options.get("arch"),
+        "recipe": record.environment.recipe or None,
+        "epochs": summary.epochs if summary else len(record.metric_rows),
+        "val_acc": summary.val_acc if summary else last_row["val_acc"],
         "test_acc": summary.test_acc if summary else None,
-        "seconds": summary.seconds.get("total") if summary else last.get("seconds"),
-        "date": environment.started or _modified_at(folder / RECIPE_FILE),
+        "seconds": summary.seconds.get("total") if summary else last_row["seconds"],
+        "bytes": folder_size_bytes(folder),
+        "date": record.environment.started or _modified_at(folder / RECIPE_FILE),
     }
 
 
@@ -148,31 +150,19 @@ def _describe_sweep(folder: Path) -> ListingEntry:
     else:
         state = "interrupted" if "running" in counts else "finished"
     return {
+        "name": str(folder),
+        "kind": "sweep",
         "state": state,
         "arch": ", ".join(sorted({run["arch"] for run in runs if run["arch"]})) or None,
         "recipe": f"sweep, {', '.join(f'{count} {name}' for name, count in counts.items())}",
         "epochs": sum(run["epochs"] for run in runs),
         "val_acc": max((run["val_acc"] for run in runs if run["val_acc"] is not None), default=None),
+        "test_acc": None,
         "seconds": sum(run["seconds"] or 0 for run in runs),
+        "bytes": folder_size_bytes(folder),
         "date": min((run["date"] for run in runs), default=_modified_at(folder / TRIALS_FILE)),
         "trials": dict(counts),
     }
-
-
-# columns that entries can be sorted by -> how a table formats their values
-SORT_COLUMNS: dict[str, Callable[[Any], str]] = {
-    "name": str,
-    "kind": str,
-    "state": str,
-    "arch": str,
-    "recipe": str,
-    "epochs": format_count,
-    "val_acc": format_percent,
-    "test_acc": format_percent,
-    "seconds": lambda seconds: format_decimal(seconds, 0),
-    "bytes": lambda num_bytes: f"{format_decimal(num_bytes / 1e6, 1)} MB",
-    "date": lambda started: started[:10],
-}
 
 
 def runs_table(entries: Sequence[ListingEntry]) -> Table:
@@ -180,16 +170,20 @@ def runs_table(entries: Sequence[ListingEntry]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in ("name", "state", "arch, recipe"):
         table.add_column(heading, overflow="fold", min_width=8)
-    numeric_columns = {"epochs": "epochs", "val_acc": "val", "test_acc": "test", "seconds": "seconds", "bytes": "size"}
-    for heading in (*numeric_columns.values(), "date"):
+    for heading in ("epochs", "val", "test", "seconds", "size", "date"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
-        texts = {
-            name: MISSING if entry[name] is None else format_value(entry[name])
-            for name, format_value in SORT_COLUMNS.items()
-        }
-        cells = (texts[name] for name in (*numeric_columns, "date"))
-        table.add_row(texts["name"], texts["state"], f"{texts['arch']}, {texts['recipe']}", *cells)
+        table.add_row(
+            entry["name"],
+            entry["state"],
+            f"{entry['arch'] or MISSING}, {entry['recipe'] or MISSING}",
+            format_count(entry["epochs"]),
+            format_percent(entry["val_acc"]),
+            format_percent(entry["test_acc"]),
+            format_decimal(entry["seconds"], 0),
+            f"{format_decimal(entry['bytes'] / 1e6, 1)} MB",
+            entry["date"][:10],
+        )
     return table
 
 
@@ -206,43 +200,32 @@ def select_for_removal(
     A filter never selects a sweep. Raises `UsageError` if a path is not a run or sweep, a selected run is training, or
     a selected folder contains files that are not part of a run or sweep.
     """
-    is_filtered = only_unfinished or keep_best is not None
-    folders = [
-        folder
-        for path in paths
-        for folder in ([path] if folder_kind(path) or not is_filtered else find_runs_and_sweeps(path))
-    ]
-    if not is_filtered:
-        for folder in folders:
-            _require_removable(folder)
-    # each folder once, without folders inside another one of the list
-    by_path = {folder.resolve(): folder for folder in folders}
-    entries = [
-        describe_run_or_sweep(folder) for path, folder in by_path.items() if not by_path.keys() & {*path.parents}
-    ]
-    if is_filtered:
-        entries = _filter_entries(entries, only_unfinished, keep_best)
+    if only_unfinished or keep_best is not None:
+        folders = chain(*([path] if folder_kind(path) else find_runs_and_sweeps(path) for path in paths))
+        runs = [entry for entry in _describe_outermost(folders) if entry["kind"] == "run"]
+        ranked = [entry for entry in runs if entry["state"] == "finished" and entry["val_acc"] is not None]
+        ranked.sort(key=lambda entry: entry["val_acc"] or 0, reverse=True)
+        unfinished = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
+        selected = unfinished + (ranked[keep_best:] if keep_best is not None else [])
+        entries = [entry for entry in runs if entry in selected]
         for entry in entries:
             _require_removable(Path(entry["name"]))
+    else:
+        for path in paths:
+            _require_removable(path)
+        entries = _describe_outermost(paths)
     for entry in entries:
         if entry["state"] == "running":
             raise UsageError(f"{entry['name']} is being trained by another process", "stop that process first")
-    if not only_checkpoints:
-        return entries
-    sizes = [sum(map(folder_size_bytes, _checkpoint_folders(Path(entry["name"])))) for entry in entries]
-    return [{**entry, "bytes": size} for entry, size in zip(entries, sizes, strict=True) if size]
+        if only_checkpoints:
+            entry["bytes"] = sum(map(folder_size_bytes, _checkpoint_folders(Path(entry["name"]))))
+    return [entry for entry in entries if entry["bytes"] or not only_checkpoints]
 
 
-def _filter_entries(
-    entries: Sequence[ListingEntry], only_unfinished: bool, keep_best: int | None
-) -> list[ListingEntry]:
-    """Return the runs among `entries` that the filters of `select_for_removal` select."""
-    runs = [entry for entry in entries if entry["kind"] == "run"]
-    selected = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
-    if keep_best is not None:
-        ranked = [entry for entry in runs if entry["state"] == "finished" and entry["val_acc"] is not None]
-        selected += sorted(ranked, key=lambda entry: -entry["val_acc"])[keep_best:]
-    return [entry for entry in entries if entry in selected]
+def _describe_outermost(folders: Iterable[Path]) -> list[ListingEntry]:
+    """Return the entry of each folder once, without folders inside another one of `folders`."""
+    by_path = {folder.resolve(): folder for folder in folders}
+    return [describe_run_or_sweep(folder) for path, folder in by_path.items() if not by_path.keys() & {*path.parents}]
 
 
 def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, console: Console) -> None:
@@ -317,10 +300,8 @@ def folder_size_bytes(folder: Path) -> int:
     total = 0
     for parent, _, files in os.walk(folder):
         for name in files:
-            try:
+            with suppress(OSError):  # a running training process replaced the file
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except OSError:  # a running training process replaced the file
-                continue
     return total
 
 

@@ -38,7 +38,6 @@ OPTION_COLUMNS = {
     **{name: name for name in ("blocks", "optimizer", "lr", "augment", "clip_grad")},
     "batch": "batch_size",
 }
-VALIDATION_COLUMNS = ("validation", "validation std")
 STD_COLUMNS = {"accuracy": "std", "validation": "validation std"}  # shown in the text of the mean
 ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ only by the seed"
 EXCLUDED_HEADING = "not in the means"
@@ -61,27 +60,25 @@ class ReportTable:
     def row_values(self, group: RunGroup) -> dict[str, Any]:
         """Return the values of a row for programs: accuracies as fractions, times in seconds, None if not measured."""
         accuracy, validation = group.accuracy(group.accuracy_split), group.accuracy(VALIDATION_SPLIT)
-        summaries = [record.summary for record in group.finished_runs if record.summary]
-        weights = "/".join(sorted({summary.eval_weights for summary in summaries}))
+        weights = "/".join(sorted({summary.eval_weights for summary in group.summaries}))
         excluded = Counter(record.state for record in group.excluded_runs)
         values = {
             "row": group.name,
             **{heading: group.options.get(option) for heading, option in self.options.items()},
             "blocks": _blocks_per_stage(group),
-            "params": summaries[0].params if summaries else None,
+            "params": group.summaries[0].params if group.summaries else None,
             "accuracy": accuracy.mean if accuracy else None,
             "std": accuracy.std if accuracy else None,
             "of": f"{group.accuracy_split}, {weights}" if weights else "",
-            "validation": validation.mean if validation else None,
-            "validation std": validation.std if validation else None,
+        }
+        if self.include_validation:
+            values["validation"] = validation.mean if validation else None
+            values["validation std"] = validation.std if validation else None
+        return {
+            **values,
             "n": len(group.finished_runs),
             "time": group.total_seconds.mean if group.total_seconds else None,
             "notes": ", ".join([*group.notes, *(f"{count} {state}" for state, count in excluded.items())]),
-        }
-        return {
-            heading: value
-            for heading, value in values.items()
-            if self.include_validation or heading not in VALIDATION_COLUMNS
         }
 
     def row_texts(self, group: RunGroup) -> dict[str, str]:

@@ -18,14 +18,14 @@ CLASSES = ("cat", "dog")
 def write_run(
     folder: Path, val_accs: Sequence[float], test_acc: float | None = 0.5, *, name: str = "baseline",
     seconds: float = 60.0, finished: bool = True, device: str = "a device", steps: int = 100,
-    stop_reason: str = "epochs", **options: Any,
+    stop_reason: str = "epochs", environment: dict[str, Any] | None = None, **options: Any,
 ) -> Path:  # fmt: skip
     """Write a run with one epoch for each of `val_accs`; without `finished` it has no summary, as if interrupted."""
     folder.mkdir(parents=True)
     recipe = Recipe.make(**{"epochs": len(val_accs), **options})
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    versions = {"torch": "2.11.0", "fastcifar": "0.1"}
-    (folder / "env.json").write_text(json.dumps({"recipe": name, "device": device, "versions": versions}))
+    document = {"recipe": name, "device": device, "versions": {"torch": "2.11.0", "fastcifar": "0.1"}}
+    (folder / "env.json").write_text(json.dumps({**document, **(environment or {})}))
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, METRICS_COLUMNS)
         writer.writeheader()
@@ -38,7 +38,7 @@ def write_run(
             run=str(folder), arch=recipe.arch, steps=steps, eval_weights=recipe.eval_weights, val_acc=val_accs[-1],
             best_val_acc=max(val_accs), test_acc=test_acc, per_class=dict.fromkeys(CLASSES, test_acc),
             seconds={"train": seconds - 1, "total": seconds}, stop_reason=stop_reason,
-            complete=stop_reason != "max_steps",
+            complete=stop_reason != "max_steps", epochs=len(val_accs),
         )  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -19,11 +19,8 @@ def test_mean_std_matches_numpy() -> None:
     assert statistics.standard_error == pytest.approx(std / math.sqrt(4))
 
 
-def test_single_value_has_no_standard_deviation() -> None:
+def test_few_or_missing_values() -> None:
     assert MeanStd.from_values([0.5]) == MeanStd(mean=0.5, std=None, n=1)
     assert MeanStd(mean=0.5, std=None, n=1).standard_error is None
-
-
-def test_missing_values_have_no_mean() -> None:
     assert MeanStd.from_values([]) is None
     assert MeanStd.from_values([0.5, None]) is None
