@@ -15,7 +15,6 @@ from torchvision.transforms.v2.functional import erase
 from fastcifar.data.augment import (
     AUGMENTS,
     AugmentOp,
-    AugmentSpec,
     apply_augment,
     draw_epoch,
     format_augment,
@@ -165,6 +164,8 @@ def test_defaults_are_filled_in(short: str, canonical: str) -> None:
         ("crop:4:mirror", "VARIANT one of zero, reflect"),
         ("crop:4:", "VARIANT one of zero, reflect"),
         ("flip:0.5:random:3", "unexpected '3'"),
+        ("rotate:5:zero", "write rotate:VALUE (rotate by"),
+        ("trivialaugment:3", "write trivialaugment:VARIANT, VARIANT one of wide (TrivialAugment"),
         ("cutmx", "did you mean 'cutmix'?"),
         ("cutmix:0", "VALUE in cutmix:VALUE must be from 0.01 to 100.0"),
         ("mixup:nan", "VALUE in mixup:VALUE must be from 0.01 to 100.0"),
@@ -178,29 +179,6 @@ def test_invalid_lists_raise_errors_with_a_remedy(spec: str, message: str) -> No
         parse_augment(spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_augmentations_without_a_value_or_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    flip = AUGMENTS["flip"]
-    policy = AugmentSpec(
-        flip.draw, flip.apply, default_value=None, variants={"cifar10": (0, 0), "imagenet": (0, 0)}, help="a policy"
-    )
-    monkeypatch.setitem(AUGMENTS, "policy", policy)
-    monkeypatch.setitem(
-        AUGMENTS, "rotate", AugmentSpec(flip.draw, flip.apply, default_value=5, variants={"": (0, 30)}, help="rotate")
-    )
-    assert parse_augment("policy,policy:imagenet") == (
-        AugmentOp("policy", None, "cifar10"),
-        AugmentOp("policy", None, "imagenet"),
-    )
-    assert (
-        format_augment(parse_augment("policy,policy:imagenet,rotate,rotate:9"))
-        == "policy:cifar10,policy:imagenet,rotate:5,rotate:9"
-    )
-    with pytest.raises(UsageError, match="write policy:VARIANT, VARIANT one of cifar10, imagenet"):
-        parse_augment("policy:3")
-    with pytest.raises(UsageError, match=r"write rotate:VALUE \(rotate\)$"):
-        parse_augment("rotate:5:zero")
 
 
 @pytest.mark.parametrize("spec", SPECS)
