@@ -12,14 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastcifar.errors import (
-    CheckpointError,
-    Interrupted,
-    NonFiniteError,
-    UsageError,
-    UserError,
-    first_message_line,
-)
+from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError, first_message_line
 from fastcifar.files import FolderLock, lock_folder
 from fastcifar.format import format_differences, format_option_value, option_flag
 from fastcifar.recipe import Recipe, section_fields
@@ -183,10 +176,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
 
 
 def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
-    """Resume the newest run of this recipe and name that is unfinished and not being trained, or start a new run.
-
-    With `--out`, only that folder is considered; a run of another recipe or a locked run there is an error.
-    """
+    """Resume the run in `--out`, or the newest unfinished run of this recipe and name; otherwise start a new run."""
     new = ResumePoint(recipe.model_copy(update={"resume": None}), recipe_name, is_new=True)
     if recipe.out:
         folder = Path(recipe.out)

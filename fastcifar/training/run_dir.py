@@ -149,7 +149,6 @@ class Run:
 
     @property
     def trackers(self) -> list[Tracker]:
-        """The callbacks that are experiment trackers."""
         return [callback for callback in self.callbacks if isinstance(callback, Tracker)]
 
     def truncate_rows(self, epochs_done: int) -> None:
@@ -181,7 +180,6 @@ class Run:
             return next(filter(None, [callback(row) for callback in self.callbacks]), "")
 
     def checkpoint_path(self, name: str) -> Path:
-        """Return the path of the checkpoint `name`: "last" or "best"."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
@@ -215,16 +213,13 @@ def _launch_environment(recipe: Recipe) -> LaunchEnvironment:
 
 
 def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
-    """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist.
-
-    `mkdir` is atomic, so two processes never get the same folder.
-    """
+    """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         try:
-            folder.mkdir()
+            folder.mkdir()  # atomic, so two processes never get the same folder
             return folder, lock_folder(folder)
         except (FileExistsError, UsageError):  # it exists, or a process that resumes a run has locked it first
             number += 1
@@ -276,13 +271,12 @@ class TrainingProgress:
 
     def find_stop_reason(self, recipe: Recipe) -> str:
         """Return why training stops: "max_steps", "patience", "epochs" or a callback's reason; "" if it continues."""
-        if self.stop_reason:
-            return self.stop_reason
-        if recipe.max_steps and self.step >= recipe.max_steps:
-            return "max_steps"
-        if recipe.patience and self.epochs_since_best >= recipe.patience:
-            return "patience"
-        return "epochs" if self.epoch >= recipe.epochs else ""
+        reasons = {
+            "max_steps": recipe.max_steps and self.step >= recipe.max_steps,
+            "patience": recipe.patience and self.epochs_since_best >= recipe.patience,
+            "epochs": self.epoch >= recipe.epochs,
+        }
+        return self.stop_reason or next((reason for reason, applies in reasons.items() if applies), "")
 
 
 class Clock:
@@ -314,7 +308,6 @@ class Clock:
         return {**self.seconds, name: self.seconds[name] + time.perf_counter() - started}
 
     def total_s(self) -> float:
-        """Return the seconds since the start of the run."""
         return time.perf_counter() - self.start_time
 
     def epoch_train_s(self) -> float:
@@ -322,7 +315,6 @@ class Clock:
         return self.elapsed_by_phase()["train"] - self._completed_epochs_s
 
     def end_epoch(self) -> None:
-        """Restart the seconds of `epoch_train_s` from 0."""
         self._completed_epochs_s = self.elapsed_by_phase()["train"]
 
     def state_dict(self) -> dict[str, float]:

@@ -15,15 +15,12 @@ SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange receive
 
 
 class SignalHandler:
-    """Context manager that records SIGINT and SIGTERM for the training loop; a second SIGINT stops immediately.
-
-    `received_signal`: the signal that this process received. `agreed_signal`: the signal at which all ranks stop.
-    """
+    """Context manager that records SIGINT and SIGTERM for the training loop; a second SIGINT stops immediately."""
 
     EXIT_CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
-        self.received_signal = self.agreed_signal = ""
+        self.received_signal = self.agreed_signal = ""  # of this process, and the one at which all ranks stop
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalHandler:

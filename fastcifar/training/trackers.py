@@ -44,9 +44,9 @@ class TrackerSession(NamedTuple):
 
 
 class Tracker:
-    """An epoch callback that logs to a tracker, whose errors do not stop training.
+    """An epoch callback that logs to a tracker, whose errors cause one warning and do not stop training.
 
-    After an error it warns once; the missing rows of events.jsonl are logged when the run ends or is resumed.
+    Rows that an error loses are logged when the run ends or is resumed, from events.jsonl.
     """
 
     def __init__(self, name: str, folder: Path, epochs_done: int = 0) -> None:
@@ -162,10 +162,6 @@ def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     return TrackerSession(write, finish, lambda status: client.set_terminated(run_id, status))
 
 
-def _require_tensorboard(runs_folder: Path) -> None:
-    import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
-
-
 def _require_mlflow(runs_folder: Path) -> None:
     _import_mlflow()
     # before the first run there is no store to check
@@ -188,13 +184,15 @@ class TrackerSpec:
     """
 
     open: Callable[[Path, list[EpochRow]], TrackerSession]
-    require_usable: Callable[[Path], None]
+    require_usable: Callable[[Path], object]
     view_command: Callable[[Path], str]
 
 
 TRACKERS: dict[str, TrackerSpec] = {
     "tensorboard": TrackerSpec(
-        open_tensorboard, _require_tensorboard, lambda folder: f"tensorboard --logdir {shlex.quote(str(folder.parent))}"
+        open_tensorboard,
+        lambda runs_folder: import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL),
+        lambda folder: f"tensorboard --logdir {shlex.quote(str(folder.parent))}",
     ),
     "mlflow": TrackerSpec(
         open_mlflow,
@@ -205,10 +203,7 @@ TRACKERS: dict[str, TrackerSpec] = {
 
 
 def parse_tracker_names(track: str) -> list[str]:
-    """Return the tracker names in `track`, such as "none", "mlflow" or "tensorboard,mlflow".
-
-    Raises `UsageError` for an unknown name.
-    """
+    """Return the names in `track`, "none" or "tensorboard,mlflow". Raises `UsageError` for an unknown name."""
     names = [name.strip() for name in track.split(",")] if track != "none" else []
     for name in names:
         lookup(TRACKERS, name, "tracker")
@@ -259,11 +254,7 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """Return the ID of the MLflow run of `folder` if it exists and has no epochs other than `epochs`.
-
-    An existing run with other epochs is deleted. MLflow's errors other than "no such run" are raised, because a busy
-    database may contain the run.
-    """
+    """Return the ID of the MLflow run of `folder`, or None; a run with epochs other than `epochs` is deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -272,7 +263,7 @@ def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> s
     except (FileNotFoundError, json.JSONDecodeError):  # missing, or truncated by a killed process
         return None
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a busy database may contain the run
             raise
         return None
     if is_active and _logged_epochs(client, run_id) <= epochs:

@@ -80,7 +80,7 @@ def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDispla
 
 
 def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
-    """The rest of an epoch: its steps, the validation, a row of metrics, a checkpoint."""
+    """Run the rest of an epoch: its steps, the validation, a row of metrics, a checkpoint."""
     recipe, progress = trainer.recipe, trainer.progress
     with clock.phase("train"):
         trainer.model.train()

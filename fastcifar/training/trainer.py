@@ -97,7 +97,6 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the whole run, if nothing stops it."""
         return self.recipe.epochs * self.loader.steps_per_epoch
 
     def summary_lines(self) -> list[str]:
@@ -315,5 +314,5 @@ class Trainer:
         self.progress = TrainingProgress.from_checkpoint(state)
 
     def checkpoint_bytes(self) -> int:
-        """Approximate size of a checkpoint in bytes."""
+        """Return the approximate size of a checkpoint in bytes."""
         return sum(tensor.nbytes for tensor in self.state_tensors())

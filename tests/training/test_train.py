@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ SUMMARY_KEYS = {
     "cuda_graph", "precision", "eval_weights", "val_acc", "test_acc", "test_acc_ema", "test_acc_tta", "test_loss",
     "ece", "per_class", "images_per_s", "seconds", "peak_memory_bytes", "stop_reason", "complete",
 }  # fmt: skip
+
+
+def patch_validation(
+    monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[float] = (), losses: Sequence[float] = ()
+) -> None:
+    """Replace the validation of each epoch by the given results."""
+    results = itertools.zip_longest(losses, accuracies, fillvalue=0.5)
+    keys = ("val_loss", "val_acc", "ema_val_acc")
+    monkeypatch.setattr(Trainer, "validate", lambda self: dict(zip(keys, (*next(results), None), strict=True)))
 
 
 def read_metrics(run: str) -> list[dict[str, str]]:
@@ -85,10 +95,7 @@ def test_without_a_validation_split_all_images_train_and_no_epoch_is_best(tiny: 
 
 
 def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter((0.2, 0.9, 0.3))
-    monkeypatch.setattr(
-        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
-    )
+    patch_validation(monkeypatch, accuracies=(0.2, 0.9, 0.3))
     summary = train(tiny(epochs=3, eval_weights="best"))
     assert (summary.best_val_acc, summary.val_acc) == (0.9, 0.3)
     best = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "best.pt")
@@ -98,10 +105,7 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
 
 
 def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter((0.2, 0.5, 0.5, 0.4, 0.6, 0.7))
-    monkeypatch.setattr(
-        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
-    )
+    patch_validation(monkeypatch, accuracies=(0.2, 0.5, 0.5, 0.4, 0.6, 0.7))
     summary = train(tiny(epochs=6, patience=2))
     assert (summary.epochs, summary.stop_reason, summary.complete) == (4, "patience", True)
 
@@ -109,10 +113,7 @@ def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypa
 def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter((1.0, 1.0, 1.0, 0.5))
-    monkeypatch.setattr(
-        Trainer, "validate", lambda self: {"val_loss": next(losses), "val_acc": 0.5, "ema_val_acc": None}
-    )
+    patch_validation(monkeypatch, losses=(1.0, 1.0, 1.0, 0.5))
     summary = train(tiny(epochs=4, schedule="plateau:1"))
     learning_rates = [float(row["lr"]) for row in read_metrics(summary.run)]
     assert learning_rates == pytest.approx([0.1, 0.1, 0.1, 0.01])
