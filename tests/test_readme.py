@@ -148,7 +148,7 @@ def test_optimizers_and_schedules_are_those_of_the_tables() -> None:
     schedules = text.split("| schedule |")[1]
     assert re.findall(r"`(\w+)(?::[\d.]+)?`", schedules) == list(SCHEDULES)
     for name, spec in SCHEDULES.items():
-        assert spec.default_arg is None or f"`{name}:{spec.default_arg:g}`" in schedules
+        assert spec.arg_bounds is None or f"`{name}:{spec.arg:g}`" in schedules
 
 
 def test_exit_codes_are_those_of_the_package() -> None:

@@ -134,7 +134,7 @@ def plan_speedrun(
         if getattr(recipe, option) != getattr(defaults, option):
             raise UsageError(f"{option_flag(option)}: a speedrun trains from scratch for all epochs", "leave it out")
     resolved = resolve(recipe)
-    if recipe.eval_weights == "best" or resolved.schedule.spec.uses_val_loss:
+    if recipe.eval_weights == "best" or resolved.schedule.uses_val_loss:
         problem = "a speedrun does not evaluate on a validation split during training"
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
     if eval_split == "val" and not recipe.val_size:

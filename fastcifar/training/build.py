@@ -15,12 +15,11 @@ from fastcifar.device import enable_deterministic_algorithms
 from fastcifar.recipe import Recipe
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
-from fastcifar.training.ema import Ema
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.resolve import Resolved, model_from_recipe
 from fastcifar.training.rng_state import seed_all
-from fastcifar.training.step import Meter, build_forward, scale_and_shift
+from fastcifar.training.step import Ema, Meter, build_forward, scale_and_shift
 from fastcifar.training.trainer import Trainer
 
 NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is initialized

@@ -6,15 +6,12 @@ import ctypes
 import logging
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import platformdirs
 import torch
-from torch import Tensor
-
-from fastcifar.training.rng_state import preserve_state
 
 COMPILE_MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -50,22 +47,12 @@ def enable_compile_cache() -> Path | None:
 
 
 def keep_freed_memory() -> bool:
-    """Configure glibc's malloc to keep freed memory for reuse, because each step allocates the same tensors again.
+    """Configure glibc's malloc to keep freed memory for reuse in this process; return False without glibc.
 
-    By default, every large allocation is mapped and zeroed again, which takes a fifth of a small network's step on a
-    CPU (LOG.md). The setting applies to the whole process. Return whether it succeeded; False without glibc.
+    By default, each step maps and zeroes the same large allocations again, a fifth of its time on a CPU (LOG.md).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
     return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 * 2**20)])
-
-
-def precompile(
-    step: Callable[..., None], example_inputs: Sequence[Tensor], state: Sequence[Tensor]
-) -> Callable[..., None]:
-    """Run `step` once on `example_inputs` to compile it, restore the tensors of `state`, and return `step`."""
-    with preserve_state(state, example_inputs[0].device):
-        step(*example_inputs)
-    return step

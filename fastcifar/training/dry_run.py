@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from fastcifar.data.cifar import Split
 from fastcifar.device import peak_memory_bytes
@@ -21,7 +21,7 @@ from fastcifar.training import trackers
 from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
 from fastcifar.training.lr_schedule import LRSchedule
-from fastcifar.training.resolve import Resolved, resolve
+from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.trainer import Trainer
 
@@ -58,12 +58,10 @@ class StepTiming:
     step_s: float
     eval_s_per_image: float
 
-    def epoch_s(self, trainer: Trainer) -> float:
-        """Return the seconds of an epoch with its validation."""
+    def epoch_s(self, trainer: Trainer) -> float:  # with its validation
         return trainer.loader.steps_per_epoch * self.step_s + trainer.images_per_validation * self.eval_s_per_image
 
     def test_s(self, trainer: Trainer) -> float:
-        """Return the seconds of the evaluation on the test set."""
         return trainer.images_per_test * self.eval_s_per_image
 
 
@@ -119,23 +117,18 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
         problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
-    scaled = recipe.model_copy(update={"epochs": epochs, **scale_schedule(trainer.resolved, epochs / recipe.epochs)})
-    trainer.resolved = resolve(scaled, trainer.execution)
-    trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
-
-
-def scale_schedule(resolved: Resolved, factor: float) -> dict[str, Any]:
-    """Return the options of warm-up, schedule and image-size stages for `factor` times the epochs.
-
-    Epochs of a stage are rounded down, so that the last size loses none.
-    """
-    recipe = resolved.recipe
-    stages = [(size, epochs and math.floor(epochs * factor)) for size, epochs in resolved.image_sizes]
-    return {
+    factor = epochs / recipe.epochs
+    # the epochs of a stage are rounded down, so that the last size loses none
+    stages = [(size, count and math.floor(count * factor)) for size, count in trainer.resolved.image_sizes]
+    changes = {
+        "epochs": epochs,
         "warmup_epochs": recipe.warmup_epochs * factor,
         "schedule_epochs": recipe.schedule_epochs and recipe.schedule_epochs * factor,
-        "image_size": ",".join(f"{size}:{epochs}" if epochs else str(size) for size, epochs in stages if epochs != 0),
+        "image_size": ",".join(f"{size}:{count}" if count else str(size) for size, count in stages if count != 0),
     }
+    scaled = recipe.model_copy(update=changes)
+    trainer.resolved = resolve(scaled, trainer.execution)
+    trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
 
 
 def dry_run(recipe: Recipe) -> DryRunEstimate:

@@ -1,7 +1,6 @@
 """Evaluation: images -> logits -> accuracy, loss and calibration, without changing weights or running statistics.
 
-Accuracies are fractions correct / total in [0, 1] over all images, not means of batch means. `VIEWS` defines test-time
-augmentation: the logits of an image are a weighted mean over views of it.
+Test-time augmentation: the logits of an image are a weighted mean over the `VIEWS` of it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fastcifar.data.cifar import Split
 from fastcifar.data.loaders import eval_batches
 from fastcifar.errors import lookup
 from fastcifar.training.compilation import compile_function
-from fastcifar.training.cuda_graph import cuda_graphed_forward, pad_batch
+from fastcifar.training.cuda_graph import cuda_graphed_forward
 from fastcifar.training.step import Forward
 
 EVAL_BATCH_SIZE = 500
@@ -55,7 +54,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
 class Scores:
     """Scores of logits: fractions of correct predictions, mean cross-entropy in nats, expected calibration error.
 
-    `per_class` is None for a class without images.
+    `ece`: Guo et al. 2017, with ECE_BINS bins of equal width. `per_class`: None for a class without images.
     """
 
     accuracy: float
@@ -78,21 +77,27 @@ def predict_logits(model: nn.Module, forward: Forward, split: Split, device: tor
     """
     views = lookup(VIEWS, tta, "test-time augmentation")
     with eval_mode(model):
-        batches = eval_batches(split.images, split.labels, EVAL_BATCH_SIZE, device)
-        return torch.cat([_average_views(views, forward, images) for images, _ in batches]).float().cpu()
+        batch_logits = []
+        for images, _ in eval_batches(split.images, split.labels, EVAL_BATCH_SIZE, device):
+            logits = views[0].weight * forward(apply_view(images, views[0]))
+            for view in views[1:]:
+                logits += view.weight * forward(apply_view(images, view))
+            batch_logits.append(logits)
+        return torch.cat(batch_logits).float().cpu()
 
 
 def optimize_forward(
     model: nn.Module, forward: Forward, device: torch.device, compile: bool, use_cuda_graph: bool, mode: str = "auto"
 ) -> Forward:
-    """Return `forward` of `model`, compiled and captured in a CUDA graph as requested.
+    """Return `forward` of `model`, compiled (`mode`: a key of COMPILE_MODES) and captured in a CUDA graph as requested.
 
     The result takes batches of up to EVAL_BATCH_SIZE images and uses the current weights of `model`. Call it in
-    evaluation mode and under `torch.no_grad()`, as `predict_logits` does. `mode`: a key of COMPILE_MODES.
+    `eval_mode`, as `predict_logits` does.
     """
     if not compile and not use_cuda_graph:
         return forward
-    example = torch.zeros(EVAL_BATCH_SIZE, 3, 32, 32, dtype=torch.uint8, device=device)
+    batch_size = EVAL_BATCH_SIZE
+    example = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
     example = example.contiguous(memory_format=torch.channels_last)
     optimized = compile_function(forward, mode) if compile else forward
     with eval_mode(model):
@@ -100,7 +105,15 @@ def optimize_forward(
             optimized = cuda_graphed_forward(optimized, example)
         else:
             optimized(example)
-    return pad_batch(optimized, EVAL_BATCH_SIZE)
+
+    def padded_forward(images: Tensor) -> Tensor:
+        if len(images) == batch_size:
+            return optimized(images)
+        black = images.new_zeros(batch_size - len(images), *images.shape[1:])
+        padded = torch.cat([images, black]).contiguous(memory_format=torch.channels_last)
+        return optimized(padded)[: len(images)]
+
+    return padded_forward
 
 
 @contextmanager
@@ -119,25 +132,14 @@ def apply_view(images: Tensor, view: View) -> Tensor:
     """Return the `view` of images [n, c, h, w] of any dtype, in channels_last memory format."""
     if not any(view[1:]):
         return images
-    rows = _reflected_indices(images.shape[2], view.dy, images.device)
-    columns = _reflected_indices(images.shape[3], view.dx, images.device)
+    sources = []  # the source index of each row and of each column
+    for size, shift in zip(images.shape[2:], (view.dy, view.dx), strict=True):
+        source = (torch.arange(size, device=images.device) - shift).abs()
+        sources.append(source.minimum(2 * (size - 1) - source))
+    rows, columns = sources
     if view.flipped:
         columns = columns.flip(0)
     return images[:, :, rows[:, None], columns].contiguous(memory_format=torch.channels_last)
-
-
-def _reflected_indices(size: int, shift: int, device: torch.device) -> Tensor:
-    """Return int64 [size], the source index of each pixel of a line that is translated by `shift`."""
-    source = (torch.arange(size, device=device) - shift).abs()
-    return source.minimum(2 * (size - 1) - source)
-
-
-def _average_views(views: tuple[View, ...], forward: Forward, images: Tensor) -> Tensor:
-    """Return the logits [n, classes] of a batch, the weighted mean over its views."""
-    logits = views[0].weight * forward(apply_view(images, views[0]))
-    for view in views[1:]:
-        logits += view.weight * forward(apply_view(images, view))
-    return logits
 
 
 def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
@@ -145,13 +147,14 @@ def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
     correct = logits.argmax(1) == labels
     num_correct = int(correct.sum())
     class_totals = torch.bincount(labels, minlength=logits.shape[1]).tolist()
+    _, confidences, correct_per_bin = _sum_by_bin(logits, correct)
     class_correct = torch.bincount(labels[correct], minlength=logits.shape[1]).tolist()
     return Scores(
         accuracy=num_correct / len(labels),
         loss=F.cross_entropy(logits.double(), labels).item(),
         correct=num_correct,
         total=len(labels),
-        ece=expected_calibration_error(logits, correct),
+        ece=(confidences - correct_per_bin).abs().sum().item() / len(labels),
         per_class=[right / total if total else None for right, total in zip(class_correct, class_totals, strict=True)],
     )
 
@@ -164,30 +167,22 @@ class CalibrationBin(NamedTuple):
     accuracy: float | None
 
 
-def expected_calibration_error(logits: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
-    """Return the expected calibration error (Guo et al. 2017) of logits [n, classes] with `bins` bins of equal width.
+def reliability_bins(logits: Tensor, correct: Tensor) -> list[CalibrationBin]:
+    """Return the bins of the expected calibration error, in order of increasing confidence.
 
-    `correct`: bool [n], whether the largest logit is that of the label.
+    `logits`: [n, classes]; `correct`: bool [n], whether the largest logit is that of the label.
     """
-    _, confidence_sums, num_correct = _sum_by_bin(logits, correct, bins)
-    return (confidence_sums - num_correct).abs().sum().item() / len(correct)
-
-
-def reliability_bins(logits: Tensor, correct: Tensor, bins: int = ECE_BINS) -> list[CalibrationBin]:
-    """Return the bins of `expected_calibration_error`, in order of increasing confidence, for the same arguments."""
-    sums = zip(*(column.tolist() for column in _sum_by_bin(logits, correct, bins)), strict=True)
     return [
-        CalibrationBin(int(images), confidence_sum / images, num_correct / images)
+        CalibrationBin(int(images), confidences / images, num_correct / images)
         if images
         else CalibrationBin(0, None, None)
-        for images, confidence_sum, num_correct in sums
+        for images, confidences, num_correct in torch.stack(_sum_by_bin(logits, correct), 1).tolist()
     ]
 
 
-def _sum_by_bin(logits: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_by_bin(logits: Tensor, correct: Tensor) -> list[Tensor]:
     """Return the float64 [bins] sums of images, confidences and correct predictions over bins of confidence."""
     confidence = logits.double().softmax(1).amax(1)
-    index = (confidence * bins).ceil().clamp(1, bins).long() - 1
-    zeros = torch.zeros(bins, dtype=torch.float64)
-    images = zeros.index_add(0, index, torch.ones_like(confidence))
-    return images, zeros.index_add(0, index, confidence), zeros.index_add(0, index, correct.double())
+    index = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS).long() - 1
+    zeros = torch.zeros(ECE_BINS, dtype=torch.float64)
+    return [zeros.index_add(0, index, value) for value in (torch.ones_like(confidence), confidence, correct.double())]

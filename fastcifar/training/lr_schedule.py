@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
@@ -16,18 +16,11 @@ PLATEAU_THRESHOLD = 1e-4  # relative: a smaller decrease of the validation loss 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """An entry of SCHEDULES.
+    """An entry of SCHEDULES or, with the argument of a recipe, the result of `parse_schedule`."""
 
-    Attributes:
-        lr_fraction: (progress in [0, 1], argument) -> position between the minimum (0) and the peak learning rate (1).
-        default_arg: default of the argument in `NAME:NUMBER`; None if the schedule has no argument.
-        arg_bounds: inclusive bounds of the argument.
-        uses_val_loss: whether the schedule depends on the validation loss.
-    """
-
-    lr_fraction: Callable[[float, float], float]
-    default_arg: float | None = None
-    arg_bounds: tuple[float, float] = (0.0, 0.0)
+    lr_fraction: Callable[[float, float], float]  # (progress in [0, 1], argument) -> 0 (minimum) to 1 (peak)
+    arg: float = 0.0  # number in `NAME:NUMBER`; in SCHEDULES, the default
+    arg_bounds: tuple[float, float] | None = None  # inclusive; None if the schedule has no argument
     arg_is_integer: bool = False
     uses_val_loss: bool = False
 
@@ -40,11 +33,6 @@ def _cosine_restarts(progress: float, cycles: float) -> float:
     """Cosine annealing with restarts (Loshchilov and Hutter 2017) and equal cycles; the last ends without a restart."""
     epsilon = 1e-9  # 3 / 7 * 7 may be less than 3, and a cycle would begin one step late
     return _half_cosine((progress * cycles + epsilon) % 1.0 if progress < 1 else 1.0)
-
-
-def _triangular(progress: float, peak: float) -> float:
-    """Linear increase until progress `peak`, then linear decrease: one cycle of Smith 2017."""
-    return progress / peak if progress < peak else (1 - progress) / (1 - peak)
 
 
 def _one_cycle(progress: float, peak: float) -> float:
@@ -60,37 +48,30 @@ SCHEDULES: dict[str, ScheduleSpec] = {
     "cosine": ScheduleSpec(lambda progress, _: _half_cosine(progress)),
     "linear": ScheduleSpec(lambda progress, _: 1 - progress),
     # argument: number of cycles
-    "cosine_restarts": ScheduleSpec(_cosine_restarts, default_arg=4, arg_bounds=(1, 1000), arg_is_integer=True),
-    # argument: progress at the peak
-    "triangular": ScheduleSpec(_triangular, default_arg=0.25, arg_bounds=(0.001, 0.999)),
-    "one_cycle": ScheduleSpec(_one_cycle, default_arg=0.3, arg_bounds=(0.001, 0.999)),
+    "cosine_restarts": ScheduleSpec(_cosine_restarts, 4, (1, 1000), arg_is_integer=True),
+    # argument: progress at the peak; "triangular" is one cycle of Smith 2017
+    "triangular": ScheduleSpec(
+        lambda progress, peak: progress / peak if progress < peak else (1 - progress) / (1 - peak), 0.25, (0.001, 0.999)
+    ),
+    "one_cycle": ScheduleSpec(_one_cycle, 0.3, (0.001, 0.999)),
     # argument: factor at progress 0.5 and 0.75
     "multi_step": ScheduleSpec(
-        lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), default_arg=0.1, arg_bounds=(0, 1)
+        lambda progress, factor: factor ** ((progress >= 0.5) + (progress >= 0.75)), 0.1, (0, 1)
     ),
     # argument: fraction at the end
-    "exponential": ScheduleSpec(lambda progress, end: end**progress, default_arg=0.01, arg_bounds=(1e-9, 1)),
+    "exponential": ScheduleSpec(lambda progress, end: end**progress, 0.01, (1e-9, 1)),
     # argument: patience in epochs
-    "plateau": ScheduleSpec(
-        lambda progress, _: 1.0, default_arg=10, arg_bounds=(0, 10_000), arg_is_integer=True, uses_val_loss=True
-    ),
+    "plateau": ScheduleSpec(lambda progress, _: 1.0, 10, (0, 10_000), arg_is_integer=True, uses_val_loss=True),
 }
 
 
 class ScheduleState(TypedDict):
-    """The state of a schedule in a checkpoint."""
+    """The state of a schedule in a checkpoint. All but `halvings` belong to `plateau`."""
 
-    best: float
-    waited: int
+    best: float  # lowest validation loss
+    waited: int  # epochs without improvement
     factor: float
-    halvings: int
-
-
-class ParsedSchedule(NamedTuple):
-    """The schedule of a recipe and its argument."""
-
-    spec: ScheduleSpec
-    arg: float
+    halvings: int  # of all learning rates, by `--on-nan rollback`
 
 
 class LRSchedule:
@@ -101,13 +82,12 @@ class LRSchedule:
     has not improved for more than PATIENCE epochs.
     """
 
-    def __init__(self, recipe: Recipe, parsed: ParsedSchedule, steps_per_epoch: int) -> None:
-        self.spec, self.arg = parsed
+    def __init__(self, recipe: Recipe, spec: ScheduleSpec, steps_per_epoch: int) -> None:
+        self.spec = spec
         self.peak_lr, self.min_lr = recipe.lr, recipe.min_lr
         self.total_steps = (recipe.schedule_epochs or recipe.epochs) * steps_per_epoch
         self.warmup_steps = recipe.warmup_epochs * steps_per_epoch
-        self.best_val_loss, self.num_bad_epochs, self.plateau_scale = math.inf, 0, 1.0
-        self.halvings = 0  # of all learning rates, by `--on-nan rollback`
+        self.state: ScheduleState = {"best": math.inf, "waited": 0, "factor": 1.0, "halvings": 0}
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of `step` (from 0)."""
@@ -115,68 +95,61 @@ class LRSchedule:
             lr = self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
         else:
             progress = min((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 1.0)
-            fraction = self.spec.lr_fraction(progress, self.arg)
-            lr = self.min_lr + (self.peak_lr - self.min_lr) * fraction * self.plateau_scale
-        return lr * 0.5**self.halvings
+            fraction = self.spec.lr_fraction(progress, self.spec.arg)
+            lr = self.min_lr + (self.peak_lr - self.min_lr) * fraction * self.state["factor"]
+        return lr * 0.5 ** self.state["halvings"]
 
     def after_epoch(self, val_loss: float | None) -> None:
         """Update the state after an epoch, if the schedule uses the validation loss."""
         if not self.spec.uses_val_loss:
             return
         assert val_loss is not None
-        if val_loss < self.best_val_loss * (1 - PLATEAU_THRESHOLD):
-            self.best_val_loss, self.num_bad_epochs = val_loss, 0
+        state = self.state
+        if val_loss < state["best"] * (1 - PLATEAU_THRESHOLD):
+            state["best"], state["waited"] = val_loss, 0
         else:
-            self.num_bad_epochs += 1
-        if self.num_bad_epochs > self.arg:
-            self.plateau_scale, self.num_bad_epochs = self.plateau_scale * PLATEAU_FACTOR, 0
+            state["waited"] += 1
+        if state["waited"] > self.spec.arg:
+            state["factor"], state["waited"] = state["factor"] * PLATEAU_FACTOR, 0
 
     def state_dict(self) -> ScheduleState:
-        return ScheduleState(
-            best=self.best_val_loss, waited=self.num_bad_epochs, factor=self.plateau_scale, halvings=self.halvings
-        )
+        return self.state.copy()
 
     def load_state_dict(self, state: ScheduleState) -> None:
-        self.best_val_loss, self.num_bad_epochs, self.plateau_scale = state["best"], state["waited"], state["factor"]
-        self.halvings = state["halvings"]
+        self.state = ScheduleState(
+            best=state["best"], waited=state["waited"], factor=state["factor"], halvings=state["halvings"]
+        )
 
 
 def constant_lr(recipe: Recipe, lr: float) -> LRSchedule:
     """Return a schedule with the learning rate `lr` at every step, instead of that of `recipe`."""
     constant = recipe.model_copy(update={"lr": lr, "min_lr": lr, "warmup_epochs": 0.0})
-    return LRSchedule(constant, ParsedSchedule(SCHEDULES["constant"], 0.0), 1)
+    return LRSchedule(constant, SCHEDULES["constant"], 1)
 
 
-def parse_schedule(recipe: Recipe) -> ParsedSchedule:
-    """Parse `NAME` or `NAME:NUMBER`; the argument is 0.0 if the schedule has none.
+def parse_schedule(recipe: Recipe) -> ScheduleSpec:
+    """Parse `NAME` or `NAME:NUMBER`.
 
     Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
     or a plateau without a validation split.
     """
-    parsed = _parse_name_and_arg(recipe.schedule)
+    name, colon, text = recipe.schedule.partition(":")
+    spec = lookup(SCHEDULES, name, "schedule")
+    if colon:
+        if not spec.arg_bounds:
+            raise UsageError(f"--schedule {recipe.schedule!r}: {name} takes no number", f"use {name}")
+        low, high = spec.arg_bounds
+        try:
+            arg = float(text)
+        except ValueError:
+            arg = math.nan
+        if not low <= arg <= high or (spec.arg_is_integer and arg != int(arg)):
+            kind = "an integer" if spec.arg_is_integer else "a number"
+            problem = f"--schedule {recipe.schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}"
+            raise UsageError(problem, f"use a value such as {name}:{spec.arg:g}")
+        spec = replace(spec, arg)
     if recipe.warmup_epochs >= (recipe.schedule_epochs or recipe.epochs):
         raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
-    if parsed.spec.uses_val_loss and recipe.val_size == 0:
+    if spec.uses_val_loss and recipe.val_size == 0:
         raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")
-    return parsed
-
-
-def _parse_name_and_arg(schedule: str) -> ParsedSchedule:
-    name, colon, text = schedule.partition(":")
-    spec = lookup(SCHEDULES, name, "schedule")
-    if colon and spec.default_arg is None:
-        raise UsageError(f"--schedule {schedule!r}: {name} takes no number", f"use {name}")
-    if not colon or spec.default_arg is None:
-        return ParsedSchedule(spec, spec.default_arg or 0.0)
-    low, high = spec.arg_bounds
-    try:
-        arg = float(text)
-    except ValueError:
-        arg = math.nan
-    if not low <= arg <= high or (spec.arg_is_integer and arg != int(arg)):
-        kind = "an integer" if spec.arg_is_integer else "a number"
-        raise UsageError(
-            f"--schedule {schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}",
-            f"use a value such as {name}:{spec.default_arg:g}",
-        )
-    return ParsedSchedule(spec, arg)
+    return spec

@@ -1,13 +1,13 @@
 """Optimizers that torch lacks, or lacks in a form that a CUDA graph can capture: RMSprop, Ranger and Muon.
 
-Their state is created in advance, no step synchronizes with the host, and a step with `found_inf` = 1 changes nothing.
-To launch few kernels, they process lists of weights at once and weights of equal shape as one batch.
+No step synchronizes with the host, and a step with `found_inf` = 1 changes nothing. To launch few kernels, they process
+lists of weights at once and weights of equal shape as one batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,27 +26,41 @@ class RMSprop(torch.optim.RMSprop):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Perform one update, or none if `found_inf` is 1."""
-        state = [value for entry in self.state.values() for value in entry.values()]
-        # 1-dimensional views of dense tensors of any memory format
-        views = [value.detach().as_strided((value.numel(),), (1,)) for value in (*_all_params(self), *state)]
-        before = torch.cat(views)
+        tensors = [*_all_params(self), *(value for entry in self.state.values() for value in entry.values())]
+        views = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]  # of any memory format
+        before = torch.cat(views)  # of the two versions of weights and state, one is copied back
         super().step(closure)
         if self.found_inf is not None:
             result = torch.where(self.found_inf.bool(), before, torch.cat(views))
             torch._foreach_copy_(views, list(result.split([view.numel() for view in views])))
 
 
-class Ranger(torch.optim.Optimizer):
-    """RAdam (Liu et al. 2020) on centralized gradients (Yong et al. 2020): Ranger (Wright 2019) without its Lookahead.
-
-    While the length of the approximated moving average is below `n_sma_threshold`, the variance of the second moment is
-    intractable, and a step is one of SGD with momentum. Weight decay is decoupled. Updates and argument names are those
-    of pytorch_optimizer's Ranger with `degenerated_to_sgd=True`.
-    """
+class _CapturableOptimizer(torch.optim.Optimizer):
+    """An optimizer whose steps with `found_inf` = 1 change nothing."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
+
+    def _mask_skipped_step(self) -> Tensor:
+        """Return a float32 scalar, 1 or, if this step is to be skipped, 0; in that case also set the gradients to 0.
+
+        NaN times 0 is NaN, so the gradients are multiplied as integers, by their bits.
+        """
+        weights = _all_params(self)
+        if self.found_inf is None:
+            return torch.ones((), device=weights[0].device)
+        keep = 1 - self.found_inf.reshape(())
+        _, gradients = _with_gradients(weights)
+        torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], keep.int())
+        return keep
+
+
+class Ranger(_CapturableOptimizer):
+    """RAdam (Liu et al. 2020) on centralized gradients (Yong et al. 2020): Ranger (Wright 2019) without its Lookahead.
+
+    Updates and argument names are those of pytorch_optimizer's Ranger with `degenerated_to_sgd=True`. Weight decay is
+    decoupled.
+    """
 
     def __init__(
         self,
@@ -74,50 +88,42 @@ class Ranger(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
-        """Perform one update, or none if `found_inf` is 1."""
-        keep = _mask_skipped_step(self)
+        keep = self._mask_skipped_step()
         num_steps = self.state[_all_params(self)[0]]["step"]
         num_steps += keep
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            if weights:
-                self._update(group, weights, keep, num_steps)
-
-    def _update(self, group: dict[str, Any], weights: list[Tensor], keep: Tensor, num_steps: Tensor) -> None:
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        exp_avgs = [self.state[weight]["exp_avg"] for weight in weights]
-        exp_avg_sqs = [self.state[weight]["exp_avg_sq"] for weight in weights]
-        beta1, beta2 = group["betas"]
-        lr = group["lr"] * keep
-        if group["use_gc"]:
-            centralize(gradients)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * keep)
-        torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * keep)
-        torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-        factor, rectified = radam_rectification(num_steps, beta1, beta2, group["n_sma_threshold"])
-        divisors = torch._foreach_sqrt(exp_avg_sqs)  # sqrt(exp_avg_sq) + eps if rectified, else 1
-        torch._foreach_mul_(divisors, rectified.float())
-        torch._foreach_add_(divisors, torch.where(rectified, group["eps"], 1.0))
-        updates = torch._foreach_div(exp_avgs, divisors)
-        torch._foreach_mul_(updates, -lr * factor)
-        torch._foreach_add_(weights, updates)
+            weights, gradients = _with_gradients(group["params"])
+            if not weights:
+                continue
+            exp_avgs = [self.state[weight]["exp_avg"] for weight in weights]
+            exp_avg_sqs = [self.state[weight]["exp_avg_sq"] for weight in weights]
+            beta1, beta2 = group["betas"]
+            lr = group["lr"] * keep
+            if group["use_gc"]:
+                centralize(gradients)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * keep)
+            torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+            torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * keep)
+            torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
+            factor, rectified = radam_rectification(num_steps, beta1, beta2, group["n_sma_threshold"])
+            divisors = torch._foreach_sqrt(exp_avg_sqs)  # sqrt(exp_avg_sq) + eps if rectified, else 1
+            torch._foreach_mul_(divisors, rectified.float())
+            # With `alpha`, the overload for a tensor is called; the one for a number would read the tensor on the host.
+            torch._foreach_add_(divisors, torch.where(rectified, group["eps"], 1.0), alpha=1)
+            updates = torch._foreach_div(exp_avgs, divisors)
+            torch._foreach_mul_(updates, -lr * factor)
+            torch._foreach_add_(weights, updates)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_CapturableOptimizer):
     """Muon (Jordan 2024) for convolutions: orthogonalized momentum for filters, SGD for all other parameters.
 
     Filters are the 4-dimensional weights as matrices [out, in * height * width] and, with `linear`, the 2-dimensional
-    weights. The singular values of an update are about 1, times sqrt(rows / columns) if a matrix has more rows than
-    columns. As in airbench94_muon, linear layers, biases and normalization parameters take SGD steps with momentum
-    `rest_momentum` and `rest_lr` times the learning rate. Weight decay is decoupled and scales with the learning rate
-    of each parameter. `weight_norm`: before its update, each filter is rescaled to the norm sqrt(out) instead of weight
-    decay.
+    weights. As in airbench94_muon, all other parameters take SGD steps with momentum `rest_momentum` and `rest_lr`
+    times the learning rate. Weight decay is decoupled; with `weight_norm`, each filter is instead rescaled to the norm
+    sqrt(out) before its update.
     """
-
-    _step_supports_amp_scaling = True
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -135,9 +141,8 @@ class Muon(torch.optim.Optimizer):
         if not (0 <= momentum < 1 and 0 <= rest_momentum < 1):
             raise ValueError(f"momentum and rest_momentum must be in [0, 1) (got {momentum} and {rest_momentum})")
         if not (isinstance(ns_steps, int) and 1 <= ns_steps < 100 and rest_lr >= 0):
-            raise ValueError(
-                f"ns_steps must be an integer from 1 to 99 and rest_lr >= 0 (got {ns_steps} and {rest_lr})"
-            )
+            problem = "ns_steps must be an integer from 1 to 99 and rest_lr >= 0"
+            raise ValueError(f"{problem} (got {ns_steps} and {rest_lr})")
         if not all(isinstance(flag, bool) for flag in (nesterov, weight_norm, linear)):
             raise ValueError("nesterov, weight_norm and linear must be true or false")
         muon_defaults = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "weight_norm": weight_norm}
@@ -148,27 +153,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
-        """Perform one update, or none if `found_inf` is 1."""
-        keep = _mask_skipped_step(self)
+        keep = self._mask_skipped_step()
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
             filter_dims = (2, 4) if group["linear"] else (4,)
-            filters = [weight for weight in weights if weight.ndim in filter_dims]
-            rest = [weight for weight in weights if weight.ndim not in filter_dims]
-            if filters:
-                self._muon_update(group, filters, keep)
-            if rest:
-                self._sgd_update(group, rest, keep)
+            filters = [weight for weight in group["params"] if weight.ndim in filter_dims]
+            self._muon_update(group, filters, keep)
+            rest = [weight for weight in group["params"] if weight.ndim not in filter_dims]
+            weights, directions = self._momentum_directions(rest, group["rest_momentum"], group["nesterov"], keep)
+            if weights:
+                lr = group["lr"] * group["rest_lr"] * keep
+                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(weights, torch._foreach_mul(directions, -lr))
 
     def _muon_update(self, group: dict[str, Any], filters: list[Tensor], keep: Tensor) -> None:
+        """Update `filters` by Muon, all matrices of equal shape as one batch."""
         lr = group["lr"] * keep
-        directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
-        pairs = [
-            (as_matrix(weight), as_matrix(direction)) for weight, direction in zip(filters, directions, strict=True)
-        ]
-        for shape_group in group_by_shape(pairs):
-            weights = torch.stack([weight for weight, _ in shape_group])
-            updates = orthogonalize(torch.stack([direction for _, direction in shape_group]), group["ns_steps"])
+        filters, directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
+        for matrices, matrix_directions in matrices_by_shape(filters, directions):
+            weights = torch.stack(matrices)
+            updates = orthogonalize(torch.stack(matrix_directions), group["ns_steps"])
             rows, columns = weights.shape[1:]
             if group["weight_norm"]:
                 norms = weights.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -176,34 +179,30 @@ class Muon(torch.optim.Optimizer):
             else:
                 weights.mul_(1 - lr * group["weight_decay"])
             weights.sub_(updates.float() * (lr * math.sqrt(max(1.0, rows / columns))))
-            torch._foreach_copy_([weight for weight, _ in shape_group], list(weights))
-
-    def _sgd_update(self, group: dict[str, Any], weights: list[Tensor], keep: Tensor) -> None:
-        lr = group["lr"] * group["rest_lr"] * keep
-        directions = self._momentum_directions(weights, group["rest_momentum"], group["nesterov"], keep)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, torch._foreach_mul(directions, -lr))
+            torch._foreach_copy_(matrices, list(weights))
 
     def _momentum_directions(
         self, weights: list[Tensor], momentum: float, nesterov: bool, keep: Tensor
-    ) -> list[Tensor]:
-        """Update the momentum buffers and return the update directions, in the memory format of the weights."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Update the momentum buffers; return the weights that have a gradient and their update directions."""
+        weights, gradients = _with_gradients(weights)
+        if not weights:
+            return [], []
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
         torch._foreach_mul_(buffers, 1 - (1 - momentum) * keep)
         torch._foreach_add_(buffers, gradients)
         if not nesterov:
-            return buffers
+            return weights, buffers
         directions = torch._foreach_mul(buffers, momentum)
         torch._foreach_add_(directions, gradients)
-        return list(directions)
+        return weights, list(directions)
 
 
 def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
     """Return RAdam's factor of the learning rate (float32 scalar) after `num_steps` steps, and whether it is rectified.
 
-    `num_steps`: scalar. The second result is a bool scalar. The factor includes the bias correction of the first
-    moment. Computed in float64, because the moving average's length is a small difference of large numbers.
+    The factor includes the bias correction of the first moment. Computed in float64, because the moving average's
+    length is a small difference of large numbers.
     """
     steps = num_steps.double().clamp(min=1)  # a skipped first step multiplies the factor by 0, so it must be finite
     beta2_power = beta2**steps
@@ -217,11 +216,10 @@ def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold
 
 def centralize(gradients: list[Tensor]) -> None:
     """Subtract the mean of each output's gradient in place; gradients with one dimension are unchanged."""
-    matrices = [(as_matrix(gradient),) for gradient in gradients if gradient.ndim > 1]
-    for shape_group in group_by_shape(matrices):
-        batch = torch.stack([gradient for (gradient,) in shape_group])
+    for (matrices,) in matrices_by_shape([gradient for gradient in gradients if gradient.ndim > 1]):
+        batch = torch.stack(matrices)
         batch -= batch.mean(2, keepdim=True)
-        torch._foreach_copy_([gradient for (gradient,) in shape_group], list(batch))
+        torch._foreach_copy_(matrices, list(batch))
 
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -240,31 +238,30 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloa
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """Return a view [out, inputs] of `weight` [out, ...] with the inputs in memory order."""
+    """Return a view [out, inputs] of `weight` [out, ...], with the inputs in memory order."""
     order = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
     return weight.permute(0, *order).view(len(weight), -1)
 
 
-def group_by_shape(tuples: Iterable[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
-    """Group `tuples` by the shape of their first tensor, in order of appearance."""
-    groups: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
-    for entry in tuples:
-        groups.setdefault(entry[0].shape, []).append(entry)
-    return list(groups.values())
+def matrices_by_shape(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Yield the tensors of `lists`, as matrices, in groups of equal shape; each group has one list for each of `lists`.
 
-
-def _mask_skipped_step(optimizer: Ranger | Muon) -> Tensor:
-    """Return a float32 scalar, 1 or, if this step is to be skipped, 0; in that case also set the gradients to 0.
-
-    NaN times 0 is NaN, so the gradients are multiplied as integers, by their bits.
+    The tensors at the same position of all lists have the same shape.
     """
-    gradients = [weight.grad for weight in _all_params(optimizer) if weight.grad is not None]
-    if optimizer.found_inf is None:
-        return torch.ones((), device=_all_params(optimizer)[0].device)
-    keep = 1 - optimizer.found_inf.reshape(())
-    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], keep.int())
-    return keep
+    groups: dict[torch.Size, list[list[Tensor]]] = {}
+    for tensors in zip(*lists, strict=True):
+        matrices = [as_matrix(tensor) for tensor in tensors]
+        group = groups.setdefault(matrices[0].shape, [[] for _ in lists])
+        for group_list, matrix in zip(group, matrices, strict=True):
+            group_list.append(matrix)
+    yield from groups.values()
 
 
 def _all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that have a gradient, and their gradients."""
+    weights = [weight for weight in params if weight.grad is not None]
+    return weights, [weight.grad for weight in weights if weight.grad is not None]

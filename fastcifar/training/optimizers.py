@@ -1,8 +1,7 @@
 """Optimizers, Lookahead, parameter groups and gradient clipping.
 
-A CUDA graph can capture the step of an optimizer that is `capturable`: its state is created in advance on the device,
-the learning rate is a device tensor, and nothing synchronizes with the host. The learning rate and Lookahead's slow
-weights are updated between steps, outside the graph.
+A CUDA graph can capture the update of an optimizer whose `OptimizerSpec.capturable` is set. The training loop sets the
+learning rate and updates Lookahead's slow weights between steps, outside the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,23 +25,15 @@ from fastcifar.training.rng_state import preserve_state
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An entry of OPTIMIZERS.
-
-    Attributes:
-        build: the optimizer class, whose arguments `--optimizer-arg` sets.
-        defaults: arguments other than the learning rate and weight decay.
-        fused: whether torch updates all weights in one kernel.
-        capturable: whether a CUDA graph can capture the update; otherwise it reads one flag on the host in each step.
-        self_scheduled: whether the optimizer sets or scales its learning rate itself.
-        lookahead: `k` and `alpha` of an optimizer that includes Lookahead.
-    """
+    """An entry of OPTIMIZERS or, with the `name` and the arguments of a recipe, the result of `parse_optimizer`."""
 
     build: Callable[..., torch.optim.Optimizer]
-    defaults: dict[str, Any] = field(default_factory=dict)
-    fused: bool = False
-    capturable: bool = False
-    self_scheduled: bool = False
-    lookahead: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # other than the learning rate and weight decay
+    fused: bool = False  # torch updates all weights in one kernel
+    capturable: bool = False  # if not, the update runs after the CUDA graph and reads one flag on the host in each step
+    self_scheduled: bool = False  # sets or scales its learning rate itself
+    lookahead: dict[str, Any] = field(default_factory=dict)  # `k` and `alpha`; empty without Lookahead
+    name: str = ""
 
 
 # Other names are classes of pytorch_optimizer; see `find_optimizer`.
@@ -55,33 +46,40 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec(Muon, capturable=True),  # decoupled weight decay
 }
 # Classes of pytorch_optimizer that set or scale their learning rate themselves
-SELF_SCHEDULED_OPTIMIZERS = {
-    "adafactor",
-    "prodigy",
-    "ranger21",
-    *(f"dadapt{name}" for name in ("adagrad", "adam", "adan", "lion", "sgd")),
-}
+SELF_SCHEDULED_OPTIMIZERS = {f"dadapt{name}" for name in ("adagrad", "adam", "adan", "lion", "sgd")}
+SELF_SCHEDULED_OPTIMIZERS |= {"adafactor", "prodigy", "ranger21"}
 LOOKAHEAD_DEFAULTS = {"k": 5, "alpha": 0.5}
 LR_MULT = "times"  # key of a parameter group: the multiplier of its learning rate, if it is not 1
 # Arguments that other options, or the device, determine
 RESERVED_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
 
 
-@dataclass(frozen=True)
-class ParsedOptimizer:
-    """The optimizer of a recipe. `arguments`: those of `--optimizer-arg`; `lookahead_k` is 0 without Lookahead."""
+def find_optimizer(name: str) -> OptimizerSpec:
+    """Return the entry `name` of OPTIMIZERS or one for the class of pytorch_optimizer with that name, ignoring case.
 
-    name: str
-    spec: OptimizerSpec
-    arguments: dict[str, Any]
-    lookahead_k: int
-    lookahead_alpha: float
+    Raises `UsageError` for an unknown name, and with the installation command if pytorch_optimizer cannot be imported.
+    """
+    name = name.lower()
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    try:
+        import pytorch_optimizer
+    except Exception as error:  # a broken installation can raise any exception
+        raise UsageError(
+            f"{', '.join(OPTIMIZERS)} are built in; other optimizers need pytorch_optimizer, which cannot be "
+            f"imported ({type(error).__name__}: {error})",
+            "pip install 'pytorch_optimizer>=4.1,<5'",
+        ) from None
+    names = pytorch_optimizer.get_supported_optimizers()
+    if name not in names:
+        raise UsageError(f"unknown optimizer {name!r}", suggest_name(name, {*OPTIMIZERS, *names}))
+    return OptimizerSpec(pytorch_optimizer.load_optimizer(name), self_scheduled=name in SELF_SCHEDULED_OPTIMIZERS)
 
 
-def parse_optimizer(recipe: Recipe) -> ParsedOptimizer:
-    """Parse `NAME` or `lookahead:NAME` and the names of the arguments.
+def parse_optimizer(recipe: Recipe) -> OptimizerSpec:
+    """Parse `NAME` or `lookahead:NAME` and check `--optimizer-arg`; Lookahead takes `k` and `alpha`.
 
-    Raises `UsageError` for an unknown optimizer or argument, with the nearest name.
+    Raises `UsageError` for an unknown optimizer or argument, with the nearest name, and an unsupported optimizer.
     """
     prefix, _, name = recipe.optimizer.rpartition(":")
     if prefix not in ("", "lookahead"):
@@ -89,65 +87,82 @@ def parse_optimizer(recipe: Recipe) -> ParsedOptimizer:
     spec = find_optimizer(name)
     if prefix and spec.lookahead:
         raise UsageError(f"{name} already includes Lookahead", f"use --optimizer {name}")
-    lookahead_defaults = LOOKAHEAD_DEFAULTS if prefix else spec.lookahead
-    arguments = _validate_optimizer_args(recipe, name, spec, lookahead_defaults)
-    lookahead = {key: arguments.pop(key, default) for key, default in lookahead_defaults.items()}
-    k, alpha = lookahead.get("k", 0), lookahead.get("alpha", 1.0)
-    if lookahead and not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
-        raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
-    return ParsedOptimizer(name, spec, arguments, k, float(alpha))
+    lookahead = dict(LOOKAHEAD_DEFAULTS if prefix else spec.lookahead)
+    arguments = dict(recipe.optimizer_arg)
+    _check_arguments(name, spec, recipe, lookahead)
+    lookahead |= {key: arguments.pop(key) for key in lookahead if key in arguments}
+    if lookahead:
+        k, alpha = lookahead["k"], lookahead["alpha"]
+        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+            raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
+    return replace(spec, name=name, arguments={**spec.arguments, **arguments}, lookahead=lookahead)
+
+
+def _check_arguments(name: str, spec: OptimizerSpec, recipe: Recipe, lookahead: dict[str, Any]) -> None:
+    """Check `--optimizer-arg` with the optimizer's signature, because libraries may ignore unknown arguments."""
+    parameters = inspect.signature(spec.build).parameters
+    if not {"params", "lr"} <= parameters.keys():
+        raise UsageError(f"{name} does not take parameters and a learning rate", "choose another optimizer")
+    if hasattr(spec.build, "eval"):
+        problem = f"{name} trains and evaluates different weights, which is not supported"
+        raise UsageError(problem, "choose another optimizer")
+    if recipe.weight_decay and "weight_decay" not in parameters:
+        raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
+    own = {key: parameter for key, parameter in parameters.items() if key not in RESERVED_ARGUMENTS}
+    allowed = [*(key for key, parameter in own.items() if parameter.kind != parameter.VAR_KEYWORD), *lookahead]
+    for key in recipe.optimizer_arg:
+        if key not in allowed:
+            raise UsageError(f"{name} has no argument {key!r}", suggest_name(key, allowed))
+    for key in allowed:
+        if key in own and own[key].default is inspect.Parameter.empty and key not in recipe.optimizer_arg:
+            raise UsageError(f"{name} needs {key}", f"set --optimizer-arg {key}=VALUE or choose another optimizer")
 
 
 class OptimizerWrapper:
     """A torch optimizer with the learning rate in a device tensor, optionally with Lookahead.
 
     A parameter group whose learning rate is a multiple of it (`bias_lr_mult`, `head_lr_mult`) has a tensor of its own.
-    Lookahead (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow. Raises `UsageError`
-    for an argument that the optimizer refuses, and for an optimizer that the training loop does not support.
+    Lookahead (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow.
+    Raises `UsageError` for an argument that the optimizer refuses, and for an optimizer that cannot train the model.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, parsed: ParsedOptimizer) -> None:
-        self.name, self.spec = parsed.name, parsed.spec
+    def __init__(self, model: nn.Module, recipe: Recipe, spec: OptimizerSpec) -> None:
+        self.spec = spec
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self.lr = torch.tensor(recipe.lr, dtype=torch.float32, device=self.parameters[0].device)
-        groups = build_param_groups(
-            model, recipe.weight_decay, recipe.bias_decay, recipe.bias_lr_mult, recipe.head_lr_mult
-        )
+        groups = build_param_groups(model, recipe)
         self.scaled_lrs: dict[float, Tensor] = {}  # multiplier -> learning rate
         for group in groups:
             if multiplier := group.get(LR_MULT):
                 scaled_lr = self.scaled_lrs.setdefault(multiplier, self.lr * multiplier)
-                group["lr"] = scaled_lr if self.spec.capturable else recipe.lr * multiplier
-        self.inner = self._build_inner(groups, {**self.spec.defaults, **parsed.arguments}, recipe)
-        self.lookahead_k, self.lookahead_alpha = parsed.lookahead_k, parsed.lookahead_alpha
-        self.slow_weights = [weight.detach().clone() for weight in self.parameters] if self.lookahead_k else []
+                group["lr"] = scaled_lr if spec.capturable else recipe.lr * multiplier
+        self.inner = self._build_inner(groups, recipe)
+        self.slow_weights = [weight.detach().clone() for weight in self.parameters] if spec.lookahead else []
 
-    def _build_inner(
-        self, groups: list[dict[str, Any]], arguments: dict[str, Any], recipe: Recipe
-    ) -> torch.optim.Optimizer:
+    def _build_inner(self, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+        """Build the inner optimizer: with its complete state if capturable, otherwise after a trial on copies."""
+        build, arguments = self.spec.build, {"lr": recipe.lr, **self.spec.arguments}
+        if self.spec.capturable:
+            flags = {"fused": self.spec.fused, "capturable": self.lr.is_cuda}  # torch refuses capturable=True on a CPU
+            flags = {key: value for key, value in flags.items() if key in inspect.signature(build).parameters}
+            arguments |= {"lr": self.lr, **flags}
         # pytorch_optimizer raises exceptions of many types
         expected = (ValueError, TypeError) if self.spec.capturable else Exception
         try:
-            if self.spec.capturable:
-                return self._build_capturable(groups, arguments)
-            with preserve_state([], self.lr.device):
-                _try_optimizer(self.spec.build, groups, {"lr": recipe.lr, **arguments})
-            return self.spec.build(groups, lr=recipe.lr, **arguments)
+            if not self.spec.capturable:
+                with preserve_state([], self.lr.device):
+                    _try_optimizer(build, groups, arguments)
+                return build(groups, **arguments)
+            inner = build(groups, **arguments)
+            with preserve_state(self.parameters, self.lr.device):
+                _step_with_gradients(inner, torch.zeros_like)  # a CUDA graph must not capture the first step
         except torch.OutOfMemoryError:
             raise
         except expected as error:
             reason = first_message_line(error, type(error).__name__)
-            problem = f"{self.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
-            raise UsageError(problem) from None
-
-    def _build_capturable(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-        """Build the inner optimizer with its state tensors, because a CUDA graph must not capture a first step."""
-        build = self.spec.build
-        flags = {"fused": self.spec.fused, "capturable": self.lr.is_cuda}  # torch rejects capturable=True on a CPU
-        flags = {key: value for key, value in flags.items() if key in inspect.signature(build).parameters}
-        inner = build(groups, lr=self.lr, **flags, **arguments)
-        with preserve_state(self.parameters, self.lr.device):
-            _step_with_gradients(inner, torch.zeros_like)
+            raise UsageError(
+                f"{self.spec.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
+            ) from None
         for tensor in _optimizer_state_tensors(inner):
             tensor.zero_()  # the initial value of every state tensor
         return inner
@@ -168,19 +183,22 @@ class OptimizerWrapper:
         scaler.step(self.inner)
 
     def after_step(self, completed_steps: int, skip: Tensor | None = None) -> None:
-        """Update Lookahead's slow weights every k steps. `skip`: as in `step`, applied without synchronization."""
-        if not self.lookahead_k or completed_steps % self.lookahead_k:
+        """Update Lookahead's slow weights every k steps; call it after each step with the number of completed steps.
+
+        `skip`: as in `step`, applied without a branch, which would synchronize with the host.
+        """
+        if not self.spec.lookahead or completed_steps % self.spec.lookahead["k"]:
             return
         fast = [weight.detach() for weight in self.parameters]
         skip = torch.zeros_like(self.lr) if skip is None else skip
-        updated = torch._foreach_lerp(self.slow_weights, fast, self.lookahead_alpha)
+        updated = torch._foreach_lerp(self.slow_weights, fast, float(self.spec.lookahead["alpha"]))
         torch._foreach_mul_(updated, 1 - skip)
         for weights in (self.slow_weights, fast):
             torch._foreach_mul_(weights, skip)
             torch._foreach_add_(weights, updated)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate in place, without synchronization."""
+        """Set the learning-rate tensors: no synchronization, no recompilation, valid for captured graphs."""
         self.lr.fill_(lr)
         for multiplier, scaled_lr in self.scaled_lrs.items():
             scaled_lr.fill_(lr * multiplier)
@@ -201,85 +219,25 @@ class OptimizerWrapper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy the result of `state_dict` to the existing tensors, which a captured graph refers to."""
         if self.spec.capturable:
-            inner = state["inner"]["state"]
-            for index, weight in enumerate(weight for group in self.inner.param_groups for weight in group["params"]):
+            weights = [weight for group in self.inner.param_groups for weight in group["params"]]
+            for index, weight in enumerate(weights):
                 for key, value in self.inner.state[weight].items():
                     if isinstance(value, Tensor):
-                        value.copy_(inner[index][key])
+                        value.copy_(state["inner"]["state"][index][key])
         else:  # load_state_dict may keep tensors without a copy, and later steps would change those of `state`
             self.inner.load_state_dict(copy.deepcopy(state["inner"]))
         for slow_weight, saved in zip(self.slow_weights, state["slow"], strict=True):
             slow_weight.copy_(saved)
-        self.lr.copy_(state["lr"])
-        for multiplier, scaled_lr in self.scaled_lrs.items():
-            scaled_lr.copy_(state["lr"] * multiplier)
-
-
-def find_optimizer(name: str) -> OptimizerSpec:
-    """Return the entry `name` of OPTIMIZERS or one for the class of pytorch_optimizer with that name, ignoring case.
-
-    Raises `UsageError` for an unknown name.
-    """
-    name = name.lower()
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
-    classes = pytorch_optimizer_classes()
-    if name not in classes:
-        raise UsageError(f"unknown optimizer {name!r}", suggest_name(name, {**OPTIMIZERS, **classes}))
-    return OptimizerSpec(classes[name], self_scheduled=name in SELF_SCHEDULED_OPTIMIZERS)
-
-
-def pytorch_optimizer_classes() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """Return the classes of pytorch_optimizer by lowercase name; the library is imported here, only when needed.
-
-    Raises `UsageError` with the installation command if it cannot be imported.
-    """
-    try:
-        import pytorch_optimizer
-    except Exception as error:  # a broken installation can raise any exception
-        raise UsageError(
-            f"{', '.join(OPTIMIZERS)} are built in; other optimizers need pytorch_optimizer, which cannot be "
-            f"imported ({type(error).__name__}: {error})",
-            "pip install 'pytorch_optimizer>=4.1,<5'",
-        ) from None
-    return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
-
-
-def _validate_optimizer_args(
-    recipe: Recipe, name: str, spec: OptimizerSpec, lookahead_defaults: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments of `--optimizer-arg` after a check against the signature.
-
-    Libraries may ignore unknown arguments silently.
-    """
-    parameters = inspect.signature(spec.build).parameters
-    if not {"params", "lr"} <= parameters.keys():
-        raise UsageError(f"{name} does not take parameters and a learning rate", "choose another optimizer")
-    if hasattr(spec.build, "eval"):
-        raise UsageError(
-            f"{name} trains and evaluates different weights, which is not supported", "choose another optimizer"
-        )
-    if recipe.weight_decay and "weight_decay" not in parameters:
-        raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
-    own_arguments = [
-        key for key, value in parameters.items() if key not in RESERVED_ARGUMENTS and value.kind != value.VAR_KEYWORD
-    ]
-    allowed = [*own_arguments, *lookahead_defaults]
-    for key in recipe.optimizer_arg:
-        if key not in allowed:
-            raise UsageError(f"{name} has no argument {key!r}", suggest_name(key, allowed))
-    for key in own_arguments:
-        if parameters[key].default is inspect.Parameter.empty and key not in recipe.optimizer_arg:
-            raise UsageError(f"{name} needs {key}", f"set --optimizer-arg {key}=VALUE or choose another optimizer")
-    return dict(recipe.optimizer_arg)
+        self.set_lr(float(state["lr"]))
 
 
 def _try_optimizer(
     build: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> None:
-    """Make two steps on copies of the weights and save and load the state, to detect unsupported optimizers early.
+    """Make two steps on copies of the weights and save and load the state.
 
-    An optimizer may need a closure, second derivatives or matrices, or have state that a checkpoint cannot hold.
+    Raises the exceptions of the optimizer, which may need a closure, second derivatives or matrices, and `ValueError`
+    if a checkpoint cannot hold its state.
     """
     copies = [{**group, "params": [p.detach().clone().requires_grad_() for p in group["params"]]} for group in groups]
     optimizer = build(copies, **arguments)
@@ -308,39 +266,35 @@ def _optimizer_state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
 
 
-def build_param_groups(
-    model: nn.Module, weight_decay: float, bias_decay: bool = True, bias_lr_mult: float = 1.0, head_lr_mult: float = 1.0
-) -> list[dict[str, Any]]:
-    """Return parameter groups for a torch optimizer that contain every trainable parameter exactly once.
+def build_param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer that contain every trainable parameter of `model` once.
 
-    `bias_decay` and `bias_lr_mult`: whether weight decay applies to, and the learning-rate multiplier of, biases and
-    normalization parameters (at most one dimension). `head_lr_mult`: multiplier of the last linear layer's weight. The
-    `weight_decay` of a group is divided by its multiplier, so that the decay per step is unchanged. Raises `UsageError`
-    if `head_lr_mult` is not 1 and the network has no linear layer.
+    `bias_decay` and `bias_lr_mult` of the recipe apply to biases and normalization parameters (those with at most one
+    dimension), `head_lr_mult` to the last linear layer's weight. The `weight_decay` of a group is divided by its
+    learning-rate multiplier, so that the decay per step is unchanged.
+    Raises `UsageError` if `head_lr_mult` is not 1 and the network has no linear layer.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    if head_lr_mult != 1 and not linear:
-        raise UsageError(f"--head-lr-mult {head_lr_mult:g}: the network has no linear layer", "remove it")
-    weights_by_factors: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for weight in (weight for weight in model.parameters() if weight.requires_grad):
-        is_bias = weight.ndim <= 1
-        lr_mult = bias_lr_mult if is_bias else head_lr_mult if linear and weight is linear[-1] else 1.0
-        decay_mult = 0.0 if is_bias and not bias_decay else 1.0
-        weights_by_factors.setdefault((lr_mult, decay_mult), []).append(weight)
-    return [
-        {
-            "params": params,
-            "weight_decay": weight_decay * decay_mult / lr_mult,
-            **({LR_MULT: lr_mult} if lr_mult != 1 else {}),
-        }
-        for (lr_mult, decay_mult), params in sorted(weights_by_factors.items(), key=lambda item: item[1][0].ndim <= 1)
-    ]
+    if recipe.head_lr_mult != 1 and not linear:
+        raise UsageError(f"--head-lr-mult {recipe.head_lr_mult:g}: the network has no linear layer", "remove it")
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            continue
+        is_bias, is_head = weight.ndim <= 1, bool(linear) and weight is linear[-1]
+        lr_mult = recipe.bias_lr_mult if is_bias else recipe.head_lr_mult if is_head else 1.0
+        has_decay = recipe.bias_decay or not is_bias
+        group = groups.setdefault((lr_mult, has_decay), {"params": []})
+        group["params"].append(weight)
+        group["weight_decay"] = recipe.weight_decay / lr_mult if has_decay else 0.0
+        if lr_mult != 1:
+            group[LR_MULT] = lr_mult
+    return sorted(groups.values(), key=lambda group: group["params"][0].ndim <= 1)
 
 
 def build_grad_clipper(clip_grad: ClipGrad | None, parameters: list[nn.Parameter]) -> Callable[[], object]:
     """Return a function that clips the gradients of `parameters` in place; None clips nothing."""
     if clip_grad is None:
         return lambda: None
-    if clip_grad.kind == "value":
-        return lambda: nn.utils.clip_grad_value_(parameters, clip_grad.limit)
-    return lambda: nn.utils.clip_grad_norm_(parameters, clip_grad.limit)
+    clip = nn.utils.clip_grad_value_ if clip_grad.kind == "value" else nn.utils.clip_grad_norm_
+    return lambda: clip(parameters, clip_grad.limit)

@@ -21,11 +21,11 @@ from fastcifar.recipe import ClipGrad, Recipe, parse_clip_grad, parse_image_size
 from fastcifar.training import trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
-from fastcifar.training.lr_schedule import ParsedSchedule, parse_schedule
+from fastcifar.training.lr_schedule import ScheduleSpec, parse_schedule
 from fastcifar.training.optimizers import (
     OPTIMIZERS,
+    OptimizerSpec,
     OptimizerWrapper,
-    ParsedOptimizer,
     build_param_groups,
     parse_optimizer,
 )
@@ -50,8 +50,8 @@ class Resolved:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_sizes: tuple[tuple[int, int | None], ...]
-    optimizer: ParsedOptimizer
-    schedule: ParsedSchedule
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
     clip_grad: ClipGrad | None
     trackers: tuple[str, ...]
 
@@ -89,7 +89,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     with torch.device("meta"):
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
         check_image_sizes(model, recipe, {size for size, _ in image_sizes})
-        build_param_groups(model, recipe.weight_decay, head_lr_mult=recipe.head_lr_mult)
+        build_param_groups(model, recipe)
     with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
         layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters of every shape
         OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
@@ -132,12 +132,12 @@ def check_image_sizes(model: nn.Module, recipe: Recipe, sizes: set[int]) -> None
             raise UsageError(problem, "leave that size out") from None
 
 
-def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: ParsedOptimizer) -> ExecutionPlan:
+def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerSpec) -> ExecutionPlan:
     """Return `execution`, without a CUDA graph if the optimizer cannot be captured.
 
     Raises `DeviceError` if the recipe asks for the graph.
     """
-    if optimizer.spec.capturable or not execution.cuda_graph:
+    if optimizer.capturable or not execution.cuda_graph:
         return execution
     reason = f"{optimizer.name} counts its steps in Python and cannot be captured"
     if recipe.cuda_graph:

@@ -314,7 +314,7 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     is_main_process = trainer.world.is_main_process
     state = checkpoint.load_checkpoint(run.checkpoint_path("last")) if is_main_process else None
     load_trainer_state(trainer, trainer.world.broadcast_object(state))
-    trainer.progress.rollbacks = trainer.schedule.halvings = rollbacks
+    trainer.progress.rollbacks = trainer.schedule.state["halvings"] = rollbacks
     if is_main_process:
         run.truncate_rows(trainer.progress.epoch)
     return (

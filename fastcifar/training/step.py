@@ -1,4 +1,4 @@
-"""One training step as a plain function of images and labels, and the counters that it updates.
+"""One training step as a plain function of images and labels, and the counters and average that it updates.
 
 It never synchronizes with the host, except in the update of an optimizer that cannot be captured. compilation.py and
 cuda_graph.py compile and capture it from outside.
@@ -7,7 +7,8 @@ cuda_graph.py compile and capture it from outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from fastcifar.data.mixers import MixerApplyFn, mix_labels
 from fastcifar.training.distributed import SINGLE_PROCESS, World
-from fastcifar.training.ema import Ema
 from fastcifar.training.optimizers import OptimizerWrapper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,6 +37,13 @@ class Metrics:
     accuracy: float
     images: int
     nonfinite_steps: int
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> Metrics:
+        """Compute the metrics from the sums of a `Meter`; waits for the device of `sums`."""
+        loss, correct, images, nonfinite_steps = sums.tolist()
+        mean_loss, accuracy = (loss / images, correct / images) if images else (math.nan, math.nan)
+        return cls(mean_loss, accuracy, int(images), int(nonfinite_steps))
 
     @property
     def all_finite(self) -> bool:
@@ -61,16 +68,14 @@ class Meter:
         """Return the metrics since the reset, over all ranks; the host waits for the device."""
         sums = self.sums.clone()
         self.world.all_reduce_sum(sums)
-        return _metrics_from_sums(sums.tolist())
+        return Metrics.from_sums(sums)
 
     def compute_delayed(self) -> Metrics:
-        """Return the metrics as of the previous call, whose copy to the host has finished by now, without waiting.
-
-        Several ranks do wait, because they have to act on the same metrics in the same step.
-        """
+        """Return the metrics as of the previous call, whose copy to the host has finished by now, without waiting."""
+        # several ranks do wait, because they have to act on the same metrics in the same step
         if self.sums.device.type == "cpu" or self.world.world_size > 1:
             return self.compute()
-        metrics = _metrics_from_sums(self.host_sums.tolist())
+        metrics = Metrics.from_sums(self.host_sums)
         self.host_sums.copy_(self.sums, non_blocking=True)
         return metrics
 
@@ -78,7 +83,6 @@ class Meter:
         self.sums.zero_()
 
     def load_sums(self, sums: Tensor) -> None:
-        """Restore the sums of a checkpoint, which are finite."""
         self.compute()  # wait for the copy that compute_delayed may have started
         self.sums.copy_(sums)
         self.host_sums.copy_(sums)
@@ -88,28 +92,49 @@ class Meter:
         return [self.sums, self.found_inf]
 
 
-def _metrics_from_sums(sums: list[float]) -> Metrics:
-    loss, correct, images, nonfinite_steps = sums
-    mean_loss, accuracy = (loss / images, correct / images) if images else (math.nan, math.nan)
-    return Metrics(mean_loss, accuracy, int(images), int(nonfinite_steps))
+class Ema:
+    """The exponential moving average of the weights and running statistics of `model`, updated on the device."""
 
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model_tensors = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        self.average = {name: value.clone() for name, value in self.model_tensors.items()}
+        self.min_update_weight = 1 - decay
+        self.num_updates = torch.zeros((), device=next(iter(self.model_tensors.values())).device)
 
-class BufferSnapshot:
-    """A copy of a network's running statistics, restored if the step that updated them had a NaN or Inf."""
+    def update(self, skip: Tensor | float = 0.0) -> None:
+        """Update the average after a step. `skip`: float32 scalar on the device; 1 leaves the average unchanged."""
+        self.num_updates += 1 - skip
+        # max(1 - decay, 9 / (10 + t)) for update t, as in TensorFlow
+        weight = (9 / (10 + self.num_updates)).clamp(min=self.min_update_weight) * (1 - skip)
+        average = list(self.average.values())
+        change = torch._foreach_sub(list(self.model_tensors.values()), average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(average, change)
 
-    def __init__(self, model: nn.Module) -> None:
-        empty = torch.zeros(0, device=next(model.parameters()).device)
-        self.buffers = [value for value in model.buffers() if value.is_floating_point()] or [empty]
-        self.sizes = [value.numel() for value in self.buffers]
+    def copy_to_model(self) -> None:
+        torch._foreach_copy_(list(self.model_tensors.values()), list(self.average.values()))
 
-    def take(self) -> Tensor:
-        """Return all buffers, concatenated in a new tensor [n]."""
-        return torch.cat([value.flatten() for value in self.buffers])
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the model the averaged weights within the `with` block."""
+        original = [value.clone() for value in self.model_tensors.values()]
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(list(self.model_tensors.values()), original)
 
-    def restore(self, saved: Tensor, found_inf: Tensor) -> None:
-        """Restore the result of `take` if `found_inf` is 1, without arithmetic, because buffers may contain NaN."""
-        values = torch.where(found_inf.bool(), saved, self.take()).split(self.sizes)
-        torch._foreach_copy_(self.buffers, [new.view_as(old) for new, old in zip(values, self.buffers, strict=True)])
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a state dict of `model` with the averaged weights; integer buffers are those of the model."""
+        return {**model.state_dict(), **self.average}
+
+    def load_state_dict(self, state: dict[str, Tensor], num_updates: Tensor) -> None:
+        for name, value in self.average.items():
+            value.copy_(state[name])
+        self.num_updates.copy_(num_updates)
+
+    def state_tensors(self) -> list[Tensor]:
+        return [*self.average.values(), self.num_updates]
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -117,18 +142,15 @@ def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
 
     `mean`, `std`: per channel, of pixels in [0, 1].
     """
-    scale = torch.tensor([1 / (255 * s) for s in std])
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-    return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(scale).view(1, 3, 1, 1), torch.tensor(shift).view(1, 3, 1, 1)
 
 
 def build_forward(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], precision: str, device: torch.device
 ) -> Forward:
-    """Return a function images [n, 3, h, w] of 0..255 -> float32 logits [n, classes], computed in `precision`.
-
-    `mean`, `std`: per channel, of pixels in [0, 1].
-    """
+    """Return a function images [n, 3, h, w] of 0..255 -> float32 logits [n, classes], computed in `precision`."""
     dtype = DTYPES[precision]
     scale, shift = (part.to(device) for part in scale_and_shift(mean, std))
 
@@ -151,41 +173,34 @@ def resized_forward(forward: Forward, image_size: int) -> Forward:
     return function
 
 
-def loss_and_correct(forward: Forward, label_smoothing: float) -> LossAndCorrect:
-    """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions)."""
+def loss_and_correct(forward: Forward, label_smoothing: float, mix: MixerApplyFn | None = None) -> LossAndCorrect:
+    """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions).
 
-    def function(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = forward(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        return loss, (logits.detach().argmax(1) == labels).sum()
-
-    return function
-
-
-def mixed_loss_and_correct(forward: Forward, label_smoothing: float, mix: MixerApplyFn) -> LossAndCorrect:
-    """Return a function (images, labels [n], mixer parameters) -> (mean cross-entropy, number of correct predictions).
-
-    The target of a mixed image is the mixture of its labels; a prediction of the largest one is correct.
+    With `mix` it also takes the mixer's parameters: the target of a mixed image is the mixture of its labels, and a
+    prediction of the largest one is correct.
     """
 
-    def function(images: Tensor, labels: Tensor, mixer_params: Tensor) -> tuple[Tensor, Tensor]:
-        images, weights = mix(images, mixer_params)
+    def function(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> tuple[Tensor, Tensor]:
+        label_weights = None
+        if mix:
+            images, label_weights = mix(images, *mixer_params)
         logits = forward(images)
-        targets = mix_labels(labels, weights, logits.shape[1])
+        targets = labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        return loss, (logits.detach().argmax(1) == targets.argmax(1)).sum()
+        largest = labels if label_weights is None else targets.argmax(1)
+        return loss, (logits.detach().argmax(1) == largest).sum()
 
     return function
 
 
 def build_step_function(
     loss_function: LossAndCorrect,
+    model: nn.Module,
     optimizer: OptimizerWrapper,
     clip_gradients: Callable[[], object],
     meter: Meter,
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
-    buffer_snapshot: BufferSnapshot,
 ) -> TrainStep:
     """Return a step: forward, backward, gradient clipping, update, moving average, counters.
 
@@ -193,19 +208,27 @@ def build_step_function(
     the device and skips steps whose gradients overflow, which is normal in fp16; it is disabled in other precisions.
     """
     checked = [] if scaler.is_enabled() else optimizer.parameters
+    buffers = [value for value in model.buffers() if value.is_floating_point()] or [torch.zeros_like(meter.sums[:0])]
+    sizes = [value.numel() for value in buffers]
 
     def step(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> None:
         optimizer.zero_grad()
-        buffers = buffer_snapshot.take()
+        saved_buffers = torch.cat([value.flatten() for value in buffers])
         loss, correct = loss_function(images, labels, *mixer_params)
         if scaler.is_enabled():  # it skips a step only if gradients overflow: make them overflow after a NaN or Inf
             scaler.scale(loss * torch.where(meter.found_inf.bool(), math.inf, 1.0)).backward()
         else:
             loss.backward()
-        loss = meter.world.all_reduce_gradients(optimizer.parameters, loss, len(labels))
+        loss = meter.world.all_reduce_gradients(optimizer.parameters, loss.detach(), len(labels))
         scaler.unscale_(optimizer.inner)
-        meter.found_inf.copy_(torch.maximum(meter.found_inf, compute_found_inf(loss, checked)))
-        buffer_snapshot.restore(buffers, meter.found_inf)
+        gradients = [weight.grad for weight in checked if weight.grad is not None]
+        largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss)
+        found_inf = ~torch.stack((loss, largest)).isfinite().all()
+        meter.found_inf.copy_(torch.maximum(meter.found_inf, found_inf.float()))
+        # restore the buffers after a NaN or Inf, without arithmetic, because they may contain NaN
+        new_buffers = torch.cat([value.flatten() for value in buffers])
+        values = torch.where(meter.found_inf.bool(), saved_buffers, new_buffers).split(sizes)
+        torch._foreach_copy_(buffers, [value.view_as(old) for value, old in zip(values, buffers, strict=True)])
         clip_gradients()
         optimizer.step(scaler, skip=meter.found_inf)
         scaler.update()
@@ -214,10 +237,3 @@ def build_step_function(
         meter.update(loss, correct, len(labels))
 
     return step
-
-
-def compute_found_inf(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Return a float32 scalar on the device: 1 if the loss or any gradient contains a NaN or Inf, else 0."""
-    gradients = [weight.grad for weight in parameters if weight.grad is not None]
-    largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss.detach())
-    return (~torch.stack((loss.detach(), largest)).isfinite().all()).float()

@@ -23,7 +23,6 @@ from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, cuda_graph
 from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
-from fastcifar.training.ema import Ema
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.metrics_file import ValidationMetrics
@@ -32,14 +31,13 @@ from fastcifar.training.resolve import Resolved
 from fastcifar.training.rng_state import collect_rng_state, preserve_state, restore_rng_state
 from fastcifar.training.run_dir import Clock, TrainingProgress
 from fastcifar.training.step import (
-    BufferSnapshot,
+    Ema,
     Forward,
     LossAndCorrect,
     Meter,
     TrainStep,
     build_step_function,
     loss_and_correct,
-    mixed_loss_and_correct,
     resized_forward,
 )
 
@@ -102,7 +100,7 @@ class Trainer:
     def summary_lines(self) -> list[str]:
         """Return a line each for the data set, the network and the recipe."""
         official = "" if self.data.is_official else ", not the official files"
-        scheduled = f"{self.optimizer.name} schedules its learning rate itself, in addition to --schedule"
+        scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
             f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} training, "
             f"{len(self.val_split.labels):,} validation, {len(self.data.test.labels):,} test images",
@@ -152,15 +150,13 @@ class Trainer:
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
         """Return the forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
         forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
-        if mixer := self.resolved.mixer:
-            return mixed_loss_and_correct(forward, self.recipe.label_smoothing, MIXERS[mixer.name].apply)
-        return loss_and_correct(forward, self.recipe.label_smoothing)
+        mix = MIXERS[self.resolved.mixer.name].apply if self.resolved.mixer else None
+        return loss_and_correct(forward, self.recipe.label_smoothing, mix)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
         """Return a training step around `loss_function`, which may be compiled."""
-        buffers = BufferSnapshot(self.model)
         return build_step_function(
-            loss_function, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler, buffers
+            loss_function, self.model, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler
         )
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
@@ -191,11 +187,17 @@ class Trainer:
         with self.preserve_state():
             if self.execution.compile:
                 loss_function = compilation.compile_function(loss_function, compile_mode)
-            step = self.build_step(loss_function)
-            block = step if num_steps == 1 else cuda_graph.unroll_steps(step, num_steps)
+            step, inputs_per_step = self.build_step(loss_function), len(example) // num_steps
+
+            def block(*tensors: Tensor) -> None:
+                for start in range(0, len(tensors), inputs_per_step):
+                    step(*tensors[start : start + inputs_per_step])
+
             if self.execution.cuda_graph:
-                return cuda_graph.cuda_graphed(block, example, self.state_tensors())
-            return compilation.precompile(block, example, self.state_tensors()) if self.execution.compile else block
+                return cuda_graph.cuda_graphed(block, example)
+            if self.execution.compile:
+                block(*example)  # compiles it
+            return block
 
     def build_last_step(self, image_size: int = CIFAR_IMAGE_SIZE) -> TrainStep:
         """Return the step of an epoch's last batch: not compiled, because it runs too rarely to repay that."""
@@ -205,7 +207,7 @@ class Trainer:
             return step
         self.model.train()
         with self.preserve_state():
-            return cuda_graph.cuda_graphed(step, self.example_batch(batch_size), self.state_tensors())
+            return cuda_graph.cuda_graphed(step, self.example_batch(batch_size))
 
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:

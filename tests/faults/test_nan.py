@@ -35,8 +35,8 @@ class NanInjector:
         self.steps, self.where, self.calls = steps, where, 0
         self.state_before: list[Tensor] = []
 
-    def __call__(self, forward: Any, smoothing: float) -> Any:
-        original = loss_and_correct(forward, smoothing)
+    def __call__(self, *args: Any) -> Any:
+        original = loss_and_correct(*args)
 
         def function(*batch: Tensor) -> tuple[Tensor, Tensor]:
             self.calls += 1

@@ -1,4 +1,4 @@
-"""Small networks and training loops for the optimizer tests."""
+"""Small networks, trainers and training loops for the tests of the training step and the optimizers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import torch
 from torch import nn
 
 from fastcifar.recipe import Recipe
+from fastcifar.training.build import build_trainer
 from fastcifar.training.lr_schedule import LRSchedule, parse_schedule
 from fastcifar.training.optimizers import OptimizerWrapper, parse_optimizer
+from fastcifar.training.resolve import resolve
+from fastcifar.training.trainer import Trainer
 
 NO_SKIP = torch.zeros(())
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def make_trainer(recipe: Recipe) -> Trainer:
+    return build_trainer(resolve(recipe))
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> OptimizerWrapper:
@@ -49,10 +56,7 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
     """Train a network for `steps`, two per epoch, from the start or from `resume`; return it and its checkpoint."""
     recipe = Recipe.make(**{"lr": 0.01, "epochs": 10, **values})
     model = network()
-    optimizer, schedule = (
-        build_optimizer(model, recipe),
-        build_schedule(recipe, 2),
-    )
+    optimizer, schedule = build_optimizer(model, recipe), build_schedule(recipe, 2)
     if resume:
         resume.seek(0)
         state = torch.load(resume, weights_only=True)

@@ -13,11 +13,10 @@ import torch
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training import dry_run
-from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
-from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
+from tests.training.optimizer_helpers import make_trainer
 
 
 def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -33,8 +32,7 @@ def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe]
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "adamw", "lion"])
 def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    recipe = tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1)
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1))
     trainer.optimize()
     state_before = [tensor.detach().clone() for tensor in trainer.state_tensors()]
     rng_state = torch.get_rng_state()
@@ -49,17 +47,18 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
     # An epoch takes 5 steps * 2 s + 40 validation images * 0.05 s = 12 s, and the test set 2 s.
     # The budget leaves 0.95 * 60 s - 7 s - 2 s = 48 s for training: 4 epochs.
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
-    recipe = tiny(time_budget=1.0, epochs=200)
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny(time_budget=1.0, epochs=200))
     fit_epochs_to_time_budget(trainer, elapsed_s=7.0)
     assert (trainer.recipe.epochs, trainer.total_steps) == (4, 20)
     assert trainer.schedule.lr_at(20) == 0.0
     assert trainer.schedule.lr_at(10) == pytest.approx(0.05)
-    recipe = tiny(time_budget=1.0, epochs=16, warmup_epochs=8, schedule_epochs=32)
-    warmup_trainer = build_trainer(resolve(recipe))
+    warmup_trainer = make_trainer(
+        tiny(time_budget=1.0, epochs=16, warmup_epochs=8, schedule_epochs=32, image_size="16:3,24:8,32")
+    )
     fit_epochs_to_time_budget(warmup_trainer, elapsed_s=7.0)
-    scaled = warmup_trainer.recipe
+    scaled = Recipe(**warmup_trainer.recipe.model_dump())
     assert (scaled.epochs, scaled.warmup_epochs, scaled.schedule_epochs) == (4, 2.0, 8.0)
+    assert scaled.image_size == "24:2,32"
     with pytest.raises(UsageError, match=r"not one epoch of 12 s fits into --time-budget 1; give 2 minutes"):
         fit_epochs_to_time_budget(trainer, elapsed_s=50.0)
 
@@ -77,8 +76,7 @@ def test_autotuning_only_for_long_runs_on_cuda(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, step_s: float, mode: str
 ) -> None:
     """Autotuning must save more than its 100 s: 3 % of the training time, 5,000 steps of 1 s or of 1 ms."""
-    recipe = tiny(epochs=1000)
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny(epochs=1000))
     modes: list[str] = []
     monkeypatch.setattr(Trainer, "optimize", lambda _, mode: modes.append(mode))
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(step_s, 0.0))

@@ -16,19 +16,17 @@ from torchvision.transforms import functional as torchvision_functional
 from fastcifar.data.cifar import Split
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import (
     VIEWS,
     apply_view,
     compute_scores,
     eval_mode,
     evaluate,
-    expected_calibration_error,
     optimize_forward,
     predict_logits,
 )
-from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
+from tests.training.optimizer_helpers import make_trainer
 
 
 def test_scores_equal_hand_computed_values() -> None:
@@ -39,16 +37,13 @@ def test_scores_equal_hand_computed_values() -> None:
     assert scores.per_class == [0.5, 0.0, None]
     # three bins of one image each: |0.8 - 1|, |0.6 - 0|, |0.7 - 0|
     assert scores.ece == pytest.approx((0.2 + 0.6 + 0.7) / 3, rel=1e-6)
-
-
-def test_calibration_error_averages_within_bins() -> None:
-    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log()
-    assert expected_calibration_error(logits, torch.tensor([True, False])) == pytest.approx(0.4, rel=1e-6)
+    # two images in one bin: |0.9 - 0.5|
+    one_bin = compute_scores(torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log(), torch.tensor([0, 1]))
+    assert one_bin.ece == pytest.approx(0.4, rel=1e-6)
 
 
 def test_fault26_evaluation_changes_no_parameter_or_buffer(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(dropout=0.5)
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny(dropout=0.5))
     trainer.model.train()
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     scores = evaluate(trainer.model, trainer.forward, trainer.data.test, trainer.device)
@@ -58,8 +53,7 @@ def test_fault26_evaluation_changes_no_parameter_or_buffer(tiny: Callable[..., R
 
 
 def test_logits_do_not_depend_on_the_batch_size(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny()
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny())
     logits = predict_logits(trainer.model, trainer.forward, trainer.data.test, trainer.device)
     monkeypatch.setattr("fastcifar.training.evaluate.EVAL_BATCH_SIZE", 7)
     small_batch_logits = predict_logits(trainer.model, trainer.forward, trainer.data.test, trainer.device)
@@ -112,26 +106,22 @@ def test_views_equal_reference_implementations(tta: str) -> None:
     )
     assert sum(view.weight for view in VIEWS[tta]) == pytest.approx(1)
     assert not any(VIEWS[tta][0][1:]), "the unchanged image must come first"
-
-
-def test_views_are_uint8_and_channels_last() -> None:
     images = torch.from_numpy(IMAGES).contiguous(memory_format=torch.channels_last)
-    for view in VIEWS["10crop"]:
+    for view in VIEWS[tta]:
         result = apply_view(images, view)
         assert (result.dtype, result.shape) == (torch.uint8, images.shape)
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_unknown_tta_is_rejected(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(tta="6veiw")
     with pytest.raises(UsageError, match="did you mean '6view'"):
-        build_trainer(resolve(recipe))
+        make_trainer(tiny(tta="6veiw"))
 
 
 def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe]) -> None:
     plain, with_tta = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
     assert plain.test_acc_tta is None
-    trainer = build_trainer(resolve(tiny()))
+    trainer = make_trainer(tiny())
     checkpoint = torch.load(f"{with_tta.run}/checkpoints/last.pt", weights_only=True)
     trainer.model.load_state_dict(checkpoint["ema"])
     images = torch.from_numpy(trainer.data.test.images)
@@ -141,8 +131,7 @@ def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe
 
 
 def test_compiled_evaluation_equals_eager_evaluation_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
-    recipe = tiny(dropout=0.5)
-    trainer = build_trainer(resolve(recipe))
+    trainer = make_trainer(tiny(dropout=0.5))
     trainer.model.train()
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     split = Split(trainer.data.test.images[:7], trainer.data.test.labels[:7])
@@ -174,7 +163,7 @@ def test_evaluation_is_compiled_only_for_enough_images(
     for min_epochs, extra in ((9, {}), (4, {"ema_decay": 0.9}), (7, {"tta": "flip"})):
         for epochs in (min_epochs - 1, min_epochs):
             recipe = tiny(epochs=epochs, **extra)
-            trainer = build_trainer(resolve(recipe))
+            trainer = make_trainer(recipe)
             trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, compile=True))
             trainer.build_eval_forward()
     assert compiled == [False, True] * 3

@@ -13,18 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from fastcifar.errors import UsageError
-from fastcifar.recipe import Recipe, parse_image_sizes
+from fastcifar.recipe import Recipe
 from fastcifar.recipes import shipped_recipes
 from fastcifar.training import compilation, dry_run
-from fastcifar.training.build import build_trainer
-from fastcifar.training.dry_run import StepTiming, fit_epochs_to_time_budget, measure_step_timing
+from fastcifar.training.dry_run import measure_step_timing
 from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct, resized_forward
 from fastcifar.training.trainer import Trainer
-
-
-def make_trainer(recipe: Recipe) -> Trainer:
-    return build_trainer(resolve(recipe))
+from tests.training.optimizer_helpers import make_trainer
 
 
 def test_image_size_of_each_epoch() -> None:
@@ -129,17 +125,6 @@ def test_dry_run_weights_the_step_time_of_each_image_size_by_its_epochs(
     )
     assert measure_step_timing(trainer).step_s == 2.0
     assert trainer.progress.epoch == 0
-
-
-def test_time_budget_shortens_image_size_stages_in_proportion(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
-    trainer = make_trainer(tiny(time_budget=1.0, epochs=16, image_size="16:3,24:8,32"))
-    fit_epochs_to_time_budget(trainer, elapsed_s=7.0)
-    assert (trainer.recipe.epochs, trainer.recipe.image_size) == (4, "24:2,32")
-    assert parse_image_sizes(trainer.recipe.image_size)
-    Recipe(**trainer.recipe.model_dump())
 
 
 def test_whitening_layer_is_initialized_from_the_first_training_images(tiny: Callable[..., Recipe]) -> None:

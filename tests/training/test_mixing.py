@@ -16,18 +16,11 @@ from fastcifar.data.loaders import batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.build import build_trainer
 from fastcifar.training.compilation import compile_function
-from fastcifar.training.cuda_graph import cuda_graphed
 from fastcifar.training.dry_run import dry_run
-from fastcifar.training.resolve import resolve
-from fastcifar.training.step import build_forward, mixed_loss_and_correct
+from fastcifar.training.step import build_forward, loss_and_correct
 from fastcifar.training.train import train
-from fastcifar.training.trainer import Trainer
-
-
-def make_trainer(recipe: Recipe) -> Trainer:
-    return build_trainer(resolve(recipe))
+from tests.training.optimizer_helpers import make_trainer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -78,20 +71,6 @@ def test_mixing_before_normalization_equals_mixing_after(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_captured_steps_equal_plain_steps(tiny: Callable[..., Recipe], name: str) -> None:
-    plain_trainer, captured_trainer = (make_trainer(tiny(augment=f"flip,{name}", batch_size=48)) for _ in range(2))
-    trainers = (plain_trainer, captured_trainer)
-    plain_step, step = (trainer.build_step(trainer.build_loss_function()) for trainer in trainers)
-    example, state = captured_trainer.example_batch(), captured_trainer.state_tensors()
-    captured_step = cuda_graphed(step, example, state, capture_fn=lambda work: work)
-    for plain_batch, captured_batch in zip(plain_trainer.batches(0), captured_trainer.batches(0), strict=True):
-        plain_step(*plain_batch)
-        (captured_step if len(captured_batch[0]) == 48 else step)(*captured_batch)
-    for actual, expected in zip(captured_trainer.state_tensors(), plain_trainer.state_tensors(), strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("name", MIXERS)
 def test_compiled_loss_and_gradient_equal_eager_ones(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -100,7 +79,7 @@ def test_compiled_loss_and_gradient_equal_eager_ones(name: str) -> None:
     mixer_params = torch.from_numpy(MIXERS[name].draw(0.5, 32, np.random.default_rng(0)))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
     forward = build_forward(model, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "fp32", torch.device("cpu"))
-    eager = mixed_loss_and_correct(forward, 0.1, MIXERS[name].apply)
+    eager = loss_and_correct(forward, 0.1, MIXERS[name].apply)
     results = []
     for function in (eager, compile_function(eager)):
         model.zero_grad()

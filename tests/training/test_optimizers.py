@@ -13,6 +13,7 @@ import pytorch_optimizer
 import torch
 from pytorch_optimizer import Lookahead as ReferenceLookahead
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe, parse_clip_grad
@@ -22,7 +23,6 @@ from fastcifar.training.optimizers import (
     SELF_SCHEDULED_OPTIMIZERS,
     OptimizerWrapper,
     build_grad_clipper,
-    pytorch_optimizer_classes,
 )
 from tests.training.optimizer_helpers import NO_SKIP, SCALER, build_optimizer, network, set_gradients, trained
 
@@ -41,18 +41,10 @@ def advance(pairs: list[tuple[nn.Module, OptimizerWrapper]], step: int) -> None:
 
 def assert_same(first: Any, second: Any) -> None:
     """Assert that nested containers of tensors and values are bit-identical."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        assert_same([*first.values()], [*second.values()])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for first_item, second_item in zip(first, second, strict=True):
-            assert_same(first_item, second_item)
-    else:
-        assert first == second
+    (leaves, structure), (other_leaves, other_structure) = tree_flatten(first), tree_flatten(second)
+    assert structure == other_structure
+    for leaf, other in zip(leaves, other_leaves, strict=True):
+        assert torch.equal(leaf, other) if isinstance(leaf, torch.Tensor) else leaf == other
 
 
 def assert_equal_weights(model: nn.Module, reference: nn.Module, tolerance: float = 0.0) -> None:
@@ -60,24 +52,13 @@ def assert_equal_weights(model: nn.Module, reference: nn.Module, tolerance: floa
         torch.testing.assert_close(weight, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("opt", [{}, {"nesterov": True}, {"momentum": 0.0}, {"dampening": 0.1}])
-def test_sgd_equals_torch(opt: dict) -> None:
-    model, reference_model = network(), network()
-    optimizer = build_optimizer(model, Recipe(optimizer="sgd", lr=0.1, weight_decay=1e-2, optimizer_arg=opt))
-    reference = torch.optim.SGD(reference_model.parameters(), lr=0.1, weight_decay=1e-2, **{"momentum": 0.9, **opt})
-    if "dampening" in opt:  # unlike torch, fastcifar also applies dampening to the first step
-        for weight in reference_model.parameters():
-            reference.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-    for step in range(20):
-        set_gradients([model, reference_model], step)
-        optimizer.step(SCALER, NO_SKIP)
-        reference.step()
-    assert_equal_weights(model, reference_model, 1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "opt", "build", "arguments"),
     [
+        ("sgd", {}, torch.optim.SGD, {"momentum": 0.9}),
+        ("sgd", {"nesterov": True}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("sgd", {"momentum": 0.0}, torch.optim.SGD, {}),
+        ("sgd", {"dampening": 0.1}, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}),
         ("adam", {}, torch.optim.Adam, {}),
         ("adam", {"betas": [0.8, 0.9], "amsgrad": True}, torch.optim.Adam, {"betas": (0.8, 0.9), "amsgrad": True}),
         ("adamw", {"eps": 1e-6}, torch.optim.AdamW, {"eps": 1e-6}),
@@ -92,6 +73,9 @@ def test_optimizers_equal_reference_implementations(name: str, opt: dict, build:
     model, reference_model = network(), network()
     optimizer = build_optimizer(model, Recipe(optimizer=name, weight_decay=1e-2, optimizer_arg=opt))
     reference = build(reference_model.parameters(), lr=0.01, weight_decay=1e-2, **arguments)
+    if "dampening" in opt:  # unlike torch, fastcifar also applies dampening to the first step
+        for weight in reference_model.parameters():
+            reference.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     for step in range(20):
         optimizer.set_lr(0.01 / (step + 1))
         reference.param_groups[0]["lr"] = 0.01 / (step + 1)
@@ -135,19 +119,6 @@ def test_skipped_step_does_not_change_the_slow_weights(name: str) -> None:
     assert all(torch.equal(slow, fast) for slow, fast in zip(optimizer.slow_weights, optimizer.parameters, strict=True))
 
 
-def test_all_groups_share_one_learning_rate_tensor() -> None:
-    model = network()
-    optimizer = build_optimizer(model, Recipe(optimizer="sgd", bias_decay=False))
-    assert len(optimizer.inner.param_groups) == 2
-    before = copy.deepcopy(model.state_dict())
-    optimizer.set_lr(0.0)
-    set_gradients([model], 0)
-    optimizer.step(SCALER, NO_SKIP)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert all(group["lr"] is optimizer.lr for group in optimizer.inner.param_groups)
-
-
 @pytest.mark.parametrize("name", [name for name in ALL_OPTIMIZERS if name.rpartition(":")[2] in OPTIMIZERS])
 def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
     model, resumed_model = network(), network()
@@ -163,17 +134,21 @@ def test_load_state_dict_copies_into_existing_tensors(name: str) -> None:
         assert torch.equal(tensor, resumed_tensor)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_complete_state_exists_before_the_first_step(name: str) -> None:
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "lion"])
+def test_building_an_optimizer_creates_its_state_and_preserves_weights_and_random_state(name: str) -> None:
     model = network()
-    weights = copy.deepcopy(model.state_dict())
+    weights, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     optimizer = build_optimizer(model, Recipe(optimizer=name))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    if name == "lion":  # its steps create the state
+        assert not optimizer.inner.state
+        return
     addresses = [tensor.data_ptr() for tensor in optimizer.state_tensors()]
     assert len(addresses) > len(optimizer.parameters)
     nonzero_ids = {id(tensor) for tensor in (optimizer.lr, *optimizer.slow_weights)}
     assert not any(tensor.any() for tensor in optimizer.state_tensors() if id(tensor) not in nonzero_ids)
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert all(weight.grad is None for weight in model.parameters())
     advance([(model, optimizer)], 0)
     assert [tensor.data_ptr() for tensor in optimizer.state_tensors()] == addresses
 
@@ -191,6 +166,10 @@ def test_complete_state_exists_before_the_first_step(name: str) -> None:
             "optimizer_arg": {"k": 4, "betas": [0.9, 0.99]},
         },
         {"optimizer": "muon", "optimizer_arg": {"weight_norm": True, "nesterov": False}},
+        *(
+            {"optimizer": name, "bias_lr_mult": 3.0, "bias_decay": False}
+            for name in ("lookahead:sgd", "muon", "ranger", "lookahead:lion")
+        ),
     ],
     ids=lambda values: "-".join(str(value) for value in values.values()),
 )
@@ -292,7 +271,8 @@ def test_fault18_built_in_optimizers_work_without_pytorch_optimizer(monkeypatch:
 
 def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
     supported = []
-    for name, build in pytorch_optimizer_classes().items():
+    for name in pytorch_optimizer.get_supported_optimizers():
+        build = pytorch_optimizer.load_optimizer(name)
         has_decay = "weight_decay" in inspect.signature(build).parameters
         model = network()
         try:
@@ -307,26 +287,12 @@ def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
 
 
 def test_lookahead_arguments_take_precedence_over_the_inner_optimizer() -> None:
-    with_lookahead = build_optimizer(
-        network(), Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})
-    )
-    assert (
-        with_lookahead.lookahead_k,
-        with_lookahead.lookahead_alpha,
-        with_lookahead.inner.param_groups[0]["alpha"],
-    ) == (7, 0.8, 0.99)
+    recipe = Recipe(optimizer="lookahead:rmsprop", optimizer_arg={"k": 7, "alpha": 0.8})
+    with_lookahead = build_optimizer(network(), recipe)
+    assert with_lookahead.spec.lookahead == {"k": 7, "alpha": 0.8}
+    assert with_lookahead.inner.param_groups[0]["alpha"] == 0.99
     without_lookahead = build_optimizer(network(), Recipe(optimizer="RMSprop", optimizer_arg={"alpha": 0.8}))
-    assert (without_lookahead.lookahead_k, without_lookahead.inner.param_groups[0]["alpha"]) == (0, 0.8)
-
-
-def test_trial_steps_preserve_weights_and_random_state() -> None:
-    model = network()
-    weights = copy.deepcopy(model.state_dict())
-    random_state = torch.get_rng_state()
-    optimizer = build_optimizer(model, Recipe(optimizer="lion"))
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert not optimizer.inner.state
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert (without_lookahead.spec.lookahead, without_lookahead.inner.param_groups[0]["alpha"]) == ({}, 0.8)
 
 
 def test_gradient_clipping() -> None:

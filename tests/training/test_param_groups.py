@@ -17,31 +17,33 @@ from tests.training.optimizer_helpers import (
     network,
     network_with_head,
     set_gradients,
-    trained,
 )
 
 
 def test_groups_contain_every_parameter_once() -> None:
     model = network()
-    decayed, not_decayed = build_param_groups(model, 0.1, False)
+    decayed, not_decayed = build_param_groups(model, Recipe(weight_decay=0.1, bias_decay=False))
     assert {weight.ndim for weight in decayed["params"]} == {4}
     assert {weight.ndim for weight in not_decayed["params"]} == {1}
     assert not_decayed["weight_decay"] == 0
     assert len(decayed["params"]) + len(not_decayed["params"]) == len(list(model.parameters()))
-    assert len(build_param_groups(model, 0.1, True)) == 1
 
 
 def test_groups_with_lr_multipliers_contain_every_trainable_parameter_once() -> None:
     model = network_with_head()
-    rest, head, biases = build_param_groups(model, 0.1, True, bias_lr_mult=4.0, head_lr_mult=0.5)
+    (group,) = build_param_groups(model, Recipe())  # multipliers of 1 add no groups
+    assert group.keys() == {"params", "weight_decay"}
+    assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
+    rest, head, biases = build_param_groups(model, Recipe(weight_decay=0.1, bias_lr_mult=4.0, head_lr_mult=0.5))
     assert [weight.ndim for weight in rest["params"]] == [4, 2]
     assert head["params"] == [model[3].weight]
     assert biases["params"] == [model[0].bias, model[1].bias, model[2].bias, model[3].bias]
     assert [group.get("times", 1.0) for group in (rest, head, biases)] == [1.0, 0.5, 4.0]
     assert [group["weight_decay"] for group in (rest, head, biases)] == [0.1, 0.2, 0.025]
-    assert [len(group["params"]) for group in build_param_groups(model, 0.1, False, 4.0, 4.0)] == [2, 1, 4]
+    equal_multipliers = build_param_groups(model, Recipe(bias_decay=False, bias_lr_mult=4.0, head_lr_mult=4.0))
+    assert [len(group["params"]) for group in equal_multipliers] == [2, 1, 4]
     with pytest.raises(UsageError, match="--head-lr-mult 2: the network has no linear layer"):
-        build_param_groups(network(), 0.1, True, head_lr_mult=2.0)
+        build_param_groups(network(), Recipe(head_lr_mult=2.0))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "rmsprop", "lion"])
@@ -103,21 +105,3 @@ def test_muon_with_sgd_at_two_learning_rates() -> None:
         rest.step()
     for weight, expected in zip(model.parameters(), reference_model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["lookahead:sgd", "muon", "ranger", "lookahead:lion"])
-def test_lr_multipliers_are_resumed(name: str) -> None:
-    values = {"optimizer": name, "bias_lr_mult": 3.0, "bias_decay": False}
-    uninterrupted, _ = trained(values, range(12))
-    _, checkpoint = trained(values, range(6))
-    resumed, _ = trained(values, range(6, 12), resume=checkpoint)
-    for key, value in uninterrupted.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
-
-
-def test_multipliers_of_one_add_no_groups() -> None:
-    model = network_with_head()
-    (group,) = build_param_groups(model, 0.1, True)
-    assert group.keys() == {"params", "weight_decay"}
-    assert group["params"] == [weight for weight in model.parameters() if weight.requires_grad]
-    assert not build_optimizer(model, Recipe(optimizer="sgd")).scaled_lrs

@@ -117,12 +117,12 @@ def test_row5_uses_the_published_arguments_of_ranger() -> None:
     (group,) = optimizer.inner.param_groups
     assert (group["betas"], group["eps"], group["n_sma_threshold"]) == ((0.95, 0.999), 1e-5, 5)
     assert (group["use_gc"], group["weight_decay"]) == (True, 5e-4)
-    assert (optimizer.lookahead_k, optimizer.lookahead_alpha) == (6, 0.5)
+    assert optimizer.spec.lookahead == {"k": 6, "alpha": 0.5}
 
 
 def test_row1_uses_the_published_lookahead_and_momentum() -> None:
     optimizer = build_optimizer(small("se68"), Recipe.make("row1", arch="se68"))
-    assert (optimizer.lookahead_k, optimizer.lookahead_alpha) == (5, 0.5)
+    assert optimizer.spec.lookahead == {"k": 5, "alpha": 0.5}
     assert (optimizer.inner.defaults["momentum"], optimizer.inner.defaults["nesterov"]) == (0.9, False)
 
 

@@ -91,7 +91,7 @@ def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
     assert resolved.schedule.arg == 0.2
     trainer = build_trainer(resolved)
     assert trainer.resolved is resolved
-    assert trainer.schedule.spec is resolved.schedule.spec
+    assert trainer.schedule.spec is resolved.schedule
 
 
 @pytest.mark.parametrize("optimizer", ["lookahead:sgd", "lion", "muon"])

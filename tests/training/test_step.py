@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,16 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fastcifar.recipe import Recipe
-from fastcifar.training.build import build_trainer
-from fastcifar.training.resolve import resolve
-from fastcifar.training.step import Meter, build_forward, compute_found_inf, loss_and_correct
+from fastcifar.training.step import Ema, Meter, build_forward, loss_and_correct
 from fastcifar.training.trainer import Trainer
+from tests.training.optimizer_helpers import make_trainer, network
 
 CPU = torch.device("cpu")
-
-
-def make_trainer(recipe: Recipe) -> Trainer:
-    return build_trainer(resolve(recipe))
 
 
 def first_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,14 +104,22 @@ def test_fault14_no_update_from_the_first_step_with_nan_or_inf_on(
         assert torch.equal(before, after)
 
 
-def test_compute_found_inf_checks_loss_and_gradients() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    assert compute_found_inf(torch.tensor(1.0), [weight]).item() == 0
-    weight.grad = torch.tensor([1.0, math.inf, 1.0])
-    assert compute_found_inf(torch.tensor(1.0), [weight]).item() == 1
-    weight.grad = torch.zeros(3)
-    assert compute_found_inf(torch.tensor(math.nan), [weight]).item() == 1
-
-
-def test_compute_found_inf_without_gradients_is_on_the_device_of_the_loss() -> None:
-    assert compute_found_inf(torch.zeros((), device="meta"), []).device.type == "meta"
+def test_ema_equals_its_formula_and_is_used_only_inside_the_context() -> None:
+    model = network()
+    ema = Ema(model, decay=0.9)
+    expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    for update in range(1, 31):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * update)
+        ema.update()
+        update_weight = max(0.1, 9 / (10 + update))
+        for name, value in expected.items():
+            value += update_weight * (model.state_dict()[name] - value)
+    original = copy.deepcopy(model.state_dict())
+    with ema.averaged_weights():
+        for name, value in expected.items():
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    for name, value in original.items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert torch.equal(ema.state_dict(model)["1.num_batches_tracked"], original["1.num_batches_tracked"])
