@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -43,8 +44,8 @@ PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 class ExecutionPlan:
     """How a run is executed.
 
-    `device` is "cuda" or "cpu", `precision` is "bf16", "fp16" or "fp32", and `loader` is a name in `LOADERS`. `compile`
-    is the use of torch.compile, `cuda_graph` the capture of the training step. `reasons` maps each to its reason.
+    `device`: "cuda" or "cpu"; `precision`: "bf16", "fp16" or "fp32"; `loader`: a name in `LOADERS`; `compile`: use
+    torch.compile; `cuda_graph`: capture the training step; `reasons`: the reason for each of them.
     """
 
     device: str
@@ -71,18 +72,6 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
         reasons["device"] = torch.cuda.get_device_name() if has_cuda else "no CUDA device is visible"
     if device == "cuda" and not has_cuda:
         raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
-    _check_requested(recipe, device)
-    chosen = {}
-    for name, choose in AUTOMATIC_CHOICES.items():
-        requested = getattr(recipe, name)
-        is_automatic = requested in ("auto", None)
-        chosen[name], reasons[name] = choose(device) if is_automatic else (requested, "requested")
-    if recipe.loader == "torchvision":
-        reasons["loader"] += ": the baseline, one image at a time in worker processes"
-    return ExecutionPlan(device=device, **chosen, reasons=reasons)
-
-
-def _check_requested(recipe: Recipe, device: str) -> None:
     for name in ("cuda_graph", "fused_ops"):
         if getattr(recipe, name) and device != "cuda":
             problem = f"{option_flag(name)} needs CUDA, and the device is cpu"
@@ -91,6 +80,14 @@ def _check_requested(recipe: Recipe, device: str) -> None:
         raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
     if recipe.loader == "dali":
         import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
+    chosen = {}
+    for name, choose in AUTOMATIC_CHOICES.items():
+        requested = getattr(recipe, name)
+        is_automatic = requested in ("auto", None)
+        chosen[name], reasons[name] = choose(device) if is_automatic else (requested, "requested")
+    if recipe.loader == "torchvision":
+        reasons["loader"] += ": the baseline, one image at a time in worker processes"
+    return ExecutionPlan(device=device, **chosen, reasons=reasons)
 
 
 def _choose_precision(device: str) -> tuple[str, str]:
@@ -131,16 +128,12 @@ def _choose_compile(device: str) -> tuple[bool, str]:
     return True, f"triton {triton.__version__}"
 
 
-def _choose_cuda_graph(device: str) -> tuple[bool, str]:
-    return (True, "one graph launch per step") if device == "cuda" else (False, "CUDA only")
-
-
 # field of `ExecutionPlan` -> function that returns the choice for a device, and its reason
 AUTOMATIC_CHOICES: dict[str, Callable[[str], tuple[Any, str]]] = {
     "precision": _choose_precision,
     "loader": _choose_loader,
     "compile": _choose_compile,
-    "cuda_graph": _choose_cuda_graph,
+    "cuda_graph": lambda device: (True, "one graph launch per step") if device == "cuda" else (False, "CUDA only"),
 }
 
 
@@ -160,13 +153,10 @@ def _read_cpuinfo(*names: str) -> str:
 
 
 def enable_deterministic_algorithms() -> None:
-    """Make torch use only deterministic algorithms in this process; operations without one raise.
-
-    Must be called before the first use of the GPU, because cuBLAS reads its environment variable when it starts.
-    """
+    """Make torch use only deterministic algorithms in this process; operations without one raise."""
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
@@ -187,14 +177,6 @@ def _cpu_name() -> str:
 def usable_cpu_count() -> int:
     """Return the number of CPU cores that this process may run on; of all cores if the system has no such limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory_bytes() -> int | None:
-    """Return the free host memory in bytes; None if the system does not report it."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -234,8 +216,8 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
     problem = "out of memory"
     if size := re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text):
         problem += f": {size[1]} more were requested"
-    if (available := available_memory_bytes()) is not None:
-        problem += f", {available:,} bytes are available"
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # systems that do not report the free memory
+        problem += f", {os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):,} bytes are available"
     return InsufficientMemoryError(problem, remedy)
 
 
@@ -325,9 +307,9 @@ def import_optional(module: str, remedy: str, error_type: type[UserError] = Usag
 
 def collect_diagnostics(recipe: Recipe) -> Diagnostics:
     """Return the environment, the result of importing each optional module, and the execution of `recipe`."""
-    environment = collect_environment(recipe.device).model_dump(exclude_unset=True)
-    imports = {module: probe_import(module) for module in PROBED_MODULES}
+    document = collect_environment(recipe.device).model_dump(exclude_unset=True)
+    document["imports"] = {module: probe_import(module) for module in PROBED_MODULES}
     try:
-        return Diagnostics(**environment, imports=imports, chosen=choose_execution(recipe).format_lines())
+        return Diagnostics(**document, chosen=choose_execution(recipe).format_lines())
     except (DeviceError, UsageError) as error:
-        return Diagnostics(**environment, imports=imports, chosen=[], error=str(error))
+        return Diagnostics(**document, chosen=[], error=str(error))

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,23 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
     If `previous` is given, the old content of `path` is kept under that name. Raises `OSError` if writing fails; both
     files are then unchanged.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         if previous and path.exists():
-            _link_or_copy(path, previous)
+            link = temporary.with_suffix(".previous.tmp")
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+            os.replace(link, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     if hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -47,18 +48,6 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _link_or_copy(path: Path, previous: Path) -> None:
-    """Make `previous` a hard link to, or a copy of, `path`; `path` exists at every moment."""
-    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        link.unlink()
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, link)
-    os.replace(link, previous)
 
 
 class FolderLock(contextlib.ExitStack):
@@ -125,14 +114,6 @@ def _acquire_lock_file(folder: Path, wait: bool = False) -> FolderLock:
     lock = FolderLock()
     lock.callback(file_lock.release)
     return lock
-
-
-def free_disk_bytes(folder: Path) -> int | None:
-    """Return the free bytes on the disk of `folder`, or None if the system does not report them."""
-    try:
-        return shutil.disk_usage(folder).free
-    except AttributeError:  # neither `os.statvfs` nor Windows
-        return None
 
 
 def load_toml(path: Path | str) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Plots of arrays and numbers, written as PNG files.
+"""Plots of arrays and numbers, written as PNG files by matplotlib, which is imported when a plot is drawn.
 
-matplotlib is imported only when a plot is drawn, and without pyplot, which has global state and may need a display. The
-functions named `plot_...` raise `UsageError` if matplotlib is not installed, and `DiskError` if the file cannot be
-written.
+The functions `plot_...` raise `UsageError` without matplotlib, and `DiskError` if the file cannot be written.
 """
 
 from __future__ import annotations
@@ -112,10 +110,7 @@ def plot_captioned_images(path: Path, images: np.ndarray, captions: Sequence[str
 
 @dataclass(frozen=True)
 class BarPanel:
-    """Horizontal bars, one per label, whose lengths are medians; the trials are dots, and a note follows each bar.
-
-    Bars of the same group have the same color.
-    """
+    """Horizontal bars of the medians, colored by group, with trials as dots and a note after each bar."""
 
     title: str
     labels: list[str]
@@ -132,25 +127,21 @@ def plot_bar_chart(path: Path, title: str, panels: Sequence[BarPanel]) -> None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=8)
         axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
         for axis, panel in zip(axes.flat, panels, strict=True):
-            _draw_bar_panel(axis, panel)
-
-
-def _draw_bar_panel(axis: Axes, panel: BarPanel) -> None:
-    positions = range(len(panel.labels))
-    colors = dict(zip(dict.fromkeys(panel.groups), itertools.cycle(GROUP_COLORS), strict=False))
-    axis.barh(positions, panel.medians, height=0.62, color=[colors[group] for group in panel.groups])
-    for position, trials, median, note in zip(positions, panel.trials, panel.medians, panel.notes, strict=True):
-        axis.plot(trials, [position] * len(trials), "o", markersize=3, color="black", alpha=0.6, markeredgewidth=0)
-        text = f"{format_short_number(median)}  ({note})" if note else format_short_number(median)
-        axis.annotate(text, (max(*trials, median), position), (6, 0), textcoords="offset points", va="center")
-    axis.set_title(panel.title)
-    axis.set_yticks(positions, panel.labels)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.3 * max(itertools.chain(panel.medians, *panel.trials)))
-    axis.locator_params(axis="x", nbins=6)
-    axis.xaxis.set_major_formatter(lambda value, _: format_short_number(value))
-    axis.grid(axis="x")
-    axis.spines["bottom"].set_visible(False)
+            positions = range(len(panel.labels))
+            colors = dict(zip(dict.fromkeys(panel.groups), itertools.cycle(GROUP_COLORS), strict=False))
+            axis.barh(positions, panel.medians, height=0.62, color=[colors[group] for group in panel.groups])
+            for position, trials, median, note in zip(positions, panel.trials, panel.medians, panel.notes, strict=True):
+                axis.plot(trials, [position] * len(trials), "o", markersize=3, color="black", alpha=0.6, mew=0)
+                text = f"{format_short_number(median)}  ({note})" if note else format_short_number(median)
+                axis.annotate(text, (max(*trials, median), position), (6, 0), textcoords="offset points", va="center")
+            axis.set_title(panel.title)
+            axis.set_yticks(positions, panel.labels)
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.3 * max(itertools.chain(panel.medians, *panel.trials)))
+            axis.locator_params(axis="x", nbins=6)
+            axis.xaxis.set_major_formatter(lambda value, _: format_short_number(value))
+            axis.grid(axis="x")
+            axis.spines["bottom"].set_visible(False)
 
 
 def plot_reliability_diagram(
@@ -158,8 +149,7 @@ def plot_reliability_diagram(
 ) -> None:
     """Plot the accuracy against the confidence and, below it, the fraction of images in each bin of confidence.
 
-    `curves` maps names to equally wide bins of (number of images, mean confidence, accuracy) from 0 to 1; mean
-    confidence and accuracy are None in an empty bin.
+    `curves`: name -> equally wide bins (number of images, mean confidence, accuracy), with None in empty bins.
     """
     with _figure(path, 5, 6) as figure:
         accuracy_axis, count_axis = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -180,13 +170,9 @@ def plot_reliability_diagram(
 
 
 def plot_confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Plot a confusion matrix of counts or mean counts [classes, classes], with a row for each label.
-
-    The color is the square root of the fraction of the row, because misclassifications would be invisible on a linear
-    scale.
-    """
+    """Plot a confusion matrix of counts or mean counts [classes, classes], with a row for each label."""
     side = 1.6 + 0.5 * len(classes) if len(classes) <= MAX_ANNOTATED_CLASSES else 11
-    shades = np.sqrt(counts / counts.sum(1, keepdims=True).clip(1))
+    shades = np.sqrt(counts / counts.sum(1, keepdims=True).clip(1))  # misclassifications are invisible without sqrt
     with _figure(path, side, side) as figure:
         axis = figure.subplots()
         _draw_matrix(axis, shades, np.vectorize(format_count)(counts), classes, classes)
@@ -224,10 +210,7 @@ def _draw_matrix(
 
 @dataclass(frozen=True)
 class LineSeries:
-    """A line with an optional standard deviation `std` of y and the index of a point to mark.
-
-    Lines of the same `name` share a color and a legend entry; `variant` distinguishes them.
-    """
+    """A line, optionally with the standard deviation of y and a marked point; lines of a `name` share a color."""
 
     name: str
     variant: str
@@ -263,10 +246,7 @@ def plot_line_chart(path: Path, title: str, caption: str, lines: Sequence[LineSe
 
 
 def require_png(path: Path) -> None:
-    """Raise an error, before any work is done, if a plot cannot be written to `path`.
-
-    `UsageError`: the suffix is not .png or matplotlib is not installed; `DiskError`: there is no such folder.
-    """
+    """Raise the `UsageError` or `DiskError` with which writing a plot to `path` would fail."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is not the name of a PNG file", "choose a file name that ends in .png")
     import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)
@@ -275,10 +255,7 @@ def require_png(path: Path) -> None:
 
 
 def create_plots_dir(path: Path) -> None:
-    """Create the folder `path` if it does not exist.
-
-    Raises `UsageError` if matplotlib is not installed and `DiskError` if the folder cannot be created.
-    """
+    """Create the folder `path` for plots if it does not exist. Raises `UsageError` and `DiskError`."""
     import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -294,11 +271,10 @@ def _wrap_label(text: str) -> str:
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Give an empty figure of this size in inches, and write it to `path` at the end of the `with` block."""
-    matplotlib = import_optional("matplotlib", MATPLOTLIB_REMEDY)
-    figure_module = import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)
+    library = import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)  # not pyplot, which may need a display
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure = figure_module.Figure(figsize=(width, height), dpi=150, layout="constrained")
+    with import_optional("matplotlib", MATPLOTLIB_REMEDY).rc_context(STYLE):
+        figure = library.Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
         figure.savefig(buffer, format="png")
     try:

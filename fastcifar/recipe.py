@@ -1,12 +1,12 @@
 """`Recipe`: all options of a training run in one flat, immutable, validated model.
 
-The command-line options are generated from the fields. Names of architectures, optimizers and so on are looked up by
-the modules that define them, so that this module does not import torch.
+Names of architectures, optimizers and so on are validated by `training.resolve`; this module does not import torch.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -65,34 +65,21 @@ def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
     return stages
 
 
-def _split_integers(value: Any) -> Any:
-    """Split `"4,4,3"`, the syntax of the command line; a list from a file is returned unchanged."""
-    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
-
-
 def _parse_key_values(value: Any) -> Any:
     """Parse `["nesterov=true", "momentum=0.95"]`, the syntax of the command line; a table is returned unchanged."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list | tuple):
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
         return value
-    arguments = {}
-    for item in value:
+    arguments: dict[str, Any] = {}
+    for item in items:
         key, separator, text = str(item).partition("=")
         if not separator or not key.strip():
             raise ValueError(f"{item!r} is not key=value")
-        arguments[key.strip()] = _parse_literal(text)
+        arguments[key.strip()] = text
+        for parse in (ast.literal_eval, json.loads):  # such as None or (1, 2), and true; any other text is kept
+            with contextlib.suppress(ValueError, SyntaxError):
+                arguments[key.strip()] = parse(text)
     return arguments
-
-
-def _parse_literal(text: str) -> Any:
-    """Return `0.9`, `true`, `[0.9, 0.99]` or `None` as a value, any other text unchanged."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
 
 
 def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
@@ -112,7 +99,8 @@ def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
         raise ValueError(f"should be {grammar}")
 
 
-PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_split_integers)]
+SplitText = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)  # "4,4,3"
+PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], SplitText]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
 ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
 ClipGradText = Annotated[str, _validate_by(parse_clip_grad)]
@@ -148,21 +136,17 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     # data
     data: str | None = _option(
-        None,
-        "path of the data set (folder, .tar.gz file or class folders), by default the downloaded one; "
-        "synthetic[:N] for N random images",
+        None, "data set: a folder, .tar.gz file or class folders, by default downloaded; synthetic[:N]: N random images"
     )
     dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "name of the data set")
     val_size: int = _option(5000, "size of the validation split in images; 0 trains on all images", ge=0)
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
         "auto",
-        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (the data set's; kuangliu for "
-        "the architectures coconut_*)",
+        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (by --dataset; coconut_*: kuangliu)",
     )
     augment: AugmentText = _option(
-        "crop:4:zero,flip,rotate:5,autoaugment:cifar10",
-        "augmentations in the order of their application, NAME[:VALUE[:VARIANT]],..., or none",
+        "crop:4:zero,flip,rotate:5,autoaugment:cifar10", "augmentations in order, NAME[:VALUE[:VARIANT]],..., or none"
     )
     drop_last: bool = _option(False, "removal of the last, smaller batch of every epoch")
     image_size: ImageSizeText = _option(
@@ -185,28 +169,20 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
     clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
     label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
-    ema_decay: float = _option(
-        0.0, "decay per step of the exponential moving average (EMA) of the weights; 0 disables it", ge=0, lt=1
-    )
-    patience: int = _option(
-        0, "number of epochs without a better validation accuracy after which training stops; 0 disables it", ge=0
-    )
+    ema_decay: float = _option(0.0, "decay per step of the moving average (EMA) of the weights; 0: none", ge=0, lt=1)
+    patience: int = _option(0, "epochs without better validation accuracy before training stops; 0: no limit", ge=0)
 
     # run
     seed: int = _option(0, "random seed of the initial weights, the data order and the augmentation", ge=0, lt=2**63)
     time_budget: float | None = _option(None, "time limit of the run in minutes; --epochs is chosen to fit it", gt=0)
     max_steps: int | None = _option(None, "maximum number of training steps", gt=0)
     eval_weights: Literal["last", "best", "ema"] = _option(
-        "last",
-        "weights that are evaluated: last (of the last epoch), best (of the epoch with the best validation "
-        "accuracy) or ema (their moving average)",
+        "last", "weights to evaluate: last (epoch), best (epoch by validation accuracy) or ema (moving average)"
     )
     tta: str = _option("none", "test-time augmentation: none, flip, 6view or 10crop")
     out: str | None = _option(None, "folder to create, by default a new one in runs (speedrun: in speedruns)")
     save_every_epochs: int = _option(1, "checkpoint interval in epochs; 0 disables it", ge=0)
-    save_every_steps: int | None = _option(
-        None, "checkpoint interval in steps, in addition to --save-every-epochs", gt=0
-    )
+    save_every_steps: int | None = _option(None, "additional checkpoint interval in steps", gt=0)
     resume: str | None = _option(
         None,
         "run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
@@ -222,15 +198,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
     loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
     workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
-        "auto", "floating-point precision of the forward and backward pass"
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option("auto", "precision of the forward and backward pass")
     compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")
-    fused_ops: bool = _option(
-        False, "fused Triton kernels for BatchNorm, squeeze-and-excitation, shortcut and ReLU (CUDA only)"
-    )
+    fused_ops: bool = _option(False, "fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -250,12 +222,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ValueError("--patience needs a validation split; set --val-size")
         if self.ema_decay == 0 and self.eval_weights == "ema":
             raise ValueError("--eval-weights ema needs a moving average of the weights; set --ema-decay, such as 0.999")
-        early_epochs = sum(epochs or 0 for _, epochs in parse_image_sizes(self.image_size))
-        if early_epochs >= self.epochs:
-            raise ValueError(
-                f"--image-size {self.image_size}: the stages before the last take {early_epochs} epochs; "
-                f"set --epochs to more than {early_epochs}"
-            )
+        if self.epochs <= (early := sum(epochs or 0 for _, epochs in parse_image_sizes(self.image_size))):
+            problem = f"--image-size {self.image_size}: the stages before the last take {early} epochs"
+            raise ValueError(f"{problem}; set --epochs to more than {early}")
         return self
 
     @classmethod
@@ -264,11 +233,6 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         values = load_recipe_values(source) if source else {}
         values.update({name: value for name, value in overrides.items() if value is not None})
         return cls(**values)
-
-    @classmethod
-    def from_saved(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a saved run (see `load_saved_recipe`); options of other versions are ignored."""
-        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -299,7 +263,7 @@ def section_fields(name: str) -> tuple[str, ...]:
 
 
 def _usage_error(error: ValidationError, option: str = "") -> UsageError:
-    """Return the error for the user: `--lr should be greater than 0 (got -1)`. `option` is the option, if only one."""
+    """Return the error for the user: `--lr should be greater than 0 (got -1)`, for `option` if there is only one."""
     messages = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")

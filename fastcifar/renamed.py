@@ -1,8 +1,4 @@
-"""Names that options had in earlier versions, listed in `renamed.toml`.
-
-Command lines and recipe files that use an old name are refused with the new one. Run folders, checkpoints and sweeps of
-earlier versions are read with the options translated.
-"""
+"""Earlier names of options (`renamed.toml`): refused in command lines and recipe files, translated in saved results."""
 
 from __future__ import annotations
 
@@ -37,16 +33,13 @@ def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
             upgraded[name] = value
         elif name == "decay_on":
             upgraded["bias_decay"] = value == "all"
-        elif name == "save_every":
-            upgraded.update(_upgrade_save_every(str(value)))
+        elif name == "save_every":  # "500s": every 500 steps, not at the end of epochs; "2e": every 2 epochs
+            text = str(value)
+            count = int(text[:-1]) if text[:-1].isdigit() else 1
+            in_steps = {"save_every_epochs": 0, "save_every_steps": count}
+            upgraded |= in_steps if text.endswith("s") else {"save_every_epochs": count}
         else:
             upgraded[renamed_options()[name][0]] = value
     if isinstance(upgraded.get("augment"), str):
         upgraded["augment"] = re.sub(r":grey\b", ":gray", upgraded["augment"])
     return upgraded
-
-
-def _upgrade_save_every(value: str) -> dict[str, int]:
-    """Translate `500s`, every 500 steps and not at the end of epochs, or `1e`, every epoch."""
-    count = int(value[:-1]) if value[:-1].isdigit() else 1
-    return {"save_every_epochs": 0, "save_every_steps": count} if value.endswith("s") else {"save_every_epochs": count}

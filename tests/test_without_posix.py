@@ -35,7 +35,7 @@ GUARDED_FILES = {PACKAGE / "files.py", PACKAGE / "device.py"}
 # those that the child process removes
 HIDDEN_MODULES = ("fcntl", "resource")
 HIDDEN_ATTRIBUTES = {
-    "os": ("O_DIRECTORY", "sysconf", "sched_getaffinity", "fork", "statvfs"),
+    "os": ("O_DIRECTORY", "sysconf", "sched_getaffinity", "fork"),
     "signal": ("SIGHUP", "SIGKILL"),
     "time": ("CLOCK_BOOTTIME",),
 }
@@ -95,10 +95,10 @@ with files.lock_folder(run):
         raise AssertionError("the lock was ignored")
 assert not files.is_locked(run)
 
-assert files.free_disk_bytes(run) is None
+
 assert device.usable_cpu_count() == os.cpu_count()
-assert device.available_memory_bytes() is device.process_times() is None
-assert "out of memory" in str(device.as_memory_error(MemoryError()))
+assert device.process_times() is None
+assert str(device.as_memory_error(MemoryError())).startswith("out of memory; ")
 assert importlib.import_module("fastcifar.benchmark.bench").cpu_seconds() > 0
 
 run_command("runs", "ls", ".", "--json")

@@ -155,7 +155,8 @@ def read_recipe_options(folder: Path) -> dict[str, Any]:
     if not (folder / RECIPE_FILE).is_file():
         raise UsageError(f"no {RECIPE_FILE}")
     values = load_saved_recipe(folder)
-    return {**json.loads(json.dumps(values, default=str)), **Recipe.from_saved(values).model_dump(mode="json")}
+    recipe = Recipe(**{name: value for name, value in values.items() if name in Recipe.model_fields})
+    return {**json.loads(json.dumps(values, default=str)), **recipe.model_dump(mode="json")}
 
 
 def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:

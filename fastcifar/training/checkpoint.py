@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import struct
 import warnings
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.cifar import DATASETS
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
-from fastcifar.files import free_disk_bytes, read_json_object, write_atomically
+from fastcifar.files import read_json_object, write_atomically
 from fastcifar.models import MODELS, build_model
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.lr_schedule import ScheduleState
@@ -94,9 +95,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             manifest[previous.name] = manifest[path.name]
         _write_manifest(path.parent, {**manifest, path.name: entry})
     except OSError as error:
-        free_bytes = free_disk_bytes(path.parent)
-        free_text = "" if free_bytes is None else f", {free_bytes:,} bytes are free"
-        problem = f"cannot write {path} ({len(content):,} bytes{free_text}): {error.strerror}"
+        free_bytes = shutil.disk_usage(path.parent).free
+        problem = f"cannot write {path} ({len(content):,} bytes, {free_bytes:,} bytes are free): {error.strerror}"
         raise DiskError(problem, "free disk space or set --out") from None
 
 

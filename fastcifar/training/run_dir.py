@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastcifar.device import Environment, collect_environment
 from fastcifar.errors import DiskError, UsageError
-from fastcifar.files import FolderLock, free_disk_bytes, lock_folder, write_atomically
+from fastcifar.files import FolderLock, lock_folder, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
@@ -169,8 +169,8 @@ class Run:
 
     def require_disk_space(self, num_bytes: int) -> None:
         """Raise `DiskError` if the file system of the run folder has less than `num_bytes` bytes free."""
-        free = free_disk_bytes(self.folder)
-        if free is not None and free < num_bytes:
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
             raise DiskError(problem, "free some space, or give --out on another disk")
 
