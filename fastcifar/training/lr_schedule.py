@@ -147,7 +147,7 @@ def parse_schedule(recipe: Recipe) -> ScheduleSpec:
             kind = "an integer" if spec.arg_is_integer else "a number"
             problem = f"--schedule {recipe.schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}"
             raise UsageError(problem, f"use a value such as {name}:{spec.arg:g}")
-        spec = replace(spec, arg)
+        spec = replace(spec, arg=arg)
     if recipe.warmup_epochs >= (recipe.schedule_epochs or recipe.epochs):
         raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
     if spec.uses_val_loss and recipe.val_size == 0:
