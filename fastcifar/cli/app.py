@@ -240,9 +240,10 @@ def compare(
     b: Path = argument(..., "B", "another one of the same kind"),
 ) -> Output:
     """Compare two runs, two prediction files label by label, or two bench documents row by row."""
-    from fastcifar.reporting.compare import COMPARERS, compare_paths
+    from fastcifar.reporting.compare import compare_paths
 
-    return Output(compare_paths(a, b), lambda result: COMPARERS[result["kind"]].build_table(result))
+    document, table = compare_paths(a, b)
+    return Output(document, lambda _: table)
 
 
 @command(app, fields=("data", "device", "precision"))

@@ -1,7 +1,4 @@
-"""Groups of runs that differ only by the seed: mean and sample standard deviation of their results and curves.
-
-Only finished runs are averaged; the others are listed with the reason. This module reads no files.
-"""
+"""Groups of runs that differ only by the seed: mean and sample standard deviation of their results and curves."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class MeanStd:
 
     @classmethod
     def from_values(cls, values: Sequence[float | None]) -> MeanStd | None:
-        """Compute the statistics of `values`, or return None if there are no values or any value is None."""
+        """Return the statistics of `values`; None if there are no values or any value is None."""
         measured = [value for value in values if value is not None]
         if not measured or len(measured) < len(values):
             return None
@@ -47,21 +44,18 @@ class MeanStd:
 
 
 class MetricCurve(NamedTuple):
-    """Mean and standard deviation over runs, None for a single run, of a metric, for `epochs` counted from 1."""
+    """The mean and standard deviation of a metric over runs."""
 
-    epochs: list[int]
+    epochs: list[int]  # counted from 1
     mean: list[float]
-    std: list[float] | None
+    std: list[float] | None  # None for a single run
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ only by the seed, one row of a report. Only `finished_runs` are averaged.
+    """Runs that differ only by the seed, one row of a report. Only `finished_runs` are averaged."""
 
-    `name` is unique within the report.
-    """
-
-    name: str
+    name: str  # unique within the report
     records: list[RunRecord]
 
     @cached_property
@@ -74,7 +68,7 @@ class RunGroup:
 
     @cached_property
     def plotted_runs(self) -> list[RunRecord]:
-        """The finished runs or, if there are none, all runs; only those that have a valid recipe and metrics."""
+        """Of the finished runs or, if there are none, of all runs, those that have a valid recipe and metrics."""
         return [record for record in self.finished_runs or self.records if record.options and record.metric_rows]
 
     @cached_property
@@ -92,8 +86,16 @@ class RunGroup:
         return TEST_SPLIT if self.accuracy(TEST_SPLIT) else VALIDATION_SPLIT if self.finished_runs else ""
 
     def accuracy(self, split: str) -> MeanStd | None:
-        """Return the accuracy on `TEST_SPLIT` or `VALIDATION_SPLIT`, None unless all finished runs have it."""
-        return MeanStd.from_values([_run_accuracy(record, split) for record in self.finished_runs])
+        """Return the accuracy of the weights that the recipe selects, None unless all finished runs have it.
+
+        The accuracy on `VALIDATION_SPLIT` is that of the epoch the weights are from.
+        """
+        values: list[float | None] = []
+        for summary, record in zip(self.summaries, self.finished_runs, strict=True):
+            ema_val_acc = record.metric_rows[-1]["ema_val_acc"] if record.metric_rows else None
+            val_accs = {"last": summary.val_acc, "best": summary.best_val_acc, "ema": ema_val_acc}
+            values.append(summary.test_acc if split == TEST_SPLIT else val_accs[summary.eval_weights])
+        return MeanStd.from_values(values)
 
     @cached_property
     def total_seconds(self) -> MeanStd | None:
@@ -116,26 +118,30 @@ class RunGroup:
             *([f"{len(self.devices)} kinds of device"] if len(self.devices) > 1 else []),
         ]
 
-    def per_class_accuracy(self) -> dict[str, float]:
-        """Return the mean test accuracy of each class; {} if the finished runs do not have the same classes."""
+    @cached_property
+    def class_accuracies(self) -> dict[str, float]:
+        """The mean test accuracy of each class; {} if the finished runs do not have the same classes."""
         per_run = [summary.per_class for summary in self.summaries]
         if not per_run or any(list(accuracies) != list(per_run[0]) for accuracies in per_run):
             return {}
-        by_class = {name: MeanStd.from_values([accuracies[name] for accuracies in per_run]) for name in per_run[0]}
-        return {name: accuracy.mean for name, accuracy in by_class.items() if accuracy}
+        means = {name: MeanStd.from_values([accuracies[name] for accuracies in per_run]) for name in per_run[0]}
+        return {name: accuracy.mean for name, accuracy in means.items() if accuracy}
 
     def curve(self, column: str) -> MetricCurve | None:
         """Return `column` of metrics.csv over the epochs that all plotted runs have; None if there are none.
 
         A mean over fewer and fewer runs would change its direction where a run ends.
         """
-        by_run = [_values_by_epoch(record, column) for record in self.plotted_runs]
+        by_run: list[dict[float, float]] = []  # epoch -> value; the last row of a repeated epoch counts
+        for record in self.plotted_runs:
+            pairs = [(row["epoch"], row[column]) for row in record.metric_rows]
+            by_run.append({epoch: value for epoch, value in pairs if epoch is not None and value is not None})
         epochs = sorted(set.intersection(*map(set, by_run))) if by_run else []
         if not epochs:
             return None
         values = np.array([[values_by_epoch[epoch] for epoch in epochs] for values_by_epoch in by_run])
         std = values.std(0, ddof=1).tolist() if len(by_run) > 1 else None
-        return MetricCurve([epoch + 1 for epoch in epochs], values.mean(0).tolist(), std)
+        return MetricCurve([int(epoch) + 1 for epoch in epochs], values.mean(0).tolist(), std)
 
     @cached_property
     def best_epoch(self) -> int | None:
@@ -144,34 +150,8 @@ class RunGroup:
         return curve.epochs[curve.mean.index(max(curve.mean))] if curve else None
 
 
-def _run_accuracy(record: RunRecord, split: str) -> float | None:
-    """Return the accuracy of the weights that the recipe selects; on validation data, at the epoch they are from."""
-    summary = record.summary
-    if summary is None:
-        return None
-    if split == TEST_SPLIT:
-        return summary.test_acc
-    ema_val_acc = record.metric_rows[-1]["ema_val_acc"] if record.metric_rows else None
-    return {"last": summary.val_acc, "best": summary.best_val_acc, "ema": ema_val_acc}[summary.eval_weights]
-
-
-def _values_by_epoch(record: RunRecord, column: str) -> dict[int, float]:
-    """Map epochs to the values of `column` that are present; the last row of a repeated epoch wins."""
-    values_by_epoch = {}
-    for row in record.metric_rows:
-        epoch, value = row["epoch"], row[column]
-        if epoch is not None and value is not None:
-            values_by_epoch[int(epoch)] = value
-    return values_by_epoch
-
-
-def per_class_accuracies(groups: Sequence[RunGroup]) -> dict[str, dict[str, float]]:
-    """Return group name -> class -> mean test accuracy, for the groups that have these accuracies."""
-    return {group.name: accuracies for group in groups if (accuracies := group.per_class_accuracy())}
-
-
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """Group the records by `group_key`, in the order of first appearance, and give each group a unique name.
+    """Group the records by `group_key`, in the order of first appearance.
 
     Groups of the same name are distinguished by the options that differ between them, and numbered if none do.
     """
@@ -185,8 +165,9 @@ def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
     options_by_name = {name: varying_options(members) for name, members in groups_by_name.items()}
     names = []
     for group in groups:
-        values = {name: group.options.get(name) for name in options_by_name[group.name]}
-        options = {name: value for name, value in values.items() if value is not None}
+        options = {
+            name: value for name in options_by_name[group.name] if (value := group.options.get(name)) is not None
+        }
         names.append(" ".join(filter(None, (group.name, format_options(options, separator=" ")))))
     totals, counts = Counter(names), Counter[str]()
     for index, name in enumerate(names):

@@ -1,16 +1,13 @@
-"""`fastcifar compare A B`: compare two runs, two benchmark files or two prediction files.
-
-The kinds are the entries of `COMPARERS`. The kind of a path is detected from its content, never from its name.
-"""
+"""Compare two runs, two benchmark files or two prediction files, a kind that is detected from the content."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+from pydantic_core import to_jsonable_python
 from rich.console import Group
 from rich.table import Table
 
@@ -25,12 +22,7 @@ from fastcifar.format import (
     option_flag,
 )
 from fastcifar.recipe import OUTPUT_OPTIONS
-from fastcifar.reporting.benchmark_tables import (
-    BenchComparison,
-    BenchDocument,
-    benchmark_comparison_table,
-    compare_benchmarks,
-)
+from fastcifar.reporting.benchmark_tables import BenchDocument, benchmark_comparison_table, compare_benchmarks
 from fastcifar.reporting.records import RECIPE_FILE, RunRecord, read_recipe_options, read_run_record
 from fastcifar.training.metrics_file import METRICS_COLUMNS
 
@@ -65,31 +57,23 @@ class AccuracyComparison(TypedDict):
 
 
 class RunComparison(TypedDict):
-    """The comparison of two runs, whose folders are `a` and `b`; lists are [of A, of B].
-
-    recipe, environment  the options and environment entries that differ
-    equal_epochs         the smaller of the numbers of `epochs`
-    curves               column -> its `final` and `best` value and the one after `equal_epochs` epochs
-    first_difference     the first epoch whose metrics differ; None if none do
-    accuracy             on the test set or, if one of the runs was not tested, on the validation split; None if neither
-                         accuracy is available for both runs
-    """
+    """The comparison of two runs, whose folders are `a` and `b`; lists are [of A, of B]."""
 
     a: str
     b: str
-    recipe: dict[str, list[Any]]
-    environment: dict[str, list[Any]]
+    recipe: dict[str, list[Any]]  # options that differ
+    environment: dict[str, list[Any]]  # entries that differ
     epochs: list[int]
-    equal_epochs: int
-    curves: dict[str, dict[str, list[float | None]]]
+    equal_epochs: int  # the smaller number of epochs
+    curves: dict[str, dict[str, list[float | None]]]  # column -> "final", "best" and "at_equal_epochs"
     first_difference: EpochDifference | None
-    accuracy: AccuracyComparison | None
+    accuracy: AccuracyComparison | None  # on the test set or, if a run was not tested, on the validation split
 
 
 def read_run(path: Path) -> RunRecord | None:
     """Return the record of a run folder, finished or not; None for any other path.
 
-    Raises `DataError` if its summary is damaged, and `UsageError` if its recipe is invalid.
+    Raises `DataError` if the summary is damaged, and `UsageError` if the recipe is invalid.
     """
     if not (path / RECIPE_FILE).is_file():
         return None
@@ -113,6 +97,12 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
             "best": [min_or_max(run_values, default=None) for run_values in measured],
             "at_equal_epochs": [_last_value(run_values[:equal_epochs]) for run_values in values],
         }
+    columns = [name for name in METRICS_COLUMNS if name not in TIMING_COLUMNS]
+    differences: Iterator[EpochDifference] = (
+        {"epoch": epoch, "columns": differing}
+        for epoch, (row_a, row_b) in enumerate(zip(a.metric_rows, b.metric_rows, strict=False))
+        if (differing := [name for name in columns if row_a[name] != row_b[name]])
+    )
     options = [{name: value for name, value in run.options.items() if name not in OUTPUT_OPTIONS} for run in (a, b)]
     return {
         "a": str(a.folder),
@@ -122,7 +112,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
         "epochs": epochs,
         "equal_epochs": equal_epochs,
         "curves": curves,
-        "first_difference": _first_differing_epoch(a, b),
+        "first_difference": next(differences, None),
         "accuracy": _compare_accuracy(a, b, "test_acc") or _compare_accuracy(a, b, "val_acc"),
     }
 
@@ -144,14 +134,6 @@ def _flat_environment(run: RunRecord) -> dict[str, Any]:
         elif name not in LAUNCH_INFO:
             flat[name] = value
     return flat
-
-
-def _first_differing_epoch(a: RunRecord, b: RunRecord) -> EpochDifference | None:
-    columns = [name for name in METRICS_COLUMNS if name not in TIMING_COLUMNS]
-    for epoch, (row_a, row_b) in enumerate(zip(a.metric_rows, b.metric_rows, strict=False)):
-        if differing := [name for name in columns if row_a[name] != row_b[name]]:
-            return {"epoch": epoch, "columns": differing}
-    return None
 
 
 def _compare_accuracy(a: RunRecord, b: RunRecord, name: str) -> AccuracyComparison | None:
@@ -182,9 +164,8 @@ def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
 def run_comparison_table(comparison: RunComparison) -> Group:
     """Return the table of a comparison of two runs."""
     differences = Table("differs", "A", "B", box=None)
-    for name, values in comparison["recipe"].items():
-        differences.add_row(option_flag(name), *map(format_option_value, values))
-    for name, values in comparison["environment"].items():
+    options = {option_flag(name): values for name, values in comparison["recipe"].items()}
+    for name, values in (options | comparison["environment"]).items():
         differences.add_row(name, *map(format_option_value, values))
     after = f"after {comparison['equal_epochs']}"
     curves = numeric_table(["curve"], ["last A", "last B", "best A", "best B", f"A {after}", f"B {after}"])
@@ -192,12 +173,18 @@ def run_comparison_table(comparison: RunComparison) -> Group:
         values = [*curve["final"], *curve["best"], *curve["at_equal_epochs"]]
         if values != [None] * len(values):
             curves.add_row(name, *(format_decimal(value, 4) for value in values))
-    first = comparison["first_difference"]
-    difference = (
-        f"first differ in epoch {first['epoch']}: {', '.join(first['columns'])}"
-        if first
-        else f"do not differ in the {comparison['equal_epochs']} common epochs"
-    )
+    first, accuracy = comparison["first_difference"], comparison["accuracy"]
+    curve_note = f"do not differ in the {comparison['equal_epochs']} common epochs"
+    if first:
+        curve_note = f"first differ in epoch {first['epoch']}: {', '.join(first['columns'])}"
+    accuracy_note = "accuracy: not measured in both runs"
+    if accuracy:
+        n = " and ".join(f"{size:,}" for size in dict.fromkeys(accuracy["n"]))
+        relation = "within" if accuracy["within_noise"] else "beyond"
+        noise = f"{relation} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
+        values = f"{format_percent(accuracy['a'])} and {format_percent(accuracy['b'])}"
+        difference = f"{100 * accuracy['difference']:+.2f} points from A to B"
+        accuracy_note = f"{accuracy['measured']}: {values}, {difference}, {noise}"
     return Group(
         f"A: {comparison['a']}",
         f"B: {comparison['b']}",
@@ -205,19 +192,9 @@ def run_comparison_table(comparison: RunComparison) -> Group:
         differences if differences.row_count else "the same recipe and environment",
         "",
         curves,
-        f"{comparison['epochs'][0]} and {comparison['epochs'][1]} epochs; the curves {difference}",
-        _describe_accuracies(comparison["accuracy"]),
+        f"{comparison['epochs'][0]} and {comparison['epochs'][1]} epochs; the curves {curve_note}",
+        accuracy_note,
     )
-
-
-def _describe_accuracies(accuracy: AccuracyComparison | None) -> str:
-    if accuracy is None:
-        return "accuracy: not measured in both runs"
-    n = " and ".join(f"{size:,}" for size in dict.fromkeys(accuracy["n"]))
-    relation = "within" if accuracy["within_noise"] else "beyond"
-    noise = f"{relation} the noise of {n} images (95 %: ±{100 * Z_95 * accuracy['standard_error']:.2f})"
-    values = f"{format_percent(accuracy['a'])} and {format_percent(accuracy['b'])}"
-    return f"{accuracy['measured']}: {values}, {100 * accuracy['difference']:+.2f} points from A to B, {noise}"
 
 
 def detect_predictions_file(path: Path) -> Path | None:
@@ -232,50 +209,34 @@ def detect_predictions_file(path: Path) -> Path | None:
 
 def prediction_comparison_table(result: PredictionComparison) -> Group:
     """Return the table of a comparison of two prediction files."""
-    summary = key_value_table(
-        {
-            "a": result["a"],
-            "b": result["b"],
-            "differ": f"{result['differ']:,} of {result['total']:,} labels, {format_percent(result['share'])}",
-        }
-    )
+    difference = f"{result['differ']:,} of {result['total']:,} labels, {format_percent(result['share'])}"
+    summary = key_value_table({"a": result["a"], "b": result["b"], "differ": difference})
     if not result["pairs"]:
         return Group(summary)
-    pairs = Table("label in a", "label in b", box=None)
-    pairs.add_column("images", justify="right")
+    pairs = numeric_table(["label in a", "label in b"], ["images"])
     for pair in result["pairs"][:MAX_LABEL_PAIRS]:
         pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
     omitted = len(result["pairs"]) - MAX_LABEL_PAIRS
     return Group(summary, "", pairs, *([f"and {omitted} more pairs (--json lists all)"] if omitted > 0 else []))
 
 
-@dataclass(frozen=True)
-class Comparer:
-    """The functions that compare one kind of path.
+class Comparer(NamedTuple):
+    """The functions that compare one kind of path."""
 
-    read         path -> its content, or None if the path is of another kind
-    compare      two contents -> the document of --json
-    build_table  that document -> its table for the terminal
-    """
-
-    read: Callable[[Path], Any]
-    compare: Callable[[Any, Any], Mapping[str, Any]]
+    read: Callable[[Path], Any]  # returns None if the path is of another kind
+    compare: Callable[[Any, Any], Any]
     build_table: Callable[[Any], Group]
 
 
-COMPARERS: dict[str, Comparer] = {
+COMPARERS = {
     "run": Comparer(read_run, compare_runs, run_comparison_table),
-    "benchmark": Comparer(
-        BenchDocument.read,
-        lambda a, b: compare_benchmarks(a, b).model_dump(mode="json"),
-        lambda result: benchmark_comparison_table(BenchComparison.model_validate(result)),
-    ),
+    "benchmark": Comparer(BenchDocument.read, compare_benchmarks, benchmark_comparison_table),
     "submission": Comparer(detect_predictions_file, compare_predictions, prediction_comparison_table),
 }
 
 
-def compare_paths(a: Path, b: Path) -> dict[str, Any]:
-    """Return `{"kind", "a", "b"}` and the result of the comparer of that kind.
+def compare_paths(a: Path, b: Path) -> tuple[dict[str, Any], Group]:
+    """Return the document of `compare --json`, the comparison with `kind` and the paths, and its table.
 
     Raises `UsageError` if the kinds differ, and the errors of `detect_kind` and of the comparer.
     """
@@ -283,7 +244,9 @@ def compare_paths(a: Path, b: Path) -> dict[str, Any]:
     other_kind, content_b = detect_kind(b)
     if kind != other_kind:
         raise UsageError(f"{a} is a {kind} and {b} is a {other_kind}", "give two paths of the same kind")
-    return {"kind": kind, "a": str(a), "b": str(b), **COMPARERS[kind].compare(content_a, content_b)}
+    comparison = COMPARERS[kind].compare(content_a, content_b)
+    document = {"kind": kind, "a": str(a), "b": str(b), **to_jsonable_python(comparison)}
+    return document, COMPARERS[kind].build_table(comparison)
 
 
 def detect_kind(path: Path) -> tuple[str, Any]:
@@ -297,7 +260,5 @@ def detect_kind(path: Path) -> tuple[str, Any]:
         content = comparer.read(path)
         if content is not None:
             return kind, content
-    raise UsageError(
-        f"{path} is not a {' or '.join(COMPARERS)}",
-        "give run folders, outputs of `bench --json` or CSV files of `predict`",
-    )
+    remedy = "give run folders, outputs of `bench --json` or CSV files of `predict`"
+    raise UsageError(f"{path} is not a {' or '.join(COMPARERS)}", remedy)

@@ -25,7 +25,7 @@ from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import write_atomically
 from fastcifar.format import add_wrap_points, format_count
 from fastcifar.plotting import LineSeries
-from fastcifar.reporting.aggregate import RunGroup, per_class_accuracies
+from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.reporting.misclassified import Misclassified
 from fastcifar.reporting.report_plots import CHARTS, chart_lines
 from fastcifar.reporting.table import ReportTable
@@ -59,7 +59,7 @@ def write_html_report(
     figures = {name: figure for name in CHARTS if (figure := plotly_chart(name, groups))["data"]}
     confusions = map(plotly_confusion_matrix, misclassified_by_group.values())
     cells = [_table_cells(table, group) for group in groups]
-    per_class = per_class_accuracies(groups)
+    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
     class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
     jinja = import_optional("jinja2", HTML_REMEDY)
     source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")

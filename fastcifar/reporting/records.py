@@ -1,7 +1,4 @@
-"""Read run folders and sweeps as records: the options of each run and its results, or the reason why it has none.
-
-A damaged or unfinished folder becomes a record with that state and the reason. No model is built.
-"""
+"""Read run folders and sweeps as records. A damaged or unfinished folder becomes a record with the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import one_line
@@ -32,15 +29,13 @@ FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 TrialState = Literal["running", "done", "failed", "pruned"]
 
 
-class TrialLogEntry(BaseModel):
-    """A line of trials.jsonl in a sweep folder; `knobs` are the options that the sweep varies."""
-
-    model_config = ConfigDict(frozen=True)
+class TrialLogEntry(BaseModel, frozen=True):
+    """A line of trials.jsonl in a sweep folder."""
 
     schema_version: Literal[1] = 1
     trial: FolderName
     label: str
-    knobs: dict[str, Any] = {}
+    knobs: dict[str, Any] = {}  # the options that the sweep varies
     seed: int | None = None
     state: TrialState
     reason: str | None = None
@@ -55,23 +50,17 @@ class TrialLogEntry(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, or a trial of a sweep without a run folder.
-
-    group_key    equal for runs that differ only by the seed; `name` is its readable form
-    options      the options of the recipe; of a trial without a run folder, only those that the sweep varies
-    state        "done" if the run finished; `reason` says why a run in any other state did not
-    metric_rows  the rows of metrics.csv, one per epoch; a value that was not measured is None
-    """
+    """A run, or a trial of a sweep without a run folder."""
 
     folder: Path
-    group_key: str
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    group_key: str  # equal for runs that differ only by the seed
+    name: str  # a readable form of `group_key`
+    options: dict[str, Any] = field(default_factory=dict)  # of a trial without a run folder, only those that vary
     seed: int | None = None
     state: Literal["done", "unfinished", "failed", "pruned", "damaged"] = "done"
-    reason: str = ""
+    reason: str = ""  # why the run is not "done"
     summary: RunSummary | None = None
-    metric_rows: list[dict[str, float | None]] = field(default_factory=list)
+    metric_rows: list[dict[str, float | None]] = field(default_factory=list)  # one per epoch; None if not measured
     environment: RunEnvironment = field(default_factory=RunEnvironment)
 
     @property
@@ -87,10 +76,16 @@ def read_records(paths: Iterable[Path]) -> list[RunRecord]:
     """
     record_by_folder: dict[Path, RunRecord] = {}
     for path in paths:
-        for record in _read_run_or_sweep(path):
-            folder = record.folder.resolve()
-            if folder not in record_by_folder or record.group_key.startswith("sweep"):
-                record_by_folder[folder] = record
+        if os.path.isfile(path / TRIALS_FILE):  # unlike `Path.is_file`, this accepts any name
+            for trial in read_trial_log(path / TRIALS_FILE)[0].values():
+                record = _read_trial(path, trial)
+                record_by_folder[record.folder.resolve()] = record
+        elif any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
+            record_by_folder.setdefault(path.resolve(), read_run_record(path))
+        else:
+            is_folder = os.path.isdir(path)
+            problem = f"{path} is neither a run folder nor a sweep" if is_folder else f"there is no folder {path}"
+            raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
     records = list(record_by_folder.values())
     if all(record.state == "damaged" for record in records):
         reasons = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "there are no trials"
@@ -101,38 +96,32 @@ def read_records(paths: Iterable[Path]) -> list[RunRecord]:
     return records
 
 
-def _read_run_or_sweep(path: Path) -> list[RunRecord]:
-    if os.path.isfile(path / TRIALS_FILE):  # unlike `Path.is_file`, this accepts any name
-        return [_read_trial(path, trial) for trial in read_trial_log(path / TRIALS_FILE)[0].values()]
-    if any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
-        return [read_run_record(path)]
-    problem = f"{path} is neither a run folder nor a sweep" if os.path.isdir(path) else f"there is no folder {path}"
-    raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
-
-
 def read_run_record(folder: Path) -> RunRecord:
     """Return the record of a run folder in any state."""
-    environment = read_environment(folder)
     try:
         rows = read_metrics(folder / METRICS_FILE, MAX_METRIC_VALUE)
     except OSError:
         rows = []
-    record = RunRecord(folder, str(folder), folder.name, metric_rows=rows, environment=environment)
-    state, reason = "done", ""
+    summary, state, reason = None, "done", ""
     try:
         summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
         if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
             state, reason = "unfinished", f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps"
-        record = replace(record, summary=summary)
     except FileNotFoundError:
         state = "unfinished"
-    except (ValidationError, OSError) as error:
-        state, reason = "damaged", f"{SUMMARY_FILE}: {_describe_read_error(error)}"
+    except OSError as error:
+        state, reason = "damaged", f"{SUMMARY_FILE}: cannot be read: {error.strerror}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = one_line(": ".join(filter(None, (SUMMARY_FILE, ".".join(map(str, first["loc"])), first["msg"]))))
+        state = "damaged"
+    environment = read_environment(folder)
+    record = RunRecord(folder, str(folder), folder.name, summary=summary, metric_rows=rows, environment=environment)
     try:
         options = read_recipe_options(folder)
     except UsageError as error:
         return replace(record, state="damaged", reason=one_line(error))
-    if state == "unfinished" and not record.summary:
+    if state == "unfinished" and not summary:
         reason = f"after {len(rows)} of {options['epochs']} epochs: still training or interrupted"
     recipe = one_line(environment.recipe)
     shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
@@ -162,9 +151,8 @@ def read_recipe_options(folder: Path) -> dict[str, Any]:
 def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
     """Return the last entry of each trial in a trial log, and the length in bytes of the log's complete lines.
 
-    Trials are in the order of their first entries. An incomplete last line, left behind by a terminated process, is
-    ignored; a complete but invalid line is skipped with a warning. A missing file has no trials. Raises
-    `CheckpointError` if the file cannot be read.
+    An incomplete last line, left behind by a terminated process, is ignored; a complete but invalid line is skipped
+    with a warning. A missing file has no trials. Raises `CheckpointError` if the file cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -192,17 +180,9 @@ def _read_trial(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
         record = read_run_record(folder)
     else:
         is_running = trial.state == "running"
-        state, reason = (
-            ("unfinished", "still training or interrupted") if is_running else ("damaged", "its run folder is missing")
-        )
+        reason = "still training or interrupted" if is_running else "its run folder is missing"
+        state = "unfinished" if is_running else "damaged"
         record = RunRecord(folder, "", "", upgrade_options(trial.knobs), trial.seed, state, reason)
     if trial.state in ("failed", "pruned"):
         record = replace(record, state=trial.state, reason=one_line(trial.reason or "no reason recorded"))
     return replace(record, group_key=f"sweep {sweep_folder.resolve()} {trial.label}", name=one_line(trial.label))
-
-
-def _describe_read_error(error: ValidationError | OSError) -> str:
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror}"
-    first = error.errors()[0]
-    return one_line(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcifar import plotting
 from fastcifar.plotting import LineSeries
-from fastcifar.reporting.aggregate import RunGroup, per_class_accuracies
+from fastcifar.reporting.aggregate import RunGroup
 from fastcifar.reporting.misclassified import Misclassified
 
 # The color-blind safe palette of Okabe and Ito without yellow and black, and three more colors. All of them are visible
@@ -84,7 +84,8 @@ def write_report_plots(
         if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
             plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
-    if per_class := per_class_accuracies(groups):
+    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
+    if per_class:
         files.append(folder / "classes.png")
         plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
     for number, group in enumerate(groups, start=1):

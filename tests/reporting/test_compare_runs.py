@@ -29,7 +29,7 @@ def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, 
 def test_differences_of_options_environment_and_curves(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", [0.3, 0.6, 0.5], lr=0.1, optimizer_arg={"nesterov": True})
     b = make_run(tmp_path / "b", [0.3, 0.4], 0.4, lr=0.2, seed=3, out="b", save_every_epochs=5, track="mlflow")
-    comparison = compare_paths(a, b)
+    comparison, _ = compare_paths(a, b)
     assert (comparison["kind"], comparison["a"], comparison["b"]) == ("run", str(a), str(b))
     assert comparison["recipe"] == {"lr": [0.1, 0.2], "optimizer_arg": [{"nesterov": True}, {}], "seed": [0, 3]}
     assert comparison["environment"] == {"versions.torch": ["2.14", "2.15"]}
@@ -48,7 +48,7 @@ def test_differences_of_options_environment_and_curves(tmp_path: Path) -> None:
 def test_accuracy_difference_is_compared_with_binomial_noise(tmp_path: Path, other: float, within: bool) -> None:
     """For 0.90 of 10,000 images each, the standard error of the difference is 0.00424 and its 95 % interval ±0.0083."""
     pair = [make_run(tmp_path / name, [0.9], acc) for name, acc in (("a", 0.9), ("b", other))]
-    accuracy = compare_paths(*pair)["accuracy"]
+    accuracy = compare_paths(*pair)[0]["accuracy"]
     assert (accuracy["measured"], accuracy["n"]) == ("test_acc", [10_000, 10_000])
     assert accuracy["difference"] == pytest.approx(other - 0.9)
     assert accuracy["standard_error"] == pytest.approx(0.00424, abs=1.5e-4)
@@ -57,7 +57,7 @@ def test_accuracy_difference_is_compared_with_binomial_noise(tmp_path: Path, oth
 
 def test_missing_measurements_are_not_compared(tmp_path: Path) -> None:
     pair = [make_run(tmp_path / name, [], val_size=0) for name in "ab"]
-    comparison = compare_paths(*pair)
+    comparison, _ = compare_paths(*pair)
     assert (comparison["accuracy"], comparison["first_difference"], comparison["epochs"]) == (None, None, [0, 0])
 
 

@@ -80,9 +80,7 @@ def test_curves_are_means_over_the_common_epochs(folders: list[Path]) -> None:
     assert curve.std == pytest.approx(values.std(0, ddof=1))
     assert row.best_epoch == 1 + values.mean(0).argmax()
     assert row.curve("ema_val_acc") is None
-    assert row.per_class_accuracy() == pytest.approx(
-        {name: np.mean([0.9151, 0.9204, 0.9302]) for name in ("cat", "dog")}
-    )
+    assert row.class_accuracies == pytest.approx({name: np.mean([0.9151, 0.9204, 0.9302]) for name in ("cat", "dog")})
 
 
 def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) -> None:
