@@ -1,9 +1,4 @@
-"""Measure the throughput of the data loader, the training step, training, inference and single convolutions.
-
-The time to build the trainer, and to compile and warm up, is reported apart from the trials. Every timed trial is kept
-in the result. The workloads are defined in `workloads.py`, the limits of the device are measured in `roofline.py`.
-Nothing is downloaded, and no file is written except a requested trace.
-"""
+"""Measure the throughput of the workloads in `workloads.py`, relative to the limits of the device in `roofline.py`."""
 
 from __future__ import annotations
 
@@ -91,8 +86,8 @@ def bench(
         trial_s: approximate duration of a trial, in seconds.
         grid: option values to measure; all combinations are measured.
 
-    Raises `UsageError` if a benchmark, an option value or the folder of `trace` does not exist, `NonFiniteError` if the
-    loss or a gradient is NaN or Inf, and the other `UserError`s of a training run.
+    Nothing is downloaded, and no file is written except `trace`. Raises `NonFiniteError` if the loss or a gradient is
+    NaN or Inf, and the other `UserError`s of a training run.
     """
     assert trials > 0, trials
     names = list(BENCHMARKS) if what == "all" else what.split(",")
@@ -100,55 +95,42 @@ def bench(
         lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: the folder {trace.absolute().parent} does not exist", "create it first")
-    points = [resolve(point) for point in expand_grid(prepare_bench_recipe(recipe), grid or {})]
+    base = prepare_bench_recipe(recipe).model_dump()
+    axes = [[(axis, value) for value in values] for axis, values in (grid or {}).items() if values]
+    points = []
+    for point in itertools.product(*axes):
+        changes: dict[str, Any] = dict(point)
+        changes |= lookup(EXECUTION_MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
+        points.append(resolve(Recipe(**{**base, **changes})))
     rows: list[BenchRow] = []
-    for point in points:
-        options = MeasurementOptions(names, trials, trial_s, trace if point is points[-1] else None)
-        measure_point(point, options, rows, console)
-        if point is not points[-1]:
+    for resolved in points:
+        is_last = resolved is points[-1]
+        measure_point(resolved, names, trials, trial_s, trace if is_last else None, rows, console)
+        if not is_last:
             reset_compiler_and_memory()
     device = torch.device(points[0].execution.device)
-    precisions = dict.fromkeys(row.precision for row in rows if row.precision)
-    limits = {precision: measure_roofline(device, precision) for precision in precisions}
+    limits: dict[str, DeviceLimits] = {}
+    for index, row in enumerate(rows):
+        if row.precision:
+            limits[row.precision] = limit = measure_roofline(device, row.precision)
+            if row.tflop_per_s and row.gb_per_s:
+                mfu, mbu = row.tflop_per_s / limit.matmul_tflop_per_s, row.gb_per_s / limit.copy_gb_per_s
+                rows[index] = row.model_copy(update={"mfu": mfu, "mbu": mbu})
     environment = collect_environment(device.type)
     versions = {"python": environment.python, "cuda": environment.cuda, "cudnn": environment.cudnn}
     return BenchDocument(
         device=environment.device,
         versions=environment.versions | {name: str(version) for name, version in versions.items() if version},
         limits=limits or None,
-        results=[with_utilization(row, limits) for row in rows],
+        results=rows,
     )
-
-
-@dataclass(frozen=True)
-class MeasurementOptions:
-    """The benchmarks to run at a grid point, and the trace file (None at all grid points but the last)."""
-
-    benchmarks: list[str]
-    trials: int
-    trial_s: float
-    trace: Path | None
-
-
-def expand_grid(recipe: Recipe, grid: BenchGrid) -> list[Recipe]:
-    """Return `recipe` with every combination of the values in `grid`.
-
-    Raises `UsageError` if a value is invalid for its option or is not a key of `EXECUTION_MODES`.
-    """
-    axes = [[(axis, value) for value in values] for axis, values in grid.items() if values]
-    points = []
-    for point in itertools.product(*axes):
-        changes: dict[str, Any] = dict(point)
-        changes |= lookup(EXECUTION_MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
-        points.append(Recipe(**{**recipe.model_dump(), **changes}))
-    return points
 
 
 def prepare_bench_recipe(recipe: Recipe) -> Recipe:
     """Return `recipe` without a validation split and with a fixed image size of 32x32.
 
-    The operation counts in `workloads.py` hold for 32x32 images. Synthetic images replace the data set if none is
-    specified and the default one is not on disk. A data set specified by the recipe or by FASTCIFAR_DATA must exist.
+    Synthetic images replace the default data set if it is not on disk. A data set specified by the recipe or by
+    FASTCIFAR_DATA must exist.
     """
     recipe = recipe.model_copy(update={"val_size": 0, "eval_weights": "last", "image_size": "32"})
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
@@ -171,12 +153,17 @@ def reset_compiler_and_memory() -> None:
 
 
 def measure_point(
-    resolved: Resolved, options: MeasurementOptions, rows: list[BenchRow], console: Console | None
+    resolved: Resolved,
+    names: Sequence[str],
+    trials: int,
+    trial_s: float,
+    trace: Path | None,
+    rows: list[BenchRow],
+    console: Console | None,
 ) -> None:
-    """Measure the benchmarks at one grid point and append a row for each case to `rows`.
+    """Measure the benchmarks `names` and append a row for each case whose settings are not yet in `rows`.
 
-    A case whose settings are already in `rows` does not depend on the option that differs (the loader on the
-    architecture, for example) and is not measured again.
+    The loader, for example, does not depend on the architecture and is measured for the first architecture only.
     """
     started = time.perf_counter()
     trainer = build_trainer(resolved)
@@ -184,18 +171,18 @@ def measure_point(
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines(), "compiling and warming up ..."])
     trainer.model.train()
     reset_peak_memory(trainer.device)
-    needs_step = bool(STEP_BENCHMARKS & set(options.benchmarks))
+    needs_step = not STEP_BENCHMARKS.isdisjoint(names)
     started = time.perf_counter()
     if needs_step:
         trainer.optimize()
     step_s, step_peak = time.perf_counter() - started, peak_memory_bytes(trainer.device)
-    for name in options.benchmarks:
+    for name in names:
         cases = list(BENCHMARKS[name](trainer))
         for case in cases:
             if case.settings in [row.settings for row in rows]:
                 continue
-            trace = options.trace if name == options.benchmarks[-1] and case is cases[-1] else None
-            row, first_s = measure_case(case, trainer, options, trace)
+            is_last = name == names[-1] and case is cases[-1]
+            row, first_s = measure_case(case, trainer, trials, trial_s, trace if is_last else None)
             compile_s, peak = first_s, row.peak_memory_bytes
             if name in STEP_BENCHMARKS:
                 compile_s = step_s
@@ -209,12 +196,9 @@ def measure_point(
 
 
 def measure_case(
-    case: BenchmarkCase, trainer: Trainer, options: MeasurementOptions, trace_file: Path | None
+    case: BenchmarkCase, trainer: Trainer, num_trials: int, trial_s: float, trace: Path | None
 ) -> tuple[BenchRow, float]:
-    """Return the result of a case and the seconds of its first unit of work.
-
-    The state of the trainer is restored afterwards. Raises `NonFiniteError` if the loss or a gradient is NaN or Inf.
-    """
+    """Return the result of a case and the seconds of its first unit of work; restore the state of the trainer."""
     with trainer.preserve_state(skip_updates=False), closing(case.workload) as work:
         trainer.meter.reset()
         reset_peak_memory(trainer.device)
@@ -222,24 +206,18 @@ def measure_case(
         next(work)
         synchronize(trainer.device)
         first_s = time.perf_counter() - started
-        trials = run_trials(work, options.trials, trainer, options.trial_s * case.relative_trial_s)
+        trials = run_trials(work, num_trials, trainer, trial_s * case.relative_trial_s)
         peak = peak_memory_bytes(trainer.device)
         device_state = read_device_state(trainer.device, lambda: next(work))
-        if trace_file:
-            write_trace(work, trace_file, trainer.device)
+        if trace:
+            write_trace(work, trace, trainer.device)
         if not trainer.meter.compute().all_finite:
             raise NonFiniteError("the loss or a gradient became NaN or Inf in a trial", "use --precision fp32")
-    row = summarize_trials(case, trials)
-    return row.model_copy(update={"peak_memory_bytes": peak, **device_state}), first_s
-
-
-def summarize_trials(case: BenchmarkCase, trials: list[TimedTrial]) -> BenchRow:
-    """Return the median throughput, the throughput of each trial, and the rates of operations and bytes if known."""
     images_per_s = statistics.median(trial.images_per_s for trial in trials)
     is_latency = case.settings.what == "infer" and case.settings.batch_size == 1
     flop, num_bytes = case.flop_per_image, case.bytes_per_image
-    return BenchRow(
-        **dict(case.settings),
+    row = BenchRow(
+        **(dict(case.settings) | device_state),
         images_per_s=images_per_s,
         cpu_us_per_image=statistics.median(trial.cpu_us_per_image for trial in trials),
         trials=[trial.images_per_s for trial in trials],
@@ -248,17 +226,9 @@ def summarize_trials(case: BenchmarkCase, trials: list[TimedTrial]) -> BenchRow:
         tflop_per_s=flop and flop * images_per_s / 1e12,
         bytes_per_image=num_bytes,
         gb_per_s=num_bytes and num_bytes * images_per_s / 1e9,
+        peak_memory_bytes=peak,
     )
-
-
-def with_utilization(row: BenchRow, limits: Mapping[str, DeviceLimits]) -> BenchRow:
-    """Return `row` with the utilization of the device as fractions of its measured limits, if the rates are known."""
-    if row.precision is None or row.tflop_per_s is None or row.gb_per_s is None:
-        return row
-    limit = limits[row.precision]
-    return row.model_copy(
-        update={"mfu": row.tflop_per_s / limit.matmul_tflop_per_s, "mbu": row.gb_per_s / limit.copy_gb_per_s}
-    )
+    return row, first_s
 
 
 def run_trials(workload: Iterator[int], trials: int, trainer: Trainer, trial_s: float) -> list[TimedTrial]:
@@ -304,10 +274,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds used by all threads of this process and by its worker processes.
-
-    Running workers are included where the system has /proc, finished workers always.
-    """
+    """Return the CPU seconds of all threads of this process and of its workers (running ones only with /proc)."""
     os_times = os.times()
     worker_seconds = [
         times[0] for worker in multiprocessing.active_children() if (times := process_times(str(worker.pid)))
@@ -316,10 +283,7 @@ def cpu_seconds() -> float:
 
 
 def write_trace(workload: Iterator[int], file: Path, device: torch.device) -> None:
-    """Write a Chrome trace of a few units of `workload`, which Perfetto can open.
-
-    Raises `DiskError` if the file cannot be written.
-    """
+    """Write a Chrome trace of a few units of `workload`, which Perfetto can open."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         sum(itertools.islice(workload, PROFILED_UNITS))

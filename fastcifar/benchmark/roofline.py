@@ -1,7 +1,4 @@
-"""Measure the limits of the device (matrix product, memory copy), and read its clocks, power and temperature.
-
-Utilization in `bench.py` is relative to these measured limits, not to a data sheet.
-"""
+"""Measure the limits of the device (matrix product, memory copy), and read its clocks, power and temperature."""
 
 from __future__ import annotations
 
@@ -20,27 +17,26 @@ from fastcifar.training.step import DTYPES
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
 MIN_SECONDS = 0.5  # minimum duration of a measurement, of which the fastest block of runs counts
-NVIDIA_SMI_QUERY = (
-    "nvidia-smi",
-    "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu",
-    "--format=csv,noheader,nounits",
-)
-NVIDIA_SMI_FIELDS = ("clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
+# field of `nvidia-smi` -> key in the results
+NVIDIA_SMI_FIELDS = {
+    "clocks.sm": "clock_mhz", "clocks.mem": "memory_clock_mhz", "power.draw": "power_w",
+    "temperature.gpu": "temperature_c",
+}  # fmt: skip
 
 
 @functools.cache
 def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
     """Return the rate of the fastest of `MATMUL_SIZES` in `precision`, and that of a copy (bytes read and written)."""
     flop_per_s = max(measure_matmul_flop_per_s(device, precision, side) for side in MATMUL_SIZES[device.type])
-    bytes_per_s = measure_copy_bytes_per_s(device, COPY_BYTES[device.type])
+    num_bytes = COPY_BYTES[device.type]
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.zeros_like(source)
+    bytes_per_s = 2 * num_bytes / fastest_run_s(lambda: target.copy_(source))
     return DeviceLimits(matmul_tflop_per_s=flop_per_s / 1e12, copy_gb_per_s=bytes_per_s / 1e9)
 
 
 def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -> float:
-    """Return the operations per second of a product of two matrices [size,size].
-
-    float32 on CUDA uses TF32, as convolutions do by default.
-    """
+    """Return the rate of a product of two matrices [size,size]; float32 on CUDA uses TF32, as convolutions do."""
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     result = torch.empty_like(left)
     previous_precision = torch.get_float32_matmul_precision()
@@ -51,13 +47,6 @@ def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -
         torch.set_float32_matmul_precision(previous_precision)
 
 
-def measure_copy_bytes_per_s(device: torch.device, num_bytes: int) -> float:
-    """Return the bytes per second, read plus written, of a copy of `num_bytes` bytes in device memory."""
-    source = torch.ones(num_bytes // 4, device=device)
-    target = torch.zeros_like(source)
-    return 2 * num_bytes / fastest_run_s(lambda: target.copy_(source))
-
-
 def fastest_run_s(function: Callable[[], object]) -> float:
     """Return the seconds of one call of `function`, in the fastest block of calls after a warm-up."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
@@ -65,18 +54,14 @@ def fastest_run_s(function: Callable[[], object]) -> float:
 
 
 def read_device_state(device: torch.device, function: Callable[[], object]) -> dict[str, float]:
-    """Return clocks, power and temperature while `function` runs repeatedly.
-
-    The values come from `nvidia-smi` (keys: `NVIDIA_SMI_FIELDS`) or from /proc/cpuinfo; unavailable values are omitted.
-    """
+    """Return clocks, power and temperature while `function` runs repeatedly; unavailable values are omitted."""
     if device.type == "cpu":
         return read_cpu_clock(Path("/proc/cpuinfo"))
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    selection = ("-i", f"GPU-{uuid}") if uuid else ()
+    command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    command += ["-i", f"GPU-{uuid}"] if uuid else []
     try:
-        process = subprocess.Popen(
-            [*NVIDIA_SMI_QUERY, *selection], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
         return {}
     while process.poll() is None:
@@ -89,7 +74,7 @@ def read_device_state(device: torch.device, function: Callable[[], object]) -> d
 def parse_nvidia_smi_line(output: str) -> dict[str, float]:
     """Parse the numbers in the output of `nvidia-smi`; unavailable values are omitted."""
     cells = (output.splitlines() or [""])[0].split(",")
-    numbers = zip(NVIDIA_SMI_FIELDS, (cell.strip() for cell in cells), strict=False)
+    numbers = zip(NVIDIA_SMI_FIELDS.values(), (cell.strip() for cell in cells), strict=False)
     return {name: float(text) for name, text in numbers if re.fullmatch(r"\d+(\.\d+)?", text)}
 
 

@@ -1,10 +1,8 @@
 """Measure the time to reach a target accuracy, over n training runs of one recipe.
 
-The time of a run is preparation plus training. Preparation is all work on the training images before the first training
-step. Nothing is evaluated during training. Building and compiling the trainer is reported separately. The model is
-evaluated after training, and its weights are hashed before and after the evaluation. All runs share one process and its
-compiled code. Each run does the same training steps as `train` with that recipe and seed; on a CPU the resulting
-weights are bit-identical.
+The time of a run is preparation (all work on the training images before the first step) plus training. Building and
+compiling the trainer is reported separately, and the model is evaluated afterwards. All runs share one process and its
+compiled code. Each does the same steps as `train` with that recipe and seed; on a CPU the weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from fastcifar.benchmark.speedrun_results import (
     SpeedrunSummary,
     SpeedrunTrial,
 )
-from fastcifar.device import ExecutionPlan, collect_environment, process_times
+from fastcifar.device import collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import format_percent, format_timestamp, option_flag
 from fastcifar.models import count_macs, count_parameters
@@ -72,15 +70,21 @@ def speedrun(
         console: console for progress lines; None prints nothing.
         options: recipe options that override the recipe; None values are ignored.
 
-    Raises `UsageError` if the recipe or the environment differs from that of `append`, a seed is already in `append`,
-    or the recipe is unsuitable (see `plan_speedrun`); raises the other `UserError`s of a training run.
+    Raises `UsageError` if the recipe is unsuitable (see `plan_speedrun`) or `append` has another recipe, another
+    environment or a trial with one of the seeds, and the other `UserError`s of a training run.
     """
     assert n > 0, n
     earlier = SpeedrunResults.read(append) if append else None
     settings, resolved = plan_speedrun(earlier.recipe if earlier else None, target, recipe_name, eval_split, options)
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else resolved.recipe.seed
-    seeds, environment = range(first_seed, first_seed + n), collect_speedrun_environment(resolved.execution)
+    seeds, execution = range(first_seed, first_seed + n), resolved.execution
+    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
+    environment = SpeedrunEnvironment(
+        **collect_environment(execution.device).model_dump(),
+        chosen={**chosen, "compiled": execution.compile},
+        started=format_timestamp(),
+    )
     if earlier:
         earlier.require_compatible(settings, environment, seeds)
     started = time.perf_counter()
@@ -96,7 +100,10 @@ def speedrun(
                 build_s = reset_trainer(trainer, seed)
             trial = run_trial(trainer, recipe.on, build_s, recipe.about.flops, is_cold_start=seed == first_seed)
             results.add_trial(trial)
-            print_lines(console, [format_trial(trial)])
+            tta = "" if trial.acc_tta is None else f", {format_percent(trial.acc_tta)} with test-time augmentation"
+            invalid = f" (invalid: {trial.refused})" if trial.refused else ""
+            text = f"seed {seed}: {format_percent(trial.acc)}{tta}, {trial.seconds:.1f} s{invalid}"
+            print_lines(console, [text])
         return results.summary()
 
 
@@ -107,12 +114,10 @@ def plan_speedrun(
     eval_split: str | None,
     options: Mapping[str, Any],
 ) -> tuple[SpeedrunSettings, Resolved]:
-    """Return the settings of a speedrun and its resolved recipe.
+    """Return the settings of a speedrun and its resolved recipe; `earlier` replaces arguments that are None.
 
-    The settings of the result folder to append to, `earlier`, replace arguments that are None.
-
-    Raises `UsageError` if a name is unknown, the recipe may stop early or needs a validation split during training, or
-    there is no data to evaluate on.
+    Raises `UsageError` if the recipe may stop early or needs a validation split during training, or if there is no data
+    to evaluate on.
     """
     if is_distributed_launch():
         raise UsageError("speedrun does not support distributed training", "start it without torchrun")
@@ -146,23 +151,13 @@ def plan_speedrun(
     return settings, resolved
 
 
-def collect_speedrun_environment(execution: ExecutionPlan) -> SpeedrunEnvironment:
-    """Return the environment of this process and the execution of the runs."""
-    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
-    return SpeedrunEnvironment(
-        **collect_environment(execution.device).model_dump(),
-        chosen={**chosen, "compiled": execution.compile},
-        started=format_timestamp(),
-    )
-
-
 def with_seed(resolved: Resolved, seed: int) -> Resolved:
     """Return `resolved` with another seed."""
     return replace(resolved, recipe=resolved.recipe.model_copy(update={"seed": seed}))
 
 
 def run_trial(trainer: Trainer, eval_split: str, build_s: float, flops: int, is_cold_start: bool) -> SpeedrunTrial:
-    """Time the training, then evaluate the model on `eval_split`.
+    """Time the training, then evaluate the model.
 
     The trial is invalid if a loss or gradient was NaN or Inf, or if the evaluation changed the weights.
     """
@@ -215,10 +210,9 @@ def train_without_evaluation(trainer: Trainer) -> None:
 
 
 def reset_trainer(trainer: Trainer, seed: int) -> float:
-    """Reset the compiled `trainer` to the start of a run with another seed.
+    """Load a new trainer's initial state into the tensors of the compiled `trainer`; return the seconds of building it.
 
-    A new trainer is built, and its initial state is loaded into the tensors that the compiled step uses. Returns the
-    seconds that this takes, without the preparation, which belongs to the timed run.
+    The preparation, which belongs to the timed run, is not included in the seconds.
     """
     started = time.perf_counter()
     new_trainer = build_trainer(with_seed(trainer.resolved, seed))
@@ -240,22 +234,16 @@ def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 def count_run_costs(trainer: Trainer) -> RunCosts:
     """Count the costs of a run; each training image counts once per epoch."""
-    slicing = trainer.loader.slicing
-    images_per_epoch = min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
-    num_images = trainer.recipe.epochs * images_per_epoch
-    return RunCosts(
-        params=count_parameters(trainer.model),
-        macs=count_macs(trainer.model),
-        images=num_images,
-        flops=count_flops(trainer.resolved, len(trainer.data.classes), num_images),
-    )
+    slicing, epochs = trainer.loader.slicing, trainer.recipe.epochs
+    images = epochs * min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
+    flops = count_flops(trainer.resolved, len(trainer.data.classes), images)
+    return RunCosts(params=count_parameters(trainer.model), macs=count_macs(trainer.model), images=images, flops=flops)
 
 
 def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
-    """Return the floating-point operations of the forward and backward passes of `num_images` training images.
+    """Return the operations of convolutions and matrix products in the training on `num_images` images.
 
-    Counts convolutions and matrix products with `FlopCounterMode`, which counts two operations per multiply-accumulate,
-    on the meta device at each image size of the recipe. The optimizer and the evaluation are not included.
+    A multiply-accumulate is two operations. The model runs on the meta device at each image size of the recipe.
     """
     recipe = resolved.recipe
     with torch.device("meta"):
@@ -267,10 +255,3 @@ def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
             model(torch.empty(FLOP_COUNT_IMAGES, 3, size, size, device="meta")).sum().backward()
         flops_per_image[size] = counter.get_total_flops() / FLOP_COUNT_IMAGES
     return round(sum(flops_per_image[size] for size in image_sizes) * num_images / len(image_sizes))
-
-
-def format_trial(trial: SpeedrunTrial) -> str:
-    """Format a trial as a progress line."""
-    tta = "" if trial.acc_tta is None else f", {format_percent(trial.acc_tta)} with test-time augmentation"
-    invalid = f" (invalid: {trial.refused})" if trial.refused else ""
-    return f"seed {trial.seed}: {format_percent(trial.acc)}{tta}, {trial.seconds:.1f} s{invalid}"

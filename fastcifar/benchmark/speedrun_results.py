@@ -1,7 +1,4 @@
-"""The result folder of a speedrun: `recipe.json`, `env.json`, `trials.jsonl` and `summary.json`; and its table.
-
-Each trial is written to disk as soon as it ends, and the summary is recomputed from all trials.
-"""
+"""The documents in the result folder of a speedrun, which is rewritten after each trial; and its table."""
 
 from __future__ import annotations
 
@@ -13,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Group
-from rich.table import Table
 
 from fastcifar.device import Environment, result_folder_name
 from fastcifar.errors import DiskError, UsageError, first_message_line
 from fastcifar.files import lock_folder, read_json_object, write_atomically
-from fastcifar.format import format_decimal, format_differences, format_percent
+from fastcifar.format import format_decimal, format_differences, format_percent, numeric_table
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.reporting.aggregate import MeanStd
@@ -33,30 +29,23 @@ class _Document(BaseModel):
 
 
 class SpeedrunSettings(_Document):
-    """What all trials of a result folder share.
+    """What all trials of a result folder share."""
 
-    Args:
-        target: target accuracy in percent.
-        recipe: name of the recipe.
-        on: split that the model is evaluated on, "test" or "val".
-        config: the options of the recipe without the seed.
-    """
-
-    target: str
-    recipe: str
-    on: str
-    config: Annotated[dict[str, Any], AfterValidator(upgrade_options)]
+    target: str  # accuracy in percent
+    recipe: str  # name of the recipe
+    on: str  # split that the model is evaluated on, "test" or "val"
+    config: Annotated[dict[str, Any], AfterValidator(upgrade_options)]  # options of the recipe without the seed
 
 
 class RunCosts(BaseModel):
-    """Parameters and multiply-accumulates per image of the network, training images and operations of one run."""
+    """The costs of one run."""
 
     model_config = ConfigDict(frozen=True)
 
     params: int
-    macs: int
-    images: int
-    flops: int
+    macs: int  # multiply-accumulates per image
+    images: int  # training images, each counted once per epoch
+    flops: int  # floating-point operations of the training
 
 
 class SpeedrunRecipe(SpeedrunSettings):
@@ -66,53 +55,42 @@ class SpeedrunRecipe(SpeedrunSettings):
 
 
 class SpeedrunEnvironment(Environment):
-    """The document env.json; `chosen` holds device, precision, loader and compilation of the runs."""
+    """The document env.json."""
 
-    chosen: dict[str, str | bool] = Field(default={})
+    chosen: dict[str, str | bool] = Field(default={})  # device, precision, loader and compilation of the runs
     started: str = ""
 
     def timing_items(self) -> dict[str, Any]:
         """Return the entries that affect timing: versions, chosen execution, device and threads."""
-        items = self.model_dump(exclude_unset=True)
         versions = {name: text for name, text in self.versions.items() if name not in UNTIMED_PACKAGES}
-        machine = {name: items[name] for name in ("device", "threads", "cuda", "cudnn") if name in items}
+        machine = self.model_dump(include={"device", "threads", "cuda", "cudnn"}, exclude_unset=True)
         return {**versions, **self.chosen, **machine}
 
 
 class SpeedrunTrial(_Document):
-    """A line of trials.jsonl.
-
-    Args:
-        flops: floating-point operations of the training.
-        build_s: seconds to build and compile the trainer, which are not part of the time of the run.
-        seconds: the time of the run: the sum of `prepare_s` and `train_s`.
-        cold_start_s: for the first run of a process, seconds from the start of the process to the end of training.
-        acc: accuracy; `acc_tta` with test-time augmentation.
-        sha256: digest of the evaluated weights.
-        refused: why the trial is invalid, or None.
-    """
+    """A line of trials.jsonl."""
 
     seed: int
     device: str | None = None
     precision: str | None = None
     loader: str | None = None
     compiled: bool | None = None
-    flops: int | None = None
-    build_s: float
-    seconds: float
+    flops: int | None = None  # floating-point operations of the training
+    build_s: float  # seconds to build and compile the trainer, which are not part of the time of the run
+    seconds: float  # time of the run: `prepare_s` plus `train_s`
     train_s: float
     prepare_s: float
-    cold_start_s: float | None
+    cold_start_s: float | None  # from the start of the process to the end of training, for its first run
     acc: float
-    acc_tta: float | None
+    acc_tta: float | None  # with test-time augmentation
     loss: float | None = None
-    sha256: str = ""
+    sha256: str = ""  # of the evaluated weights
     steps: int | None = None
-    refused: str | None
+    refused: str | None  # why the trial is invalid
 
 
 class SampleStatistics(BaseModel):
-    """Mean, sample standard deviation and standard error of the mean of `trials`; the latter two need two values."""
+    """Statistics of `trials`; `std`, of the sample, and `stderr`, of the mean, are None for a single value."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -129,19 +107,10 @@ class AccuracyStatistics(SampleStatistics):
 
 
 class SpeedrunSummary(_Document, RunCosts):
-    """The document summary.json: statistics over the trials of a result folder.
+    """The document summary.json: statistics over the valid trials of a result folder."""
 
-    Args:
-        folder: the result folder; not part of the file.
-        target: target accuracy in [0, 1].
-        refused: number of invalid trials, which are not in the statistics.
-        reached: whether all trials are valid and their mean accuracy, with test-time augmentation if it is used, is at
-            least `target`.
-        flops_to_target: floating-point operations of a run, if the target is reached.
-    """
-
-    folder: str = ""
-    target: float
+    folder: str = ""  # not part of the file
+    target: float  # accuracy in [0, 1]
     recipe: str
     on: str
     arch: str
@@ -149,7 +118,7 @@ class SpeedrunSummary(_Document, RunCosts):
     tta: str
     eval_weights: str
     n: int
-    refused: int
+    refused: int  # number of invalid trials
     seeds: list[int]
     acc: AccuracyStatistics | None
     acc_tta: AccuracyStatistics | None
@@ -158,8 +127,8 @@ class SpeedrunSummary(_Document, RunCosts):
     prepare_s: SampleStatistics | None
     build_s: SampleStatistics | None
     cold_start_s: list[float]
-    reached: bool
-    flops_to_target: int | None
+    reached: bool  # whether all trials are valid and the mean accuracy, with TTA if it is used, is at least `target`
+    flops_to_target: int | None  # operations of a run, if the target is reached
 
 
 @dataclass
@@ -194,11 +163,7 @@ class SpeedrunResults:
         environment: SpeedrunEnvironment,
         seeds: Sequence[int],
     ) -> Iterator[SpeedrunResults]:
-        """Lock the folder `append`, or create a new folder: `out` or speedruns/<UTC>_<device>_<recipe>.
-
-        Raises `UsageError` if the new folder exists or `require_compatible` fails, and `DiskError` if it cannot be
-        created.
-        """
+        """Lock the folder `append`, or create a new folder: `out` or speedruns/<UTC>_<device>_<recipe>."""
         default = Path("speedruns") / result_folder_name(environment.device, recipe.recipe)
         folder = append or Path(out or default)
         try:
@@ -252,10 +217,7 @@ class SpeedrunResults:
             raise UsageError(problem, f"start at --seed {self.next_seed}")
 
     def add_trial(self, trial: SpeedrunTrial) -> None:
-        """Add a trial and write it to disk, together with the summary.
-
-        Raises `DiskError` if the files cannot be written.
-        """
+        """Add a trial and write it to disk, together with the summary. Raises `DiskError` if that fails."""
         self.trials.append(trial)
         self._write_trials()
         self._write("summary.json", self.summary().model_dump_json(exclude={"folder"}, indent=1))
@@ -265,7 +227,7 @@ class SpeedrunResults:
         recipe, target = self.recipe, float(self.recipe.target) / 100
         valid = [trial for trial in self.trials if not trial.refused]
         acc, acc_tta = (
-            _accuracy_statistics([getattr(trial, name) for trial in valid], target, len(self.trials))
+            accuracy_statistics([getattr(trial, name) for trial in valid], target, len(self.trials))
             for name in ("acc", "acc_tta")
         )
         best = acc_tta or acc
@@ -303,26 +265,23 @@ class SpeedrunResults:
 
 def sample_statistics(values: Sequence[float | None]) -> SampleStatistics | None:
     """Return the statistics of `values`, or None if there are no values or one of them is None."""
-    mean_std = MeanStd.from_values(values)
-    if mean_std is None:
-        return None
+    stats = MeanStd.from_values(values)
     trials = [value for value in values if value is not None]
-    return SampleStatistics(mean=mean_std.mean, std=mean_std.std, stderr=mean_std.standard_error, trials=trials)
+    return stats and SampleStatistics(mean=stats.mean, std=stats.std, stderr=stats.standard_error, trials=trials)
 
 
-def _accuracy_statistics(values: Sequence[float | None], target: float, num_trials: int) -> AccuracyStatistics | None:
-    statistics = sample_statistics(values)
-    if statistics is None:
-        return None
-    share = sum(value >= target for value in statistics.trials) / num_trials
-    return AccuracyStatistics(**dict(statistics), share=share)
+def accuracy_statistics(values: Sequence[float | None], target: float, num_trials: int) -> AccuracyStatistics | None:
+    """Return the statistics of `values`, and the share of `num_trials` trials that reach `target`."""
+    stats = sample_statistics(values)
+    return stats and AccuracyStatistics(
+        **dict(stats), share=sum(value >= target for value in stats.trials) / num_trials
+    )
 
 
 def speedrun_table(summary: SpeedrunSummary) -> Group:
-    """Return a table of the mean, standard deviation, standard error, share above the target, and value of each run."""
-    table = Table("", box=None, title_justify="left")
-    for heading in ("mean", "std", "std. error", f"over {100 * summary.target:g} %", "each seed"):
-        table.add_column(heading, justify="right")
+    """Return a table of the statistics, and the values of each run."""
+    headings = ("mean", "std", "std. error", f"over {100 * summary.target:g} %", "each seed")
+    table = numeric_table([""], headings)
     rows = (
         ("accuracy, %", summary.acc, 100),
         (f"with {summary.tta}, %", summary.acc_tta, 100),

@@ -1,8 +1,4 @@
-"""Workloads to be timed: the loader, the training step, training, inference and single convolutions.
-
-A workload is an endless generator that performs one unit of work (a batch or a step) per `next` and yields its number
-of images. It runs the code of `train`, on a trainer of `build_trainer`. Timing is done in `bench.py`.
-"""
+"""Workloads to be timed by `bench.py`: generators that run the code of `train` on a trainer of `build_trainer`."""
 
 from __future__ import annotations
 
@@ -32,28 +28,23 @@ INFERENCE_BATCH_SIZES = {"cuda": (1, 256, 1024, 4096), "cpu": (1, 64, 256)}
 
 STEPS_PER_REPLAY = (1, 2, 5, 10)
 STEP_SETTINGS = ("arch", "batch_size", "precision", "compiled", "cuda_graph")
+LOADER_SETTINGS = ("loader", "augment", "workers", "data")
 
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """A workload and the settings that identify its row in the results.
-
-    Args:
-        flop_per_image: floating-point operations per image, if known.
-        bytes_per_image: bytes read and written per image, if known.
-        relative_trial_s: length of a trial relative to the default.
-    """
+    """A workload and the settings that identify its row in the results."""
 
     settings: BenchSettings
     workload: Workload
-    flop_per_image: int | None = None
-    bytes_per_image: int | None = None
-    relative_trial_s: float = 1.0
+    flop_per_image: int | None = None  # floating-point operations
+    bytes_per_image: int | None = None  # read and written
+    relative_trial_s: float = 1.0  # length of a trial relative to the default
 
 
 def loader_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of the loader alone."""
-    settings = select_settings(trainer, "loader", ("loader", "augment", "batch_size", "workers", "compiled", "data"))
+    settings = select_settings(trainer, "loader", (*LOADER_SETTINGS, "batch_size", "compiled"))
     yield BenchmarkCase(settings, loader_workload(trainer.loader))
 
 
@@ -65,7 +56,7 @@ def step_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
 
 def train_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
     """Yield the case of end-to-end training: loader and step."""
-    settings = select_settings(trainer, "train", (*STEP_SETTINGS, "loader", "augment", "workers", "data"))
+    settings = select_settings(trainer, "train", (*STEP_SETTINGS, *LOADER_SETTINGS))
     yield BenchmarkCase(settings, train_workload(trainer), *training_cost_per_image(trainer))
 
 
@@ -115,10 +106,7 @@ STEP_BENCHMARKS = {"step", "train"}  # benchmarks that need a training step
 
 
 def select_settings(trainer: Trainer, what: str, names: Sequence[str], **others: Any) -> BenchSettings:
-    """Return the settings of the benchmark `what`: those of the trainer in `names`, and `others`.
-
-    `workers` is None if the loader has no workers.
-    """
+    """Return the settings of the benchmark `what`: those of the trainer in `names`, and `others`."""
     recipe, execution = trainer.recipe, trainer.execution
     values = {
         "arch": recipe.arch,
@@ -135,10 +123,7 @@ def select_settings(trainer: Trainer, what: str, names: Sequence[str], **others:
 
 
 def training_cost_per_image(trainer: Trainer) -> tuple[int, int]:
-    """Return the operations and the bytes per training image.
-
-    The backward pass costs twice the forward pass, and a multiply-accumulate is two operations.
-    """
+    """Return the operations (the backward pass costs twice the forward pass) and the bytes per training image."""
     return 6 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, True, bytes_per_element(trainer))
 
 

@@ -6,18 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from rich.console import Group
-from rich.table import Table
 
-from fastcifar.format import format_decimal, format_option_value, format_percent, format_short_number
+from fastcifar.format import format_decimal, format_option_value, format_percent, format_short_number, numeric_table
 from fastcifar.plotting import BarPanel
 
 # The settings that a table shows besides `what`, in order; `mode` combines `compiled` and `cuda_graph`.
@@ -43,16 +35,9 @@ class _Document(BaseModel):
 
 
 class BenchSettings(_Document):
-    """The settings of a benchmark. A setting that it does not depend on is None.
+    """The settings of a benchmark. A setting that it does not depend on is None."""
 
-    Args:
-        what: key of `BENCHMARKS`.
-        conv: input shape, output shape and kernel size of a convolution.
-        calls: number of times that the network runs this convolution.
-        direction: "forward" or "forward_backward".
-    """
-
-    what: str
+    what: str  # key of `BENCHMARKS`
     arch: str | None = None
     loader: str | None = None
     augment: str | None = None
@@ -62,9 +47,9 @@ class BenchSettings(_Document):
     compiled: bool | None = None
     cuda_graph: bool | None = None
     data: str | None = None
-    conv: str | None = None
-    calls: int | None = None
-    direction: str | None = None
+    conv: str | None = None  # input shape, output shape and kernel size of a convolution
+    calls: int | None = None  # number of times that the network runs this convolution
+    direction: str | None = None  # "forward" or "forward_backward"
     steps_per_replay: int | None = None
 
     @property
@@ -81,12 +66,8 @@ class BenchSettings(_Document):
 
     def setting_texts(self) -> dict[str, str]:
         """Return the settings in `SETTING_NAMES` that are not None, as text."""
-        values = {name: getattr(self, name) for name in SETTING_NAMES}
-        return {
-            name: SETTING_FORMATS.get(name, format_option_value)(value)
-            for name, value in values.items()
-            if value is not None
-        }
+        values = {name: value for name in SETTING_NAMES if (value := getattr(self, name)) is not None}
+        return {name: SETTING_FORMATS.get(name, format_option_value)(value) for name, value in values.items()}
 
     def describe(self) -> str:
         """Return the settings on one line: `step, se68, batch 128, compiled, bf16`."""
@@ -94,38 +75,25 @@ class BenchSettings(_Document):
 
 
 class BenchRow(BenchSettings):
-    """The result of a benchmark with certain settings. A value that was not measured is None.
+    """The result of a benchmark with certain settings. A value that was not measured is None."""
 
-    Args:
-        images_per_s: the median of `trials`.
-        cpu_us_per_image: CPU time per image of all threads and worker processes, in microseconds.
-        trials: images per second of each trial.
-        flop_per_image: floating-point operations per image.
-        mfu: model FLOP utilization: `tflop_per_s` relative to the rate of a matrix product.
-        mbu: memory bandwidth utilization: `gb_per_s` relative to the rate of a copy in device memory.
-        setup_s: seconds to build the trainer.
-        compile_s: seconds to compile and warm up.
-        power_w: power in watts.
-        temperature_c: temperature in degrees Celsius.
-    """
-
-    images_per_s: float
-    cpu_us_per_image: float
-    trials: list[float] = Field(min_length=1)
+    images_per_s: float  # the median of `trials`
+    cpu_us_per_image: float  # CPU time of all threads and worker processes, in microseconds
+    trials: list[float] = Field(min_length=1)  # images per second
     latency_ms: float | None = None
-    flop_per_image: float | None = None
+    flop_per_image: float | None = None  # floating-point operations
     tflop_per_s: float | None = None
-    mfu: float | None = None
+    mfu: float | None = None  # model FLOP utilization: `tflop_per_s` relative to the rate of a matrix product
     bytes_per_image: float | None = None
     gb_per_s: float | None = None
-    mbu: float | None = None
+    mbu: float | None = None  # memory bandwidth utilization: `gb_per_s` relative to the rate of a memory copy
     peak_memory_bytes: int | None = None
-    setup_s: float | None = None
-    compile_s: float | None = None
+    setup_s: float | None = None  # seconds to build the trainer
+    compile_s: float | None = None  # seconds to compile and warm up
     clock_mhz: float | None = None
     memory_clock_mhz: float | None = None
     power_w: float | None = None
-    temperature_c: float | None = None
+    temperature_c: float | None = None  # degrees Celsius
 
 
 class DeviceLimits(_Document):
@@ -168,9 +136,8 @@ def label_rows(rows: Sequence[BenchRow]) -> tuple[list[str], list[str]]:
     labels = []
     for row, texts in zip(rows, texts_of_rows, strict=True):
         alike = [other for other, other_row in zip(texts_of_rows, rows, strict=True) if other_row.what == row.what]
-        labels.append(
-            ", ".join(text for name, text in texts.items() if any(other.get(name) != text for other in alike))
-        )
+        differing = [text for name, text in texts.items() if any(other.get(name) != text for other in alike)]
+        labels.append(", ".join(differing))
     values = [{texts[name] for texts in texts_of_rows if name in texts} for name in SETTING_NAMES]
     return labels, [value for unique in values if len(unique) == 1 for value in unique]
 
@@ -178,9 +145,8 @@ def label_rows(rows: Sequence[BenchRow]) -> tuple[list[str], list[str]]:
 def bench_table(document: BenchDocument) -> Group:
     """Return the table of a document: images/s, the range of the trials, and the utilization of the device."""
     labels, shared = label_rows(document.results)
-    table = Table("what", box=None, title_justify="left")
-    for heading in ("images/s", "lowest", "highest", "CPU us/image", "ms", "TFLOP/s", "of peak", "GB/s", "of copy"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("images/s", "lowest", "highest", "CPU us/image", "ms", "TFLOP/s", "of peak", "GB/s", "of copy")
+    table = numeric_table(["what"], headings)
     for row, label in zip(document.results, labels, strict=True):
         table.add_row(
             " ".join(filter(None, (row.what, label))),
@@ -198,8 +164,8 @@ def describe_setup(document: BenchDocument, shared: Sequence[str]) -> list[str]:
     """Return lines on what all rows share: device, settings, peak throughput, number of trials, longest setup time."""
     rows = document.results
     setup_times = {"setup_s": [row.setup_s for row in rows], "compile_s": [row.compile_s for row in rows]}
-    measured = {name: [value for value in values if value is not None] for name, values in setup_times.items()}
-    seconds = ", ".join(f"{name} {max(values):.1f}" for name, values in measured.items() if values)
+    longest = {name: max(filter(None, values), default=None) for name, values in setup_times.items()}
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in longest.items() if value is not None)
     peaks = (
         f"{precision}: matrix product {format_short_number(peak.matmul_tflop_per_s)} TFLOP/s, "
         f"copy {format_short_number(peak.copy_gb_per_s)} GB/s"
@@ -212,43 +178,29 @@ def describe_setup(document: BenchDocument, shared: Sequence[str]) -> list[str]:
 def bench_panels(document: BenchDocument) -> tuple[str, list[BarPanel]]:
     """Return the chart title and a panel for each `what` with a bar for each row: images/s, for `conv` TFLOP/s."""
     labels, shared = label_rows(document.results)
-    panels = []
-    for what in dict.fromkeys(row.what for row in document.results):
-        is_conv = what == "conv"
-        rows = [row for row in document.results if row.what == what]
-        scales = [(row.flop_per_image or 0) / 1e12 if is_conv else 1.0 for row in rows]
-        panel_labels = [label for row, label in zip(document.results, labels, strict=True) if row.what == what]
-        panels.append(
-            BarPanel(
-                title=f"{what}: {'TFLOP/s' if is_conv else 'images/s'}",
-                groups=[(row.direction if is_conv else row.mode) or "" for row in rows],
-                labels=[label or row.arch or row.loader or "" for row, label in zip(rows, panel_labels, strict=True)],
-                medians=[row.images_per_s * scale for row, scale in zip(rows, scales, strict=True)],
-                trials=[[speed * scale for speed in row.trials] for row, scale in zip(rows, scales, strict=True)],
-                notes=[_bar_note(row) for row in rows],
-            )
-        )
-    return "\n".join(describe_setup(document, shared)), panels
-
-
-def _bar_note(row: BenchRow) -> str:
-    latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
-    utilization = "" if row.mfu is None else f"{format_percent(row.mfu, 0)} of peak"
-    return ", ".join(filter(None, (latency, utilization)))
+    panels: dict[str, BarPanel] = {}
+    for row, label in zip(document.results, labels, strict=True):
+        is_conv = row.what == "conv"
+        scale = (row.flop_per_image or 0) / 1e12 if is_conv else 1.0
+        title = f"{row.what}: {'TFLOP/s' if is_conv else 'images/s'}"
+        panel = panels.setdefault(row.what, BarPanel(title, groups=[], labels=[], medians=[], trials=[], notes=[]))
+        panel.groups.append((row.direction if is_conv else row.mode) or "")
+        panel.labels.append(label or row.arch or row.loader or "")
+        panel.medians.append(row.images_per_s * scale)
+        panel.trials.append([speed * scale for speed in row.trials])
+        latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
+        utilization = "" if row.mfu is None else f"{format_percent(row.mfu, 0)} of peak"
+        panel.notes.append(", ".join(filter(None, (latency, utilization))))
+    return "\n".join(describe_setup(document, shared)), list(panels.values())
 
 
 class ComparedRow(BenchSettings):
-    """A row of two documents: medians and trials in images/s.
-
-    Args:
-        ratio: `b` / `a`.
-        overlap: whether the ranges of the trials overlap; if they do, the trials do not show a difference.
-    """
+    """A row of two documents: medians and trials in images/s."""
 
     a: float
     b: float
-    ratio: float
-    overlap: bool
+    ratio: float  # b / a
+    overlap: bool  # whether the ranges of the trials overlap, so that they show no difference
     a_trials: list[float]
     b_trials: list[float]
 
@@ -264,47 +216,36 @@ class BenchComparison(_Document):
 
 def compare_benchmarks(a: BenchDocument, b: BenchDocument) -> BenchComparison:
     """Compare the rows of two documents that have equal settings; the path of the data set may differ."""
-    rows_a, rows_b = ({_comparison_key(row): row for row in document.results} for document in (a, b))
-    rows = []
-    for key, row_a in rows_a.items():
-        if row_b := rows_b.get(key):
-            trials_a, trials_b = row_a.trials, row_b.trials
-            rows.append(
-                ComparedRow(
-                    **dict(key),
-                    a=row_a.images_per_s,
-                    b=row_b.images_per_s,
-                    ratio=row_b.images_per_s / row_a.images_per_s,
-                    overlap=min(trials_a) <= max(trials_b) and min(trials_b) <= max(trials_a),
-                    a_trials=trials_a,
-                    b_trials=trials_b,
-                )
-            )
+    rows_a, rows_b = (
+        {row.settings.model_copy(update={"data": None, "calls": None}): row for row in document.results}
+        for document in (a, b)
+    )
+    rows = [
+        ComparedRow(
+            **dict(key),
+            a=row_a.images_per_s,
+            b=row_b.images_per_s,
+            ratio=row_b.images_per_s / row_a.images_per_s,
+            overlap=min(row_a.trials) <= max(row_b.trials) and min(row_b.trials) <= max(row_a.trials),
+            a_trials=row_a.trials,
+            b_trials=row_b.trials,
+        )
+        for key, row_a in rows_a.items()
+        if (row_b := rows_b.get(key))
+    ]
     setup_a, setup_b = ({"device": document.device, **document.versions} for document in (a, b))
+    setups = {name: (setup_a.get(name), setup_b.get(name)) for name in setup_a | setup_b}
     return BenchComparison(
         rows=rows,
         only_a=[key for key in rows_a if key not in rows_b],
         only_b=[key for key in rows_b if key not in rows_a],
-        differ={
-            name: (setup_a.get(name), setup_b.get(name))
-            for name in setup_a | setup_b
-            if setup_a.get(name) != setup_b.get(name)
-        },
+        differ={name: (value_a, value_b) for name, (value_a, value_b) in setups.items() if value_a != value_b},
     )
 
 
-def _comparison_key(row: BenchRow) -> BenchSettings:
-    return row.settings.model_copy(update={"data": None, "calls": None})
-
-
 def benchmark_comparison_table(comparison: BenchComparison) -> Group:
-    """Return the table of a comparison.
-
-    The lines above it list differences in device and versions, those below it the rows of only one document.
-    """
-    table = Table("what", box=None, title_justify="left")
-    for heading in ("A", "B", "B / A", "trials"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Return the table of a comparison, differences in device and versions, and the rows of only one document."""
+    table = numeric_table(["what"], ("A", "B", "B / A", "trials"))
     for row in comparison.rows:
         verdict = "overlap" if row.overlap else "B is faster" if row.ratio > 1 else "B is slower"
         speeds = map(format_short_number, (row.a, row.b))
