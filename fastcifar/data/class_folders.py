@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from fastcifar.data.cifar_files import Dataset, DatasetSpec, SourceContents, Spl
 from fastcifar.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"})
+# What Pillow raises for damaged files
+_DECODING_ERRORS = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, struct.error),
+    *(ValueError, TypeError, LookupError, OverflowError),
+)
 _LAYOUT_REMEDY = "arrange them as train/<class>/*.png and test/<class>/*.png, 32x32 pixels"
 
 
@@ -69,7 +75,7 @@ def open_image(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DECODING_ERRORS as error:
         raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
 
 

@@ -36,7 +36,7 @@ OPERATION_CODES |= {"Solarize": 12, "Invert": 12, "AutoContrast": 13, "Equalize"
 GEOMETRIC_OPS = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
 BLEND_OPS = {"Brightness", "Contrast", "Color"}
 LOOKUP_OPS = {"Posterize", "Solarize", "Invert", "AutoContrast", "Equalize"}
-RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT, INV_255 = np.float32([0.2989, 0.587, 0.114, 1 / 255]).tolist()
+RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT, INV_255 = np.array([0.2989, 0.587, 0.114, 1 / 255], np.float32).tolist()
 
 # (code uint8, amount int32, cosine int32), each [b]: the operation of each image as encoded by `encode_operation`; the
 # cosine is None if no operation is geometric.

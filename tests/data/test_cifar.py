@@ -366,7 +366,11 @@ def test_fault11_invalid_class_folders_are_refused(tiny_cifar, cache: Path, tmp_
     Image.new("RGB", (28, 28)).save(image)
     with pytest.raises(DataError, match=r"zebra/a.png is 28x28, expected 32x32"):
         cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
-    for content in (b"", b"text", valid[:-800]):
+    tiff = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(tiff, "TIFF")
+    float_offset = tiff.getvalue().replace(b"\x11\x01\x04\x00", b"\x11\x01\x0b\x00")  # the type of StripOffsets
+    assert float_offset != tiff.getvalue()
+    for content in (b"", b"text", valid[:-800], float_offset):
         image.write_bytes(content)
         with pytest.raises(DataError, match=r"zebra/a.png is not a readable image"):
             cifar.load_dataset(str(tmp_path / "a"), cache_dir=cache)
