@@ -1,8 +1,4 @@
-"""Augmentations: the table `AUGMENTS`, the parser of augmentation lists, random parameters and their application.
-
-To add an augmentation, add one entry to `AUGMENTS`; the loaders need no change. Mixers (module `mixers`) are written in
-the same list, but the training step applies them.
-"""
+"""Augmentations: the table `AUGMENTS`, the parser of lists, random parameters of epochs, and their application."""
 
 from __future__ import annotations
 
@@ -88,12 +84,7 @@ class AugmentSpec:
 
 @dataclass(frozen=True, eq=False)
 class AugmentParams:
-    """All random numbers of one epoch; slicing the arrays gives those of a batch, of a rank's share or of a DALI chunk.
-
-    permutation  int64 [n], the sample at each position
-    op_params    one dict per augmentation, in list order: arrays [n] over positions; bool, uint8, or int32 for
-                 integers and fixed-point numbers, such as a cosine or the amount of an operation
-    """
+    """All random numbers of one epoch: the sample at each position, int64 [n], and arrays [n] for each augmentation."""
 
     permutation: np.ndarray
     op_params: tuple[ParamArrays, ...]
@@ -111,10 +102,7 @@ def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillCo
 
 
 def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
-    """Draw `flip`, bool: with probability `op.value` at each position, or alternating (Keller Jordan, airbench94).
-
-    Alternating: a fair bit of each sample for the whole run decides whether it is flipped in even or in odd epochs.
-    """
+    """Draw `flip`, bool: with probability `op.value`, or alternating between epochs (Keller Jordan, airbench94)."""
     n = len(context.permutation)
     if op.variant == "alternating":
         is_odd = context.fixed_rng.integers(0, 2, size=n, dtype=np.uint8).astype(bool)
@@ -225,10 +213,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
 
 
 def parse_augment(spec: str) -> AugmentOps:
-    """Parse an augmentation list such as "crop:4:zero,flip,cutout:8"; "none" and "" are the empty list.
-
-    An item is `name[:value[:variant]]`, or `name[:variant]` for an entry that takes no value; the last may be a mixer.
-    """
+    """Parse a list of `name[:value][:variant]`, such as "crop:4:zero,flip,cutout:8", or "none"; only the last may mix."""
     if spec.strip() in ("", "none"):
         return ()
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
@@ -293,9 +278,8 @@ def _parse_value(item: str, text: str, spec: AugmentSpec | MixerSpec) -> Number:
 def draw_epoch(ops: AugmentOps, n: int, epoch: int, seed: int) -> AugmentParams:
     """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
-    The key of the counter-based Philox generator is [seed, epoch]: the stream jumped by 0 gives the permutation, the
-    stream jumped by 1 + i the parameters of `ops[i]` (a jump is 2**128 draws, so streams never overlap). Nothing else,
-    such as the batch size, the ranks, or augmentations later in the list, has an influence.
+    The key of the Philox generator is [seed, epoch]: the stream jumped by 0 (times 2**128 draws) gives the permutation,
+    the stream jumped by 1 + i the parameters of `ops[i]`, so nothing else, such as the batch size, has an influence.
     """
     assert n > 0, n
     assert seed >= 0, seed
@@ -314,11 +298,7 @@ def draw_mixer_params(ops: AugmentOps, n: int, epoch: int, seed: int) -> np.ndar
 
 
 def apply_augment(ops: AugmentOps, images: Tensor, params: tuple[OpParams, ...], fill_color: FillColor) -> Tensor:
-    """Apply every augmentation in order to a batch, uint8 channels_last [b,3,32,32] in and out, not in place.
-
-    `params` is a slice of `AugmentParams.op_params`, and `fill_color` the mean color. Exact, and compiles as a full
-    graph.
-    """
+    """Apply augmentations to a batch, uint8 channels_last [b,3,32,32] in and out, with their `params` [b]."""
     rows = apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
     return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
 

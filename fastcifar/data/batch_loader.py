@@ -42,8 +42,7 @@ SINGLE_KERNEL_OPTIONS = {
 class BatchSlicing:
     """The slices of an epoch: of the `batch_size` positions of each step, rank r takes `r::world_size`.
 
-    `batch_size` is global. Raises `UsageError` if it exceeds `num_samples` or is not divisible by `world_size`, and if
-    a short last batch would leave a rank without an image: BatchNorm cannot compute the statistics of an empty batch.
+    No rank may be without an image in a short last batch: BatchNorm cannot compute the statistics of an empty batch.
     """
 
     num_samples: int
@@ -86,11 +85,7 @@ class BatchSlicing:
         return len(range(self.rank, num_images, self.world_size))
 
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
-        """Rearrange an array [n, ...] over positions to [steps, width, ...], this rank's share of each step.
-
-        `width` is `local_batch_size` rounded up to a multiple of `alignment`. Unused elements repeat the first of the
-        epoch.
-        """
+        """Return this rank's share of each step, [steps, width, ...], of an array [n, ...], padded with `array[0]`."""
         steps, item_shape = self.steps_per_epoch, array.shape[1:]
         padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
         kept = array[: len(padded)]

@@ -40,10 +40,7 @@ __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "stratified_split"]
 
 
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`.
-
-    Each class contributes its share rounded down, and the classes with the largest remainders contribute one more.
-    """
+    """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`."""
     n = len(labels)
     if not 0 <= val_size < max(n, 1):
         problem = f"--val-size {val_size} is out of range for {n:,} training images"
@@ -220,10 +217,7 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
 def load_or_cache(
     cache_dir: Path, dataset: str, source: _DataSource, refresh_cache: bool
 ) -> tuple[SourceContents, str]:
-    """Read `source` from its cache entry, or write the entry if it is not intact; also return a note for the user.
-
-    `refresh_cache` reads the source in any case and replaces an entry that differs.
-    """
+    """Read `source` from its cache entry, or write the entry if it is not intact; also return a note for the user."""
     _, path, files, read_source = source
     entry = cache_dir / f"{dataset}-{_cache_key(path, files)}"
     cached = _load_entry(entry)

@@ -88,10 +88,7 @@ def decode_image(file: Path) -> np.ndarray:
 
 
 def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:
-    """Return the deterministic data set `synthetic[:N]`: N training images (default 50,000) and N // 5 test images.
-
-    Each class is a smooth color pattern plus noise, which a small network learns in one epoch.
-    """
+    """Return the deterministic data set `synthetic[:N]` of N training and N // 5 test images, patterns plus noise."""
     size_text = data.partition(":")[2] or "50000"
     if not size_text.isdecimal():
         raise UsageError(f"--data {data!r} is not a synthetic data set", "write synthetic or synthetic:N")

@@ -1,8 +1,4 @@
-"""The loader that augments with NVIDIA DALI, which is imported when a loader is created.
-
-DALI applies the first augmentations of the list, as far as it implements them exactly in uint8 (`DALI_OPS`); the kernel
-of the tensor loader applies the rest. Its threads start with the first batch, after a CUDA graph has been captured.
-"""
+"""The loader that augments with NVIDIA DALI, which is imported when a loader is created."""
 
 from __future__ import annotations
 
@@ -162,10 +158,7 @@ def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
 
 
 class DaliLoader(Loader):
-    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training.
-
-    If an iteration over `batches` ends early, the threads of DALI stop until they are needed again.
-    """
+    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training."""
 
     # Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).
     chunk_images: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
@@ -247,10 +240,7 @@ class DaliLoader(Loader):
         return pipeline
 
     def _run_pipeline(self) -> Tensor:
-        """Return the next chunk of DALI; on a GPU, a copy made on a separate stream while the network trains.
-
-        DALI owns its output buffers. The reference to an output is kept until its copy is finished.
-        """
+        """Return the next chunk of DALI; on a GPU, a copy made on a separate stream while the network trains."""
         if self._copy_stream is None:
             (outputs,) = self._pipeline.run()
             return torch.from_dlpack(outputs.as_tensor())

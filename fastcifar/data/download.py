@@ -27,10 +27,7 @@ _MAX_BYTES = 2**30
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
-    """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`.
-
-    Raises `DataError` if the network fails or the MD5 differs, and `DiskError` if the folder cannot be written.
-    """
+    """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`."""
     part = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -89,11 +89,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
 
 
 def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescription:
-    """Plot `count` training images with the recipe's augmentations to the PNG file `out` and describe the plot.
-
-    There is one grid for each augmentation, one for the complete list and one for each policy, with a row for each of
-    its operations. The grids share their random parameters. A mixer mixes the images shown.
-    """
+    """Plot training images before and after each augmentation, after all of them, and by operation of a policy."""
     ops = parse_augment(recipe.augment)
     plotting.require_png(out)
     if not 1 <= count <= MAX_GRID_IMAGES:

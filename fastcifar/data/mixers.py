@@ -1,7 +1,4 @@
-"""Mixers, which combine images of a batch with their neighbors (the batch rolled by 1, 2, ...) and mix their labels.
-
-Neighbors are random already, because the epoch is a random permutation.
-"""
+"""Mixers, which mix images and labels with those of their neighbors in the batch (the batch rolled by 1, 2, ...)."""
 
 from __future__ import annotations
 
@@ -44,10 +41,7 @@ def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the box that is taken from the neighbor: uint8 [n,4], top, left, bottom and right (both exclusive).
-
-    Its center is uniform over the pixels, and its area before clipping 1 - Beta(alpha, alpha) of the image.
-    """
+    """Draw the box of the neighbor, of area 1 - Beta(alpha, alpha): uint8 [n,4], top, left, bottom, right (exclusive)."""
     half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
     y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
     return np.stack((y - half, x - half, y + half, x + half), 1).clip(0, CIFAR_IMAGE_SIZE).astype(np.uint8)
@@ -67,10 +61,7 @@ def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_ricap(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw uint8 [n,10]: height and width of the top left patch, then y of the four source corners, then x of them.
-
-    The patches are in this order: top left, top right, bottom left, bottom right.
-    """
+    """Draw uint8 [n,10]: height and width of the top left patch, then y and x of the four source corners, row by row."""
     first_size = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
     top, left = first_size.T
     bottom, right = CIFAR_IMAGE_SIZE - top, CIFAR_IMAGE_SIZE - left

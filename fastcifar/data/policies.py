@@ -1,8 +1,4 @@
-"""Random parameters of augmentations, and policies: tables of operations with their probabilities and magnitudes.
-
-The policies are AutoAugment for CIFAR-10 (Cubuk et al., 2018), RandAugment (2019) and TrivialAugment Wide (Müller and
-Hutter, 2021) as torchvision's v2 transforms define them, and custom policies from TOML files.
-"""
+"""Random parameters of augmentations, and policies: tables of operations with their probabilities and magnitudes."""
 
 from __future__ import annotations
 
@@ -145,11 +141,7 @@ POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugme
 
 
 def load_policy(name_or_path: str) -> Policy:
-    """Return the AutoAugment policy of that name, or a custom policy from a TOML file, whose name ends in .toml.
-
-    An example of a file is `policy = [[["Invert", 0.1], ["Contrast", 0.2, 6]], [["Rotate", 0.7, 2]]]`: sub-policies of
-    [operation, probability, level]; operations without magnitude have no level.
-    """
+    """Return a named AutoAugment policy, or one of a TOML file: `policy = [[["Invert", 0.1], ["Color", 0.2, 6]]]`."""
     if not name_or_path.endswith(".toml"):
         sub_policies = lookup(POLICIES, name_or_path, "policy")
     elif not Path(name_or_path).is_file():
@@ -235,10 +227,7 @@ JITTER_OPERATIONS = ("Brightness", "Contrast", "Color", "Hue")
 
 
 def draw_jitter_params(strength: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw an order of the four color operations for each position, and their amounts: `code0`, ..., `amount3`.
-
-    Amounts are uniform over -strength..strength, for the hue over half of that range (torchvision's ColorJitter).
-    """
+    """Draw the order and amounts of ColorJitter's four operations, `code0`, ..., `amount3`; half the range for the hue."""
     codes = np.array([encode_operation(name, 0.0)[0] for name in JITTER_OPERATIONS], np.uint8)
     max_amount = strength * np.array([1, 1, 1, 0.5])
     order = rng.permuted(np.broadcast_to(np.arange(4), (n, 4)), axis=1)
@@ -255,10 +244,7 @@ def draw_rotation_params(degrees: float, n: int, rng: np.random.Generator) -> di
 
 
 def draw_erasing_params(max_area: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw a box for each of `n` images: corner `y`, `x` and size `h`, `w`, uint8; half of the images have size 0.
-
-    Its area (up to `max_area` of the image) is uniform, its aspect ratio log-uniform, and its position uniform.
-    """
+    """Draw the boxes `y`, `x`, `h`, `w`, uint8 [n], of torchvision's RandomErasing; half of the images have size 0."""
     low, high = np.log(ERASE_ASPECT_RANGE)
     heights, widths = np.zeros((2, n), np.uint8)
     pending = np.flatnonzero(rng.random(n) < ERASE_PROBABILITY)

@@ -1,8 +1,4 @@
-"""Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set.
-
-The array layout is determined from the shape alone, and an unknown shape is an error, since planar data read as
-channels-last would scramble every image without failing.
-"""
+"""Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set."""
 
 from __future__ import annotations
 

@@ -47,10 +47,7 @@ _UNPICKLING_ERRORS = (pickle.UnpicklingError, ArithmeticError, AttributeError, B
 
 
 class _Global:
-    """Base class of what global names stand for, and itself `numpy.ndarray`, an argument of `_reconstruct` only.
-
-    Without `__setstate__`, the opcode BUILD would set attributes.
-    """
+    """Base class of what global names stand for (itself `numpy.ndarray`); the opcode BUILD cannot set attributes."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a state for a value that has none")

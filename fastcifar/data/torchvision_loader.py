@@ -1,8 +1,4 @@
-"""The conventional loader, a baseline: workers transform and collate one image at a time with torchvision.
-
-torchvision draws the random parameters, seeded for each step and rank, so that neither the number of workers nor
-resuming changes a batch. It is imported when a loader is created.
-"""
+"""The conventional loader, a baseline: workers transform and collate one image at a time with torchvision."""
 
 from __future__ import annotations
 
