@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,52 +43,35 @@ class AugmentOp:
 AugmentOps = tuple[AugmentOp, ...]  # a parsed augmentation list
 
 
-@dataclass(frozen=True, eq=False)
-class DrawContext:
-    """What a draw function may use; every array that it returns has the length of `permutation`.
+class DrawContext(NamedTuple):
+    """What a draw function may use; every array that it returns has the length of `permutation`."""
 
-    permutation  int64 [n], the sample at each position of the epoch
-    epoch        epoch number, from 0
-    rng          generator of this augmentation for this epoch
-    fixed_rng    generator of this augmentation that starts from the same state in every epoch
-    """
-
-    permutation: np.ndarray
+    permutation: np.ndarray  # int64 [n], the sample at each position of the epoch
     epoch: int
     rng: np.random.Generator
-    fixed_rng: np.random.Generator
+    fixed_rng: np.random.Generator  # starts from the same state in every epoch
 
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """One entry of `AUGMENTS`.
+    """One entry of `AUGMENTS`; `apply` works on rows as described in `image_ops`."""
 
-    draw           (op, context) -> parameters by name, arrays [n] over the positions of the epoch
-    apply          (op, rows, parameters [b], fill color) -> rows; `rows` is int32 [b,32,96] with values 0..255, where
-                   column 3 * x + channel holds that channel of pixel x
-    default_value  the default value, None if the entry takes no value; an int default admits integers only
-    variants       the allowed variants, each with the inclusive bounds of the value; the first is the default, and ""
-                   is the only key if the entry takes no variant
-    help           one line of help text
-    build_policy   (value, variant) -> the policy, for entries that apply one
-    accepts_file   whether a variant may also be the path of a TOML file
-    """
-
-    draw: Callable[[AugmentOp, DrawContext], ParamArrays]
-    apply: Callable[[AugmentOp, Tensor, OpParams, FillColor], Tensor]
-    default_value: Number | None
-    variants: Mapping[str, tuple[Number, Number]]
+    draw: Callable[[AugmentOp, DrawContext], ParamArrays]  # arrays [n] over the positions of the epoch, by name
+    apply: Callable[[AugmentOp, Tensor, OpParams, FillColor], Tensor]  # the parameters are tensors [b]
+    default_value: Number | None  # None if the entry takes no value; an int default admits integers only
+    variants: Mapping[str, tuple[Number, Number]]  # bounds of the value by variant, the first is the default; "": none
     help: str
-    build_policy: Callable[[Number | None, str], Policy] | None = None
-    accepts_file: bool = False
+    build_policy: Callable[[Number | None, str], Policy] | None = None  # of value and variant
+    accepts_file: bool = False  # whether a variant may also be the path of a TOML file
 
 
-@dataclass(frozen=True, eq=False)
-class AugmentParams:
-    """All random numbers of one epoch: the sample at each position, int64 [n], and arrays [n] for each augmentation."""
+class AugmentParams(NamedTuple):
+    """All random numbers of one epoch, of which slices are those of a batch, of a rank's share or of a DALI chunk."""
 
-    permutation: np.ndarray
-    op_params: tuple[ParamArrays, ...]
+    permutation: np.ndarray  # int64 [n], the sample at each position
+    op_params: tuple[
+        ParamArrays, ...
+    ]  # of each augmentation: arrays [n], bool, uint8, or int32 for fixed-point numbers
 
 
 def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
@@ -213,7 +197,7 @@ AUGMENTS: dict[str, AugmentSpec] = {
 
 
 def parse_augment(spec: str) -> AugmentOps:
-    """Parse a list of `name[:value][:variant]`, such as "crop:4:zero,flip,cutout:8", or "none"; only the last may mix."""
+    """Parse a list of `name[:value][:variant]`, such as "crop:4:zero,flip", or "none"; a mixer may be the last item."""
     if spec.strip() in ("", "none"):
         return ()
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))

@@ -102,37 +102,23 @@ class Loader(abc.ABC):
 
     The batches of all loaders are identical for the same seed and epoch, except for the torchvision baseline, which
     draws its own random parameters. A loader has no state to save and does not wait for the device within an epoch.
-
-    images            uint8 NumPy [n,3,32,32], planar; may be a read-only memory map
-    labels            int64 NumPy [n]
-    batch_size        global batch size; the last batch of an epoch is shorter unless `drop_last`
-    augment           augmentations in order, from `parse_augment`
-    seed              seed of the permutations and augmentation parameters, >= 0
-    device            device of the batches
-    fill_color        mean color, 0..255 for each channel, that augmentations fill with
-    compile           whether to compile the augmentation kernel; eager mode gives bit-identical batches
-    workers           number of worker processes, 0 for none; ignored unless `uses_workers`
-    drop_last         whether to drop a shorter last batch
-    rank, world_size  this process and the number of processes; of each step it takes the images `rank::world_size`
-
-    Raises `UsageError` if `batch_size` does not fit n or `world_size` (see `BatchSlicing`).
     """
 
     uses_workers = False
 
     def __init__(
         self,
-        images: np.ndarray,
-        labels: np.ndarray,
+        images: np.ndarray,  # uint8 [n,3,32,32], planar; may be a read-only memory map
+        labels: np.ndarray,  # int64 [n]
         *,
-        batch_size: int,
-        augment: AugmentOps,
+        batch_size: int,  # global
+        augment: AugmentOps,  # without a mixer
         seed: int,
         device: torch.device | str,
-        fill_color: FillColor = (0, 0, 0),
-        compile: bool = True,
-        workers: int = 2,
-        drop_last: bool = False,
+        fill_color: FillColor = (0, 0, 0),  # mean color, 0..255 for each channel
+        compile: bool = True,  # eager mode gives bit-identical batches
+        workers: int = 2,  # number of worker processes, 0 for none; ignored unless `uses_workers`
+        drop_last: bool = False,  # whether to drop a shorter last batch
         rank: int = 0,
         world_size: int = 1,
     ) -> None:

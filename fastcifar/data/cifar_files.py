@@ -66,27 +66,21 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One entry of `DATASETS`.
-
-    label_key        key of the labels in a pickled batch
-    class_names_key  key of the class names in the pickled meta file
-    label_bytes      label bytes of a binary record; the last one is the label
-    class_names      class order for class folders; empty for alphabetical order
-    split_digests    `split_digest` of each official split, which identifies its images in any order
-    reordered_md5s   MD5s of known files with the official images in another order
-    """
+    """One entry of `DATASETS`."""
 
     num_classes: int
     url: str
     archive_md5: str
-    label_key: str
-    class_names_key: str
-    label_bytes: int
+    label_key: str  # of the labels in a pickled batch
+    class_names_key: str  # of the class names in the pickled meta file
+    label_bytes: int  # of a binary record; the last one is the label
     python: FileLayout
     binary: FileLayout
-    class_names: tuple[str, ...] = ()
-    split_digests: dict[str, str] = field(default_factory=dict)
-    reordered_md5s: dict[str, str] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()  # class order for class folders; empty for alphabetical order
+    split_digests: dict[str, str] = field(default_factory=dict)  # `split_digest` of each official split
+    reordered_md5s: dict[str, str] = field(
+        default_factory=dict
+    )  # known files with the official images in another order
 
 
 _CIFAR10_PYTHON = (

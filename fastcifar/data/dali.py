@@ -25,18 +25,12 @@ ChunkStart = tuple[int, int]  # (epoch, first step)
 
 @dataclass(frozen=True, eq=False)
 class DaliOp:
-    """The DALI implementation of an augmentation, on images of layout CHW or HWC.
+    """The DALI implementation of an augmentation, on images of layout CHW or HWC."""
 
-    make_inputs    (op, its parameters [n]) -> the input arrays of the operator, [n] or [n,2]
-    build_node     (dali, images, input nodes, op, fill color) -> images
-    num_inputs     number of input arrays
-    must_be_first  whether it is supported only as the first augmentation of the list
-    """
-
-    make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]
-    build_node: Callable[[Any, Any, Any, AugmentOp, FillColor], Any]
+    make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]  # of parameters [n]: arrays [n] or [n,2]
+    build_node: Callable[[Any, Any, Any, AugmentOp, FillColor], Any]  # (dali, images, input nodes, op, fill color)
     num_inputs: int = 1
-    must_be_first: bool = False
+    must_be_first: bool = False  # whether it is supported only as the first augmentation of the list
 
 
 def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
@@ -100,11 +94,7 @@ def count_dali_ops(ops: AugmentOps) -> int:
 
 
 class ChunkSource:
-    """The inputs of DALI as a function of (epoch, step), without a reference to the pipeline, which refers to it.
-
-    next_chunk  the next chunk to feed to DALI
-    pending     the chunks that were fed to DALI and not yet returned by it
-    """
+    """The inputs of DALI as a function of (epoch, step), without a reference to the pipeline, which refers to it."""
 
     def __init__(self, images: np.ndarray, ops: AugmentOps, seed: int, slicing: BatchSlicing, chunk_steps: int) -> None:
         self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
@@ -116,8 +106,8 @@ class ChunkSource:
 
     def reset(self) -> None:
         """Start again without pending chunks."""
-        self.next_chunk: ChunkStart = (0, 0)
-        self.pending: deque[ChunkStart] = deque()
+        self.next_chunk: ChunkStart = (0, 0)  # to feed to DALI
+        self.pending: deque[ChunkStart] = deque()  # fed to DALI and not yet returned by it
 
     def feed_next(self, _iteration: int) -> list[np.ndarray]:
         """Return the images [b,3,s,s] of the next chunk of any epoch, and the inputs [b, ...] of all DALI ops."""

@@ -193,7 +193,7 @@ def _apply_geometric(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor
 
 
 def _sample_nearest(image: Tensor, y: Tensor, x: Tensor, channel: Tensor, to_x: Sequence, to_y: Sequence) -> Tensor:
-    """Return the pixels at an affine map of (x, y): coefficients of x, of y, constant, in half-pixels from the center."""
+    """Return the pixels at an affine map of (x, y): coefficients (of x, of y, constant) in half-pixels."""
     centered_x, centered_y = 2 * x - (CIFAR_IMAGE_SIZE - 1), 2 * y - (CIFAR_IMAGE_SIZE - 1)
     source_x, source_y = (
         (of_x * centered_x + of_y * centered_y + shift + CIFAR_IMAGE_SIZE * AFFINE_SCALE) >> 24

@@ -11,20 +11,16 @@ from torch import Tensor
 
 from fastcifar.data.image_ops import CIFAR_IMAGE_AREA, CIFAR_IMAGE_SIZE
 
+# (images uint8 [b,3,32,32], parameters) -> mixed images, uint8 or float32 with values 0..255, and the weights float32
+# [b,m] of their labels: column k belongs to the batch rolled by k, and rows sum to 1
 MixerApplyFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """One entry of `MIXERS`; fields that are not listed are those of `AugmentSpec`.
+    """One entry of `MIXERS`, as in `AugmentSpec`; the value is the alpha of the distribution Beta(alpha, alpha)."""
 
-    draw           (value, n, generator) -> the parameters of each position, [n] or [n,k], uint8 or float32
-    apply          (images uint8 [b,3,32,32], parameters) -> mixed images, uint8 or float32 with values 0..255, and the
-                   weights float32 [b,m] of their labels: column k belongs to the batch rolled by k, and rows sum to 1
-    default_value  the default alpha of the distribution Beta(alpha, alpha)
-    """
-
-    draw: Callable[[float, int, np.random.Generator], np.ndarray]
+    draw: Callable[[float, int, np.random.Generator], np.ndarray]  # (alpha, n, generator) -> parameters [n] or [n,k]
     apply: MixerApplyFn
     default_value: float
     help: str
@@ -41,7 +37,7 @@ def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the box of the neighbor, of area 1 - Beta(alpha, alpha): uint8 [n,4], top, left, bottom, right (exclusive)."""
+    """Draw the box of the neighbor, of area 1 - Beta(alpha, alpha): uint8 [n,4], top, left, bottom, right."""
     half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
     y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
     return np.stack((y - half, x - half, y + half, x + half), 1).clip(0, CIFAR_IMAGE_SIZE).astype(np.uint8)
@@ -61,7 +57,7 @@ def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_ricap(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw uint8 [n,10]: height and width of the top left patch, then y and x of the four source corners, row by row."""
+    """Draw uint8 [n,10]: height and width of the top left patch, then y and x of the four source corners."""
     first_size = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
     top, left = first_size.T
     bottom, right = CIFAR_IMAGE_SIZE - top, CIFAR_IMAGE_SIZE - left

@@ -227,7 +227,7 @@ JITTER_OPERATIONS = ("Brightness", "Contrast", "Color", "Hue")
 
 
 def draw_jitter_params(strength: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw the order and amounts of ColorJitter's four operations, `code0`, ..., `amount3`; half the range for the hue."""
+    """Draw the order and amounts of ColorJitter's operations, `code0`, ..., `amount3`; half the range for the hue."""
     codes = np.array([encode_operation(name, 0.0)[0] for name in JITTER_OPERATIONS], np.uint8)
     max_amount = strength * np.array([1, 1, 1, 0.5])
     order = rng.permuted(np.broadcast_to(np.arange(4), (n, 4)), axis=1)
