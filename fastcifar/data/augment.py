@@ -80,11 +80,6 @@ def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
     return {"y": y, "x": x}
 
 
-def apply_crop(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Pad the image by `op.value` pixels, black or reflected, and crop the 32x32 window at (y, x)."""
-    return crop_rows(rows, params["y"].int(), params["x"].int(), int(op.number), op.variant == "reflect")
-
-
 def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
     """Draw `flip`, bool: with probability `op.value`, or alternating between epochs (Keller Jordan, airbench94)."""
     n = len(context.permutation)
@@ -126,7 +121,9 @@ def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: Fill
 AUGMENTS: dict[str, AugmentSpec] = {
     "crop": AugmentSpec(
         draw=lambda op, context: _draw_corner(context, 2 * int(op.number) + 1),
-        apply=apply_crop,
+        apply=lambda op, rows, params, fill_color: crop_rows(
+            rows, params["y"].int(), params["x"].int(), int(op.number), op.variant == "reflect"
+        ),
         default_value=4,
         variants={"zero": (1, 16), "reflect": (1, 16)},
         help="pad by VALUE pixels (black or reflected), then crop a random 32x32 window",

@@ -1,27 +1,36 @@
-"""The table of loaders, `LOADERS`, the loader that keeps the data set on the device, and functions that use loaders."""
+"""The table of loaders, `LOADERS`, the tensor loader, the torchvision loader, and functions that use loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import (
     CIFAR_IMAGE_SIZE,
+    AugmentOp,
     AugmentOps,
     AugmentParams,
     draw_mixer_params,
+    format_augment,
     parse_augment,
     split_mixer,
 )
 from fastcifar.data.batch_loader import Loader, split_by_step, split_params_by_step, upload_array
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.dali import DaliLoader
-from fastcifar.data.torchvision_loader import TorchvisionLoader
+from fastcifar.data.image_ops import FILL_COLORS, FillColor
+from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
+from fastcifar.device import import_optional
 from fastcifar.errors import UsageError
 
+TORCHVISION_REMEDY = "use --loader tensor, or pip install 'torchvision>=0.26'"
+Transform = Callable[[Any], Any]
 UPLOAD_IMAGES = 8192  # images per upload: 25 MB of pinned memory instead of a second copy of the data set
 
 
@@ -44,6 +53,97 @@ class TensorLoader(Loader):
             with torch.no_grad():  # a change of the grad mode by the caller would trigger a recompilation
                 images = self._gather(self._rows, indices[step], op_params[step])
             yield images
+
+
+class Cutout:
+    """Fill a square of `size` pixels around a random center, clipped at the border; torchvision has no equivalent."""
+
+    def __init__(self, size: int, fill_color: FillColor) -> None:
+        self.size, self.fill_color = size, fill_color
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        left, top = (torch.randint(CIFAR_IMAGE_SIZE, (2,)) - self.size // 2).tolist()
+        image = image.copy()
+        image.paste(self.fill_color, (left, top, left + self.size, top + self.size))
+        return image
+
+
+def _random_erasing(v2: Any, op: AugmentOp, fill_color: FillColor) -> Transform:
+    color, area = FILL_COLORS.get(op.variant, fill_color), (MIN_ERASE_AREA, op.value)
+    return v2.RandomErasing(ERASE_PROBABILITY, area, ERASE_ASPECT_RANGE, value=color)
+
+
+# (name, variant) of an augmentation -> (torchvision.transforms.v2, op, mean color) -> the same transform of a PIL image
+TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Transform]] = {
+    ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value),
+    ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value, padding_mode="reflect"),
+    ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.value),
+    ("cutout", "mean"): lambda _, op, fill: Cutout(op.value, fill),
+    ("cutout", "zero"): lambda _, op, fill: Cutout(op.value, (0, 0, 0)),
+    ("erase", "gray"): _random_erasing,
+    ("erase", "mean"): _random_erasing,
+    ("erase", "zero"): _random_erasing,
+    ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.value),
+    ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.value, op.value, op.value, op.value / 2),
+    ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.value),
+    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.value),
+    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.value),
+    ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
+}
+
+
+class TorchvisionLoader(Loader):
+    """Loader that keeps the data set in host memory and creates a DataLoader with `workers` for each epoch."""
+
+    uses_workers = True
+
+    def _prepare(self, images: np.ndarray) -> None:
+        self._transform = build_transform(self._ops, self._fill_color)
+        self._ops = ()  # torchvision draws the random parameters
+        self._pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
+        table = self.slicing.step_table(params.permutation)
+        steps = [(step, *indices[: self.slicing.local_count(step)].tolist()) for step, indices in enumerate(table)]
+        loader = DataLoader(
+            _TransformedImages(self._pixels, self._transform, (self._seed, epoch, self.slicing.rank)),
+            batch_sampler=steps[start_step:],  # type: ignore[arg-type]  # a step is its number and the sample indices
+            num_workers=min(self._workers, self.steps_per_epoch - start_step),
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # the global generator is used by the network
+        )
+        for images in loader:
+            uploaded = images.to(self._device, non_blocking=True)
+            yield uploaded.contiguous(memory_format=torch.channels_last)
+
+
+class _TransformedImages(Dataset[Tensor]):
+    """The data set of the workers: pixels uint8 [n,32,32,3]; one call fetches the images of a step."""
+
+    def __init__(self, pixels: np.ndarray, transform: Transform, seed_key: tuple[int, int, int]) -> None:
+        self.pixels, self.transform, self.seed_key = pixels, transform, seed_key
+
+    def __getitems__(self, step: tuple[int, ...]) -> list[Tensor]:
+        """Return the transformed images of a step, uint8 [3,32,32] each."""
+        number, *indices = step
+        state = np.random.SeedSequence([*self.seed_key, number]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):  # without workers, the network uses the generator of this process
+            torch.default_generator.manual_seed(int(state[0]))
+            return [self.transform(Image.fromarray(self.pixels[index])) for index in indices]
+
+
+def build_transform(ops: AugmentOps, fill_color: FillColor) -> Transform:
+    """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32]; `UsageError` if there is none."""
+    for op in ops:
+        if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
+            variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
+            alternative = f", or {op.name} with {' or '.join(variants)}" if variants else ""
+            problem = f"--loader torchvision does not support {format_augment((op,))}"
+            raise UsageError(problem, f"use --loader tensor{alternative}")
+    v2 = import_optional("torchvision.transforms.v2", TORCHVISION_REMEDY)
+    transforms = [TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops]
+    return v2.Compose([*transforms, v2.PILToTensor()])
 
 
 LOADERS: dict[str, type[Loader]] = {

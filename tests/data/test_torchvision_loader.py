@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from fastcifar.cli.exit import report_error
-from fastcifar.data import torchvision_loader
+from fastcifar.data import loaders
 from fastcifar.data.augment import AUGMENTS, AugmentOp, format_augment, parse_augment
-from fastcifar.data.loaders import TensorLoader
-from fastcifar.data.torchvision_loader import TORCHVISION_TRANSFORMS, TorchvisionLoader, build_transform
+from fastcifar.data.loaders import TORCHVISION_TRANSFORMS, TensorLoader, TorchvisionLoader, build_transform
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train
@@ -138,7 +137,7 @@ class KillProcess:
 def test_fault24_a_worker_that_dies_ends_the_run(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torchvision_loader, "build_transform", lambda *_: KillProcess())
+    monkeypatch.setattr(loaders, "build_transform", lambda *_: KillProcess())
     started = time.perf_counter()
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         train(tiny(loader="torchvision", workers=2))
@@ -174,7 +173,7 @@ def test_fault18_a_broken_torchvision_affects_its_loader_only(tmp_path: Path) ->
             "--device", "cpu", "--precision", "fp32")  # fmt: skip
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(tmp_path), str(Path(torchvision_loader.__file__).parents[2])])
+        path = os.pathsep.join([str(tmp_path), str(Path(loaders.__file__).parents[2])])
         return subprocess.run(
             [sys.executable, "-m", "fastcifar", "train", *tiny, *arguments], capture_output=True, text=True,
             timeout=300, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
