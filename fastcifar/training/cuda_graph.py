@@ -35,11 +35,10 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
 
     def run(*inputs: Tensor) -> None:
         for index, (target, source) in enumerate(zip(static, inputs, strict=True)):
-            if (target.shape, target.dtype, target.device) != (source.shape, source.dtype, source.device):
-                raise ValueError(
-                    f"input {index} of the captured step must be {_describe_tensor(target)}, not "
-                    f"{_describe_tensor(source)}; call the eager step for other shapes"
-                )
+            expected, given = ((tuple(t.shape), t.dtype, t.device) for t in (target, source))
+            if given != expected:
+                remedy = "call the eager step for other shapes"
+                raise ValueError(f"input {index} of the captured step must be {expected}, not {given}; {remedy}")
             target.copy_(source, non_blocking=True)
         replay()
 
@@ -87,7 +86,3 @@ def reset_cuda_graphs() -> None:
     """
     for graph in _captured_graphs:
         graph.reset()
-
-
-def _describe_tensor(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -33,10 +33,7 @@ AUTOTUNE_SPEEDUP, AUTOTUNE_EXTRA_COMPILE_S = 0.03, 100
 
 
 class DryRunEstimate(TypedDict):
-    """The document of `train --dry-run`; `chosen`: lines that describe the run, `step_s`: seconds of a step.
-
-    In `seconds`, `setup` and `compile` are measured, `train`, `eval` and `total` estimated.
-    """
+    """The document of `train --dry-run`. In `seconds`, `setup` and `compile` are measured, the others estimated."""
 
     dry_run: bool
     arch: str
@@ -48,7 +45,7 @@ class DryRunEstimate(TypedDict):
     images_per_s: float
     seconds: dict[str, float]
     peak_memory_bytes: int | None
-    chosen: list[str]
+    chosen: list[str]  # lines that describe the run
 
 
 @dataclass(frozen=True)
@@ -132,10 +129,7 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
 
 
 def dry_run(recipe: Recipe) -> DryRunEstimate:
-    """Build everything, run a few steps, evaluate a batch, and estimate the whole run. Nothing is written.
-
-    Raises what `train` raises.
-    """
+    """Build everything, run a few steps, evaluate a batch, and estimate the whole run. Nothing is written."""
     if recipe.resume:
         raise UsageError("--dry-run cannot be combined with --resume", "leave one of them out")
     clock = Clock()

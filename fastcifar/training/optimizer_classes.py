@@ -99,8 +99,10 @@ class Ranger(_CapturableOptimizer):
             exp_avg_sqs = [self.state[weight]["exp_avg_sq"] for weight in weights]
             beta1, beta2 = group["betas"]
             lr = group["lr"] * keep
-            if group["use_gc"]:
-                centralize(gradients)
+            if group["use_gc"]:  # subtract the mean of each output's gradient
+                for (matrices,) in matrices_by_shape([gradient for gradient in gradients if gradient.ndim > 1]):
+                    batch = torch.stack(matrices)
+                    torch._foreach_copy_(matrices, list(batch - batch.mean(2, keepdim=True)))
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
             torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * keep)
             torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
@@ -214,14 +216,6 @@ def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold
     return factor.float(), rectified
 
 
-def centralize(gradients: list[Tensor]) -> None:
-    """Subtract the mean of each output's gradient in place; gradients with one dimension are unchanged."""
-    for (matrices,) in matrices_by_shape([gradient for gradient in gradients if gradient.ndim > 1]):
-        batch = torch.stack(matrices)
-        batch -= batch.mean(2, keepdim=True)
-        torch._foreach_copy_(matrices, list(batch))
-
-
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Orthogonalize matrices [n, rows, columns] by `steps` Newton-Schulz iterations, computed in `dtype`.
 
@@ -237,20 +231,15 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloa
     return x.mT if transpose else x
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """Return a view [out, inputs] of `weight` [out, ...], with the inputs in memory order."""
-    order = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
-    return weight.permute(0, *order).view(len(weight), -1)
-
-
 def matrices_by_shape(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Yield the tensors of `lists`, as matrices, in groups of equal shape; each group has one list for each of `lists`.
+    """Yield groups of equal shape of the tensors [out, ...] of `lists`, one list of matrices [out, inputs] for each.
 
-    The tensors at the same position of all lists have the same shape.
+    The tensors at the same position of all lists have the same shape. The matrices are views, inputs in memory order.
     """
     groups: dict[torch.Size, list[list[Tensor]]] = {}
     for tensors in zip(*lists, strict=True):
-        matrices = [as_matrix(tensor) for tensor in tensors]
+        order = [sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True) for tensor in tensors]
+        matrices = [tensor.permute(0, *dims).view(len(tensor), -1) for tensor, dims in zip(tensors, order, strict=True)]
         group = groups.setdefault(matrices[0].shape, [[] for _ in lists])
         for group_list, matrix in zip(group, matrices, strict=True):
             group_list.append(matrix)

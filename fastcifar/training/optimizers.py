@@ -167,9 +167,6 @@ class OptimizerWrapper:
             tensor.zero_()  # the initial value of every state tensor
         return inner
 
-    def zero_grad(self) -> None:
-        self.inner.zero_grad(set_to_none=True)
-
     def step(self, scaler: torch.amp.GradScaler, skip: Tensor) -> None:
         """Update the weights through torch's `scaler`, which may be disabled.
 
@@ -198,7 +195,7 @@ class OptimizerWrapper:
             torch._foreach_add_(weights, updated)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning-rate tensors: no synchronization, no recompilation, valid for captured graphs."""
+        """Set the learning-rate tensors, without a synchronization; captured graphs use the new values."""
         self.lr.fill_(lr)
         for multiplier, scaled_lr in self.scaled_lrs.items():
             scaled_lr.fill_(lr * multiplier)
@@ -259,7 +256,7 @@ def _step_with_gradients(optimizer: torch.optim.Optimizer, gradient_fn: Callable
         for weight in group["params"]:
             weight.grad = gradient_fn(weight.detach())
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def _optimizer_state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

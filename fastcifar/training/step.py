@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.data.augment import CIFAR_IMAGE_SIZE
 from fastcifar.data.mixers import MixerApplyFn, mix_labels
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.optimizers import OptimizerWrapper
@@ -40,7 +41,7 @@ class Metrics:
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> Metrics:
-        """Compute the metrics from the sums of a `Meter`; waits for the device of `sums`."""
+        """Compute the metrics from the sums of a `Meter`."""
         loss, correct, images, nonfinite_steps = sums.tolist()
         mean_loss, accuracy = (loss / images, correct / images) if images else (math.nan, math.nan)
         return cls(mean_loss, accuracy, int(images), int(nonfinite_steps))
@@ -163,27 +164,22 @@ def build_forward(
     return forward
 
 
-def resized_forward(forward: Forward, image_size: int) -> Forward:
-    """Return `forward` on images resized to `image_size` pixels (bilinear, antialiased)."""
-
-    def function(images: Tensor) -> Tensor:
-        images = F.interpolate(images.float(), size=(image_size, image_size), mode="bilinear", antialias=True)
-        return forward(images.contiguous(memory_format=torch.channels_last))
-
-    return function
-
-
-def loss_and_correct(forward: Forward, label_smoothing: float, mix: MixerApplyFn | None = None) -> LossAndCorrect:
+def loss_and_correct(
+    forward: Forward, label_smoothing: float, mix: MixerApplyFn | None = None, image_size: int = CIFAR_IMAGE_SIZE
+) -> LossAndCorrect:
     """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions).
 
     With `mix` it also takes the mixer's parameters: the target of a mixed image is the mixture of its labels, and a
-    prediction of the largest one is correct.
+    prediction of the largest one is correct. Images are resized to `image_size` pixels (bilinear, antialiased).
     """
 
     def function(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> tuple[Tensor, Tensor]:
         label_weights = None
         if mix:
             images, label_weights = mix(images, *mixer_params)
+        if image_size != CIFAR_IMAGE_SIZE:
+            images = F.interpolate(images.float(), size=(image_size, image_size), mode="bilinear", antialias=True)
+            images = images.contiguous(memory_format=torch.channels_last)
         logits = forward(images)
         targets = labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
@@ -212,7 +208,7 @@ def build_step_function(
     sizes = [value.numel() for value in buffers]
 
     def step(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> None:
-        optimizer.zero_grad()
+        optimizer.inner.zero_grad()
         saved_buffers = torch.cat([value.flatten() for value in buffers])
         loss, correct = loss_function(images, labels, *mixer_params)
         if scaler.is_enabled():  # it skips a step only if gradients overflow: make them overflow after a NaN or Inf

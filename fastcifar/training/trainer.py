@@ -38,7 +38,6 @@ from fastcifar.training.step import (
     TrainStep,
     build_step_function,
     loss_and_correct,
-    resized_forward,
 )
 
 
@@ -149,9 +148,8 @@ class Trainer:
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
         """Return the forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
-        forward = self.forward if image_size == CIFAR_IMAGE_SIZE else resized_forward(self.forward, image_size)
         mix = MIXERS[self.resolved.mixer.name].apply if self.resolved.mixer else None
-        return loss_and_correct(forward, self.recipe.label_smoothing, mix)
+        return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
         """Return a training step around `loss_function`, which may be compiled."""

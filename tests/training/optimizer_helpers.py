@@ -67,7 +67,7 @@ def trained(values: dict[str, Any], steps: range, resume: io.BytesIO | None = No
         generator = torch.Generator().manual_seed(step)
         images, labels = torch.randn(8, 3, 8, 8, generator=generator), torch.randint(4, (8,), generator=generator)
         optimizer.set_lr(schedule.lr_at(step))
-        optimizer.zero_grad()
+        optimizer.inner.zero_grad()
         nn.functional.cross_entropy(model(images).mean((2, 3)), labels).backward()
         optimizer.step(SCALER, NO_SKIP)
         optimizer.after_step(step + 1)

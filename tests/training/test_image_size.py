@@ -18,7 +18,7 @@ from fastcifar.recipes import shipped_recipes
 from fastcifar.training import compilation, dry_run
 from fastcifar.training.dry_run import measure_step_timing
 from fastcifar.training.resolve import resolve
-from fastcifar.training.step import loss_and_correct, resized_forward
+from fastcifar.training.step import loss_and_correct
 from fastcifar.training.trainer import Trainer
 from tests.training.optimizer_helpers import make_trainer
 
@@ -64,7 +64,12 @@ def test_resized_images_equal_pillow_resize(size: int) -> None:
     """The reference is Pillow's bilinear filter on float images, which antialiases when the image gets smaller."""
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     inputs: list[Tensor] = []
-    resized_forward(lambda resized: inputs.append(resized) or resized, size)(images)
+
+    def forward(resized: Tensor) -> Tensor:
+        inputs.append(resized)
+        return resized.mean((2, 3))
+
+    loss_and_correct(forward, 0.0, image_size=size)(images, torch.zeros(2, dtype=torch.int64))
     assert inputs[0].is_contiguous(memory_format=torch.channels_last)
     for image, actual in zip(images.flatten(0, 1), inputs[0].flatten(0, 1), strict=True):
         expected = Image.fromarray(image.float().numpy()).resize((size, size), Image.Resampling.BILINEAR)
@@ -107,7 +112,7 @@ def test_each_epoch_runs_the_step_of_its_image_size_and_short_batches_run_uncomp
 
 def test_compiled_loss_of_resized_images_equals_eager_one() -> None:
     weight = torch.randn(10, 3 * 24 * 24) / 255
-    function = loss_and_correct(resized_forward(lambda images: images.flatten(1) @ weight.T, 24), 0.1)
+    function = loss_and_correct(lambda images: images.flatten(1) @ weight.T, 0.1, image_size=24)
     images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
     images = images.contiguous(memory_format=torch.channels_last)
     expected, _ = function(images, labels)
