@@ -1,9 +1,8 @@
-"""The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches.
+"""The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches: `CORRUPTIONS`.
 
-Each function in `CORRUPTIONS` takes float images [n,3,32,32] in [0, 1], a severity from 1 to 5 and a generator on the
-same device, and returns images of the same shape, range and dtype. The parameters of each severity are those of the
-authors' CIFAR-10-C; any difference in the algorithm other than the random numbers is stated in the docstring. Five of
-the 19 corruptions of CIFAR-10-C are not implemented: glass blur, elastic transform, snow, frost and spatter.
+Each takes float images [n,3,32,32] in [0, 1], a severity from 1 to 5 and a generator on the same device, and returns
+images of the same shape, range and dtype. Severities have the authors' parameters; differences in the algorithm other
+than random numbers are stated. Glass blur, elastic transform, snow, frost and spatter are not implemented.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ Corruption = Callable[[Tensor, int, Generator], Tensor]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 IMAGE_SIZE = 32
-JPEG_BLOCK_SIZE = 8  # side length in pixels
 
 
 def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -68,10 +66,7 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Blur in one direction, at a random angle of up to 45 degrees for each image, replicating the edge pixels.
-
-    The weights and the offsets, whole pixels, follow ImageMagick, which the authors call.
-    """
+    """Blur in one direction, at a random angle of up to 45 degrees for each image, like ImageMagick."""
     radius, std = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     weights = [math.exp(-(step**2) / (2 * std**2)) for step in range(2 * radius + 1)]
     uniform = torch.rand(len(images), 1, generator=generator, device=images.device, dtype=images.dtype)
@@ -138,44 +133,21 @@ def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Downsample and upsample with Pillow's box filter, on the CPU."""
     size = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
-    box = Image.Resampling.BOX
     pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    resized = [
-        Image.fromarray(image).resize((size, size), box).resize((IMAGE_SIZE, IMAGE_SIZE), box) for image in pixels
-    ]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2).to(images) / 255
+    resized = np.empty_like(pixels)
+    for index, image in enumerate(pixels):
+        small = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
+        resized[index] = small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    return torch.from_numpy(resized).permute(0, 3, 1, 2).to(images) / 255
 
 
 def jpeg_compression(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Compress as JPEG with 4:2:0 chroma subsampling, Pillow's default. See `apply_jpeg`."""
-    return apply_jpeg(images, (80, 65, 58, 50, 40)[severity - 1])
+    """Compress as JPEG with 4:2:0 chroma subsampling, and decompress.
 
-
-CORRUPTIONS: dict[str, Corruption] = {
-    "gaussian_noise": gaussian_noise,
-    "shot_noise": shot_noise,
-    "impulse_noise": impulse_noise,
-    "speckle_noise": speckle_noise,
-    "gaussian_blur": gaussian_blur,
-    "defocus_blur": defocus_blur,
-    "motion_blur": motion_blur,
-    "zoom_blur": zoom_blur,
-    "fog": fog,
-    "brightness": brightness,
-    "contrast": contrast,
-    "saturate": saturate,
-    "pixelate": pixelate,
-    "jpeg_compression": jpeg_compression,
-}
-
-
-def apply_jpeg(images: Tensor, quality: int) -> Tensor:
-    """Return float images [n,3,32,32] in [0, 1] after JPEG compression and decompression at `quality`, from 1 to 100.
-
-    The steps are JFIF's YCbCr, chrominance downsampled by 2x2 averages and upsampled linearly, the 8x8 DCT, and
-    quantization with Pillow's tables. libjpeg computes the DCT with integers and this function with floating-point
-    numbers, so a few quantized coefficients differ by one.
+    libjpeg computes the DCT with integers and this function with floating-point numbers, so a few quantized
+    coefficients differ by one.
     """
+    quality = (80, 65, 58, 50, 40)[severity - 1]
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     chrominance = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1) + 128
@@ -194,10 +166,19 @@ def apply_jpeg(images: Tensor, quality: int) -> Tensor:
     return decoded.round().clamp(0, 255) / 255
 
 
+CORRUPTIONS: dict[str, Corruption] = {
+    corruption.__name__: corruption
+    for corruption in (
+        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, motion_blur, zoom_blur,
+        fog, brightness, contrast, saturate, pixelate, jpeg_compression,
+    )
+}  # fmt: skip
+
+
 def _quantize_dct(planes: Tensor, table: list[int]) -> Tensor:
     """Quantize the DCT coefficients of the 8x8 blocks of planes [n,c,h,w] with values in 0..255; return the planes."""
     n, c, h, w = planes.shape
-    size = JPEG_BLOCK_SIZE
+    size = 8
     steps = planes.new_tensor(table).view(size, size)
     indices = torch.arange(size, dtype=torch.float64)
     cosines = (indices[:, None] * (2 * indices + 1) * math.pi / (2 * size)).cos() * math.sqrt(2 / size)
@@ -221,9 +202,9 @@ def _gaussian_kernel(std: float, radius: int) -> Tensor:
 
 
 def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
-    """Filter each channel with a symmetric `kernel` of odd height and width, as a sum of shifted images.
+    """Filter each channel with a symmetric `kernel` of odd height and width.
 
-    A float64 convolution of three channels takes eight times as long on a CPU (LOG.md).
+    A sum of shifted images is eight times as fast on a CPU as a float64 convolution of three channels.
     """
     pad_height, pad_width = (size // 2 for size in kernel.shape)
     padded = F.pad(images, (pad_width, pad_width, pad_height, pad_height), mode=padding_mode)
@@ -235,10 +216,7 @@ def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
 
 
 def _plasma_fractal(n: int, decay: float, generator: Generator) -> Tensor:
-    """Return fractal height maps [n,32,32] in [0, 1], by the diamond-square algorithm on a torus.
-
-    The roughness is divided by `decay` after each level.
-    """
+    """Return fractal height maps [n,32,32] in [0, 1]: diamond-square on a torus, each level smoother by `decay`."""
     device = generator.device
     heights, step, roughness = torch.zeros(n, IMAGE_SIZE, IMAGE_SIZE, device=device), IMAGE_SIZE, 100.0
 

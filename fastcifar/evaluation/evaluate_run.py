@@ -29,11 +29,11 @@ CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CI
 
 
 class ShiftedResult(TypedDict):
-    """The results on a version of CIFAR-10.1; `acc_interval` is the 95 % confidence interval of the accuracy."""
+    """The results on a version of CIFAR-10.1."""
 
     name: str
     acc: float
-    acc_interval: tuple[float, float]
+    acc_interval: tuple[float, float]  # 95 % confidence interval
     correct: int
     total: int
     loss: float
@@ -41,13 +41,10 @@ class ShiftedResult(TypedDict):
 
 
 class CorruptionsResult(TypedDict):
-    """The accuracies on corrupted test images, of each corruption by severity.
+    """The accuracies on corrupted test images."""
 
-    `mean_acc` is their mean. It is not the mean corruption error, which is relative to a reference network.
-    """
-
-    mean_acc: float
-    acc: dict[str, list[float]]
+    mean_acc: float  # not the mean corruption error, which is relative to a reference network
+    acc: dict[str, list[float]]  # of each corruption by severity
     seed: int
 
 
@@ -104,13 +101,8 @@ def evaluate_run(
 ) -> EvalResult:
     """Evaluate the network of `run` on the test set.
 
-    run, eval_weights, arch, overrides  as for `load_model`
-    plots_dir                           folder for the plots reliability.png and confusion.png
-    shifted_dir                         folder with the files of CIFAR-10.1, evaluated in addition
-    with_corruptions                    whether to evaluate on the corrupted test set in addition
-
-    Raises `DataError` for an invalid data set, `NonFiniteError` if the logits contain NaN or infinity, `DiskError` if
-    a plot cannot be written, and the errors of `load_model`.
+    The plots reliability.png and confusion.png are written to `plots_dir`. `shifted_dir` contains the files of
+    CIFAR-10.1; this set and the corrupted test set are evaluated in addition. See `load_model` for the other arguments.
     """
     loaded = load_model(run, eval_weights, arch, **overrides)
     data, tta, classes = loaded.load_dataset(), loaded.recipe.tta, loaded.classes
@@ -135,8 +127,8 @@ def evaluate_run(
         "test_acc_tta": loaded.evaluate(data.test, tta).accuracy if tta != "none" else None,
         "tta": tta,
         "temperature_missing": None if temperature else temperature_missing,
-        "shifted": evaluate_shifted(loaded, *shifted) if shifted else None,
-        "corruptions": evaluate_corruptions(loaded, data.test, console) if with_corruptions else None,
+        "shifted": _evaluate_shifted(loaded, *shifted) if shifted else None,
+        "corruptions": _evaluate_corruptions(loaded, data.test, console) if with_corruptions else None,
         "plots": str(plots_dir) if plots_dir else None,
         "arch": loaded.recipe.arch,
         "eval_weights": loaded.weights,
@@ -202,17 +194,21 @@ def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str]
 
 
 def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
-    """Return the version name and the images of CIFAR-10.1 (Recht et al. 2018) in `folder`, preferring v6 over v4.
-
-    Raises `DataError` if `classes`, those of the run, are not those of CIFAR-10, or if a file is not as published.
-    """
+    """Return the version name and the images of CIFAR-10.1 (Recht et al. 2018) in `folder`, preferring v6 over v4."""
     if tuple(classes) != DATASETS["cifar10"].class_names:
         raise DataError("CIFAR-10.1 has the classes of CIFAR-10, but the run has other classes", "omit --shifted")
     versions = [version for version in CIFAR10_1_VERSIONS if (folder / f"{version}_data.npy").is_file()]
     if not versions:
         raise DataError(f"no {CIFAR10_1_VERSIONS[0]}_data.npy in {folder}", CIFAR10_1_REMEDY)
-    images_path, labels_path = (folder / f"{versions[0]}_{content}.npy" for content in ("data", "labels"))
-    images, labels = _load_npy(images_path), _load_npy(labels_path)
+    arrays = []
+    images_path, labels_path = paths = [folder / f"{versions[0]}_{content}.npy" for content in ("data", "labels")]
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                arrays.append(np.lib.format.read_array(file, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}", CIFAR10_1_REMEDY) from None
+    images, labels = arrays
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
         actual = f"{images.dtype} {list(images.shape)}"
         raise DataError(f"{images_path} is {actual}, expected uint8 [n, 32, 32, 3]", CIFAR10_1_REMEDY)
@@ -222,22 +218,10 @@ def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         actual = f"labels from {labels.min()} to {labels.max()}"
         raise DataError(f"{labels_path} contains {actual}, expected 0 to 9", CIFAR10_1_REMEDY)
-    planar = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    return versions[0], Split(planar, labels.astype(np.int64))
+    return versions[0], Split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
 
 
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}", CIFAR10_1_REMEDY) from None
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{path} is an archive, expected one array", CIFAR10_1_REMEDY)
-    return array
-
-
-def evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResult:
-    """Return the scores on `split`, the images of the CIFAR-10.1 version `name`."""
+def _evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResult:
     scores = loaded.evaluate(split)
     return {
         "name": name,
@@ -250,30 +234,25 @@ def evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResul
     }
 
 
-def evaluate_corruptions(loaded: LoadedRun, split: Split, console: Console | None) -> CorruptionsResult:
-    """Return the accuracies on `split` for every corruption and severity. A terminal `console` shows a progress bar."""
+def _evaluate_corruptions(loaded: LoadedRun, split: Split, console: Console | None) -> CorruptionsResult:
+    def accuracy(corruption: Corruption, severity: int) -> float:
+        generator = torch.Generator(loaded.device).manual_seed(CORRUPTION_SEED)
+
+        def forward(images: Tensor) -> Tensor:
+            return loaded.forward(apply_corruption(images, corruption, severity, generator))
+
+        return replace(loaded, forward=forward).evaluate(split).accuracy
+
     no_progress_bar = console is None or not console.is_terminal
-    accuracies: dict[str, list[float]] = {}
-    for name in track(CORRUPTIONS, "corruptions", console=console, disable=no_progress_bar, transient=True):
-        accuracies[name] = [_corrupted_accuracy(loaded, split, CORRUPTIONS[name], severity) for severity in SEVERITIES]
-    mean = float(np.mean(list(accuracies.values())))
-    return {"mean_acc": mean, "acc": accuracies, "seed": CORRUPTION_SEED}
-
-
-def _corrupted_accuracy(loaded: LoadedRun, split: Split, corruption: Corruption, severity: int) -> float:
-    generator = torch.Generator(loaded.device).manual_seed(CORRUPTION_SEED)
-
-    def forward(images: Tensor) -> Tensor:
-        return loaded.forward(apply_corruption(images, corruption, severity, generator))
-
-    return replace(loaded, forward=forward).evaluate(split).accuracy
+    names = track(CORRUPTIONS, "corruptions", console=console, disable=no_progress_bar, transient=True)
+    accuracies = {name: [accuracy(CORRUPTIONS[name], severity) for severity in SEVERITIES] for name in names}
+    return {"mean_acc": float(np.mean(list(accuracies.values()))), "acc": accuracies, "seed": CORRUPTION_SEED}
 
 
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:
     """Apply a corruption to uint8 images [n,3,32,32]; return uint8 images in channels_last memory format.
 
-    Values are truncated to integers as in CIFAR-10-C. The corruption is computed in float64, because
-    reduced-precision matrix products on a GPU would change some of the truncated values.
+    It is computed in float64, so that all devices agree, and truncated to integers as in CIFAR-10-C.
     """
     corrupted = corruption(images.double() / 255, severity, generator) * 255
     return (corrupted + 1e-6).to(torch.uint8).contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,7 @@
 """Export a trained network to a file for deployment: the implementation of `fastcifar export`.
 
-The exported file is written to a temporary folder, run by the runtime of its format on test images in several batch
-sizes, and compared with the eager float32 network. It is moved to its destination, with a model card beside it, only
-if the outputs agree.
+The file is written to a temporary folder and run by the runtime of its format on test images in several batch sizes.
+It is moved to its destination, with a model card beside it, only if the outputs agree with the float32 network's.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastcifar._version import __version__
-from fastcifar.data.cifar import Dataset, Split
+from fastcifar.data.cifar import Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.device import as_memory_error, import_optional
-from fastcifar.errors import DiskError, UsageError, UserError, first_message_line, lookup
+from fastcifar.errors import DiskError, UserError, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
@@ -45,7 +44,6 @@ INPUT_DESCRIPTIONS = {
 }
 OUTPUT_TYPES = ("probabilities", "logits")
 ONNX_REMEDY = "pip install onnx onnxscript onnxruntime"
-
 BATCH_DIMENSION = {0: torch.export.Dim("batch", min=1)}
 
 TensorFunction = Callable[[Tensor], Tensor]
@@ -65,12 +63,7 @@ class ExportResult(TypedDict):
 
 
 class DeployedModel(nn.Module):
-    """A network with the input normalization of its recipe and an output activation.
-
-    input_type   "uint8" for images uint8 [n,32,32,3], which the module normalizes, or "normalized" for normalized
-                 images float32 [n,3,32,32]
-    output_type  "probabilities" or "logits", float32 [n,classes]
-    """
+    """A network with its normalization and output activation, float32 [n,classes]; inputs: `INPUT_DESCRIPTIONS`."""
 
     scale: Tensor
     shift: Tensor
@@ -98,8 +91,7 @@ class ExportFormat:
     load: Callable[[Path, DeployedModel], TensorFunction]
 
 
-def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Export to a single ONNX file, using the exporter based on TorchDynamo."""
+def _write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     import_optional("onnxscript", ONNX_REMEDY)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": [deployed.output_type]}
     shapes = {"images": BATCH_DIMENSION}
@@ -108,45 +100,41 @@ def write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     )
 
 
-def load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
-    """Return a function that runs the file with ONNX Runtime on the CPU."""
+def _load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
     runtime = import_optional("onnxruntime", ONNX_REMEDY)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.output_type], {"images": images.numpy()})[0])
 
 
-def export_program(deployed: DeployedModel, images: Tensor) -> torch.export.ExportedProgram:
-    """Export with a dynamic batch size of at least one. The example input `images` must contain more than one image."""
+def _export_program(deployed: DeployedModel, images: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(deployed, (images,), dynamic_shapes=(BATCH_DIMENSION,))
 
 
-def write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Save the program of `torch.export`, including the weights."""
-    torch.export.save(export_program(deployed, images), path)
+def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
+    torch.export.save(_export_program(deployed, images), path)
 
 
-def write_aoti(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Compile with AOTInductor into a package for the CPU architecture of this machine."""
-    torch._inductor.aoti_compile_and_package(export_program(deployed, images), package_path=str(path))
+def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(_export_program(deployed, images), package_path=str(path))
 
 
-def write_safetensors(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    """Save the weights of the network alone, without the normalization and the output activation."""
+def _write_safetensors(deployed: DeployedModel, images: Tensor, path: Path) -> None:
     save_file({key: value.contiguous() for key, value in deployed.network.state_dict().items()}, path)
 
 
-def load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
-    """Return a copy of `deployed` with the weights in the file."""
+def _load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
     model = copy.deepcopy(deployed)
     model.network.load_state_dict(load_file(path), strict=True)
     return model
 
 
 EXPORT_FORMATS: dict[str, ExportFormat] = {
-    "onnx": ExportFormat(".onnx", write_onnx, load_onnx),
-    "pt2": ExportFormat(".pt2", write_pt2, lambda path, _: torch.export.load(path).module()),
-    "aoti": ExportFormat(".aoti.pt2", write_aoti, lambda path, _: torch._inductor.aoti_load_package(str(path))),
-    "safetensors": ExportFormat(".safetensors", write_safetensors, load_safetensors),
+    "onnx": ExportFormat(".onnx", _write_onnx, _load_onnx),
+    "pt2": ExportFormat(".pt2", _write_pt2, lambda path, _: torch.export.load(path).module()),
+    # A package for the CPU architecture of this machine.
+    "aoti": ExportFormat(".aoti.pt2", _write_aoti, lambda path, _: torch._inductor.aoti_load_package(str(path))),
+    # The weights alone, without the normalization and the output activation.
+    "safetensors": ExportFormat(".safetensors", _write_safetensors, _load_safetensors),
 }
 
 
@@ -160,20 +148,15 @@ def export_model(
     arch: str | None = None,
     **overrides: Any,
 ) -> ExportResult:
-    """Export the network of `run` to a file, verify its outputs, and write a model card beside it.
+    """Export the network of `run` to `out`, verify its outputs, and write a model card beside it.
 
-    run, eval_weights, arch, overrides  as for `load_model`
-    format                              a name in `EXPORT_FORMATS`
-    out                                 file to write; by default named after the architecture, in the folder of the run
-    input_type, output_type             see `DeployedModel`
-
-    Raises `UsageError`, `CheckpointError`, `DataError` or `DiskError`, and `UserError` if the export fails or its
-    outputs differ from the network's.
+    By default the file is named after the architecture, in the folder of the run. `format` is a name in
+    `EXPORT_FORMATS`. See `load_model` for the other arguments.
+    Raises `UserError` if the export fails or its outputs differ from the network's.
     """
     export_format = lookup(EXPORT_FORMATS, format, "format")
-    for value, allowed, name in ((input_type, INPUT_DESCRIPTIONS, "--input"), (output_type, OUTPUT_TYPES, "--output")):
-        if value not in allowed:
-            raise UsageError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    lookup(INPUT_DESCRIPTIONS, input_type, "--input")
+    lookup(dict.fromkeys(OUTPUT_TYPES), output_type, "--output")
     # The exported file must run on any machine, so the network is in float32 on the CPU.
     loaded = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
     data = loaded.load_dataset()
@@ -182,28 +165,29 @@ def export_model(
     deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
     images = example_inputs(deployed, data)
     try:
-        difference = write_and_verify(export_format, out, deployed, images)
+        difference = _write_and_verify(export_format, out, deployed, images)
         result: ExportResult = {
             "file": str(out),
             "card": f"{out}.md",
             "bytes": out.stat().st_size,
             "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
             "images": len(images),
-            "batch_sizes": [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)],
+            "batch_sizes": _batch_sizes(images),
             "difference": difference,
             "data": data.source,
         }
-        write_model_card(result, format, deployed, loaded, data, run_dir)
+        _write_model_card(result, format, deployed, loaded, data, run_dir)
     except OSError as error:
         raise DiskError(f"cannot write {out}: {error.strerror or error}", "choose another file with --out") from None
     return result
 
 
-def write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor) -> float:
-    """Write the exported file to `out` if its outputs agree with those of `deployed`; return their largest difference.
+def _batch_sizes(images: Tensor) -> list[int]:
+    return [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)]
 
-    Raises `UserError` if the export fails or the difference exceeds `EXPORT_TOLERANCE`; `out` is then unchanged.
-    """
+
+def _write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor) -> float:
+    """Write `out` if its outputs agree with those of `deployed`; return their largest difference."""
     # The outputs are compared below, so warnings of the exporters give the user no further information.
     ignore_warnings = warnings.catch_warnings(action="ignore")
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as folder, torch.no_grad(), ignore_warnings:
@@ -212,11 +196,7 @@ def write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedM
         try:
             export_format.write(deployed, images, temporary_file)
             function = export_format.load(temporary_file, deployed)
-            differences = [
-                function(images[:size].clone()) - expected[:size]
-                for size in VERIFICATION_BATCH_SIZES
-                if size <= len(images)
-            ]
+            differences = [function(images[:size].clone()) - expected[:size] for size in _batch_sizes(images)]
         except (UserError, OSError):
             raise
         except Exception as error:  # the errors of exporters, compilers and runtimes have no common base class
@@ -244,63 +224,63 @@ def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
     return images * deployed.scale + deployed.shift
 
 
-def write_model_card(
+def _write_model_card(
     result: ExportResult, format: str, deployed: DeployedModel, loaded: LoadedRun, data: Dataset, run_dir: Path
 ) -> None:
-    """Write the model card of an exported file, with the results in summary.json of `run_dir` if it exists."""
     recipe = loaded.recipe
-    mean, std = normalization_mean_std(recipe)
+    mean, std = ("(" + ", ".join(f"{x:.4f}" for x in values) + ")" for values in normalization_mean_std(recipe))
     sections = {
         f"{recipe.arch} on {recipe.dataset}": [
-            f"- file: `{Path(result['file']).name}` ({format}), {result['bytes']:,} bytes, "
-            f"SHA-256 `{result['sha256']}`",
-            f"- network: {count_parameters(loaded.model):,} trainable parameters, "
+            f"file: `{Path(result['file']).name}` ({format}), {result['bytes']:,} bytes, SHA-256 `{result['sha256']}`",
+            f"network: {count_parameters(loaded.model):,} trainable parameters, "
             f"{count_macs(loaded.model) / 1e6:.2f} M multiply-accumulates per image (convolutions and linear layers)",
-            f"- input: {INPUT_DESCRIPTIONS[deployed.input_type]}",
-            f"- output: {deployed.output_type}, float32 [n, {len(loaded.classes)}], in the order "
+            f"input: {INPUT_DESCRIPTIONS[deployed.input_type]}",
+            f"output: {deployed.output_type}, float32 [n, {len(loaded.classes)}], in the order "
             f"{', '.join(loaded.classes)}",
-            f"- normalization: `{normalization_name(recipe)}`, mean {_format_channel_values(mean)}, "
-            f"std {_format_channel_values(std)} of pixels in [0, 1]",
-            f"- verification against the float32 network on {result['images']} test images: maximum absolute "
+            f"normalization: `{normalization_name(recipe)}`, mean {mean}, std {std} of pixels in [0, 1]",
+            f"verification against the float32 network on {result['images']} test images: maximum absolute "
             f"difference {result['difference']:.2g}",
-            f"- weights: {loaded.weights}, from `{loaded.checkpoint_path.name}`; exported by fastcifar {__version__}",
+            f"weights: {loaded.weights}, from `{loaded.checkpoint_path.name}`; exported by fastcifar {__version__}",
         ],
         "Data": [
-            f"- {data.name}, {'' if data.is_official else 'not '}the official files: {data.source_type}",
-            *(f"- {name}: {_format_split(split)}" for name, split in (("train", data.train), ("test", data.test))),
-            f"- validation split: {recipe.val_size:,} of the training images, `val_seed` {recipe.val_seed}",
+            f"{data.name}, {'' if data.is_official else 'not '}the official files: {data.source_type}",
+            *(
+                f"{name}: {len(split.labels):,} images, MD5 of the pixels `{_md5(split.images)}`, MD5 of the labels "
+                f"`{_md5(split.labels)}`"
+                for name, split in (("train", data.train), ("test", data.test))
+            ),
+            f"validation split: {recipe.val_size:,} of the training images, `val_seed` {recipe.val_seed}",
         ],
         "Training": _training_section(loaded),
         "Results": _results_section(loaded, run_dir),
         "Limitations": [
-            "- The model predicts one of these classes for every image. Images are 32 x 32 pixels; a larger image has "
+            "The model predicts one of these classes for every image. Images are 32 x 32 pixels; a larger image has "
             "to be resized, and then differs from the training images.",
-            "- The model was trained on photographs like those of CIFAR. It is less accurate on noisy or blurred "
+            "The model was trained on photographs like those of CIFAR. It is less accurate on noisy or blurred "
             "images, images of other cameras, and drawings.",
-            "- This is one run with one seed; the accuracy of other seeds differs by a few tenths of a percent.",
+            "This is one run with one seed; the accuracy of other seeds differs by a few tenths of a percent.",
         ],
     }
     # The heading of the first section is the title of the card.
-    text = "\n".join(f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
+    text = "\n".join(f"## {title}\n\n- " + "\n- ".join(lines) + "\n" for title, lines in sections.items())
     write_atomically(Path(result["card"]), text[1:].encode())
 
 
-def _format_split(split: Split) -> str:
-    """Return the size of a split and the MD5 digests of its arrays, planar uint8 pixels and int64 labels."""
-    pixels, labels = (hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest() for array in vars(split).values())
-    return f"{len(split.labels):,} images, MD5 of the pixels `{pixels}`, MD5 of the labels `{labels}`"
+def _md5(array: np.ndarray) -> str:
+    """Return the digest of planar uint8 pixels or int64 labels."""
+    return hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()
 
 
 def _training_section(loaded: LoadedRun) -> list[str]:
     if loaded.weights == "published":
-        return ["- trained by the project that published the weights; the checkpoint does not describe the training"]
+        return ["trained by the project that published the weights; the checkpoint does not describe the training"]
     # These describe the machines of the run and of the export rather than the training recipe.
     excluded = ("data", "out", *section_fields("execution"))
     options = {name: value for name, value in loaded.recipe.non_default_options().items() if name not in excluded}
     return [
-        f"- seed {loaded.recipe.seed}, {loaded.recipe.epochs} epochs, {loaded.recipe.optimizer}, augmentation "
+        f"seed {loaded.recipe.seed}, {loaded.recipe.epochs} epochs, {loaded.recipe.optimizer}, augmentation "
         f"`{loaded.recipe.augment}`",
-        f"- options that differ from their defaults: `{json.dumps(options)}`",
+        f"options that differ from their defaults: `{json.dumps(options)}`",
     ]
 
 
@@ -308,19 +288,15 @@ def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
     summary = read_summary(run_dir)
     if not summary or summary.eval_weights != loaded.weights:
         return [
-            f"- these weights ({loaded.weights}) were not evaluated on the test set in this run; see `fastcifar eval`"
+            f"these weights ({loaded.weights}) were not evaluated on the test set in this run; see `fastcifar eval`"
         ]
     trained = loaded.recipe.model_copy(update={"normalize": summary.config["normalize"]})
     if normalization_mean_std(trained) != normalization_mean_std(loaded.recipe):
         name = normalization_name(trained)
-        return [f"- not evaluated with this normalization, only with `{name}`; see `fastcifar eval`"]
+        return [f"not evaluated with this normalization, only with `{name}`; see `fastcifar eval`"]
     correct = f"{summary.correct:,} of {summary.total:,}"
     return [
-        f"- test accuracy {format_percent(summary.test_acc)}, {correct}, n = 1 seed",
-        f"- test loss {summary.test_loss:.4f} nats, expected calibration error {summary.ece:.4f} (15 bins)",
-        f"- complete: {'yes' if summary.complete else 'no'}, stopped by {summary.stop_reason}",
+        f"test accuracy {format_percent(summary.test_acc)}, {correct}, n = 1 seed",
+        f"test loss {summary.test_loss:.4f} nats, expected calibration error {summary.ece:.4f} (15 bins)",
+        f"complete: {'yes' if summary.complete else 'no'}, stopped by {summary.stop_reason}",
     ]
-
-
-def _format_channel_values(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"

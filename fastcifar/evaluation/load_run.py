@@ -1,7 +1,6 @@
 """Load the network of a run for inference from its checkpoint alone.
 
-The architecture, the normalization and the classes come from the checkpoint; the options that say where and how the
-network runs may be overridden. A checkpoint of another project contains no recipe: the caller names the architecture.
+The architecture, the normalization and the classes come from the checkpoint; the other options may be overridden.
 """
 
 from __future__ import annotations
@@ -19,17 +18,8 @@ from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, compilation
+from fastcifar.training import checkpoint, compilation, evaluate
 from fastcifar.training.build import to_channels_last
-from fastcifar.training.evaluate import (
-    EVAL_BATCH_SIZE,
-    MIN_IMAGES_TO_COMPILE,
-    VIEWS,
-    Scores,
-    compute_scores,
-    optimize_forward,
-    predict_logits,
-)
 from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
@@ -40,22 +30,19 @@ RESET_ON_LOAD = {"compile": None, "cuda_graph": None, "fused_ops": False, "loade
 
 @dataclass
 class LoadedRun:
-    """A trained network with its weights, on its device.
-
-    `forward` maps uint8 images [b,3,32,32] to float32 logits [b,classes].
-    """
+    """A trained network with its weights, on its device."""
 
     recipe: Recipe
     execution: ExecutionPlan
     device: torch.device
     classes: list[str]
     model: nn.Module
-    forward: Forward
+    forward: Forward  # uint8 images [b,3,32,32] -> float32 logits [b,classes]
     checkpoint_path: Path
     weights: str  # "last", "best", "ema" or "published"
 
     def load_dataset(self) -> Dataset:
-        """Load the data set of the recipe. Raises `DataError` if its classes are not those of the checkpoint."""
+        """Load the data set of the recipe."""
         data = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
         if list(data.classes) != self.classes:
             problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
@@ -63,41 +50,41 @@ class LoadedRun:
         return data
 
     def compile_for(self, num_images: int) -> None:
-        """Compile `forward` and capture it in a CUDA graph if that saves time for `num_images` images.
-
-        The options `--compile` and `--cuda-graph` take precedence.
-        """
+        """Compile `forward` and capture it in a CUDA graph if requested, or if that saves time for `num_images`."""
         recipe, plan = self.recipe, self.execution
-        compile = plan.compile and (recipe.compile is not None or num_images >= MIN_IMAGES_TO_COMPILE)
-        cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= EVAL_BATCH_SIZE)
+        compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
+        cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
         self.execution = replace(plan, compile=compile, cuda_graph=cuda_graph)
-        self.forward = optimize_forward(self.model, self.forward, self.device, compile, cuda_graph, recipe.compile_mode)
+        self.forward = evaluate.optimize_forward(
+            self.model, self.forward, self.device, compile, cuda_graph, recipe.compile_mode
+        )
 
     def predict_logits(self, split: Split, tta: str = "none") -> Tensor:
-        """Return the float32 logits [n, classes] of a split on the CPU, averaged over the views of `tta`.
-
-        Raises `NonFiniteError` if the logits contain NaN or infinity.
-        """
-        logits = predict_logits(self.model, self.forward, split, self.device, tta)
+        """Return the float32 logits [n, classes] of a split on the CPU, averaged over the views of `tta`."""
+        logits = evaluate.predict_logits(self.model, self.forward, split, self.device, tta)
         if not torch.isfinite(logits).all():
             remedy = "use --precision fp32, or other weights"
             raise NonFiniteError("the logits of the network contain NaN or infinity", remedy)
         return logits
 
-    def evaluate(self, split: Split, tta: str = "none") -> Scores:
-        """Return the scores on a split. Raises the errors of `predict_logits`."""
-        return compute_scores(self.predict_logits(split, tta), torch.from_numpy(split.labels))
+    def evaluate(self, split: Split, tta: str = "none") -> evaluate.Scores:
+        """Return the scores on a split."""
+        return evaluate.compute_scores(self.predict_logits(split, tta), torch.from_numpy(split.labels))
 
 
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
     """Load the network of `run`, a run folder or a checkpoint file, which may come from another project.
 
-    eval_weights  "last", "best" or "ema"; by default the recipe's
-    arch          architecture of a checkpoint that does not name it
-    overrides     recipe options; None keeps the recipe's value
+    Args:
+        run: Run folder or checkpoint file.
+        eval_weights: "last", "best" or "ema"; by default the recipe's.
+        arch: Architecture of a checkpoint that does not name it.
+        overrides: Recipe options; None keeps the recipe's value.
 
-    Raises `CheckpointError` for a missing or invalid checkpoint, or one without the requested weights, `DeviceError`
-    if the device is not available, and `UsageError` for an invalid name or override.
+    Raises:
+        UsageError: A name or an override is invalid.
+        CheckpointError: The checkpoint is missing or invalid, or lacks the requested weights.
+        DeviceError: The device is not available.
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
     saved = checkpoint.load_any_checkpoint(path, arch)
@@ -112,7 +99,7 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
         recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, **overrides})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    lookup(VIEWS, recipe.tta, "test-time augmentation")
+    lookup(evaluate.VIEWS, recipe.tta, "test-time augmentation")
     execution = choose_execution(recipe)
     device = torch.device(execution.device)
     if device.type == "cpu":
@@ -124,16 +111,7 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     if state is None:
         raise CheckpointError(f"{path} contains no EMA weights", "use --eval-weights last, or train with --ema-decay")
     checkpoint.load_weights(model, state, path)
-    forward = build_forward(
-        to_channels_last(model, device).eval(), *normalization_mean_std(recipe), execution.precision, device
-    )
-    return LoadedRun(
-        recipe=recipe,
-        execution=execution,
-        device=device,
-        classes=saved["classes"],
-        model=model,
-        forward=forward,
-        checkpoint_path=path,
-        weights=eval_weights if "format" in saved else "published",
-    )
+    mean, std = normalization_mean_std(recipe)
+    forward = build_forward(to_channels_last(model, device).eval(), mean, std, execution.precision, device)
+    weights = eval_weights if "format" in saved else "published"
+    return LoadedRun(recipe, execution, device, saved["classes"], model, forward, path, weights)

@@ -1,7 +1,4 @@
-"""Metrics computed from logits and labels: per-class metrics, calibration and a confidence interval of the accuracy.
-
-All are computed in float64. Accuracy, loss and the expected calibration error are in `training.evaluate`.
-"""
+"""Metrics computed from logits and labels in float64, in addition to those of `training.evaluate`."""
 
 from __future__ import annotations
 
@@ -23,10 +20,7 @@ def compute_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def precision_recall_f1(confusion_matrix: Tensor) -> tuple[list[float | None], ...]:
-    """Return precision, recall and F1 = 2 PR / (P + R) of every class, for a matrix of `compute_confusion_matrix`.
-
-    A value is None where it is undefined because the class is never predicted or has no images.
-    """
+    """Return precision, recall and F1 = 2 PR / (P + R) of every class, None where the denominator is 0."""
     correct, predicted, labeled = confusion_matrix.diagonal(), confusion_matrix.sum(0), confusion_matrix.sum(1)
     fractions = ((correct, predicted), (correct, labeled), (2 * correct, predicted + labeled))
     return tuple(
@@ -54,7 +48,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Return the temperature T that minimizes the cross-entropy of `logits / T` (temperature scaling, Guo et al. 2017).
 
     The loss is convex in 1 / T, so bisection finds the root of its derivative. Returns None if the root lies outside
-    `TEMPERATURE_RANGE`, as when every prediction is correct or the predictions are no better than chance.
+    `TEMPERATURE_RANGE`, as when every prediction is correct.
     """
     logits = logits.double()
     mean_label_logit = logits.gather(1, labels[:, None])[:, 0].mean().item()

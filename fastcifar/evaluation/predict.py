@@ -1,7 +1,4 @@
-"""Predict labels for unlabeled images with one run or an ensemble: the implementation of `fastcifar predict`.
-
-All arguments are validated before the networks run, and the prediction file is written atomically at the end.
-"""
+"""Predict labels for unlabeled images with one run or an ensemble: the implementation of `fastcifar predict`."""
 
 from __future__ import annotations
 
@@ -72,17 +69,17 @@ def predict_to_file(
 ) -> PredictResult:
     """Predict the labels of the images in `source` and write them to `out`, one row per image in the input order.
 
-    run, eval_weights, arch, overrides  as for `load_model`
-    source                              see `read_inputs`
-    ensemble                            further runs, whose logits are averaged with those of `run`
-    plot_path                           PNG file for a plot of some images with their predicted labels
-
-    Raises `UsageError`, `DataError`, `CheckpointError`, `DiskError`, `DeviceError` or `NonFiniteError`; then no
-    prediction file is written.
+    `ensemble` are further runs, whose logits are averaged with those of `run`; `plot_path` is a PNG file for some
+    images with their labels. See `read_inputs` for `source` and `load_model` for the other arguments. All arguments
+    are validated before the networks run; on an error no prediction file is written.
     """
     start_time = time.perf_counter()
-    members = _load_members([run, *ensemble], eval_weights, arch, **overrides)
+    members = [load_model(member, eval_weights, arch, **overrides) for member in (run, *ensemble)]
     classes, recipe = members[0].classes, members[0].recipe
+    for member in members:
+        if member.classes != classes:
+            problem = f"{member.checkpoint_path} was trained on other classes than {members[0].checkpoint_path}"
+            raise CheckpointError(problem, "predict with each of them separately")
     format.check(out, classes)
     if plot_path is not None:
         plotting.require_png(plot_path)
@@ -110,16 +107,6 @@ def predict_to_file(
         "counts": dict(zip(classes, counts, strict=True)),
         "confidence": probabilities.max(1).mean().item(),
     }
-
-
-def _load_members(runs: Sequence[str], eval_weights: str | None, arch: str | None, **overrides: Any) -> list[LoadedRun]:
-    """Load the networks of the ensemble. Raises `CheckpointError` if their classes differ."""
-    members = [load_model(run, eval_weights, arch, **overrides) for run in runs]
-    for member in members:
-        if member.classes != members[0].classes:
-            problem = f"{member.checkpoint_path} was trained on other classes than {members[0].checkpoint_path}"
-            raise CheckpointError(problem, "predict with each of them separately")
-    return members
 
 
 def _predict_logits(member: LoadedRun, inputs: InputImages, console: Console | None) -> Tensor:

@@ -18,7 +18,7 @@ from fastcifar.files import write_atomically
 
 PredictionColumns = Mapping[str, Sequence[Any]]  # column name -> values; all columns have the same length
 
-KAGGLE_HEADER = ("ID", "Labels")  # header of a Kaggle submission
+KAGGLE_HEADER = ("ID", "Labels")
 PROBABILITY_DIGITS = 6
 
 
@@ -31,18 +31,17 @@ class LabelPair(TypedDict):
 
 
 class PredictionComparison(TypedDict):
-    """The comparison of two prediction files; `pairs` lists the differing labels in decreasing order of their count."""
+    """The comparison of two prediction files."""
 
     a: str
     b: str
     total: int
     differ: int
     share: float
-    pairs: list[LabelPair]
+    pairs: list[LabelPair]  # of differing labels, in decreasing order of their count
 
 
-def predictions_to_csv(columns: PredictionColumns) -> str:
-    """Return the text of a CSV file with a header, in the format of a Kaggle submission."""
+def _to_csv(columns: PredictionColumns) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -50,39 +49,25 @@ def predictions_to_csv(columns: PredictionColumns) -> str:
     return text.getvalue()
 
 
-def predictions_to_jsonl(columns: PredictionColumns) -> str:
-    """Return the text of a JSON Lines file with one object per image."""
+def _to_jsonl(columns: PredictionColumns) -> str:
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], str]] = {
-    ".csv": predictions_to_csv,
-    ".jsonl": predictions_to_jsonl,
-}
+PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], str]] = {".csv": _to_csv, ".jsonl": _to_jsonl}
 
 
 @dataclass(frozen=True)
 class PredictionFormat:
-    """The columns of a prediction file.
+    """The columns of a prediction file."""
 
-    header              names of the columns of image ids and labels, as "id,label"; by default those of a Kaggle
-                        submission
-    use_class_names     write class names instead of class indices
-    top_k               add the columns top_1, top_1_probability, ... of the `top_k` most probable classes
-    with_probabilities  add a column of probabilities for every class
-    """
-
-    header: str | None = None
-    use_class_names: bool = False
-    top_k: int = 0
-    with_probabilities: bool = False
+    header: str | None = None  # names of the columns of ids and labels, as "id,label"; None: those of Kaggle
+    use_class_names: bool = False  # instead of class indices
+    top_k: int = 0  # add the columns top_1, top_1_probability, ... of the most probable classes
+    with_probabilities: bool = False  # add a column of probabilities for every class
 
     def check(self, out: Path, classes: Sequence[str]) -> None:
-        """Check before prediction that `out` can be written.
-
-        Raises `UsageError` for an unknown suffix or an invalid option, and `DiskError` for a missing folder.
-        """
+        """Raise `UsageError` or `DiskError` before prediction if `out` cannot be written with these columns."""
         suffix = out.suffix.lower()
         if suffix not in PREDICTION_SERIALIZERS:
             remedy = f"choose a file name that ends in one of {', '.join(PREDICTION_SERIALIZERS)}"
@@ -90,17 +75,13 @@ class PredictionFormat:
         if self.header is not None and suffix != ".csv":
             raise UsageError(f"--header applies only to .csv files, but --out is {out}", "omit --header")
         if not out.parent.is_dir():
-            problem = f"cannot write {out}: there is no folder {out.parent}"
-            raise DiskError(problem, "choose an existing folder with --out")
+            raise DiskError(f"cannot write {out}: no folder {out.parent}", "choose an existing folder with --out")
         self.build_columns([], np.empty((0, len(classes))), classes)
 
     def build_columns(
         self, ids: Sequence[int] | Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
     ) -> dict[str, Sequence[Any]]:
-        """Return the columns for images with class probabilities [n, classes].
-
-        Raises `UsageError` for an invalid header or `top_k`, or if two columns have the same name.
-        """
+        """Return the columns for images with class probabilities [n, classes]."""
         names = KAGGLE_HEADER if self.header is None else next(csv.reader([self.header]), [])
         if len(names) != 2 or not all(names) or names[0] == names[1]:
             problem = f"--header {self.header!r} does not name two different columns"
@@ -132,7 +113,7 @@ KAGGLE_SUBMISSION = PredictionFormat()
 
 
 def write_predictions(out: Path, columns: PredictionColumns) -> None:
-    """Write a prediction file in the format of the suffix of `out`, atomically. Raises `DiskError` if that fails."""
+    """Write a prediction file in the format of the suffix of `out`, atomically."""
     content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode()
     try:
         write_atomically(out, content)
@@ -142,10 +123,7 @@ def write_predictions(out: Path, columns: PredictionColumns) -> None:
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """Return the first two columns of a CSV file with a header as id -> label.
-
-    Raises `DataError` if the file is not such a CSV file or an id occurs twice.
-    """
+    """Return the first two columns of a CSV file with a header as id -> label."""
     remedy = "give a CSV file with a header and rows of an id and a label, as `fastcifar predict` writes it"
     try:
         rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
@@ -166,16 +144,12 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 
 def compare_predictions(path_a: Path, path_b: Path) -> PredictionComparison:
-    """Compare the labels in two prediction files of the same images. Rows are matched by id, in any order.
-
-    Raises `DataError` if a file is invalid, the ids differ, or only one of the files uses class names.
-    """
+    """Compare the labels in two prediction files of the same images. Rows are matched by id, in any order."""
     a, b = read_predictions(path_a), read_predictions(path_b)
     if a.keys() != b.keys():
         only = f"{len(a.keys() - b.keys()):,} ids only in {path_a}, {len(b.keys() - a.keys()):,} only in {path_b}"
         raise DataError(f"the files predict different images: {only}", "compare predictions for the same input")
-    a_is_numeric, b_is_numeric = (all(label.isdecimal() for label in labels.values()) for labels in (a, b))
-    if a_is_numeric != b_is_numeric:
+    if all(map(str.isdecimal, a.values())) != all(map(str.isdecimal, b.values())):
         problem = f"one of {path_a} and {path_b} contains class names and the other class indices"
         raise DataError(problem, "write both with --names")
     pairs = Counter((a[key], b[key]) for key in a if a[key] != b[key])

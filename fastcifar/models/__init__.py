@@ -1,7 +1,7 @@
 """Architectures by name (`MODELS`), and building one (`build_model`).
 
-An entry of `MODELS` takes `num_classes` and any of the options in `MODEL_OPTIONS` by keyword and returns a module that
-maps images [n, 3, 32, 32] to logits [n, num_classes].
+Each takes `num_classes` and options in `MODEL_OPTIONS` by keyword and returns a module that maps images [n, 3, 32, 32]
+to logits [n, num_classes].
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_sep": partial(BottleneckResNet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
     # As the source's README describes it; the README names no activation. Over the default parameter budget.
     "coconut_over": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
-    # The README of the fourth source names five architectures and mentions 512 channels in the last stage, LeakyReLU
-    # and one dropout layer, but not the exact widths. These four are reconstructions within five million parameters:
-    # ResNet-10; a deeper network with narrower stages; three stages, which leave larger feature maps in the last; and
-    # ResNet-10 with LeakyReLU and a dropout layer, whose probability is unknown too.
+    # Reconstructions within five million parameters: the README of the fourth source mentions 512 channels in the last
+    # stage, LeakyReLU and one dropout layer, but not the exact widths or the probability.
     "res512a": partial(SEResNet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
     "res512b": partial(SEResNet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
     "res512c": partial(SEResNet, blocks=(4, 4, 1), channels=(64, 128, 512)),
@@ -61,7 +59,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 
-# The keyword arguments of architectures that are options of a recipe; `build_model` accepts others too.
+# The options of a recipe that are keyword arguments of architectures; `build_model` accepts others too.
 MODEL_OPTIONS = tuple(name for name in section_fields("network") if name not in ("arch", "max_params"))
 
 
@@ -73,10 +71,8 @@ def model_options(recipe: Recipe) -> dict[str, Any]:
 def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
     """Return the architecture `arch`, newly initialized on the default device, in training mode.
 
-    `overrides` that are None leave the architecture's own values. An entry of `MODELS` without a `num_classes`
-    parameter is called without it.
-    Raises `UsageError` for an unknown architecture, an option it does not have, an unknown name in an option, and
-    numbers of stages that do not fit; `Recipe` checks the range of every number.
+    `overrides` that are None leave the architecture's own values; `Recipe` checks the range of every number. An entry
+    of `MODELS` without a `num_classes` parameter is called without it.
     """
     builder = lookup(MODELS, arch, "architecture")
     arguments = {name: value for name, value in overrides.items() if value is not None}
@@ -92,7 +88,7 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
 
 
 def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:
-    """Raise `UsageError` if `model`, called `arch` in the message, has more than `max_params` trainable parameters."""
+    """Raise `UsageError` if `model` has more than `max_params` trainable parameters."""
     count = count_parameters(model)
     if count > max_params:
         problem = f"{arch} has {count:,} parameters, {count - max_params:,} over the budget of {max_params:,}"

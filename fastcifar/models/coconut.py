@@ -1,8 +1,6 @@
 """Residual networks of bottlenecks with squeeze-and-excitation (SE) after the shortcut addition: coconut_*.
 
-They differ from the SE-ResNets in the location of the SE, the names of the layers and the two convolutions of the stem.
-The state-dict keys are those of the published checkpoints and may not change. Forward passes keep channels_last and
-have no data-dependent control flow.
+The state-dict keys are those of the published checkpoints and may not change.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ class LinearSqueezeExcitation(nn.Module):
 class Bottleneck(nn.Module):
     """1x1-BN-act, 3x3-BN-act, 1x1-BN, shortcut addition, [SE on the sum], act, [dropout].
 
-    [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. If separable, `conv2` is depthwise, followed by `pointwise`.
-    Without an SE, `se_reduction` is 0.
+    [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. `se_reduction` is 0 for no SE.
     """
 
     def __init__(
@@ -84,10 +81,8 @@ class BottleneckResNet(nn.Module):
     """Two stem convolutions, four stages of bottlenecks, global average pooling, linear.
 
     Images [n, 3, H, W] -> logits [n, num_classes]. The options are those of `Recipe`; `channels` are the widths of the
-    bottlenecks, and every stage but the first halves height and width. `se_stages`, `leaky_stages` and
-    `separable_stages` are the stages, from 1, with an SE of C / se_reduction hidden features, with LeakyReLU instead of
-    ReLU, and with depthwise-separable 3x3 convolutions; `se` and `activation` replace the first two.
-
+    bottlenecks. `se_stages`, `leaky_stages` and `separable_stages` are the stages, from 1, with an SE, with LeakyReLU
+    and with depthwise-separable 3x3 convolutions; `se` and `activation` replace the first two.
     Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """
 

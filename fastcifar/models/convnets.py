@@ -1,12 +1,8 @@
 """Convolutional networks for short schedules, which pool early to compute little at full resolution.
 
-`SmallConvNet` has no shortcuts and a narrow stem. `AirbenchNet`, for the shortest schedules, has a stem that whitens
-the training images: its filters are computed from the data (`init_whitening`) and are not trained; neither are the
-weights of BatchNorm. Convolutions start by passing their inputs on (Dirac initialization); the logits are divided by
-the number of features. So activations are well scaled from the first step on, and learning rates far above the usual
-ones work. After Page (2019) and the airbench networks of Jordan (2024).
-
-Forward passes keep channels_last and have no data-dependent control flow.
+`AirbenchNet`, for the shortest ones, whitens the training images in its stem (`init_whitening`). Its convolutions start
+by passing their inputs on (Dirac initialization), and logits are divided by the number of features. So activations are
+well scaled from the first step on, and learning rates far above the usual ones work. After Page (2019), Jordan (2024).
 """
 
 from __future__ import annotations
@@ -42,19 +38,14 @@ class ConvBlock(nn.Module):
 
 
 def global_max_pool(x: Tensor) -> Tensor:
-    """Return the maximum of each channel, [n, C, H, W] -> [n, C].
-
-    It uses `max`, whose backward pass goes through the index of the maximum. That of `amax` compares the input with the
-    maximum; a compiled backward pass recomputes a bf16 activation in float32, finds no equal element and divides by 0.
-    """
+    """Return the maximum of each channel, [n, C, H, W] -> [n, C]."""
+    # Not `amax`: its backward pass compares the input with the maximum; a compiled one recomputes a bf16 activation in
+    # float32, finds no equal element and divides by 0.
     return x.flatten(2).max(2).values
 
 
 class SmallConvNet(nn.Module):
-    """Stem, stages that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
-
-    The options are those of `Recipe`; `blocks` are the numbers of convolutions in each stage.
-    """
+    """Stem, stages of convolutions that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, classes]."""
 
     def __init__(
         self,
@@ -88,8 +79,8 @@ class SmallConvNet(nn.Module):
 class ConvGroup(nn.Module):
     """conv, 2x2 max pooling, BN, act, then depth - 1 times conv, BN, act, then [SE].
 
-    [n, C_in, H, W] -> [n, C, H/2, W/2]. `residual`: if depth > 2, the result of the first convolution is added to that
-    of the others. Without an SE, `se_reduction` is 0.
+    [n, C_in, H, W] -> [n, C, H/2, W/2]. If `residual` and depth > 2, the result of the first convolution is added to
+    that of the others.
     """
 
     def __init__(
@@ -119,10 +110,9 @@ class ConvGroup(nn.Module):
 
 
 class AirbenchNet(nn.Module):
-    """Whitening stem, groups that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
+    """Whitening stem, groups of convolutions, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    The options are those of `Recipe`; `blocks` are the numbers of convolutions in each group. `se` is at the end of
-    each group, with C / se_reduction hidden channels; `residual` is that of `ConvGroup`.
+    The stem and the weights of BatchNorm are not trained.
     """
 
     def __init__(
@@ -161,8 +151,7 @@ class AirbenchNet(nn.Module):
     def init_whitening(self, images: Tensor) -> None:
         """Set the filters of the stem to the principal components of the patches of `images`, and to their negatives.
 
-        Each is scaled to a response of variance 1. No random numbers are drawn: the same images give the same filters.
-        `images`: training images, float [n, 3, H, W], normalized like the network's inputs.
+        Each is scaled to a response of variance 1. `images`: normalized training images, float [n, 3, H, W].
         """
         size = 3 * PATCH_SIZE**2
         products, count = torch.zeros(size, size, dtype=torch.float64, device=images.device), 0

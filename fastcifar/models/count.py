@@ -1,7 +1,6 @@
 """Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic of a network.
 
-They are observed in a forward pass of one image by a copy of the network on the meta device, where tensors have shapes
-but no data.
+They are observed in a forward pass of one image by a copy of the network on the meta device, which has no data.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ def count_macs(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> int:
 
 
 def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[LayerRow]:
-    """Return one row for each call of a layer, in forward order.
+    """Return one row for each call of a layer, in forward order; then modules with parameters that are never called.
 
-    A layer is a module that has parameters of its own, or has no children and is not `nn.Identity`. Modules with
-    parameters that are never called come last, so `params` adds up to `count_parameters(model)`.
+    A layer is a module that has parameters of its own, or has no children and is not `nn.Identity`.
     """
     model = _meta_copy(model)
     rows: list[LayerRow] = []
@@ -106,26 +104,19 @@ def count_conv_calls(model: nn.Module) -> Counter[ConvCall]:
     calls: Counter[ConvCall] = Counter()
     for name, arguments, output in _record_operations(model):
         if name == CONV_OP:
-            images, weight, _bias, stride, padding, _dilation, _transposed, _out_padding, groups = arguments
+            images, weight, _bias, stride, padding, *_, groups = arguments
             shapes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
             calls[ConvCall(*shapes, tuple(stride), tuple(padding), groups)] += 1
     return calls
 
 
 def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: int = 2) -> int:
-    """Return the bytes of feature maps that well-fused kernels read and write for one 32x32 image.
+    """Estimate the bytes of feature maps that well-fused kernels read and write for one 32x32 image.
 
-    An estimate, not a measurement. Counted in whole feature maps of `element_size` bytes per element, a training step
-    reads and writes:
-    - a convolution: its input and output three times: forward, gradient of the input, gradient of the weight;
-    - a BatchNorm with the elementwise operations after it fused into it: eight times its size. Forward it reads its
-      input twice (statistics, normalization) and writes its output; backward it reads gradient and input twice each
-      and writes the new gradient;
-    - an addition: three times its size: the shortcut forward, and its gradient in the two backward reads of the
-      BatchNorm before it.
-    In evaluation a convolution reads its input and writes its output, a BatchNorm reads and writes once, an addition
-    reads once. Activations, dropout and squeeze-and-excitation are assumed to be fused. Weights and optimizer state are
-    excluded, because a batch shares them.
+    Counted in whole feature maps of `element_size` bytes per element. In training, a convolution reads and writes input
+    and output three times (forward and two gradients). A BatchNorm, fused with the elementwise operations after it,
+    takes 3 passes forward (statistics, normalization, output) and 5 backward (gradient and input twice each, new
+    gradient). An addition takes 3: the shortcut, and its gradient in both backward reads of the BatchNorm before it.
     """
     conv_factor, norm_factor, addition_factor = (3, 8, 3) if training else (1, 2, 1)
     elements = 0
@@ -140,7 +131,7 @@ def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: 
 
 
 def _record_operations(model: nn.Module) -> list[tuple[str, tuple[Any, ...], Any]]:
-    """Return the name, the positional arguments and the result of every operation on one 32x32 image."""
+    """Return the name, the arguments and the result of every operation on one 32x32 image."""
     operations: list[tuple[str, tuple[Any, ...], Any]] = []
 
     class Recorder(TorchDispatchMode):

@@ -1,7 +1,4 @@
-"""Architectures, layers and fitted widths as documents for `fastcifar models`.
-
-Networks are built on the meta device: no memory is allocated and no random numbers are drawn.
-"""
+"""Architectures, layers and fitted widths for `fastcifar models`, computed on the meta device."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ MIN_WIDTH, MAX_WIDTH = 2.0**-10, 64.0
 
 
 class NetworkSize(TypedDict):
-    """The name of an architecture, its number of trainable parameters and its multiply-accumulates."""
+    """The number of trainable parameters of an architecture and its multiply-accumulates."""
 
     name: str
     params: int
@@ -47,7 +44,7 @@ def describe_architectures() -> list[NetworkSize]:
 
 
 def describe_layers(recipe: Recipe) -> NetworkLayers:
-    """Return the size and the layers of the recipe's network. Raises `UsageError` where `build_model` does."""
+    """Return the size and the layers of the recipe's network."""
     model = _build_on_meta_device(recipe.arch, **model_options(recipe))
     return {**_network_size(recipe.arch, model), "layers": layer_table(model)}
 
@@ -55,9 +52,7 @@ def describe_layers(recipe: Recipe) -> NetworkLayers:
 def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
     """Return the recipe's network at the largest width with at most `budget` trainable parameters.
 
-    Channels are rounded, so a range of widths builds the same network; of that range the result is the largest width
-    with the fewest decimals that build it.
-    Raises `UsageError` if the architecture has no width, and if the budget is too small or too large for every width.
+    Channels are rounded, so a range of widths builds the same network; the result is the one with the fewest decimals.
     """
     arch, options = recipe.arch, model_options(recipe)
 

@@ -1,10 +1,8 @@
 """Fused BatchNorm, squeeze-and-excitation (SE), shortcut addition and ReLU: `norm_relu`.
 
 The forward pass reads its input twice, and so does the backward pass. Each of these reads is one custom operator,
-written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA tensors. Only small tensors are computed
-between two operators. The batch statistics and the input of the SE both follow from the mean and the squared deviations
-of each channel of each image. This works for the SE because normalization is linear: the mean of a normalized channel
-follows from the channel's mean. Nothing is copied to the host.
+written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA tensors. Normalization is linear, so both
+the batch statistics and the input of the SE follow from the mean and the squared deviations of each image's channels.
 """
 
 from __future__ import annotations
@@ -48,10 +46,9 @@ def scale_add_relu(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | N
 def relu_backward_with_sums(
     gradient: Tensor, second_gradient: Tensor | None, x: Tensor, y: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the backward pass of the ReLU whose output is y, with the sums that the gradients of its factors need.
+    """Return gradient + second_gradient where y > 0 and 0 elsewhere, of y's shape and dtype; y is the ReLU's output.
 
-    Returns gradient + second_gradient where y > 0 and 0 elsewhere, of y's shape and dtype; the sums of that gradient
-    over each chunk, and the sums of its product with x, both [n, S, C].
+    Also return the sums of that gradient over each chunk and the sums of its product with x, both [n, S, C].
     """
     total = gradient.float() if second_gradient is None else gradient.float() + second_gradient
     masked = total.masked_fill(y <= 0, 0).to(y.dtype, memory_format=torch.channels_last)
@@ -60,11 +57,7 @@ def relu_backward_with_sums(
 
 @torch.library.custom_op("fastcifar::relu_backward_sums", mutates_args=(), device_types="cpu")
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Return the sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift).
-
-    For a layer without a shortcut. The mask is computed from the sign of x * scale + shift, so y is not needed. The
-    masked gradient is not stored; `norm_input_gradient` computes it again.
-    """
+    """Return the sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift), computed again."""
     masked = _mask_relu_gradient(gradient, x, scale, shift)
     return _chunk_sums(masked, chunk), _chunk_sums(masked * x, chunk)
 
@@ -75,8 +68,7 @@ def norm_input_gradient(
 ) -> Tensor:
     """Return gradient * scale + x * slope + offset, of x's shape and dtype.
 
-    If `shift` is given, `gradient` is the gradient with respect to relu(x * scale + shift), and is first set to 0 where
-    that output is 0. If `shift` is None, `gradient` is masked already.
+    If `shift` is given, `gradient` is first set to 0 where relu(x * scale + shift) is 0; otherwise it is masked.
     """
     masked = gradient.float() if shift is None else _mask_relu_gradient(gradient, x, scale, shift)
     input_gradient = masked * scale[..., None, None] + x * slope[..., None, None] + offset[..., None, None]
@@ -91,19 +83,11 @@ def _chunk_sums(feature_map: Tensor, chunk: int) -> Tensor:
     return torch.stack([part.sum(2) for part in feature_map.flatten(2).split(chunk, 2)], 1)
 
 
-def choose_tile_channels(channels: int) -> int:
-    """Return the channels of a tile: the smallest power of two that covers `channels`, at most 64."""
-    return min(MAX_TILE_CHANNELS, _next_power_of_two(channels))
-
-
-def choose_chunk_size(x: Tensor) -> int:
-    """Return the positions of a chunk of x [n, C, H, W]: a power of two that limits a tile to 8,192 elements."""
-    positions = _next_power_of_two(x.shape[2] * x.shape[3])
-    return min(positions, MAX_TILE_ELEMENTS // choose_tile_channels(x.shape[1]))
-
-
-def _next_power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def choose_tile_sizes(x: Tensor) -> tuple[int, int]:
+    """Return the positions of a chunk of x [n, C, H, W] and the channels of a tile, both powers of two."""
+    positions, channels = (1 << (count - 1).bit_length() for count in (x.shape[2] * x.shape[3], x.shape[1]))
+    tile_channels = min(MAX_TILE_CHANNELS, channels)
+    return min(positions, MAX_TILE_ELEMENTS // tile_channels), tile_channels
 
 
 def _empty_sums(x: Tensor, chunk: int) -> Tensor:
@@ -131,15 +115,29 @@ ALLOCATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
 
 def run_triton_kernel(operator: str, *values: Any) -> Tensor | tuple[Tensor, ...]:
     """Return the results of an operator for the arguments `values`, computed by its Triton kernel."""
-    from fastcifar.models.triton_kernels import launch_kernel  # Triton is not available everywhere
+    from fastcifar.models import triton_kernels  # Triton is not available everywhere
 
     results = ALLOCATORS[operator](*values)
     arguments = dict(zip(inspect.signature(ALLOCATORS[operator]).parameters, values, strict=True))
-    x = arguments["x"]
-    chunk = arguments.pop("chunk", None) or choose_chunk_size(x)
+    num_images, channels, height, width = arguments["x"].shape
+    chunk, tile_channels = choose_tile_sizes(arguments["x"])
+    chunk = arguments.pop("chunk", chunk)
+    inputs = [_make_contiguous(value) for value in arguments.values()]
+    # The distances between the factors of consecutive images: 0 for [1, C], which all images share.
+    factors = [arguments[name] for name in ("scale", "slope") if name in arguments]
+    strides = [channels if len(factor) > 1 else 0 for factor in factors]
+    grid = (math.ceil(height * width / chunk), num_images, math.ceil(channels / tile_channels))
+    sizes = {"P": height * width, "C": channels, "CHUNK": chunk, "BLOCK": tile_channels}
     outputs = results if isinstance(results, tuple) else (results,)
-    launch_kernel(operator, arguments, outputs, chunk, choose_tile_channels(x.shape[1]))
+    kernel = getattr(triton_kernels, operator)
+    kernel[grid](*inputs, *outputs, *strides, **sizes, num_warps=triton_kernels.NUM_WARPS)
     return results
+
+
+def _make_contiguous(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
 
 
 for _operator in (chunk_moments, scale_add_relu, relu_backward_with_sums, relu_backward_sums, norm_input_gradient):
@@ -156,8 +154,8 @@ def norm_scale_and_shift(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return factors such that x * scale + shift is the training-mode BatchNorm of x, followed by the SE, if any.
 
-    `means`, `squared_deviations`: of each image's channels, [n, C]; the latter are sums over the
-    `num_positions` = H * W. `params`: weight and bias of the BatchNorm, then, with an SE, those of the SE's two layers.
+    `means`, `squared_deviations` (sums): of each image's channels, [n, C]. `params`: weight and bias of the BatchNorm,
+    then those of the SE's two layers, if any.
     Returns scale and shift, [n, C] with an SE and [1, C] without, and the batch's mean and biased variance, [C].
     """
     weight, bias, *se_params = params
@@ -173,24 +171,16 @@ def norm_scale_and_shift(
     return scale * gates, shift * gates, mean, variance
 
 
-def merge_chunk_moments(
-    means: Tensor, squared_deviations: Tensor, num_positions: int, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Combine means and squared deviations of chunks, [n, S, C], into those of images, [n, C] (Chan et al., 1979)."""
-    starts = chunk * torch.arange(means.shape[1], device=means.device)
-    counts = (num_positions - starts).clamp(max=chunk)[:, None]
-    mean = (means * counts).sum(1) / num_positions
-    return mean, (squared_deviations + counts * (means - mean[:, None]).square()).sum(1)
-
-
 class _NormRelu(torch.autograd.Function):
-    """`norm_relu`, with the result twice so that the gradients from two uses arrive separately."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:
-        chunk, num_positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
-        means, squared_deviations = chunk_moments(x, chunk)
-        means, squared_deviations = merge_chunk_moments(means, squared_deviations, num_positions, chunk)
+        chunk, num_positions = choose_tile_sizes(x)[0], x.shape[2] * x.shape[3]
+        chunk_means, chunk_deviations = chunk_moments(x, chunk)
+        # Combine the moments of the chunks, [n, S, C], into those of the images, [n, C] (Chan et al., 1979).
+        starts = chunk * torch.arange(chunk_means.shape[1], device=x.device)
+        counts = (num_positions - starts).clamp(max=chunk)[:, None]
+        means = (chunk_means * counts).sum(1) / num_positions
+        squared_deviations = (chunk_deviations + counts * (chunk_means - means[:, None]).square()).sum(1)
         scale, shift, mean, variance = norm_scale_and_shift(means, squared_deviations, num_positions, eps, params)
         y = scale_add_relu(x, scale, shift, shortcut)
         saved_y = None if shortcut is None else y
@@ -203,7 +193,7 @@ class _NormRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, means, squared_deviations, scale, shift, *params = ctx.saved_tensors
-        chunk, num_positions = choose_chunk_size(x), x.shape[2] * x.shape[3]
+        chunk, num_positions = choose_tile_sizes(x)[0], x.shape[2] * x.shape[3]
         gradient, *second = [output for output in gradients[:2] if output is not None]
         if y is None:
             gradient = gradient + second[0] if second else gradient
@@ -234,8 +224,7 @@ def norm_relu(
     """Compute relu(SE(bn(x)) + shortcut) in training mode; update the running statistics of `bn` as its forward does.
 
     x, shortcut: [n, C, H, W]. `se_params`: weight and bias of the SE's two layers, or () for no SE.
-    Returns the result twice, each [n, C, H, W]. An output that is used in two places should give each place its own
-    copy: then the backward kernel adds their two gradients, which saves autograd a separate addition.
+    Returns the result twice, for two places that use it: the backward kernel then adds their two gradients.
     """
     y, second_y, mean, variance = _norm_relu(x, shortcut, bn.eps, bn.weight, bn.bias, *se_params)
     assert bn.running_mean is not None

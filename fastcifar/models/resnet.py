@@ -1,8 +1,7 @@
-"""Residual networks of basic blocks with optional squeeze-and-excitation (SE): `SEResNet`.
+"""Residual networks of basic blocks with optional squeeze-and-excitation (SE), and the layers of all architectures.
 
-The layers that the other architectures share are here too. The state-dict keys are those of the published checkpoints
-and may not change. Forward passes keep channels_last and have no data-dependent control flow, because they are compiled
-and captured as one CUDA graph.
+The state-dict keys are those of the published checkpoints and may not change. Forward passes keep channels_last and
+have no data-dependent control flow, because they are compiled and captured as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class SqueezeExcitation(nn.Module):
 class BasicBlock(nn.Module):
     """conv-BN-act-conv-BN, [SE], shortcut addition, act, [dropout]; [n, C_in, H, W] -> [n, C, H/stride, W/stride].
 
-    With separable convolutions, `conv1` and `conv2` are depthwise, and `pointwise1` and `pointwise2` follow them.
-    Without an SE, `se_reduction` is 0.
+    With separable convolutions, `conv1` and `conv2` are depthwise. `se_reduction` is 0 for no SE.
     """
 
     uses_fused_ops = False  # set by `enable_fused_ops`
@@ -95,12 +93,8 @@ class BasicBlock(nn.Module):
 class SEResNet(nn.Module):
     """Stem, stages of basic blocks, global average pooling, linear; [n, 3, H, W] -> [n, num_classes].
 
-    The options are those of `Recipe`; every stage but the first halves height and width. `se` is `stem` (after the
-    stem) or `block` (before the addition in every block), with C / se_reduction hidden channels. `dropout_at` is `all`
-    (after every block and before the linear layer) or `head` (only before the linear layer).
-
-    Source: the published SEResNet68 (se68, se55). For 32x32 images the pooling equals theirs (8x8 after three stages,
-    4x4 after four).
+    The options are those of `Recipe`. Source: the published SEResNet68 (se68, se55). For 32x32 images the pooling
+    equals theirs (8x8 after three stages, 4x4 after four).
     """
 
     uses_fused_ops = False  # set by `enable_fused_ops`
@@ -152,23 +146,16 @@ class SEResNet(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.residual_layers(self._forward_stem(images))
+        x = self.conv1(images)
+        fused = self.uses_fused_ops and self.training
+        x = norm_relu(x, self.bn1) if fused else self.seblock(self.activation(self.bn1(x)))
+        x = self.residual_layers(x)
         x = x[0] if isinstance(x, tuple) else x
         return self.linear(self.dropout(x.mean((2, 3))))
 
-    def _forward_stem(self, images: Tensor) -> Tensor | TensorPair:
-        x = self.conv1(images)
-        if self.uses_fused_ops and self.training:
-            return norm_relu(x, self.bn1)
-        return self.seblock(self.activation(self.bn1(x)))
-
 
 def enable_fused_ops(model: nn.Module) -> None:
-    """Make `model` use `norm_relu` in training mode: in every block, and after the stem unless the stem has an SE.
-
-    State-dict keys, weights and evaluation mode do not change.
-    Raises `UsageError` unless `model` is an `SEResNet` with ReLU and without dropout in its blocks.
-    """
+    """Make `model` use `norm_relu` in training mode: in every block, and after the stem unless the stem has an SE."""
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock)]
     supported = all(isinstance(b.activation, nn.ReLU) and isinstance(b.dropout, nn.Identity) for b in blocks)
     if not (isinstance(model, SEResNet) and supported):
@@ -182,10 +169,7 @@ def enable_fused_ops(model: nn.Module) -> None:
 def block_conv(
     in_channels: int, channels: int, kernel: int, stride: int, separable: bool
 ) -> tuple[nn.Conv2d, nn.Conv2d | nn.Identity]:
-    """Return a convolution without bias, [n, in_channels, H, W] -> [n, channels, H/stride, W/stride], as two modules.
-
-    If separable, the depthwise and the pointwise convolution; otherwise the whole convolution and an identity.
-    """
+    """Return the depthwise and the pointwise convolution if separable, otherwise the whole one and an identity."""
     if not separable:
         return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False), nn.Identity()
     depthwise = nn.Conv2d(in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False)
@@ -211,10 +195,7 @@ def dropout_layer(probability: float) -> nn.Module:
 
 
 def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
-    """Return `channels` times `width`, rounded to the nearest multiples of 8 (halves up), at least 8.
-
-    The channels are unchanged for width 1.
-    """
+    """Return `channels` times `width`, rounded to multiples of 8 (halves up), at least 8; unchanged for width 1."""
     if width == 1:
         return tuple(channels)
     return tuple(max(8, 8 * math.floor(count * width / 8 + 0.5)) for count in channels)

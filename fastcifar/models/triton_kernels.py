@@ -1,21 +1,15 @@
-"""The operators of `fused_ops` as Triton kernels, one launch each, for CUDA tensors. Imported only where one runs.
+"""The operators of `fused_ops` as Triton kernels for CUDA tensors. Imported only where one runs.
 
 One program processes a tile: the positions of one chunk of one image, and BLOCK channels. All arithmetic is in float32;
 results are rounded once, when they are stored. P is the number of positions H * W, C that of channels, CHUNK that of
-positions in a chunk; `stride` and `slope_stride` are the distances between the factors of consecutive images, 0 where
-all images share them. The kernels have the names and the arguments of the operators, followed by pointers to the
-results.
+positions in a chunk; `stride` and `slope_stride` are the distances between the factors of consecutive images. The
+kernels have the names and the arguments of the operators, followed by pointers to the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 NUM_WARPS = 8  # a tile of 8,192 elements has 32 for each thread
 
@@ -121,41 +115,3 @@ def norm_input_gradient(
     slope = _load_factors(slope_ptr, slope_stride, channels, C)
     offset = _load_factors(offset_ptr, slope_stride, channels, C)
     tl.store(out_ptr + offsets, gradient * scale + x * slope + offset, mask=exists)
-
-
-KERNELS: dict[str, Any] = {
-    "chunk_moments": chunk_moments,
-    "scale_add_relu": scale_add_relu,
-    "relu_backward_with_sums": relu_backward_with_sums,
-    "relu_backward_sums": relu_backward_sums,
-    "norm_input_gradient": norm_input_gradient,
-}
-
-
-def launch_kernel(
-    operator: str, arguments: dict[str, Tensor | None], outputs: Sequence[Tensor], chunk: int, block: int
-) -> None:
-    """Launch the kernel of `operator` for tiles of `chunk` positions and `block` channels; it fills `outputs`.
-
-    `arguments`: the feature maps [n, C, H, W] and the factors [n, C] or [1, C] of the operator, by name.
-    """
-    x = arguments["x"]
-    assert x is not None
-    num_images, channels, height, width = x.shape
-    grid = (triton.cdiv(height * width, chunk), num_images, triton.cdiv(channels, block))
-    strides = [_image_stride(arguments[name]) for name in ("scale", "slope") if name in arguments]
-    inputs = [_make_contiguous(value) for value in arguments.values()]
-    sizes = {"P": height * width, "C": channels, "CHUNK": chunk, "BLOCK": block}
-    KERNELS[operator][grid](*inputs, *outputs, *strides, **sizes, num_warps=NUM_WARPS)
-
-
-def _image_stride(factor: Tensor | None) -> int:
-    """Return the distance between the factors of consecutive images; 0 for [1, C], which all images share."""
-    assert factor is not None
-    return factor.shape[1] if factor.shape[0] > 1 else 0
-
-
-def _make_contiguous(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)

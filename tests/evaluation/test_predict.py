@@ -235,7 +235,7 @@ def test_compilation_and_cuda_graph_depend_on_the_number_of_images(
     runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[bool, bool]] = []  # (compile, use_cuda_graph)
-    monkeypatch.setattr(load_run, "optimize_forward", lambda *args: calls.append(args[3:5]) or args[1])
+    monkeypatch.setattr(load_run.evaluate, "optimize_forward", lambda *args: calls.append(args[3:5]) or args[1])
     # The execution plan of a GPU, although the network stays on the CPU.
     gpu_execution = replace(choose_execution(Recipe(compile=True, device="cpu")), cuda_graph=True)
     monkeypatch.setattr(load_run, "choose_execution", lambda recipe: gpu_execution)

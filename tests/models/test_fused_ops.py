@@ -254,9 +254,9 @@ def test_kernels_fit_the_registers_of_a_gpu(capability: int, tmp_path: Path) -> 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton contains no cuobjdump")
-    for name, left_out in [*((name, None) for name in triton_kernels.KERNELS), *OPTIONAL.items()]:
-        sizes = {"P": 1024, "C": 64, "CHUNK": 128, "BLOCK": fused_ops.choose_tile_channels(64)}
-        made = compile_kernel(triton_kernels.KERNELS[name], sizes, left_out, capability)
+    for name, left_out in [*((name, None) for name in fused_ops.ALLOCATORS), *OPTIONAL.items()]:
+        sizes = {"P": 1024, "C": 64, "CHUNK": 128, "BLOCK": fused_ops.MAX_TILE_CHANNELS}
+        made = compile_kernel(getattr(triton_kernels, name), sizes, left_out, capability)
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(made.asm["cubin"])
         command = [tool, "--dump-resource-usage", binary]
