@@ -112,11 +112,9 @@ class RunGroup:
         """Caveats for comparing this group with others: a step limit, repeated seeds, different devices."""
         steps = {summary.steps for summary in self.summaries if not summary.complete}
         seed_counts = Counter(record.seed for record in self.finished_runs)
-        return [
-            *(f"stopped at {count:,} steps" for count in sorted(steps)),
-            *(f"seed {seed} more than once" for seed, count in seed_counts.items() if count > 1),
-            *([f"{len(self.devices)} kinds of device"] if len(self.devices) > 1 else []),
-        ]
+        notes = [f"stopped at {count:,} steps" for count in sorted(steps)]
+        notes += [f"seed {seed} more than once" for seed, count in seed_counts.items() if count > 1]
+        return notes + ([f"{len(self.devices)} kinds of device"] if len(self.devices) > 1 else [])
 
     @cached_property
     def class_accuracies(self) -> dict[str, float]:
@@ -151,10 +149,7 @@ class RunGroup:
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """Group the records by `group_key`, in the order of first appearance.
-
-    Groups of the same name are distinguished by the options that differ between them, and numbered if none do.
-    """
+    """Group the records by `group_key`. Groups of one name are told apart by their differing options or a number."""
     records_by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         records_by_key[record.group_key].append(record)

@@ -71,10 +71,7 @@ class RunComparison(TypedDict):
 
 
 def read_run(path: Path) -> RunRecord | None:
-    """Return the record of a run folder, finished or not; None for any other path.
-
-    Raises `DataError` if the summary is damaged, and `UsageError` if the recipe is invalid.
-    """
+    """Return the record of a run folder, finished or not; None for any other path. A damaged run is refused."""
     if not (path / RECIPE_FILE).is_file():
         return None
     read_recipe_options(path)
@@ -236,10 +233,7 @@ COMPARERS = {
 
 
 def compare_paths(a: Path, b: Path) -> tuple[dict[str, Any], Group]:
-    """Return the document of `compare --json`, the comparison with `kind` and the paths, and its table.
-
-    Raises `UsageError` if the kinds differ, and the errors of `detect_kind` and of the comparer.
-    """
+    """Return the document of `compare --json` and its table. Raises `UsageError` for paths of different kinds."""
     kind, content_a = detect_kind(a)
     other_kind, content_b = detect_kind(b)
     if kind != other_kind:
@@ -250,10 +244,7 @@ def compare_paths(a: Path, b: Path) -> tuple[dict[str, Any], Group]:
 
 
 def detect_kind(path: Path) -> tuple[str, Any]:
-    """Return the kind of `path` and its content.
-
-    Raises `DataError` if `path` does not exist, and `UsageError` if it is of no kind in `COMPARERS`.
-    """
+    """Return the kind of `path` and its content. Raises `UsageError` if it is of no kind in `COMPARERS`."""
     if not path.exists():
         raise DataError(f"{path} does not exist", "check the path")
     for kind, comparer in COMPARERS.items():

@@ -70,10 +70,7 @@ class RunRecord:
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:
-    """Return the records of the run folders and sweeps in `paths`, in order, each run once.
-
-    Raises `CheckpointError` if a path is neither a run folder nor a sweep, or if no run can be read.
-    """
+    """Return the records of the run folders and sweeps in `paths`, each run once. At least one must be readable."""
     record_by_folder: dict[Path, RunRecord] = {}
     for path in paths:
         if os.path.isfile(path / TRIALS_FILE):  # unlike `Path.is_file`, this accepts any name
@@ -125,22 +122,13 @@ def read_run_record(folder: Path) -> RunRecord:
         reason = f"after {len(rows)} of {options['epochs']} epochs: still training or interrupted"
     recipe = one_line(environment.recipe)
     shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
-    return replace(
-        record,
-        group_key=json.dumps(shared, sort_keys=True),
-        name=options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe,
-        options=options,
-        seed=options["seed"],
-        state=state,
-        reason=reason,
-    )
+    name = options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
+    record = replace(record, group_key=json.dumps(shared, sort_keys=True), name=name, options=options)
+    return replace(record, seed=options["seed"], state=state, reason=reason)
 
 
 def read_recipe_options(folder: Path) -> dict[str, Any]:
-    """Return the validated options of the recipe, with unknown options kept and missing ones at their defaults.
-
-    Raises `UsageError` if the recipe is missing or invalid.
-    """
+    """Return the options of a recipe, with defaults and unknown options. Raises `UsageError` if it is invalid."""
     if not (folder / RECIPE_FILE).is_file():
         raise UsageError(f"no {RECIPE_FILE}")
     values = load_saved_recipe(folder)

@@ -1,25 +1,45 @@
-"""`fastcifar report`: a report on runs and sweeps as a table, plots and an HTML page.
-
-All arguments are checked before models are evaluated or files are written.
-"""
+"""A report on runs and sweeps: charts and misclassified images, as PNG files or on an HTML page that works offline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+import torch
+from PIL import Image
 from rich.console import Console, RenderableType
 
-from fastcifar.errors import UsageError, lookup
-from fastcifar.format import one_line
-from fastcifar.plotting import create_plots_dir
-from fastcifar.reporting.aggregate import group_runs
-from fastcifar.reporting.html import check_html_output, write_html_report
-from fastcifar.reporting.misclassified import find_misclassified
+from fastcifar import plotting
+from fastcifar._version import __version__
+from fastcifar.device import import_optional
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError, lookup
+from fastcifar.evaluation.load_run import load_model
+from fastcifar.evaluation.metrics import compute_confusion_matrix
+from fastcifar.files import write_atomically
+from fastcifar.format import add_wrap_points, format_count, format_percent, one_line
+from fastcifar.plotting import LineSeries
+from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.records import RunRecord, read_records
-from fastcifar.reporting.report_plots import write_report_plots
-from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
+from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
+
+HTML_REMEDY = "pip install 'fastcifar[html]'"
+MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
+REPORTED_PACKAGES = ("torch", "nvidia-dali-cuda120", "fastcifar")  # packages whose versions affect results most
+
+PlotlyObject = dict[str, Any]  # a figure, trace or layout in the JSON format of plotly.js
+# the color-blind safe palette of Okabe and Ito and three more colors, all visible on white and on black
+LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080", "#8c6bb1", "#a6761d")
 
 
 class ReportDocument(TypedDict):
@@ -43,22 +63,23 @@ def build_report(
 ) -> tuple[ReportDocument, RenderableType]:
     """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
 
-    sort_by            see `build_report_table`
-    plots, html        folder for PNG files of the curves, path of a self-contained HTML page
-    num_misclassified  if not 0, the finished runs are evaluated on the test set again, for confusion matrices and this
-                       many misclassified images of each group
-    overrides          options of the recipes that this evaluation replaces (data, device, precision)
-
-    Raises `UsageError`, `CheckpointError`, `DiskError`, and the errors of `find_misclassified`.
+    PNG files are written to the folder `plots`, and a page to `html`. If `num_misclassified` is not 0, both also show
+    confusion matrices and this many misclassified images of each group, from an evaluation of the finished runs with
+    `overrides` (data, device, precision). All arguments are checked before.
     """
     render = lookup(TABLE_FORMATS, format, "format")
     if num_misclassified and not (plots or html):
         raise UsageError("--mistakes needs an output for its images", "add --html FILE or --plots DIR")
     table = build_report_table(group_runs(read_records(paths)), sort_by, include_validation)
     if html:
-        check_html_output(html)
+        if html.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--html {html} is not the name of an HTML file", "give a name that ends in .html")
+        for module in ("jinja2", "plotly.offline"):
+            import_optional(module, HTML_REMEDY)
+        if not html.parent.is_dir():
+            raise DiskError(f"cannot write {html}: no folder {html.parent}", "give an existing folder")
     if plots:
-        create_plots_dir(plots)
+        plotting.create_plots_dir(plots)
     misclassified = {
         group.name: find_misclassified(group, num_misclassified, console, **overrides)
         for group in table.rows
@@ -76,11 +97,255 @@ def build_report(
 
 def _describe_run(record: RunRecord) -> dict[str, Any]:
     summary = record.summary if record.state == "done" else None
-    return {
-        "run": str(record.folder),
-        "seed": record.seed,
-        "state": record.state,
-        "reason": record.reason or None,
-        "test_acc": summary.test_acc if summary else None,
-        "val_acc": summary.val_acc if summary else None,
-    }
+    test_acc, val_acc = (summary.test_acc, summary.val_acc) if summary else (None, None)
+    run = {"run": str(record.folder), "seed": record.seed, "state": record.state, "reason": record.reason or None}
+    return {**run, "test_acc": test_acc, "val_acc": val_acc}
+
+
+@dataclass(frozen=True, eq=False)
+class Misclassified:
+    """Test images that the models of a group misclassify, the most confident first."""
+
+    classes: list[str]
+    num_models: int
+    confusion_matrix: np.ndarray  # float64 [true class, predicted class], mean number of images over the models
+    images: np.ndarray  # uint8 [n, 32, 32, 3]
+    labels: np.ndarray  # int64 [n]
+    predictions: np.ndarray  # int64 [n]
+    confidences: np.ndarray  # float64 [n], mean probability of the predicted class over the models
+
+    def captions(self) -> list[str]:
+        """Return a caption such as `cat 98 %, not dog` for each image."""
+        return [
+            f"{self.classes[prediction]} {format_percent(confidence, 0)}, not {self.classes[label]}"
+            for prediction, confidence, label in zip(self.predictions, self.confidences, self.labels, strict=True)
+        ]
+
+
+def find_misclassified(group: RunGroup, count: int, console: Console | None = None, **overrides: Any) -> Misclassified:
+    """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
+
+    The predictions are those of the mean probabilities over the models, with the weights of the original evaluation.
+    Raises `CheckpointError` if the models have different classes, and the errors of `load_model`, which receives the
+    `overrides`, and of `LoadedRun.predict_logits`.
+    """
+    matrices, probabilities, classes, test = [], [], None, None
+    for record in group.finished_runs:
+        assert record.summary
+        if console:
+            console.print(f"{record.folder}: evaluating on the test set", markup=False, highlight=False)
+        loaded = load_model(str(record.folder), record.summary.eval_weights, **overrides)
+        if classes not in (None, loaded.classes):
+            problem = f"{record.folder} has other classes than {group.finished_runs[0].folder}"
+            raise CheckpointError(problem, "report them separately")
+        classes, test = loaded.classes, loaded.load_dataset().test
+        loaded.compile_for(len(test.labels))
+        try:
+            logits = loaded.predict_logits(test)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{record.folder}: {error.problem}", error.remedy) from None
+        matrices.append(compute_confusion_matrix(logits, torch.from_numpy(test.labels)).double().numpy())
+        probabilities.append(logits.double().softmax(1).numpy())
+    assert classes
+    assert test
+    mean_probabilities = np.mean(probabilities, axis=0)
+    wrong = np.flatnonzero(mean_probabilities.argmax(1) != test.labels)
+    indices = wrong[np.argsort(-mean_probabilities[wrong].max(1), kind="stable")][:count]
+    return Misclassified(
+        classes=classes,
+        num_models=len(probabilities),
+        confusion_matrix=np.mean(matrices, axis=0),
+        images=test.images[indices].transpose(0, 2, 3, 1),
+        labels=test.labels[indices],
+        predictions=mean_probabilities[indices].argmax(1),
+        confidences=mean_probabilities[indices].max(1),
+    )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart of columns of metrics.csv."""
+
+    title: str
+    columns: dict[str, str]  # column -> label; the first is drawn solid, the second dashed
+    scale: float = 1
+
+    def line_style_note(self, groups: Sequence[RunGroup]) -> str:
+        """Return the legend of the line styles in the chart of `groups`."""
+        styles = zip(self.columns.values(), ("solid line", "dashed line"), strict=False)
+        notes = [f"{label}: {style}" for label, style in styles if label]
+        if any(column.startswith("val_") for column in self.columns):
+            notes.append("dot: best epoch")
+        if any(len(group.plotted_runs) > 1 for group in groups):
+            notes.append("band: ± std over seeds")
+        return "; ".join(notes)
+
+
+CHARTS = {
+    "accuracy": Chart("accuracy, %", {"val_acc": "validation", "train_acc": "training"}, scale=100),
+    "loss": Chart("loss, nats", {"val_loss": "validation", "train_loss": "training"}),
+    "throughput": Chart("training throughput, images/s", {"images_per_s": ""}),
+}
+
+
+def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
+    """Return the curves of `chart`, one color for each group; the best epoch is marked on validation curves."""
+    lines = []
+    for group, color in zip(groups, itertools.cycle(LINE_COLORS), strict=False):
+        name = group.name if group.finished_runs else f"{group.name} (not finished)"
+        for index, (column, label) in enumerate(chart.columns.items()):
+            if (curve := group.curve(column)) is None:
+                continue
+            best_epoch = group.best_epoch if column.startswith("val_") else None
+            lines.append(
+                LineSeries(
+                    name=name,
+                    variant=label,
+                    color=color,
+                    is_dashed=index > 0,
+                    x=curve.epochs,
+                    y=[chart.scale * mean for mean in curve.mean],
+                    std=[chart.scale * std for std in curve.std] if curve.std and index == 0 else None,
+                    marked_index=curve.epochs.index(best_epoch) if best_epoch in curve.epochs else None,
+                )
+            )
+    return lines
+
+
+def write_report_plots(
+    folder: Path, groups: Sequence[RunGroup], misclassified_by_group: Mapping[str, Misclassified]
+) -> list[Path]:
+    """Write charts, the accuracy of each class and misclassified images as PNG files; return their paths."""
+    files = []
+    for name, chart in CHARTS.items():
+        if lines := chart_lines(chart, groups):
+            files.append(folder / f"{name}.png")
+            plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
+    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
+    if per_class:
+        files.append(folder / "classes.png")
+        plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
+    for number, group in enumerate(groups, start=1):
+        if (misclassified := misclassified_by_group.get(group.name)) is None:
+            continue
+        safe_name = re.sub(r"[^A-Za-z0-9.=-]+", "-", group.name)[:60].strip("-")
+        files.append(folder / f"confusion-{number}-{safe_name}.png")
+        plotting.plot_confusion_matrix(files[-1], misclassified.confusion_matrix, misclassified.classes)
+        if len(misclassified.images):
+            captions = [caption.replace(", not ", "\nnot ") for caption in misclassified.captions()]
+            files.append(folder / f"mistakes-{number}-{safe_name}.png")
+            plotting.plot_captioned_images(files[-1], misclassified.images, captions, [False] * len(captions))
+    return files
+
+
+def write_html_report(
+    path: Path, title: str, table: ReportTable, misclassified_by_group: Mapping[str, Misclassified]
+) -> None:
+    """Write the page to `path`; `misclassified_by_group` maps group names."""
+    groups = table.rows
+    figures = {name: figure for name in CHARTS if (figure := plotly_chart(name, groups))["data"]}
+    confusions = map(plotly_confusion_matrix, misclassified_by_group.values())
+    rows = []  # for each group: heading -> displayed text, and value to sort by or None if it is not a number
+    for group in groups:
+        values, texts = table.row_values(group), table.row_texts(group)
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+        sort_values = {heading: numbers.get(heading.removesuffix(" %")) for heading in texts}
+        rows.append({name: (add_wrap_points(text), sort_values[name]) for name, text in texts.items()})
+    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
+    class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
+    jinja = import_optional("jinja2", HTML_REMEDY)
+    source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")
+    template = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(source)
+    content = template.render(
+        title=title,
+        version=__version__,
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        num_runs=sum(len(group.records) for group in groups),
+        num_averaged=sum(len(group.finished_runs) for group in groups),
+        table=rows,
+        numeric={heading for row in rows for heading, (_, value) in row.items() if value is not None},
+        excluded_runs=table.describe_excluded_runs(),
+        figures=figures | {f"confusion-{index}": figure for index, figure in enumerate(confusions)},
+        charts={name: (CHARTS[name].title, CHARTS[name].line_style_note(groups)) for name in figures},
+        per_class=per_class,
+        class_names=dict.fromkeys(name for accuracies in per_class.values() for name in accuracies),
+        lowest_accuracy=min(class_accuracies, default=0),
+        highest_accuracy=max(class_accuracies, default=1),
+        misclassified_by_group=misclassified_by_group,
+        data_uri=_data_uri,
+        environments=_count_environments(groups),
+        plotly_js=import_optional("plotly.offline", HTML_REMEDY).get_plotlyjs(),
+    )
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror}", "write --html to another folder") from None
+
+
+def plotly_chart(name: str, groups: Sequence[RunGroup]) -> PlotlyObject:
+    """Return an entry of `CHARTS` as a plotly figure: bands, lines above them, and markers at the best epochs."""
+    chart = CHARTS[name]
+    lines = chart_lines(chart, groups)
+    first_lines = {line.name: line for line in reversed(lines)}  # the lines with a legend entry, one for each group
+    data = [trace for line in lines for trace in _line_traces(line, first_lines[line.name] is line)]
+    last_epoch = max((line.x[-1] for line in lines), default=0)
+    integer_ticks = {"dtick": 1} if last_epoch <= MAX_LABELED_ITEMS else {"tickformat": "d"}
+    axes = {"xaxis": {"title": {"text": "epoch"}, **integer_ticks}, "yaxis": {"title": {"text": chart.title}}}
+    return {"data": data, "layout": axes}
+
+
+def _line_traces(line: LineSeries, is_in_legend: bool) -> list[PlotlyObject]:
+    """Return the band of the standard deviation, the line and the marked point of `line`, as far as it has them."""
+    name = escape(line.name)  # plotly interprets some HTML in names
+    hover_text = f"{name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}<extra></extra>"
+    shared = {"type": "scatter", "legendgroup": name, "name": name}
+    traces = []
+    if line.std:
+        lower, upper = np.subtract(line.y, line.std).tolist(), np.add(line.y, line.std).tolist()
+        area = {"x": [*line.x, *line.x[::-1]], "y": [*upper, *lower[::-1]], "fill": "toself", "hoverinfo": "skip"}
+        outline = {"mode": "lines", "line": {"width": 0, "color": line.color}, "showlegend": False}
+        red, green, blue = bytes.fromhex(line.color[1:])
+        traces.append({**shared, **area, **outline, "fillcolor": f"rgba({red}, {green}, {blue}, 0.15)"})
+    dash, width = ("dash", 1.2) if line.is_dashed else ("solid", 2)
+    style = {"mode": "lines" if len(line.x) > 1 else "lines+markers", "showlegend": is_in_legend}
+    style["line"] = {"color": line.color, "width": width, "dash": dash}
+    traces.append({**shared, **style, "x": line.x, "y": line.y, "hovertemplate": hover_text})
+    if line.marked_index is not None:
+        point = {"x": [line.x[line.marked_index]], "y": [line.y[line.marked_index]], "mode": "markers"}
+        style = {"marker": {"color": line.color, "size": 9}, "showlegend": False}
+        traces.append({**shared, **style, **point, "hovertemplate": f"best: {hover_text}"})
+    return traces
+
+
+def plotly_confusion_matrix(misclassified: Misclassified) -> PlotlyObject:
+    """Return the mean confusion matrix as a plotly figure, colored by the square root of the fraction of the row."""
+    matrix, names = misclassified.confusion_matrix, list(map(escape, misclassified.classes))
+    shades = np.sqrt(matrix / matrix.sum(1, keepdims=True).clip(1)).round(4).tolist()
+    show_counts = len(names) <= MAX_LABELED_ITEMS
+    trace: PlotlyObject = {"type": "heatmap", "x": names, "y": names, "z": shades, "zmin": 0, "zmax": 1}
+    trace |= {"colorscale": [[0, "#f7fbff"], [0.5, "#9ecae1"], [1, "#08519c"]], "showscale": False}
+    trace |= {"text": [[format_count(count) for count in row] for row in matrix]}
+    trace |= {"texttemplate": "%{text}"} if show_counts else {}
+    trace |= {"hovertemplate": "%{text} of class %{y} predicted as %{x}<extra></extra>"}
+    x_axis = {"title": {"text": "predicted class"}, "side": "top", "tickangle": -40, "constrain": "domain"}
+    y_axis = {"title": {"text": "true class", "standoff": 16}, "automargin": True, "autorange": "reversed"}
+    y_axis |= {"scaleanchor": "x", "constrain": "domain"}
+    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 560 if show_counts else 900}}
+
+
+def _data_uri(image: np.ndarray) -> str:
+    """Return an image uint8 [height, width, 3] as a data URI with a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _count_environments(groups: Sequence[RunGroup]) -> Counter[tuple[str, str]]:
+    """Map (device, versions) to the number of runs with that environment."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in (record for group in groups for record in group.records):
+        versions = record.environment.versions
+        if versions or record.device:
+            version_text = ", ".join(f"{name} {versions[name]}" for name in REPORTED_PACKAGES if name in versions)
+            counts[record.device or "unknown", version_text or "unknown"] += 1
+    return counts

@@ -1,8 +1,4 @@
-"""`fastcifar runs`: list the run folders and sweeps below a folder with their states, and remove them.
-
-A folder that contains any file that is not part of a run or sweep is never removed, and symbolic links are not
-followed. Checkpoints are not read.
-"""
+"""List the run folders and sweeps below a folder, and remove them, unless they contain files of other kinds."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -34,10 +30,9 @@ from fastcifar.reporting.records import (
 )
 from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
 
-# The content of a run folder, of a sweep folder and of the `runs` folder of a sweep, including exported models and
-# their model cards. A folder with any other content is not removed.
-EXPORTED_FILES = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
+# The content of a run, of a sweep and of the `runs` folder of a sweep. A folder with any other content is not removed.
 RUN_FILES = (RECIPE_FILE, "env.json", METRICS_FILE, "events.jsonl", SUMMARY_FILE, MLFLOW_RUN_ID_FILE, "error.txt")
+EXPORTED_FILES = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
 EXPECTED_FILES = {
     "run": (*RUN_FILES, *EXPORTED_FILES, ".*.tmp"),
     "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # the journal of Optuna and its lock file
@@ -51,12 +46,7 @@ EXPECTED_FOLDERS = {
 
 
 class ListingEntry(TypedDict):
-    """A run or sweep in the document of `runs ls --json`; a value that was not measured is None.
-
-    bytes   size of the files in the folder
-    date    when the run or the first run of the sweep was started
-    trials  of a sweep only: state -> number of trials
-    """
+    """A run or sweep in the document of `runs ls --json`; a value that was not measured is None."""
 
     name: str
     kind: Literal["run", "sweep"]
@@ -67,12 +57,9 @@ class ListingEntry(TypedDict):
     val_acc: float | None
     test_acc: float | None
     seconds: float | None
-    bytes: int
-    date: str
-    trials: NotRequired[dict[str, int]]
-
-
-SORT_COLUMNS = {name: None for name in ListingEntry.__annotations__ if name != "trials"}
+    bytes: int  # size of the files in the folder
+    date: str  # start of the run or of the first run of the sweep
+    trials: NotRequired[dict[str, int]]  # of a sweep: state -> number of trials
 
 
 def folder_kind(folder: Path) -> str | None:
@@ -84,10 +71,7 @@ def folder_kind(folder: Path) -> str | None:
 
 
 def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
-    """Yield the runs and sweeps below `folder`, sorted by path.
-
-    Runs and sweeps inside another run or sweep are not included, and symbolic links are not followed.
-    """
+    """Yield the runs and sweeps below `folder`, sorted by path, without those inside another run or sweep."""
     try:
         subfolders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except OSError:
@@ -100,13 +84,10 @@ def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
 
 
 def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> list[ListingEntry]:
-    """Return an entry for each run and sweep below `folder`, in ascending order of `sort_by`, missing values first.
-
-    Raises `UsageError` if the folder does not exist or `sort_by` is not in `SORT_COLUMNS`.
-    """
+    """Return an entry for each run and sweep below `folder`, in ascending order of `sort_by`, missing values first."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "give the folder that contains the runs")
-    lookup(SORT_COLUMNS, sort_by, "column")
+    lookup({name: None for name in ListingEntry.__annotations__ if name != "trials"}, sort_by, "column")
     folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
     entries = [describe_run_or_sweep(path) for path in folders]
     return sorted(entries, key=lambda entry: (entry.get(sort_by) is not None, entry.get(sort_by) or 0), reverse=reverse)
@@ -119,16 +100,12 @@ def describe_run_or_sweep(folder: Path) -> ListingEntry:
     record = read_run_record(folder)
     summary = record.summary
     last_row = record.metric_rows[-1] if record.metric_rows else {"val_acc": None, "seconds": None}
-    if not (folder / SUMMARY_FILE).exists() and is_locked(folder):
-        state = "running"
-    elif record.state == "damaged":
-        state = "damaged"
-    else:
-        state = "finished" if summary else "interrupted"
+    is_running = not (folder / SUMMARY_FILE).exists() and is_locked(folder)
+    final_state = "damaged" if record.state == "damaged" else "finished" if summary else "interrupted"
     return {
         "name": str(folder),
         "kind": "run",
-        "state": state,
+        "state": "running" if is_running else final_state,
         "arch": record.options.get("arch"),
         "recipe": record.environment.recipe or None,
         "epochs": summary.epochs if summary else len(record.metric_rows),
@@ -136,23 +113,19 @@ def describe_run_or_sweep(folder: Path) -> ListingEntry:
         "test_acc": summary.test_acc if summary else None,
         "seconds": summary.seconds.get("total") if summary else last_row["seconds"],
         "bytes": folder_size_bytes(folder),
-        "date": record.environment.started or _modified_at(folder / RECIPE_FILE),
+        "date": record.environment.started or format_timestamp((folder / RECIPE_FILE).stat().st_mtime),
     }
 
 
 def _describe_sweep(folder: Path) -> ListingEntry:
     runs = [describe_run_or_sweep(path) for path in find_runs_and_sweeps(folder)]
     counts = Counter(trial.state for trial in read_trial_log(folder / TRIALS_FILE)[0].values())
-    if is_locked(folder) or any(run["state"] == "running" for run in runs):
-        state = "running"
-    elif not counts:
-        state = "damaged"
-    else:
-        state = "interrupted" if "running" in counts else "finished"
+    is_running = is_locked(folder) or any(run["state"] == "running" for run in runs)
+    final_state = "damaged" if not counts else "interrupted" if "running" in counts else "finished"
     return {
         "name": str(folder),
         "kind": "sweep",
-        "state": state,
+        "state": "running" if is_running else final_state,
         "arch": ", ".join(sorted({run["arch"] for run in runs if run["arch"]})) or None,
         "recipe": f"sweep, {', '.join(f'{count} {name}' for name, count in counts.items())}",
         "epochs": sum(run["epochs"] for run in runs),
@@ -160,7 +133,7 @@ def _describe_sweep(folder: Path) -> ListingEntry:
         "test_acc": None,
         "seconds": sum(run["seconds"] or 0 for run in runs),
         "bytes": folder_size_bytes(folder),
-        "date": min((run["date"] for run in runs), default=_modified_at(folder / TRIALS_FILE)),
+        "date": min((run["date"] for run in runs), default=format_timestamp((folder / TRIALS_FILE).stat().st_mtime)),
         "trials": dict(counts),
     }
 
@@ -173,17 +146,10 @@ def runs_table(entries: Sequence[ListingEntry]) -> Table:
     for heading in ("epochs", "val", "test", "seconds", "size", "date"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
-        table.add_row(
-            entry["name"],
-            entry["state"],
-            f"{entry['arch'] or MISSING}, {entry['recipe'] or MISSING}",
-            format_count(entry["epochs"]),
-            format_percent(entry["val_acc"]),
-            format_percent(entry["test_acc"]),
-            format_decimal(entry["seconds"], 0),
-            f"{format_decimal(entry['bytes'] / 1e6, 1)} MB",
-            entry["date"][:10],
-        )
+        texts = [entry["name"], entry["state"], f"{entry['arch'] or MISSING}, {entry['recipe'] or MISSING}"]
+        accuracies = map(format_percent, (entry["val_acc"], entry["test_acc"]))
+        numbers = [format_count(entry["epochs"]), *accuracies, format_decimal(entry["seconds"], 0)]
+        table.add_row(*texts, *numbers, f"{format_decimal(entry['bytes'] / 1e6, 1)} MB", entry["date"][:10])
     return table
 
 
@@ -192,29 +158,28 @@ def select_for_removal(
 ) -> list[ListingEntry]:
     """Return the entries that `runs rm` removes: all of `paths` or, with a filter, some of the runs in or below them.
 
-    only_unfinished   a filter that selects interrupted and damaged runs
-    keep_best         a filter that selects all finished runs but this many with the highest val_acc; a run without
-                      val_acc is not selected
-    only_checkpoints  leaves out entries without checkpoints; `bytes` counts only the checkpoints
-
-    A filter never selects a sweep. Raises `UsageError` if a path is not a run or sweep, a selected run is training, or
-    a selected folder contains files that are not part of a run or sweep.
+    The filters are `only_unfinished` (interrupted and damaged runs) and `keep_best` (all finished runs with a val_acc
+    but this many with the highest); they never select a sweep. With `only_checkpoints`, `bytes` counts only the
+    checkpoints, and entries without are left out. Raises `UsageError` if a folder must not be removed.
     """
-    if only_unfinished or keep_best is not None:
-        folders = chain(*([path] if folder_kind(path) else find_runs_and_sweeps(path) for path in paths))
-        runs = [entry for entry in _describe_outermost(folders) if entry["kind"] == "run"]
-        ranked = [entry for entry in runs if entry["state"] == "finished" and entry["val_acc"] is not None]
-        ranked.sort(key=lambda entry: entry["val_acc"] or 0, reverse=True)
-        unfinished = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
-        selected = unfinished + (ranked[keep_best:] if keep_best is not None else [])
-        entries = [entry for entry in runs if entry in selected]
-        for entry in entries:
-            _require_removable(Path(entry["name"]))
+    is_filtered = only_unfinished or keep_best is not None
+    if is_filtered:
+        paths = [*chain(*([path] if folder_kind(path) else find_runs_and_sweeps(path) for path in paths))]
     else:
         for path in paths:
             _require_removable(path)
-        entries = _describe_outermost(paths)
+    by_path = {path.resolve(): path for path in paths}
+    outermost = [folder for path, folder in by_path.items() if not by_path.keys() & {*path.parents}]
+    entries = [describe_run_or_sweep(folder) for folder in outermost]
+    if is_filtered:
+        runs = [entry for entry in entries if entry["kind"] == "run"]
+        ranked = [entry for entry in runs if entry["state"] == "finished" and entry["val_acc"] is not None]
+        ranked.sort(key=lambda entry: entry["val_acc"] or 0, reverse=True)
+        selected = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
+        selected += ranked[keep_best:] if keep_best is not None else []
+        entries = [entry for entry in runs if entry in selected]
     for entry in entries:
+        _require_removable(Path(entry["name"]))
         if entry["state"] == "running":
             raise UsageError(f"{entry['name']} is being trained by another process", "stop that process first")
         if only_checkpoints:
@@ -222,14 +187,8 @@ def select_for_removal(
     return [entry for entry in entries if entry["bytes"] or not only_checkpoints]
 
 
-def _describe_outermost(folders: Iterable[Path]) -> list[ListingEntry]:
-    """Return the entry of each folder once, without folders inside another one of `folders`."""
-    by_path = {folder.resolve(): folder for folder in folders}
-    return [describe_run_or_sweep(folder) for path, folder in by_path.items() if not by_path.keys() & {*path.parents}]
-
-
 def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, console: Console) -> None:
-    """Ask for confirmation on the terminal. Raises `UsageError` if there is no terminal or the user declines."""
+    """Ask for confirmation. Raises `UsageError` if there is no terminal or the user declines."""
     console.print(runs_table(entries))
     what = "the checkpoints of these" if only_checkpoints else "these"
     if not (sys.stdin.isatty() and console.is_terminal):
@@ -239,10 +198,7 @@ def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, con
 
 
 def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False) -> None:
-    """Remove the folders of `entries`, or only their checkpoints, after locking all of them.
-
-    Raises `UsageError` if one is being trained, before any is removed, and `DiskError` if a folder cannot be removed.
-    """
+    """Lock all folders of `entries`, and remove them or only their checkpoints."""
     folders = [Path(entry["name"]) for entry in entries]
     runs_of_sweep = {folder: list(find_runs_and_sweeps(folder)) for folder in folders if folder_kind(folder) == "sweep"}
     with ExitStack() as stack:
@@ -282,17 +238,16 @@ def _require_removable(folder: Path) -> None:
 
 def _unexpected_paths(folder: Path, kind: str) -> Iterator[Path]:
     """Yield the paths in a run or sweep that are not part of it; the expected folders of a run may contain anything."""
-    for entry in os.scandir(folder):
-        path = Path(entry.path)
-        if not entry.is_dir(follow_symlinks=False):
-            if not any(fnmatchcase(path.name, pattern) for pattern in EXPECTED_FILES[kind]):
-                yield path
-        elif kind == "runs" and path.name not in EXPECTED_FOLDERS[kind]:
-            yield from _unexpected_paths(path, "run")
-        elif path.name not in EXPECTED_FOLDERS[kind]:
-            yield path
-        elif path.name == "runs":
+    for path in folder.iterdir():
+        is_folder = path.is_dir() and not path.is_symlink()
+        patterns = (EXPECTED_FOLDERS if is_folder else EXPECTED_FILES)[kind]
+        is_expected = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        if is_expected and path.name == "runs":
             yield from _unexpected_paths(path, "runs")
+        elif kind == "runs" and is_folder and not is_expected:
+            yield from _unexpected_paths(path, "run")
+        elif not is_expected:
+            yield path
 
 
 def folder_size_bytes(folder: Path) -> int:
@@ -303,7 +258,3 @@ def folder_size_bytes(folder: Path) -> int:
             with suppress(OSError):  # a running training process replaced the file
                 total += os.lstat(os.path.join(parent, name)).st_size
     return total
-
-
-def _modified_at(path: Path) -> str:
-    return format_timestamp(path.stat().st_mtime)

@@ -1,7 +1,4 @@
-"""The table of a report, for a terminal or as Markdown, CSV or LaTeX.
-
-Each format also lists the runs that are not averaged, with the reasons, and escapes text from run folders.
-"""
+"""The table of a report for a terminal or as Markdown, CSV or LaTeX, with the runs that are not averaged."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ STD_COLUMNS = {"accuracy": "std", "validation": "validation std"}  # shown in th
 ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ only by the seed"
 EXCLUDED_HEADING = "not in the means"
 MAX_OPTION_WIDTH = 16  # characters; longer option values are listed above the terminal table
-LATEX_ESCAPES = (
+LATEX_ESCAPES = str.maketrans(
     {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     | {char: f"\\{char}" for char in "&%$#_{}"}
@@ -51,10 +48,10 @@ LATEX_ESCAPES = (
 
 @dataclass(frozen=True)
 class ReportTable:
-    """The rows of a report, one for each group of runs; `options` maps headings to the options that are shown."""
+    """The rows of a report, one for each group of runs."""
 
     rows: list[RunGroup]
-    options: dict[str, str]
+    options: dict[str, str]  # heading -> option, for the options that are shown
     include_validation: bool
 
     def row_values(self, group: RunGroup) -> dict[str, Any]:
@@ -62,10 +59,14 @@ class ReportTable:
         accuracy, validation = group.accuracy(group.accuracy_split), group.accuracy(VALIDATION_SPLIT)
         weights = "/".join(sorted({summary.eval_weights for summary in group.summaries}))
         excluded = Counter(record.state for record in group.excluded_runs)
+        arch, blocks = group.options.get("arch"), group.options.get("blocks")
+        if not blocks and arch in MODELS:  # the default of the architecture
+            parameter = inspect.signature(MODELS[arch]).parameters.get("blocks")
+            blocks = list(parameter.default) if parameter and isinstance(parameter.default, Sequence) else None
         values = {
             "row": group.name,
             **{heading: group.options.get(option) for heading, option in self.options.items()},
-            "blocks": _blocks_per_stage(group),
+            "blocks": blocks,
             "params": group.summaries[0].params if group.summaries else None,
             "accuracy": accuracy.mean if accuracy else None,
             "std": accuracy.std if accuracy else None,
@@ -109,42 +110,26 @@ class ReportTable:
         ]
 
 
-def _blocks_per_stage(group: RunGroup) -> Any:
-    """Return the blocks per stage from the recipe or, if it does not set them, the default of the architecture."""
-    arch = group.options.get("arch")
-    if group.options.get("blocks") or arch not in MODELS:
-        return group.options.get("blocks")
-    parameter = inspect.signature(MODELS[arch]).parameters.get("blocks")
-    return list(parameter.default) if parameter and isinstance(parameter.default, Sequence) else None
-
-
 def build_report_table(
     groups: Sequence[RunGroup], sort_by: str | None = None, include_validation: bool = False
 ) -> ReportTable:
-    """Return the table of `groups`, sorted by the column `sort_by` if given.
-
-    Numbers are sorted in descending order, texts in ascending order, and missing values last. Raises `UsageError` if
-    there is no such column.
-    """
-    others = [name for name in varying_options(groups) if name not in OPTION_COLUMNS.values()]
-    table = ReportTable(list(groups), {**OPTION_COLUMNS, **{name: name for name in others}}, include_validation)
+    """Return the table of `groups`, sorted with numbers descending, texts ascending and missing values last."""
+    others = {name: name for name in varying_options(groups) if name not in OPTION_COLUMNS.values()}
+    table = ReportTable(list(groups), OPTION_COLUMNS | others, include_validation)
     if sort_by is not None:
 
         def key(group: RunGroup) -> tuple[bool, float, str]:
             value = lookup(table.row_values(group), sort_by, "column")
-            is_number = isinstance(value, int | float)
-            text = "" if is_number else format_option_value(value)
-            return value is None or value == "", -value if is_number else 0.0, text
+            if isinstance(value, int | float):
+                return False, -value, ""
+            return value is None or value == "", 0, format_option_value(value)
 
         table.rows.sort(key=key)
     return table
 
 
 def render_terminal(table: ReportTable) -> RenderableType:
-    """Return the values that all rows share on one line, the other columns as a table, and the excluded runs.
-
-    On a terminal that is too narrow for one table, options and results are two tables.
-    """
+    """Return shared values on one line, the other columns as a table, or two if it is too wide, and excluded runs."""
     texts = [table.row_texts(group) for group in table.rows]
     values = {heading: list(dict.fromkeys(text[heading] for text in texts)) for heading in texts[0]}
     shared = {heading: values[heading][0] for heading in (*table.options, "of", "notes") if len(values[heading]) == 1}
@@ -154,12 +139,10 @@ def render_terminal(table: ReportTable) -> RenderableType:
     labels = {text: f"({letter})" for text, letter in zip(long_texts, string.ascii_lowercase, strict=False)}
     short_texts = [{heading: labels.get(text, text) for heading, text in row.items()} for row in texts]
     single_table = _terminal_table(["row", *options, *results[1:]], table, short_texts)
-    fits = Console(width=10_000).measure(single_table).maximum <= Console().width
-    tables = (
-        [single_table]
-        if fits or not options
-        else [_terminal_table(["row", *options], table, short_texts), "", _terminal_table(results, table, short_texts)]
-    )
+    tables: list[RenderableType] = [single_table]
+    if options and Console(width=10_000).measure(single_table).maximum > Console().width:
+        option_table = _terminal_table(["row", *options], table, short_texts)
+        tables = [option_table, "", _terminal_table(results, table, short_texts)]
     notes = [f"{name}: {add_wrap_points(text)}" for name, text in shared.items() if text]
     notes += [f"{label}: {add_wrap_points(text)}" for text, label in labels.items()]
     output: list[RenderableType] = [Text("; ".join(notes)), "", *tables, "", Text(ACCURACY_NOTE)]
@@ -184,33 +167,27 @@ def _terminal_table(headings: Sequence[str], report: ReportTable, rows: Sequence
 
 def render_markdown(table: ReportTable) -> str:
     """Return two Markdown tables: the rows, and the runs that are not averaged."""
-    rows = _markdown_table([table.row_texts(group) for group in table.rows])
-    excluded = table.describe_excluded_runs()
-    excluded_text = f"\n\n{EXCLUDED_HEADING.capitalize()}:\n\n{_markdown_table(excluded)}" if excluded else ""
-    return f"{rows}\n\n{ACCURACY_NOTE.capitalize()}.{excluded_text}"
+    sections = [_markdown_table([table.row_texts(group) for group in table.rows]), f"{ACCURACY_NOTE.capitalize()}."]
+    if excluded := table.describe_excluded_runs():
+        sections += [f"{EXCLUDED_HEADING.capitalize()}:", _markdown_table(excluded)]
+    return "\n\n".join(sections)
 
 
 def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(re.sub(r"([\\|*<`\[\]])", r"\\\1", cell) for cell in cells) + " |"
-
-    return "\n".join([line(rows[0]), "|" + "---|" * len(rows[0]), *(line(row.values()) for row in rows)])
+    lines = [[re.sub(r"([\\|*<`\[\]])", r"\\\1", cell) for cell in row] for row in (rows[0], *map(dict.values, rows))]
+    header, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *body])
 
 
 def render_csv(table: ReportTable) -> str:
     """Return CSV text with a line for each row: its unrounded values, and the runs that are not averaged."""
     text = io.StringIO()
-    rows = [table.row_values(group) for group in table.rows]
-    writer = csv.DictWriter(text, [*rows[0], EXCLUDED_HEADING], lineterminator="\n")
+    writer = csv.DictWriter(text, [*table.row_values(table.rows[0]), EXCLUDED_HEADING], lineterminator="\n")
     writer.writeheader()
-    for group, values in zip(table.rows, rows, strict=True):
-        excluded = [
-            f"seed {format_option_value(record.seed)} {record.state}: {record.reason}" for record in group.excluded_runs
-        ]
-        cells = {
-            heading: format_option_value(value) if isinstance(value, list | dict) else value
-            for heading, value in values.items()
-        }
+    for group in table.rows:
+        cells = table.row_values(group)
+        cells |= {name: format_option_value(value) for name, value in cells.items() if isinstance(value, list | dict)}
+        excluded = (f"seed {format_option_value(run.seed)} {run.state}: {run.reason}" for run in group.excluded_runs)
         writer.writerow({**cells, EXCLUDED_HEADING: "; ".join(excluded)})
     return text.getvalue().rstrip("\n")
 
@@ -218,23 +195,16 @@ def render_csv(table: ReportTable) -> str:
 def render_latex(table: ReportTable) -> str:
     """Return a LaTeX tabular for the booktabs package, with the runs that are not averaged as comments."""
 
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(LATEX_ESCAPES.get(char, char) for char in cell) for cell in cells) + r" \\"
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join(cell.translate(LATEX_ESCAPES) for cell in cells) + r" \\"
 
     texts = [table.row_texts(group) for group in table.rows]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}; " + ACCURACY_NOTE,
-            rf"\begin{{tabular}}{{{'l' * len(texts[0])}}}",
-            r"\toprule",
-            line([*texts[0]]),
-            r"\midrule",
-            *(line([add_wrap_points(cell) for cell in text.values()]) for text in texts),
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(f"% {EXCLUDED_HEADING}: {', '.join(run.values())}" for run in table.describe_excluded_runs()),
-        ]
-    )
+    lines = [r"% \usepackage{booktabs}; " + ACCURACY_NOTE, rf"\begin{{tabular}}{{{'l' * len(texts[0])}}}"]
+    lines += [r"\toprule", line(texts[0]), r"\midrule"]
+    lines += [line(map(add_wrap_points, text.values())) for text in texts]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [f"% {EXCLUDED_HEADING}: {', '.join(run.values())}" for run in table.describe_excluded_runs()]
+    return "\n".join(lines)
 
 
 TABLE_FORMATS: dict[str, Callable[[ReportTable], RenderableType]] = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from fastcifar.errors import DataError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import compare_paths
 from fastcifar.training.train import train
-from tests.reporting.run_folders import write_run
+from tests.reporting.run_folders import run_fastcifar, write_run
 
 
 def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **options: Any) -> Path:
@@ -36,10 +34,8 @@ def test_differences_of_options_environment_and_curves(tmp_path: Path) -> None:
     assert (comparison["epochs"], comparison["equal_epochs"]) == ([3, 2], 2)
     assert comparison["curves"]["val_acc"] == {"final": [0.5, 0.4], "best": [0.6, 0.4], "at_equal_epochs": [0.6, 0.4]}
     assert set(map(tuple, comparison["curves"]["ema_val_acc"].values())) == {(None, None)}
-    assert comparison["first_difference"] == {
-        "epoch": 1,
-        "columns": ["train_loss", "train_acc", "val_loss", "val_acc"],
-    }
+    columns = ["train_loss", "train_acc", "val_loss", "val_acc"]
+    assert comparison["first_difference"] == {"epoch": 1, "columns": columns}
     assert comparison["accuracy"]["measured"] == "val_acc"  # a was not tested
     assert comparison["accuracy"]["n"] == [5000, 5000]
 
@@ -56,8 +52,7 @@ def test_accuracy_difference_is_compared_with_binomial_noise(tmp_path: Path, oth
 
 
 def test_missing_measurements_are_not_compared(tmp_path: Path) -> None:
-    pair = [make_run(tmp_path / name, [], val_size=0) for name in "ab"]
-    comparison, _ = compare_paths(*pair)
+    comparison, _ = compare_paths(*(make_run(tmp_path / name, [], val_size=0) for name in "ab"))
     assert (comparison["accuracy"], comparison["first_difference"], comparison["epochs"]) == (None, None, [0, 0])
 
 
@@ -81,21 +76,13 @@ def test_compare_command_on_trained_runs(tiny: Callable[..., Recipe], tmp_path: 
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         train(tiny(out=str(tmp_path / name), seed=seed))
 
-    def fastcifar(*arguments: str) -> str:
-        command = [sys.executable, "-m", "fastcifar", "compare", *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
-        return run.stdout
-
-    comparison = json.loads(fastcifar("a", "b", "--json"))
+    comparison = json.loads(run_fastcifar("compare", "a", "b", "--json", cwd=tmp_path).stdout)
     assert comparison["recipe"] == {"seed": [0, 1]}
     assert comparison["environment"] == {}
     assert comparison["first_difference"]["epoch"] == 0
     assert comparison["accuracy"]["n"] == [40, 40]
-    table = fastcifar("a", "again")
-    for words in (
-        "the same recipe and environment",
-        "do not differ in the 2 common epochs",
-        "+0.00 points",
-        "within the noise of 40",
-    ):
-        assert words in table, words
+    table = run_fastcifar("compare", "a", "again", cwd=tmp_path).stdout
+    assert "the same recipe and environment" in table
+    assert "do not differ in the 2 common epochs" in table
+    assert "+0.00 points" in table
+    assert "within the noise of 40" in table

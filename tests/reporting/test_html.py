@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fastcifar.errors import DiskError, UsageError
+from fastcifar.errors import DiskError, NonFiniteError, UsageError
+from fastcifar.evaluation.load_run import load_model
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import group_runs
-from fastcifar.reporting.misclassified import find_misclassified, most_confident_misclassified
 from fastcifar.reporting.records import read_records
-from fastcifar.reporting.report import build_report
+from fastcifar.reporting.report import build_report, find_misclassified
 from fastcifar.reporting.table import build_report_table
 from fastcifar.training.train import train
 from tests.reporting.run_folders import write_run, write_trials
@@ -33,32 +35,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*invalid lines skipped")
 
 
 class Page(HTMLParser):
-    """Parses a page and checks that its tags are balanced.
-
-    Collects the loaded resources, event handlers, security policy, table cells, and texts of scripts and styles.
-    """
+    """Parses a page, checks that its tags are balanced, and collects attributes, table cells, scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.loaded: list[str] = []
-        self.handlers: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.code: list[str] = []
-        self.policy = ""
         self._table: list[list[str]] = []
         self.feed(text)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = {name: value or "" for name, value in attrs}
-        self.loaded += [attributes[name] for name in URL_ATTRIBUTES if name in attributes]
-        self.handlers += [name for name in attributes if name.startswith("on")]
-        if attributes.get("http-equiv") == "Content-Security-Policy":
-            self.policy = attributes["content"]
+        self.attributes += attrs
         if tag == "table":
-            self._table = self.tables[attributes["id"]] = []
+            self._table = self.tables[str(dict(attrs)["id"])] = []
         elif tag == "tr":
             self._table.append([])
         elif tag in ("th", "td"):
@@ -105,17 +98,15 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path
     page = Page(text)
     table = build_report_table(group_runs(read_records([sweep])))
     expected = [list(table.row_texts(table.rows[0])), *(list(table.row_texts(group).values()) for group in table.rows)]
-    assert [[_normalize_commas(cell) for cell in row] for row in page.tables["results"]] == [
-        [_normalize_commas(cell) for cell in row] for row in expected
-    ]
+    assert json.dumps(page.tables["results"]).replace(", ", ",") == json.dumps(expected).replace(", ", ",")
     assert page.tables["excluded"][1][3] == INJECTION
     assert page.tables["classes"][1:] == [[name, "82.5", "92.5"] for name in ("cat", "dog")]
     assert page.tables["environments"][1] == ["a device", "torch 2.11.0, fastcifar 0.1", "4"]
 
     assert "<script>window.injected" not in text
-    assert page.handlers == []
-    assert page.loaded == []
-    assert page.policy.startswith("default-src 'none'; script-src 'unsafe-inline';")
+    assert not [name for name, _ in page.attributes if name in URL_ATTRIBUTES or name.startswith("on")]
+    (policy,) = re.findall('<meta http-equiv="Content-Security-Policy" content="(.*)">', text)
+    assert policy.startswith("default-src 'none'; script-src 'unsafe-inline';")
     own_code = [code for code in page.code if len(code) < 1e6]  # all but plotly.js
     assert len(own_code) == len(page.code) - 1 == 3
     for code in own_code:
@@ -133,19 +124,8 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path
     assert not any("<" in trace["name"] for trace in figures["accuracy"]["data"])
 
 
-def _normalize_commas(text: str) -> str:
-    return re.sub(r",\s*", ", ", text)
-
-
-def test_most_confident_misclassifications_are_selected() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
-    assert most_confident_misclassified(probabilities, np.array([0, 0, 0, 1, 0]), 9).tolist() == [1, 4, 2]
-    assert most_confident_misclassified(probabilities, np.array([0, 0, 0, 1, 0]), 1).tolist() == [1]
-    assert most_confident_misclassified(probabilities, probabilities.argmax(1), 5).tolist() == []
-
-
 def test_misclassified_images_agree_with_the_summaries(
-    tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any
+    tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summaries = [train(tiny(seed=seed, out=str(tmp_path / f"s{seed}"))) for seed in (0, 1)]
     folders = [Path(summary.run) for summary in summaries]
@@ -161,10 +141,23 @@ def test_misclassified_images_agree_with_the_summaries(
     names = {Path(file).name for file in document["written"]}
     assert {"confusion-1-resnet.png", "mistakes-1-resnet.png"} <= names
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert len(page.loaded) == len(misclassified.images)
-    assert all(uri.startswith("data:image/png;base64,") for uri in page.loaded)
+    loaded = [str(value) for name, value in page.attributes if name in URL_ATTRIBUTES]
+    assert [uri[:22] for uri in loaded] == ["data:image/png;base64,"] * len(misclassified.images)
     figures = json.loads(page.code[2])
     plotly.graph_objects.Figure(figures["confusion-0"])
+
+    labels = load_model(str(folders[0])).load_dataset().test.labels
+    (wrong,) = labels.nonzero()
+    logits = torch.zeros(len(labels), len(misclassified.classes))
+    logits[:, 0], logits[wrong[3], 0] = 1, 5  # every image is predicted as class 0, one with more confidence
+    monkeypatch.setattr("fastcifar.evaluation.load_run.predict_logits", lambda *_: logits)
+    misclassified = find_misclassified(group, 3)
+    assert misclassified.labels.tolist() == labels[wrong[[3, 0, 1]]].tolist()
+    assert not misclassified.predictions.any()
+    assert misclassified.confusion_matrix[:, 0].sum() == len(labels)
+    logits[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=f"{folders[0]}.*NaN"):
+        find_misclassified(group, 3)
 
 
 def test_unwritable_page_is_refused(tmp_path: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ import pytest
 
 from fastcifar.errors import UsageError
 from fastcifar.evaluation.export import EXPORT_FORMATS
+from fastcifar.files import lock_folder
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.runs import folder_size_bytes, list_runs, remove_runs, runs_table, select_for_removal
 from fastcifar.training.train import train
-from tests.reporting.run_folders import write_run, write_trials
+from tests.reporting.run_folders import run_fastcifar, write_run, write_trials
 
 STARTED = "2026-11-0{}T10:00:00Z"
 
@@ -59,22 +59,10 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """Start a process that holds the lock of a run folder, as training does."""
-    processes = []
-
-    def start(folder: Path) -> None:
-        code = "import fcntl, os, sys\nhandle = os.open(sys.argv[1], os.O_RDONLY)\nfcntl.flock(handle, fcntl.LOCK_EX)\n"
-        code += "print('locked', flush=True)\nsys.stdin.read()"
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
-        processes.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"locked\n"
-
-    yield start
-    for process in processes:
-        process.communicate()
+def training() -> Iterator[Callable[[Path], None]]:
+    """Hold the lock of a run folder, as training does."""
+    with ExitStack() as stack:
+        yield lambda folder: stack.enter_context(lock_folder(folder)) and None
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -85,20 +73,13 @@ def test_runs_and_sweeps_are_listed_at_any_depth_with_states(
     runs: Path, training: Callable[[Path], None], tmp_path: Path
 ) -> None:
     (runs / "link").symlink_to(make_run(tmp_path / "outside"))
-    assert states(runs) == {
-        "good": "finished",
-        "fair": "finished",
-        "stopped": "interrupted",
-        "corrupt": "damaged",
-        "ablation": "finished",
-    }
+    finished = dict.fromkeys(("good", "fair", "ablation"), "finished")
+    assert states(runs) == {**finished, "stopped": "interrupted", "corrupt": "damaged"}
     training(runs / "stopped")
     assert states(runs)["stopped"] == "running"
     assert states(runs / "ablation") == {"a": "finished", "b": "interrupted"}
     assert states(runs / "good") == {"good": "finished"}
-    handle = os.open(runs / "good", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # listing leaves no lock
-    os.close(handle)
+    training(runs / "good")  # listing leaves no lock
 
 
 def test_entries_describe_the_folders(runs: Path) -> None:
@@ -119,13 +100,11 @@ def test_entries_are_sorted_by_any_column(runs: Path) -> None:
         return [Path(entry["name"]).name for entry in list_runs(runs, *arguments)]
 
     assert [name for name in names("date") if name != "ablation"] == ["fair", "stopped", "good", "corrupt"]
-    assert names("val_acc")[-2:] == ["fair", "good"]
-    assert names("val_acc", True)[:2] == ["good", "fair"]
+    assert names("val_acc")[-2:] == names("val_acc", True)[1::-1] == ["fair", "good"]
     assert set(names("test_acc")[:3]) == {"stopped", "ablation", "corrupt"}  # entries without the value come first
-    with pytest.raises(UsageError, match="did you mean 'val_acc'"):
-        list_runs(runs, "val_ac")
-    with pytest.raises(UsageError, match="there is no folder"):
-        list_runs(runs / "nowhere")
+    for folder, column, message in ((runs, "val_ac", "did you mean 'val_acc'"), (runs / "no", "date", "is no folder")):
+        with pytest.raises(UsageError, match=message):
+            list_runs(folder, column)
 
 
 def test_only_the_selected_folders_are_removed(runs: Path) -> None:
@@ -133,11 +112,8 @@ def test_only_the_selected_folders_are_removed(runs: Path) -> None:
     expected += [*(f"{name}.md" for name in expected), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
     for name in (*expected, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
         (runs / name).write_text("content")
-    remove_runs(
-        select_for_removal(
-            [runs / "good", runs / "ablation", runs / "ablation" / "runs" / "a", runs / "2026" / ".." / "good"]
-        )
-    )
+    selected = ("good", "ablation", "ablation/runs/a", "2026/../good")
+    remove_runs(select_for_removal([runs / name for name in selected]))
     assert not (runs / "good").exists()
     assert not (runs / "ablation").exists()
     assert states(runs).keys() == {"fair", "stopped", "corrupt"}
@@ -158,28 +134,19 @@ def test_other_folders_are_not_removed(runs: Path, tmp_path: Path, name: str) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
+UNEXPECTED = ("thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "a.csv", "b.toml")
+
+
 @pytest.mark.parametrize(
-    "unexpected_name",
-    ["thesis.docx", "src/main.py", ".git/config", "other/recipe.toml", "notes", "notes.md", "other.csv", "some.toml"],
+    ("parent", "name"), [*itertools.product(("good", "ablation/runs/a"), UNEXPECTED), ("ablation/runs", "notes.md")]
 )
-def test_folders_with_unexpected_files_are_not_removed(runs: Path, unexpected_name: str) -> None:
-    for folder in (runs / "good", runs / "ablation" / "runs" / "a"):
-        (folder / unexpected_name).parent.mkdir(exist_ok=True)
-        (folder / unexpected_name).write_text("content")
-    for path in (runs / "good", runs / "ablation"):
-        with pytest.raises(UsageError, match=unexpected_name.partition("/")[0]):
-            remove_runs(select_for_removal([path]))
-    assert (
-        (runs / "good" / unexpected_name).read_text()
-        == (runs / "ablation" / "runs" / "a" / unexpected_name).read_text()
-        == "content"
-    )
-
-
-def test_sweeps_with_unexpected_files_among_the_runs_are_not_removed(runs: Path) -> None:
-    (runs / "ablation" / "runs" / "notes.md").write_text("content")
-    with pytest.raises(UsageError, match=r"notes\.md is not part of"):
-        select_for_removal([runs / "ablation"])
+def test_folders_with_unexpected_files_are_not_removed(runs: Path, parent: str, name: str) -> None:
+    file = runs / parent / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("content")
+    with pytest.raises(UsageError, match=f"{parent}/{name.partition('/')[0]} is not part of a"):
+        remove_runs(select_for_removal([runs / parent.partition("/")[0]]))
+    assert file.read_text() == "content"
 
 
 def test_running_runs_and_their_sweeps_are_not_removed(runs: Path, training: Callable[[Path], None]) -> None:
@@ -233,11 +200,7 @@ def test_only_checkpoints_are_removed(runs: Path, tmp_path: Path) -> None:
 def test_runs_commands_on_a_trained_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     summary = train(tiny(out=str(tmp_path / "runs" / "real")), "quick")
 
-    def fastcifar(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastcifar", "runs", *arguments]
-        run = {"capture_output": True, "text": True, "timeout": 60, "check": False, "cwd": tmp_path}
-        return subprocess.run(command, stdin=subprocess.DEVNULL, **run)  # type: ignore[call-overload]
-
+    fastcifar = partial(run_fastcifar, "runs", cwd=tmp_path)
     (entry,) = json.loads(fastcifar("ls", "--json").stdout)
     assert (entry["name"], entry["state"], entry["recipe"]) == ("runs/real", "finished", "quick")
     assert (entry["test_acc"], entry["bytes"]) == (summary.test_acc, folder_size_bytes(tmp_path / "runs" / "real"))

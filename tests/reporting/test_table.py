@@ -7,22 +7,21 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.reporting.aggregate import group_runs
+from fastcifar.reporting.aggregate import MeanStd, group_runs
 from fastcifar.reporting.records import read_records
 from fastcifar.reporting.report import build_report
 from fastcifar.reporting.runs import list_runs
 from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
 from fastcifar.sweep.trial_log import TrialLog
-from tests.reporting.run_folders import write_run, write_trials
+from tests.reporting.run_folders import run_fastcifar, write_run, write_trials
 from tests.training.summaries import summary_document
 
 ACCURACIES = {"val_acc": 0.5, "test_acc": 0.5}
@@ -43,6 +42,17 @@ def folders(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def test_mean_std_matches_numpy() -> None:
+    values = [0.9151, 0.9204, 0.9302, 0.9177]
+    statistics, std = MeanStd.from_values(values), np.std(values, ddof=1)
+    assert statistics
+    assert (statistics.mean, statistics.std, statistics.n) == (pytest.approx(np.mean(values)), pytest.approx(std), 4)
+    assert statistics.standard_error == pytest.approx(std / 2)
+    assert MeanStd.from_values([0.5]) == MeanStd(mean=0.5, std=None, n=1)
+    assert MeanStd(mean=0.5, std=None, n=1).standard_error is None
+    assert MeanStd.from_values([]) is MeanStd.from_values([0.5, None]) is None
+
+
 def table_of(*paths: Path, sort: str | None = None, validation: bool = False) -> ReportTable:
     return build_report_table(group_runs(read_records(paths)), sort, validation)
 
@@ -56,12 +66,8 @@ def test_mean_and_std_of_finished_runs_match_numpy(folders: list[Path]) -> None:
     assert (first["n"], first["time"], first["of"]) == (3, pytest.approx(np.mean(times)), "test, last")
     assert first["notes"] == "1 unfinished"
     assert (low["accuracy"], low["std"], low["n"], low["lr"]) == (0.3, None, 1, 0.01)
-    assert (first["blocks"], first["batch"], first["clip_grad"], first["params"]) == (
-        [4, 4, 3],
-        128,
-        "value:0.1",
-        4_697_742,
-    )
+    assert (first["blocks"], first["batch"], first["clip_grad"]) == ([4, 4, 3], 128, "value:0.1")
+    assert first["params"] == 4_697_742
     texts = [table.row_texts(row) for row in table.rows]
     assert [text["accuracy %"] for text in texts] == ["92.19 ± 0.77", "30.00"]
     assert [text["time"] for text in texts] == ["0:01:50", "2:01:40"]
@@ -80,7 +86,7 @@ def test_curves_are_means_over_the_common_epochs(folders: list[Path]) -> None:
     assert curve.std == pytest.approx(values.std(0, ddof=1))
     assert row.best_epoch == 1 + values.mean(0).argmax()
     assert row.curve("ema_val_acc") is None
-    assert row.class_accuracies == pytest.approx({name: np.mean([0.9151, 0.9204, 0.9302]) for name in ("cat", "dog")})
+    assert row.class_accuracies == pytest.approx(dict.fromkeys(("cat", "dog"), np.mean([0.9151, 0.9204, 0.9302])))
 
 
 def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) -> None:
@@ -92,11 +98,9 @@ def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) ->
 
 
 def test_notes_name_obstacles_to_a_comparison(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps")
-    second = write_run(
-        tmp_path / "b", (0.5,), seed=0, max_steps=7, steps=7, stop_reason="max_steps", device="another device"
-    )
-    table = table_of(first, second)
+    options: dict[str, Any] = {"seed": 0, "max_steps": 7, "steps": 7, "stop_reason": "max_steps"}
+    first = write_run(tmp_path / "a", (0.5,), **options)
+    table = table_of(first, write_run(tmp_path / "b", (0.5,), device="another device", **options))
     values = table.row_values(table.rows[0])
     assert values["notes"] == "stopped at 7 steps, seed 0 more than once, 2 kinds of device"
     assert (values["n"], values["time"]) == (2, None)
@@ -135,11 +139,8 @@ def test_rows_with_equal_labels_and_options_are_numbered(tmp_path: Path) -> None
     folders = [write_trials(tmp_path / name, [{"trial": "t", "label": "fast", "state": "done"}]) for name in "abc"]
     for folder, lr in zip(folders, (0.1, 0.1, 0.2), strict=True):
         write_run(folder / "runs" / "t", (0.5,), lr=lr)
-    assert [row.name for row in group_runs(read_records(folders))] == [
-        "fast lr=0.1 (1)",
-        "fast lr=0.1 (2)",
-        "fast lr=0.2",
-    ]
+    names = [row.name for row in group_runs(read_records(folders))]
+    assert names == ["fast lr=0.1 (1)", "fast lr=0.1 (2)", "fast lr=0.2"]
 
 
 def test_incomplete_last_line_is_ignored_by_every_reader(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_incomplete_last_line_is_ignored_by_every_reader(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid lines skipped")
-def test_csv_markdown_and_latex_round_trip(tmp_path: Path, folders: list[Path]) -> None:
+def test_formats_contain_all_values(tmp_path: Path, folders: list[Path]) -> None:
     table = table_of(*folders, sweep(tmp_path / "sweep", SPECIAL_CHARACTERS))
     csv_rows = list(csv.DictReader(io.StringIO(str(TABLE_FORMATS["csv"](table)))))
     for row, cells in zip(table.rows, csv_rows, strict=True):
@@ -189,22 +190,16 @@ def test_csv_markdown_and_latex_round_trip(tmp_path: Path, folders: list[Path]) 
                  for cell in re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))]  # fmt: skip
         assert [cell.replace(", ", ",") for cell in cells] == [cell.replace(", ", ",") for cell in texts]
 
-
-def test_terminal_table(tmp_path: Path, folders: list[Path]) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(TABLE_FORMATS["terminal"](table_of(*folders, sort="accuracy")))
-    text = console.export_text()
     for words in ("92.19 ± 0.77", "30.00", "optimizer: lookahead:sgd", "unfinished", "2:01:40", "baseline lr=0.01"):
-        assert words in text, words
+        assert words in console.export_text(clear=False), words
 
 
 def test_rows_are_sorted_by_a_column(folders: list[Path]) -> None:
-    assert [row.name for row in table_of(*folders, sort="time").rows] == ["baseline lr=0.01", "baseline lr=0.1"]
-    assert [row.name for row in table_of(*folders[::-1], sort="accuracy").rows] == [
-        "baseline lr=0.1",
-        "baseline lr=0.01",
-    ]
-    assert [row.name for row in table_of(*folders, sort="row").rows] == ["baseline lr=0.01", "baseline lr=0.1"]
+    for sort, lrs in (("time", (0.01, 0.1)), ("accuracy", (0.1, 0.01)), ("row", (0.01, 0.1))):
+        for paths in (folders, folders[::-1]):
+            assert [row.name for row in table_of(*paths, sort=sort).rows] == [f"baseline lr={lr}" for lr in lrs]
     with pytest.raises(UsageError, match="did you mean 'accuracy'"):
         table_of(*folders, sort="acuracy")
 
@@ -261,14 +256,9 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
             read_records([write_trials(tmp_path / "sweep", trials)])
 
 
-def run_report(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastcifar", "report", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
-
-
 def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: list[Path]) -> None:
     (folders[1] / "summary.json").write_text("{")
-    process = run_report(*(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
+    process = run_fastcifar("report", *(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
     assert (process.returncode, process.stdout.count("\n")) == (0, 1), process.stderr
     document = json.loads(process.stdout)
     assert [(row["row"], row["n"]) for row in document["rows"]] == [("baseline lr=0.1", 2), ("baseline lr=0.01", 1)]
@@ -277,16 +267,16 @@ def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: l
         (("s1",), 4, "nothing to report: s1: summary.json: Invalid JSON"),
         (("s0", "--format", "markdwon"), 2, "did you mean 'markdown'?"),
     ):
-        process = run_report(*arguments, cwd=tmp_path)
+        process = run_fastcifar("report", *arguments, cwd=tmp_path)
         assert (process.returncode, process.stdout, process.stderr.count("\n")) == (code, "", 1), process.stderr
         assert words in process.stderr
 
 
 def test_plots_and_json_document(tmp_path: Path, folders: list[Path]) -> None:
     document, _ = build_report(folders, "csv", plots=tmp_path / "plots")
-    files = [Path(file) for file in document["written"]]
-    assert [file.name for file in files] == ["accuracy.png", "loss.png", "throughput.png", "classes.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    names = ("accuracy.png", "loss.png", "throughput.png", "classes.png")
+    assert document["written"] == [str(tmp_path / "plots" / name) for name in names]
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in document["written"])
     assert [run["seed"] for run in json.loads(json.dumps(document))["rows"][0]["runs"]] == [0, 1, 2, 3]
     with pytest.raises(UsageError, match="--html FILE or --plots DIR"):
         build_report(folders, num_misclassified=3)
