@@ -200,8 +200,7 @@ def parse_augment(spec: str) -> AugmentOps:
     ops = tuple(_parse_item(item.strip()) for item in spec.split(","))
     for op in ops[:-1]:
         if op.name in MIXERS:
-            problem = f"augmentation {op.name!r} is a mixer and not the last item"
-            raise UsageError(problem, "write at most one mixer, at the end")
+            raise UsageError(f"augmentation {op.name!r} is a mixer", "write at most one mixer, at the end")
     return ops
 
 

@@ -86,14 +86,13 @@ class BatchSlicing:
 
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
         """Return this rank's share of each step, [steps, width, ...], of an array [n, ...], padded with `array[0]`."""
-        steps, item_shape = self.steps_per_epoch, array.shape[1:]
-        padded = np.full((steps * self.batch_size, *item_shape), array[0], dtype=array.dtype)
-        kept = array[: len(padded)]
-        padded[: len(kept)] = kept
-        width = -(-self.local_batch_size // alignment) * alignment
+        steps, local_size, item_shape = self.steps_per_epoch, self.local_batch_size, array.shape[1:]
+        padded = np.full((steps * local_size, *item_shape), array[0], dtype=array.dtype)
+        share = array[self.rank :: self.world_size][: len(padded)]  # of all steps: the ranks divide each step evenly
+        padded[: len(share)] = share
+        width = -(-local_size // alignment) * alignment
         table = np.full((steps, width, *item_shape), array[0], dtype=array.dtype)
-        by_step = padded.reshape(steps, self.batch_size, *item_shape)
-        table[:, : self.local_batch_size] = by_step[:, self.rank :: self.world_size]
+        table[:, :local_size] = padded.reshape(steps, local_size, *item_shape)
         return table
 
 

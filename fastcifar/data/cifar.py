@@ -271,9 +271,7 @@ def _load_entry(entry: Path) -> SourceContents | None:
 
 
 def _named_arrays(contents: SourceContents) -> dict[str, np.ndarray]:
-    return {
-        f"{split}_{name}": array for split, arrays in contents.splits.items() for name, array in vars(arrays).items()
-    }
+    return {f"{split}_{name}": array for split, data in contents.splits.items() for name, array in vars(data).items()}
 
 
 def _write_entry(entry: Path, contents: SourceContents) -> None:

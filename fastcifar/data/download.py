@@ -43,17 +43,17 @@ def download_file(url: str, md5: str, target: Path) -> Path:
 def _download_verified(url: str, md5: str, part: Path) -> None:
     """Complete `part` and check its MD5; if a resumed download has the wrong MD5, download once more from the start."""
     start = part.stat().st_size if part.exists() else 0
-    for resumed in (True, False) if start else (False,):
-        if not resumed:
+    for offset in (start, 0) if start else (0,):
+        if not offset:
             part.unlink(missing_ok=True)
-        _download_from(url, part, start if resumed else 0)
+        _download_from(url, part, offset)
         with part.open("rb") as file:
             head = file.read(512)
             file.seek(0)
             actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if actual_md5 == md5:
             return
-        if not resumed:
+        if not offset:
             kind = "an HTML page" if is_html_page(head) else f"{part.stat().st_size:,} bytes"
             part.unlink()
             raise DataError(f"{url} sent {kind} with MD5 {actual_md5}, expected MD5 {md5}; deleted", DATA_REMEDY)

@@ -76,12 +76,11 @@ AUTOAUGMENT_CIFAR10: SubPolicies = (
 
 @dataclass(frozen=True)
 class PolicyOp:
-    """One operation of a sub-policy, applied with `probability`; if `signed`, half of the magnitudes are negated."""
+    """One operation of a sub-policy, applied with `probability`, at one of its magnitudes (two are equally likely)."""
 
     operation: str
     probability: float
-    magnitude: float
-    signed: bool
+    magnitudes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ class Policy:
     def magnitudes(self, operation: str) -> tuple[float, ...]:
         """Return the magnitudes that an operation can have, in order; `apply_operation` applies one to a batch."""
         ops = [op for sub_policy in self.sub_policies for op in sub_policy if op.operation == operation]
-        return tuple(sorted({op.magnitude for op in ops} | {-op.magnitude for op in ops if op.signed}))
+        return tuple(sorted({magnitude for op in ops for magnitude in op.magnitudes}))
 
 
-IDENTITY_OP = PolicyOp("Identity", 1.0, 0.0, False)
+IDENTITY_OP = PolicyOp("Identity", 1.0, (0.0,))
 
 
 def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> list[float]:
@@ -122,18 +121,18 @@ def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> 
     return np.rint(exact).tolist() if operation == "Posterize" else np.array(exact, np.float32).tolist()
 
 
-def make_policy_op(
+def policy_op(
     operation: str, probability: float, level: int | None, space: OperationSpace, num_levels: int
 ) -> PolicyOp:
     """Return the `PolicyOp` at one of `num_levels` levels; `level` is None for an operation without magnitude."""
     magnitude = magnitude_levels(operation, space, num_levels)[level or 0]
-    magnitude_range = space[operation]
-    return PolicyOp(operation, probability, magnitude, bool(magnitude_range and magnitude_range[2]))
+    is_signed = (space[operation] or (0.0, 0.0, False))[2]
+    return PolicyOp(operation, probability, (magnitude, -magnitude) if is_signed else (magnitude,))
 
 
 def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int = 1) -> Policy:
     """Return the policy that draws an operation of `space` at one of `levels`, `num_draws` times for each image."""
-    ops = [make_policy_op(name, 1.0, level, space, NUM_LEVELS) for name in space for level in levels]
+    ops = [policy_op(name, 1.0, level, space, NUM_LEVELS) for name in space for level in levels]
     return Policy(tuple((op,) for op in ops), num_draws)
 
 
@@ -151,7 +150,7 @@ def load_policy(name_or_path: str) -> Policy:
     longest = max(len(steps) for steps in sub_policies)
     padded = []
     for steps in sub_policies:
-        ops = [make_policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
+        ops = [policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
         padded.append((*ops, *[IDENTITY_OP] * (longest - len(ops))))
     return Policy(tuple(padded))
 
@@ -194,7 +193,7 @@ def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:
 def _encode_policy(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
     """Return the encoded operations int32 [sub-policies, steps, 2 signs, 3] and their probabilities."""
     encoded = [
-        [[encode_operation(op.operation, sign * op.magnitude) for sign in (1, -1 if op.signed else 1)] for op in steps]
+        [[encode_operation(op.operation, op.magnitudes[sign]) for sign in (0, -1)] for op in steps]
         for steps in policy.sub_policies
     ]
     probabilities = [[op.probability for op in steps] for steps in policy.sub_policies]
