@@ -261,7 +261,6 @@ def draw_epoch(ops: AugmentOps, n: int, epoch: int, seed: int) -> AugmentParams:
     The key of the Philox generator is [seed, epoch]: the stream jumped by 0 (times 2**128 draws) gives the permutation,
     the stream jumped by 1 + i the parameters of `ops[i]`, so nothing else, such as the batch size, has an influence.
     """
-    assert n > 0, n
     assert seed >= 0, seed
     assert 0 <= epoch < FIXED_STREAM_EPOCH, epoch
     permutation = _rng_stream(seed, epoch, 0).permutation(n)
@@ -289,7 +288,6 @@ def apply_augment_rows(ops: AugmentOps, rows: Tensor, params: tuple[OpParams, ..
     A fused CPU kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values,
     masks and indices have the same width (int32). The int32 values are kept in registers, not in memory.
     """
-    assert len(ops) == len(params), (len(ops), len(params))
     assert rows.dtype == torch.uint8, rows.dtype
     rows = rows.int()
     for op, op_params in zip(ops, params, strict=True):

@@ -122,9 +122,7 @@ class Loader(abc.ABC):
         world_size: int = 1,
     ) -> None:
         assert images.dtype == np.uint8, images.dtype
-        assert images.ndim == 4, images.shape
         assert len(images) == len(labels), (len(images), len(labels))
-        assert all(0 <= value <= 255 for value in fill_color), fill_color
         self.num_samples = len(images)
         self.slicing = BatchSlicing(self.num_samples, batch_size, drop_last, rank, world_size)
         self.steps_per_epoch = self.slicing.steps_per_epoch

@@ -36,8 +36,6 @@ from fastcifar.data.download import DATA_REMEDY, download_file
 from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, UsageError, lookup
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "stratified_split"]
-
 
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`."""

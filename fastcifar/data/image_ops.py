@@ -25,8 +25,7 @@ AFFINE_SCALE = 1 << 23
 AMOUNT_SCALE = 1 << 29
 
 FillColor = tuple[int, int, int]  # 0..255 for each channel
-# The fill color of a variant; the variant "mean", not listed, uses the mean color of the data set.
-# Mid-gray is 127.5, which rounds to 128.
+# The fill color of a variant; "mean" is the color of the data set. Mid-gray is 127.5, which rounds to 128.
 FILL_COLORS: dict[str, FillColor] = {"zero": (0, 0, 0), "gray": (128, 128, 128)}
 
 # Invert is Solarize with threshold 0, so both have the same code.

@@ -107,9 +107,6 @@ class Policy:
         return tuple(sorted({magnitude for op in ops for magnitude in op.magnitudes}))
 
 
-IDENTITY_OP = PolicyOp("Identity", 1.0, (0.0,))
-
-
 def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> list[float]:
     """Return the magnitude at each level with the arithmetic of torch.linspace; zeros if the operation has none."""
     magnitude_range = space[operation]
@@ -151,7 +148,7 @@ def load_policy(name_or_path: str) -> Policy:
     padded = []
     for steps in sub_policies:
         ops = [policy_op(*step, AUTOAUGMENT_SPACE, AUTOAUGMENT_NUM_LEVELS) for step in steps]
-        padded.append((*ops, *[IDENTITY_OP] * (longest - len(ops))))
+        padded.append((*ops, *[PolicyOp("Identity", 1.0, (0.0,))] * (longest - len(ops))))
     return Policy(tuple(padded))
 
 
