@@ -22,8 +22,7 @@ from fastcifar.files import lock_folder
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
 TIMEOUT_S = 30.0
 _CHUNK_BYTES = 2**18
-# The largest official archive has 170 MB; a download that exceeds this size is aborted.
-_MAX_BYTES = 2**30
+_MAX_BYTES = 2**30  # a larger download is aborted; the largest official archive has 170 MB
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
