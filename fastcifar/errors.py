@@ -1,6 +1,6 @@
 """Errors that a user can cause or remedy, with exit codes, and the lookup of names in tables.
 
-`cli/exit.py` prints them in one line. A state that only a bug can cause is an `assert` instead.
+`cli.app` prints them in one line. A state that only a bug can cause is an `assert` instead.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 from fastcifar.reporting.benchmark_tables import DeviceLimits
 from fastcifar.training.step import DTYPES
@@ -49,6 +48,8 @@ def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -
 
 def fastest_run_s(function: Callable[[], object]) -> float:
     """Return the seconds of one call of `function`, in the fastest block of calls after a warm-up."""
+    from torch.utils.benchmark import Timer  # prints a warning where a CUDA toolkit but no GPU is found
+
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=MIN_SECONDS).times)
 

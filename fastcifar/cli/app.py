@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from fastcifar._version import __version__
 from fastcifar.cli import tables
-from fastcifar.cli.exit import run_cli
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
+from fastcifar.device import as_memory_error
+from fastcifar.errors import UsageError, UserError, print_warning
 from fastcifar.recipe import Recipe, section_fields
+from fastcifar.renamed import renaming_remedy
 
+SIGINT_EXIT_CODE, BROKEN_PIPE_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 141, 143  # 128 + the number of the signal
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
 EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
@@ -27,19 +33,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 
 
-def _print_version(requested: bool) -> None:
-    if requested:
+@app.callback(invoke_without_command=True)
+def root_command(version: bool = switch("--version", "print the version and exit")) -> None:
+    """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
+    if version:
         typer.echo(f"fastcifar {__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def root_command(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="print the version and exit"
-    ),
-) -> None:
-    """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
 
 
 @command(app, fields=Recipe.model_fields)
@@ -86,9 +85,7 @@ def evaluate(
 def predict(
     console: Console,
     run: str = RUN,
-    source: str = argument(
-        ..., "INPUT", "images: a pickle, .npy file, image file, folder of images, data:test or data:train"
-    ),
+    source: str = argument(..., "INPUT", "pickle, .npy file, image file, folder of images, data:test or data:train"),
     out: Path = option(..., "FILE", "prediction file to write: .csv or .jsonl"),
     arch: str | None = CHECKPOINT_ARCH,
     ensemble: list[str] | None = option(None, "RUN|CKPT", "further run; logits are averaged over all; may be repeated"),
@@ -116,9 +113,7 @@ def export(
     format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
     out: Path | None = option(None, "FILE", "file to write, by default in the run folder"),
     inputs: str = option("uint8", "uint8|normalized", "format of the input images", "--input"),
-    outputs: str = option(
-        "probabilities", "probabilities|logits", "output of the model: class probabilities or logits", "--output"
-    ),
+    outputs: str = option("probabilities", "probabilities|logits", "output of the model", "--output"),
     arch: str | None = CHECKPOINT_ARCH,
     **options: Any,
 ) -> Output:
@@ -153,16 +148,12 @@ def bench(
     console: Console,
     recipe: str | None = RECIPE,
     what: str = option(
-        "loader,step,train",
-        "NAME,...",
-        "benchmarks to run: loader, step, train (loader and step together), infer, conv, replay, or all",
+        "loader,step,train", "NAME,...", "benchmarks: loader, step, train (both together), infer, conv, replay, or all"
     ),
     archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
     batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
     modes: str = option(
-        "",
-        "NAME,...",
-        "execution modes to measure: eager, compiled, captured; by default as --compile and --cuda-graph say",
+        "", "NAME,...", "execution modes: eager, compiled, captured; by default as --compile and --cuda-graph say"
     ),
     trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
     profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
@@ -190,9 +181,7 @@ def speedrun(
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
     recipe: str | None = RECIPE,
     n: int = option(1, "INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1),
-    eval_split: str | None = option(
-        None, "test|val", "split to evaluate on, by default test; with test all images are trained on"
-    ),
+    eval_split: str | None = option(None, "test|val", "split to evaluate on, by default test, training on all images"),
     append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
@@ -208,14 +197,10 @@ def sweep(
     console: Console,
     source: str = argument(..., "FILE|NAME", "sweep file, name of a shipped sweep, or folder of a sweep"),
     out: Path | None = option(None, "DIR", "sweep folder, by default sweeps/NAME"),
-    executor: str = option(
-        "process", "NAME", "executor of the trials: process (one after another in this process), processes, gpus or ray"
-    ),
+    executor: str = option("process", "NAME", "process (one trial after another), processes, gpus or ray"),
     seeds: str | None = option(None, "INT|INT,...", "number or list of seeds, by default that of the sweep file"),
     jobs: int | None = option(None, "INT", "number of concurrent trials, by default as many as fit", min=1),
-    cpus: int | None = option(
-        None, "INT", "number of CPU threads per trial, by default an equal share of the cores", min=1
-    ),
+    cpus: int | None = option(None, "INT", "CPU threads per trial, by default an equal share of the cores", min=1),
     trials_per_gpu: int = option(1, "INT", "number of concurrent trials on each GPU", min=1),
     address: str = option("auto", "auto|local|HOST:PORT", "address of the Ray cluster"),
     retry_failed: bool = switch("--retry-failed", "rerun the failed trials"),
@@ -262,17 +247,8 @@ def report(
     """Report runs and sweeps: mean and standard deviation over seeds, curves, and unfinished runs."""
     from fastcifar.reporting.report import build_report
 
-    document, text = build_report(
-        runs,
-        format,
-        sort,
-        console=Console(stderr=True),
-        include_validation=validation,
-        plots=plots,
-        html=html,
-        num_misclassified=mistakes,
-        **options,
-    )
+    console = Console(stderr=True)
+    document, text = build_report(runs, format, sort, validation, plots, html, mistakes, console, **options)
     return Output(document, lambda _: text)
 
 
@@ -291,9 +267,7 @@ def runs_ls(
 @command(runs_app, "rm")
 def runs_rm(
     console: Console,
-    paths: list[Path] = argument(
-        ..., "RUN...", "run or sweep folders; with --unfinished or --keep-best also folders of them"
-    ),
+    paths: list[Path] = argument(..., "RUN...", "runs, sweeps, or with --unfinished or --keep-best folders of them"),
     unfinished: bool = switch("--unfinished", "remove only interrupted or damaged runs"),
     keep_best: int | None = option(None, "INT", "number of finished runs with the highest val_acc to keep", min=0),
     checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
@@ -338,6 +312,42 @@ def doctor(**options: Any) -> Output:
     return Output(diagnostics.model_dump(exclude_unset=True), lambda _: tables.diagnostics_table(diagnostics))
 
 
-def main() -> None:
-    """Run the command line."""
-    run_cli(app)
+def main() -> NoReturn:
+    """Run the command in sys.argv and exit with its code; print user errors in one line, others with a traceback."""
+    warnings.showwarning = print_warning
+    # exits after every `finally` block; training handles SIGTERM itself, with the same exit code
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE)))
+    try:
+        code = app(standalone_mode=False)
+        if code == SIGINT_EXIT_CODE:  # Typer returns this code for a KeyboardInterrupt
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(_print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
+    except BrokenPipeError:
+        sys.exit(BROKEN_PIPE_EXIT_CODE)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(report_error(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def report_error(error: Exception) -> int:
+    """Print a user error in one line and return its exit code; raise any other error again."""
+    if user_error := error if isinstance(error, UserError) else as_memory_error(error):
+        return _print_error(str(user_error), user_error.exit_code)
+    if type(error).__name__ == "Abort":  # a KeyboardInterrupt in older versions of Typer
+        return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
+    if flag := getattr(error, "option_name", ""):  # Click's NoSuchOption
+        command_name = getattr(getattr(error, "ctx", None), "info_name", "")
+        if remedy := renaming_remedy(flag.lstrip("-").replace("-", "_"), command_name):
+            return _print_error(f"no such option: {flag}; {remedy}", UsageError.exit_code)
+    if hasattr(error, "format_message"):  # a ClickException, such as an unknown option
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return _print_error(message, getattr(error, "exit_code", UsageError.exit_code))
+    raise error
+
+
+def _print_error(message: str, exit_code: int) -> int:
+    print(f"fastcifar: {message}", file=sys.stderr)
+    return exit_code

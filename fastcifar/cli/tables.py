@@ -20,7 +20,7 @@ from fastcifar.format import (
 if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
     from fastcifar.device import Diagnostics
-    from fastcifar.evaluation.evaluate_run import CorruptionsResult, EvalResult
+    from fastcifar.evaluation.evaluate_run import EvalResult
     from fastcifar.evaluation.export import ExportResult
     from fastcifar.evaluation.predict import PredictResult
     from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
@@ -32,6 +32,7 @@ MAX_CLASS_ROWS = 10
 
 def summary_table(summary: RunSummary) -> Table:
     """Return a table of the main results of a run."""
+    _, lowest_class = min((value, name) for name, value in summary.per_class.items() if value is not None)
     rows = {
         "run": summary.run,
         "network": f"{summary.arch}, {summary.params:,} parameters, {summary.macs / 1e6:,.2f} M MACs",
@@ -41,7 +42,7 @@ def summary_table(summary: RunSummary) -> Table:
         **_tta_row(summary.config["tta"], summary.test_acc_tta),
         "test loss, calibration error": f"{summary.test_loss:.4f}, {summary.ece:.4f}",
         "validation accuracy": f"{format_percent(summary.val_acc)}, best {format_percent(summary.best_val_acc)}",
-        "lowest class accuracy": _format_lowest_class(summary.per_class),
+        "lowest class accuracy": f"{lowest_class}, {format_percent(summary.per_class[lowest_class])}",
         "epochs, steps": f"{summary.epochs}, {summary.steps:,}  (stopped by {summary.stop_reason})",
         "images/s in training": format_short_number(summary.images_per_s),
         "seconds": _phase_seconds(summary.seconds),
@@ -64,7 +65,7 @@ def export_table(result: ExportResult) -> Table:
 
 
 def dry_run_table(result: DryRunEstimate) -> Table:
-    """Return a table of the estimates of `fastcifar train --dry-run`. `result`: as `dry_run` returns it."""
+    """Return a table of the estimates of `fastcifar train --dry-run`."""
     rows = {
         **dict(line.split(": ", 1) for line in result["chosen"]),
         "epochs, steps": f"{result['epochs']}, {result['steps']:,}",
@@ -77,14 +78,14 @@ def dry_run_table(result: DryRunEstimate) -> Table:
 
 
 def scores_table(scores: EvalResult) -> Group:
-    """Return tables of the scores of a trained network."""
+    """Return tables of the scores of a network, of its classes (the ten worst if there are more) and corruptions."""
     calibrated = scores["temperature_missing"] or (
         f"{scores['loss_scaled']:.4f}, {scores['ece_scaled']:.4f}  (logits divided by {scores['temperature']:.3f}, "
         "fitted on the validation split)"
     )
     rows = {
         "checkpoint": scores["checkpoint"],
-        "test accuracy": _accuracy_with_interval(
+        "test accuracy": _format_accuracy(
             scores["test_acc"], scores["correct"], scores["total"], scores["test_acc_interval"]
         ),
         **_tta_row(scores["tta"], scores["test_acc_tta"]),
@@ -96,53 +97,41 @@ def scores_table(scores: EvalResult) -> Group:
         f"{scores['precision']} on {scores['device']}",
     }
     if shifted := scores["shifted"]:
-        accuracy = _accuracy_with_interval(
-            shifted["acc"], shifted["correct"], shifted["total"], shifted["acc_interval"]
-        )
+        accuracy = _format_accuracy(shifted["acc"], shifted["correct"], shifted["total"], shifted["acc_interval"])
         rows[shifted["name"]] = f"{accuracy}, loss {shifted['loss']:.4f}, calibration error {shifted['ece']:.4f}"
-    corruptions = scores["corruptions"]
-    further_tables = ["", _corruption_table(corruptions)] if corruptions else []
-    return Group(key_value_table(rows), "", _class_table(scores), *further_tables)
-
-
-def _accuracy_with_interval(accuracy: float, correct: int, total: int, interval: tuple[float, float]) -> str:
-    low, high = map(format_percent, interval)
-    return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
-
-
-def _class_table(scores: EvalResult) -> Table:
-    """Return a table of precision, recall and F1 of every class; of the ten with the lowest F1 if there are more."""
     metrics = [scores["precision_per_class"], scores["recall_per_class"], scores["f1_per_class"]]
     names, heading = scores["classes"], "class"
     if len(names) > MAX_CLASS_ROWS:
         names = sorted(names, key=lambda name: metrics[2][name] or 0)[:MAX_CLASS_ROWS]
         heading = f"the {MAX_CLASS_ROWS} classes with the lowest F1"
-    table = numeric_table([heading], ("precision", "recall", "F1"))
+    classes = numeric_table([heading], ("precision", "recall", "F1"))
     for name in names:
-        table.add_row(name, *(format_percent(metric[name]) for metric in metrics))
-    return table
-
-
-def _corruption_table(corruptions: CorruptionsResult) -> Table:
-    table = numeric_table(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
+        classes.add_row(name, *(format_percent(metric[name]) for metric in metrics))
+    if not (corruptions := scores["corruptions"]):
+        return Group(key_value_table(rows), "", classes)
+    corrupted = numeric_table(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
     for name, accuracies in corruptions["acc"].items():
-        table.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
-    table.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]), style="bold")
-    return table
+        corrupted.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
+    corrupted.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]), style="bold")
+    return Group(key_value_table(rows), "", classes, "", corrupted)
+
+
+def _format_accuracy(accuracy: float, correct: int, total: int, interval: tuple[float, float]) -> str:
+    low, high = map(format_percent, interval)
+    return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
 
 
 def predictions_table(result: PredictResult) -> Table:
     """Return a table about a prediction file."""
-    members = [
-        f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in result["members"]
-    ]
-    first = result["members"][0]
+    members = result["members"]
+    networks = [f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in members]
+    first = members[0]
     compiled, cuda_graph = map(format_option_value, (first["compiled"], first["cuda_graph"]))
     speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
     rows = {
         "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
-        "networks": "\n".join(members),
+        "networks": "\n".join(networks),
         "test-time augmentation": result["tta"],
         "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
         "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
@@ -210,9 +199,8 @@ def diagnostics_table(diagnostics: Diagnostics) -> Table:
         **diagnostics.versions,
         **{f"import {module}": outcome for module, outcome in diagnostics.imports.items()},
         **dict(f"train, {line}".split(": ", 1) for line in diagnostics.chosen),
+        **({"train, error": diagnostics.error} if diagnostics.error else {}),
     }
-    if diagnostics.error:
-        rows["train, error"] = diagnostics.error
     return key_value_table(rows)
 
 
@@ -223,8 +211,3 @@ def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
 def _phase_seconds(seconds: dict[str, float]) -> str:
     """Return the seconds of each phase: `setup 3  compile 41  train 612`."""
     return "  ".join(f"{phase} {format_decimal(value, 0)}" for phase, value in seconds.items())
-
-
-def _format_lowest_class(per_class: dict[str, float | None]) -> str:
-    value, name = min((value, name) for name, value in per_class.items() if value is not None)
-    return f"{name}, {format_percent(value)}"

@@ -53,7 +53,6 @@ def build_report(
     paths: Sequence[Path],
     format: str = "terminal",
     sort_by: str | None = None,
-    *,
     include_validation: bool = False,
     plots: Path | None = None,
     html: Path | None = None,
