@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.benchmark.bench import EXECUTION_MODES, prepare_bench_recipe
-from fastcifar.device import choose_execution, collect_environment, describe_device, package_versions
+from fastcifar.device import choose_execution, collect_environment
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
 from fastcifar.training.lr_schedule import constant_lr
@@ -183,9 +183,10 @@ def compare_forms(device: str, steps: int, quick: bool) -> dict[str, Any]:
     graphs = choose_execution(recipe).device == "cuda"
     modes = [mode for mode in EXECUTION_MODES if graphs or not EXECUTION_MODES[mode]["cuda_graph"]]
     checks = without_tf32_and_autotuning(lambda: run_checks(recipe, modes, steps))
+    environment = collect_environment(device)
     return {
-        "device": describe_device(device),
-        "versions": package_versions(),
+        "device": environment.device,
+        "versions": environment.versions,
         "forms": modes,
         "left_out": [mode for mode in EXECUTION_MODES if mode not in modes],
         "checks": checks,
@@ -210,10 +211,11 @@ def compare_with_commit(commit: str) -> dict[str, Any]:
         for case, digests_before in before.items()
     ]
     passed = before.keys() == after.keys() and all(value for check in checks for value in check.values())
+    environment = collect_environment("cpu")
     return {
         "commit": commit,
-        "device": describe_device("cpu"),
-        "versions": package_versions(),
+        "device": environment.device,
+        "versions": environment.versions,
         "checks": checks,
         "passed": passed,
     }

@@ -1,10 +1,8 @@
-"""Fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation.
-
-The public names are imported on first use, so that `import fastcifar` does not import torch.
-"""
+"""Fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastcifar._version import __version__ as __version__
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "Recipe", "batches", "load_dataset", "train"]
 
-_LAZY_EXPORTS = {
+_LAZY_EXPORTS = {  # imported on first use, because `import fastcifar` must not import torch
     "MODELS": "fastcifar.models",
     "Recipe": "fastcifar.recipe",
     "batches": "fastcifar.data.loaders",
@@ -30,6 +28,4 @@ _LAZY_EXPORTS = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'fastcifar' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_LAZY_EXPORTS[name]), name)

@@ -162,18 +162,6 @@ def enable_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def describe_device(device: str = "auto") -> str:
-    """Return the name of the GPU, or the model and number of cores of the CPU. "auto" means the GPU if there is one."""
-    import torch
-
-    uses_cuda = device != "cpu" and torch.cuda.is_available()
-    return torch.cuda.get_device_name() if uses_cuda else f"{_cpu_name()}, {os.cpu_count()} cores"
-
-
-def _cpu_name() -> str:
-    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def usable_cpu_count() -> int:
     """Return the number of CPU cores that this process may run on; of all cores if the system has no such limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -222,13 +210,16 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
 
 
 def result_folder_name(device: str, label: str) -> str:
-    """Return the name of a result folder, TIME_DEVICE_LABEL in UTC, for a `device` as `describe_device` returns it."""
+    """Return the name of a result folder, TIME_DEVICE_LABEL in UTC, for the `device` of an `Environment`."""
     device_name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
     return f"{format_timestamp(for_file_name=True)}_{device_name}_{label}"
 
 
 class Environment(BaseModel):
-    """What a result depends on besides its recipe: the document env.json. Its writers may add keys."""
+    """What a result depends on besides its recipe: the document env.json, to which its writers may add keys.
+
+    `versions`: name -> installed version, or "missing"; `device`: the name of the GPU, or the CPU and its cores.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -259,29 +250,25 @@ def collect_environment(device: str) -> Environment:
 
     cuda = device != "cpu" and torch.cuda.is_available()
     release = re.match(r"\d+(\.\d+)?", platform.release())  # without the rest, which may identify the machine
-    return Environment(
-        versions=package_versions(),
-        python=platform.python_version(),
-        platform="-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
-        device=describe_device(device),
-        cpu=_cpu_name(),
-        cpu_count=os.cpu_count(),
-        cpu_bf16=_cpu_bf16_flags(),
-        threads=torch.get_num_threads(),
-        cuda=torch.version.cuda if cuda else None,
-        cudnn=torch.backends.cudnn.version() if cuda else None,
-    )
-
-
-def package_versions() -> dict[str, str]:
-    """Return name -> installed version, or "missing", of fastcifar and the packages that results depend on."""
+    cpu = _read_cpuinfo("model name") or platform.processor() or platform.machine()
     versions = {"fastcifar": __version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "missing"
-    return versions
+    return Environment(
+        versions=versions,
+        python=platform.python_version(),
+        platform="-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
+        device=torch.cuda.get_device_name() if cuda else f"{cpu}, {os.cpu_count()} cores",
+        cpu=cpu,
+        cpu_count=os.cpu_count(),
+        cpu_bf16=_cpu_bf16_flags(),
+        threads=torch.get_num_threads(),
+        cuda=torch.version.cuda if cuda else None,
+        cudnn=torch.backends.cudnn.version() if cuda else None,
+    )
 
 
 def probe_import(module: str) -> str:

@@ -1,7 +1,4 @@
-"""Errors that a user can cause or remedy, with exit codes, and the lookup of names in tables.
-
-`cli.app` prints them in one line. A state that only a bug can cause is an `assert` instead.
-"""
+"""Errors that a user can cause or remedy, with their exit codes; `cli.app` prints each in one line."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ except ImportError:  # not a POSIX system
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Write `content` to `path` through a temporary file in the same folder that is flushed to the disk.
 
-    If `previous` is given, the old content of `path` is kept under that name. Raises `OSError` if writing fails; both
-    files are then unchanged.
+    The old content is kept as `previous`, if given. Raises `OSError` if writing fails; both files are then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -57,18 +56,15 @@ class FolderLock(contextlib.ExitStack):
 
 
 def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
-    """Lock `folder` for this process. With `wait`, block until no other process holds the lock.
+    """Lock `folder` for this process, if the file system has locks. With `wait`, block until the lock is free.
 
-    On POSIX systems the folder itself is locked, on other systems the file `.NAME.lock` next to it. On a file system
-    without locks nothing is locked. Raises `UsageError` if another process holds the lock, and `DiskError` if the
-    folder cannot be read.
+    Raises `UsageError` if another process holds the lock, and `DiskError` if the folder cannot be read.
     """
     try:
         return _acquire_flock(folder, wait) if fcntl else _acquire_lock_file(folder, wait)
     except BlockingIOError:
-        raise UsageError(
-            f"{folder} is being trained by another process", "wait for it, or give another --out"
-        ) from None
+        problem = f"{folder} is being trained by another process"
+        raise UsageError(problem, "wait for it, or give another --out") from None
     except OSError as error:
         raise DiskError(f"cannot read the folder {folder}: {error.strerror}") from None
 
@@ -83,7 +79,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> FolderLock:
-    """Lock `folder`. Raises `BlockingIOError` if it is already locked."""
+    """Lock the folder itself, on POSIX systems. Raises `BlockingIOError` if it is already locked."""
     assert fcntl
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -99,7 +95,7 @@ def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Fo
 
 
 def _acquire_lock_file(folder: Path, wait: bool = False) -> FolderLock:
-    """Lock `folder` by a file beside it, so that the locked folder can be removed; raises as `_acquire_flock` does."""
+    """Lock the file `.NAME.lock` beside `folder`, elsewhere; so it can be removed. Raises as `_acquire_flock` does."""
     import filelock
 
     os.scandir(folder).close()  # raises the same errors as opening the folder does on POSIX systems

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 MATPLOTLIB_REMEDY = "pip install 'matplotlib>=3.9'"
 IMAGE_GAP = 2  # white pixels between images
-CELL_INCHES = 0.55  # size of an image with its gap
-ROW_LABEL_INCHES = 1.1  # width of the row labels of a grid
-TITLE_INCHES = 0.9  # height of the title and the column labels of a grid
-MAX_GRIDS_PER_ROW = 3
-CAPTIONED_IMAGES_PER_ROW = 8
+CELL_INCHES, ROW_LABEL_INCHES, TITLE_INCHES = 0.55, 1.1, 0.9  # in a grid: of an image, row labels, title and labels
+MAX_GRIDS_PER_ROW, CAPTIONED_IMAGES_PER_ROW = 3, 8
 CHART_WIDTH_INCHES, BAR_INCHES = 8, 0.24  # width of a chart, height of a bar with its gap
 MAX_ANNOTATED_CLASSES = 20  # maximum number of classes for which matrices show the numbers
 GRID_COLOR = "#b8c0c8"

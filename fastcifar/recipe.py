@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -19,22 +19,13 @@ from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
-# options of storage and tracking; they do not influence the trained weights
-OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")
-
+OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # without effect on the weights
 # section -> its first field; a section ends before the first field of the next one
 SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
 
 
-class ClipGrad(NamedTuple):
-    """Gradient clipping by "value" or by "norm", with its limit."""
-
-    kind: str
-    limit: float
-
-
-def parse_clip_grad(text: str) -> ClipGrad | None:
-    """Parse `value:LIMIT`, `norm:LIMIT` or `none`. Raises `ValueError`."""
+def parse_clip_grad(text: str) -> tuple[str, float] | None:
+    """Return the kind, "value" or "norm", and the limit in `KIND:LIMIT`; None for `none`. Raises `ValueError`."""
     if text == "none":
         return None
     kind, _, limit_text = text.partition(":")
@@ -44,7 +35,7 @@ def parse_clip_grad(text: str) -> ClipGrad | None:
         limit = math.nan
     if kind not in ("value", "norm") or not 0 < limit < math.inf:
         raise ValueError("should be value:LIMIT, norm:LIMIT or none, such as value:0.1")
-    return ClipGrad(kind, limit)
+    return kind, limit
 
 
 def parse_image_sizes(text: str) -> list[tuple[int, int | None]]:
@@ -149,9 +140,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         "crop:4:zero,flip,rotate:5,autoaugment:cifar10", "augmentations in order, NAME[:VALUE[:VARIANT]],..., or none"
     )
     drop_last: bool = _option(False, "removal of the last, smaller batch of every epoch")
-    image_size: ImageSizeText = _option(
-        "32", "training image size in pixels, or SIZE:EPOCHS,...,SIZE for progressive resizing, such as 24:3,28:2,32"
-    )
+    image_size: ImageSizeText = _option("32", "training image size, or stages SIZE:EPOCHS,...,SIZE as in 24:3,28:2,32")
 
     # optimization
     epochs: int = _option(200, "number of epochs", gt=0, le=100_000)

@@ -112,7 +112,7 @@ def test_environment_describes_the_device_without_the_name_of_the_kernel_build(m
     monkeypatch.setattr(platform, "release", lambda: "6.18.44-someone-v657")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_000)
     cpu, gpu = device.collect_environment("cpu"), device.collect_environment("auto")
-    assert cpu.device == device.describe_device("cpu") != "a GPU"
+    assert cpu.device == f"{cpu.cpu}, {cpu.cpu_count} cores"
     assert (cpu.cuda, cpu.cudnn) == (None, None)
     assert (gpu.device, gpu.cudnn) == ("a GPU", 90_000)
     assert cpu.platform == f"{platform.system()}-6.18-{platform.machine()}"

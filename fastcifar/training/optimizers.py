@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, first_message_line, suggest_name
-from fastcifar.recipe import ClipGrad, Recipe
+from fastcifar.recipe import Recipe
 from fastcifar.training.optimizer_classes import Muon, Ranger, RMSprop
 from fastcifar.training.rng_state import preserve_state
 
@@ -289,9 +289,10 @@ def build_param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
     return sorted(groups.values(), key=lambda group: group["params"][0].ndim <= 1)
 
 
-def build_grad_clipper(clip_grad: ClipGrad | None, parameters: list[nn.Parameter]) -> Callable[[], object]:
+def build_grad_clipper(clip_grad: tuple[str, float] | None, parameters: list[nn.Parameter]) -> Callable[[], object]:
     """Return a function that clips the gradients of `parameters` in place; None clips nothing."""
     if clip_grad is None:
         return lambda: None
-    clip = nn.utils.clip_grad_value_ if clip_grad.kind == "value" else nn.utils.clip_grad_norm_
-    return lambda: clip(parameters, clip_grad.limit)
+    kind, limit = clip_grad
+    clip = nn.utils.clip_grad_value_ if kind == "value" else nn.utils.clip_grad_norm_
+    return lambda: clip(parameters, limit)

@@ -17,7 +17,7 @@ from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import DeviceError, UsageError, lookup
 from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
-from fastcifar.recipe import ClipGrad, Recipe, parse_clip_grad, parse_image_sizes
+from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes
 from fastcifar.training import trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
@@ -52,7 +52,7 @@ class Resolved:
     image_sizes: tuple[tuple[int, int | None], ...]
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
-    clip_grad: ClipGrad | None
+    clip_grad: tuple[str, float] | None
     trackers: tuple[str, ...]
 
     @property

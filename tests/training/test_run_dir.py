@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcifar.device import describe_device
+from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import SINGLE_PROCESS
@@ -32,7 +32,7 @@ def test_run_folder_contains_recipe_and_environment(
     assert Recipe.make(str(run.folder / "recipe.toml")) == recipe
     environment = json.loads((run.folder / "env.json").read_text())
     assert environment["versions"]["torch"]
-    assert environment["device"] == describe_device("cpu")
+    assert environment["device"] == collect_environment("cpu").device
 
 
 def test_fault23_concurrent_runs_of_the_same_name_get_numbered_folders(tiny: Callable[..., Recipe]) -> None:
