@@ -10,16 +10,11 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def run_acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +49,7 @@ def test_parts_run_on_a_cpu_and_write_results_and_an_archive(tmp_path: Path) -> 
 def test_a_part_fails_if_a_command_fails_or_exceeds_the_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acceptance = script("acceptance")
+    acceptance = importlib.import_module("acceptance")
     quick = acceptance.Settings(tmp_path, "cpu", True)
     sleep = "import time; time.sleep(600)"
     codes = {"fails": "raise SystemExit(3)", "stops": "raise SystemExit(8)", "sleeps": sleep, "never": sleep}
@@ -78,7 +73,7 @@ def test_a_part_fails_if_a_command_fails_or_exceeds_the_time_limit(
 def test_the_script_lists_every_part() -> None:
     listed = re.search(r"gpu_acceptance \[(.+)\]", (ROOT / "scripts" / "gpu_acceptance").read_text())
     assert listed is not None
-    assert listed[1].split() == list(script("acceptance").PARTS)
+    assert listed[1].split() == list(importlib.import_module("acceptance").PARTS)
 
 
 def test_kernel_times_are_summed_by_name_and_sorted() -> None:
@@ -89,14 +84,14 @@ def test_kernel_times_are_summed_by_name_and_sorted() -> None:
         {"cat": "cpu_op", "name": "other", "dur": 900},
         {"name": "an event without a duration"},
     ]
-    _, first, second = script("acceptance").format_kernel_times(events, "kernel").splitlines()
+    _, first, second = importlib.import_module("acceptance").format_kernel_times(events, "kernel").splitlines()
     assert first.split() == ["75.0", "%", "0.300", "ms", "2", "long"]
     assert second.split() == ["25.0", "%", "0.100", "ms", "1", "short"]
 
 
 def test_different_forms_of_the_step_fail_the_equality_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled form is replaced by an eager one, first with the same and then with another weight decay."""
-    equality = script("equality")
+    equality = importlib.import_module("equality")
     from fastcifar.recipe import Recipe
 
     recipe = Recipe.make(**equality.QUICK, activation="silu", val_size=0, device="cpu", loader="tensor")

@@ -30,9 +30,8 @@ def test_execution_without_a_gpu() -> None:
     assert (execution.device, execution.loader, execution.cuda_graph) == ("cpu", "tensor", False)
     assert len(execution.format_lines()) == 5
     assert all(line.endswith(")") for line in execution.format_lines())
-    requested = device.choose_execution(
-        Recipe.make(device="cpu", precision="bf16", compile=False, loader="torchvision")
-    )
+    recipe = Recipe.make(device="cpu", precision="bf16", compile=False, loader="torchvision")
+    requested = device.choose_execution(recipe)
     assert (requested.precision, requested.compile, requested.loader) == ("bf16", False, "torchvision")
     assert {requested.reasons[name] for name in ("device", "precision", "compile")} == {"requested"}
 
@@ -47,13 +46,11 @@ def test_precision_depends_on_the_cpu(monkeypatch: pytest.MonkeyPatch, flag: str
 
 
 @pytest.mark.usefixtures("a_gpu")
-@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
-def test_precision_depends_on_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    execution = device.choose_execution(Recipe())
-    assert (execution.device, execution.precision, execution.cuda_graph) == ("cuda", precision, True)
+def test_precision_depends_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, precision in (((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        execution = device.choose_execution(Recipe())
+        assert (execution.device, execution.precision, execution.cuda_graph) == ("cuda", precision, True)
 
 
 @NO_CUDA
@@ -77,7 +74,7 @@ def test_fault17_unavailable_device_or_library(values: dict) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_the_loader_on_a_gpu_is_dali_if_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault17_dali_is_the_loader_on_a_gpu_if_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, device.DALI_MODULE, SimpleNamespace(__version__="2.x"))  # type: ignore[arg-type]
     execution = device.choose_execution(Recipe())
     assert (execution.loader, "DALI 2.x" in execution.reasons["loader"]) == ("dali", True)
@@ -85,23 +82,15 @@ def test_the_loader_on_a_gpu_is_dali_if_it_can_be_imported(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
     execution = device.choose_execution(Recipe())
     assert (execution.loader, "nvidia.dali cannot be imported" in execution.reasons["loader"]) == ("tensor", True)
-
-
-def test_fault17_requested_dali_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, device.DALI_MODULE, None)
     with pytest.raises(DeviceError, match=r"nvidia.dali cannot be imported .*; use --loader tensor, or on Linux"):
         device.choose_execution(Recipe(device="cpu", loader="dali"))
 
 
-def test_fault18_a_failing_import_is_reported_not_raised() -> None:
-    assert "no_such_module_at_all" in device.probe_import("no_such_module_at_all")
-    assert device.probe_import("json") == "works"
-
-
-def test_diagnostics_contain_versions_imports_and_execution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "PROBED_MODULES", ("json",))
+def test_fault18_diagnostics_contain_versions_execution_and_failing_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PROBED_MODULES", ("json", "no_such_module"))
     diagnostics = device.collect_diagnostics(Recipe())
-    assert diagnostics.imports == {"json": "works"}
+    assert diagnostics.imports == {"json": "works", "no_such_module": diagnostics.imports["no_such_module"]}
+    assert "No module named 'no_such_module'" in diagnostics.imports["no_such_module"]
     assert diagnostics.versions["torch"] == torch.__version__.split("+")[0]
     assert diagnostics.python == sys.version.split()[0]
     assert any(line.startswith("precision: ") for line in diagnostics.chosen)

@@ -8,31 +8,16 @@ from fastcifar import errors
 
 
 def test_exit_codes_are_those_documented() -> None:
-    codes = {
-        error_type.__name__: error_type.exit_code
-        for error_type in errors.UserError.__subclasses__()
-        if error_type.exit_code != 1
-    }
-    assert codes == {
-        "UsageError": 2,
-        "DataError": 3,
-        "CheckpointError": 4,
-        "NonFiniteError": 5,
-        "InsufficientMemoryError": 6,
-        "DiskError": 7,
-        "DeviceError": 8,
-    }
+    names = ["UsageError", "DataError", "CheckpointError", "NonFiniteError", "InsufficientMemoryError", "DiskError"]
+    codes = {kind.__name__: kind.exit_code for kind in errors.UserError.__subclasses__() if kind.exit_code != 1}
+    assert codes == {**dict(zip(names, range(2, 8), strict=True)), "DeviceError": 8}
     assert errors.Interrupted("SIGTERM", 143, 7, "last.pt").exit_code == 143
 
 
-def test_a_warning_is_one_line_without_its_position_in_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [str(errors.UsageError("a", "b")), str(errors.UsageError("a"))] == ["a; b", "a"]
     errors.print_warning(UserWarning("odd"), UserWarning, "file.py", 3)
     assert capsys.readouterr().err == "fastcifar: warning: odd\n"
-
-
-def test_message_is_the_problem_and_the_remedy() -> None:
-    assert str(errors.UsageError("a", "b")) == "a; b"
-    assert str(errors.UsageError("a")) == "a"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def other_process(method: str) -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
     """Start a process that holds the lock on a folder until its standard input is closed."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes = []
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", LOCK_IN_ANOTHER_PROCESS, str(folder), method]
@@ -97,29 +97,20 @@ def test_locking_a_missing_folder_is_refused(tmp_path: Path, method: str) -> Non
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("content", "document"),
-    [
-        (b'{"a": [1]}', {"a": [1]}),
-        (b"[1]", {}),
-        (b'{"a": ', {}),
-        (b"", {}),
-        (b"\xff\xfe", {}),
-        (b"[" * 100_000, {}),
-    ],
-)
-def test_read_json_object(tmp_path: Path, content: bytes, document: dict[str, object]) -> None:
+def test_read_json_object(tmp_path: Path) -> None:
     path = tmp_path / "document.json"
     assert files.read_json_object(path) == {}
-    path.write_bytes(content)
-    assert files.read_json_object(path) == document
+    for content in (b"[1]", b'{"a": ', b"", b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(content)
+        assert files.read_json_object(path) == {}
+    path.write_bytes(b'{"a": [1]}')
+    assert files.read_json_object(path) == {"a": [1]}
 
 
-@pytest.mark.parametrize("content", [b"a = ", b"\xff"])
-def test_fault15_unreadable_toml_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_fault15_unreadable_toml_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    with pytest.raises(UsageError, match=r"recipe\.toml is not a readable TOML file: .*No such file"):
-        files.load_toml(path)
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"recipe\.toml is not a readable TOML file"):
-        files.load_toml(path)
+    for content, words in ((None, ".*No such file"), (b"a = ", ""), (b"\xff", "")):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(UsageError, match=rf"recipe\.toml is not a readable TOML file: {words}"):
+            files.load_toml(path)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcifar.format import (
-    MISSING,
     add_wrap_points,
     format_count,
     format_decimal,
@@ -35,13 +34,11 @@ from fastcifar.format import (
     ("text", "expected"),
     [
         (format_percent(0.9399), "93.99 %"),
-        (format_percent(1), "100.00 %"),
         (format_percent(0.0), "0.00 %"),
         (format_percent(0.984, 0), "98 %"),
         (format_decimal(1234.5, 2), "1,234.50"),
         (format_decimal(-0.00004, 4), "-0.0000"),
         (format_decimal(0.91234, 1, 100), "91.2"),
-        (format_decimal(7300, 0), "7,300"),
         (format_count(4_697_742), "4,697,742"),
         (format_count(0), "0"),
         (format_count(7.5), "7.5"),
@@ -51,7 +48,6 @@ from fastcifar.format import (
         (format_short_number(99.44), "99.4"),
         (format_short_number(0.012345), "0.0123"),
         (format_short_number(-1234), "-1,234"),
-        (format_mean_std(93.994, 0.123), "93.99 ± 0.12"),
         (format_mean_std(0.9399, 0.00123, scale=100), "93.99 ± 0.12"),
         (format_mean_std(2300.94, 220.31, 1), "2300.9 ± 220.3"),
         (format_mean_std(0.3, None, scale=100), "30.00"),
@@ -60,7 +56,6 @@ from fastcifar.format import (
         (format_duration(9.49), "9.5 s"),
         (format_duration(9.5), "0:00:10"),
         (format_duration(7300.4), "2:01:40"),
-        (format_timestamp(0), "1970-01-01T00:00:00Z"),
         (format_timestamp(1_795_238_422.9), "2026-11-21T05:20:22Z"),
         (format_timestamp(1_795_238_422.9, for_file_name=True), "20261121T052022Z"),
         (option_flag("save_every_epochs"), "--save-every-epochs"),
@@ -74,7 +69,7 @@ def test_formatted_text(text: str, expected: str) -> None:
 
 def test_missing_values_are_dashes() -> None:
     functions = (format_percent, format_count, format_short_number, format_duration, format_option_value, format_memory)
-    assert {MISSING, format_decimal(None, 2, 100), *(function(None) for function in functions)} == {"-"}
+    assert {format_decimal(None, 2, 100), *(function(None) for function in functions)} == {"-"}
 
 
 def test_timestamp_is_the_current_time_in_utc_in_every_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,18 +89,14 @@ def test_timestamp_is_the_current_time_in_utc_in_every_time_zone(monkeypatch: py
         (True, "on"),
         (False, "off"),
         ("value:0.1", "value:0.1"),
-        (128, "128"),
         (5_000_000, "5000000"),
-        (0.1, "0.1"),
         (5e-4, "0.0005"),
         (200.0, "200"),
-        (np.float64(0.25), "0.25"),
         (np.float64(0.1234567), "0.1234567"),
         ((4, 4, 3), "4,4,3"),
         ([], ""),
         ({"nesterov": True, "momentum": 0.9, "betas": [0.9, 0.99]}, "nesterov=true, momentum=0.9, betas=[0.9, 0.99]"),
         ({}, "-"),
-        ("two\nlines", "two lines"),
         (["two\nlines", "b"], "two lines,b"),
     ],
 )
@@ -119,14 +110,11 @@ def test_different_numbers_have_different_texts(value: float) -> None:
     assert float(format_option_value(value)) == value
 
 
-def test_formatted_options() -> None:
+def test_formatted_options_and_differences() -> None:
     options = {"arch": "se68", "blocks": (4, 4, 3), "bias_decay": False}
     assert format_options(options) == "arch=se68, blocks=4,4,3, bias_decay=off"
     assert format_options(options, separator=" ") == "arch=se68 blocks=4,4,3 bias_decay=off"
     assert format_options({}) == format_differences({}, {}, []) == ""
-
-
-def test_formatted_differences() -> None:
     before, after = {"lr": 0.1, "blocks": [4, 4, 3], "width": None}, {"lr": 0.5, "blocks": [1], "width": 2.0, "seed": 1}
     assert format_differences(before, after, ["lr", "width"]) == "lr 0.1, not 0.5, width unset, not 2"
     assert format_differences(before, after, ["seed"]) == "seed unset, not 1"
@@ -134,15 +122,11 @@ def test_formatted_differences() -> None:
 
 
 # values that a recipe or sweep file can hold; surrogates cannot occur in a UTF-8 file
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
+NUMBERS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 TOML_VALUES = st.recursive(
-    st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=("Cs",))),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner, max_size=3)
-    ),
+    NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
 

@@ -30,19 +30,12 @@ CODE_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILIN
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
 INLINE_CODE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+SHELL_LINES = "".join(block.replace("\\\n", " ") for language, block in CODE_BLOCKS if language == "bash").splitlines()
+COMMAND_LINES = [line for line in SHELL_LINES if re.search(r"\bfastcifar ", line)]  # those that start fastcifar
 
 
 def section(title: str) -> str:
     return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def command_lines() -> list[str]:
-    """The command lines of the shell code blocks that start fastcifar, without comments and redirections."""
-    lines = []
-    for language, block in CODE_BLOCKS:
-        if language == "bash":
-            lines += [line for line in block.replace("\\\n", " ").splitlines() if re.search(r"\bfastcifar ", line)]
-    return lines
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
@@ -76,9 +69,8 @@ def all_commands() -> dict[str, Any]:
     root: Any = typer.main.get_command(app)
     commands: dict[str, Any] = {}
     for name, command in root.commands.items():
-        commands |= {f"{name} {sub}": child for sub, child in getattr(command, "commands", {}).items()} or {
-            name: command
-        }
+        children = {f"{name} {child}": value for child, value in getattr(command, "commands", {}).items()}
+        commands |= children or {name: command}
     return commands
 
 
@@ -91,23 +83,16 @@ def test_python_example_runs_as_written(tmp_path: Path) -> None:
     assert (tmp_path / run.stdout.split()[-1] / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("line", command_lines())
+@pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command_lines_of_code_blocks_parse(line: str) -> None:
     parse_command_line(line)
 
 
 def test_code_blocks_contain_command_lines() -> None:
-    assert len(command_lines()) >= 15
+    assert len(COMMAND_LINES) >= 15
     assert parse_command_line("torchrun -m fastcifar train --batch-size 1024")["batch_size"] == "1024"
     with pytest.raises(Exception, match="Missing parameter: out"):
         parse_command_line("fastcifar predict runs/a images")
-
-
-def test_flags_of_inline_commands_exist() -> None:
-    for code in INLINE_CODE:
-        if re.match(r"(scripts/)?fastcifar [a-z]", code):
-            command, words = find_command(code.split()[1:])
-            assert set(FLAG.findall(" ".join(words))) <= command_flags(command), code
 
 
 def test_flags_of_inline_code_exist() -> None:
@@ -117,6 +102,9 @@ def test_flags_of_inline_code_exist() -> None:
         flags.update(FLAG.findall(path.read_text(encoding="utf-8")))
     for code in INLINE_CODE:
         assert set(FLAG.findall(code)) <= flags, code
+        if re.match(r"(scripts/)?fastcifar [a-z]", code):
+            command, words = find_command(code.split()[1:])
+            assert set(FLAG.findall(" ".join(words))) <= command_flags(command), code
 
 
 def test_every_command_and_shipped_recipe_is_in_the_tables() -> None:
@@ -153,11 +141,7 @@ def test_optimizers_and_schedules_are_those_of_the_tables() -> None:
 
 def test_exit_codes_are_those_of_the_package() -> None:
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)]
-    of_errors = {
-        value.exit_code
-        for value in vars(errors).values()
-        if isinstance(value, type) and issubclass(value, errors.UserError)
-    }
+    of_errors = {1, *(kind.exit_code for kind in errors.UserError.__subclasses__())}
     assert listed == sorted({0, 130, 141, 143} | of_errors)  # 128 + the number of SIGINT, SIGPIPE and SIGTERM
 
 

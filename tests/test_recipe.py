@@ -86,20 +86,14 @@ def test_fault15_invalid_values_are_refused_in_one_line(values: dict, words: lis
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no recipe .*quikc.toml.* give the path of a TOML file"),
-        ("lr = = 3", "not a readable TOML file"),
-        ("epoch = 3", "did you mean 'epochs'"),
-    ],
-)
-def test_fault15_invalid_files_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+def test_fault15_invalid_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "quikc.toml"
-    if content:
-        file.write_text(content)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"no recipe .*quikc.toml.* give the path of a TOML file"):
         Recipe.make(str(file))
+    for content, message in (("lr = = 3", "not a readable TOML file"), ("epoch = 3", "did you mean 'epochs'")):
+        file.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            Recipe.make(str(file))
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
