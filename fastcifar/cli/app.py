@@ -247,9 +247,8 @@ def report(
     """Report runs and sweeps: mean and standard deviation over seeds, curves, and unfinished runs."""
     from fastcifar.reporting.report import build_report
 
-    console = Console(stderr=True)
-    document, text = build_report(runs, format, sort, validation, plots, html, mistakes, console, **options)
-    return Output(document, lambda _: text)
+    result, text = build_report(runs, format, sort, validation, plots, html, mistakes, Console(stderr=True), **options)
+    return Output(result, lambda _: text)
 
 
 @command(runs_app, "ls")
