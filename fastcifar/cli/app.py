@@ -53,13 +53,16 @@ def train(
     Options given here override the recipe; the recipe overrides the defaults.
     """
     from fastcifar.training.dry_run import dry_run as estimate_run
+    from fastcifar.training.trackers import view_commands
     from fastcifar.training.train import train as run
 
     console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
     resolved = Recipe.make(recipe, **options)
     if dry_run:
         return Output(estimate_run(resolved), tables.dry_run_table)
-    return Output(run(resolved, recipe, console), tables.summary_table)
+    summary = run(resolved, recipe, console)
+    commands = view_commands(summary.config["track"], Path(summary.run))
+    return Output(summary, tables.summary_table, last_lines=commands)
 
 
 @command(app, "eval", fields=EVALUATION_FIELDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import typer
@@ -41,11 +41,15 @@ DEBUG = switch("--debug", "print the traceback of an error")
 
 
 class Output(NamedTuple):
-    """What a command prints: with --json `document` as one line of JSON, else what `format_document` returns for it."""
+    """What a command prints: with --json `document` as one line of JSON, else what `format_document` returns for it.
+
+    `last_lines` are printed after it, unwrapped; with --json to stderr.
+    """
 
     document: Any
     format_document: Callable[[Any], RenderableType]
     exit_code: int = 0
+    last_lines: Sequence[str] = ()
 
 
 def command(
@@ -74,6 +78,8 @@ def command(
                 print(text) if isinstance(text, str) else console.print(text)
             elif not console.quiet:
                 print(json.dumps(to_jsonable_python(output.document)))
+            for line in output.last_lines:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
             return output.exit_code
 
         parameters = [

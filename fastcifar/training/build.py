@@ -12,7 +12,6 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.data.normalization import mean_color
 from fastcifar.device import enable_deterministic_algorithms
-from fastcifar.recipe import Recipe
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
 from fastcifar.training.lr_schedule import LRSchedule
@@ -26,14 +25,17 @@ NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is i
 
 
 def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
-    """Return the trainer of a resolved recipe, on its device.
-
-    `data`: the data set, by default that of the recipe, which is loaded and, if need be, downloaded. Raises
-    `DataError`, and `UsageError` for what does not fit the data. Nothing is written but caches.
-    """
+    """Return the trainer of a resolved recipe. The data set is that of the recipe by default, downloaded if needed."""
     recipe, execution, world = resolved.recipe, resolved.execution, get_world()
     device = torch.device(execution.device)
-    configure_process(recipe, device, execution.compile)
+    if recipe.deterministic:
+        enable_deterministic_algorithms()
+    else:
+        torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
+    if device.type == "cpu":
+        compilation.keep_freed_memory()
+    if execution.compile:
+        compilation.enable_compile_cache()
     data = data or cifar.load_dataset(recipe.data, recipe.dataset)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
@@ -42,14 +44,14 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
     train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
-    start = time.perf_counter()
+    start_time = time.perf_counter()
     loader = build_loader(train_split, resolved, world)
     if initialize := getattr(model, "init_whitening", None):
         scale, shift = (tensor.to(device) for tensor in scale_and_shift(resolved.mean, resolved.std))
         initialize(torch.tensor(train_split.images[:NUM_WHITENING_IMAGES]).to(device) * scale + shift)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # wait for the uploads
-    prepare_s = time.perf_counter() - start
+    prepare_s = time.perf_counter() - start_time
     return Trainer(
         resolved=resolved,
         device=device,
@@ -70,27 +72,15 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     )
 
 
-def configure_process(recipe: Recipe, device: torch.device, compiles: bool) -> None:
-    """Set determinism, cuDNN's autotuner, the allocator and the compile cache of this process."""
-    if recipe.deterministic:
-        enable_deterministic_algorithms()
-    else:
-        torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
-    if device.type == "cpu":
-        compilation.keep_freed_memory()
-    if compiles:
-        compilation.enable_compile_cache()
-
-
 def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return `model` on the device, with its convolutions in channels_last memory format."""
+    """Return `model` on the device, in channels_last memory format."""
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
     """Split `train` into training images and `val_size` validation images, stratified by class.
 
-    The same `val_seed` selects the same images. Raises `UsageError` if `val_size` does not fit the number of images.
+    The same `val_seed` selects the same images.
     """
     if val_size == 0:
         return train, Split(train.images[:0], train.labels[:0])
@@ -100,11 +90,7 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
 
 
 def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
-    """Return the loader of this rank's share of each batch of `split`, with all augmentations but the mixer.
-
-    Raises `UsageError` if the batch size does not fit the split or the number of ranks, and `DeviceError` if the
-    loader cannot run on this machine.
-    """
+    """Return the loader of this rank's share of each batch of `split`, with all augmentations but the mixer."""
     recipe, execution = resolved.recipe, resolved.execution
     return LOADERS[execution.loader](
         split.images,

@@ -1,10 +1,7 @@
 """Checkpoints: written atomically, verified by SHA-256, and loaded without executing code from the file.
 
-A checkpoint is a dict of plain values and tensors (`torch.load(weights_only=True)`). `manifest.json` in the same folder
-holds the size and SHA-256 of each file and is written last; `last.previous.pt` is the checkpoint before `last.pt`.
-
-The files that the source projects of fastcifar have published are dicts `{net, acc, epoch}` or plain state dicts. They
-do not name the architecture, so the user does.
+`manifest.json` in the same folder holds the size and SHA-256 of each file and is written last; `last.previous.pt` is
+the checkpoint before `last.pt`. Files of the source projects of fastcifar are dicts `{net, acc, epoch}` or state dicts.
 """
 
 from __future__ import annotations
@@ -33,7 +30,6 @@ from fastcifar.training.rng_state import RngState
 
 CHECKPOINT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # NumPy type code -> struct format, for the NumPy scalars that other projects store beside their weights
 NUMPY_TO_STRUCT_FORMATS = {
     "b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
@@ -42,7 +38,7 @@ NUMPY_TO_STRUCT_FORMATS = {
 
 
 class ModelCheckpoint(TypedDict):
-    """The part of a checkpoint that inference needs: the recipe's options, the class names and the state dicts."""
+    """The part of a checkpoint that inference needs."""
 
     recipe: dict[str, Any]
     classes: list[str]
@@ -75,10 +71,12 @@ class TrainingCheckpoint(ModelCheckpoint):
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path` atomically: at any time, `path` is either the old or the new checkpoint, complete.
 
-    Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite, and
-    `DiskError` if the file cannot be written.
+    Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite.
     """
-    _require_finite_weights(state)
+    for part in ("model", "ema"):
+        for key, value in (state.get(part) or {}).items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(f"{key} is not finite", "the previous checkpoint is kept; use a smaller --lr")
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     content = buffer.getvalue()
@@ -103,7 +101,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 def load_checkpoint(path: Path) -> TrainingCheckpoint:
     """Load the checkpoint at `path` or, with a warning, the previous one if it is damaged.
 
-    Raises `CheckpointError` if neither can be read. The caller checks whether it holds training state.
+    The caller checks whether it holds training state.
     """
     return cast(TrainingCheckpoint, _load_or_previous(path, allow_foreign=False))
 
@@ -111,8 +109,8 @@ def load_checkpoint(path: Path) -> TrainingCheckpoint:
 def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
     """Load the checkpoint of fastcifar or of a source project at `path`; the latter gets a recipe with `arch`.
 
-    Raises `CheckpointError` if the file is not a checkpoint, if a fastcifar checkpoint has another architecture than
-    `arch`, or if `arch` is None for a source project's file; the message then names the architectures that match.
+    Raises `CheckpointError` if a fastcifar checkpoint has another architecture than `arch`, or if `arch` is None for a
+    source project's file, which does not name its architecture.
     """
     state = _load_or_previous(path, allow_foreign=True)
     if _is_fastcifar_checkpoint(state):
@@ -165,8 +163,7 @@ def _load_or_previous(path: Path, allow_foreign: bool) -> dict[str, Any]:
 def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     """Read one checkpoint file and verify it against the manifest, if there is one.
 
-    Raises `CheckpointError` if it is damaged, not a checkpoint, or contains objects other than plain values and
-    tensors. `allow_foreign`: also accept a dict that is not a fastcifar checkpoint.
+    `allow_foreign`: also accept a dict that is not a fastcifar checkpoint.
     """
     try:
         content = path.read_bytes()
@@ -196,7 +193,7 @@ def _is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
 
 
 class _NumpyDtypeStub:
-    """Replaces `numpy.dtype` while a file is read, so that NumPy does not process data from the file."""
+    """Replaces `numpy.dtype` while a file is read."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.struct_format = NUMPY_TO_STRUCT_FORMATS[code]
@@ -207,7 +204,6 @@ class _NumpyDtypeStub:
 
 
 def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | bool:
-    """Return the number of a pickled NumPy scalar."""
     return struct.unpack(dtype.struct_format, content)[0]
 
 
@@ -220,7 +216,7 @@ SAFE_GLOBALS: list[Any] = [
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of `folder`, file name -> {bytes, sha256}; empty if there is no readable manifest."""
+    """Return the manifest of `folder`, file name -> {bytes, sha256}; empty if it is missing or damaged."""
     entries = read_json_object(folder / MANIFEST_NAME).items()
     return {name: entry for name, entry in entries if isinstance(entry, dict) and "sha256" in entry}
 
@@ -230,16 +226,15 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
-    """Return `run_or_file` itself if it is a file, else the path of the checkpoint `which` ("last", "best") in it."""
+    """Return `run_or_file` if it is a file, else the path of the checkpoint `which` ("last", "best") in it."""
     path = Path(run_or_file)
     return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> None:
-    """Load `weights` into `model`, without the prefixes of DataParallel and torch.compile.
+    """Load `weights`, called `source` in messages, without the prefixes of DataParallel and torch.compile.
 
-    `source` names the weights in messages. Raises `CheckpointError`, which names the keys, if keys are missing or
-    unexpected or shapes differ.
+    Raises `CheckpointError`, which names the keys, if keys are missing or unexpected or shapes differ.
     """
     weights = {strip_wrapper_prefixes(key): value for key, value in weights.items()}
     expected = model.state_dict()
@@ -254,14 +249,4 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -
 
 def strip_wrapper_prefixes(key: str) -> str:
     """Return `key` without the prefixes that DataParallel and torch.compile add."""
-    while key.startswith(WRAPPER_PREFIXES):
-        for prefix in WRAPPER_PREFIXES:
-            key = key.removeprefix(prefix)
-    return key
-
-
-def _require_finite_weights(state: Mapping[str, Any]) -> None:
-    for part in ("model", "ema"):
-        for key, value in (state.get(part) or {}).items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteError(f"{key} is not finite", "the previous checkpoint is kept; use a smaller --lr")
+    return re.sub(r"^(_orig_mod\.|module\.)+", "", key)

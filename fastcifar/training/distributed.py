@@ -1,7 +1,6 @@
 """Data-parallel training in several processes started by torchrun; with one process, nothing is communicated.
 
-Gradients are averaged over all images of a batch before they are clipped, so that all ranks make the same update. Each
-rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and saved.
+Each rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and saved.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ class World:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, the only one that writes files, prints and evaluates."""
+        """Whether this is rank 0, which alone writes files, prints and evaluates."""
         return self.rank == 0
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
         """Average the gradients of `parameters` over the images of all ranks in place, and return the mean loss.
 
-        `loss`: scalar, the mean over the `images` images of this rank, whose number may differ by one between ranks.
-        Loss and gradients are reduced in one buffer, so that a non-finite value on one rank reaches all ranks.
+        `loss`: scalar, the mean over the `images` images of this rank. It is reduced in one buffer with the gradients,
+        so that a non-finite value on one rank reaches all ranks.
         """
         if self.world_size == 1:
             return loss
@@ -62,7 +61,7 @@ class World:
             dist.all_reduce(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the `value` of rank 0; the other ranks' values are ignored."""
+        """Return the `value` of rank 0."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
@@ -76,7 +75,7 @@ class World:
         return values
 
     def all_reduce_max(self, value: int) -> int:
-        """Return the maximum of `value` over the ranks; the host waits for all of them."""
+        """Return the maximum of `value` over the ranks."""
         if self.world_size == 1:
             return value
         maximum = torch.tensor(value)
@@ -93,16 +92,15 @@ def get_world() -> World:
 
 
 def is_distributed_launch() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
+    """Return whether torchrun, or a similar launcher, started this process as one of several."""
     return all(name in os.environ for name in TORCHRUN_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
-    """Initialize the process group for the `with` block; with CUDA, each rank uses the GPU of its local rank.
+    """Initialize the process group of `device`, "cuda" or "cpu"; with CUDA, each rank uses the GPU of its local rank.
 
-    `device`: "cuda" or "cpu". Raises `DeviceError` if the ranks cannot connect, a GPU is missing, or another rank fails
-    inside the context.
+    Raises `DeviceError` if the ranks cannot connect, a GPU is missing, or another rank fails in the `with` block.
     """
     if not is_distributed_launch() or dist.is_initialized():
         yield get_world()
@@ -129,7 +127,9 @@ def process_group(device: str) -> Iterator[World]:
     try:
         yield get_world()
     except RuntimeError as error:
-        if not _is_peer_failure(error):
+        # torch has a class for failures of NCCL; Gloo raises RuntimeError
+        gloo_messages = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
+        if not isinstance(error, dist.DistError) and not any(message in str(error) for message in gloo_messages):
             raise
         raise DeviceError(
             f"another process of this run failed: {first_message_line(error, type(error).__name__)}",
@@ -138,10 +138,3 @@ def process_group(device: str) -> Iterator[World]:
     finally:
         cuda_graph.reset_cuda_graphs()
         dist.destroy_process_group()
-
-
-def _is_peer_failure(error: RuntimeError) -> bool:
-    """Return whether a collective failed: torch has a class for NCCL's failures; Gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
-    )

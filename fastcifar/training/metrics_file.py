@@ -1,6 +1,6 @@
 """The metrics of a run: one row per epoch in metrics.csv and in events.jsonl, which `run_dir` writes.
 
-Invalid rows are ignored, because a killed process may leave a truncated file.
+Invalid rows and missing files are ignored: a killed process may leave a truncated file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastcifar.files import parse_json_object
 
 
 class ValidationMetrics(TypedDict):
-    """The columns of `EpochRow` that are measured on the validation split; None if they were not computed."""
+    """The columns of `EpochRow` that are measured on the validation split."""
 
     val_loss: float | None
     val_acc: float | None
@@ -23,14 +23,10 @@ class ValidationMetrics(TypedDict):
 
 
 class EpochRow(TypedDict):
-    """The metrics of an epoch. Accuracies are fractions; validation metrics that were not computed are None.
+    """The metrics of an epoch. Accuracies are fractions; validation metrics that were not computed are None."""
 
-    `epoch` counts from 0, `step` is the number of steps since the start of the run, `seconds` the time since then, and
-    `time`, in events.jsonl only, is in seconds since 1970.
-    """
-
-    epoch: int
-    step: int
+    epoch: int  # from 0
+    step: int  # steps since the start of the run
     lr: float
     train_loss: float
     train_acc: float
@@ -38,18 +34,15 @@ class EpochRow(TypedDict):
     val_acc: float | None
     ema_val_acc: float | None
     images_per_s: float
-    seconds: float
-    time: NotRequired[float]
+    seconds: float  # since the start of the run
+    time: NotRequired[float]  # seconds since 1970, in events.jsonl only
 
 
 METRICS_COLUMNS = tuple(name for name in EpochRow.__annotations__ if name != "time")
 
 
 def read_metrics(path: Path, limit: float = math.inf) -> list[dict[str, float | None]]:
-    """Return the complete rows of a metrics.csv as numbers; empty if there is no file.
-
-    A value that is missing, not a finite number, or not below `limit` in absolute value is None.
-    """
+    """Return the complete rows of a metrics.csv as the results of `parse_finite_float`."""
     return [
         {name: parse_finite_float(row[name], limit) for name in METRICS_COLUMNS}
         for row in read_metrics_csv(path, sys.maxsize)
@@ -69,15 +62,12 @@ def read_metrics_csv(path: Path, epochs_done: int) -> list[dict[str, str]]:
 
 
 def read_event_lines(path: Path, epochs_done: int) -> list[str]:
-    """Return the complete lines of the first `epochs_done` epochs of an events.jsonl; empty if there is no file."""
+    """Return the complete lines of the first `epochs_done` epochs of an events.jsonl."""
     return [line for line in _read_lines(path) if _is_valid_row(parse_json_object(line), epochs_done, ("epoch",))]
 
 
 def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
-    """Return a cell of metrics.csv or a value of a JSON document as a float.
-
-    Return None for NaN, infinity, values that are not numbers, and absolute values that are not below `limit`.
-    """
+    """Return a cell of metrics.csv or a JSON value as a float; None if it is no number of magnitude below `limit`."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Progress display of a training run: a progress bar on a terminal, otherwise one line per epoch."""
+"""Progress display of a training run: one line per epoch, on a terminal with a progress bar."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastcifar.format import format_short_number
-from fastcifar.training.metrics_file import EpochRow
+from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
 from fastcifar.training.step import Metrics
 from fastcifar.training.trainer import Trainer
 
 
 def print_lines(console: Console | None, lines: list[str]) -> None:
-    """Print `lines` without markup, highlighting or wrapping; do nothing if `console` is None."""
+    """Print `lines` without markup, highlighting or wrapping, if there is a console."""
     for line in lines:
         if console:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class TrainingDisplay:
-    """Context manager that displays the progress of the training loop; nothing if `console` is None."""
+    """Context manager that displays the progress of the training loop, if there is a console."""
 
     def __init__(self, console: Console | None, trainer: Trainer) -> None:
         self.console = console
@@ -51,7 +51,6 @@ class TrainingDisplay:
             self.bar.stop()
 
     def show_step(self, steps_done: int, epoch: int, metrics: Metrics) -> None:
-        """Display the state after `steps_done` steps; `metrics`: the means of the current epoch so far."""
         now = time.perf_counter()
         images_per_s = (steps_done - self.steps_done) * self.batch_size / max(now - self.last_update_time, 1e-9)
         self.last_update_time, self.steps_done = now, steps_done
@@ -60,12 +59,11 @@ class TrainingDisplay:
 
     def show_epoch(self, row: EpochRow) -> None:
         """Print the metrics of an epoch as one line."""
-        validation = {"val_loss": row["val_loss"], "val_acc": row["val_acc"], "ema_val_acc": row["ema_val_acc"]}
         fields = [
             f"epoch {row['epoch'] + 1}/{self.epochs}",
             f"loss {row['train_loss']:.4f}",
             f"acc {row['train_acc']:.4f}",
-            *(f"{name} {value:.4f}" for name, value in validation.items() if value is not None),
+            *(f"{name} {row[name]:.4f}" for name in ValidationMetrics.__annotations__ if row[name] is not None),
             f"lr {row['lr']:.4g}",
             f"{format_short_number(row['images_per_s'])} images/s",
             f"{row['seconds']:.0f} s",

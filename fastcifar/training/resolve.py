@@ -1,7 +1,4 @@
-"""Parse every option of a recipe and look up every name, before any data is read or downloaded.
-
-`train`, `sweep`, `bench`, `speedrun` and the dry run all start here, so that they accept and refuse the same recipes.
-"""
+"""Parse every option of a recipe and look up every name, for all commands, before any data is read or downloaded."""
 
 from __future__ import annotations
 
@@ -34,22 +31,15 @@ from fastcifar.training.rng_state import preserve_state
 
 @dataclass(frozen=True)
 class Resolved:
-    """The parsed form of a recipe.
-
-    Attributes:
-        pixel_ops: augmentations that the loader applies.
-        mixer: augmentation that the training step applies.
-        mean: mean per channel of pixels in [0, 1], for the normalization; `std` is the standard deviation.
-        image_sizes: training image size in pixels of every stage, with its number of epochs; None: all remaining ones.
-    """
+    """The parsed form of a recipe."""
 
     recipe: Recipe
     execution: ExecutionPlan
-    pixel_ops: tuple[AugmentOp, ...]
-    mixer: AugmentOp | None
-    mean: tuple[float, ...]
+    pixel_ops: tuple[AugmentOp, ...]  # applied by the loader
+    mixer: AugmentOp | None  # applied by the training step
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    image_sizes: tuple[tuple[int, int | None], ...]
+    image_sizes: tuple[tuple[int, int | None], ...]  # size in pixels and epochs of each stage; None: all remaining
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
     clip_grad: tuple[str, float] | None
@@ -71,9 +61,8 @@ class Resolved:
 def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     """Parse the options of `recipe`; nothing is read or written, and the random state is left as it is.
 
-    `execution`: the choice for this machine, `choose_execution(recipe)` by default. Raises `UsageError` for an option
-    that cannot be parsed, an unknown name or argument and a network over the budget, and `DeviceError` for what this
-    machine lacks.
+    `execution` is `choose_execution(recipe)` by default. Raises `UsageError` for invalid options and a network over the
+    budget, and `DeviceError` for what this machine lacks.
     """
     execution = execution or choose_execution(recipe)
     pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
@@ -88,7 +77,12 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     image_sizes = tuple(parse_image_sizes(recipe.image_size))
     with torch.device("meta"):
         model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
-        check_image_sizes(model, recipe, {size for size, _ in image_sizes})
+        for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
+            try:
+                count_macs(model, (3, size, size))
+            except RuntimeError:
+                problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
+                raise UsageError(problem, "leave that size out") from None
         build_param_groups(model, recipe)
     with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
         layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters of every shape
@@ -109,7 +103,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
 
 
 def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Return the network of a recipe. Raises `UsageError` for invalid options or too many parameters."""
+    """Return the network of a recipe."""
     model = build_model(recipe.arch, num_classes, **model_options(recipe))
     check_param_budget(recipe.arch, model, recipe.max_params)
     if recipe.fused_ops:
@@ -118,25 +112,12 @@ def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def any_machine(recipe: Recipe) -> ExecutionPlan:
-    """Return an execution with which a recipe can be resolved that another machine will run."""
+    """Return an execution with which a recipe for another machine can be resolved."""
     return ExecutionPlan("cpu", "fp32", "tensor" if recipe.loader == "auto" else recipe.loader, False, False)
 
 
-def check_image_sizes(model: nn.Module, recipe: Recipe, sizes: set[int]) -> None:
-    """Raise `UsageError` if the recipe's network does not accept images of every one of its sizes."""
-    for size in sizes - {CIFAR_IMAGE_SIZE}:
-        try:
-            count_macs(model, (3, size, size))
-        except RuntimeError:
-            problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
-            raise UsageError(problem, "leave that size out") from None
-
-
 def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerSpec) -> ExecutionPlan:
-    """Return `execution`, without a CUDA graph if the optimizer cannot be captured.
-
-    Raises `DeviceError` if the recipe asks for the graph.
-    """
+    """Return `execution`, without a CUDA graph if the optimizer cannot be captured and the recipe allows that."""
     if optimizer.capturable or not execution.cuda_graph:
         return execution
     reason = f"{optimizer.name} counts its steps in Python and cannot be captured"

@@ -1,18 +1,26 @@
 """Where a run starts: at its first step, or at a checkpoint of the run that it resumes.
 
-A resumed run may differ from the saved one only in the options of `RESUMABLE_OPTIONS`; with any other difference it
-would be another experiment, and it is refused. Nothing is written before all checks have passed.
+A resumed run may differ from the saved one only in `RESUMABLE_OPTIONS`. Nothing is written before all checks passed.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastcifar.errors import CheckpointError, Interrupted, NonFiniteError, UsageError, UserError, first_message_line
+from fastcifar.errors import (
+    CheckpointError,
+    DiskError,
+    Interrupted,
+    NonFiniteError,
+    UsageError,
+    UserError,
+    first_message_line,
+)
 from fastcifar.files import FolderLock, lock_folder
 from fastcifar.format import format_differences, format_option_value, option_flag
 from fastcifar.recipe import Recipe, section_fields
@@ -52,30 +60,19 @@ TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size
 
 @dataclass
 class ResumePoint:
-    """Where a run starts.
-
-    Attributes:
-        recipe_name: name of the recipe, for tables.
-        state: checkpoint to resume from; None to start at the first step.
-        is_new: whether the run starts at its first step, in a folder without a recipe.
-        folder: run folder to continue in, which `lock` locks; None for a new one.
-        copy_from: run folder whose rows and best checkpoint are copied into the new one.
-        messages: lines for the user.
-        run: the run, once it is open (rank 0 only).
-    """
+    """Where a run starts. On ranks other than 0, only `recipe`, `state` and `is_new` are set."""
 
     recipe: Recipe
     recipe_name: str
-    state: TrainingCheckpoint | None = None
-    is_new: bool = False
-    folder: Path | None = None
-    copy_from: Path | None = None
+    state: TrainingCheckpoint | None = None  # checkpoint to resume from; None to start at the first step
+    is_new: bool = False  # starts at the first step, in a folder without a recipe
+    folder: Path | None = None  # run folder to continue in, which `lock` locks; None for a new one
+    copy_from: Path | None = None  # run folder whose rows and best checkpoint are copied into the new one
     lock: FolderLock | None = None
-    messages: list[str] = field(default_factory=list)
-    run: Run | None = None
+    messages: list[str] = field(default_factory=list)  # lines for the user
+    run: Run | None = None  # the run, once it is open
 
     def close(self, status: str) -> None:
-        """Close the run's trackers with `status` and release the lock on its folder."""
         for tracker in self.run.trackers if self.run else ():
             tracker.close(status)
         if self.lock:
@@ -84,9 +81,8 @@ class ResumePoint:
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
         """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder on rank 0.
 
-        `callbacks` are called after the run's own callbacks; the other ranks write nothing. Raises `DiskError` if the
-        folder cannot be written or has no space for a checkpoint, and `CheckpointError` if the checkpoint does not fit
-        the trainer.
+        `callbacks` are called after the run's own; the other ranks write nothing. Raises `DiskError` if the folder
+        cannot be written or has no space for a checkpoint, and `CheckpointError` if the checkpoint does not fit.
         """
         if self.state:
             load_trainer_state(trainer, self.state)
@@ -101,35 +97,33 @@ class ResumePoint:
         return replace(run, folder=folder, callbacks=(*run.callbacks, *(callbacks if self.run else ())))
 
     def _open_run(self, trainer: Trainer) -> Run:
-        epochs_done = trainer.progress.epoch
+        epochs_done, names = trainer.progress.epoch, trainer.resolved.trackers
         if self.folder and self.lock:
-            run = Run(self.folder, self.recipe_name, self.lock)
-            run = run.reopen(trainer.recipe, epochs_done, trainer.resolved.trackers)
+            run = Run(self.folder, self.recipe_name, self.lock).reopen(trainer.recipe, names, epochs_done)
         else:
-            run = Run.create(trainer.recipe, self.recipe_name, trainer.resolved.trackers)
+            run = Run.create(trainer.recipe, self.recipe_name, names, epochs_done, self.copy_from)
             self.lock = run.lock
             if self.copy_from:
-                run.copy_rows_from(self.copy_from, epochs_done)
                 best = checkpoint.resolve_checkpoint_path(str(self.copy_from), "best")
                 if best.is_file():
                     checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
             if not run.checkpoint_path("best").is_file():
                 trainer.progress.best = None
         self.run = run
-        run.require_disk_space(trainer.checkpoint_bytes())
+        free_bytes, num_bytes = shutil.disk_usage(run.folder).free, trainer.checkpoint_bytes()
+        if free_bytes < num_bytes:
+            problem = f"a checkpoint needs {num_bytes:,} bytes, and {free_bytes:,} are free in {run.folder}"
+            raise DiskError(problem, "free some space, or give --out on another disk")
         return run
 
 
 class RunFinishedError(UsageError):
-    """The run has been trained to its end and evaluated on the test set."""
+    """The run to resume has been trained to its end and evaluated on the test set."""
 
 
 @contextmanager
 def resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) -> Iterator[ResumePoint]:
-    """Find the resume point on rank 0, which alone reads the disk, broadcast it, and finally close it.
-
-    Raises the errors of `find_resume_point`, and `UsageError` if a tracker of the recipe cannot be used.
-    """
+    """Find the resume point on rank 0, which alone reads the disk, broadcast it, and finally close it."""
     point = find_resume_point(recipe, recipe_name) if world.is_main_process else ResumePoint(recipe, recipe_name)
     status = "FAILED"
     try:
@@ -146,7 +140,7 @@ def resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) ->
 
 
 def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
-    """Return where a run with `recipe` starts, by `recipe.resume`. `recipe_name`: its name, for tables.
+    """Return where a run with `recipe` starts, by `recipe.resume`.
 
     Raises `CheckpointError` if there is no such checkpoint or the recipe differs from the saved one, and `UsageError`
     if another process is training the run or the run is finished.
@@ -190,7 +184,8 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
             new.folder, new.lock = folder, lock_folder(folder)  # of a process killed right after it created the folder
     else:
         reason = "no unfinished run of this recipe in runs"
-        for folder in _run_folders_newest_first(Path("runs")):
+        folders = [file.parent for file in Path("runs").glob("*/recipe.toml")]
+        for folder in sorted(folders, key=_last_modified, reverse=True):
             if read_environment(folder).recipe != recipe_name or (folder / "summary.json").exists():
                 continue
             try:
@@ -201,14 +196,10 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
     return new
 
 
-def _run_folders_newest_first(parent: Path) -> list[Path]:
-    """Return the run folders in `parent`, newest first: by the time of the last checkpoint, or of the start if none."""
-
-    def modified(folder: Path) -> float:
-        last = checkpoint.resolve_checkpoint_path(str(folder), "last")
-        return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
-
-    return sorted((file.parent for file in parent.glob("*/recipe.toml")), key=modified, reverse=True)
+def _last_modified(folder: Path) -> float:
+    """Return the time of the last checkpoint of a run, or of its start if it has none."""
+    last = checkpoint.resolve_checkpoint_path(str(folder), "last")
+    return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
 
 
 def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePoint:
@@ -238,8 +229,7 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
     """Return the recipe of the resumed run: the `saved` options, overridden by those of `recipe`.
 
     With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. The saved
-    `max_steps` is ignored, so that a run that stopped there can continue. Raises `CheckpointError` that lists the
-    options that differ although they must be the same, and `UsageError` if `epochs` is less than `epochs_done`.
+    `max_steps` is ignored, so that a run that stopped there can continue.
     """
     requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
     saved = {**saved, "max_steps": None}
@@ -267,7 +257,7 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
 
 
 def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Return a line for each option of `recipe` that differs from the `saved` one, with the effect of the change."""
+    """Return a line for each option that differs from the `saved` one, with the effect of the change."""
     options = recipe.model_dump(mode="json")
     return [
         f"{option_flag(name)} {format_option_value(saved[name], 'unset')} -> "
@@ -278,7 +268,7 @@ def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]
 
 
 def require_resumable_state(state: TrainingCheckpoint, source: Path) -> TrainingCheckpoint:
-    """Return `state`, the checkpoint of the file `source`. Raises `CheckpointError` if it has no training state."""
+    """Return `state`, which was read from `source`. Raises `CheckpointError` if it has no training state."""
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
         raise CheckpointError(
             f"{source} holds weights but no training state, so it cannot be resumed",
@@ -288,7 +278,7 @@ def require_resumable_state(state: TrainingCheckpoint, source: Path) -> Training
 
 
 def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
-    """Load the checkpoint `state` into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
+    """Load a checkpoint into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
     num_images, classes = len(trainer.train_split.labels), list(trainer.data.classes)
     if (num_images, classes) != (state["samples"], state["classes"]):
         raise CheckpointError(
@@ -304,7 +294,7 @@ def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
 
 
 def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
-    """Return the run to its last checkpoint, with the learning rate halved from there on; return a line for the user.
+    """Return to the last checkpoint and halve the learning rate from there on; return a line for the user.
 
     Raises `error` unless `--on-nan` is "rollback", and after `MAX_ROLLBACKS` rollbacks.
     """

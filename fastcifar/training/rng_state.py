@@ -1,7 +1,4 @@
-"""The random number generators of a run: torch's on each device, NumPy's and Python's.
-
-The data loaders use none of them: they derive their random numbers from the seed and the epoch.
-"""
+"""The random number generators of a run; data loaders derive theirs from the seed and the epoch instead."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ def collect_rng_state(device: torch.device) -> RngState:
 
 
 def restore_rng_state(state: RngState, device: torch.device) -> None:
-    """Restore the result of `collect_rng_state`; a device whose state it does not contain keeps its current state."""
+    """Restore the result of `collect_rng_state`; a GPU whose state it does not contain keeps its own."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

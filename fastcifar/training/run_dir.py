@@ -1,8 +1,4 @@
-"""The run folder, and the progress and the timer of a run.
-
-A run folder holds the recipe, environment, metrics, events, checkpoints and summary. The process that writes to it
-holds a lock on it. If a folder of the same name exists, `-2`, `-3`, ... is appended.
-"""
+"""The run folder, which the process that writes to it locks, and the progress and the timer of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +41,7 @@ class LaunchEnvironment(Environment):
 
 
 class RunEnvironment(LaunchEnvironment):
-    """The content of env.json: the name of the recipe and the processes that started and that resumed the run."""
+    """The content of env.json: the recipe's name and the processes that started and that resumed the run."""
 
     recipe: str = ""
     resumed: list[LaunchEnvironment] = Field(default_factory=list)
@@ -60,10 +56,7 @@ def read_environment(folder: Path) -> RunEnvironment:
 
 
 def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """Return a callback that appends a row to metrics.csv in `folder`, keeping the rows of the first `epochs_done`.
-
-    A row is flushed to the disk, so that it is there before the checkpoint of its epoch.
-    """
+    """Return a callback that appends a row to metrics.csv in `folder`, keeping the rows of the first `epochs_done`."""
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, METRICS_COLUMNS)
@@ -76,7 +69,7 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
             csv.DictWriter(file, METRICS_COLUMNS).writerow(
                 {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()}
             )
-            file.flush()
+            file.flush()  # to the disk, before the checkpoint of the epoch is written
             os.fsync(file.fileno())
 
     return write
@@ -94,8 +87,7 @@ def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
     return write
 
 
-# File in the run folder -> function (folder, epochs_done) that keeps its rows of the first epochs and returns the
-# callback that adds rows. The callbacks of trackers come after these, because trackers read the earlier rows from them.
+# file in the run folder -> function (folder, epochs_done) that truncates it and returns the callback that adds rows
 METRICS_FILES: dict[str, Callable[[Path, int], EpochCallback]] = {
     "metrics.csv": build_csv_callback,
     "events.jsonl": build_jsonl_callback,
@@ -115,32 +107,37 @@ class Run:
     callbacks: tuple[EpochCallback, ...] = ()
 
     @classmethod
-    def create(cls, recipe: Recipe, recipe_name: str, trackers: Sequence[str] = ()) -> Run:
-        """Create the run folder: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default."""
-        default_name = f"{recipe.arch}-{recipe_name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
+    def create(
+        cls, recipe: Recipe, name: str, trackers: Sequence[str] = (), epochs_done: int = 0, source: Path | None = None
+    ) -> Run:
+        """Create the run folder: `--out`, or runs/ARCH-RECIPE-sSEED-TIME by default.
+
+        The rows of the first `epochs_done` epochs are copied from the run folder `source`.
+        """
+        default_name = f"{recipe.arch}-{name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
         with _disk_errors(f"the run folder {path}", "give a writable folder with --out"):
             folder, lock = _create_unique_folder(path)
-            environment = RunEnvironment(recipe=recipe_name, **_launch_environment(recipe).model_dump())
-            return cls(folder, recipe_name, lock)._open(recipe, environment, 0, trackers)
+            for file in METRICS_FILES:
+                if source and (source / file).is_file():
+                    shutil.copyfile(source / file, folder / file)
+            environment = RunEnvironment(recipe=name, **_launch_environment(recipe).model_dump())
+            return cls(folder, name, lock)._open(recipe, environment, trackers, epochs_done)
 
-    def reopen(self, recipe: Recipe, epochs_done: int, trackers: Sequence[str] = ()) -> Run:
-        """Return this stopped run with the callbacks to continue after its first `epochs_done` epochs.
-
-        Later rows, the summary and temporary files are removed.
-        """
+    def reopen(self, recipe: Recipe, trackers: Sequence[str], epochs_done: int) -> Run:
+        """Return this stopped run, to be continued after its first `epochs_done` epochs; later results are removed."""
         launch = _launch_environment(recipe)
         environment = read_environment(self.folder)
         if not environment.recipe:
             environment = RunEnvironment(recipe=self.recipe_name, **launch.model_dump())
-        environment = environment.model_copy(update={"resumed": [*environment.resumed, launch]})
+        environment.resumed.append(launch)
         with _disk_errors(f"the run folder {self.folder}", "give a writable folder with --out"):
             temporary = (*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".*.tmp"))
             for stale in (*temporary, self.folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return self._open(recipe, environment, epochs_done, trackers)
+            return self._open(recipe, environment, trackers, epochs_done)
 
-    def _open(self, recipe: Recipe, environment: RunEnvironment, epochs_done: int, trackers: Sequence[str]) -> Run:
+    def _open(self, recipe: Recipe, environment: RunEnvironment, trackers: Sequence[str], epochs_done: int) -> Run:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
         _write_json(self.folder / "env.json", environment)
@@ -159,21 +156,6 @@ class Run:
             for tracker in self.trackers:
                 tracker.reopen(epochs_done)
 
-    def copy_rows_from(self, source: Path, epochs_done: int) -> None:
-        """Copy the rows of the first `epochs_done` epochs from the run folder `source`."""
-        with _disk_errors(self.folder):
-            for name in METRICS_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, self.folder / name)
-        self.truncate_rows(epochs_done)
-
-    def require_disk_space(self, num_bytes: int) -> None:
-        """Raise `DiskError` if the file system of the run folder has less than `num_bytes` bytes free."""
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            problem = f"a checkpoint needs {num_bytes:,} bytes, and {free:,} are free in {self.folder}"
-            raise DiskError(problem, "free some space, or give --out on another disk")
-
     def log_epoch(self, row: EpochRow) -> str:
         """Call every callback with the row of an epoch and return the first stop reason, or ""."""
         with _disk_errors(self.folder):
@@ -183,10 +165,7 @@ class Run:
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
-        """Write summary.json and weights.safetensors, and pass the summary to the trackers.
-
-        `weights`: the state dict that was evaluated on the test set.
-        """
+        """Write summary.json and weights.safetensors (the evaluated weights), and log the summary in the trackers."""
         with _disk_errors(self.folder):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_file(contiguous, self.folder / "weights.safetensors", {"arch": summary.arch})
@@ -227,39 +206,28 @@ def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
 
 @dataclass
 class TrainingProgress:
-    """The progress of a run.
+    """The progress of a run, part of its checkpoints."""
 
-    Attributes:
-        epoch: completed epochs.
-        epoch_step: steps in the current epoch.
-        step: steps since the start of the run.
-        images: training images of the completed epochs.
-        val_acc: validation accuracy of the last epoch, a fraction; None without a validation split.
-        best: validation accuracy of the best epoch.
-        rollbacks: number of rollbacks after a loss or gradient that was not finite.
-        stop_reason: why the run stopped; empty while it trains.
-    """
-
-    epoch: int = 0
-    epoch_step: int = 0
-    step: int = 0
-    images: int = 0
-    val_acc: float | None = None
-    best: float | None = None
+    epoch: int = 0  # completed epochs
+    epoch_step: int = 0  # steps in the current epoch
+    step: int = 0  # steps since the start of the run
+    images: int = 0  # training images of the completed epochs
+    val_acc: float | None = None  # validation accuracy of the last epoch; None without a validation split
+    best: float | None = None  # validation accuracy of the best epoch
     epochs_since_best: int = 0
     rollbacks: int = 0
-    stop_reason: str = ""
+    stop_reason: str = ""  # empty while the run trains
 
     @classmethod
     def from_checkpoint(cls, state: Mapping[str, Any]) -> TrainingProgress:
-        """Return the progress saved in a checkpoint, without its stop reason, so that a resumed run trains on."""
+        """Return the progress saved in a checkpoint without its stop reason, so that a resumed run continues."""
         return cls(**{field.name: state[field.name] for field in fields(cls) if field.name != "stop_reason"})
 
     def record_epoch(self, images: int, val_acc: float | None, is_complete: bool) -> bool:
-        """Count an epoch of `images` training images and return whether its validation accuracy is the best so far.
+        """Count an epoch of `images` training images and return whether it is the best so far.
 
-        An epoch that `max_steps` cut short is the best only if there is no other, because a resumed run completes that
-        epoch and must not depend on the interruption.
+        An epoch that `max_steps` cut short is the best only if there is no other: a resumed run completes it and must
+        not depend on the interruption.
         """
         self.epoch, self.images, self.val_acc = self.epoch + 1, self.images + images, val_acc
         self.epoch_step = 0 if is_complete else self.epoch_step
@@ -280,10 +248,7 @@ class TrainingProgress:
 
 
 class Clock:
-    """A timer of the phases of a run ("setup", "compile", "train", "eval") and of its total time, all in seconds.
-
-    The times of a resumed run include those of its checkpoint.
-    """
+    """A timer of the phases of a run and of its total time, in seconds; a resumed run includes its earlier times."""
 
     def __init__(self) -> None:
         self.start_time = time.perf_counter()
@@ -293,7 +258,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the duration of the `with` block to the phase `name`."""
+        """Add the duration of the `with` block to the phase "setup", "compile", "train" or "eval"."""
         self._active_phase = (name, time.perf_counter())
         try:
             yield
@@ -301,7 +266,6 @@ class Clock:
             self.seconds, self._active_phase = self.elapsed_by_phase(), None
 
     def elapsed_by_phase(self) -> dict[str, float]:
-        """Return the seconds of each phase, including the time so far of the active one."""
         if self._active_phase is None:
             return dict(self.seconds)
         name, started = self._active_phase
@@ -318,11 +282,10 @@ class Clock:
         self._completed_epochs_s = self.elapsed_by_phase()["train"]
 
     def state_dict(self) -> dict[str, float]:
-        """Return the seconds of each phase, of training in the current epoch ("epoch"), and in total."""
         return {**self.elapsed_by_phase(), "epoch": self.epoch_train_s(), "total": self.total_s()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Add the seconds of the processes that trained the run before this one."""
+        """Add the seconds of the checkpoint of a resumed run."""
         self.start_time -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
         self._completed_epochs_s = self.seconds["train"] - state["epoch"]

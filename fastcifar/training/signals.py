@@ -7,9 +7,7 @@ import threading
 from types import FrameType
 from typing import Any, ClassVar
 
-from fastcifar.errors import Interrupted
 from fastcifar.training.distributed import World
-from fastcifar.training.run_dir import Run
 
 SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange received signals
 
@@ -45,8 +43,3 @@ class SignalHandler:
         if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
             self.agreed_signal = names[world.all_reduce_max(names.index(self.received_signal))]
         return self.agreed_signal
-
-    def interrupted_error(self, run: Run, step: int) -> Interrupted:
-        """Return the error that ends the process with the signal's exit code; raise it after saving the checkpoint."""
-        name = self.agreed_signal
-        return Interrupted(name, self.EXIT_CODES[name], step, str(run.checkpoint_path("last")))

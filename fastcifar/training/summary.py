@@ -12,67 +12,52 @@ from fastcifar.models import count_macs, count_parameters
 from fastcifar.renamed import upgrade_options
 
 if TYPE_CHECKING:
+    from fastcifar.training.evaluate import Scores
     from fastcifar.training.run_dir import Clock, Run
-    from fastcifar.training.trainer import TestResult, Trainer
+    from fastcifar.training.trainer import Trainer
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class RunSummary(BaseModel):
-    """The content of summary.json. Accuracies are fractions; a value that was not measured is None.
-
-    Attributes:
-        run: folder of the run.
-        recipe: name of the recipe; its options are in `config`.
-        images_trained: number of training images of all epochs.
-        val_acc: validation accuracy of the last epoch; `best_val_acc` is that of the best one.
-        test_acc: accuracy of the `eval_weights`: `correct` of `total` test images.
-        test_acc_ema: accuracy of the moving average of the weights.
-        test_acc_tta: accuracy with test-time augmentation.
-        test_loss: mean cross-entropy in nats.
-        ece: expected calibration error.
-        official_data: whether the data files are the official ones.
-        images_per_s: training images per second of training, without setup, compilation and evaluation.
-        seconds: seconds of each phase ("setup", "compile", "train", "eval") and in total ("total").
-        complete: whether the run ended by its recipe and not by an interruption or `max_steps`.
-    """
+    """The content of summary.json. Accuracies are fractions; a value that was not measured is None."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_version: Literal[1] = 1
-    run: str
+    run: str  # folder of the run
     arch: str
     params: int = Field(ge=0)
     macs: int = Field(ge=0)
-    recipe: str
-    config: dict[str, Any]
+    recipe: str  # name
+    config: dict[str, Any]  # options of the recipe
     seed: int
     epochs: int = Field(ge=0)
     steps: int = Field(ge=0)
-    images_trained: int = Field(ge=0)
+    images_trained: int = Field(ge=0)  # in all epochs
     device: str
     loader: str
     compiled: bool
     cuda_graph: bool
     precision: str
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
-    val_acc: Fraction | None
+    val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
-    test_acc: Fraction | None
-    test_acc_ema: Fraction | None
-    test_acc_tta: Fraction | None
-    test_loss: float
+    test_acc: Fraction | None  # of the `eval_weights`: `correct` of `total` test images
+    test_acc_ema: Fraction | None  # of the moving average of the weights
+    test_acc_tta: Fraction | None  # with test-time augmentation
+    test_loss: float  # mean cross-entropy in nats
     correct: int
     total: int
-    ece: float
+    ece: float  # expected calibration error
     per_class: dict[str, Fraction | None]
     official_data: bool
-    images_per_s: float
-    seconds: dict[str, Seconds]
+    images_per_s: float  # in training, without setup, compilation and evaluation
+    seconds: dict[str, Seconds]  # of "setup", "compile", "train", "eval" and "total"
     peak_memory_bytes: int | None
     stop_reason: str
-    complete: bool
+    complete: bool  # ended by its recipe, not by an interruption or `max_steps`
 
     @field_validator("config")
     @classmethod
@@ -88,10 +73,11 @@ def read_summary(folder: Path) -> RunSummary | None:
         return None
 
 
-def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestResult) -> RunSummary:
-    """Return the summary of a run."""
+def summarize_run(
+    trainer: Trainer, run: Run, clock: Clock, scores: Scores, ema_acc: float | None, tta_acc: float | None
+) -> RunSummary:
+    """Return the summary of a run from what `Trainer.test` returned."""
     recipe, execution, progress = trainer.recipe, trainer.execution, trainer.progress
-    scores = test_result.scores
     seconds = {**clock.seconds, "total": clock.total_s()}
     return RunSummary(
         run=str(run.folder),
@@ -113,8 +99,8 @@ def summarize_run(trainer: Trainer, run: Run, clock: Clock, test_result: TestRes
         val_acc=progress.val_acc,
         best_val_acc=progress.best,
         test_acc=scores.accuracy,
-        test_acc_ema=test_result.ema_acc,
-        test_acc_tta=test_result.tta_acc,
+        test_acc_ema=ema_acc,
+        test_acc_tta=tta_acc,
         test_loss=scores.loss,
         correct=scores.correct,
         total=scores.total,

@@ -1,8 +1,7 @@
 """Experiment trackers for a run: TensorBoard event files and an MLflow database.
 
 Opening a tracker synchronizes it with the completed rows of the run: no row is missing or duplicated, even after an
-interruption. If a tracker fails, the run continues with one warning. Both libraries are imported only if a recipe uses
-them.
+interruption. Both libraries are imported only if a recipe uses them.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json
 
 
 class TrackerSession(NamedTuple):
-    """An open run of a tracker: functions that log a row, log the summary once, and end the session with a status."""
+    """An open run of a tracker: functions that log a row, log the summary, and end the session with a status."""
 
     write: Callable[[EpochRow], None]
     finish: Callable[[RunSummary], None]
@@ -44,10 +43,7 @@ class TrackerSession(NamedTuple):
 
 
 class Tracker:
-    """An epoch callback that logs to a tracker, whose errors cause one warning and do not stop training.
-
-    Rows that an error loses are logged when the run ends or is resumed, from events.jsonl.
-    """
+    """An epoch callback that logs to a tracker. Errors of the tracker cause one warning and do not stop training."""
 
     def __init__(self, name: str, folder: Path, epochs_done: int = 0) -> None:
         self.name, self.folder = name, folder
@@ -56,33 +52,34 @@ class Tracker:
         self.reopen(epochs_done)
 
     def __call__(self, row: EpochRow) -> None:
-        if session := self.session:
-            self._run_or_warn(lambda: session.write(row))
+        with self._errors_as_warning():
+            if self.session:
+                self.session.write(row)
 
     def reopen(self, epochs_done: int) -> None:
-        """Synchronize the tracker with the rows of the first `epochs_done` epochs."""
+        """Synchronize the tracker with the rows of the first `epochs_done` epochs in events.jsonl."""
         rows = [json.loads(line) for line in read_event_lines(self.folder / "events.jsonl", epochs_done)]
-
-        def open_session() -> None:
+        with self._errors_as_warning():
             self.session = TRACKERS[self.name].open(self.folder, rows)
-
-        self._run_or_warn(open_session)
 
     def finish(self, summary: RunSummary) -> None:
         """Log the summary, after the missing rows if the tracker had failed."""
         if self.session is None:
             self.reopen(summary.epochs)
-        if session := self.session:
-            self._run_or_warn(lambda: session.finish(summary))
+        with self._errors_as_warning():
+            if self.session:
+                self.session.finish(summary)
 
     def close(self, status: str) -> None:
         """End the session with the status "FINISHED", "KILLED" (by a signal) or "FAILED"."""
-        if session := self.session:
-            self._run_or_warn(lambda: session.close(status))
+        with self._errors_as_warning():
+            if self.session:
+                self.session.close(status)
 
-    def _run_or_warn(self, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _errors_as_warning(self) -> Iterator[None]:
         try:
-            action()
+            yield
         except Exception as error:  # the libraries raise many types for database, disk and server errors
             self.session = None
             if not self.has_failed:
@@ -95,16 +92,13 @@ class Tracker:
 
 
 def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
-    """Open event files in `folder`/tensorboard: each column is a scalar by epoch, the recipe is the hyperparameters.
-
-    The files are rewritten from `rows`; `purge_step` makes an active reader discard the old values.
-    """
+    """Rewrite the event files in `folder`/tensorboard from `rows`: a scalar by epoch for each column."""
     library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
     from torch.utils.tensorboard.summary import hparams
 
     log_dir = folder / "tensorboard"
     stale_files = list(log_dir.glob("events.out.tfevents.*"))
-    writer = library.SummaryWriter(str(log_dir), purge_step=0)
+    writer = library.SummaryWriter(str(log_dir), purge_step=0)  # an active reader discards the old values
     experiment, start, end = hparams(_read_options(folder), dict.fromkeys(("val_acc", "test_acc"), 0))
     for hparams_summary in (experiment, start):
         writer.file_writer.add_summary(hparams_summary)
@@ -129,20 +123,25 @@ def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
 
 
 def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
-    """Open an MLflow run in the store of `resolve_tracking_uri`: each column is a metric by epoch.
+    """Open an MLflow run in the store of `resolve_tracking_uri`: a metric by epoch for each column.
 
-    `folder` stores the ID of the MLflow run, so that a resumed run continues it. A run with epochs that are not in
-    `rows` is deleted and written again, because MLflow cannot delete logged values.
+    `folder` stores its ID for a resumed run. MLflow cannot delete logged values, so a run with epochs that are not in
+    `rows` is deleted and written again.
     """
     client, experiment = _connect_mlflow(folder.parent)
+    from mlflow.entities import Metric, Param, RunTag
+
     run_id = _find_resumable_mlflow_run(client, folder, {row["epoch"] for row in rows})
     if run_id is None:
         tags = {"fastcifar.folder": str(folder.resolve())}
         run_id = client.create_run(experiment, run_name=folder.name, tags=tags).info.run_id
         (folder / MLFLOW_RUN_ID_FILE).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
     client.update_run(run_id, status="RUNNING")
-    _log_parameters(client, run_id, _read_options(folder))
-    from mlflow.entities import Metric
+    options = {name: str(value) for name, value in _read_options(folder).items()}
+    logged_options = client.get_run(run_id).data.params  # cannot be changed: other options of a resumed run are tags
+    params = [Param(name, value) for name, value in options.items() if not logged_options]
+    changed = {name: value for name, value in options.items() if logged_options.get(name, value) != value}
+    client.log_batch(run_id, params=params, tags=[RunTag(f"resumed.{name}", changed[name]) for name in changed])
 
     def log(values: dict[str, float], epoch: int, time_s: float) -> None:
         client.log_batch(run_id, [Metric(name, value, int(time_s * 1000), epoch) for name, value in values.items()])
@@ -165,7 +164,7 @@ def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
 def _require_mlflow(runs_folder: Path) -> None:
     _import_mlflow()
     # before the first run there is no store to check
-    if runs_folder.is_dir() and (tracking_uri_from_env() or (runs_folder / MLFLOW_DATABASE).exists()):
+    if runs_folder.is_dir() and (os.environ.get("MLFLOW_TRACKING_URI") or (runs_folder / MLFLOW_DATABASE).exists()):
         try:
             _connect_mlflow(runs_folder)
         except Exception as error:
@@ -173,19 +172,12 @@ def _require_mlflow(runs_folder: Path) -> None:
             raise UsageError(problem, "repair or move it, or remove mlflow from --track") from None
 
 
-@dataclass(frozen=True)
-class TrackerSpec:
-    """An entry of TRACKERS.
+class TrackerSpec(NamedTuple):
+    """An entry of TRACKERS."""
 
-    Attributes:
-        open: function of a run folder with its recipe.toml and of its completed rows.
-        require_usable: check of the tracker for runs in a folder; raises `UsageError` if it cannot be used.
-        view_command: function of a run folder that returns the command that starts the tracker's web page.
-    """
-
-    open: Callable[[Path, list[EpochRow]], TrackerSession]
-    require_usable: Callable[[Path], object]
-    view_command: Callable[[Path], str]
+    open: Callable[[Path, list[EpochRow]], TrackerSession]  # of a run folder and its completed rows
+    require_usable: Callable[[Path], object]  # of the parent of the run folder; raises `UsageError`
+    view_command: Callable[[Path], str]  # of a run folder: the command that starts the web page of the tracker
 
 
 TRACKERS: dict[str, TrackerSpec] = {
@@ -203,7 +195,7 @@ TRACKERS: dict[str, TrackerSpec] = {
 
 
 def parse_tracker_names(track: str) -> list[str]:
-    """Return the names in `track`, "none" or "tensorboard,mlflow". Raises `UsageError` for an unknown name."""
+    """Return the names in `track`, such as "none" or "tensorboard,mlflow"."""
     names = [name.strip() for name in track.split(",")] if track != "none" else []
     for name in names:
         lookup(TRACKERS, name, "tracker")
@@ -217,22 +209,17 @@ def require_trackers(recipe: Recipe) -> None:
 
 
 def view_commands(track: str, folder: Path) -> list[str]:
-    """Return the commands that start the web pages of the trackers in `track`, for the run in `folder`."""
+    """Return the commands that start the web pages of the trackers of the run in `folder`."""
     return [TRACKERS[name].view_command(folder) for name in parse_tracker_names(track)]
-
-
-def tracking_uri_from_env() -> str | None:
-    """Return MLFLOW_TRACKING_URI, None if it is empty or not set."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def resolve_tracking_uri(runs_folder: Path) -> str:
     """Return MLflow's tracking URI for runs in `runs_folder`: MLFLOW_TRACKING_URI, else a SQLite file in the folder."""
-    return tracking_uri_from_env() or f"sqlite:///{(runs_folder / MLFLOW_DATABASE).resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_folder / MLFLOW_DATABASE).resolve()}"
 
 
 def _import_mlflow() -> Any:
-    """Import MLflow without telemetry and without its log messages, because errors are reported by the caller."""
+    """Import MLflow without telemetry and without its log messages: the caller reports errors."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = import_optional("mlflow", MLFLOW_INSTALL)
     for name in ("mlflow", "alembic"):
@@ -247,14 +234,15 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
         client = mlflow.MlflowClient(resolve_tracking_uri(runs_folder))
         if experiment := client.get_experiment_by_name(MLFLOW_EXPERIMENT):
             return client, experiment.experiment_id
-        location = None if tracking_uri_from_env() else (runs_folder / MLFLOW_ARTIFACTS).resolve().as_uri()
+        is_remote = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        location = None if is_remote else (runs_folder / MLFLOW_ARTIFACTS).resolve().as_uri()
         return client, client.create_experiment(
             MLFLOW_EXPERIMENT, artifact_location=location, tags=MLFLOW_EXPERIMENT_TAGS
         )
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """Return the ID of the MLflow run of `folder`, or None; a run with epochs other than `epochs` is deleted."""
+    """Return the ID of the MLflow run of `folder`, or None. A run with other epochs than `epochs` is deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -274,23 +262,11 @@ def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> s
 
 
 def _logged_epochs(client: Any, run_id: str) -> set[int]:
-    """Return the epochs that an MLflow run contains, from its metric `epoch`."""
     return {metric.step for metric in client.get_metric_history(run_id, "epoch")}
 
 
-def _log_parameters(client: Any, run_id: str, options: dict[str, Any]) -> None:
-    """Log the options as parameters, which MLflow does not allow to change; log options of a resumed run as tags."""
-    from mlflow.entities import Param, RunTag
-
-    logged = client.get_run(run_id).data.params
-    values = {name: str(value) for name, value in options.items()}
-    params = [Param(name, value) for name, value in values.items() if not logged]
-    tags = [RunTag(f"resumed.{name}", value) for name, value in values.items() if logged.get(name, value) != value]
-    client.log_batch(run_id, params=params, tags=tags)
-
-
 def _read_options(folder: Path) -> dict[str, Any]:
-    """Return the options in the recipe of a run folder as numbers, booleans and strings, which trackers accept."""
+    """Return the options of a run as numbers, booleans and strings, which trackers accept."""
     return {
         name: value if isinstance(value, int | float | str) else json.dumps(value)
         for name, value in load_toml(folder / "recipe.toml").items()

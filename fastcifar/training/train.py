@@ -1,7 +1,7 @@
 """READ FIRST: one training run, from a recipe to its summary.
 
-Everything is built before the run folder is created: an error in the recipe leaves no folder behind. In an epoch the
-host only launches work. It reads the metrics at the end and, without waiting for a GPU, every few steps for display.
+Everything is built before the run folder is created. In an epoch, the host reads the metrics at the end and, without
+waiting for a GPU, every few steps for display.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fastcifar.device import choose_execution
-from fastcifar.errors import NonFiniteError
+from fastcifar.errors import Interrupted, NonFiniteError
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, resume, trackers
+from fastcifar.training import checkpoint, resume
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
@@ -55,22 +55,19 @@ def train(
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
-            raise signals.interrupted_error(run, trainer.progress.step)
-        summary = test_and_summarize(trainer, run, clock) if world.is_main_process else None
-        print_lines(console, trackers.view_commands(trainer.recipe.track, run.folder))
+            name, checkpoint_path = signals.agreed_signal, str(run.checkpoint_path("last"))
+            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, checkpoint_path)
+        summary = None
+        if world.is_main_process:
+            with clock.phase("eval"):
+                test_scores = trainer.test(run.checkpoint_path("best"))
+            summary = summarize_run(trainer, run, clock, *test_scores)
+            run.finish(summary, trainer.model.state_dict())
         return world.broadcast_object(summary)
 
 
-def test_and_summarize(trainer: Trainer, run: Run, clock: Clock) -> RunSummary:
-    """Evaluate once on the test set; save the summary and the evaluated weights in the run folder."""
-    with clock.phase("eval"):
-        test_result = trainer.test(run.checkpoint_path("best"))
-    run.finish(summary := summarize_run(trainer, run, clock, test_result), trainer.model.state_dict())
-    return summary
-
-
 def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
-    """Train until the recipe, a signal, NaN or Inf ends the run; with `--on-nan rollback`, NaN or Inf rolls it back."""
+    """Train until the recipe, a signal, NaN or Inf ends the run."""
     while not signals.sync_signal(trainer.world) and not trainer.progress.find_stop_reason(trainer.recipe):
         try:
             run_epoch(trainer, run, clock, display, signals)
@@ -119,7 +116,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
 
 
 def finish_epoch(trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, validation: ValidationMetrics) -> None:
-    """Update progress and schedule; save checkpoint "best" if the epoch is the best so far, and "last" if it is due."""
+    """Update progress and schedule; save the checkpoints "best" and "last" if they are due."""
     progress = trainer.progress
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
     is_best = progress.record_epoch(metrics.images, validation["val_acc"], is_whole)
@@ -135,7 +132,7 @@ def finish_epoch(trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, val
 
 
 def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, name: str) -> None:
-    """Save the current state as checkpoint "last" or "best". Raises `NonFiniteError`, `DiskError`."""
+    """Save the current state as checkpoint "last" or "best"."""
     require_finite(trainer.meter.compute(), trainer)
     state = trainer.state_dict(clock)
     if trainer.world.is_main_process:
@@ -143,7 +140,7 @@ def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, name: str) -> 
 
 
 def require_finite(metrics: Metrics, trainer: Trainer) -> None:
-    """Raise `NonFiniteError` if a step had a NaN or Inf, naming the first one; it and all later ones were skipped."""
+    """Raise `NonFiniteError` if a step had a NaN or Inf; its update and all later ones were skipped."""
     if not metrics.all_finite:
         first = trainer.progress.step - trainer.meter.compute().nonfinite_steps + 1
         remedy = "use a smaller --lr, a --clip-grad, --precision fp32, or --on-nan rollback"

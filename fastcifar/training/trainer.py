@@ -41,21 +41,11 @@ from fastcifar.training.step import (
 )
 
 
-@dataclass(frozen=True)
-class TestResult:
-    """The evaluation on the test set: scores, and accuracies of the moving average and with test-time augmentation."""
-
-    scores: Scores
-    ema_acc: float | None
-    tta_acc: float | None
-
-
 @dataclass
 class Trainer:
     """The objects that one run trains with, on its device; `build_trainer` builds it from a recipe.
 
-    `train_step` runs eagerly until `optimize` has compiled and captured the step. Shapes: images uint8 [n, 3, 32, 32],
-    labels int64 [n]; a mixer adds its parameters as a third tensor of a batch.
+    A batch is images, uint8 [n, 3, 32, 32], labels, int64 [n], and the parameters of a mixer if there is one.
     """
 
     resolved: Resolved
@@ -75,7 +65,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     prepare_s: float = 0.0  # seconds spent on the training images: the loader's copy of them, the whitening
     progress: TrainingProgress = field(default_factory=TrainingProgress)
-    step: TrainStep = field(init=False)  # forward, backward and update of one batch
+    step: TrainStep = field(init=False)  # forward, backward and update of one batch; eager until `optimize`
 
     def __post_init__(self) -> None:
         self.step = self.build_train_step(eager=True)
@@ -97,7 +87,7 @@ class Trainer:
         return self.recipe.epochs * self.loader.steps_per_epoch
 
     def summary_lines(self) -> list[str]:
-        """Return a line each for the data set, the network and the recipe."""
+        """Return lines about the data set, the network and the recipe."""
         official = "" if self.data.is_official else ", not the official files"
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
@@ -109,11 +99,11 @@ class Trainer:
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Return the batches of an epoch from step `start_step` on, as `train_step` takes them."""
+        """Return the batches of an epoch from step `start_step` on."""
         return mixed_batches(self.loader, self.resolved.augment_ops, epoch, self.recipe.seed, self.device, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
-        """Train on one batch of `batches`: the whole protocol of a step, without a host synchronization."""
+        """Train on one batch of `batches`, without a host synchronization."""
         self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))
         self.step(*batch)
         self.progress.step += 1
@@ -123,20 +113,19 @@ class Trainer:
     def optimize(self, compile_mode: str = "auto") -> None:
         """Compile and capture the step and the forward pass of the evaluation, as `execution` says; start the loader.
 
-        The loader starts last, because its threads would disturb a capture. The state of the run is left as it was.
-        `compile_mode` applies if that of the recipe is "auto".
+        The state of the run is left as it was. `compile_mode` applies if that of the recipe is "auto".
         """
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
-        self.warm_up_loader()
+        self.warm_up_loader()  # last: its threads would disturb a capture
 
     def warm_up_loader(self) -> None:
-        """Load one batch, so that the loader's kernel is compiled and its threads are running."""
+        """Load one batch to compile the loader's kernel and to start its threads."""
         for _ in self.batches(0, self.loader.steps_per_epoch - 1):  # the last: DALI's threads stop after an early exit
             pass
 
     def example_batch(self, batch_size: int | None = None) -> tuple[Tensor, ...]:
-        """Return a batch of black images with the shapes and types of `batches`; full unless `batch_size` is given."""
+        """Return a batch of black images with the shapes and types of `batches`, by default a full one."""
         batch_size = batch_size or self.loader.slicing.local_batch_size
         images = torch.zeros(batch_size, 3, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
@@ -147,12 +136,12 @@ class Trainer:
         return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
-        """Return the forward pass of a step: images resized to `image_size` and mixed, if the recipe has a mixer."""
+        """Return the forward pass of a step, with images resized to `image_size` and mixed."""
         mix = MIXERS[self.resolved.mixer.name].apply if self.resolved.mixer else None
         return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
-        """Return a training step around `loss_function`, which may be compiled."""
+        """Return a training step around `loss_function`."""
         return build_step_function(
             loss_function, self.model, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler
         )
@@ -162,28 +151,40 @@ class Trainer:
 
         It consists of two steps per image size, for full batches and for a smaller last batch.
         """
-        sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
-        if eager:
-            full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
-        else:
+        sizes, full_size = (
+            dict.fromkeys(size for size, _ in self.resolved.image_sizes),
+            self.loader.slicing.local_batch_size,
+        )
+        last_size = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
+        full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
+        if not eager:
             full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
-            last = {size: self.build_last_step(size) for size in sizes}
+        if not eager and last_size != full_size:
+            last = {size: self.build_step_block(1, image_size=size, batch_size=last_size) for size in sizes}
 
         def step(*batch: Tensor) -> None:
-            is_full = len(batch[0]) == self.loader.slicing.local_batch_size
+            is_full = len(batch[0]) == full_size
             (full if is_full else last)[self.resolved.image_size_at(self.progress.epoch)](*batch)
 
         return step
 
     def build_step_block(
-        self, num_steps: int, compile_mode: str = "auto", image_size: int = CIFAR_IMAGE_SIZE
+        self,
+        num_steps: int,
+        compile_mode: str = "auto",
+        image_size: int = CIFAR_IMAGE_SIZE,
+        batch_size: int | None = None,
     ) -> Callable[..., None]:
-        """Return a function of the tensors of `num_steps` full batches that makes as many steps."""
-        loss_function, example = self.build_loss_function(image_size), self.example_batch() * num_steps
+        """Return a function of the tensors of `num_steps` batches, full by default, that makes as many steps.
+
+        Smaller ones are not compiled: they run too rarely to repay that.
+        """
+        loss_function, example = self.build_loss_function(image_size), self.example_batch(batch_size) * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
+        compiled = self.execution.compile and batch_size is None
         self.model.train()
         with self.preserve_state():
-            if self.execution.compile:
+            if compiled:
                 loss_function = compilation.compile_function(loss_function, compile_mode)
             step, inputs_per_step = self.build_step(loss_function), len(example) // num_steps
 
@@ -193,26 +194,15 @@ class Trainer:
 
             if self.execution.cuda_graph:
                 return cuda_graph.cuda_graphed(block, example)
-            if self.execution.compile:
+            if compiled:
                 block(*example)  # compiles it
             return block
 
-    def build_last_step(self, image_size: int = CIFAR_IMAGE_SIZE) -> TrainStep:
-        """Return the step of an epoch's last batch: not compiled, because it runs too rarely to repay that."""
-        step = self.build_step(self.build_loss_function(image_size))
-        batch_size = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
-        if not self.execution.cuda_graph or batch_size == self.loader.slicing.local_batch_size:
-            return step
-        self.model.train()
-        with self.preserve_state():
-            return cuda_graph.cuda_graphed(step, self.example_batch(batch_size))
-
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
-        """Restore the state of the run after the `with` block, in which steps may run.
+        """Restore the state of the run after the `with` block, in which steps run; with `skip_updates` as after a NaN.
 
-        With `skip_updates` they skip their updates, as after a NaN. Without, optimizers that create their state in
-        steps keep it.
+        Without it, optimizers that create their state in steps keep that state.
         """
         scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
@@ -223,7 +213,7 @@ class Trainer:
         self.progress = progress
 
     def build_eval_forward(self) -> Forward:
-        """Return `forward` for evaluation: captured like the step, compiled if enough images are evaluated."""
+        """Return `forward` for evaluation, captured like the step, and compiled if enough images are evaluated."""
         images = self.recipe.epochs * self.images_per_validation + self.images_per_test
         compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
         return optimize_forward(
@@ -247,7 +237,7 @@ class Trainer:
         return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
     def validate(self) -> ValidationMetrics:
-        """Evaluate on the validation split, on rank 0; a value is None without such a split or a moving average."""
+        """Evaluate on the validation split, on rank 0, if there is one."""
         metrics: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val_split.labels) and self.world.is_main_process:
             scores = self._evaluate(self.val_split)
@@ -260,8 +250,11 @@ class Trainer:
     def _evaluate(self, split: Split, tta: str = "none") -> Scores:
         return evaluate(self.model, self.eval_forward, split, self.device, tta)
 
-    def test(self, best_checkpoint: Path) -> TestResult:
-        """Evaluate once on the test set. The model is left with the weights that the recipe evaluates."""
+    def test(self, best_checkpoint: Path) -> tuple[Scores, float | None, float | None]:
+        """Evaluate once on the test set. The model is left with the weights that the recipe evaluates.
+
+        Returns their scores, the accuracy of the moving average and that with test-time augmentation.
+        """
         weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
         if self.ema:
             with self.ema.averaged_weights():
@@ -272,10 +265,10 @@ class Trainer:
             checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
         scores = averaged_scores if weights == "ema" and averaged_scores else self._evaluate(self.data.test)
         tta_acc = self._evaluate(self.data.test, tta).accuracy if tta != "none" else None
-        return TestResult(scores, averaged_scores.accuracy if averaged_scores else None, tta_acc)
+        return scores, averaged_scores.accuracy if averaged_scores else None, tta_acc
 
     def state_dict(self, clock: Clock | None = None) -> TrainingCheckpoint:
-        """Return what the rest of the run depends on. A collective call: every rank adds its random state."""
+        """Return what the rest of the run depends on; a collective call that gathers the random states."""
         state = {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
@@ -294,7 +287,7 @@ class Trainer:
         return cast(TrainingCheckpoint, state)
 
     def load_state_dict(self, state: TrainingCheckpoint) -> None:
-        """Load what `state_dict` returned into the existing tensors, to which a captured step is bound."""
+        """Load what `state_dict` returned, in place, as a captured step requires."""
         checkpoint.load_weights(self.model, state["model"], "the checkpoint")
         if self.ema:
             self.ema.load_state_dict(cast(dict[str, Tensor], state["ema"]), cast(Tensor, state["ema_updates"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -73,8 +74,10 @@ def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
 
 def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("lr = 0.05\nclip_grad = 'none'\n")
-    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "recipe.toml"), "--lr", "0.02", cwd=tmp_path)
+    tracked = ("--track", "tensorboard") if importlib.util.find_spec("tensorboard") else ()
+    run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "recipe.toml"), "--lr", "0.02", *tracked, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+    assert not tracked or run.stdout.splitlines()[-1] == "tensorboard --logdir runs"
     for words in ("lr=0.02", "clip_grad=none", "parameters", "test accuracy", "epoch 1/1", "device: cpu"):
         assert words in run.stdout, words
     assert "\r" not in run.stdout

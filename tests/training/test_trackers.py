@@ -181,7 +181,6 @@ def test_empty_mlflow_tracking_uri_is_ignored(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if value is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
-    assert trackers.tracking_uri_from_env() is None
     assert trackers.resolve_tracking_uri(tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert trackers.view_commands("tensorboard,mlflow", tmp_path / "run") == [
         f"tensorboard --logdir {tmp_path}",
