@@ -98,12 +98,22 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         raise DiskError(problem, "free disk space or set --out") from None
 
 
-def load_checkpoint(path: Path) -> TrainingCheckpoint:
+def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoint:
     """Load the checkpoint at `path` or, with a warning, the previous one if it is damaged.
 
-    The caller checks whether it holds training state.
+    The caller checks whether it holds training state. `allow_foreign`: see `read_checkpoint`.
     """
-    return cast(TrainingCheckpoint, _load_or_previous(path, allow_foreign=False))
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
+    try:
+        state = read_checkpoint(path, allow_foreign)
+    except CheckpointError as error:
+        previous = path.with_suffix(".previous.pt")
+        if not previous.is_file():
+            raise
+        state = read_checkpoint(previous, allow_foreign)
+        warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
+    return cast(TrainingCheckpoint, state)
 
 
 def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
@@ -112,7 +122,7 @@ def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
     Raises `CheckpointError` if a fastcifar checkpoint has another architecture than `arch`, or if `arch` is None for a
     source project's file, which does not name its architecture.
     """
-    state = _load_or_previous(path, allow_foreign=True)
+    state = cast(dict[str, Any], load_checkpoint(path, allow_foreign=True))
     if _is_fastcifar_checkpoint(state):
         saved_arch = state["recipe"].get("arch", "")
         if arch not in (None, saved_arch):
@@ -144,20 +154,6 @@ def matching_architectures(weights: dict[str, Tensor]) -> list[str]:
         if {key: value.shape for key, value in state.items()} == shapes:
             matches.append(arch)
     return matches
-
-
-def _load_or_previous(path: Path, allow_foreign: bool) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
-    try:
-        return read_checkpoint(path, allow_foreign)
-    except CheckpointError as error:
-        previous = path.with_suffix(".previous.pt")
-        if not previous.is_file():
-            raise
-        state = read_checkpoint(previous, allow_foreign)
-        warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=3)
-        return state
 
 
 def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:

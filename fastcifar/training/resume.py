@@ -104,7 +104,7 @@ class ResumePoint:
             run = Run.create(trainer.recipe, self.recipe_name, names, epochs_done, self.copy_from)
             self.lock = run.lock
             if self.copy_from:
-                best = checkpoint.resolve_checkpoint_path(str(self.copy_from), "best")
+                best = self.copy_from / "checkpoints" / "best.pt"
                 if best.is_file():
                     checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
             if not run.checkpoint_path("best").is_file():
@@ -160,12 +160,8 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     if is_in_run_folder:
         recipe_name = read_environment(folder).recipe or recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
-    saved = {**DEFAULT_OPTIONS, **state["recipe"]}
-    merged = merge_resumed_recipe(recipe, saved, path, state["epoch"])
-    messages = [
-        f"resume: from step {state['step']:,} of {path}, in a new run folder",
-        *describe_changed_options(saved, merged),
-    ]
+    merged, changes = merge_resumed_recipe(recipe, state["recipe"], path, state["epoch"])
+    messages = [f"resume: from step {state['step']:,} of {path}, in a new run folder", *changes]
     return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
 
 
@@ -198,21 +194,21 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
 
 def _last_modified(folder: Path) -> float:
     """Return the time of the last checkpoint of a run, or of its start if it has none."""
-    last = checkpoint.resolve_checkpoint_path(str(folder), "last")
+    last = folder / "checkpoints" / "last.pt"
     return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
 
 
 def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePoint:
     """Lock `folder` and continue its run from the last checkpoint, or from the first step if there is none."""
-    last = checkpoint.resolve_checkpoint_path(str(folder), "last")
+    last = folder / "checkpoints" / "last.pt"
     if not last.is_file() and not (folder / "recipe.toml").is_file():
         raise CheckpointError(f"no run or checkpoint in {folder}", RESUME_REMEDY)
     lock = lock_folder(folder)
     try:
         state = require_resumable_state(checkpoint.load_checkpoint(last), last) if last.is_file() else None
-        saved = {**DEFAULT_OPTIONS, **(state["recipe"] if state else load_saved_recipe(folder))}
+        saved = state["recipe"] if state else load_saved_recipe(folder)
         progress = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
-        merged = merge_resumed_recipe(recipe, saved, folder, progress.epoch)
+        merged, changes = merge_resumed_recipe(recipe, saved, folder, progress.epoch)
         if (folder / "summary.json").exists() and (stop_reason := progress.find_stop_reason(merged)):
             problem = f"{folder} is finished: {progress.epoch} epochs, {progress.step:,} steps"
             raise RunFinishedError(problem, f"give a larger {option_flag(stop_reason)} to continue it")
@@ -220,19 +216,22 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
         lock.release()
         raise
     start = f"from step {state['step']:,}" if state else "from the first step, because it has no checkpoint yet"
-    messages = [f"resume: {folder} {start}", *describe_changed_options(saved, merged)]
     recipe_name = read_environment(folder).recipe or recipe_name
+    messages = [f"resume: {folder} {start}", *changes]
     return ResumePoint(merged, recipe_name, state, folder=folder, lock=lock, messages=messages)
 
 
-def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int) -> Recipe:
-    """Return the recipe of the resumed run: the `saved` options, overridden by those of `recipe`.
+def merge_resumed_recipe(
+    recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int
+) -> tuple[Recipe, list[str]]:
+    """Return the `saved` options, overridden by those of `recipe`, and a line for each change with its effect.
 
     With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. The saved
     `max_steps` is ignored, so that a run that stopped there can continue.
     """
     requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
-    saved = {**saved, "max_steps": None}
+    original = {**DEFAULT_OPTIONS, **saved}
+    saved = {**original, "max_steps": None}
     if saved["time_budget"] is not None:
         if requested.get("time_budget") == saved["time_budget"]:
             requested = {name: value for name, value in requested.items() if name not in TIME_BUDGET_OPTIONS}
@@ -251,19 +250,15 @@ def merge_resumed_recipe(recipe: Recipe, saved: dict[str, Any], source: Path, ep
             f"give --epochs {epochs_done} or more",
         )
     try:
-        return Recipe(**{**merged, "resume": None})
+        resumed = Recipe(**{**merged, "resume": None})
     except UsageError as error:
         raise CheckpointError(f"{source} cannot be resumed: {error}") from None
-
-
-def describe_changed_options(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Return a line for each option that differs from the `saved` one, with the effect of the change."""
-    options = recipe.model_dump(mode="json")
-    return [
-        f"{option_flag(name)} {format_option_value(saved[name], 'unset')} -> "
+    options = resumed.model_dump(mode="json")
+    return resumed, [
+        f"{option_flag(name)} {format_option_value(original[name], 'unset')} -> "
         f"{format_option_value(options[name], 'unset')}: {effect}"
         for name, effect in RESUMABLE_OPTIONS.items()
-        if effect and options[name] != saved[name]
+        if effect and options[name] != original[name]
     ]
 
 

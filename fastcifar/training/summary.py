@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.device import peak_memory_bytes
 from fastcifar.models import count_macs, count_parameters
@@ -31,7 +31,7 @@ class RunSummary(BaseModel):
     params: int = Field(ge=0)
     macs: int = Field(ge=0)
     recipe: str  # name
-    config: dict[str, Any]  # options of the recipe
+    config: Annotated[dict[str, Any], AfterValidator(upgrade_options)]  # options of the recipe
     seed: int
     epochs: int = Field(ge=0)
     steps: int = Field(ge=0)
@@ -58,11 +58,6 @@ class RunSummary(BaseModel):
     peak_memory_bytes: int | None
     stop_reason: str
     complete: bool  # ended by its recipe, not by an interruption or `max_steps`
-
-    @field_validator("config")
-    @classmethod
-    def _upgrade_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return upgrade_options(config)
 
 
 def read_summary(folder: Path) -> RunSummary | None:

@@ -41,6 +41,11 @@ def last(folder: Path | str) -> dict[str, Any]:
     return dict(checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "last.pt"))
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the contents of all files in `folder`."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def assert_equal_runs(folder: Path | str, expected_folder: Path | str) -> None:
     """Assert that two runs have the same rows and summary and a bit-identical final training state."""
     assert rows(folder) == rows(expected_folder)

@@ -20,7 +20,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training import build, trainer
 from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
-from tests.faults.runs import last
+from tests.faults.runs import contents, last
 
 MakeRecipe = Callable[..., Recipe]
 NOBODY_UID = 65534
@@ -63,14 +63,14 @@ def test_fault07_read_only_folder_is_detected_before_training(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tiny(max_steps=3))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     monkeypatch.setattr(trainer.Trainer, "validate", lambda self: pytest.fail("training started"))
     with read_only(tmp_path / "run"):
         for recipe in (Recipe(resume=str(tmp_path / "run")), tiny(out=str(tmp_path / "run" / "new"))):
             with pytest.raises(DiskError, match=r"cannot write the run folder .*run.*: Permission denied") as caught:
                 train(recipe)
             assert caught.value.exit_code == 7
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 def test_fault07_insufficient_disk_space_is_detected_before_training(
@@ -88,7 +88,7 @@ def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_pat
     train(tiny())
     limit = int(fraction * (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size)
     folder = tmp_path / "run" / "checkpoints"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     step = last(tmp_path / "run")["step"]
     with file_size_limit(limit), pytest.raises(DiskError) as caught:
         train(Recipe(resume=str(tmp_path / "run"), epochs=3))
@@ -96,14 +96,13 @@ def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_pat
     assert "File too large" in str(caught.value)
     if fraction == 0.9:
         assert re.search(r"cannot write \S+(last|best)\.pt \([\d,]+ bytes, [\d,]+ bytes are free\)", str(caught.value))
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
     assert not list((tmp_path / "run").rglob("*.tmp"))
     train(Recipe(resume=str(tmp_path / "run"), epochs=3))
     assert last(tmp_path / "run")["step"] == step + 5
 
 
 def test_fault07_estimated_checkpoint_size_is_close(tiny: MakeRecipe, tmp_path: Path) -> None:
-
     recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))
     size = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_size

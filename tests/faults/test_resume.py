@@ -26,7 +26,7 @@ from fastcifar.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
 from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
 from fastcifar.training.train import train
-from tests.faults.runs import assert_equal_runs, last, rows, summary
+from tests.faults.runs import assert_equal_runs, contents, last, rows, summary
 
 MakeRecipe = Callable[..., Recipe]
 # With 5 steps per epoch: within the first epoch, at its end before validation, within the second epoch, at its end
@@ -63,15 +63,40 @@ def stop_and_resume(train_until: Callable[[Recipe, int], Path], make: MakeRecipe
     return out
 
 
-@pytest.mark.parametrize("optimizer", ["lookahead:sgd", *OPTIMIZERS])
-def test_fault01_run_stopped_four_times_equals_an_uninterrupted_run(
-    tiny: MakeRecipe, tmp_path: Path, train_until: Callable[[Recipe, int], Path], optimizer: str
+FAULT02: dict[str, Any] = {
+    "ema_decay": 0.9, "label_smoothing": 0.1, "clip_grad": "norm:0.5", "patience": 2, "epochs": 9, "lr": 1e-5,
+    "schedule": "plateau:1", "warmup_epochs": 1, "precision": "fp16", "augment": "crop:4:zero,flip,cutmix:1.0",
+    "eval_weights": "best",
+}  # fmt: skip
+# The whitening layer is loaded, not initialized again; an epoch continues with its image size.
+WHITENING = {
+    "arch": "speed94", "image_size": "16:1,32", "optimizer": "muon", "lr": 0.05, "bias_lr_mult": 4.0,
+    "head_lr_mult": 9.0, "optimizer_arg": {"weight_norm": True}, "activation": "gelu", "ema_decay": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"optimizer": name, "lr": 0.01, "dropout": 0.1} for name in ("lookahead:sgd", *OPTIMIZERS)),
+        {**FAULT02, "save_every_epochs": 1},
+        {**FAULT02, "save_every_epochs": 0, "save_every_steps": 3},
+        WHITENING,
+    ],
+    ids=[*("lookahead:sgd", *OPTIMIZERS), "fault02 epochs", "fault02 steps", "whitening"],
+)
+def test_fault01_fault02_run_stopped_four_times_equals_an_uninterrupted_run(
+    tiny: MakeRecipe, tmp_path: Path, train_until: Callable[[Recipe, int], Path], values: dict[str, Any]
 ) -> None:
-    values: dict[str, Any] = {"optimizer": optimizer, "lr": 0.01, "dropout": 0.1}
     train(tiny(**values))
     assert_equal_runs(stop_and_resume(train_until, tiny, tmp_path / "again", **values), tmp_path / "run")
-    assert len(rows(tmp_path / "again")) == 2
     assert not (tmp_path / "again-2").exists()
+    if "patience" in values:
+        assert summary(tmp_path / "run")["stop_reason"] == "patience"
+    else:
+        assert len(rows(tmp_path / "again")) == 2
+    best = [read_checkpoint(tmp_path / name / "checkpoints" / "best.pt") for name in ("run", "again")]
+    assert best[0]["step"] == best[1]["step"]
 
 
 def test_fault03_resuming_with_the_dali_loader(
@@ -139,31 +164,6 @@ def test_fault01_all_random_generators_are_seeded_and_saved() -> None:
     assert draw_numbers() != first
 
 
-@pytest.mark.parametrize("intervals", [{"save_every_epochs": 1}, {"save_every_epochs": 0, "save_every_steps": 3}])
-def test_fault02_resuming_with_ema_cutmix_smoothing_clipping_early_stopping_and_fp16(
-    tiny: MakeRecipe, tmp_path: Path, train_until: Callable[[Recipe, int], Path], intervals: dict[str, int]
-) -> None:
-    values: dict[str, Any] = {
-        "ema_decay": 0.9,
-        "label_smoothing": 0.1,
-        "clip_grad": "norm:0.5",
-        "patience": 2,
-        "epochs": 9,
-        "lr": 1e-5,
-        "schedule": "plateau:1",
-        "warmup_epochs": 1,
-        "precision": "fp16",
-        "augment": "crop:4:zero,flip,cutmix:1.0",
-        "eval_weights": "best",
-        **intervals,
-    }
-    train(tiny(**values))
-    assert summary(tmp_path / "run")["stop_reason"] == "patience"
-    assert_equal_runs(stop_and_resume(train_until, tiny, tmp_path / "again", **values), tmp_path / "run")
-    best = [read_checkpoint(tmp_path / name / "checkpoints" / "best.pt") for name in ("run", "again")]
-    assert best[0]["step"] == best[1]["step"]
-
-
 def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=3, eval_weights="best"))
     values = {"epochs": 3, "eval_weights": "best", "out": str(tmp_path / "cut")}
@@ -172,17 +172,6 @@ def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: 
     assert train(Recipe(resume=str(tmp_path / "cut"), max_steps=12)).steps == 12
     train(Recipe(resume=str(tmp_path / "cut")))
     assert_equal_runs(tmp_path / "cut", tmp_path / "run")
-
-
-def test_fault01_run_without_a_checkpoint_restarts_in_its_folder(tiny: MakeRecipe, tmp_path: Path) -> None:
-    train(tiny())
-    shutil.copytree(tmp_path / "run", tmp_path / "incomplete")
-    shutil.rmtree(tmp_path / "incomplete" / "checkpoints")
-    (tmp_path / "incomplete" / "summary.json").unlink()
-    with (tmp_path / "incomplete" / "metrics.csv").open("a") as file:
-        file.write("2,15,0.0")  # truncated
-    train(Recipe(resume=str(tmp_path / "incomplete")))
-    assert_equal_runs(tmp_path / "incomplete", tmp_path / "run")
 
 
 def test_fault01_new_run_reuses_an_incomplete_run_folder_only(tiny: MakeRecipe, tmp_path: Path) -> None:
@@ -199,15 +188,24 @@ def test_fault01_new_run_reuses_an_incomplete_run_folder_only(tiny: MakeRecipe, 
     assert len(list(unrelated.iterdir())) == 1
 
 
-def test_fault08_damaged_last_checkpoint_resumes_from_the_previous_one(tiny: MakeRecipe, tmp_path: Path) -> None:
+def test_fault01_fault08_damaged_run_is_resumed_from_the_previous_checkpoint_or_the_first_step(
+    tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
     train(tiny(epochs=3))
-    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
-    path = tmp_path / "damaged" / "checkpoints" / "last.pt"
+    shutil.copytree(tmp_path / "run", damaged)
+    path = damaged / "checkpoints" / "last.pt"
     path.write_bytes(path.read_bytes()[:-200])
-    (tmp_path / "damaged" / "summary.json").unlink()
+    (damaged / "summary.json").unlink()
     with pytest.warns(UserWarning, match=r"last\.previous\.pt is used instead"):
-        train(Recipe(resume=str(tmp_path / "damaged")))
-    assert_equal_runs(tmp_path / "damaged", tmp_path / "run")
+        train(Recipe(resume=str(damaged)))
+    assert_equal_runs(damaged, tmp_path / "run")
+    shutil.rmtree(damaged / "checkpoints")
+    (damaged / "summary.json").unlink()
+    with (damaged / "metrics.csv").open("a") as file:
+        file.write("2,15,0.0")  # truncated
+    train(Recipe(resume=str(damaged)))
+    assert_equal_runs(damaged, tmp_path / "run")
 
 
 @pytest.mark.parametrize("file", ["best.pt", "copy.pt"])
@@ -216,10 +214,10 @@ def test_fault01_resuming_from_a_checkpoint_file_in_a_new_folder(tiny: MakeRecip
     source = tmp_path / "run" / "checkpoints" / file
     if file == "copy.pt":
         shutil.copy(tmp_path / "run" / "checkpoints" / "last.previous.pt", source)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     train(Recipe(resume=str(source), out=str(tmp_path / "fork")))
     assert_equal_runs(tmp_path / "fork", tmp_path / "run")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(("source", "out", "run_name"), [("", "fork", "fork"), ("checkpoints/last.pt", None, "cut-2")])
@@ -229,11 +227,11 @@ def test_fault01_run_continues_in_another_folder_and_is_unchanged(
     train(tiny(epochs=3), "my_recipe")
     stopped_run = tmp_path / "cut"
     train(tiny(epochs=3, out=str(stopped_run), max_steps=7), "my_recipe")
-    before = {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()}
+    before = contents(stopped_run)
     resumed = train(Recipe.make(resume=str(stopped_run / source), out=out and str(tmp_path / out)))
     assert (resumed.run, resumed.recipe) == (str(tmp_path / run_name), "my_recipe")
     assert_equal_runs(tmp_path / run_name, tmp_path / "run")
-    assert {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()} == before
+    assert contents(stopped_run) == before
 
 
 def test_fault16_different_options_are_rejected_and_listed(tiny: MakeRecipe, tmp_path: Path) -> None:
@@ -339,19 +337,3 @@ def test_time_budget_is_applied_once(tiny: MakeRecipe, tmp_path: Path, monkeypat
     with pytest.raises(CheckpointError, match=r"--time-budget 0\.75, not 9"):
         train(Recipe(resume=str(tmp_path / "run"), time_budget=9.0))
     assert train(Recipe(resume=str(tmp_path / "run"), epochs=4)).epochs == 4
-
-
-def test_fault01_resuming_with_whitening_progressive_resizing_and_lr_multipliers(
-    tiny: MakeRecipe, tmp_path: Path, train_until: Callable[[Recipe, int], Path]
-) -> None:
-    """The whitening stem is loaded, not initialized again; an epoch continues with its image size."""
-    values: dict[str, Any] = {"arch": "speed94", "image_size": "16:1,32", "optimizer": "muon", "lr": 0.05}
-    values |= {
-        "bias_lr_mult": 4.0,
-        "head_lr_mult": 9.0,
-        "optimizer_arg": {"weight_norm": True},
-        "activation": "gelu",
-        "ema_decay": 0.9,
-    }
-    train(tiny(**values))
-    assert_equal_runs(stop_and_resume(train_until, tiny, tmp_path / "again", **values), tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ def test_fault09_a_malicious_file_is_refused_and_not_executed(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"recipe": {}, "model": Malicious()}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
-        checkpoint.load_checkpoint(path)
+    content = {"recipe": {}, "model": Malicious()}
+    for save in (lambda: torch.save(content, path), lambda: path.write_bytes(pickle.dumps(content, protocol=2))):
+        save()
+        with pytest.raises(CheckpointError, match="not a checkpoint"):
+            checkpoint.load_checkpoint(path)
     assert not (tmp_path / "sentinel").exists()
 
 

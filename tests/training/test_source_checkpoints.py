@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +83,10 @@ def test_loss_equals_an_independent_computation(
     assert scores["test_loss"] == pytest.approx(reference_loss(arch, state, mean_std), rel=1e-4)
     assert (scores["arch"], scores["total"], scores["eval_weights"]) == (arch, 20, "published")
     other = PER_IMAGE if mean_std is PER_PIXEL else PER_PIXEL
-    assert scores["test_loss"] != pytest.approx(reference_loss(arch, state, other), rel=1e-3)
+    normalize = "kuangliu" if other is PER_IMAGE else "cifar10"
+    scores = evaluate_run(file, arch=arch, data=SMALL, device="cpu", precision="fp32", normalize=normalize)
+    assert scores["normalize"] == normalize
+    assert scores["test_loss"] == pytest.approx(reference_loss(arch, state, other), rel=1e-4)
 
 
 def optimizer_state() -> dict[str, Any]:
@@ -93,14 +95,6 @@ def optimizer_state() -> dict[str, Any]:
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return optimizer.state_dict()
-
-
-def test_normalization_can_be_set(tmp_path: Path) -> None:
-    state = random_state_dict("coconut_leaky")
-    file = save_file(tmp_path, net=state, acc=95.49, epoch=3)
-    scores = evaluate_run(file, arch="coconut_leaky", data=SMALL, device="cpu", precision="fp32", normalize="cifar10")
-    assert scores["normalize"] == "cifar10"
-    assert scores["test_loss"] == pytest.approx(reference_loss("coconut_leaky", state, PER_PIXEL), rel=1e-4)
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -159,21 +153,10 @@ def test_fault09_only_numbers_are_accepted_beside_the_weights(
     with pytest.raises(CheckpointError) as caught:
         evaluate_run(file, arch="se68_none", data=SMALL)
     assert "\n" not in str(caught.value)
+    names = {MaliciousObject: "posix.system", argparse.Namespace: "argparse.Namespace"}
+    if name := names.get(type(acc)):
+        assert f"it refers to {name}, which is not allowed in checkpoints" in str(caught.value)
     assert not (tmp_path / "sentinel").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "name"), [(MaliciousObject(), "posix.system"), (argparse.Namespace(), "argparse.Namespace")]
-)
-def test_error_names_the_rejected_global(tmp_path: Path, value: object, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"it refers to {name}, which is not allowed in checkpoints"):
-        checkpoint.read_checkpoint(Path(save_file(tmp_path, net=value)), allow_foreign=True)
-
-
-def test_plain_pickles_are_rejected(tmp_path: Path) -> None:
-    (tmp_path / "f.pt").write_bytes(pickle.dumps({"net": MaliciousObject()}, protocol=2))
-    with pytest.raises(CheckpointError):
-        checkpoint.read_checkpoint(tmp_path / "f.pt", allow_foreign=True)
 
 
 def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None:
@@ -185,18 +168,13 @@ def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None
     ]
     assert checkpoint.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
     assert checkpoint.matching_architectures({"weight": torch.ones(2)}) == []
-    torch.save(build_model("se55").state_dict(), tmp_path / "bare.pth")
+    file = str(tmp_path / "bare.pth")
+    torch.save(random_state_dict("se55"), file)
     with pytest.raises(CheckpointError, match="does not name the architecture of its weights; set --arch se55"):
-        evaluate_run(str(tmp_path / "bare.pth"), data=SMALL)
+        evaluate_run(file, data=SMALL)
+    assert evaluate_run(file, arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
     with pytest.raises(CheckpointError, match="set --arch, although no architecture matches"):
         evaluate_run(save_file(tmp_path, net={"weight": torch.ones(2)}, acc=1.0), data=SMALL)
-
-
-def test_plain_state_dict_is_accepted(tmp_path: Path) -> None:
-    torch.save(random_state_dict("se55"), tmp_path / "bare.pth")
-    assert (
-        evaluate_run(str(tmp_path / "bare.pth"), arch="se55", data=SMALL, device="cpu", precision="fp32")["total"] == 20
-    )
 
 
 def test_mismatched_files_are_rejected(tmp_path: Path) -> None:
