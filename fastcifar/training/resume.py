@@ -99,7 +99,8 @@ class ResumePoint:
     def _open_run(self, trainer: Trainer) -> Run:
         epochs_done, names = trainer.progress.epoch, trainer.resolved.trackers
         if self.folder and self.lock:
-            run = Run(self.folder, self.recipe_name, self.lock).reopen(trainer.recipe, names, epochs_done)
+            stopped = Run(self.folder, self.recipe_name, self.lock)
+            run = stopped.open(trainer.recipe, names, epochs_done, is_resumed=True)
         else:
             run = Run.create(trainer.recipe, self.recipe_name, names, epochs_done, self.copy_from)
             self.lock = run.lock

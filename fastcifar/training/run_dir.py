@@ -121,28 +121,26 @@ class Run:
             for file in METRICS_FILES:
                 if source and (source / file).is_file():
                     shutil.copyfile(source / file, folder / file)
-            environment = RunEnvironment(recipe=name, **_launch_environment(recipe).model_dump())
-            return cls(folder, name, lock)._open(recipe, environment, trackers, epochs_done)
+        return cls(folder, name, lock).open(recipe, trackers, epochs_done)
 
-    def reopen(self, recipe: Recipe, trackers: Sequence[str], epochs_done: int) -> Run:
-        """Return this stopped run, to be continued after its first `epochs_done` epochs; later results are removed."""
-        launch = _launch_environment(recipe)
-        environment = read_environment(self.folder)
-        if not environment.recipe:
-            environment = RunEnvironment(recipe=self.recipe_name, **launch.model_dump())
-        environment.resumed.append(launch)
+    def open(self, recipe: Recipe, trackers: Sequence[str], epochs_done: int, is_resumed: bool = False) -> Run:
+        """Return this run with the callbacks of the epochs after the first `epochs_done`; later results are removed."""
+        environment = collect_environment(recipe.device)
+        launch = LaunchEnvironment(command=sys.argv, started=format_timestamp(), **environment.model_dump())
+        document = read_environment(self.folder)
+        if not document.recipe:
+            document = RunEnvironment(recipe=self.recipe_name, **launch.model_dump())
+        if is_resumed:
+            document.resumed.append(launch)
         with _disk_errors(f"the run folder {self.folder}", "give a writable folder with --out"):
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
             temporary = (*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".*.tmp"))
             for stale in (*temporary, self.folder / "summary.json"):
                 stale.unlink(missing_ok=True)
-            return self._open(recipe, environment, trackers, epochs_done)
-
-    def _open(self, recipe: Recipe, environment: RunEnvironment, trackers: Sequence[str], epochs_done: int) -> Run:
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
-        write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
-        _write_json(self.folder / "env.json", environment)
-        files = [build(self.folder, epochs_done) for build in METRICS_FILES.values()]
-        return replace(self, callbacks=(*files, *(Tracker(name, self.folder, epochs_done) for name in trackers)))
+            write_atomically(self.folder / "recipe.toml", recipe.to_toml().encode())
+            _write_json(self.folder / "env.json", document)
+            files = [build(self.folder, epochs_done) for build in METRICS_FILES.values()]
+            return replace(self, callbacks=(*files, *(Tracker(name, self.folder, epochs_done) for name in trackers)))
 
     @property
     def trackers(self) -> list[Tracker]:
@@ -184,11 +182,6 @@ def _disk_errors(target: object, remedy: str = "free some space") -> Iterator[No
 
 def _write_json(path: Path, document: BaseModel) -> None:
     write_atomically(path, (json.dumps(document.model_dump(), indent=1) + "\n").encode())
-
-
-def _launch_environment(recipe: Recipe) -> LaunchEnvironment:
-    environment = collect_environment(recipe.device)
-    return LaunchEnvironment(command=sys.argv, started=format_timestamp(), **environment.model_dump())
 
 
 def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:

@@ -35,11 +35,12 @@ MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json
 
 
 class TrackerSession(NamedTuple):
-    """An open run of a tracker: functions that log a row, log the summary, and end the session with a status."""
+    """An open run of a tracker."""
 
-    write: Callable[[EpochRow], None]
-    finish: Callable[[RunSummary], None]
-    close: Callable[[str], None]
+    log: Callable[[dict[str, float], int, float | None], None]  # of metrics, their epoch and time (None: now)
+    finish: Callable[[RunSummary], None]  # logs the rest of the summary
+    close: Callable[[str], None]  # of a status
+    logged_epochs: set[int]
 
 
 class Tracker:
@@ -54,13 +55,18 @@ class Tracker:
     def __call__(self, row: EpochRow) -> None:
         with self._errors_as_warning():
             if self.session:
-                self.session.write(row)
+                values = {name: row[name] for name in METRICS_COLUMNS if row[name] is not None}
+                self.session.log(values, row["epoch"], row.get("time"))
 
     def reopen(self, epochs_done: int) -> None:
         """Synchronize the tracker with the rows of the first `epochs_done` epochs in events.jsonl."""
         rows = [json.loads(line) for line in read_event_lines(self.folder / "events.jsonl", epochs_done)]
         with self._errors_as_warning():
-            self.session = TRACKERS[self.name].open(self.folder, rows)
+            self.session = TRACKERS[self.name].open(self.folder, {row["epoch"] for row in rows})
+        logged_epochs = self.session.logged_epochs if self.session else set()
+        for row in rows:
+            if row["epoch"] not in logged_epochs:
+                self(row)
 
     def finish(self, summary: RunSummary) -> None:
         """Log the summary, after the missing rows if the tracker had failed."""
@@ -68,6 +74,8 @@ class Tracker:
             self.reopen(summary.epochs)
         with self._errors_as_warning():
             if self.session:
+                metrics = summary.model_dump(include=SUMMARY_METRICS, exclude_none=True)
+                self.session.log(metrics, summary.epochs - 1, None)
                 self.session.finish(summary)
 
     def close(self, status: str) -> None:
@@ -91,8 +99,8 @@ class Tracker:
             self.has_failed = True
 
 
-def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
-    """Rewrite the event files in `folder`/tensorboard from `rows`: a scalar by epoch for each column."""
+def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
+    """Open a new event file in `folder`/tensorboard and remove the old ones: a scalar by epoch for each column."""
     library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
     from torch.utils.tensorboard.summary import hparams
 
@@ -102,36 +110,32 @@ def open_tensorboard(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     experiment, start, end = hparams(_read_options(folder), dict.fromkeys(("val_acc", "test_acc"), 0))
     for hparams_summary in (experiment, start):
         writer.file_writer.add_summary(hparams_summary)
+    for file in stale_files:
+        file.unlink()
 
-    def write(row: EpochRow) -> None:
-        for name, value in _row_metrics(row).items():
-            writer.add_scalar(name, value, row["epoch"], row.get("time"))
+    def log(values: dict[str, float], epoch: int, time_s: float | None) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, epoch, time_s)
         writer.flush()
 
     def finish(summary: RunSummary) -> None:
-        for name, value in _summary_metrics(summary).items():
-            writer.add_scalar(name, value, summary.epochs - 1)
         writer.add_text("summary", f"```\n{json.dumps(summary.model_dump(), indent=1)}\n```", summary.epochs - 1)
         writer.file_writer.add_summary(end)
         writer.flush()
 
-    for row in rows:
-        write(row)
-    for file in stale_files:
-        file.unlink()
-    return TrackerSession(write, finish, lambda _: writer.close())
+    return TrackerSession(log, finish, lambda _: writer.close(), set())
 
 
-def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
+def open_mlflow(folder: Path, epochs: set[int]) -> TrackerSession:
     """Open an MLflow run in the store of `resolve_tracking_uri`: a metric by epoch for each column.
 
-    `folder` stores its ID for a resumed run. MLflow cannot delete logged values, so a run with epochs that are not in
-    `rows` is deleted and written again.
+    `folder` stores its ID for a resumed run. MLflow cannot delete logged values, so a run with other epochs than
+    `epochs` is deleted and written again.
     """
     client, experiment = _connect_mlflow(folder.parent)
     from mlflow.entities import Metric, Param, RunTag
 
-    run_id = _find_resumable_mlflow_run(client, folder, {row["epoch"] for row in rows})
+    run_id = _find_resumable_mlflow_run(client, folder, epochs)
     if run_id is None:
         tags = {"fastcifar.folder": str(folder.resolve())}
         run_id = client.create_run(experiment, run_name=folder.name, tags=tags).info.run_id
@@ -143,22 +147,17 @@ def open_mlflow(folder: Path, rows: list[EpochRow]) -> TrackerSession:
     changed = {name: value for name, value in options.items() if logged_options.get(name, value) != value}
     client.log_batch(run_id, params=params, tags=[RunTag(f"resumed.{name}", changed[name]) for name in changed])
 
-    def log(values: dict[str, float], epoch: int, time_s: float) -> None:
-        client.log_batch(run_id, [Metric(name, value, int(time_s * 1000), epoch) for name, value in values.items()])
+    def log(values: dict[str, float], epoch: int, time_s: float | None) -> None:
+        time_ms = int((time_s or time.time()) * 1000)
+        client.log_batch(run_id, [Metric(name, value, time_ms, epoch) for name, value in values.items()])
 
-    def write(row: EpochRow) -> None:
-        log(_row_metrics(row), row["epoch"], row.get("time", time.time()))
-
-    def finish(summary: RunSummary) -> None:
-        log(_summary_metrics(summary), summary.epochs - 1, time.time())
+    def finish(_: RunSummary) -> None:
         for name in MLFLOW_UPLOADED_FILES:
             client.log_artifact(run_id, str(folder / name))
 
-    logged = _logged_epochs(client, run_id)
-    for row in rows:
-        if row["epoch"] not in logged:
-            write(row)
-    return TrackerSession(write, finish, lambda status: client.set_terminated(run_id, status))
+    return TrackerSession(
+        log, finish, lambda status: client.set_terminated(run_id, status), _logged_epochs(client, run_id)
+    )
 
 
 def _require_mlflow(runs_folder: Path) -> None:
@@ -175,7 +174,7 @@ def _require_mlflow(runs_folder: Path) -> None:
 class TrackerSpec(NamedTuple):
     """An entry of TRACKERS."""
 
-    open: Callable[[Path, list[EpochRow]], TrackerSession]  # of a run folder and its completed rows
+    open: Callable[[Path, set[int]], TrackerSession]  # of a run folder and its completed epochs
     require_usable: Callable[[Path], object]  # of the parent of the run folder; raises `UsageError`
     view_command: Callable[[Path], str]  # of a run folder: the command that starts the web page of the tracker
 
@@ -271,14 +270,6 @@ def _read_options(folder: Path) -> dict[str, Any]:
         name: value if isinstance(value, int | float | str) else json.dumps(value)
         for name, value in load_toml(folder / "recipe.toml").items()
     }
-
-
-def _row_metrics(row: EpochRow) -> dict[str, float]:
-    return {name: row[name] for name in METRICS_COLUMNS if row[name] is not None}
-
-
-def _summary_metrics(summary: RunSummary) -> dict[str, float]:
-    return summary.model_dump(include=SUMMARY_METRICS, exclude_none=True)
 
 
 def _describe_error(error: Exception) -> str:

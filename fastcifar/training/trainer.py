@@ -151,11 +151,9 @@ class Trainer:
 
         It consists of two steps per image size, for full batches and for a smaller last batch.
         """
-        sizes, full_size = (
-            dict.fromkeys(size for size, _ in self.resolved.image_sizes),
-            self.loader.slicing.local_batch_size,
-        )
-        last_size = self.loader.slicing.local_count(self.loader.steps_per_epoch - 1)
+        sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
+        slicing = self.loader.slicing
+        full_size, last_size = slicing.local_batch_size, slicing.local_count(self.loader.steps_per_epoch - 1)
         full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
         if not eager:
             full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
