@@ -142,11 +142,7 @@ def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Compress as JPEG with 4:2:0 chroma subsampling, and decompress.
-
-    libjpeg computes the DCT with integers and this function with floating-point numbers, so a few quantized
-    coefficients differ by one.
-    """
+    """Compress as JPEG with 4:2:0 chroma subsampling; unlike libjpeg, compute the DCT with floating-point numbers."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
     red, green, blue = (images * 255).round().unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -202,10 +198,7 @@ def _gaussian_kernel(std: float, radius: int) -> Tensor:
 
 
 def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
-    """Filter each channel with a symmetric `kernel` of odd height and width.
-
-    A sum of shifted images is eight times as fast on a CPU as a float64 convolution of three channels.
-    """
+    """Filter each channel with a symmetric `kernel` of odd size: faster on a CPU than a float64 convolution."""
     pad_height, pad_width = (size // 2 for size in kernel.shape)
     padded = F.pad(images, (pad_width, pad_width, pad_height, pad_height), mode=padding_mode)
     total = torch.zeros_like(images)

@@ -1,8 +1,4 @@
-"""Export a trained network to a file for deployment: the implementation of `fastcifar export`.
-
-The file is written to a temporary folder and run by the runtime of its format on test images in several batch sizes.
-It is moved to its destination, with a model card beside it, only if the outputs agree with the float32 network's.
-"""
+"""Export a trained network to a file for deployment, if its outputs agree: the implementation of `fastcifar export`."""
 
 from __future__ import annotations
 

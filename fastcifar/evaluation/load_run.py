@@ -1,7 +1,4 @@
-"""Load the network of a run for inference from its checkpoint alone.
-
-The architecture, the normalization and the classes come from the checkpoint; the other options may be overridden.
-"""
+"""Load the network of a run for inference from its checkpoint alone."""
 
 from __future__ import annotations
 
@@ -75,16 +72,10 @@ class LoadedRun:
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
     """Load the network of `run`, a run folder or a checkpoint file, which may come from another project.
 
-    Args:
-        run: Run folder or checkpoint file.
-        eval_weights: "last", "best" or "ema"; by default the recipe's.
-        arch: Architecture of a checkpoint that does not name it.
-        overrides: Recipe options; None keeps the recipe's value.
-
-    Raises:
-        UsageError: A name or an override is invalid.
-        CheckpointError: The checkpoint is missing or invalid, or lacks the requested weights.
-        DeviceError: The device is not available.
+    `eval_weights` is "last", "best" or "ema", by default the recipe's; `arch` is the architecture of a checkpoint that
+    does not name it; `overrides` are recipe options, of which None keeps the recipe's value.
+    Raises `CheckpointError` for a checkpoint that is missing, invalid or lacks the requested weights, `DeviceError` if
+    the device is not available, and `UsageError` for an invalid name or override.
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
     saved = checkpoint.load_any_checkpoint(path, arch)

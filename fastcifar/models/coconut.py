@@ -1,11 +1,8 @@
-"""Residual networks of bottlenecks with squeeze-and-excitation (SE) after the shortcut addition: coconut_*.
-
-The state-dict keys are those of the published checkpoints and may not change.
-"""
+"""Residual networks of bottlenecks with squeeze-and-excitation (SE) after the shortcut addition: coconut_*."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models.resnet import (
     ACTIVATIONS,
+    Activation,
     block_conv,
     check_stages,
     dropout_layer,
@@ -41,10 +39,7 @@ class LinearSqueezeExcitation(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1-BN-act, 3x3-BN-act, 1x1-BN, shortcut addition, [SE on the sum], act, [dropout].
-
-    [n, C_in, H, W] -> [n, 4 * width, H/stride, W/stride]. `se_reduction` is 0 for no SE.
-    """
+    """1x1-BN-act, 3x3-BN-act, 1x1-BN, shortcut addition, [SE], act, [dropout]; [n, C, H, W] -> [n, 4 * width, ...]."""
 
     def __init__(
         self,
@@ -52,7 +47,7 @@ class Bottleneck(nn.Module):
         width: int,
         stride: int,
         *,
-        activation: Callable[[], nn.Module],
+        activation: Activation,
         dropout: float,
         separable: bool,
         se_reduction: int,

@@ -7,14 +7,14 @@ well scaled from the first step on, and learning rates far above the usual ones 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import lookup
-from fastcifar.models.resnet import ACTIVATIONS, check_stages, dropout_layer, scale_channels, se_layer
+from fastcifar.models.resnet import ACTIVATIONS, Activation, check_stages, dropout_layer, scale_channels, se_layer
 
 PATCH_SIZE = 2  # height and width of the whitened patches in pixels
 WHITENING_EPS = 5e-4  # added to the variance along each direction, so that directions of noise are not amplified
@@ -26,7 +26,7 @@ SE_PER_GROUP = {"none": False, "block": True}
 class ConvBlock(nn.Module):
     """conv3x3, [2x2 max pooling], BN, act; [n, C_in, H, W] -> [n, C, H, W], or [n, C, H/2, W/2] with `pool`."""
 
-    def __init__(self, in_channels: int, channels: int, activation: Callable[[], nn.Module], pool: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, activation: Activation, pool: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
@@ -84,13 +84,7 @@ class ConvGroup(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        depth: int,
-        activation: Callable[[], nn.Module],
-        se_reduction: int,
-        residual: bool,
+        self, in_channels: int, channels: int, depth: int, activation: Activation, se_reduction: int, residual: bool
     ) -> None:
         super().__init__()
         first = ConvBlock(in_channels, channels, activation, pool=True)

@@ -1,7 +1,4 @@
-"""Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic of a network.
-
-They are observed in a forward pass of one image by a copy of the network on the meta device, which has no data.
-"""
+"""Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic, observed on the meta device."""
 
 from __future__ import annotations
 

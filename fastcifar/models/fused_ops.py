@@ -90,9 +90,10 @@ def choose_tile_sizes(x: Tensor) -> tuple[int, int]:
     return min(positions, MAX_TILE_ELEMENTS // tile_channels), tile_channels
 
 
-def _empty_sums(x: Tensor, chunk: int) -> Tensor:
+def _empty_sums(x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     num_chunks = math.ceil(x.shape[2] * x.shape[3] / chunk)
-    return torch.empty(x.shape[0], num_chunks, x.shape[1], dtype=torch.float32, device=x.device)
+    sums = x.new_empty(x.shape[0], num_chunks, x.shape[1], dtype=torch.float32)
+    return sums, torch.empty_like(sums)
 
 
 def _empty_map(x: Tensor) -> Tensor:
@@ -101,14 +102,10 @@ def _empty_map(x: Tensor) -> Tensor:
 
 # Name of an operator -> function that takes the operator's arguments and allocates its results.
 ALLOCATORS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
-    "chunk_moments": lambda x, chunk: (_empty_sums(x, chunk), _empty_sums(x, chunk)),
+    "chunk_moments": _empty_sums,
     "scale_add_relu": lambda x, scale, shift, shortcut: _empty_map(x),
-    "relu_backward_with_sums": lambda gradient, second_gradient, x, y, chunk: (
-        _empty_map(y),
-        _empty_sums(x, chunk),
-        _empty_sums(x, chunk),
-    ),
-    "relu_backward_sums": lambda gradient, x, scale, shift, chunk: (_empty_sums(x, chunk), _empty_sums(x, chunk)),
+    "relu_backward_with_sums": lambda gradient, second_gradient, x, y, chunk: (_empty_map(y), *_empty_sums(x, chunk)),
+    "relu_backward_sums": lambda gradient, x, scale, shift, chunk: _empty_sums(x, chunk),
     "norm_input_gradient": lambda gradient, x, scale, shift, slope, offset: _empty_map(x),
 }
 

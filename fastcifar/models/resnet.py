@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models.fused_ops import norm_relu
 
+Activation = Callable[[], nn.Module]
 # In place where autograd needs only the output: it saves the memory of one feature map for each activation.
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "relu": partial(nn.ReLU, inplace=True),
     "leaky_relu": partial(nn.LeakyReLU, negative_slope=0.01, inplace=True),
     "silu": nn.SiLU,
@@ -62,7 +63,7 @@ class BasicBlock(nn.Module):
         channels: int,
         stride: int,
         *,
-        activation: Callable[[], nn.Module],
+        activation: Activation,
         dropout: float,
         kernel: int,
         shortcut_kernel: int,
@@ -203,9 +204,6 @@ def scale_channels(channels: Sequence[int], width: float) -> tuple[int, ...]:
 
 def check_stages(blocks: Sequence[int], channels: Sequence[int], max_stages: int = 5) -> None:
     """Raise `UsageError` unless there are as many `blocks` as `channels`, from 2 to `max_stages`."""
-    if len(blocks) != len(channels):
-        problem = f"{len(blocks)} stages of blocks but {len(channels)} of channels"
-        raise UsageError(problem, "give --blocks and --channels one number for each stage")
-    if not 2 <= len(blocks) <= max_stages:
-        problem = f"{len(blocks)} stages: there must be 2 to {max_stages}"
-        raise UsageError(problem, f"give --blocks and --channels 2 to {max_stages} numbers")
+    if len(blocks) != len(channels) or not 2 <= len(blocks) <= max_stages:
+        problem = f"{len(blocks)} stages of blocks and {len(channels)} of channels"
+        raise UsageError(problem, f"give --blocks and --channels equally many numbers, from 2 to {max_stages}")
