@@ -122,15 +122,14 @@ def _predict_logits(member: LoadedRun, inputs: InputImages, console: Console | N
 
 
 def _describe_member(member: LoadedRun) -> EnsembleMember:
-    execution = member.execution
     return {
         "checkpoint": str(member.checkpoint_path),
         "eval_weights": member.weights,
         "arch": member.recipe.arch,
-        "device": execution.device,
-        "precision": execution.precision,
-        "compiled": execution.compile,
-        "cuda_graph": execution.cuda_graph,
+        "device": member.execution.device,
+        "precision": member.execution.precision,
+        "compiled": member.execution.compile,
+        "cuda_graph": member.execution.cuda_graph,
     }
 
 

@@ -47,6 +47,9 @@ def test_fitted_width_replaces_that_of_the_recipe_and_keeps_the_other_options() 
     assert 900_000 < result["params"] <= 1_000_000
     assert width_table(result).row_count == 3
     assert result["width"] > fit_width_to_budget(Recipe(), 1_000_000)["width"]
+    # The width is exactly 1 where only the published channels fit.
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_878)["width"] == 1.0
+    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
 
 
 @pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
@@ -62,11 +65,6 @@ def test_largest_width_fits_and_the_next_setting_does_not(arch: str, channels: t
     # The rounded channels change where c * width / 8 passes a half: the next such width builds the next network.
     following = min(8 * (k + 0.5) / c for c in channels for k in range(200) if 8 * (k + 0.5) / c > width)
     assert count_parameters(on_meta(arch, width=following * (1 + 1e-12))) > budget
-
-
-def test_largest_width_is_exactly_one_where_only_the_published_channels_fit() -> None:
-    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_878)["width"] == 1.0
-    assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
 
 
 def test_invalid_options_and_budgets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

