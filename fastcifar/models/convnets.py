@@ -77,11 +77,7 @@ class SmallConvNet(nn.Module):
 
 
 class ConvGroup(nn.Module):
-    """conv, 2x2 max pooling, BN, act, then depth - 1 times conv, BN, act, then [SE].
-
-    [n, C_in, H, W] -> [n, C, H/2, W/2]. If `residual` and depth > 2, the result of the first convolution is added to
-    that of the others.
-    """
+    """conv, 2x2 max pooling, BN, act, depth - 1 times (conv, BN, act), [SE]; [n, C_in, H, W] -> [n, C, H/2, W/2]."""
 
     def __init__(
         self, in_channels: int, channels: int, depth: int, activation: Activation, se_reduction: int, residual: bool
@@ -95,7 +91,7 @@ class ConvGroup(nn.Module):
             block.bn.weight.requires_grad = False
         self.first, self.rest = first, nn.Sequential(*rest)
         self.seblock = se_layer(channels, se_reduction)
-        self.residual = residual and depth > 2
+        self.residual = residual and depth > 2  # add the result of the first convolution to that of the others
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -104,10 +100,7 @@ class ConvGroup(nn.Module):
 
 
 class AirbenchNet(nn.Module):
-    """Whitening stem, groups of convolutions, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
-
-    The stem and the weights of BatchNorm are not trained.
-    """
+    """Whitening stem (not trained), groups, global max pooling, linear; [n, 3, H, W] -> [n, num_classes]."""
 
     def __init__(
         self,

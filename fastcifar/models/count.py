@@ -68,7 +68,8 @@ def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[Layer
         is_leaf = not list(module.children()) and not isinstance(module, nn.Identity)
         if is_leaf or list(module.parameters(recurse=False)):
             module.register_forward_hook(lambda module, _inputs, output, name=name: add_row(name, module, output))
-    _run_one_image(model, shape)
+    with torch.no_grad():
+        model(torch.empty(1, *shape, device="meta"))
     for name, module in model.named_modules():
         if any(p.requires_grad and p not in counted for p in module.parameters(recurse=False)):
             add_row(name, module, None)
@@ -138,16 +139,11 @@ def _record_operations(model: nn.Module) -> list[tuple[str, tuple[Any, ...], Any
             return result
 
     model = _meta_copy(model)
-    with Recorder():
-        _run_one_image(model, CIFAR_SHAPE)
+    with torch.no_grad(), Recorder():
+        model(torch.empty(1, *CIFAR_SHAPE, device="meta"))
     return operations
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode on the meta device, without the wrapper of `torch.compile`."""
     return copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta", torch.float32).eval()
-
-
-def _run_one_image(model: nn.Module, shape: ImageShape) -> None:
-    with torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"))

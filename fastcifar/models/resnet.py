@@ -50,10 +50,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """conv-BN-act-conv-BN, [SE], shortcut addition, act, [dropout]; [n, C_in, H, W] -> [n, C, H/stride, W/stride].
-
-    With separable convolutions, `conv1` and `conv2` are depthwise. `se_reduction` is 0 for no SE.
-    """
+    """conv-BN-act-conv-BN, [SE], shortcut addition, act, [dropout]; [n, C_in, H, W] -> [n, C, H/stride, W/stride]."""
 
     uses_fused_ops = False  # set by `enable_fused_ops`
 

@@ -1,9 +1,8 @@
-"""The operators of `fused_ops` as Triton kernels for CUDA tensors. Imported only where one runs.
+"""The operators of `fused_ops` as Triton kernels for CUDA tensors, imported only where one runs.
 
-One program processes a tile: the positions of one chunk of one image, and BLOCK channels. All arithmetic is in float32;
-results are rounded once, when they are stored. P is the number of positions H * W, C that of channels, CHUNK that of
-positions in a chunk; `stride` and `slope_stride` are the distances between the factors of consecutive images. The
-kernels have the names and the arguments of the operators, followed by pointers to the results.
+One program processes a tile: one chunk of CHUNK positions of one image, and BLOCK channels, of P = H * W positions and
+C channels. All arithmetic is in float32. `stride` and `slope_stride` are the distances between the factors of
+consecutive images. The kernels have the names and arguments of the operators, followed by pointers to the results.
 """
 
 from __future__ import annotations
