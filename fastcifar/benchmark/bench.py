@@ -215,9 +215,10 @@ def measure_case(
             raise NonFiniteError("the loss or a gradient became NaN or Inf in a trial", "use --precision fp32")
     images_per_s = statistics.median(trial.images_per_s for trial in trials)
     is_latency = case.settings.what == "infer" and case.settings.batch_size == 1
+    values: dict[str, Any] = {**dict(case.settings), **device_state}
     flop, num_bytes = case.flop_per_image, case.bytes_per_image
     row = BenchRow(
-        **(dict(case.settings) | device_state),
+        **values,
         images_per_s=images_per_s,
         cpu_us_per_image=statistics.median(trial.cpu_us_per_image for trial in trials),
         trials=[trial.images_per_s for trial in trials],

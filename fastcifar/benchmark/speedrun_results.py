@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Group
@@ -89,18 +89,24 @@ class SpeedrunTrial(_Document):
     refused: str | None  # why the trial is invalid
 
 
-class SampleStatistics(BaseModel):
+class SampleStatistics(BaseModel, frozen=True):
     """Statistics of `trials`; `std`, of the sample, and `stderr`, of the mean, are None for a single value."""
-
-    model_config = ConfigDict(frozen=True)
 
     mean: float
     std: float | None
     stderr: float | None
     trials: list[float]
 
+    @classmethod
+    def from_values(cls, values: Sequence[float | None], **others: float) -> Self | None:
+        """Return the statistics of `values`, or None if there are no values or one of them is None."""
+        if (stats := MeanStd.from_values(values)) is None:
+            return None
+        document = {"mean": stats.mean, "std": stats.std, "stderr": stats.standard_error, "trials": values}
+        return cls.model_validate({**document, **others})
 
-class AccuracyStatistics(SampleStatistics):
+
+class AccuracyStatistics(SampleStatistics, frozen=True):
     """`share` is the fraction of all trials, including invalid ones, that reach the target."""
 
     share: float
@@ -195,22 +201,20 @@ class SpeedrunResults:
         self, settings: SpeedrunSettings, environment: SpeedrunEnvironment, seeds: Sequence[int]
     ) -> None:
         """Raise `UsageError` if the recipe or the environment differs, or a seed is already in the folder."""
-        remedy = "use --out to start a new folder"
         defaults = Recipe().model_dump(mode="json")  # for options that are newer than the folder
         names = {"target", "recipe", "on"}
         saved, current = (
             {**defaults, **document.model_dump(include=names), **document.config}
             for document in (self.recipe, settings)
         )
-        differing = [name for name in current if current[name] != saved[name]]
-        if differing:
-            differences = format_differences(saved, current, differing)
-            raise UsageError(f"{self.folder} has another recipe: {differences}", remedy)
-        saved, current = self.environment.timing_items(), environment.timing_items()
-        differing = [name for name in saved if name in current and saved[name] != current[name]]
-        if differing:
-            differences = format_differences(saved, current, differing)
-            raise UsageError(f"{self.folder} was timed in another environment: {differences}", remedy)
+        for cause, before, after in (
+            ("has another recipe", saved, current),
+            ("was timed in another environment", self.environment.timing_items(), environment.timing_items()),
+        ):
+            differing = [name for name in after if name in before and before[name] != after[name]]
+            if differing:
+                differences = format_differences(before, after, differing)
+                raise UsageError(f"{self.folder} {cause}: {differences}", "use --out to start a new folder")
         repeated = {trial.seed for trial in self.trials} & set(seeds)
         if repeated:
             problem = f"{self.folder} already has a trial with seed {min(repeated)}"
@@ -227,8 +231,10 @@ class SpeedrunResults:
         recipe, target = self.recipe, float(self.recipe.target) / 100
         valid = [trial for trial in self.trials if not trial.refused]
         acc, acc_tta = (
-            accuracy_statistics([getattr(trial, name) for trial in valid], target, len(self.trials))
-            for name in ("acc", "acc_tta")
+            AccuracyStatistics.from_values(
+                values, share=sum(value is not None and value >= target for value in values) / len(self.trials)
+            )
+            for values in ([trial.acc for trial in valid], [trial.acc_tta for trial in valid])
         )
         best = acc_tta or acc
         reached = best is not None and best.mean >= target and len(valid) == len(self.trials)
@@ -244,10 +250,10 @@ class SpeedrunResults:
             seeds=[trial.seed for trial in self.trials],
             acc=acc,
             acc_tta=acc_tta,
-            seconds=sample_statistics([trial.seconds for trial in valid]),
-            train_s=sample_statistics([trial.train_s for trial in valid]),
-            prepare_s=sample_statistics([trial.prepare_s for trial in valid]),
-            build_s=sample_statistics([trial.build_s for trial in valid]),
+            seconds=SampleStatistics.from_values([trial.seconds for trial in valid]),
+            train_s=SampleStatistics.from_values([trial.train_s for trial in valid]),
+            prepare_s=SampleStatistics.from_values([trial.prepare_s for trial in valid]),
+            build_s=SampleStatistics.from_values([trial.build_s for trial in valid]),
             cold_start_s=[trial.cold_start_s for trial in self.trials if trial.cold_start_s is not None],
             reached=reached,
             flops_to_target=recipe.about.flops if reached else None,
@@ -261,21 +267,6 @@ class SpeedrunResults:
             write_atomically(self.folder / name, f"{content}\n".encode() if content else b"")
         except OSError as error:
             raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
-
-
-def sample_statistics(values: Sequence[float | None]) -> SampleStatistics | None:
-    """Return the statistics of `values`, or None if there are no values or one of them is None."""
-    stats = MeanStd.from_values(values)
-    trials = [value for value in values if value is not None]
-    return stats and SampleStatistics(mean=stats.mean, std=stats.std, stderr=stats.standard_error, trials=trials)
-
-
-def accuracy_statistics(values: Sequence[float | None], target: float, num_trials: int) -> AccuracyStatistics | None:
-    """Return the statistics of `values`, and the share of `num_trials` trials that reach `target`."""
-    stats = sample_statistics(values)
-    return stats and AccuracyStatistics(
-        **dict(stats), share=sum(value >= target for value in stats.trials) / num_trials
-    )
 
 
 def speedrun_table(summary: SpeedrunSummary) -> Group:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +42,19 @@ class BenchmarkCase:
     relative_trial_s: float = 1.0  # length of a trial relative to the default
 
 
-def loader_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
-    """Yield the case of the loader alone."""
-    settings = select_settings(trainer, "loader", (*LOADER_SETTINGS, "batch_size", "compiled"))
-    yield BenchmarkCase(settings, loader_workload(trainer.loader))
-
-
-def step_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
-    """Yield the case of the training step on a fixed batch that is already on the device."""
-    settings = select_settings(trainer, "step", STEP_SETTINGS)
-    yield BenchmarkCase(settings, step_workload(trainer), *training_cost_per_image(trainer))
-
-
-def train_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
-    """Yield the case of end-to-end training: loader and step."""
-    settings = select_settings(trainer, "train", (*STEP_SETTINGS, *LOADER_SETTINGS))
-    yield BenchmarkCase(settings, train_workload(trainer), *training_cost_per_image(trainer))
+def training_case(
+    trainer: Trainer,
+    what: str,
+    names: Sequence[str],
+    workload: Workload,
+    steps_per_replay: int | None = None,
+    relative_trial_s: float = 1.0,
+) -> BenchmarkCase:
+    """Return a case that runs training steps. The backward pass costs twice the forward pass."""
+    settings = select_settings(trainer, what, names, steps_per_replay=steps_per_replay)
+    flop = 6 * count_macs(trainer.model)
+    num_bytes = feature_map_bytes_per_image(trainer.model, True, bytes_per_element(trainer))
+    return BenchmarkCase(settings, workload, flop, num_bytes, relative_trial_s)
 
 
 def inference_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
@@ -86,21 +83,24 @@ def conv_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
             )
 
 
-def replay_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
-    """Yield cases with several training steps per CUDA graph replay, which show the cost of launching replays."""
-    for count in STEPS_PER_REPLAY:
-        settings = select_settings(trainer, "replay", STEP_SETTINGS, steps_per_replay=count)
-        cost = training_cost_per_image(trainer)
-        yield BenchmarkCase(settings, replay_workload(trainer, count), *cost, relative_trial_s=0.5)
-
-
-BENCHMARKS: dict[str, Callable[[Trainer], Iterator[BenchmarkCase]]] = {
-    "loader": loader_cases,
-    "step": step_cases,
-    "train": train_cases,
+# name -> function that yields the cases of a benchmark
+BENCHMARKS: dict[str, Callable[[Trainer], Iterable[BenchmarkCase]]] = {
+    "loader": lambda trainer: [
+        BenchmarkCase(
+            select_settings(trainer, "loader", (*LOADER_SETTINGS, "batch_size", "compiled")),
+            loader_workload(trainer.loader),
+        )
+    ],
+    "step": lambda trainer: [training_case(trainer, "step", STEP_SETTINGS, step_workload(trainer))],
+    "train": lambda trainer: [
+        training_case(trainer, "train", (*STEP_SETTINGS, *LOADER_SETTINGS), train_workload(trainer))
+    ],
     "infer": inference_cases,
     "conv": conv_cases,
-    "replay": replay_cases,
+    "replay": lambda trainer: [  # shows the cost of launching CUDA graph replays
+        training_case(trainer, "replay", STEP_SETTINGS, replay_workload(trainer, count), count, relative_trial_s=0.5)
+        for count in STEPS_PER_REPLAY
+    ],
 }
 STEP_BENCHMARKS = {"step", "train"}  # benchmarks that need a training step
 
@@ -120,11 +120,6 @@ def select_settings(trainer: Trainer, what: str, names: Sequence[str], **others:
         "data": trainer.data.source,
     }
     return BenchSettings(what=what, **{name: values[name] for name in names} | others)
-
-
-def training_cost_per_image(trainer: Trainer) -> tuple[int, int]:
-    """Return the operations (the backward pass costs twice the forward pass) and the bytes per training image."""
-    return 6 * count_macs(trainer.model), feature_map_bytes_per_image(trainer.model, True, bytes_per_element(trainer))
 
 
 def bytes_per_element(trainer: Trainer) -> int:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastcifar.benchmark import workloads
 from fastcifar.benchmark.bench import TimedTrial, bench
 from fastcifar.benchmark.workloads import BENCHMARKS
 from fastcifar.data import cifar
-from fastcifar.errors import DataError, UsageError, UserError
+from fastcifar.errors import DataError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import BenchDocument, DeviceLimits
@@ -97,19 +98,21 @@ def test_grid_measures_all_combinations_without_duplicates(
 
 
 @pytest.mark.parametrize(
-    ("grid", "words"),
+    ("what", "arguments", "words"),
     [
-        ({"mode": ["compild"]}, "did you mean 'compiled'"),
-        ({"batch_size": ["0"]}, "--batch-size should be greater than 0"),
-        ({"mode": ["captured"]}, "--cuda-graph needs CUDA"),
+        ("step", {"grid": {"mode": ["compild"]}}, "did you mean 'compiled'"),
+        ("step", {"grid": {"batch_size": ["0"]}}, "--batch-size should be greater than 0"),
+        ("step", {"grid": {"mode": ["captured"]}}, "--cuda-graph needs CUDA"),
+        ("step", {"trace": Path("no/such/folder/trace.json")}, "--profile"),
+        ("trian", {}, "did you mean 'train'"),
     ],
 )
-def test_invalid_grid_is_refused_before_the_trainer_is_built(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, grid: bench_module.BenchGrid, words: str
+def test_invalid_arguments_are_refused_before_the_trainer_is_built(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, what: str, arguments: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr(bench_module, "build_trainer", lambda *_: pytest.fail("a trainer was built"))
     with pytest.raises(UserError, match=words):
-        bench(tiny(), "step", grid=grid)
+        bench(tiny(), what, **arguments)
 
 
 @pytest.mark.parametrize("what", ["loader", "step", "train"])
@@ -179,13 +182,3 @@ def test_trace_is_written(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     bench(tiny(), "step", trials=1, trace=tmp_path / "trace.json", trial_s=TRIAL_S)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("convolution" in event.get("name", "") for event in events)
-
-
-def test_trace_in_a_missing_folder_is_refused_before_the_trainer_is_built(tiny: Callable[..., Recipe]) -> None:
-    with pytest.raises(UsageError, match="--profile"):
-        bench(tiny(data="no/such/place"), "step", trace=Path("no/such/folder/trace.json"))
-
-
-def test_unknown_benchmark_error_suggests_the_closest_name(tiny: Callable[..., Recipe]) -> None:
-    with pytest.raises(UsageError, match="did you mean 'train'"):
-        bench(tiny(), "trian")

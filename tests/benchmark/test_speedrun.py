@@ -18,11 +18,11 @@ from fastcifar.benchmark import speedrun as speedrun_module
 from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
 from fastcifar.benchmark.speedrun_results import (
     RunCosts,
+    SampleStatistics,
     SpeedrunEnvironment,
     SpeedrunRecipe,
     SpeedrunResults,
     SpeedrunTrial,
-    sample_statistics,
     speedrun_table,
 )
 from fastcifar.errors import UsageError
@@ -229,7 +229,7 @@ def test_summary_statistics(tmp_path: Path) -> None:
     assert summary.acc_tta.std == statistics.stdev(accuracies)
     assert summary.acc_tta.stderr == pytest.approx(statistics.stdev(accuracies) / 2)
     assert (summary.acc_tta.share, summary.acc.share) == (0.75, 0.25)
-    assert summary.seconds == sample_statistics([3.0, 4.0, 5.0, 6.0])
+    assert summary.seconds == SampleStatistics.from_values([3.0, 4.0, 5.0, 6.0])
     assert (summary.reached, summary.flops_to_target) == (True, 10**15)
     results.add_trial(results.trials[-1].model_copy(update={"seed": 4, "refused": "the loss became NaN"}))
     summary = results.summary()
@@ -237,10 +237,10 @@ def test_summary_statistics(tmp_path: Path) -> None:
     assert (summary.n, summary.refused, summary.acc_tta.share) == (5, 1, 0.6)
     assert (summary.reached, summary.flops_to_target) == (False, None), "an invalid trial is a miss"
     assert summary.acc_tta.mean == statistics.fmean(accuracies)
-    single = sample_statistics([1.0])
+    single = SampleStatistics.from_values([1.0])
     assert single is not None
     assert single.model_dump() == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
-    assert sample_statistics([1.0, None]) is sample_statistics([]) is None
+    assert SampleStatistics.from_values([1.0, None]) is SampleStatistics.from_values([]) is None
 
 
 def test_flops_equal_a_manual_count(monkeypatch: pytest.MonkeyPatch) -> None:
