@@ -150,7 +150,7 @@ def test_misclassified_images_agree_with_the_summaries(
     (wrong,) = labels.nonzero()
     logits = torch.zeros(len(labels), len(misclassified.classes))
     logits[:, 0], logits[wrong[3], 0] = 1, 5  # every image is predicted as class 0, one with more confidence
-    monkeypatch.setattr("fastcifar.evaluation.load_run.predict_logits", lambda *_: logits)
+    monkeypatch.setattr("fastcifar.training.evaluate.predict_logits", lambda *_: logits)
     misclassified = find_misclassified(group, 3)
     assert misclassified.labels.tolist() == labels[wrong[[3, 0, 1]]].tolist()
     assert not misclassified.predictions.any()
