@@ -1,7 +1,7 @@
 """Executors of a sweep, which run its trials in this process, in several processes, one per GPU, or on a Ray cluster.
 
-An executor takes trials from an iterator as it has capacity and yields events. It neither chooses trials nor writes the
-trial log; whether a trial is finished or can be resumed is read from its run folder.
+An executor takes trials from an iterator as it has capacity, and yields two events for each: "running", then its final
+state. Whether a trial is finished or can be resumed is read from its run folder.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ def gpu_executor(options: ExecutorOptions) -> Executor:
 def ray_executor(options: ExecutorOptions) -> Executor:
     """Run each trial as a task of a Ray cluster, with its share of a GPU if the cluster has GPUs.
 
-    A task whose worker process dies is retried; it resumes if it can read its run folder. Raises `UsageError` if Ray is
-    not installed and `DeviceError` if the cluster cannot be reached.
+    A task whose worker process dies is retried; it resumes if it can read its run folder.
     """
     ray = import_optional("ray", RAY_REMEDY)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
@@ -104,8 +103,7 @@ def ray_executor(options: ExecutorOptions) -> Executor:
     return partial(_run_on_ray, ray=ray, options=options)
 
 
-# name -> function that checks the options and returns an executor, which runs trials and yields two events for each:
-# "running", then the final state
+# name -> function that checks the options and returns an executor
 EXECUTORS: dict[str, Callable[[ExecutorOptions], Executor]] = {
     "process": lambda options: _run_in_this_process,
     "processes": multiprocess_executor,
@@ -122,10 +120,7 @@ EXECUTORS_BY_OPTION = {
 
 
 def build_executor(executor: str, options: ExecutorOptions) -> Executor:
-    """Return the executor named `executor`.
-
-    Raises `UsageError` if the name is unknown or an option is not supported, and the errors of the executor.
-    """
+    """Return the executor named `executor`. Raises `UsageError` if it does not support one of the options."""
     factory = lookup(EXECUTORS, executor, "executor")
     for name, supported in EXECUTORS_BY_OPTION.items():
         if executor not in supported and getattr(options, name) != getattr(ExecutorOptions(), name):
@@ -137,7 +132,7 @@ def build_executor(executor: str, options: ExecutorOptions) -> Executor:
 def run_trial(trial: SweepTrial) -> TrialEvent:
     """Run one trial: from the start, from its checkpoint, or not at all if its run is finished.
 
-    Errors become the reason of a failed trial, except `Interrupted`, which is raised.
+    An error, except `Interrupted`, becomes the reason of a failed trial.
     """
     from fastcifar.sweep.study import optuna_epoch_callback
     from fastcifar.training.summary import read_summary
@@ -158,7 +153,7 @@ def run_trial(trial: SweepTrial) -> TrialEvent:
 
 
 def _failure_reason(error: Exception, folder: Path) -> str:
-    """Return the error as one line; try to write the traceback of an unexpected error to error.txt."""
+    """Return the error as one line; write the traceback of an unexpected error to error.txt if possible."""
     user_error = error if isinstance(error, UserError) else as_memory_error(error)
     if user_error:
         return str(user_error)
@@ -178,9 +173,9 @@ def _run_in_this_process(trials: Iterator[SweepTrial]) -> TrialEvents:
 
 
 def _run_in_processes(trials: Iterator[SweepTrial], slots: Sequence[dict[str, str]], cpus: int | None) -> TrialEvents:
-    """Run each trial in a process, forked from a server that has imported torch where the system supports it.
+    """Run each trial in a process. If the process dies, only its trial fails.
 
-    `slots` holds the environment variables of each concurrent process. If a process dies, only its trial fails.
+    `slots` holds the environment variables of each concurrent process.
     """
     import torch
 
@@ -243,17 +238,14 @@ def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: C
 
 
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:
-    """Run as many concurrent tasks as the cluster has resources for; its size is read again whenever a task ends.
-
-    Raises `UsageError` if the cluster is too small for a single trial, because Ray would wait forever.
-    """
+    """Run as many concurrent tasks as the cluster has resources for; its size is read again whenever a task ends."""
     task = ray.remote(max_retries=RAY_MAX_RETRIES, retry_exceptions=[Interrupted])(_ray_task)
     pending: dict[Any, SweepTrial] = {}
     try:
         while True:
             cluster = ray.cluster_resources()
             resources, max_tasks = _resources_per_task(cluster, options)
-            if not max_tasks and not pending:
+            if not max_tasks and not pending:  # Ray would wait forever
                 cores = f"a trial needs {resources['num_cpus']} cores, and the cluster has {cluster.get('CPU', 0):g}"
                 raise UsageError(f"--executor ray: {cores}", "lower --cpus")
             while len(pending) < max_tasks and (trial := next(trials, None)):
@@ -291,7 +283,7 @@ def _resources_per_task(cluster: dict[str, float], options: ExecutorOptions) -> 
 
 
 def _ray_task(trial: SweepTrial, threads: int, driver_host: str) -> TrialEvent:
-    """Run a trial on a worker. If the worker is on another machine, the event contains the files of its run folder."""
+    """Run a trial on a worker; on another machine, return the files of its run folder."""
     import torch
 
     torch.set_num_threads(threads)

@@ -1,13 +1,13 @@
 """A sweep whose points are sampled by Optuna, one after the other, and whose unpromising trials are pruned.
 
-The state of a study is Optuna's journal in the sweep folder. The objective, which is maximized, is the accuracy on the
-validation split after each epoch.
+The objective, which is maximized, is the accuracy on the validation split after each epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,12 +39,10 @@ DISTRIBUTIONS: dict[str, Callable[[ModuleType, list[Any]], Any]] = {
 
 
 class OptunaStudy:
-    """The Optuna study of a sweep, in its folder.
+    """The Optuna study of a sweep, in a journal in the sweep folder.
 
-    The name of the study is a hash of the sweep file without n. Increasing n therefore continues the study, and any
-    other change starts a new study in the same journal.
-
-    Raises `UsageError` if the sweep file combines [study] with what it does not support, or Optuna is not installed.
+    Its name is a hash of the sweep file without n. Increasing n therefore continues the study, and any other change
+    starts a new study in the same journal. Raises `UsageError` if the sweep file has what a study does not support.
     """
 
     def __init__(self, spec: SweepSpec, name: str, folder: Path) -> None:
@@ -54,8 +52,9 @@ class OptunaStudy:
         if spec.grid or spec.rows or spec.random:
             raise UsageError("a [study] samples all points itself", "remove [grid], [[list]] and [random]")
         if len(spec.seeds) > 1:
-            remedy = "rerun its best points as a [[list]] with several seeds"
-            raise UsageError("a [study] supports only one seed", remedy)
+            raise UsageError(
+                "a [study] supports only one seed", "rerun its best points as a [[list]] with several seeds"
+            )
         if any(trial.recipe.val_size == 0 for trial in self.boundary_trials()):
             raise UsageError("a [study] needs a validation split to rank its trials", "set val_size")
         build_pruner(self.optuna, self.study_spec.pruner)
@@ -65,7 +64,7 @@ class OptunaStudy:
         self.study_name = hashlib.sha256(spec_without_n.encode()).hexdigest()[:8]
 
     def boundary_trials(self) -> list[SweepTrial]:
-        """Return trials at the lowest and the highest values of all ranges and at each choice, to check the recipes."""
+        """Return trials at both ends of all ranges and at each choice, to check the recipes."""
         ranges = self.study_spec.ranges
         ends = [{name: values[index] for name, (_, values) in ranges.items()} for index in (0, -1)]
         choices = [{name: value} for name, (kind, values) in ranges.items() if kind == "choice" for value in values]
@@ -74,15 +73,15 @@ class OptunaStudy:
     def _build_trial(self, label: str, settings: dict[str, Any], trial_ref: TrialRef | None = None) -> SweepTrial:
         return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
 
-    def open_study(self) -> None:
-        """Create the study, or load it from an existing journal."""
+    @cached_property
+    def optuna_study(self) -> Any:
+        """The study, which is loaded if the journal exists."""
         storage = journal_storage(self.optuna, self.journal_path)
-        self.optuna_study = self.optuna.create_study(
+        return self.optuna.create_study(
             study_name=self.study_name, storage=storage, direction="maximize", load_if_exists=True
         )
 
     def existing_trials(self) -> list[SweepTrial]:
-        """Return the trials sampled so far, in any state."""
         return [self._to_sweep_trial(trial.number, trial.params) for trial in self._sampled_trials()]
 
     def remaining_trials(self) -> Iterator[SweepTrial]:

@@ -43,18 +43,9 @@ def run_sweep(
 ) -> SweepResult:
     """Run the unfinished trials of a sweep and return the results of all.
 
-    Args:
-        source: name of a shipped sweep, path of a sweep file, or a sweep folder, whose copy of the file is read.
-        out: sweep folder; by default sweeps/NAME, or `source` if it is a folder.
-        executor: key of `EXECUTORS`.
-        executor_options: resources that the executor may use.
-        seeds: number of seeds or comma-separated seeds, instead of those in the file.
-        retry_failed: whether failed trials are rerun.
-        console: console for progress; None shows nothing.
-        overrides: recipe options that take precedence over all recipes and [base]; None values are ignored.
-
-    Raises a `UserError` before anything is written if the sweep is invalid. After `Interrupted` or KeyboardInterrupt,
-    the sweep can be continued.
+    `source` is a shipped sweep, a sweep file or a sweep folder, and `seeds` replaces those of the file. `overrides` are
+    recipe options that take precedence over all recipes and [base]; None values are ignored. Raises a `UserError`
+    before anything is written if the sweep is invalid. The sweep can be continued after an interruption.
     """
     spec, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     if study and retry_failed:
@@ -69,7 +60,6 @@ def run_sweep(
     with lock_folder(folder):
         trial_log = TrialLog(folder)
         if study:
-            study.open_study()
             trials = [trial.with_sweep_folder(folder) for trial in study.existing_trials()]
         print_lines(console, _start_sweep(folder, spec, trial_log, trials, retry_failed))
         if study:
@@ -96,13 +86,14 @@ def run_sweep(
 def prepare_sweep(
     source: str, out: Path | None, executor: str, seeds: str | None, overrides: dict[str, Any]
 ) -> tuple[SweepSpec, Path, list[SweepTrial], OptunaStudy | None]:
-    """Return the spec, the sweep folder, the checked trials, and the study if there is one.
-
-    The list of trials is empty for a study, which samples them later.
-    """
+    """Return the spec, the sweep folder, the checked trials (none of a study), and the study if there is one."""
     spec, name = read_sweep_spec(source, seeds, overrides)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
-    _require_current_names(folder)
+    for file in folder.glob("runs/*/recipe.toml"):
+        if renamed_options().keys() & load_toml(file).keys():  # the names of the trials would differ
+            problem = f"{folder} was created by an earlier version, in which options had other names"
+            raise UsageError(problem, "such a sweep cannot be continued, only reported: choose another --out")
+        break
     if spec.study:
         study = OptunaStudy(spec, name, folder)
         check_trials(study.boundary_trials(), executor)
@@ -112,22 +103,10 @@ def prepare_sweep(
     return spec, folder, trials, None
 
 
-def _require_current_names(folder: Path) -> None:
-    """Raise `UsageError` if the sweep is of an earlier version, in which the options in trial names were different."""
-    for file in folder.glob("runs/*/recipe.toml"):
-        if renamed_options().keys() & load_toml(file).keys():
-            problem = f"{folder} was created by an earlier version, in which options had other names"
-            raise UsageError(problem, "such a sweep cannot be continued, only reported: choose another --out")
-        return
-
-
 def plan_sweep(
     source: str, out: Path | None = None, executor: str = "process", seeds: str | None = None, **overrides: Any
 ) -> SweepPlan:
-    """Return what `run_sweep` would run, without writing anything.
-
-    The trials of a study are those at the ends of its ranges.
-    """
+    """Return what `run_sweep` would run; for a study, trials at the ends of its ranges. Nothing is written."""
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     trial_log = TrialLog(folder)
     planned = [
@@ -150,9 +129,9 @@ def plan_sweep(
 
 
 def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
-    """Check all names in the trials' recipes, and that this machine supports their options unless they run on Ray.
+    """Check that this machine, or any machine for Ray, supports the recipes; raise a `UserError` with the label.
 
-    One trial per label is checked, because the others differ only in the seed. Raises a `UserError` with the label.
+    One trial per label is checked, because the others differ only in the seed.
     """
     for trial in {trial.label: trial for trial in trials}.values():
         recipe = trial.recipe

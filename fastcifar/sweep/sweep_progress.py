@@ -1,7 +1,4 @@
-"""Progress of a sweep: a live table on a terminal, one line per trial elsewhere; and the tables of its results.
-
-Everything shown is read from the trial log and from the metrics of the runs.
-"""
+"""Progress of a sweep: a live table on a terminal, one line per trial elsewhere; and the tables of its results."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fastcifar.format import format_count, format_decimal, format_percent
+from fastcifar.format import format_count, format_decimal, format_percent, numeric_table
 from fastcifar.sweep.executors import TrialEvent
 from fastcifar.sweep.trial_log import SweepPlan, SweepResult, TrialLog, TrialResult
 from fastcifar.training.metrics_file import read_metrics
@@ -63,9 +60,7 @@ def sweep_table(result: SweepResult) -> Group:
 
 def plan_table(plan: SweepPlan) -> Group:
     """Return a table of the trials that a sweep would run."""
-    table = Table("trial", "state", box=None)
-    for name in ("seed", "epochs", "steps"):
-        table.add_column(name, justify="right")
+    table = numeric_table(["trial", "state"], ("seed", "epochs", "steps"))
     for trial in plan.trials:
         numbers = (str(trial.seed), str(trial.epochs), format_count(trial.steps))
         table.add_row(escape(trial.label), trial.state, *numbers)
@@ -75,9 +70,7 @@ def plan_table(plan: SweepPlan) -> Group:
 
 def trials_table(results: Sequence[TrialResult], progress: Mapping[str, str] | None = None) -> Table:
     """Return a table with one row per trial; `progress` maps running trials to the text of their progress."""
-    table = Table("trial", box=None)
-    for name in ("seed", "state", "validation", "test", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = numeric_table(["trial"], ("seed", "state", "validation", "test", "seconds"))
     for result in results:
         label = escape(f"{result.label}  ({result.reason})" if result.reason else result.label)
         state = (progress or {}).get(result.trial) or result.state

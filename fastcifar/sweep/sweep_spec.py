@@ -1,7 +1,4 @@
-"""Sweep files and their trials: the combinations of list entries, grid values, random points and seeds.
-
-The recipe of each trial is validated here, before any trial runs. Nothing is run or written, and torch is not imported.
-"""
+"""Sweep files and their trials: the combinations of list entries, grid values, random points and seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from fastcifar.errors import UsageError, lookup, suggest_name
 from fastcifar.files import load_toml
@@ -55,10 +52,8 @@ def _parse_seeds(value: Any) -> Any:
     return range(value) if type(value) is int and value > 0 else value
 
 
-class ListEntry(BaseModel):
+class ListEntry(BaseModel, extra="allow", frozen=True):
     """A [[list]] entry: further keys are options of the recipe."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     label: str | None = None
     recipe: str | None = None
@@ -68,10 +63,8 @@ class ListEntry(BaseModel):
         return self.model_extra or {}
 
 
-class RandomSearchSpec(BaseModel):
+class RandomSearchSpec(BaseModel, extra="allow", frozen=True):
     """[random]: `n` points, sampled from a range for each other key, such as `lr.log = [0.01, 1.0]`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     n: int = Field(gt=0)
     sampler_seed: int = Field(default=0, ge=0, lt=2**63)
@@ -82,16 +75,14 @@ class RandomSearchSpec(BaseModel):
         return {name: _parse_range(name, value) for name, value in (self.model_extra or {}).items()}
 
 
-class StudySpec(RandomSearchSpec):
+class StudySpec(RandomSearchSpec, frozen=True):
     """[study]: ranges as in [random], from which Optuna samples, and a pruner (see `study.PRUNERS`)."""
 
     pruner: str = "median"
 
 
-class SweepSpec(BaseModel):
+class SweepSpec(BaseModel, frozen=True):
     """The contents of a sweep file; `rows` are its [[list]] entries."""
-
-    model_config = ConfigDict(frozen=True)
 
     recipe: str | None = None
     seeds: Annotated[
@@ -104,10 +95,7 @@ class SweepSpec(BaseModel):
     study: StudySpec | None = None
 
     def axes(self) -> set[str]:
-        """Return the options that the sweep varies.
-
-        Raises `UsageError` if an option is in more than one of [grid], [[list]], [random] and [study].
-        """
+        """Return the options that the sweep varies. Raises `UsageError` if an option is varied twice."""
         sampled = [name for search in (self.random, self.study) if search for name in search.ranges]
         listed = {name for row in self.rows for name in row.settings}
         names = [*self.grid, *sampled, *listed]
@@ -131,7 +119,7 @@ class SweepSpec(BaseModel):
 
 @dataclass(frozen=True)
 class TrialRef:
-    """Reference to a trial of an Optuna study, with which another process can report to it."""
+    """A trial of an Optuna study, to which another process can report."""
 
     journal_path: str
     study_name: str
@@ -141,15 +129,11 @@ class TrialRef:
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One run of a sweep, in the run folder `key`, which is a function of label, seed and recipe.
+    """One run of a sweep. Trials with equal labels differ only by the seed and form one row of a report."""
 
-    Trials with equal labels differ only by the seed and form one row of a report. `options` are the options that
-    differ from the base of the sweep.
-    """
-
-    key: str
+    key: str  # name of the run folder, a function of label, seed and recipe
     label: str
-    options: Options
+    options: Options  # those that differ from the base of the sweep
     recipe_name: str
     recipe: Recipe
     trial_ref: TrialRef | None = None
@@ -163,10 +147,7 @@ class SweepTrial:
 def read_sweep_spec(
     source: str, seeds: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> tuple[SweepSpec, str]:
-    """Return the spec and the name of a sweep; the arguments are those of `run_sweep`.
-
-    Raises `UsageError` if the file is missing or invalid, or if the sweep varies one of the overrides.
-    """
+    """Return the spec and the name of a sweep; the arguments are those of `run_sweep`."""
     path = shipped_sweeps().get(source) or Path(source)
     path = path / SPEC_FILE if path.is_dir() else path
     if not path.is_file():
@@ -205,10 +186,7 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
-    """Return all trials of a sweep called `name`, ordered by seed, so that a sweep that is stopped early is balanced.
-
-    Raises `UsageError` with the label of the first trial whose recipe is invalid.
-    """
+    """Return all trials of a sweep called `name`, ordered by seed, so that a stopped sweep is balanced."""
     axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
     grid_points = [dict(point) for point in itertools.product(*axes)]
     random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]
@@ -261,10 +239,7 @@ def build_trial(
 
 
 def settings_label(settings: Mapping[str, Any], separator: str = ", ") -> str:
-    """Format settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`.
-
-    The label is part of a trial's key. Values are therefore not formatted as in tables, whose format may change.
-    """
+    """Format settings as a label: `lr=0.1, blocks=1,1, bias_decay=False`; it is part of a trial's key."""
 
     def value_text(value: Any) -> str:
         if isinstance(value, dict):

@@ -23,7 +23,7 @@ FINISHED_STATES = ("done", "pruned")
 REMOVED_SUFFIX = " (no longer asked for)"
 
 
-class TrialResult(TrialLogEntry):
+class TrialResult(TrialLogEntry, frozen=True):
     """The last entry of a trial, and the accuracies of its run if it is finished."""
 
     schema_version: Literal[1] = Field(default=1, exclude=True)
@@ -33,16 +33,16 @@ class TrialResult(TrialLogEntry):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The trials of a sweep: `counts` maps state -> number of trials."""
+    """The trials of a sweep."""
 
     sweep: str
-    counts: dict[str, int]
+    counts: dict[str, int]  # state -> number of trials
     trials: list[TrialResult]
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A trial that a sweep would run; `steps` is None if the data set is not on disk or does not fit the recipe."""
+    """A trial that a sweep would run."""
 
     trial: str
     label: str
@@ -50,19 +50,16 @@ class PlannedTrial:
     knobs: dict[str, Any]
     state: str
     epochs: int
-    steps: int | None
+    steps: int | None  # None if the data set is not on disk or does not fit the recipe
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would run: its folder, the number of trials, and the maximum number of remaining training steps.
-
-    `steps` is None if that of an unfinished trial is unknown.
-    """
+    """What a sweep would run."""
 
     sweep: str
-    n: int
-    steps: int | None
+    n: int  # number of trials
+    steps: int | None  # maximum number of remaining training steps; None if that of a trial is unknown
     trials: list[PlannedTrial]
 
 
@@ -83,23 +80,21 @@ class TrialLog:
         self, trial: SweepTrial, state: TrialState, reason: str | None = None, summary: RunSummary | None = None
     ) -> None:
         """Append a line with the new state of a trial. Raises `DiskError` if it cannot be written."""
-        entry = TrialLogEntry(
-            trial=trial.key,
-            label=trial.label,
-            knobs=trial.options,
-            seed=trial.recipe.seed,
-            state=state,
-            reason=reason,
-            run=str(Path("runs") / (Path(summary.run).name if summary else trial.key)),
-            seconds=summary.seconds["total"] if summary else None,
+        self._append(
+            TrialLogEntry(
+                trial=trial.key,
+                label=trial.label,
+                knobs=trial.options,
+                seed=trial.recipe.seed,
+                state=state,
+                reason=reason,
+                run=str(Path("runs") / (Path(summary.run).name if summary else trial.key)),
+                seconds=summary.seconds["total"] if summary else None,
+            )
         )
-        self._append(entry)
 
     def update_labels(self, trials: Sequence[SweepTrial]) -> int:
-        """Mark the labels of trials that are not in `trials` as removed, and return their number.
-
-        A different label keeps them apart from current trials in reports. It is restored if the trial is added again.
-        """
+        """Change the labels of removed trials, to separate them in reports; return the number of removed trials."""
         labels = {trial.key: trial.label for trial in trials}
         for key, entry in list(self.entries.items()):
             label = labels.get(key) or entry.label.removesuffix(REMOVED_SUFFIX) + REMOVED_SUFFIX
@@ -109,14 +104,14 @@ class TrialLog:
 
     def results(self, trial_keys: Iterable[str]) -> list[TrialResult]:
         """Return the results of those of the given trials that have been started."""
-        return [self._read_result(self.entries[key]) for key in trial_keys if key in self.entries]
-
-    def _read_result(self, entry: TrialLogEntry) -> TrialResult:
-        if entry.state in FINISHED_STATES and entry.folder not in self._summaries:
-            self._summaries[entry.folder] = read_summary(self.folder / entry.folder)
-        summary = self._summaries.get(entry.folder)
-        val_acc, test_acc = (summary.val_acc, summary.test_acc) if summary else (None, None)
-        return TrialResult(**dict(entry), val_acc=val_acc, test_acc=test_acc)
+        results = []
+        for entry in (self.entries[key] for key in trial_keys if key in self.entries):
+            if entry.state in FINISHED_STATES and entry.folder not in self._summaries:
+                self._summaries[entry.folder] = read_summary(self.folder / entry.folder)
+            summary = self._summaries.get(entry.folder)
+            val_acc, test_acc = (summary.val_acc, summary.test_acc) if summary else (None, None)
+            results.append(TrialResult(**dict(entry), val_acc=val_acc, test_acc=test_acc))
+        return results
 
     def _append(self, entry: TrialLogEntry) -> None:
         try:

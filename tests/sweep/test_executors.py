@@ -97,14 +97,13 @@ def test_gpu_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resources_of_a_ray_task() -> None:
-    cluster = {"CPU": 8.0, "GPU": 2.0}
-    assert executors._resources_per_task(cluster, ExecutorOptions(trials_per_gpu=3)) == (
-        {"num_cpus": 1, "num_gpus": 1 / 3},
-        6,
-    )
-    assert executors._resources_per_task(cluster, ExecutorOptions(cpus=4)) == ({"num_cpus": 4, "num_gpus": 1.0}, 2)
-    assert executors._resources_per_task({"CPU": 8.0}, ExecutorOptions(cpus=3)) == ({"num_cpus": 3}, 2)
-    assert executors._resources_per_task({"CPU": 8.0}, ExecutorOptions(jobs=5)) == ({"num_cpus": 1}, 5)
+    for cluster, options, resources, max_tasks in (
+        ({"CPU": 8.0, "GPU": 2.0}, ExecutorOptions(trials_per_gpu=3), {"num_cpus": 1, "num_gpus": 1 / 3}, 6),
+        ({"CPU": 8.0, "GPU": 2.0}, ExecutorOptions(cpus=4), {"num_cpus": 4, "num_gpus": 1.0}, 2),
+        ({"CPU": 8.0}, ExecutorOptions(cpus=3), {"num_cpus": 3}, 2),
+        ({"CPU": 8.0}, ExecutorOptions(jobs=5), {"num_cpus": 1}, 5),
+    ):
+        assert executors._resources_per_task(cluster, options) == (resources, max_tasks)
 
 
 def test_fault24_cluster_that_is_too_small_for_a_trial_is_an_error(tmp_path: Path) -> None:
@@ -129,31 +128,21 @@ def test_fault24_cluster_that_is_too_small_for_a_trial_is_an_error(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("executor", "options", "words"),
+    ("executor", "option", "remedy"),
     [
-        (
-            "process",
-            ExecutorOptions(jobs=2),
-            "--jobs is not supported by --executor process; leave it out, or use --executor processes or gpus or ray",
-        ),
-        ("process", ExecutorOptions(cpus=1), "--cpus is not supported by --executor process"),
-        (
-            "processes",
-            ExecutorOptions(trials_per_gpu=2),
-            "--trials-per-gpu is not supported by --executor processes",
-        ),
-        (
-            "gpus",
-            ExecutorOptions(address="local"),
-            "--address is not supported by --executor gpus; leave it out, or use --executor ray",
-        ),
+        ("process", {"jobs": 2}, "processes or gpus or ray"),
+        ("process", {"cpus": 1}, "processes or gpus or ray"),
+        ("processes", {"trials_per_gpu": 2}, "gpus or ray"),
+        ("gpus", {"address": "local"}, "ray"),
     ],
 )
 def test_fault15_options_that_an_executor_does_not_support_are_refused(
-    tmp_path: Path, executor: str, options: ExecutorOptions, words: str
+    tmp_path: Path, executor: str, option: dict[str, Any], remedy: str
 ) -> None:
+    flag = "--" + next(iter(option)).replace("_", "-")
+    words = f"{flag} is not supported by --executor {executor}; leave it out, or use --executor {remedy}$"
     with pytest.raises(UsageError, match=words):
-        run_sweep(write_sweep_file(tmp_path), tmp_path / "out", executor, options)
+        run_sweep(write_sweep_file(tmp_path), tmp_path / "out", executor, ExecutorOptions(**option))
     assert not (tmp_path / "out").exists()
 
 

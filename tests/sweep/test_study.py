@@ -49,7 +49,6 @@ def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
         (folder := tmp_path / expected).mkdir()
         source = write_study_file(tmp_path, 4, pruner, epochs=3)
         study = OptunaStudy(*read_sweep_spec(source), folder)
-        study.open_study()
         for activation in ("relu", "silu"):  # two trials with accuracies that no other trial reaches
             best_trial = optuna.trial.create_trial(
                 params={"lr": 1e-6, "activation": activation},

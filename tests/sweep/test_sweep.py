@@ -91,15 +91,15 @@ def test_unexpected_error_fails_only_its_trial_and_its_traceback_is_saved(
 ) -> None:
     from fastcifar.training import train as train_module
 
-    test_and_summarize, calls = train_module.test_and_summarize, []
+    summarize_run, calls = train_module.summarize_run, []
 
     def fail_first_call(*arguments: object) -> object:
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("a bug\nin two lines")
-        return test_and_summarize(*arguments)  # type: ignore[arg-type]
+        return summarize_run(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_module, "test_and_summarize", fail_first_call)
+    monkeypatch.setattr(train_module, "summarize_run", fail_first_call)
     document = run_sweep(write_sweep_file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "out")
     assert [(row.state, row.reason) for row in document.trials] == [
         ("failed", "RuntimeError: a bug"),
