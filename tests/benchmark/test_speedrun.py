@@ -67,6 +67,7 @@ def test_each_run_equals_train(tiny: MakeRecipe, recipe_file: MakeFile, tmp_path
         summary = train(tiny(**values, seed=trial["seed"], out=str(tmp_path / f"run-{trial['seed']}")))
         state = checkpoint.load_checkpoint(Path(summary.run) / "checkpoints" / "last.pt")
         weights = state["ema"] if values.get("eval_weights") == "ema" else state["model"]
+        assert weights is not None
         assert state_dict_sha256(weights) == trial["sha256"], trial["seed"]
         assert (trial["steps"], trial["refused"]) == (summary.steps, None)
         assert state["step"] == trial["steps"]

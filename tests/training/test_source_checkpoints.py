@@ -23,7 +23,7 @@ from fastcifar.models import MODELS, build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.train import train
-from tests.models.reference import FORWARDS
+from tests.models.reference import FORWARDS, Weights
 
 # The values in the source projects, with all digits.
 PER_PIXEL = ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784))
@@ -61,7 +61,7 @@ def reference_loss(arch: str, state: dict[str, Tensor], mean_std: tuple[tuple[fl
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in mean_std)
     images = (torch.from_numpy(test.images).float() / 255 - mean) / std
     with torch.no_grad():
-        return F.cross_entropy(FORWARDS[arch](state, images).double(), torch.from_numpy(test.labels)).item()
+        return F.cross_entropy(FORWARDS[arch](Weights(state), images).double(), torch.from_numpy(test.labels)).item()
 
 
 @pytest.mark.parametrize(
