@@ -35,10 +35,10 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
 
     def run(*inputs: Tensor) -> None:
         for index, (target, source) in enumerate(zip(static, inputs, strict=True)):
-            expected, given = ((tuple(t.shape), t.dtype, t.device) for t in (target, source))
-            if given != expected:
-                remedy = "call the eager step for other shapes"
-                raise ValueError(f"input {index} of the captured step must be {expected}, not {given}; {remedy}")
+            if (source.shape, source.dtype, source.device) != (target.shape, target.dtype, target.device):
+                expected, given = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (target, source))
+                problem = f"input {index} of the captured step must be {expected}, got {given}"
+                raise ValueError(f"{problem}; call the eager step for other shapes")
             target.copy_(source, non_blocking=True)
         replay()
 
