@@ -32,12 +32,12 @@ def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P
 
 
 def enable_compile_cache() -> Path | None:
-    """Set the cache folder of torch.compile to the user's cache folder, unless `TORCHINDUCTOR_CACHE_DIR` is set.
+    """Set and return torch.compile's cache folder, below the user's unless `TORCHINDUCTOR_CACHE_DIR` is set.
 
-    Return the folder, or None if it cannot be created; torch's default, a temporary folder, is used then.
+    If it cannot be created, return None: torch then uses a temporary folder.
     """
-    folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
-    folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or folder)
+    user_folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
+    folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or user_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -1,7 +1,4 @@
-"""Data-parallel training in several processes started by torchrun; with one process, nothing is communicated.
-
-Each rank has its own running statistics of BatchNorm; those of rank 0 are evaluated and saved.
-"""
+"""Data-parallel training under torchrun. The running statistics of BatchNorm on rank 0 are evaluated and saved."""
 
 from __future__ import annotations
 
@@ -37,10 +34,9 @@ class World:
         return self.rank == 0
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor, images: int) -> Tensor:
-        """Average the gradients of `parameters` over the images of all ranks in place, and return the mean loss.
+        """Average the gradients in place, and return the mean of `loss`, over the images of all ranks.
 
-        `loss`: scalar, the mean over the `images` images of this rank. It is reduced in one buffer with the gradients,
-        so that a non-finite value on one rank reaches all ranks.
+        Both are reduced in one buffer, so that a non-finite value on one rank reaches all ranks.
         """
         if self.world_size == 1:
             return loss
@@ -49,16 +45,16 @@ class World:
         sums = torch.cat([tensor.flatten() for tensor in tensors]).mul_(images)
         dist.all_reduce(sums)
         means = sums.div_(sums[-1].clone()).split([tensor.numel() for tensor in tensors])  # the last sum counts images
-        torch._foreach_copy_(
-            gradients,
-            [mean.view(gradient.shape) for mean, gradient in zip(means[: len(gradients)], gradients, strict=True)],
-        )
+        views = [mean.view_as(gradient) for mean, gradient in zip(means[:-2], gradients, strict=True)]
+        torch._foreach_copy_(gradients, views)
         return means[-2].view(())
 
-    def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over the ranks, in place."""
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Return the sum, or another reduction, of `tensor` over the ranks."""
+        result = tensor.clone()
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(result, operation)
+        return result
 
     def broadcast_object(self, value: Any) -> Any:
         """Return the `value` of rank 0."""
@@ -74,20 +70,12 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def all_reduce_max(self, value: int) -> int:
-        """Return the maximum of `value` over the ranks."""
-        if self.world_size == 1:
-            return value
-        maximum = torch.tensor(value)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX)
-        return int(maximum)
-
 
 SINGLE_PROCESS = World()
 
 
 def get_world() -> World:
-    """Return the rank and world size of this process; SINGLE_PROCESS outside of `process_group`."""
+    """Return the world of this process, SINGLE_PROCESS outside of `process_group`."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 
@@ -98,20 +86,15 @@ def is_distributed_launch() -> bool:
 
 @contextmanager
 def process_group(device: str) -> Iterator[World]:
-    """Initialize the process group of `device`, "cuda" or "cpu"; with CUDA, each rank uses the GPU of its local rank.
-
-    Raises `DeviceError` if the ranks cannot connect, a GPU is missing, or another rank fails in the `with` block.
-    """
+    """Initialize the process group of `device`, "cuda" or "cpu"; raise `DeviceError` if a process fails."""
     if not is_distributed_launch() or dist.is_initialized():
         yield get_world()
         return
     if device == "cuda":
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise DeviceError(
-                f"local rank {local_rank} has no GPU: this machine has {num_gpus}",
-                f"start torchrun with --nproc-per-node {num_gpus}",
-            )
+            problem = f"local rank {local_rank} has no GPU: this machine has {num_gpus}"
+            raise DeviceError(problem, f"start torchrun with --nproc-per-node {num_gpus}")
         torch.cuda.set_device(local_rank)
     try:
         socket.gethostbyname(socket.gethostname())
@@ -120,10 +103,8 @@ def process_group(device: str) -> Iterator[World]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise DeviceError(
-            f"cannot connect the processes of this run: {first_message_line(error, type(error).__name__)}",
-            "see torchrun's output",
-        ) from None
+        reason = first_message_line(error, type(error).__name__)
+        raise DeviceError(f"cannot connect the processes of this run: {reason}", "see torchrun's output") from None
     try:
         yield get_world()
     except RuntimeError as error:
@@ -131,10 +112,8 @@ def process_group(device: str) -> Iterator[World]:
         gloo_messages = ("gloo", "Connection closed by peer", "Connection reset", "Timed out waiting")
         if not isinstance(error, dist.DistError) and not any(message in str(error) for message in gloo_messages):
             raise
-        raise DeviceError(
-            f"another process of this run failed: {first_message_line(error, type(error).__name__)}",
-            "see its output, then continue with --resume auto",
-        ) from None
+        problem = f"another process of this run failed: {first_message_line(error, type(error).__name__)}"
+        raise DeviceError(problem, "see its output, then continue with --resume auto") from None
     finally:
         cuda_graph.reset_cuda_graphs()
         dist.destroy_process_group()

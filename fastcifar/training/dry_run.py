@@ -1,7 +1,4 @@
-"""Before a run: measure how fast this machine trains, and estimate time and memory of the whole run.
-
-Measuring leaves weights, optimizer and random state as they were.
-"""
+"""Estimates, from a few measured steps, of the time and memory of a whole run."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ class StepTiming:
 
 
 def measure_step_timing(trainer: Trainer) -> StepTiming:
-    """Time training steps on the first batches of the run, and evaluation on training images; medians."""
+    """Time training steps and the evaluation of training images; the state of the run is left as it was."""
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
     sizes = [trainer.resolved.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
     eval_s = []
@@ -99,11 +96,7 @@ def autotune(trainer: Trainer) -> None:
 
 
 def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
-    """With `--time-budget`, set the epochs of the run, and its schedule, to as many as fit after `elapsed_s` seconds.
-
-    Warm-up, schedule and image-size stages are scaled with the epochs. Raises `UsageError`, with the budget that one
-    epoch needs, if not even one fits.
-    """
+    """With `--time-budget`, choose as many epochs as fit after `elapsed_s` seconds, and scale what depends on them."""
     recipe = trainer.recipe
     if recipe.time_budget is None:
         return
@@ -140,9 +133,9 @@ def dry_run(recipe: Recipe) -> DryRunEstimate:
         trainer.optimize()
     fit_epochs_to_time_budget(trainer, clock.total_s())
     timing = measure_step_timing(trainer)
-    seconds = dict(clock.seconds)
-    seconds["train"] = trainer.total_steps * timing.step_s
-    seconds["eval"] = trainer.recipe.epochs * timing.epoch_s(trainer) - seconds["train"] + timing.test_s(trainer)
+    train_s = trainer.total_steps * timing.step_s
+    eval_s = trainer.recipe.epochs * timing.epoch_s(trainer) - train_s + timing.test_s(trainer)
+    seconds = {**clock.seconds, "train": train_s, "eval": eval_s}
     seconds["total"] = sum(seconds.values())
     return {
         "dry_run": True,

@@ -1,7 +1,4 @@
-"""Evaluation: images -> logits -> accuracy, loss and calibration, without changing weights or running statistics.
-
-Test-time augmentation: the logits of an image are a weighted mean over the `VIEWS` of it.
-"""
+"""Evaluation: images -> logits -> accuracy, loss and calibration, with test-time augmentation."""
 
 from __future__ import annotations
 
@@ -52,17 +49,14 @@ VIEWS: dict[str, tuple[View, ...]] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of logits: fractions of correct predictions, mean cross-entropy in nats, expected calibration error.
-
-    `ece`: Guo et al. 2017, with ECE_BINS bins of equal width. `per_class`: None for a class without images.
-    """
+    """Scores of logits."""
 
     accuracy: float
-    loss: float
+    loss: float  # mean cross-entropy in nats
     correct: int
     total: int
-    ece: float
-    per_class: list[float | None]
+    ece: float  # expected calibration error (Guo et al. 2017) in ECE_BINS bins of equal width
+    per_class: list[float | None]  # accuracy; None for a class without images
 
 
 def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
@@ -91,13 +85,11 @@ def optimize_forward(
 ) -> Forward:
     """Return `forward` of `model`, compiled (`mode`: a key of COMPILE_MODES) and captured in a CUDA graph as requested.
 
-    The result takes batches of up to EVAL_BATCH_SIZE images and uses the current weights of `model`. Call it in
-    `eval_mode`, as `predict_logits` does.
+    The result takes batches of up to EVAL_BATCH_SIZE images. Call it in `eval_mode`, as `predict_logits` does.
     """
     if not compile and not use_cuda_graph:
         return forward
-    batch_size = EVAL_BATCH_SIZE
-    example = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
+    example = torch.zeros(EVAL_BATCH_SIZE, 3, 32, 32, dtype=torch.uint8, device=device)
     example = example.contiguous(memory_format=torch.channels_last)
     optimized = compile_function(forward, mode) if compile else forward
     with eval_mode(model):
@@ -107,10 +99,9 @@ def optimize_forward(
             optimized(example)
 
     def padded_forward(images: Tensor) -> Tensor:
-        if len(images) == batch_size:
+        if len(images) == len(example):
             return optimized(images)
-        black = images.new_zeros(batch_size - len(images), *images.shape[1:])
-        padded = torch.cat([images, black]).contiguous(memory_format=torch.channels_last)
+        padded = torch.cat([images, example[len(images) :]]).contiguous(memory_format=torch.channels_last)
         return optimized(padded)[: len(images)]
 
     return padded_forward
@@ -163,19 +154,14 @@ class CalibrationBin(NamedTuple):
     """The images in a range of confidences: their number, mean confidence and accuracy (None without images)."""
 
     images: int
-    confidence: float | None
-    accuracy: float | None
+    confidence: float | None = None
+    accuracy: float | None = None
 
 
 def reliability_bins(logits: Tensor, correct: Tensor) -> list[CalibrationBin]:
-    """Return the bins of the expected calibration error, in order of increasing confidence.
-
-    `logits`: [n, classes]; `correct`: bool [n], whether the largest logit is that of the label.
-    """
+    """Return the bins of the expected calibration error of logits [n, classes], by increasing confidence."""
     return [
-        CalibrationBin(int(images), confidences / images, num_correct / images)
-        if images
-        else CalibrationBin(0, None, None)
+        CalibrationBin(int(images), confidences / images, num_correct / images) if images else CalibrationBin(0)
         for images, confidences, num_correct in torch.stack(_sum_by_bin(logits, correct), 1).tolist()
     ]
 

@@ -16,7 +16,7 @@ PLATEAU_THRESHOLD = 1e-4  # relative: a smaller decrease of the validation loss 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """An entry of SCHEDULES or, with the argument of a recipe, the result of `parse_schedule`."""
+    """An entry of SCHEDULES; `parse_schedule` sets the argument."""
 
     lr_fraction: Callable[[float, float], float]  # (progress in [0, 1], argument) -> 0 (minimum) to 1 (peak)
     arg: float = 0.0  # number in `NAME:NUMBER`; in SCHEDULES, the default
@@ -90,7 +90,6 @@ class LRSchedule:
         self.state: ScheduleState = {"best": math.inf, "waited": 0, "factor": 1.0, "halvings": 0}
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of `step` (from 0)."""
         if step < self.warmup_steps:
             lr = self.peak_lr * (step + 1) / (math.floor(self.warmup_steps) + 1)
         else:
@@ -100,7 +99,6 @@ class LRSchedule:
         return lr * 0.5 ** self.state["halvings"]
 
     def after_epoch(self, val_loss: float | None) -> None:
-        """Update the state after an epoch, if the schedule uses the validation loss."""
         if not self.spec.uses_val_loss:
             return
         assert val_loss is not None
@@ -128,11 +126,7 @@ def constant_lr(recipe: Recipe, lr: float) -> LRSchedule:
 
 
 def parse_schedule(recipe: Recipe) -> ScheduleSpec:
-    """Parse `NAME` or `NAME:NUMBER`.
-
-    Raises `UsageError` for an unknown schedule, an invalid argument, a warm-up that is not shorter than the schedule,
-    or a plateau without a validation split.
-    """
+    """Parse `NAME` or `NAME:NUMBER`, and check the warm-up and the validation split."""
     name, colon, text = recipe.schedule.partition(":")
     spec = lookup(SCHEDULES, name, "schedule")
     if colon:

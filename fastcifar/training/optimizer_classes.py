@@ -1,7 +1,6 @@
 """Optimizers that torch lacks, or lacks in a form that a CUDA graph can capture: RMSprop, Ranger and Muon.
 
-No step synchronizes with the host, and a step with `found_inf` = 1 changes nothing. To launch few kernels, they process
-lists of weights at once and weights of equal shape as one batch.
+No step synchronizes with the host. Weights of equal shape are processed as one batch, to launch few kernels.
 """
 
 from __future__ import annotations
@@ -18,14 +17,29 @@ from torch import Tensor
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-class RMSprop(torch.optim.RMSprop):
-    """torch's RMSprop with the `found_inf` flag of torch's fused kernels."""
+class _CapturableOptimizer(torch.optim.Optimizer):
+    """An optimizer whose steps with `found_inf` = 1 change nothing."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
 
+    def _mask_skipped_step(self) -> Tensor:
+        """Return a float32 scalar, 0 if this step is to be skipped, otherwise 1; multiply the gradients by it."""
+        weights = _all_params(self)
+        if self.found_inf is None:
+            return torch.ones((), device=weights[0].device)
+        keep = 1 - self.found_inf.reshape(())
+        _, gradients = _with_gradients(weights)
+        # as integers, because NaN times 0 is NaN
+        torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], keep.int())
+        return keep
+
+
+class RMSprop(_CapturableOptimizer, torch.optim.RMSprop):
+    """torch's RMSprop with the `found_inf` flag of torch's fused kernels."""
+
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
         tensors = [*_all_params(self), *(value for entry in self.state.values() for value in entry.values())]
         views = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]  # of any memory format
         before = torch.cat(views)  # of the two versions of weights and state, one is copied back
@@ -35,31 +49,10 @@ class RMSprop(torch.optim.RMSprop):
             torch._foreach_copy_(views, list(result.split([view.numel() for view in views])))
 
 
-class _CapturableOptimizer(torch.optim.Optimizer):
-    """An optimizer whose steps with `found_inf` = 1 change nothing."""
-
-    _step_supports_amp_scaling = True
-    found_inf: Tensor | None = None
-
-    def _mask_skipped_step(self) -> Tensor:
-        """Return a float32 scalar, 1 or, if this step is to be skipped, 0; in that case also set the gradients to 0.
-
-        NaN times 0 is NaN, so the gradients are multiplied as integers, by their bits.
-        """
-        weights = _all_params(self)
-        if self.found_inf is None:
-            return torch.ones((), device=weights[0].device)
-        keep = 1 - self.found_inf.reshape(())
-        _, gradients = _with_gradients(weights)
-        torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], keep.int())
-        return keep
-
-
 class Ranger(_CapturableOptimizer):
     """RAdam (Liu et al. 2020) on centralized gradients (Yong et al. 2020): Ranger (Wright 2019) without its Lookahead.
 
-    Updates and argument names are those of pytorch_optimizer's Ranger with `degenerated_to_sgd=True`. Weight decay is
-    decoupled.
+    The same as pytorch_optimizer's Ranger with `degenerated_to_sgd=True`.
     """
 
     def __init__(
@@ -122,9 +115,8 @@ class Muon(_CapturableOptimizer):
     """Muon (Jordan 2024) for convolutions: orthogonalized momentum for filters, SGD for all other parameters.
 
     Filters are the 4-dimensional weights as matrices [out, in * height * width] and, with `linear`, the 2-dimensional
-    weights. As in airbench94_muon, all other parameters take SGD steps with momentum `rest_momentum` and `rest_lr`
-    times the learning rate. Weight decay is decoupled; with `weight_norm`, each filter is instead rescaled to the norm
-    sqrt(out) before its update.
+    weights. As in airbench94_muon, SGD multiplies the learning rate by `rest_lr`, and `weight_norm` replaces the decay
+    of filters by rescaling them to the norm sqrt(out).
     """
 
     def __init__(
@@ -159,29 +151,25 @@ class Muon(_CapturableOptimizer):
         for group in self.param_groups:
             filter_dims = (2, 4) if group["linear"] else (4,)
             filters = [weight for weight in group["params"] if weight.ndim in filter_dims]
-            self._muon_update(group, filters, keep)
+            lr = group["lr"] * keep
+            filters, directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
+            for matrices, matrix_directions in matrices_by_shape(filters, directions):
+                weights = torch.stack(matrices)
+                updates = orthogonalize(torch.stack(matrix_directions), group["ns_steps"])
+                rows, columns = weights.shape[1:]
+                if group["weight_norm"]:
+                    norms = weights.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                    weights.mul_(torch.where(keep.bool(), math.sqrt(rows) / norms, 1.0))
+                else:
+                    weights.mul_(1 - lr * group["weight_decay"])
+                weights.sub_(updates.float() * (lr * math.sqrt(max(1.0, rows / columns))))
+                torch._foreach_copy_(matrices, list(weights))
             rest = [weight for weight in group["params"] if weight.ndim not in filter_dims]
-            weights, directions = self._momentum_directions(rest, group["rest_momentum"], group["nesterov"], keep)
-            if weights:
+            rest, directions = self._momentum_directions(rest, group["rest_momentum"], group["nesterov"], keep)
+            if rest:
                 lr = group["lr"] * group["rest_lr"] * keep
-                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(weights, torch._foreach_mul(directions, -lr))
-
-    def _muon_update(self, group: dict[str, Any], filters: list[Tensor], keep: Tensor) -> None:
-        """Update `filters` by Muon, all matrices of equal shape as one batch."""
-        lr = group["lr"] * keep
-        filters, directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
-        for matrices, matrix_directions in matrices_by_shape(filters, directions):
-            weights = torch.stack(matrices)
-            updates = orthogonalize(torch.stack(matrix_directions), group["ns_steps"])
-            rows, columns = weights.shape[1:]
-            if group["weight_norm"]:
-                norms = weights.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                weights.mul_(torch.where(keep.bool(), math.sqrt(rows) / norms, 1.0))
-            else:
-                weights.mul_(1 - lr * group["weight_decay"])
-            weights.sub_(updates.float() * (lr * math.sqrt(max(1.0, rows / columns))))
-            torch._foreach_copy_(matrices, list(weights))
+                torch._foreach_mul_(rest, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(rest, torch._foreach_mul(directions, -lr))
 
     def _momentum_directions(
         self, weights: list[Tensor], momentum: float, nesterov: bool, keep: Tensor
@@ -201,11 +189,8 @@ class Muon(_CapturableOptimizer):
 
 
 def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return RAdam's factor of the learning rate (float32 scalar) after `num_steps` steps, and whether it is rectified.
-
-    The factor includes the bias correction of the first moment. Computed in float64, because the moving average's
-    length is a small difference of large numbers.
-    """
+    """Return RAdam's factor of the learning rate, with the bias correction, and whether the step is rectified."""
+    # in float64: `length` is a small difference of large numbers
     steps = num_steps.double().clamp(min=1)  # a skipped first step multiplies the factor by 0, so it must be finite
     beta2_power = beta2**steps
     max_length = 2 / (1 - beta2) - 1
@@ -217,10 +202,7 @@ def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold
 
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Orthogonalize matrices [n, rows, columns] by `steps` Newton-Schulz iterations, computed in `dtype`.
-
-    The result has about the same singular vectors and singular values between 0.7 and 1.2.
-    """
+    """Return matrices [n, rows, columns] with singular values of 0.7 to 1.2, by `steps` Newton-Schulz iterations."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     transpose = matrices.shape[1] > matrices.shape[2]  # so that the Gram matrix is the smaller one
     x = matrices.mT if transpose else matrices
@@ -232,10 +214,7 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloa
 
 
 def matrices_by_shape(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Yield groups of equal shape of the tensors [out, ...] of `lists`, one list of matrices [out, inputs] for each.
-
-    The tensors at the same position of all lists have the same shape. The matrices are views, inputs in memory order.
-    """
+    """Yield groups of equal shape of the tensors [out, ...] of `lists`, as views [out, inputs] in memory order."""
     groups: dict[torch.Size, list[list[Tensor]]] = {}
     for tensors in zip(*lists, strict=True):
         order = [sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True) for tensor in tensors]
@@ -251,6 +230,5 @@ def _all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parameters that have a gradient, and their gradients."""
     weights = [weight for weight in params if weight.grad is not None]
     return weights, [weight.grad for weight in weights if weight.grad is not None]

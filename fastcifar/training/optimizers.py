@@ -1,8 +1,4 @@
-"""Optimizers, Lookahead, parameter groups and gradient clipping.
-
-A CUDA graph can capture the update of an optimizer whose `OptimizerSpec.capturable` is set. The training loop sets the
-learning rate and updates Lookahead's slow weights between steps, outside the graph.
-"""
+"""Optimizers, Lookahead, parameter groups and gradient clipping."""
 
 from __future__ import annotations
 
@@ -25,18 +21,17 @@ from fastcifar.training.rng_state import preserve_state
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An entry of OPTIMIZERS or, with the `name` and the arguments of a recipe, the result of `parse_optimizer`."""
+    """An entry of OPTIMIZERS; `parse_optimizer` adds its name and the arguments of the recipe."""
 
     build: Callable[..., torch.optim.Optimizer]
     arguments: dict[str, Any] = field(default_factory=dict)  # other than the learning rate and weight decay
     fused: bool = False  # torch updates all weights in one kernel
-    capturable: bool = False  # if not, the update runs after the CUDA graph and reads one flag on the host in each step
+    capturable: bool = False  # by a CUDA graph; if not, each update reads a flag on the host
     self_scheduled: bool = False  # sets or scales its learning rate itself
     lookahead: dict[str, Any] = field(default_factory=dict)  # `k` and `alpha`; empty without Lookahead
     name: str = ""
 
 
-# Other names are classes of pytorch_optimizer; see `find_optimizer`.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": OptimizerSpec(torch.optim.SGD, {"momentum": 0.9}, fused=True, capturable=True),
     "adam": OptimizerSpec(torch.optim.Adam, fused=True, capturable=True),  # weight decay as L2 penalty
@@ -55,10 +50,7 @@ RESERVED_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "captu
 
 
 def find_optimizer(name: str) -> OptimizerSpec:
-    """Return the entry `name` of OPTIMIZERS or one for the class of pytorch_optimizer with that name, ignoring case.
-
-    Raises `UsageError` for an unknown name, and with the installation command if pytorch_optimizer cannot be imported.
-    """
+    """Return the entry `name` of OPTIMIZERS or one for the class of pytorch_optimizer with that name, ignoring case."""
     name = name.lower()
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -77,10 +69,7 @@ def find_optimizer(name: str) -> OptimizerSpec:
 
 
 def parse_optimizer(recipe: Recipe) -> OptimizerSpec:
-    """Parse `NAME` or `lookahead:NAME` and check `--optimizer-arg`; Lookahead takes `k` and `alpha`.
-
-    Raises `UsageError` for an unknown optimizer or argument, with the nearest name, and an unsupported optimizer.
-    """
+    """Parse `NAME` or `lookahead:NAME` and check `--optimizer-arg`, which may contain `k` and `alpha` of Lookahead."""
     prefix, _, name = recipe.optimizer.rpartition(":")
     if prefix not in ("", "lookahead"):
         raise UsageError(f"unknown optimizer {recipe.optimizer!r}", "use NAME or lookahead:NAME")
@@ -88,18 +77,6 @@ def parse_optimizer(recipe: Recipe) -> OptimizerSpec:
     if prefix and spec.lookahead:
         raise UsageError(f"{name} already includes Lookahead", f"use --optimizer {name}")
     lookahead = dict(LOOKAHEAD_DEFAULTS if prefix else spec.lookahead)
-    arguments = dict(recipe.optimizer_arg)
-    _check_arguments(name, spec, recipe, lookahead)
-    lookahead |= {key: arguments.pop(key) for key in lookahead if key in arguments}
-    if lookahead:
-        k, alpha = lookahead["k"], lookahead["alpha"]
-        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
-            raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
-    return replace(spec, name=name, arguments={**spec.arguments, **arguments}, lookahead=lookahead)
-
-
-def _check_arguments(name: str, spec: OptimizerSpec, recipe: Recipe, lookahead: dict[str, Any]) -> None:
-    """Check `--optimizer-arg` with the optimizer's signature, because libraries may ignore unknown arguments."""
     parameters = inspect.signature(spec.build).parameters
     if not {"params", "lr"} <= parameters.keys():
         raise UsageError(f"{name} does not take parameters and a learning rate", "choose another optimizer")
@@ -108,22 +85,29 @@ def _check_arguments(name: str, spec: OptimizerSpec, recipe: Recipe, lookahead: 
         raise UsageError(problem, "choose another optimizer")
     if recipe.weight_decay and "weight_decay" not in parameters:
         raise UsageError(f"{name} has no weight decay", "set --weight-decay 0")
+    # libraries may ignore unknown arguments
     own = {key: parameter for key, parameter in parameters.items() if key not in RESERVED_ARGUMENTS}
     allowed = [*(key for key, parameter in own.items() if parameter.kind != parameter.VAR_KEYWORD), *lookahead]
-    for key in recipe.optimizer_arg:
+    arguments = dict(recipe.optimizer_arg)
+    for key in arguments:
         if key not in allowed:
             raise UsageError(f"{name} has no argument {key!r}", suggest_name(key, allowed))
     for key in allowed:
-        if key in own and own[key].default is inspect.Parameter.empty and key not in recipe.optimizer_arg:
+        if key in own and own[key].default is inspect.Parameter.empty and key not in arguments:
             raise UsageError(f"{name} needs {key}", f"set --optimizer-arg {key}=VALUE or choose another optimizer")
+    lookahead |= {key: arguments.pop(key) for key in lookahead if key in arguments}
+    if lookahead:
+        k, alpha = lookahead["k"], lookahead["alpha"]
+        if not (isinstance(k, int) and k >= 1 and isinstance(alpha, int | float) and 0 < alpha <= 1):
+            raise UsageError(f"Lookahead needs an integer k >= 1 and 0 < alpha <= 1 (got {lookahead})")
+    return replace(spec, name=name, arguments={**spec.arguments, **arguments}, lookahead=lookahead)
 
 
 class OptimizerWrapper:
-    """A torch optimizer with the learning rate in a device tensor, optionally with Lookahead.
+    """A torch optimizer with its learning rates in device tensors, optionally with Lookahead (Zhang et al. 2019).
 
-    A parameter group whose learning rate is a multiple of it (`bias_lr_mult`, `head_lr_mult`) has a tensor of its own.
-    Lookahead (Zhang et al. 2019): every k steps slow += alpha * (fast - slow), then fast = slow.
-    Raises `UsageError` for an argument that the optimizer refuses, and for an optimizer that cannot train the model.
+    Lookahead: every k steps slow += alpha * (fast - slow), then fast = slow, outside of a captured step.
+    Raises `UsageError` if the optimizer refuses an argument or cannot train the model.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, spec: OptimizerSpec) -> None:
@@ -160,18 +144,14 @@ class OptimizerWrapper:
             raise
         except expected as error:
             reason = first_message_line(error, type(error).__name__)
-            raise UsageError(
-                f"{self.spec.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}: {reason}"
-            ) from None
+            problem = f"{self.spec.name} cannot train this network with --optimizer-arg {recipe.optimizer_arg}"
+            raise UsageError(f"{problem}: {reason}") from None
         for tensor in _optimizer_state_tensors(inner):
             tensor.zero_()  # the initial value of every state tensor
         return inner
 
     def step(self, scaler: torch.amp.GradScaler, skip: Tensor) -> None:
-        """Update the weights through torch's `scaler`, which may be disabled.
-
-        `skip`: float32 scalar on the device; 1 leaves weights and state unchanged.
-        """
+        """Update the weights. `skip`: float32 scalar on the device; 1 leaves weights and state unchanged."""
         if self.spec.capturable:
             # the kernels skip the update if it is 1; an enabled scaler overwrites it
             self.inner.found_inf = skip  # type: ignore[attr-defined]
@@ -180,10 +160,7 @@ class OptimizerWrapper:
         scaler.step(self.inner)
 
     def after_step(self, completed_steps: int, skip: Tensor | None = None) -> None:
-        """Update Lookahead's slow weights every k steps; call it after each step with the number of completed steps.
-
-        `skip`: as in `step`, applied without a branch, which would synchronize with the host.
-        """
+        """Update Lookahead's slow weights every k steps. `skip` is that of `step`, applied without a host branch."""
         if not self.spec.lookahead or completed_steps % self.spec.lookahead["k"]:
             return
         fast = [weight.detach() for weight in self.parameters]
@@ -195,7 +172,7 @@ class OptimizerWrapper:
             torch._foreach_add_(weights, updated)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning-rate tensors, without a synchronization; captured graphs use the new values."""
+        """Set the learning rates, without a synchronization; captured graphs use the new values."""
         self.lr.fill_(lr)
         for multiplier, scaled_lr in self.scaled_lrs.items():
             scaled_lr.fill_(lr * multiplier)
@@ -204,10 +181,7 @@ class OptimizerWrapper:
                 group["lr"] = lr * group.get(LR_MULT, 1.0)
 
     def state_tensors(self) -> list[Tensor]:
-        """Return every tensor that `step` and `after_step` change, except the weights.
-
-        For an optimizer that is not capturable, only the state tensors that its steps have created so far.
-        """
+        """Return every tensor, except the weights, that a step changes and, if not capturable, has created so far."""
         return [*_optimizer_state_tensors(self.inner), *self.slow_weights, self.lr, *self.scaled_lrs.values()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,11 +205,7 @@ class OptimizerWrapper:
 def _try_optimizer(
     build: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> None:
-    """Make two steps on copies of the weights and save and load the state.
-
-    Raises the exceptions of the optimizer, which may need a closure, second derivatives or matrices, and `ValueError`
-    if a checkpoint cannot hold its state.
-    """
+    """Make two steps on copies of the weights, save and load the state; raise what the optimizer raises."""
     copies = [{**group, "params": [p.detach().clone().requires_grad_() for p in group["params"]]} for group in groups]
     optimizer = build(copies, **arguments)
     for _ in range(2):
@@ -251,7 +221,6 @@ def _try_optimizer(
 
 
 def _step_with_gradients(optimizer: torch.optim.Optimizer, gradient_fn: Callable[[Tensor], Tensor]) -> None:
-    """Make one step with gradients that `gradient_fn` computes from the weights, then remove the gradients."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = gradient_fn(weight.detach())
@@ -266,10 +235,8 @@ def _optimizer_state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def build_param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer that contain every trainable parameter of `model` once.
 
-    `bias_decay` and `bias_lr_mult` of the recipe apply to biases and normalization parameters (those with at most one
-    dimension), `head_lr_mult` to the last linear layer's weight. The `weight_decay` of a group is divided by its
-    learning-rate multiplier, so that the decay per step is unchanged.
-    Raises `UsageError` if `head_lr_mult` is not 1 and the network has no linear layer.
+    Parameters with at most one dimension count as biases, the last linear layer's weight as the head. Weight decay is
+    divided by the learning-rate multiplier, so that the decay per step is unchanged.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     if recipe.head_lr_mult != 1 and not linear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from fastcifar.format import format_short_number
 from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
@@ -28,10 +28,10 @@ class TrainingDisplay:
         self.epochs, self.batch_size = trainer.recipe.epochs, trainer.recipe.batch_size
         self.last_update_time, self.steps_done = time.perf_counter(), trainer.progress.step
         self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            "epoch {task.fields[epoch]}",
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[state]}"),
+            "{task.percentage:>3.0f}%",
+            "{task.fields[state]}",
             TimeElapsedColumn(),
             "left",
             TimeRemainingColumn(),
@@ -58,7 +58,6 @@ class TrainingDisplay:
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
     def show_epoch(self, row: EpochRow) -> None:
-        """Print the metrics of an epoch as one line."""
         fields = [
             f"epoch {row['epoch'] + 1}/{self.epochs}",
             f"loss {row['train_loss']:.4f}",

@@ -7,6 +7,9 @@ import threading
 from types import FrameType
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
+
 from fastcifar.training.distributed import World
 
 SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange received signals
@@ -41,5 +44,6 @@ class SignalHandler:
         """Return the signal to stop at after `step`, or "". Several ranks agree every SIGNAL_SYNC_EVERY_STEPS steps."""
         names = ["", *self.EXIT_CODES]
         if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
-            self.agreed_signal = names[world.all_reduce_max(names.index(self.received_signal))]
+            index = torch.tensor(names.index(self.received_signal))
+            self.agreed_signal = names[int(world.all_reduce(index, dist.ReduceOp.MAX))]
         return self.agreed_signal

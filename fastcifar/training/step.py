@@ -1,8 +1,4 @@
-"""One training step as a plain function of images and labels, and the counters and average that it updates.
-
-It never synchronizes with the host, except in the update of an optimizer that cannot be captured. compilation.py and
-cuda_graph.py compile and capture it from outside.
-"""
+"""The training step, which synchronizes with the host only for an optimizer that cannot be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -29,19 +25,15 @@ LossAndCorrect = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean training metrics since the last reset of a meter, NaN before the first image.
-
-    `nonfinite_steps`: number of steps from the first one with a NaN or Inf on, that step included; 0 if there is none.
-    """
+    """Mean training metrics since the last reset of a meter, NaN before the first image."""
 
     loss: float
     accuracy: float
     images: int
-    nonfinite_steps: int
+    nonfinite_steps: int  # steps since the first NaN or Inf, including its step
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> Metrics:
-        """Compute the metrics from the sums of a `Meter`."""
         loss, correct, images, nonfinite_steps = sums.tolist()
         mean_loss, accuracy = (loss / images, correct / images) if images else (math.nan, math.nan)
         return cls(mean_loss, accuracy, int(images), int(nonfinite_steps))
@@ -67,9 +59,7 @@ class Meter:
 
     def compute(self) -> Metrics:
         """Return the metrics since the reset, over all ranks; the host waits for the device."""
-        sums = self.sums.clone()
-        self.world.all_reduce_sum(sums)
-        return Metrics.from_sums(sums)
+        return Metrics.from_sums(self.world.all_reduce(self.sums))
 
     def compute_delayed(self) -> Metrics:
         """Return the metrics as of the previous call, whose copy to the host has finished by now, without waiting."""
@@ -139,10 +129,7 @@ class Ema:
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), both [1, 3, 1, 1], with which `pixels * scale + shift` normalizes pixels 0..255.
-
-    `mean`, `std`: per channel, of pixels in [0, 1].
-    """
+    """Return scale and shift [1, 3, 1, 1] of `pixels * scale + shift` for pixels 0..255; `mean`, `std` are of 0..1."""
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return torch.tensor(scale).view(1, 3, 1, 1), torch.tensor(shift).view(1, 3, 1, 1)
@@ -169,8 +156,7 @@ def loss_and_correct(
 ) -> LossAndCorrect:
     """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions).
 
-    With `mix` it also takes the mixer's parameters: the target of a mixed image is the mixture of its labels, and a
-    prediction of the largest one is correct. Images are resized to `image_size` pixels (bilinear, antialiased).
+    With `mix` it also takes the mixer's parameters; predicting the label of the largest weight is then correct.
     """
 
     def function(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +164,7 @@ def loss_and_correct(
         if mix:
             images, label_weights = mix(images, *mixer_params)
         if image_size != CIFAR_IMAGE_SIZE:
-            images = F.interpolate(images.float(), size=(image_size, image_size), mode="bilinear", antialias=True)
+            images = F.interpolate(images.float(), size=image_size, mode="bilinear", antialias=True)
             images = images.contiguous(memory_format=torch.channels_last)
         logits = forward(images)
         targets = labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
@@ -198,10 +184,10 @@ def build_step_function(
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
 ) -> TrainStep:
-    """Return a step: forward, backward, gradient clipping, update, moving average, counters.
+    """Return a step of forward, backward, gradient clipping, update, moving average and counters.
 
-    On a NaN or Inf in the loss or a gradient, that update and all later ones are skipped. `scaler` scales the loss on
-    the device and skips steps whose gradients overflow, which is normal in fp16; it is disabled in other precisions.
+    After a NaN or Inf in the loss or a gradient, all updates are skipped. `scaler` is enabled only in fp16, and skips
+    single steps whose gradients overflow.
     """
     checked = [] if scaler.is_enabled() else optimizer.parameters
     buffers = [value for value in model.buffers() if value.is_floating_point()] or [torch.zeros_like(meter.sums[:0])]

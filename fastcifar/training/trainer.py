@@ -87,7 +87,6 @@ class Trainer:
         return self.recipe.epochs * self.loader.steps_per_epoch
 
     def summary_lines(self) -> list[str]:
-        """Return lines about the data set, the network and the recipe."""
         official = "" if self.data.is_official else ", not the official files"
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
@@ -99,11 +98,9 @@ class Trainer:
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Return the batches of an epoch from step `start_step` on."""
         return mixed_batches(self.loader, self.resolved.augment_ops, epoch, self.recipe.seed, self.device, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
-        """Train on one batch of `batches`, without a host synchronization."""
         self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))
         self.step(*batch)
         self.progress.step += 1
@@ -111,9 +108,9 @@ class Trainer:
         self.optimizer.after_step(self.progress.step, self.meter.found_inf)
 
     def optimize(self, compile_mode: str = "auto") -> None:
-        """Compile and capture the step and the forward pass of the evaluation, as `execution` says; start the loader.
+        """Compile and capture step and evaluation, without a change of state; start the loader.
 
-        The state of the run is left as it was. `compile_mode` applies if that of the recipe is "auto".
+        `compile_mode` applies if that of the recipe is "auto".
         """
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
@@ -141,16 +138,12 @@ class Trainer:
         return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
-        """Return a training step around `loss_function`."""
         return build_step_function(
             loss_function, self.model, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler
         )
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
-        """Return a step for the batches of every epoch, compiled and captured as `execution` says, or `eager`.
-
-        It consists of two steps per image size, for full batches and for a smaller last batch.
-        """
+        """Return a step that calls another one for each image size, and for a smaller last batch."""
         sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
         slicing = self.loader.slicing
         full_size, last_size = slicing.local_batch_size, slicing.local_count(self.loader.steps_per_epoch - 1)
@@ -173,13 +166,10 @@ class Trainer:
         image_size: int = CIFAR_IMAGE_SIZE,
         batch_size: int | None = None,
     ) -> Callable[..., None]:
-        """Return a function of the tensors of `num_steps` batches, full by default, that makes as many steps.
-
-        Smaller ones are not compiled: they run too rarely to repay that.
-        """
+        """Return a function of the tensors of `num_steps` batches, full by default, that makes as many steps."""
         loss_function, example = self.build_loss_function(image_size), self.example_batch(batch_size) * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
-        compiled = self.execution.compile and batch_size is None
+        compiled = self.execution.compile and batch_size is None  # smaller batches are too rare to repay that
         self.model.train()
         with self.preserve_state():
             if compiled:
@@ -198,10 +188,7 @@ class Trainer:
 
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
-        """Restore the state of the run after the `with` block, in which steps run; with `skip_updates` as after a NaN.
-
-        Without it, optimizers that create their state in steps keep that state.
-        """
+        """Restore the state of the run after the `with` block; with `skip_updates`, steps in it run as after a NaN."""
         scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
             if skip_updates:
@@ -220,17 +207,14 @@ class Trainer:
 
     @property
     def images_per_validation(self) -> int:
-        """Number of images evaluated at the end of an epoch."""
         return (2 if self.ema else 1) * len(self.val_split.labels)
 
     @property
     def images_per_test(self) -> int:
-        """Number of images evaluated at the end of the run, each view of a test-time augmentation counted."""
         views = len(VIEWS[self.recipe.tta]) if self.recipe.tta != "none" else 0
         return ((2 if self.ema else 1) + views) * len(self.data.test.labels)
 
     def state_tensors(self) -> list[Tensor]:
-        """Return every tensor that a step changes."""
         parts = (self.optimizer, self.meter, *([self.ema] if self.ema else []))
         return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
@@ -249,10 +233,7 @@ class Trainer:
         return evaluate(self.model, self.eval_forward, split, self.device, tta)
 
     def test(self, best_checkpoint: Path) -> tuple[Scores, float | None, float | None]:
-        """Evaluate once on the test set. The model is left with the weights that the recipe evaluates.
-
-        Returns their scores, the accuracy of the moving average and that with test-time augmentation.
-        """
+        """Return the test scores, and the accuracies of the EMA and with TTA; the model keeps the evaluated weights."""
         weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
         if self.ema:
             with self.ema.averaged_weights():
@@ -296,14 +277,10 @@ class Trainer:
         self.meter.load_sums(state["meter"])
         rng_states = state["random"]
         if len(rng_states) != self.world.world_size:
-            warnings.warn(
-                f"the checkpoint is from {len(rng_states)} processes and this run has {self.world.world_size}: random "
-                "numbers and the statistics of BatchNorm will differ",
-                stacklevel=2,
-            )
+            problem = f"the checkpoint is from {len(rng_states)} processes and this run has {self.world.world_size}"
+            warnings.warn(f"{problem}: random numbers and the statistics of BatchNorm will differ", stacklevel=2)
         restore_rng_state(rng_states[self.world.rank % len(rng_states)], self.device)
         self.progress = TrainingProgress.from_checkpoint(state)
 
     def checkpoint_bytes(self) -> int:
-        """Return the approximate size of a checkpoint in bytes."""
         return sum(tensor.nbytes for tensor in self.state_tensors())
