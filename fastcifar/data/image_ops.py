@@ -1,8 +1,7 @@
 """Operations on a batch of images, int32 rows [b,32,96] with values 0..255: column 3 * x + channel belongs to pixel x.
 
 The operations of policies reproduce torchvision's v2 operations; geometric ones use nearest-neighbor sampling and fill
-with black. Amounts are integers computed on the host and all rounding is explicit, so every device gives the same
-bytes.
+with black. Amounts are integers from the host and all rounding is explicit, so the bytes are equal on every device.
 """
 
 from __future__ import annotations

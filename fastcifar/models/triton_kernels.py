@@ -1,8 +1,7 @@
-"""The operators of `fused_ops` as Triton kernels for CUDA tensors, imported only where one runs.
+"""The operators of `fused_ops` as Triton kernels for CUDA tensors, with pointers to the results as last arguments.
 
-One program processes a tile: one chunk of CHUNK positions of one image, and BLOCK channels, of P = H * W positions and
-C channels. All arithmetic is in float32. `stride` and `slope_stride` are the distances between the factors of
-consecutive images. The kernels have the names and arguments of the operators, followed by pointers to the results.
+A program processes a tile of one image: CHUNK of its P = H * W positions, and BLOCK of its C channels, in float32.
+`stride` and `slope_stride` are the distances between the factors of consecutive images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Experiment trackers for a run: TensorBoard event files and an MLflow database.
 
-Opening a tracker synchronizes it with the completed rows of the run: no row is missing or duplicated, even after an
-interruption. Both libraries are imported only if a recipe uses them.
+Opening a tracker logs the completed rows of the run that it lacks, so none is missing or duplicated when it is resumed.
 """
 
 from __future__ import annotations
