@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,9 @@ class AugmentOp:
         assert self.value is not None, self
         return self.value
 
+    def __str__(self) -> str:
+        return ":".join(filter(None, (self.name, "" if self.value is None else repr(self.value), self.variant)))
+
 
 AugmentOps = tuple[AugmentOp, ...]  # a parsed augmentation list
 
@@ -69,13 +73,10 @@ class AugmentParams(NamedTuple):
     """All random numbers of one epoch, of which slices are those of a batch, of a rank's share or of a DALI chunk."""
 
     permutation: np.ndarray  # int64 [n], the sample at each position
-    op_params: tuple[
-        ParamArrays, ...
-    ]  # of each augmentation: arrays [n], bool, uint8, or int32 for fixed-point numbers
+    op_params: tuple[ParamArrays, ...]  # of each augmentation: arrays [n], bool, uint8, or int32 for fixed-point values
 
 
 def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
-    """Draw `y` and `x`, uniform over 0..num_positions - 1."""
     y, x = context.rng.integers(0, num_positions, size=(2, len(context.permutation)), dtype=np.uint8)
     return {"y": y, "x": x}
 
@@ -101,21 +102,21 @@ def apply_box(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillCol
 
 
 def _apply_steps(rows: Tensor, params: OpParams, operations: list[tuple[str, ...]]) -> Tensor:
-    """Apply one operation per step to each image, among the `operations` of the step."""
     steps = [(params[f"code{i}"], params[f"amount{i}"], params.get(f"cosine{i}")) for i in range(len(operations))]
     return image_ops.apply_operations(rows, steps, operations)
 
 
-def draw_policy(op: AugmentOp, context: DrawContext) -> ParamArrays:
-    """Draw the operation and amount of every step, named as by `policies.draw_policy_params`."""
+def _draw_policy(op: AugmentOp, context: DrawContext) -> ParamArrays:
     assert op.policy is not None, op
     return policies.draw_policy_params(op.policy, len(context.permutation), context.rng)
 
 
-def apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Apply the steps of the policy in order."""
+def _apply_policy(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
     assert op.policy is not None, op
     return _apply_steps(rows, params, [op.policy.operations(step) for step in range(op.policy.num_steps)])
+
+
+_policy_spec = partial(AugmentSpec, _draw_policy, _apply_policy)
 
 
 AUGMENTS: dict[str, AugmentSpec] = {
@@ -165,26 +166,20 @@ AUGMENTS: dict[str, AugmentSpec] = {
         help="multiply brightness, contrast and saturation by a factor from 1 - VALUE to 1 + VALUE, "
         "shift the hue by at most VALUE / 2 of a full turn",
     ),
-    "autoaugment": AugmentSpec(
-        draw=draw_policy,
-        apply=apply_policy,
+    "autoaugment": _policy_spec(
         default_value=None,
         variants={"cifar10": (0, 0)},
         help="AutoAugment policy for CIFAR-10, or your own policy: autoaugment:FILE.toml",
         build_policy=lambda value, variant: policies.load_policy(variant),
         accepts_file=True,
     ),
-    "randaugment": AugmentSpec(
-        draw=draw_policy,
-        apply=apply_policy,
+    "randaugment": _policy_spec(
         default_value=9,
         variants={"2": (0, 30), "1": (0, 30), "3": (0, 30)},
         help="RandAugment: VARIANT of fourteen operations per image, at magnitude level VALUE (0 to 30)",
         build_policy=lambda value, variant: uniform_policy(STANDARD_SPACE, [int(value or 0)], int(variant)),
     ),
-    "trivialaugment": AugmentSpec(
-        draw=draw_policy,
-        apply=apply_policy,
+    "trivialaugment": _policy_spec(
         default_value=None,
         variants={"wide": (0, 0)},
         help="TrivialAugment Wide: one of fourteen operations per image, at a random magnitude level",
@@ -211,8 +206,7 @@ def split_mixer(ops: AugmentOps) -> tuple[AugmentOps, AugmentOp | None]:
 
 def format_augment(ops: AugmentOps) -> str:
     """Return the canonical text of a list with all values, the inverse of `parse_augment`; "none" if it is empty."""
-    items = ((op.name, "" if op.value is None else repr(op.value), op.variant) for op in ops)
-    return ",".join(":".join(filter(None, item)) for item in items) or "none"
+    return ",".join(map(str, ops)) or "none"
 
 
 def _parse_item(item: str) -> AugmentOp:
@@ -261,8 +255,6 @@ def draw_epoch(ops: AugmentOps, n: int, epoch: int, seed: int) -> AugmentParams:
     The key of the Philox generator is [seed, epoch]: the stream jumped by 0 (times 2**128 draws) gives the permutation,
     the stream jumped by 1 + i the parameters of `ops[i]`, so nothing else, such as the batch size, has an influence.
     """
-    assert seed >= 0, seed
-    assert 0 <= epoch < FIXED_STREAM_EPOCH, epoch
     permutation = _rng_stream(seed, epoch, 0).permutation(n)
     op_params = []
     for jumps, op in enumerate(ops, 1):
@@ -278,12 +270,11 @@ def draw_mixer_params(ops: AugmentOps, n: int, epoch: int, seed: int) -> np.ndar
 
 def apply_augment(ops: AugmentOps, images: Tensor, params: tuple[OpParams, ...], fill_color: FillColor) -> Tensor:
     """Apply augmentations to a batch, uint8 channels_last [b,3,32,32] in and out, with their `params` [b]."""
-    rows = apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
-    return rows.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
+    return apply_augment_rows(ops, images.permute(0, 2, 3, 1).flatten(2), params, fill_color)
 
 
 def apply_augment_rows(ops: AugmentOps, rows: Tensor, params: tuple[OpParams, ...], fill_color: FillColor) -> Tensor:
-    """Do the same as `apply_augment` on the same bytes viewed as rows, uint8 [b,32,96].
+    """Return the same images as `apply_augment` from the same bytes viewed as rows, uint8 [b,32,96].
 
     A fused CPU kernel is vectorized well only if its innermost loop is long (rows of 96 adjacent bytes) and if values,
     masks and indices have the same width (int32). The int32 values are kept in registers, not in memory.
@@ -292,7 +283,7 @@ def apply_augment_rows(ops: AugmentOps, rows: Tensor, params: tuple[OpParams, ..
     rows = rows.int()
     for op, op_params in zip(ops, params, strict=True):
         rows = AUGMENTS[op.name].apply(op, rows, op_params, fill_color)
-    return rows.to(torch.uint8)
+    return rows.to(torch.uint8).unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
 
 
 def _rng_stream(seed: int, epoch: int, jumps: int) -> np.random.Generator:

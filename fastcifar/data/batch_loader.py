@@ -12,15 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import (
-    CIFAR_IMAGE_SIZE,
-    AugmentOps,
-    AugmentParams,
-    FillColor,
-    OpParams,
-    apply_augment_rows,
-    draw_epoch,
-)
+from fastcifar.data.augment import AugmentOps, AugmentParams, OpParams, apply_augment_rows, draw_epoch
+from fastcifar.data.image_ops import FillColor
 from fastcifar.errors import UsageError
 
 ALIGNMENT = 16  # the parameters of a step start at a multiple of this many elements
@@ -54,7 +47,6 @@ class BatchSlicing:
     def __post_init__(self) -> None:
         num_samples, batch_size, world_size = self.num_samples, self.batch_size, self.world_size
         assert batch_size > 0, batch_size
-        assert 0 <= self.rank < world_size, (self.rank, world_size)
         if batch_size > num_samples:
             problem = f"--batch-size {batch_size} is larger than the {num_samples:,} training images"
             raise UsageError(problem, f"choose at most {num_samples}")
@@ -71,7 +63,6 @@ class BatchSlicing:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of steps in an epoch."""
         return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
 
     @property
@@ -164,8 +155,7 @@ def eager_gather(ops: AugmentOps, fill_color: FillColor) -> GatherFn:
     """Return the eager version of `compile_gather`, which gives identical bytes."""
 
     def gather(rows: Tensor, indices: Tensor, params: tuple[OpParams, ...]) -> Tensor:
-        augmented = apply_augment_rows(ops, rows[indices], params, fill_color)
-        return augmented.unflatten(2, (CIFAR_IMAGE_SIZE, 3)).permute(0, 3, 1, 2)
+        return apply_augment_rows(ops, rows[indices], params, fill_color)
 
     return gather
 

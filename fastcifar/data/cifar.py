@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import shutil
+import sys
 import tarfile
 import time
+import urllib.error
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastcifar.data import class_folders
 from fastcifar.data.cifar_files import (
@@ -32,9 +38,14 @@ from fastcifar.data.cifar_files import (
     file_error,
     read_official_files,
 )
-from fastcifar.data.download import DATA_REMEDY, download_file
 from fastcifar.data.safe_pickle import is_html_page
-from fastcifar.errors import DataError, UsageError, lookup
+from fastcifar.errors import DataError, DiskError, UsageError, lookup
+from fastcifar.files import lock_folder
+
+DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
+TIMEOUT_S = 30.0  # of a download
+_CHUNK_BYTES = 2**18
+_MAX_BYTES = 2**30  # a larger download is aborted; the largest official archive has 170 MB
 
 
 def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +104,7 @@ def load_dataset(
             if source is None and not download:
                 raise DataError(f"{dataset} is not in {folder}", DATA_REMEDY)
             archive = folder / spec.python.archive_name
-            source = source or _archive_source(download_file(spec.url, spec.archive_md5, archive), spec)
+            source = source or _identify_source(download_file(spec.url, spec.archive_md5, archive), dataset, spec)
         contents, cache_note = load_or_cache(folder, dataset, source, refresh_cache)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
@@ -121,7 +132,8 @@ def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     if path.is_file():
-        return _archive_source(path, spec)
+        read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
+        return "archive", path.resolve(), [path], read
     for version, layout in (("Python", spec.python), ("binary", spec.binary)):
         for folder in (path, path / layout.folder):
             files = [folder / name for name in layout.file_names]
@@ -131,7 +143,7 @@ def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
                 return f"folder of the {version} version", folder.resolve(), files, read
     for layout in (spec.python, spec.binary):
         if (path / layout.archive_name).is_file():
-            return _archive_source(path / layout.archive_name, spec)
+            return _detect_source(path / layout.archive_name, spec)
     if (path / "train").is_dir():
         files = class_folders.list_image_files(path)
         read = partial(class_folders.read_class_folders, path, spec.class_names)
@@ -139,9 +151,77 @@ def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     return None
 
 
-def _archive_source(path: Path, spec: DatasetSpec) -> _DataSource:
-    read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
-    return "archive", path.resolve(), [path], read
+def download_file(url: str, md5: str, target: Path) -> Path:
+    """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`."""
+    part = target.with_name(f"{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(target.parent, wait=True):
+            if not target.exists():  # otherwise another process has already downloaded it
+                _download_verified(url, md5, part)
+                os.replace(part, target)
+    except OSError as error:
+        raise DiskError(f"cannot write {part}: {error.strerror or error}", f"free space, or {DATA_REMEDY}") from None
+    return target
+
+
+def _download_verified(url: str, md5: str, part: Path) -> None:
+    """Complete `part` and check its MD5; if a resumed download has the wrong MD5, download once more from the start."""
+    start = part.stat().st_size if part.exists() else 0
+    for offset in (start, 0) if start else (0,):
+        if not offset:
+            part.unlink(missing_ok=True)
+        _download_from(url, part, offset)
+        with part.open("rb") as file:
+            head = file.read(512)
+            file.seek(0)
+            actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if actual_md5 == md5:
+            return
+        if not offset:
+            kind = "an HTML page" if is_html_page(head) else f"{part.stat().st_size:,} bytes"
+            part.unlink()
+            raise DataError(f"{url} sent {kind} with MD5 {actual_md5}, expected MD5 {md5}; deleted", DATA_REMEDY)
+
+
+def _download_from(url: str, part: Path, start: int) -> None:
+    """Append the bytes from `start` on, or write the whole file if the server does not support resuming."""
+    headers = {"User-Agent": "fastcifar", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # range not satisfiable: the file is already complete
+            return
+        raise DataError(f"cannot download {url}: HTTP error {error.code} {error.reason}", DATA_REMEDY) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"cannot download {url}: {getattr(error, 'reason', None) or error}", DATA_REMEDY) from None
+    with response:
+        resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        done = start if resumes else 0
+        length = response.headers.get("Content-Length", "")
+        total = done + int(length) if length.isdecimal() else None
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        progress = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        with part.open("ab" if resumes else "wb") as file, progress:
+            task = progress.add_task(part.stem, completed=done, total=total)
+            while True:
+                try:
+                    chunk = response.read(_CHUNK_BYTES)
+                except (OSError, http.client.HTTPException) as error:  # an OSError of `write` concerns the disk instead
+                    problem = f"{url}: connection failed: {error}"
+                    raise DataError(problem, f"run again to resume, or {DATA_REMEDY}") from None
+                if not chunk:
+                    break
+                file.write(chunk)
+                done += len(chunk)
+                progress.advance(task, len(chunk))
+                if done > _MAX_BYTES:
+                    raise DataError(f"{url} sent more than {_MAX_BYTES:,} bytes", DATA_REMEDY)
+    if total is not None and done < total:
+        problem = f"{url}: connection closed after {done:,} of {total:,} bytes"
+        raise DataError(problem, f"run again to resume, or {DATA_REMEDY}")
 
 
 def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
@@ -212,14 +292,19 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
         raise file_error(f"{path} contains {content}, expected {spec.python.folder}/ or {spec.binary.folder}/")
 
 
-def load_or_cache(
-    cache_dir: Path, dataset: str, source: _DataSource, refresh_cache: bool
-) -> tuple[SourceContents, str]:
+def load_or_cache(cache_dir: Path, dataset: str, source: _DataSource, refresh: bool) -> tuple[SourceContents, str]:
     """Read `source` from its cache entry, or write the entry if it is not intact; also return a note for the user."""
     _, path, files, read_source = source
-    entry = cache_dir / f"{dataset}-{_cache_key(path, files)}"
+    digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{path}\n".encode())
+    for file in files:
+        try:
+            stat = file.stat()
+            digest.update(f"{file.parent.name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{file.name}\n".encode())  # missing
+    entry = cache_dir / f"{dataset}-{digest.hexdigest()[:16]}"
     cached = _load_entry(entry)
-    if cached is not None and not refresh_cache:
+    if cached is not None and not refresh:
         return cached, ""
     contents = read_source()
     if cached is not None:
@@ -234,19 +319,6 @@ def load_or_cache(
     return _load_entry(entry) or contents, ""
 
 
-def _cache_key(source: Path, files: list[Path]) -> str:
-    """Hash the source path and, of each file, name, size and modification time; of a missing file the name only."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{source}\n".encode())
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError:
-            digest.update(f"{path.name}\n".encode())
-            continue
-        digest.update(f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def _load_entry(entry: Path) -> SourceContents | None:
     """Return the contents of an entry, its images memory-mapped read-only; None if anything is missing or damaged."""
     try:
@@ -258,11 +330,9 @@ def _load_entry(entry: Path) -> SourceContents | None:
             if path.stat().st_size != size or list(array.shape) != shape or array.dtype != dtype:
                 return None
             arrays[name] = array
-        splits = {
-            # Labels are small, so they are copied, which makes them writable.
-            split_name: Split(arrays[f"{split_name}_images"], np.array(arrays[f"{split_name}_labels"]))
-            for split_name in ("train", "test")
-        }
+        # Labels are small, so they are copied, which makes them writable.
+        pairs = ((split, arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test"))
+        splits = {split: Split(images, np.array(labels)) for split, images, labels in pairs}
         return SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
@@ -287,13 +357,8 @@ def _write_entry(entry: Path, contents: SourceContents) -> None:
             path = temporary / f"{name}.npy"
             np.save(path, array, allow_pickle=False)
             sizes[name] = (path.stat().st_size, array.shape, array.dtype.name)
-        meta = {
-            "format": CACHE_FORMAT_VERSION,
-            "arrays": sizes,
-            "classes": contents.classes,
-            "official": contents.is_official,
-            "note": contents.note,
-        }
+        facts = {"classes": contents.classes, "official": contents.is_official, "note": contents.note}
+        meta = {"format": CACHE_FORMAT_VERSION, "arrays": sizes, **facts}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if entry.exists() and _load_entry(entry) is None:
             # A rename cannot replace a folder that contains files, so the damaged one is moved away first.

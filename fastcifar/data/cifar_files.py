@@ -60,7 +60,6 @@ class FileLayout:
 
     @property
     def file_names(self) -> list[str]:
-        """Names of all files, the one of the class names last."""
         return [*(batch.name for batch in self.batches), self.meta_file]
 
 
@@ -78,9 +77,7 @@ class DatasetSpec:
     binary: FileLayout
     class_names: tuple[str, ...] = ()  # class order for class folders; empty for alphabetical order
     split_digests: dict[str, str] = field(default_factory=dict)  # `split_digest` of each official split
-    reordered_md5s: dict[str, str] = field(
-        default_factory=dict
-    )  # known files with the official images in another order
+    reordered_md5s: dict[str, str] = field(default_factory=dict)  # files with the official images in another order
 
 
 _CIFAR10_PYTHON = (
@@ -189,8 +186,16 @@ def read_official_files(spec: DatasetSpec, members: Iterator[MemberFile], source
     missing = [name for name in layout.file_names if name not in md5s]
     if missing:
         raise file_error(f"missing in {source}: {', '.join(missing)}; expected {', '.join(layout.file_names)}")
-    _check_class_balance(spec, layout, splits, source)
-    return SourceContents(splits, classes, *_verify_official(spec, layout, md5s, splits, classes, source))
+    for split_name, split in splits.items():  # a training batch in place of the test batch is not balanced
+        counts = np.bincount(split.labels, minlength=spec.num_classes)
+        expected = len(split.labels) // spec.num_classes
+        if (counts != expected).any():
+            worst = int(np.abs(counts - expected).argmax())
+            files = ", ".join(batch.name for batch in layout.batches if batch.split == split_name)
+            actual = f"{counts[worst]:,} images of class {worst} in {files}"
+            raise file_error(f"{source} has {actual}, expected {expected:,} of each class")
+    is_official, note = _verify_official(spec, layout, md5s, SourceContents(splits, classes), source)
+    return SourceContents(splits, classes, is_official, note)
 
 
 def parse_batch(
@@ -205,34 +210,28 @@ def parse_batch(
         records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
         pixels, labels = records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
     else:
-        pixels, labels = _parse_python_batch(spec, batch, content, file, is_official)
+        entries = _load_text_keys(content, file)
+        if not {"data", spec.label_key} <= entries.keys():
+            raise file_error(f"{file} has the keys {sorted(entries)[:8]}, expected 'data' and {spec.label_key!r}")
+        batch_label = _to_str(entries.get("batch_label", batch.batch_label))
+        if batch_label != batch.batch_label and not is_official:
+            mismatch = f"{batch_label[:60]!r}, expected {batch.batch_label!r}"
+            raise file_error(f"{file} has the batch_label {mismatch}: files were swapped")
+        pixels, labels = entries["data"], entries[spec.label_key]
+        shape = f"{pixels.shape} {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        expected_shape = f"({batch.num_images}, {IMAGE_BYTES}) uint8"
+        if shape != expected_shape:
+            raise file_error(f"{file} has images {shape}, expected {expected_shape}")
+        labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+        is_list = isinstance(labels, list)
+        if not is_list or len(labels) != batch.num_images or {type(label) for label in labels} != {int}:
+            count = f"{len(labels):,}" if is_list else "no list of"
+            raise file_error(f"{file} has {count} labels, expected {batch.num_images:,} integers")
+        labels = np.array(labels)
     invalid = labels[(labels < 0) | (labels >= spec.num_classes)]
     if len(invalid):
         raise file_error(f"{file} has the label {invalid[0]}, expected 0 to {spec.num_classes - 1}")
     return pixels, labels
-
-
-def _parse_python_batch(
-    spec: DatasetSpec, batch: BatchFile, content: bytes, file: str, is_official: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read the pickled dict of one batch."""
-    entries = _load_text_keys(content, file)
-    if not {"data", spec.label_key} <= entries.keys():
-        raise file_error(f"{file} has the keys {sorted(entries)[:8]}, expected 'data' and {spec.label_key!r}")
-    batch_label = _to_str(entries.get("batch_label", batch.batch_label))
-    if batch_label != batch.batch_label and not is_official:
-        mismatch = f"{batch_label[:60]!r}, expected {batch.batch_label!r}"
-        raise file_error(f"{file} has the batch_label {mismatch}: files were swapped")
-    data, labels = entries["data"], entries[spec.label_key]
-    shape = f"{data.shape} {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
-    expected_shape = f"({batch.num_images}, {IMAGE_BYTES}) uint8"
-    if shape != expected_shape:
-        raise file_error(f"{file} has images {shape}, expected {expected_shape}")
-    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    if not isinstance(labels, list) or len(labels) != batch.num_images or {type(label) for label in labels} != {int}:
-        count = f"{len(labels):,}" if isinstance(labels, list) else "no list of"
-        raise file_error(f"{file} has {count} labels, expected {batch.num_images:,} integers")
-    return data, np.array(labels)
 
 
 def _load_text_keys(content: bytes, file: str) -> dict[str, Any]:
@@ -258,18 +257,6 @@ def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, fi
     return tuple(names)
 
 
-def _check_class_balance(spec: DatasetSpec, layout: FileLayout, splits: dict[str, Split], source: Path) -> None:
-    """Raise `DataError` unless the classes are balanced; a training batch in place of the test batch is not."""
-    for split_name, split in splits.items():
-        counts = np.bincount(split.labels, minlength=spec.num_classes)
-        expected = len(split.labels) // spec.num_classes
-        if (counts != expected).any():
-            worst = int(np.abs(counts - expected).argmax())
-            files = ", ".join(batch.name for batch in layout.batches if batch.split == split_name)
-            actual = f"{counts[worst]:,} images of class {worst} in {files}"
-            raise file_error(f"{source} has {actual}, expected {expected:,} of each class")
-
-
 def split_digest(split: Split) -> str:
     """Return a 128-bit sum over labels and images in any order; it detects damage but not deliberate manipulation."""
     total = 0
@@ -279,20 +266,15 @@ def split_digest(split: Split) -> str:
 
 
 def _verify_official(
-    spec: DatasetSpec,
-    layout: FileLayout,
-    md5s: dict[str, str],
-    splits: dict[str, Split],
-    classes: tuple[str, ...],
-    source: Path,
+    spec: DatasetSpec, layout: FileLayout, md5s: dict[str, str], contents: SourceContents, source: Path
 ) -> tuple[bool, str]:
     """Return whether every file is official, and a note for the user. Raises `DataError` if a file is damaged.
 
-    Three kinds of data are accepted. Official: the MD5 of every file is the official one. Reordered: the official
-    images and labels in another order, each split verified by the MD5s of its files or by `split_digest`. Custom: no
-    file and no split is official, so only the structure can be checked. As soon as one file or split is verified as
-    official, everything else must be too, and is otherwise damaged.
+    The data may be official (the MD5 of every file is), reordered (the official images and labels in another order,
+    each split verified by the MD5s of its files or by `split_digest`), or custom (no file and no split is official, so
+    only the structure is checked). Next to an official file or split, everything that is not official is damaged.
     """
+    splits, classes = contents[:2]
     official_md5s = {batch.name: batch.md5 for batch in layout.batches}
     known_md5s = [official_md5s, official_md5s | (spec.reordered_md5s if layout is spec.python else {})]
     intact = {name for known in known_md5s for name, md5 in known.items() if md5 and md5 == md5s[name]}

@@ -9,17 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastcifar.data.cifar_files import Dataset, DatasetSpec, SourceContents, Split
 from fastcifar.errors import DataError, UsageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"})
 # What Pillow raises for damaged files
-_DECODING_ERRORS = (
-    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, struct.error),
-    *(ValueError, TypeError, LookupError, OverflowError),
-)
+_DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, ValueError, TypeError, LookupError, OverflowError)
 _LAYOUT_REMEDY = "arrange them as train/<class>/*.png and test/<class>/*.png, 32x32 pixels"
 
 
@@ -75,7 +72,7 @@ def open_image(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except _DECODING_ERRORS as error:
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
 
 

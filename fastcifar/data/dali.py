@@ -30,11 +30,9 @@ class DaliOp:
     make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]  # of parameters [n]: arrays [n] or [n,2]
     build_node: Callable[[Any, Any, Any, AugmentOp, FillColor], Any]  # (dali, images, input nodes, op, fill color)
     num_inputs: int = 1
-    must_be_first: bool = False  # whether it is supported only as the first augmentation of the list
 
 
 def _slice_window(dali: Any, images: Any, inputs: Any, op: AugmentOp | None, fill_color: FillColor) -> Any:
-    """Crop the window at a corner, black outside the image."""
     shape = (CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE)
     return dali.fn.slice(
         images, start=inputs[0], shape=shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
@@ -59,9 +57,9 @@ def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type 
     return np.stack([params[name] for name in names], axis=1).astype(dtype) - dtype(offset)
 
 
-# DALI has no single operator for reflection padding, so `ChunkSource` pads.
+# DALI has no single operator for reflection padding, so `ChunkSource` pads, if it is the first augmentation.
 CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", int(op.number))], _slice_window)
-CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window, must_be_first=True)
+CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window)
 FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _flip_and_convert_to_hwc)
 CUTOUT = DaliOp(lambda op, params: [_stack_params(params, "yx", int(op.number) // 2, np.float32)], _erase_box)
 ERASE = DaliOp(
@@ -74,13 +72,9 @@ ERASE = DaliOp(
 DALI_OPS: dict[tuple[str, str], DaliOp] = {
     ("crop", "zero"): CROP_ZERO,
     ("crop", "reflect"): CROP_REFLECT,
-    ("flip", "random"): FLIP,
-    ("flip", "alternating"): FLIP,
-    ("cutout", "mean"): CUTOUT,
-    ("cutout", "zero"): CUTOUT,
-    ("erase", "gray"): ERASE,
-    ("erase", "mean"): ERASE,
-    ("erase", "zero"): ERASE,
+    **dict.fromkeys([("flip", "random"), ("flip", "alternating")], FLIP),
+    **dict.fromkeys([("cutout", "mean"), ("cutout", "zero")], CUTOUT),
+    **dict.fromkeys([("erase", "gray"), ("erase", "mean"), ("erase", "zero")], ERASE),
 }
 
 
@@ -88,7 +82,7 @@ def count_dali_ops(ops: AugmentOps) -> int:
     """Return how many of `ops`, counted from the first, DALI applies."""
     for index, op in enumerate(ops):
         dali_op = DALI_OPS.get((op.name, op.variant))
-        if dali_op is None or (dali_op.must_be_first and index):
+        if dali_op is None or (dali_op is CROP_REFLECT and index):
             return index
     return len(ops)
 
@@ -105,7 +99,6 @@ class ChunkSource:
         self.reset()
 
     def reset(self) -> None:
-        """Start again without pending chunks."""
         self.next_chunk: ChunkStart = (0, 0)  # to feed to DALI
         self.pending: deque[ChunkStart] = deque()  # fed to DALI and not yet returned by it
 

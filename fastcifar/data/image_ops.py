@@ -43,11 +43,12 @@ OperationStep = tuple[Tensor, Tensor, Tensor | None]
 
 def crop_rows(rows: Tensor, top: Tensor, left: Tensor, pad: int, reflect: bool) -> Tensor:
     """Crop the 32x32 window at (top, left) int32 [b] of the image padded by `pad` pixels, black or reflected."""
-    row, column, channel = _grid_indices(rows)
+    row, column = _grid_indices(rows)
     y = row + (top[:, None] - pad)
     source = column + 3 * (left[:, None] - pad)
     if reflect:
         y = (CIFAR_IMAGE_SIZE - 1) - ((CIFAR_IMAGE_SIZE - 1) - y.abs()).abs()
+        channel = column - 3 * _column_to_x(column)
         source = torch.where(source < 0, 2 * channel - source, source)
         mirrored = 2 * (LAST_COLUMN - 2 + channel) - source
         return _gather_at(rows, y, torch.where(source > LAST_COLUMN, mirrored, source))
@@ -58,8 +59,8 @@ def crop_rows(rows: Tensor, top: Tensor, left: Tensor, pad: int, reflect: bool) 
 
 def flip_rows(rows: Tensor, flip: Tensor) -> Tensor:
     """Flip horizontally where `flip`, bool [b], is set."""
-    row, column, channel = _grid_indices(rows)
-    mirrored = (LAST_COLUMN - 2) + 2 * channel - column  # 3 * (31 - x) + channel
+    row, column = _grid_indices(rows)
+    mirrored = (LAST_COLUMN - 2) + column - 6 * _column_to_x(column)  # 3 * (31 - x) + channel
     # Select the column and read once: selecting between two reads would compute a fused chain of operations twice.
     return _gather_at(rows, row[None, :], torch.where(flip[:, None], mirrored, column))
 
@@ -68,21 +69,25 @@ def fill_box(
     rows: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, color: FillColor
 ) -> Tensor:
     """Fill a box with one color, as far as it is inside the image; its sides are int32 [b] or one int."""
-    row, column, channel = _grid_indices(rows)
+    row, column = _grid_indices(rows)
     box_y, box_column = row - top[:, None], column - 3 * left[:, None]
     height, width = (size if isinstance(size, int) else size[:, None] for size in (height, width))
     inside_rows, inside_columns = (box_y >= 0) & (box_y < height), (box_column >= 0) & (box_column < 3 * width)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]
     # The channels are packed into one integer, a byte each: torch.tensor(color) would be an upload, which waits.
     packed = color[0] | color[1] << 8 | color[2] << 16
-    return torch.where(inside, (packed >> (8 * channel)) & 255, rows)
+    return torch.where(inside, (packed >> (8 * (column - 3 * _column_to_x(column)))) & 255, rows)
 
 
-def _grid_indices(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row indices int32 [32], the column indices int32 [96] and their channels, column % 3."""
+def _grid_indices(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row indices int32 [32] and the column indices int32 [96]."""
     row = torch.arange(CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
     column = torch.arange(3 * CIFAR_IMAGE_SIZE, dtype=torch.int32, device=rows.device)
-    return row, column, column - 3 * ((column * 171) >> 9)  # CPUs have no vectorized division
+    return row, column
+
+
+def _column_to_x(column: Tensor) -> Tensor:
+    return (column * 171) >> 9  # column // 3: CPUs have no vectorized division
 
 
 def _gather_at(rows: Tensor, y: Tensor, columns: Tensor) -> Tensor:
@@ -137,8 +142,9 @@ def apply_operation(images: Tensor, name: str, magnitude: float) -> Tensor:
 def rotate_rows(rows: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     """Rotate each image counterclockwise; sine and cosine are int32 [b] in units of 1 / AFFINE_SCALE."""
     sine, cosine = sine[:, None, None], cosine[:, None, None]
-    row, column, channel = _grid_indices(rows)
-    return _sample_nearest(rows, row[:, None], (column * 171) >> 9, channel, (cosine, -sine, 0), (sine, cosine, 0))
+    row, column = _grid_indices(rows)
+    x = _column_to_x(column)
+    return _sample_nearest(rows, row[:, None], x, column - 3 * x, (cosine, -sine, 0), (sine, cosine, 0))
 
 
 def _apply_step(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor | None, names: set[str]) -> Tensor:
@@ -224,21 +230,18 @@ def _lookup_table(planes: Tensor, code: Tensor, amount: Tensor, names: set[str])
         stretched = ((value - low).double() / scale).float().clamp(0, 255).int()
         table = torch.where(code == OPERATION_CODES["AutoContrast"], stretched, table)
     if "Equalize" in names:
-        table = torch.where(code == OPERATION_CODES["Equalize"], _equalize_table(planes, value, high), table)
+        # Histogram equalization as Pillow defines it
+        counts = torch.zeros(len(planes), 3, 256, dtype=torch.int32, device=planes.device)
+        one = torch.ones(1, dtype=torch.int32, device=planes.device)
+        # Not scatter_add, which the compiler turns into one atomic addition per pixel on a multicore CPU.
+        counts = counts.scatter_reduce(2, planes.long(), one.expand(planes.shape), "sum")
+        smaller = counts.cumsum(2, dtype=torch.int32) - counts  # number of pixels with smaller values
+        step = smaller.gather(2, high.long()) // 255
+        # x // step for x <= 1026 and step <= 4 without a division, which is not vectorized.
+        reciprocal = (65535 + step) // step.clamp(min=1)
+        equalized = torch.where(step > 0, (((smaller + step // 2) * reciprocal) >> 16).clamp(0, 255), value)
+        table = torch.where(code == OPERATION_CODES["Equalize"], equalized, table)
     return table.expand(len(planes), 3, 256)
-
-
-def _equalize_table(planes: Tensor, value: Tensor, high: Tensor) -> Tensor:
-    """Return the table of histogram equalization as Pillow defines it, int32 [b,3,256]."""
-    counts = torch.zeros(len(planes), 3, 256, dtype=torch.int32, device=planes.device)
-    one = torch.ones(1, dtype=torch.int32, device=planes.device)
-    # Not scatter_add, which the compiler turns into one atomic addition per pixel on a multicore CPU.
-    counts = counts.scatter_reduce(2, planes.long(), one.expand(planes.shape), "sum")
-    smaller = counts.cumsum(2, dtype=torch.int32) - counts  # number of pixels with smaller values
-    step = smaller.gather(2, high.long()) // 255
-    # x // step for x <= 1026 and step <= 4 without a division, which is not vectorized.
-    reciprocal = (65535 + step) // step.clamp(min=1)
-    return torch.where(step > 0, (((smaller + step // 2) * reciprocal) >> 16).clamp(0, 255), value)
 
 
 def _blend(planes: Tensor, code: Tensor, amount: Tensor, names: set[str]) -> Tensor:

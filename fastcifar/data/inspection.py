@@ -10,17 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data import cifar
-from fastcifar.data.augment import (
-    AugmentOp,
-    AugmentOps,
-    apply_augment,
-    draw_epoch,
-    draw_mixer_params,
-    format_augment,
-    parse_augment,
-    split_mixer,
-)
+from fastcifar.data import augment, cifar
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
 from fastcifar.data.normalization import ChannelValues, channel_mean_std, mean_color, normalization_mean_std
@@ -90,7 +80,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
 
 def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescription:
     """Plot training images before and after each augmentation, after all of them, and by operation of a policy."""
-    ops = parse_augment(recipe.augment)
+    ops = augment.parse_augment(recipe.augment)
     plotting.require_png(out)
     if not 1 <= count <= MAX_GRID_IMAGES:
         raise UsageError(f"--count {count} is out of range", f"choose 1 to {MAX_GRID_IMAGES}")
@@ -103,7 +93,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     grids = []
     for op_indices in [*([index] for index in range(len(ops)) if len(ops) > 1), list(range(len(ops)))]:
         augmented = [_augment_images(ops, op_indices, images, epoch, recipe) for epoch in range(SAMPLES_PER_ROW)]
-        title = format_augment(tuple(ops[index] for index in op_indices))
+        title = augment.format_augment(tuple(ops[index] for index in op_indices))
         grids.append(ImageGrid(title, _stack_columns([images, *augmented]), names, columns))
     colorfulness = (images.amax(1).int() - images.amin(1).int()).sum((1, 2))
     grids += [_policy_grid(op, images[colorfulness.argmax()][None]) for op in ops if op.policy]
@@ -112,28 +102,28 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     return {"out": str(out), "images": indices.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
 
 
-def _augment_images(ops: AugmentOps, op_indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:
-    """Apply the ops at `op_indices` with their random parameters in the complete list; uint8 [n,3,32,32]."""
-    loader_ops, mixer = split_mixer(ops)
-    epoch_params = draw_epoch(loader_ops, len(images), epoch, recipe.seed)
+def _augment_images(ops: augment.AugmentOps, indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:
+    """Apply the ops at `indices` with their random parameters in the complete list; uint8 [n,3,32,32]."""
+    loader_ops, mixer = augment.split_mixer(ops)
+    epoch_params = augment.draw_epoch(loader_ops, len(images), epoch, recipe.seed)
     permutation = torch.from_numpy(epoch_params.permutation)
-    loader_indices = [index for index in op_indices if index < len(loader_ops)]
+    loader_indices = [index for index in indices if index < len(loader_ops)]
     params = tuple(
         {name: torch.from_numpy(array) for name, array in epoch_params.op_params[index].items()}
         for index in loader_indices
     )
     selected = tuple(ops[index] for index in loader_indices)
     mean, _ = normalization_mean_std(recipe)
-    batch = apply_augment(selected, images[permutation], params, mean_color(mean))
-    if mixer and len(loader_indices) < len(op_indices):
-        mixer_params = torch.from_numpy(draw_mixer_params(ops, len(images), epoch, recipe.seed))
+    batch = augment.apply_augment(selected, images[permutation], params, mean_color(mean))
+    if mixer and len(loader_indices) < len(indices):
+        mixer_params = torch.from_numpy(augment.draw_mixer_params(ops, len(images), epoch, recipe.seed))
         batch = MIXERS[mixer.name].apply(batch, mixer_params)[0].float().round().to(torch.uint8)
     augmented = torch.empty_like(batch)
     augmented[permutation] = batch
     return augmented
 
 
-def _policy_grid(op: AugmentOp, image: Tensor) -> ImageGrid:
+def _policy_grid(op: augment.AugmentOp, image: Tensor) -> ImageGrid:
     """Return a grid with a row for each operation of a policy: the image [1,3,32,32], then results by magnitude."""
     assert op.policy is not None, op
     rows, names = [], []
@@ -146,7 +136,7 @@ def _policy_grid(op: AugmentOp, image: Tensor) -> ImageGrid:
         results = [apply_operation(image, name, magnitude) for magnitude in magnitudes]
         rows.append(torch.cat([image, *results, *[blank] * (SAMPLES_PER_ROW - num_samples)]))
         names.append("\n".join([name, "  ".join(f"{magnitude:.3g}" for magnitude in magnitudes if any(magnitudes))]))
-    title = f"{format_augment((op,))} by operation and magnitude"
+    title = f"{op} by operation and magnitude"
     return ImageGrid(title, _stack_columns([*torch.stack(rows, 1)]), names, ["original", *[""] * SAMPLES_PER_ROW])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import (
-    CIFAR_IMAGE_SIZE,
-    AugmentOp,
-    AugmentOps,
-    AugmentParams,
-    draw_mixer_params,
-    format_augment,
-    parse_augment,
-    split_mixer,
-)
+from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, draw_mixer_params, parse_augment, split_mixer
 from fastcifar.data.batch_loader import Loader, split_by_step, split_params_by_step, upload_array
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.dali import DaliLoader
-from fastcifar.data.image_ops import FILL_COLORS, FillColor
+from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor
 from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError
@@ -55,17 +47,12 @@ class TensorLoader(Loader):
             yield images
 
 
-class Cutout:
-    """Fill a square of `size` pixels around a random center, clipped at the border; torchvision has no equivalent."""
-
-    def __init__(self, size: int, fill_color: FillColor) -> None:
-        self.size, self.fill_color = size, fill_color
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        left, top = (torch.randint(CIFAR_IMAGE_SIZE, (2,)) - self.size // 2).tolist()
-        image = image.copy()
-        image.paste(self.fill_color, (left, top, left + self.size, top + self.size))
-        return image
+def _cutout(image: Image.Image, size: int, fill_color: FillColor) -> Image.Image:
+    """Fill a square around a random center, clipped at the border; torchvision has no equivalent."""
+    left, top = (torch.randint(CIFAR_IMAGE_SIZE, (2,)) - size // 2).tolist()
+    image = image.copy()
+    image.paste(fill_color, (left, top, left + size, top + size))
+    return image
 
 
 def _random_erasing(v2: Any, op: AugmentOp, fill_color: FillColor) -> Transform:
@@ -78,17 +65,13 @@ TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Tr
     ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value),
     ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value, padding_mode="reflect"),
     ("flip", "random"): lambda v2, op, _: v2.RandomHorizontalFlip(op.value),
-    ("cutout", "mean"): lambda _, op, fill: Cutout(op.value, fill),
-    ("cutout", "zero"): lambda _, op, fill: Cutout(op.value, (0, 0, 0)),
-    ("erase", "gray"): _random_erasing,
-    ("erase", "mean"): _random_erasing,
-    ("erase", "zero"): _random_erasing,
+    ("cutout", "mean"): lambda _, op, fill: partial(_cutout, size=op.value, fill_color=fill),
+    ("cutout", "zero"): lambda _, op, fill: partial(_cutout, size=op.value, fill_color=(0, 0, 0)),
+    **dict.fromkeys([("erase", "gray"), ("erase", "mean"), ("erase", "zero")], _random_erasing),
     ("rotate", ""): lambda v2, op, _: v2.RandomRotation(op.value),
     ("jitter", ""): lambda v2, op, _: v2.ColorJitter(op.value, op.value, op.value, op.value / 2),
     ("autoaugment", "cifar10"): lambda v2, op, _: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-    ("randaugment", "1"): lambda v2, op, _: v2.RandAugment(1, op.value),
-    ("randaugment", "2"): lambda v2, op, _: v2.RandAugment(2, op.value),
-    ("randaugment", "3"): lambda v2, op, _: v2.RandAugment(3, op.value),
+    **{("randaugment", n): lambda v2, op, _: v2.RandAugment(int(op.variant), op.value) for n in ("1", "2", "3")},
     ("trivialaugment", "wide"): lambda v2, op, _: v2.TrivialAugmentWide(),
 }
 
@@ -119,13 +102,12 @@ class TorchvisionLoader(Loader):
 
 
 class _TransformedImages(Dataset[Tensor]):
-    """The data set of the workers: pixels uint8 [n,32,32,3]; one call fetches the images of a step."""
+    """The data set of the workers: pixels uint8 [n,32,32,3]; one call gets the images of a step, uint8 [3,32,32]."""
 
     def __init__(self, pixels: np.ndarray, transform: Transform, seed_key: tuple[int, int, int]) -> None:
         self.pixels, self.transform, self.seed_key = pixels, transform, seed_key
 
     def __getitems__(self, step: tuple[int, ...]) -> list[Tensor]:
-        """Return the transformed images of a step, uint8 [3,32,32] each."""
         number, *indices = step
         state = np.random.SeedSequence([*self.seed_key, number]).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):  # without workers, the network uses the generator of this process
@@ -139,7 +121,7 @@ def build_transform(ops: AugmentOps, fill_color: FillColor) -> Transform:
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
             variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
             alternative = f", or {op.name} with {' or '.join(variants)}" if variants else ""
-            problem = f"--loader torchvision does not support {format_augment((op,))}"
+            problem = f"--loader torchvision does not support {op}"
             raise UsageError(problem, f"use --loader tensor{alternative}")
     v2 = import_optional("torchvision.transforms.v2", TORCHVISION_REMEDY)
     transforms = [TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops]

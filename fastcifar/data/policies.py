@@ -45,33 +45,24 @@ MAX_SUBPOLICY_STEPS = 4  # maximum length of a sub-policy in a custom policy
 # (operation, probability, level or None) of each step of each sub-policy
 SubPolicies = tuple[tuple[tuple[str, float, int | None], ...], ...]
 
-AUTOAUGMENT_CIFAR10: SubPolicies = (
-    (("Invert", 0.1, None), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, None), ("Equalize", 0.5, None)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, None)),
-    (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
-    (("Equalize", 0.2, None), ("Equalize", 0.6, None)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, None)),
-    (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, None), ("Invert", 0.1, None)),
-    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
-)
+# AutoAugment policies by name
+POLICIES: dict[str, SubPolicies] = {
+    "cifar10": (
+        (("Invert", 0.1, None), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+        (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+        (("AutoContrast", 0.5, None), ("Equalize", 0.9, None)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+        (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+        (("Equalize", 0.6, None), ("Equalize", 0.5, None)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+        (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, None), ("AutoContrast", 0.4, None)),
+        (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+        (("Solarize", 0.5, 2), ("Invert", 0.0, None)), (("Equalize", 0.2, None), ("AutoContrast", 0.6, None)),
+        (("Equalize", 0.2, None), ("Equalize", 0.6, None)), (("Color", 0.9, 9), ("Equalize", 0.6, None)),
+        (("AutoContrast", 0.8, None), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+        (("Solarize", 0.4, 5), ("AutoContrast", 0.9, None)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+        (("AutoContrast", 0.9, None), ("Solarize", 0.8, 3)), (("Equalize", 0.8, None), ("Invert", 0.1, None)),
+        (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,6 @@ class Policy:
 
     @property
     def num_steps(self) -> int:
-        """Number of operations per image."""
         return self.num_draws * len(self.sub_policies[0])
 
     def operations(self, step: int | None = None) -> tuple[str, ...]:
@@ -118,13 +108,11 @@ def magnitude_levels(operation: str, space: OperationSpace, num_levels: int) -> 
     return np.rint(exact).tolist() if operation == "Posterize" else np.array(exact, np.float32).tolist()
 
 
-def policy_op(
-    operation: str, probability: float, level: int | None, space: OperationSpace, num_levels: int
-) -> PolicyOp:
+def policy_op(name: str, probability: float, level: int | None, space: OperationSpace, num_levels: int) -> PolicyOp:
     """Return the `PolicyOp` at one of `num_levels` levels; `level` is None for an operation without magnitude."""
-    magnitude = magnitude_levels(operation, space, num_levels)[level or 0]
-    is_signed = (space[operation] or (0.0, 0.0, False))[2]
-    return PolicyOp(operation, probability, (magnitude, -magnitude) if is_signed else (magnitude,))
+    magnitude = magnitude_levels(name, space, num_levels)[level or 0]
+    is_signed = (space[name] or (0.0, 0.0, False))[2]
+    return PolicyOp(name, probability, (magnitude, -magnitude) if is_signed else (magnitude,))
 
 
 def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int = 1) -> Policy:
@@ -133,17 +121,19 @@ def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int 
     return Policy(tuple((op,) for op in ops), num_draws)
 
 
-POLICIES: dict[str, SubPolicies] = {"cifar10": AUTOAUGMENT_CIFAR10}  # AutoAugment policies by name
-
-
-def load_policy(name_or_path: str) -> Policy:
+def load_policy(source: str) -> Policy:
     """Return a named AutoAugment policy, or one of a TOML file: `policy = [[["Invert", 0.1], ["Color", 0.2, 6]]]`."""
-    if not name_or_path.endswith(".toml"):
-        sub_policies = lookup(POLICIES, name_or_path, "policy")
-    elif not Path(name_or_path).is_file():
-        raise UsageError(f"no policy file {name_or_path}", f"write a TOML file, or choose {' or '.join(POLICIES)}")
+    if not source.endswith(".toml"):
+        sub_policies = lookup(POLICIES, source, "policy")
+    elif not Path(source).is_file():
+        raise UsageError(f"no policy file {source}", f"write a TOML file, or choose {' or '.join(POLICIES)}")
     else:
-        sub_policies = _parse_policy(name_or_path, load_toml(name_or_path))
+        content = load_toml(source)
+        values = content.get("policy")
+        if content.keys() != {"policy"} or not isinstance(values, list) or not values:
+            problem = f"{source} is not a policy"
+            raise UsageError(problem, "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
+        sub_policies = [_parse_sub_policy(f"{source}, sub-policy {i}", steps) for i, steps in enumerate(values, 1)]
     longest = max(len(steps) for steps in sub_policies)
     padded = []
     for steps in sub_policies:
@@ -152,18 +142,11 @@ def load_policy(name_or_path: str) -> Policy:
     return Policy(tuple(padded))
 
 
-def _parse_policy(path: str, content: dict[str, Any]) -> SubPolicies:
-    values = content.get("policy")
-    if content.keys() != {"policy"} or not isinstance(values, list) or not values:
-        raise UsageError(f"{path} is not a policy", "write one list: policy = [[['Rotate', 0.7, 2]], ...]")
-    sub_policies = []
-    for i, steps in enumerate(values, 1):
-        location = f"{path}, sub-policy {i}"
-        if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_SUBPOLICY_STEPS:
-            problem = f"{location}: {steps!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps"
-            raise UsageError(problem, "write [['Rotate', 0.7, 2]]")
-        sub_policies.append(tuple(_parse_step(f"{location}, step {j}", step) for j, step in enumerate(steps, 1)))
-    return tuple(sub_policies)
+def _parse_sub_policy(location: str, steps: Any) -> list[tuple[str, float, int | None]]:
+    if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_SUBPOLICY_STEPS:
+        problem = f"{location}: {steps!r} is not a list of 1 to {MAX_SUBPOLICY_STEPS} steps"
+        raise UsageError(problem, "write [['Rotate', 0.7, 2]]")
+    return [_parse_step(f"{location}, step {i}", step) for i, step in enumerate(steps, 1)]
 
 
 def _parse_step(location: str, value: Any) -> tuple[str, float, int | None]:

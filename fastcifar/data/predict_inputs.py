@@ -44,7 +44,12 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") 
     read in the order of their paths, and the id is the path without the suffix; otherwise it is the index of the image.
     """
     if source.startswith("data:"):
-        return _read_dataset_split(source, data, dataset)
+        if source not in ("data:test", "data:train"):
+            raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
+        contents = cifar.load_dataset(data, dataset)
+        split = contents.test if source == "data:test" else contents.train
+        ids = list(range(len(split.labels)))
+        return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -148,12 +153,3 @@ def _read_image(file: Path) -> np.ndarray:
     left, top = (upright.width - side) / 2, (upright.height - side) / 2
     square = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return np.asarray(square).transpose(2, 0, 1)
-
-
-def _read_dataset_split(source: str, data: str | None, dataset: str) -> InputImages:
-    if source not in ("data:test", "data:train"):
-        raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
-    contents = cifar.load_dataset(data, dataset)
-    split = contents.test if source == "data:test" else contents.train
-    ids = list(range(len(split.labels)))
-    return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcifar.data import cifar, download
+from fastcifar.data import cifar
 from fastcifar.errors import DataError, DiskError
 
 BODY = np.random.default_rng(0).bytes(1_000_000)
@@ -73,12 +73,12 @@ def list_files(target: Path) -> list[str]:
 
 
 def test_a_full_download(server: Server, target: Path, capfd):
-    assert download.download_file(server.url, MD5, target) == target
+    assert cifar.download_file(server.url, MD5, target) == target
     assert target.read_bytes() == BODY
     assert list_files(target) == ["set.tar.gz"]
     assert server.requested_ranges == [None]
     assert capfd.readouterr() == ("", "")  # the progress bar is shown on terminals only
-    download.download_file(server.url, MD5, target)
+    cifar.download_file(server.url, MD5, target)
     assert len(server.requested_ranges) == 1
 
 
@@ -86,7 +86,7 @@ def test_a_partial_file_is_resumed(server: Server, target: Path):
     target.parent.mkdir()
     part = target.with_name("set.tar.gz.part")
     part.write_bytes(BODY[:400_000])
-    download.download_file(server.url, MD5, target)
+    cifar.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert server.requested_ranges == ["bytes=400000-"]
 
@@ -95,7 +95,7 @@ def test_without_support_of_ranges_the_download_starts_again(server: Server, tar
     server.resumes = False
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(BODY[:400_000])
-    download.download_file(server.url, MD5, target)
+    cifar.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
 
 
@@ -103,7 +103,7 @@ def test_without_support_of_ranges_the_download_starts_again(server: Server, tar
 def test_a_partial_file_with_other_contents_is_replaced(server: Server, target: Path, stale: bytes):
     target.parent.mkdir()
     target.with_name("set.tar.gz.part").write_bytes(stale)
-    download.download_file(server.url, MD5, target)
+    cifar.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert len(server.requested_ranges) == (1 if stale is BODY else 2)
     assert list_files(target) == ["set.tar.gz"]
@@ -112,10 +112,10 @@ def test_a_partial_file_with_other_contents_is_replaced(server: Server, target: 
 def test_an_interrupted_download_is_resumed_by_the_next_call(server: Server, target: Path):
     server.max_sent_bytes = 300_000
     with pytest.raises(DataError, match=r"connection closed after 300,000 of 1,000,000 bytes; run again to resume"):
-        download.download_file(server.url, MD5, target)
+        cifar.download_file(server.url, MD5, target)
     assert list_files(target) == ["set.tar.gz.part"]
     server.max_sent_bytes = None
-    download.download_file(server.url, MD5, target)
+    cifar.download_file(server.url, MD5, target)
     assert target.read_bytes() == BODY
     assert server.requested_ranges == [None, "bytes=300000-"]
 
@@ -124,44 +124,44 @@ def test_an_interrupted_download_is_resumed_by_the_next_call(server: Server, tar
 def test_fault11_a_wrong_md5_is_refused_and_deleted(server: Server, target: Path, body: bytes, kind: str):
     server.body = body
     with pytest.raises(DataError, match=rf"set.tar.gz sent {kind} with MD5 \w+, expected MD5 {MD5}; deleted"):
-        download.download_file(server.url, MD5, target)
+        cifar.download_file(server.url, MD5, target)
     assert list_files(target) == []
 
 
 def test_errors_of_the_server_and_of_the_network(server: Server, target: Path, monkeypatch):
     server.status = 404
     with pytest.raises(DataError, match=r"HTTP error 404 Not Found; give --data PATH, set FASTCIFAR_DATA") as caught:
-        download.download_file(server.url, MD5, target)
+        cifar.download_file(server.url, MD5, target)
     assert caught.value.exit_code == 3
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         unreachable = f"http://127.0.0.1:{closed.getsockname()[1]}/set.tar.gz"
         with pytest.raises(DataError, match=r"cannot download .*set.tar.gz: .*--data synthetic") as caught:
-            download.download_file(unreachable, MD5, target)
+            cifar.download_file(unreachable, MD5, target)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="cannot download"):
-        download.download_file("http://no-such-host.invalid/set.tar.gz", MD5, target)
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
+        cifar.download_file("http://no-such-host.invalid/set.tar.gz", MD5, target)
+    monkeypatch.setattr(cifar, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DataError, match="timed out"):
-        download.download_file(f"http://127.0.0.1:{silent.getsockname()[1]}/set.tar.gz", MD5, target)
+        cifar.download_file(f"http://127.0.0.1:{silent.getsockname()[1]}/set.tar.gz", MD5, target)
     assert list_files(target) == []
 
 
 def test_a_download_that_is_too_large_is_aborted(server: Server, target: Path, monkeypatch):
-    monkeypatch.setattr(download, "_MAX_BYTES", 500_000)
+    monkeypatch.setattr(cifar, "_MAX_BYTES", 500_000)
     with pytest.raises(DataError, match="sent more than 500,000 bytes"):
-        download.download_file(server.url, MD5, target)
+        cifar.download_file(server.url, MD5, target)
 
 
 def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"cannot write .*set.tar.gz.part"):
-        download.download_file(server.url, MD5, tmp_path / "file" / "set.tar.gz")
+        cifar.download_file(server.url, MD5, tmp_path / "file" / "set.tar.gz")
     assert server.requested_ranges == []
 
 
 def test_concurrent_calls_download_once(server: Server, target: Path):
-    threads = [threading.Thread(target=download.download_file, args=(server.url, MD5, target)) for _ in range(4)]
+    threads = [threading.Thread(target=cifar.download_file, args=(server.url, MD5, target)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -183,7 +183,7 @@ def test_load_downloads_verifies_and_caches(server: Server, tiny_cifar, tmp_path
 
 def test_the_progress_bar_on_a_terminal(server: Server, target: Path, monkeypatch):
     advances: list[float] = []
-    monkeypatch.setattr(download.sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(download.Progress, "advance", lambda bar, task, count: advances.append(count))
-    download.download_file(server.url, MD5, target)
+    monkeypatch.setattr(cifar.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(cifar.Progress, "advance", lambda bar, task, count: advances.append(count))
+    cifar.download_file(server.url, MD5, target)
     assert sum(advances) == len(BODY)

@@ -16,9 +16,9 @@ from fastcifar.data import policies
 from fastcifar.data.augment import apply_augment, draw_epoch, format_augment, parse_augment
 from fastcifar.data.image_ops import AFFINE_SCALE, AMOUNT_SCALE, OPERATION_CODES, encode_operation
 from fastcifar.data.policies import (
-    AUTOAUGMENT_CIFAR10,
     AUTOAUGMENT_SPACE,
     JITTER_OPERATIONS,
+    POLICIES,
     STANDARD_SPACE,
     WIDE_SPACE,
     Policy,
@@ -54,13 +54,13 @@ def test_magnitudes_equal_torchvision(space: policies.OperationSpace, num_levels
 
 
 def test_cifar10_policy_equals_torchvision() -> None:
-    assert list(AUTOAUGMENT_CIFAR10) == v2.AutoAugment()._get_policies(v2.AutoAugmentPolicy.CIFAR10)
+    assert list(POLICIES["cifar10"]) == v2.AutoAugment()._get_policies(v2.AutoAugmentPolicy.CIFAR10)
 
 
 def test_operations_and_magnitudes_of_a_policy() -> None:
     autoaugment = policy("autoaugment")
-    assert set(autoaugment.operations()) == {name for steps in AUTOAUGMENT_CIFAR10 for name, *_ in steps}
-    assert set(autoaugment.operations(0)) == {steps[0][0] for steps in AUTOAUGMENT_CIFAR10}
+    assert set(autoaugment.operations()) == {name for steps in POLICIES["cifar10"] for name, *_ in steps}
+    assert set(autoaugment.operations(0)) == {steps[0][0] for steps in POLICIES["cifar10"]}
     assert autoaugment.magnitudes("Rotate") == tuple(
         sign * magnitude_levels("Rotate", AUTOAUGMENT_SPACE, 10)[2] for sign in (-1, 1)
     )
@@ -193,7 +193,7 @@ def test_custom_policy_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     sub_policies = [
         [[name, probability, *([] if level is None else [level])] for name, probability, level in steps]
-        for steps in AUTOAUGMENT_CIFAR10
+        for steps in POLICIES["cifar10"]
     ]
     write_policy(tmp_path, "policy = " + json.dumps(sub_policies))
     (op,) = ops = parse_augment("autoaugment:custom.toml")
