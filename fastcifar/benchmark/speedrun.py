@@ -1,8 +1,7 @@
 """Measure the time to reach a target accuracy, over n training runs of one recipe.
 
-The time of a run is preparation (all work on the training images before the first step) plus training. Building and
-compiling the trainer is reported separately, and the model is evaluated afterwards. All runs share one process and its
-compiled code. Each does the same steps as `train` with that recipe and seed; on a CPU the weights are bit-identical.
+The time of a run is preparation (all work on the training images before the first step) plus training, without building
+and compiling the trainer. Each run does the steps of `train` with its seed; on a CPU the weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -210,10 +209,7 @@ def train_without_evaluation(trainer: Trainer) -> None:
 
 
 def reset_trainer(trainer: Trainer, seed: int) -> float:
-    """Load a new trainer's initial state into the tensors of the compiled `trainer`; return the seconds of building it.
-
-    The preparation, which belongs to the timed run, is not included in the seconds.
-    """
+    """Load the initial state of a new trainer into the compiled `trainer`; return the seconds, without preparation."""
     started = time.perf_counter()
     new_trainer = build_trainer(with_seed(trainer.resolved, seed))
     trainer.resolved, trainer.loader, trainer.schedule = new_trainer.resolved, new_trainer.loader, new_trainer.schedule

@@ -278,11 +278,8 @@ def _adjust_sharpness(padded: Tensor, amount: Tensor) -> Tensor:
 
 
 def _adjust_hue(values: Tensor, amount: Tensor) -> Tensor:
-    """Shift the hue by `amount`; int32 [b,3,1024].
-
-    Values are in units of 2**-19. The hue (0 to 6 in the HSV hexagon) is multiplied by the difference of the largest
-    and smallest channel, so that no division is needed.
-    """
+    """Shift the hue by `amount`; int32 [b,3,1024] in units of 2**-19."""
+    # The hue (0 to 6 in the HSV hexagon) is multiplied by the largest minus the smallest channel, to avoid a division.
     red, green, blue = (values[:, channel : channel + 1] for channel in range(3))
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)

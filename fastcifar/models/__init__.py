@@ -1,7 +1,6 @@
 """Architectures by name (`MODELS`), and building one (`build_model`).
 
-Each takes `num_classes` and options in `MODEL_OPTIONS` by keyword and returns a module that maps images [n, 3, 32, 32]
-to logits [n, num_classes].
+Each takes `num_classes` and `MODEL_OPTIONS` by keyword. The module maps images [n, 3, 32, 32] to logits [n, classes].
 """
 
 from __future__ import annotations

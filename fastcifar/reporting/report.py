@@ -125,8 +125,7 @@ def find_misclassified(group: RunGroup, count: int, console: Console | None = No
     """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
 
     The predictions are those of the mean probabilities over the models, with the weights of the original evaluation.
-    Raises `CheckpointError` if the models have different classes, and the errors of `load_model`, which receives the
-    `overrides`, and of `LoadedRun.predict_logits`.
+    `overrides` are those of `load_model`. Raises `CheckpointError` if the models have different classes.
     """
     matrices, probabilities, classes, test = [], [], None, None
     for record in group.finished_runs:

@@ -1,7 +1,6 @@
 """Executors of a sweep, which run its trials in this process, in several processes, one per GPU, or on a Ray cluster.
 
-An executor takes trials from an iterator as it has capacity, and yields two events for each: "running", then its final
-state. Whether a trial is finished or can be resumed is read from its run folder.
+An executor takes trials from an iterator as it has capacity, and yields two events for each: "running" and the result.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from typing import ParamSpec, TypeVar
 import platformdirs
 import torch
 
-COMPILE_MODES = {"auto": "default", "default": "default", "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs"}
 INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
@@ -22,13 +21,13 @@ R = TypeVar("R")
 
 
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
-    """Compile `function` as one full graph with static shapes. `mode`: a key of COMPILE_MODES."""
+    """Compile `function` as one full graph with static shapes. `mode`: "auto" or a mode of torch.compile."""
     # torch would warn on every machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # TorchDynamo caches compiled variants, up to a small limit, per code object: give each function its own copy.
     code, closure = function.__code__.replace(), function.__closure__
     function_copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    return torch.compile(function_copy, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
+    return torch.compile(function_copy, fullgraph=True, dynamic=False, mode="default" if mode == "auto" else mode)
 
 
 def enable_compile_cache() -> Path | None:

@@ -83,7 +83,7 @@ def predict_logits(model: nn.Module, forward: Forward, split: Split, device: tor
 def optimize_forward(
     model: nn.Module, forward: Forward, device: torch.device, compile: bool, use_cuda_graph: bool, mode: str = "auto"
 ) -> Forward:
-    """Return `forward` of `model`, compiled (`mode`: a key of COMPILE_MODES) and captured in a CUDA graph as requested.
+    """Return `forward` of `model`, compiled (`mode`: see `compile_function`) and captured in a CUDA graph as requested.
 
     The result takes batches of up to EVAL_BATCH_SIZE images. Call it in `eval_mode`, as `predict_logits` does.
     """

@@ -182,7 +182,12 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
     else:
         reason = "no unfinished run of this recipe in runs"
         folders = [file.parent for file in Path("runs").glob("*/recipe.toml")]
-        for folder in sorted(folders, key=_last_modified, reverse=True):
+
+        def last_modified(folder: Path) -> float:  # time of the last checkpoint, or of the start if there is none
+            last = folder / "checkpoints" / "last.pt"
+            return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
+
+        for folder in sorted(folders, key=last_modified, reverse=True):
             if read_environment(folder).recipe != recipe_name or (folder / "summary.json").exists():
                 continue
             try:
@@ -191,12 +196,6 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
                 continue
     new.messages = [f"resume: {reason}; starting a new run"]
     return new
-
-
-def _last_modified(folder: Path) -> float:
-    """Return the time of the last checkpoint of a run, or of its start if it has none."""
-    last = folder / "checkpoints" / "last.pt"
-    return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
 
 
 def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePoint:
