@@ -1,0 +1,60 @@
+"""Builds the stub CUDA runtime with g++ and the headers of CUDA 13."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+SOURCES = sorted((Path(__file__).parent / "runtime").glob("*.cpp"))
+LIBRARY_NAME = (
+    "libcuda.so.1"  # the driver's name, so that the library also replaces the driver, which torch loads later
+)
+# `crt/host_defines.h` is in the package nvidia-cuda-crt, all other headers are in packages that torch installs
+REQUIRED_HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
+HEADERS_REMEDY = "install CUDA 13, or the package nvidia-cuda-crt>=13.0,<13.1"
+
+
+def find_include_folders() -> list[Path]:
+    """The folders with headers of CUDA 13: of CUDA_HOME, of installed toolkits, and of the packages of NVIDIA."""
+    toolkits = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    toolkits += sorted(Path("/usr/local").glob("cuda*"))
+    package = importlib.util.find_spec("nvidia")
+    packages = [Path(path) / "cu13" for path in (package.submodule_search_locations or [])] if package else []
+    folders = [toolkit / "include" for toolkit in (*packages, *toolkits)]
+    return [folder for folder in folders if (folder / "crt").is_dir() or _cuda_major(folder) == "13"]
+
+
+def _cuda_major(folder: Path) -> str:
+    header = folder / "cuda_runtime_api.h"
+    version = re.search(r"#define CUDART_VERSION\s+(\d+)", header.read_text()) if header.is_file() else None
+    return version[1][:-3] if version else ""
+
+
+def find_missing_requirement() -> str | None:
+    """What is missing to build and use the stub runtime, with the remedy; None if nothing is."""
+    if (torch.version.cuda or "").partition(".")[0] != "13":
+        return f"needs torch built for CUDA 13, and this one is for {torch.version.cuda or 'the CPU only'}"
+    if not shutil.which("g++"):
+        return "needs g++, which is not installed"
+    folders = find_include_folders()
+    for header in REQUIRED_HEADERS:
+        if not any((folder / header).is_file() for folder in folders):
+            return f"needs the header {header} of CUDA 13: {HEADERS_REMEDY}"
+    return None
+
+
+def build_library(folder: Path) -> Path:
+    """Compile the stub runtime in `folder` and return the path of the shared library."""
+    library = folder / LIBRARY_NAME
+    options = ["-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY_NAME}"]
+    include = [f"-isystem{folder}" for folder in find_include_folders()]
+    command = ["g++", *options, *include, *map(str, SOURCES), "-o", str(library), "-ldl"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return library

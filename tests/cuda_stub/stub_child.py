@@ -1,0 +1,139 @@
+"""Runs cases with the stub CUDA runtime preloaded, each in a forked process, and writes what was recorded.
+
+    python stub_child.py FOLDER NAME...
+
+FOLDER/NAME.json is the result of case NAME. Kernels compute nothing, so tensors on the device hold arbitrary values;
+`ignore_values` replaces the checks of the package that would read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from stub_cases import CASES, RECIPE, Case
+from stub_faults import FAULTS, replace
+from stub_recording import EVALUATION, Recording
+
+from fastcifar.benchmark.speedrun import speedrun
+from fastcifar.recipe import Recipe
+from fastcifar.training import checkpoint, evaluate, step
+from fastcifar.training.build import build_trainer
+from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.resolve import resolve
+from fastcifar.training.train import train
+
+
+def train_and_evaluate(recording: Recording, recipe: Recipe, folder: Path) -> None:
+    """All epochs of `recipe` step by step, then the captured evaluation of the validation split."""
+    trainer = build_trainer(resolve(recipe))
+    trainer.optimize()
+    trainer.model.train()
+    for epoch in range(recipe.epochs):
+        for batch in trainer.batches(epoch):
+            trainer.train_step(batch)
+            trainer.meter.compute_delayed()
+        trainer.progress.epoch, trainer.progress.epoch_step = epoch + 1, 0
+    with recording.attribute(EVALUATION):
+        trainer.validate()
+
+
+def train_and_resume(recording: Recording, recipe: Recipe, folder: Path) -> None:
+    """A whole run with checkpoints, interrupted after an epoch and a half, and resumed."""
+    run = folder / "run"
+    train(recipe.model_copy(update={"out": str(run), "max_steps": 4}))
+    train(recipe.model_copy(update={"resume": str(run)}))
+
+
+def time_two_seeds(recording: Recording, recipe: Recipe, folder: Path) -> None:
+    """A speedrun of two seeds, which share the captured step."""
+    file = folder / "recipe.toml"
+    file.write_text(recipe.to_toml())
+    speedrun(recipe_name=str(file), n=2, eval_split="val", out=str(folder / "trials"))
+
+
+SCENARIOS = {"steps": train_and_evaluate, "resume": train_and_resume, "speedrun": time_two_seeds}
+
+
+@contextmanager
+def any_learning_rate() -> Iterator[None]:
+    """Context in which torch's optimizers accept a learning rate on the device, whose value is arbitrary."""
+    results = {"__lt__": False, "__ge__": True}  # comparison -> its result for a learning rate and 0.0
+    originals = {name: getattr(torch.Tensor, name) for name in results}
+
+    def compare(name: str, tensor: torch.Tensor, other: Any) -> Any:
+        is_check = tensor.is_cuda and tensor.ndim == 0 and isinstance(other, float) and other == 0
+        return results[name] if is_check else originals[name](tensor, other)
+
+    for name in results:
+        setattr(torch.Tensor, name, lambda tensor, other, name=name: compare(name, tensor, other))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+
+
+def ignore_values() -> None:
+    """Accept arbitrary learning rates, metrics, weights and logits."""
+
+    def build_with_any_learning_rate(build: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            with any_learning_rate():
+                build(*args)
+
+        return run
+
+    replace(OptimizerWrapper, "__init__", build_with_any_learning_rate)
+    replace(step, "_metrics_from_sums", lambda _: lambda sums: step.Metrics(1.0, 0.0, 1, 0))
+    replace(checkpoint, "_require_finite_weights", lambda _: lambda state: None)
+    replace(
+        evaluate,
+        "compute_scores",
+        lambda compute_scores: lambda logits, labels: compute_scores(torch.zeros_like(logits), labels),
+    )
+
+
+def run_case(name: str, folder: Path) -> None:
+    """Run the case or planted fault `name` and write its result."""
+    torch.backends.cudnn.enabled = False  # its library is not replaced
+    ignore_values()
+    recording = Recording()
+    recording.instrument()
+    if name in FAULTS:
+        plant, options, _ = FAULTS[name]
+        plant()
+        case = Case(options)
+    else:
+        case = CASES[name]
+    recipe = Recipe.make(**{**RECIPE, **case.options})
+    error = None
+    try:
+        SCENARIOS[case.scenario](recording, recipe, folder)
+    except Exception:
+        error = traceback.format_exc()
+    (folder / "result.json").write_text(json.dumps({**recording.document(), "error": error}))
+
+
+def main() -> None:
+    os.environ.pop("LD_PRELOAD")  # not for the processes that the package starts
+    folder, *names = sys.argv[1:]
+    for name in names:
+        case_folder = Path(folder) / name
+        case_folder.mkdir(parents=True)
+        process = os.fork()
+        if process == 0:
+            run_case(name, case_folder)
+            os._exit(0)
+        os.waitpid(process, 0)
+
+
+if __name__ == "__main__":
+    main()

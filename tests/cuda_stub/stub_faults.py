@@ -1,0 +1,198 @@
+"""Faults that are planted in the package: each must be found when a case runs with the stub CUDA runtime."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcifar.training.trainer as trainer_module
+from fastcifar.data import compiled_augment
+from fastcifar.training import step
+from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.trainer import Trainer
+
+
+def replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function `name` of a module or class by `wrap` of it."""
+    setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def change_loss(change: Callable[[Tensor], Tensor]) -> None:
+    """Apply `change` to the loss of the step."""
+
+    def wrap(build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_changed(*args: Any) -> Callable[..., Any]:
+            function = build(*args)
+
+            def loss_and_correct(*batch: Tensor) -> tuple[Tensor, Tensor]:
+                loss, correct = function(*batch)
+                return change(loss), correct
+
+            return loss_and_correct
+
+        return build_changed
+
+    replace(trainer_module, "loss_and_correct", wrap)
+
+
+def read_loss_in_step() -> None:
+    def wrap(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def compute_and_read(loss: Tensor, *args: Any) -> Tensor:
+            loss.item()
+            return compute(loss, *args)
+
+        return compute_and_read
+
+    replace(step, "compute_found_inf", wrap)
+
+
+def add_cpu_tensor_to_loss() -> None:
+    weight = torch.tensor([2.0])
+    change_loss(lambda loss: (loss * weight).sum())
+
+
+def upload_tensor_in_loss() -> None:
+    weight = torch.tensor(2.0)
+    change_loss(lambda loss: loss * weight.to(loss.device))
+
+
+def copy_pageable_memory() -> None:
+    """Upload the order and the labels of each epoch without pinned memory."""
+
+    def upload(array: Any, device: torch.device) -> Tensor:
+        return torch.from_numpy(array.copy()).to(device, non_blocking=True)
+
+    replace(compiled_augment, "upload_array", lambda _: upload)
+
+
+def add_number_instead_of_tensor() -> None:
+    """Ranger as it was: without `alpha`, `_foreach_add_` reads a tensor with one value on the host."""
+
+    def wrap(add: Callable[..., None]) -> Callable[..., None]:
+        return lambda tensors, other, **options: add(tensors, other)
+
+    replace(torch, "_foreach_add_", wrap)
+
+
+def copy_metrics_in_step() -> None:
+    """Copy the sums to pinned memory in the captured step."""
+
+    def wrap(update: Callable[..., None]) -> Callable[..., None]:
+        def update_and_copy(meter: step.Meter, *args: Any) -> None:
+            update(meter, *args)
+            meter.host_sums.copy_(meter.sums, non_blocking=True)
+
+        return update_and_copy
+
+    replace(step.Meter, "update", wrap)
+
+
+def run_on_unjoined_stream() -> None:
+    def change(loss: Tensor) -> Tensor:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss.detach().add(1)
+        return loss
+
+    change_loss(change)
+
+
+def run_on_other_stream() -> None:
+    def change(loss: Tensor) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            loss.detach().add_(1)
+        return loss
+
+    change_loss(change)
+
+
+def allocate_on_other_stream() -> None:
+    def change(loss: Tensor) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.empty(2**25, device=loss.device)
+        return loss
+
+    change_loss(change)
+
+
+def copy_pageable_memory_in_step() -> None:
+    """Copy to the loss with the function of CUDA, since torch itself refuses to do this in a capture."""
+    one = torch.ones(1)
+    copy = ctypes.CDLL(None).cudaMemcpyAsync
+
+    def change(loss: Tensor) -> Tensor:
+        target, source = ctypes.c_void_p(loss.data_ptr()), ctypes.c_void_p(one.data_ptr())
+        host_to_device = 1
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        copy(target, source, ctypes.c_size_t(4), host_to_device, stream)
+        return loss
+
+    change_loss(change)
+
+
+def free_memory_of_graph() -> None:
+    """Free a tensor that the captured step copies from."""
+    tensors: list[Tensor] = []
+
+    def change(loss: Tensor) -> Tensor:
+        if not torch.cuda.is_current_stream_capturing() and not tensors:
+            tensors.append(torch.empty(2**25, device="cuda"))
+        tensors[0].clone()
+        return loss
+
+    def wrap(optimize: Callable[..., None]) -> Callable[..., None]:
+        def optimize_and_free(trainer: Trainer) -> None:
+            optimize(trainer)
+            tensors.clear()
+            torch.cuda.empty_cache()
+
+        return optimize_and_free
+
+    change_loss(change)
+    replace(Trainer, "optimize", wrap)
+
+
+def read_sums_between_steps() -> None:
+    def wrap(train_step: Callable[..., None]) -> Callable[..., None]:
+        def train_and_read(trainer: Trainer, batch: Any) -> None:
+            train_step(trainer, batch)
+            trainer.meter.sums.tolist()
+
+        return train_and_read
+
+    replace(Trainer, "train_step", wrap)
+
+
+def launch_between_steps() -> None:
+    def wrap(set_lr: Callable[..., None]) -> Callable[..., None]:
+        def set_twice(optimizer: OptimizerWrapper, lr: float) -> None:
+            set_lr(optimizer, lr)
+            set_lr(optimizer, lr)
+
+        return set_twice
+
+    replace(OptimizerWrapper, "set_lr", wrap)
+
+
+# name -> (how to plant it, options of the recipe, a part of the problem that must be reported)
+FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
+    "item() in the step": (read_loss_in_step, {}, "synchronization of a capturing stream"),
+    "CPU tensor in the loss": (add_cpu_tensor_to_loss, {}, "Expected all tensors to be on the same device"),
+    "upload in the loss": (upload_tensor_in_loss, {}, "Cannot copy between CPU and CUDA tensors"),
+    "pageable copy in the step": (copy_pageable_memory_in_step, {}, "pageable copy from host to device in a capture"),
+    "pageable copy": (copy_pageable_memory, {}, "pageable copy: copy from host to device (first batch)"),
+    "Ranger as it was": (add_number_instead_of_tensor, {"optimizer": "ranger"}, "synchronization of a capturing"),
+    "copy of metrics in the step": (copy_metrics_in_step, {}, "copy from device to host in a capture"),
+    "stream that is not joined": (run_on_unjoined_stream, {}, "a stream was not joined"),
+    "stream outside the capture": (run_on_other_stream, {}, "on a stream outside the current capture"),
+    "allocation outside the capture": (allocate_on_other_stream, {}, "cudaMalloc during a capture"),
+    "memory freed before a replay": (free_memory_of_graph, {}, "in memory that was freed"),
+    "host read between steps": (read_sums_between_steps, {}, "synchronization: cudaStreamSynchronize (between steps)"),
+    "launches between steps": (launch_between_steps, {}, "12 launches in 'learning rate', more than 6"),
+    "step without a CUDA graph": (lambda: None, {"cuda_graph": False}, "0 replays in 6 steps"),
+}

@@ -1,0 +1,59 @@
+"""Training on a stub CUDA runtime, without a GPU: captures, replays, synchronizations and launches (docs/cuda-stub.md).
+
+The cases run in one process, each in a fork of it, and so do the planted faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_build import build_library, find_missing_requirement
+from stub_cases import CASES, Case, find_problems
+from stub_faults import FAULTS
+
+CHILD = Path(__file__).parent / "stub_child.py"
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 600
+
+MISSING_REQUIREMENT = find_missing_requirement()
+pytestmark = pytest.mark.skipif(MISSING_REQUIREMENT is not None, reason=str(MISSING_REQUIREMENT))
+
+ReadResult = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def read_result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReadResult:
+    """Run the cases and faults of the collected tests, and return a function that returns the result of one."""
+    library = build_library(tmp_path_factory.mktemp("library"))
+    folder = tmp_path_factory.mktemp("results")
+    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    names = [test.callspec.params["name"] for test in tests if hasattr(test, "callspec")]
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(CHILD), str(folder), *names]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+    def read(name: str) -> dict[str, Any]:
+        path = folder / name / "result.json"
+        assert path.is_file(), f"the process ended without a result:\n{run.stdout}{run.stderr}"
+        return json.loads(path.read_text())
+
+    return read
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_follows_the_rules_of_cuda_graphs(name: str, read_result: ReadResult) -> None:
+    assert find_problems(read_result(name), CASES[name]) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(name: str, read_result: ReadResult) -> None:
+    _, options, expected = FAULTS[name]
+    problems = find_problems(read_result(name), Case(options))
+    assert any(expected in problem for problem in problems), problems
