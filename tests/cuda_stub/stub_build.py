@@ -21,19 +21,19 @@ HEADERS_REMEDY = "install CUDA 13, or the package nvidia-cuda-crt>=13.0,<13.1"
 
 
 def find_include_folders() -> list[Path]:
-    """The folders with headers of CUDA 13: of CUDA_HOME, of installed toolkits, and of the packages of NVIDIA."""
-    toolkits = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    toolkits += sorted(Path("/usr/local").glob("cuda*"))
+    """The folders with headers of CUDA 13: of the packages of NVIDIA, of CUDA_HOME and of installed toolkits."""
     package = importlib.util.find_spec("nvidia")
-    packages = [Path(path) / "cu13" for path in (package.submodule_search_locations or [])] if package else []
-    folders = [toolkit / "include" for toolkit in (*packages, *toolkits)]
-    return [folder for folder in folders if (folder / "crt").is_dir() or _cuda_major(folder) == "13"]
+    roots = [Path(path) / "cu13" for path in (package.submodule_search_locations or [])] if package else []
+    roots += [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    roots += sorted(Path("/usr/local").glob("cuda*"))
+    return [root / "include" for root in roots if _cuda_major_version(root / "include") == 13]
 
 
-def _cuda_major(folder: Path) -> str:
+def _cuda_major_version(folder: Path) -> int | None:
+    """The major version of the CUDA headers in `folder`; None if there are none."""
     header = folder / "cuda_runtime_api.h"
     version = re.search(r"#define CUDART_VERSION\s+(\d+)", header.read_text()) if header.is_file() else None
-    return version[1][:-3] if version else ""
+    return int(version[1]) // 1000 if version else None
 
 
 def find_missing_requirement() -> str | None:

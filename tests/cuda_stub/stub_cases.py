@@ -100,7 +100,7 @@ CASES: dict[str, Case] = {
     "fp32": Case({"precision": "fp32"}),
     "fp16": Case({"precision": "fp16"}),
     "fp16, adamw, average": Case(
-        {"precision": "fp16", "optimizer": "adamw", "ema_decay": 0.9}, launches={"evaluation": 64}
+        {"precision": "fp16", "optimizer": "adamw", "ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2
     ),
     "fp16, rmsprop": Case({"precision": "fp16", "optimizer": "rmsprop"}),
     "fp16, ranger": Case({"precision": "fp16", "optimizer": "ranger"}, launches=LOOKAHEAD, lookahead_updates=1),
@@ -114,6 +114,8 @@ CASES: dict[str, Case] = {
     # A learning-rate tensor for each multiplier
     "multipliers": Case({"bias_lr_mult": 2.0, "head_lr_mult": 3.0}, launches={"learning rate": 3}),
     "image sizes": Case({"image_size": "24:1,32"}),
+    # Images are augmented on the CPU; a batch is two copies from pinned memory and a change of the memory format.
+    "torchvision": Case({"loader": "torchvision", "workers": 0}, launches={"first batch": 3, "next batch": 3}),
     # torch fills new memory first, so that a read of it would be noticed.
     "deterministic": Case({"deterministic": True}, launches={"first batch": 83, "next batch": 73, "evaluation": 17}),
     "resume": Case(
@@ -125,13 +127,23 @@ CASES: dict[str, Case] = {
         metrics_reads=0,
         evaluations=0,
     ),
+    # The options of recipe speed94, which has another kind of network and a learning rate of its own for the last layer
     "two seeds": Case(
-        {"optimizer": "lookahead:sgd", "ema_decay": 0.9},
+        {
+            "arch": "speed94",
+            "se": "none",
+            "optimizer": "muon",
+            "optimizer_arg": {"momentum": 0.6, "ns_steps": 3, "weight_norm": True, "rest_lr": 312.0},
+            "head_lr_mult": 12.64,
+            "augment": "crop:2:reflect,flip:0.5:alternating",
+            "image_size": "24:1,32",
+            "clip_grad": "none",
+            "tta": "6view",
+        },
         "speedrun",
-        launches=LOOKAHEAD,
+        launches={"first batch": 55, "next batch": 50, "learning rate": 2},
         steps=12,
         epochs=4,
-        lookahead_updates=2,
         metrics_reads=0,
         evaluations=0,
     ),
@@ -150,6 +162,8 @@ def find_problems(result: dict[str, Any], case: Case) -> list[str]:
     num_evaluation_replays = _total(result, "evaluation", "replay")
     if num_evaluation_replays < case.evaluations * case.replays_per_step:
         problems.append(f"{num_evaluation_replays} replays in the evaluation")
+    if (reads := _total(result, "evaluation", "synchronization")) > case.evaluations:
+        problems.append(f"{reads} synchronizations in the evaluation, more than one for each result")
     synchronizations = _describe_events(result, ("synchronization",))
     if len(synchronizations) > case.steps * case.synchronizations_per_step:
         problems += synchronizations

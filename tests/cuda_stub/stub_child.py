@@ -8,6 +8,7 @@ FOLDER/NAME.json is the result of case NAME. Kernels compute nothing, so tensors
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -123,6 +124,7 @@ def run_case(name: str, folder: Path) -> None:
 
 
 def main() -> None:
+    faulthandler.enable()  # a function that is not replaced may end the process
     os.environ.pop("LD_PRELOAD")  # not for the processes that the package starts
     folder, *names = sys.argv[1:]
     for name in names:

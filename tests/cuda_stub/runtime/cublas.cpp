@@ -32,11 +32,6 @@ int cublasCreate_v2(Handle** handle) {
   return 0;
 }
 
-int cublasDestroy_v2(Handle* handle) {
-  delete handle;
-  return 0;
-}
-
 int cublasSetStream_v2(Handle* handle, cudaStream_t stream) {
   handle->stream = stream;
   return 0;
@@ -45,19 +40,12 @@ int cublasSetStream_v2(Handle* handle, cudaStream_t stream) {
 int cublasSetWorkspace_v2(Handle*, void*, size_t) { return 0; }
 int cublasSetMathMode(Handle*, int) { return 0; }
 int cublasGetMathMode(Handle*, int* mode) { return *mode = 0; }
-int cublasSetPointerMode_v2(Handle*, int) { return 0; }
-int cublasGetPointerMode_v2(Handle*, int* mode) { return *mode = 0; }
 
 #define PRODUCT(function) \
   int function(Handle* handle) { return product(#function, handle->stream); }
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasGemmStridedBatchedEx)
 PRODUCT(cublasSgemm_v2)
-PRODUCT(cublasSgemmEx)
-PRODUCT(cublasSgemmStridedBatched)
-PRODUCT(cublasSgemv_v2)
-PRODUCT(cublasSdot_v2)
-PRODUCT(cublasDotEx)
 
 int cublasLtMatmulDescCreate(void** descriptor) { return create_descriptor(descriptor); }
 int cublasLtMatmulDescDestroy(void* descriptor) { return destroy_descriptor(descriptor); }
@@ -67,7 +55,6 @@ int cublasLtMatmulPreferenceDestroy(void* descriptor) { return destroy_descripto
 int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { return 0; }
 int cublasLtMatrixLayoutCreate(void** descriptor) { return create_descriptor(descriptor); }
 int cublasLtMatrixLayoutDestroy(void* descriptor) { return destroy_descriptor(descriptor); }
-int cublasLtMatrixLayoutSetAttribute(void*, int, const void*, size_t) { return 0; }
 
 int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void* result, int* count) {
   std::memset(result, 0, 64);

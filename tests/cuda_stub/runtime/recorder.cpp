@@ -116,9 +116,4 @@ void cuda_stub_visit_counts(stub::Visitor visit) {
   }
 }
 
-void cuda_stub_clear_counts() {
-  stub::Lock lock;
-  stub::counts.clear();
-}
-
 }  // extern "C"
