@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastcifar.training.trainer as trainer_module
-from fastcifar.data import compiled_augment
-from fastcifar.training import step
 from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.step import Meter
 from fastcifar.training.trainer import Trainer
 
 
@@ -26,28 +24,25 @@ def change_loss(change: Callable[[Tensor], Tensor]) -> None:
 
     def wrap(build: Callable[..., Any]) -> Callable[..., Any]:
         def build_changed(*args: Any) -> Callable[..., Any]:
-            function = build(*args)
+            loss_function = build(*args)
 
-            def loss_and_correct(*batch: Tensor) -> tuple[Tensor, Tensor]:
-                loss, correct = function(*batch)
+            def changed(*batch: Tensor) -> tuple[Tensor, Tensor]:
+                loss, correct = loss_function(*batch)
                 return change(loss), correct
 
-            return loss_and_correct
+            return changed
 
         return build_changed
 
-    replace(trainer_module, "loss_and_correct", wrap)
+    replace(Trainer, "build_loss_function", wrap)
 
 
 def read_loss_in_step() -> None:
-    def wrap(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def compute_and_read(loss: Tensor, *args: Any) -> Tensor:
-            loss.item()
-            return compute(loss, *args)
+    def change(loss: Tensor) -> Tensor:
+        loss.item()
+        return loss
 
-        return compute_and_read
-
-    replace(step, "compute_found_inf", wrap)
+    change_loss(change)
 
 
 def add_cpu_tensor_to_loss() -> None:
@@ -61,12 +56,8 @@ def upload_tensor_in_loss() -> None:
 
 
 def copy_pageable_memory() -> None:
-    """Upload the order and the labels of each epoch without pinned memory."""
-
-    def upload(array: Any, device: torch.device) -> Tensor:
-        return torch.from_numpy(array.copy()).to(device, non_blocking=True)
-
-    replace(compiled_augment, "upload_array", lambda _: upload)
+    """Upload without pinned memory."""
+    replace(torch.Tensor, "pin_memory", lambda _: lambda tensor: tensor)
 
 
 def add_number_instead_of_tensor() -> None:
@@ -82,13 +73,13 @@ def copy_metrics_in_step() -> None:
     """Copy the sums to pinned memory in the captured step."""
 
     def wrap(update: Callable[..., None]) -> Callable[..., None]:
-        def update_and_copy(meter: step.Meter, *args: Any) -> None:
+        def update_and_copy(meter: Meter, *args: Any) -> None:
             update(meter, *args)
             meter.host_sums.copy_(meter.sums, non_blocking=True)
 
         return update_and_copy
 
-    replace(step.Meter, "update", wrap)
+    replace(Meter, "update", wrap)
 
 
 def run_on_unjoined_stream() -> None:

@@ -56,7 +56,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return cudaSuccess;
 }
 
-// "copy from device to host", and whether both ends are device memory, pinned memory, or one end is pageable
+// Such as "copy from device to host".
 static std::string describe_copy(const void* target, const void* source) {
   std::string from = stub::is_device_memory(source) ? "device" : "host";
   std::string to = stub::is_device_memory(target) ? "device" : "host";

@@ -22,6 +22,15 @@ static std::string current_label;
 static std::map<std::tuple<std::string, std::string, std::string>, long> counts;  // (label, kind, name) -> number
 static std::vector<std::pair<std::string, std::string>> unreported;               // (kind, name)
 
+// Names of kernels are those of the compiler.
+static std::string demangle(const std::string& name) {
+  int status = 0;
+  char* readable = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  std::string result = status == 0 ? readable : name;
+  std::free(readable);
+  return result;
+}
+
 Lock::Lock() { mutex.lock(); }
 
 Lock::~Lock() {
@@ -70,7 +79,7 @@ Capture* submit(cudaStream_t stream, const Operation& operation) {
     return capture;
   }
   if (!active_captures.empty())
-    violation(nullptr, operation.name + " on a stream outside the current capture", cudaSuccess);
+    violation(nullptr, demangle(operation.name) + " on a stream outside the current capture", cudaSuccess);
   record("launch", operation.name);
   return nullptr;
 }
@@ -78,14 +87,6 @@ Capture* submit(cudaStream_t stream, const Operation& operation) {
 void execute(const Operation& operation) {
   if (operation.kind == Operation::kCopy) std::memmove(operation.target, operation.source, operation.bytes);
   if (operation.kind == Operation::kMemset) std::memset(operation.target, operation.value, operation.bytes);
-}
-
-static std::string demangle(const std::string& name) {
-  int status = 0;
-  char* readable = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
-  std::string result = status == 0 ? readable : name;
-  std::free(readable);
-  return result;
 }
 
 }  // namespace stub
