@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,20 @@ def any_learning_rate() -> Iterator[None]:
             setattr(torch.Tensor, name, original)
 
 
+def save_finite_weights(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
+    """`save_checkpoint` with NaN and Inf replaced, which it would refuse."""
+
+    def save(path: Path, state: Mapping[str, Any]) -> None:
+        weights = {
+            part: {name: value.cpu().nan_to_num() for name, value in state[part].items()}
+            for part in ("model", "ema")
+            if state[part]
+        }
+        save_checkpoint(path, {**state, **weights})
+
+    return save
+
+
 def ignore_values() -> None:
     """Accept arbitrary learning rates, metrics, weights and logits."""
 
@@ -94,7 +108,7 @@ def ignore_values() -> None:
 
     replace(OptimizerWrapper, "__init__", build_with_any_learning_rate)
     replace(step, "_metrics_from_sums", lambda _: lambda sums: step.Metrics(1.0, 0.0, 1, 0))
-    replace(checkpoint, "_require_finite_weights", lambda _: lambda state: None)
+    replace(checkpoint, "save_checkpoint", save_finite_weights)
     replace(
         evaluate,
         "compute_scores",
