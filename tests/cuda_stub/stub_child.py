@@ -23,7 +23,6 @@ from stub_cases import CASES, RECIPE, Case
 from stub_faults import FAULTS, replace
 from stub_recording import EVALUATION, Recording
 
-from fastcifar.benchmark.speedrun import speedrun
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, evaluate, step
 from fastcifar.training.build import build_trainer
@@ -55,6 +54,9 @@ def train_and_resume(recording: Recording, recipe: Recipe, folder: Path) -> None
 
 def time_two_seeds(recording: Recording, recipe: Recipe, folder: Path) -> None:
     """A speedrun of two seeds, which share the captured step."""
+    # This import looks for a GPU, after which a process must not be forked.
+    from fastcifar.benchmark.speedrun import speedrun
+
     file = folder / "recipe.toml"
     file.write_text(recipe.to_toml())
     speedrun(recipe_name=str(file), n=2, eval_split="val", out=str(folder / "trials"))
