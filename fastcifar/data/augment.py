@@ -1,4 +1,4 @@
-"""Augmentations: the table `AUGMENTS`, the parser of lists, random parameters of epochs, and their application."""
+"""Augmentations: the table `AUGMENTS`, parsing of lists, random parameters of an epoch, and functions to apply them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ AugmentOps = tuple[AugmentOp, ...]  # a parsed augmentation list
 
 
 class DrawContext(NamedTuple):
-    """What a draw function may use; every array that it returns has the length of `permutation`."""
+    """The inputs of a draw function; every array that the draw function returns has the length of `permutation`."""
 
     permutation: np.ndarray  # int64 [n], the sample at each position of the epoch
     epoch: int
@@ -63,17 +63,17 @@ class AugmentSpec:
     draw: Callable[[AugmentOp, DrawContext], ParamArrays]  # arrays [n] over the positions of the epoch, by name
     apply: Callable[[AugmentOp, Tensor, OpParams, FillColor], Tensor]  # the parameters are tensors [b]
     default_value: Number | None  # None if the entry takes no value; an int default admits integers only
-    variants: Mapping[str, tuple[Number, Number]]  # bounds of the value by variant, the first is the default; "": none
+    variants: Mapping[str, tuple[Number, Number]]  # variant ("" for none) -> bounds of the value; the default is first
     help: str
-    build_policy: Callable[[Number | None, str], Policy] | None = None  # of value and variant
+    build_policy: Callable[[Number | None, str], Policy] | None = None  # (value, variant) -> policy
     accepts_file: bool = False  # whether a variant may also be the path of a TOML file
 
 
 class AugmentParams(NamedTuple):
-    """All random numbers of one epoch, of which slices are those of a batch, of a rank's share or of a DALI chunk."""
+    """All random numbers of one epoch; slices of the arrays belong to one batch, one rank or one DALI chunk."""
 
     permutation: np.ndarray  # int64 [n], the sample at each position
-    op_params: tuple[ParamArrays, ...]  # of each augmentation: arrays [n], bool, uint8, or int32 for fixed-point values
+    op_params: tuple[ParamArrays, ...]  # for each augmentation: bool, uint8 or fixed-point int32 arrays [n]
 
 
 def _draw_corner(context: DrawContext, num_positions: int) -> ParamArrays:
@@ -91,7 +91,7 @@ def draw_flip(op: AugmentOp, context: DrawContext) -> ParamArrays:
 
 
 def apply_box(op: AugmentOp, rows: Tensor, params: OpParams, fill_color: FillColor) -> Tensor:
-    """Fill a box: of `op.value` pixels around a center (cutout, DeVries and Taylor, 2017), or of the drawn size."""
+    """Fill a square of side `op.value` around a center (cutout, DeVries and Taylor, 2017), or a box of random size."""
     top, left = params["y"].int(), params["x"].int()
     height = width = int(op.number)
     if "h" in params:  # random erasing (Zhong et al., 2017)
@@ -252,8 +252,8 @@ def _parse_value(item: str, text: str, spec: AugmentSpec | MixerSpec) -> Number:
 def draw_epoch(ops: AugmentOps, n: int, epoch: int, seed: int) -> AugmentParams:
     """Draw the permutation of `n` samples and the parameters of every augmentation for one epoch.
 
-    The key of the Philox generator is [seed, epoch]: the stream jumped by 0 (times 2**128 draws) gives the permutation,
-    the stream jumped by 1 + i the parameters of `ops[i]`, so nothing else, such as the batch size, has an influence.
+    Stream 0 of the Philox generator with key [seed, epoch] gives the permutation; stream 1 + i gives the parameters of
+    `ops[i]`. Streams are 2**128 draws apart. The result does not depend on anything else, such as the batch size.
     """
     permutation = _rng_stream(seed, epoch, 0).permutation(n)
     op_params = []

@@ -1,4 +1,4 @@
-"""The common part of all loaders: arguments, order of the batches, the augmentation kernel, upload to the device."""
+"""Code shared by all loaders: arguments, order of the batches, the augmentation kernel, copies to the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SINGLE_KERNEL_OPTIONS = {
 
 @dataclass(frozen=True)
 class BatchSlicing:
-    """The slices of an epoch: of the `batch_size` positions of each step, rank r takes `r::world_size`.
+    """How steps and ranks divide an epoch: rank r takes every `world_size`-th image of each batch, starting at image r.
 
     No rank may be without an image in a short last batch: BatchNorm cannot compute the statistics of an empty batch.
     """
@@ -76,10 +76,10 @@ class BatchSlicing:
         return len(range(self.rank, num_images, self.world_size))
 
     def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
-        """Return this rank's share of each step, [steps, width, ...], of an array [n, ...], padded with `array[0]`."""
+        """Return this rank's share of `array` [n, ...] as a table [steps, width, ...], padded with `array[0]`."""
         steps, local_size, item_shape = self.steps_per_epoch, self.local_batch_size, array.shape[1:]
         padded = np.full((steps * local_size, *item_shape), array[0], dtype=array.dtype)
-        share = array[self.rank :: self.world_size][: len(padded)]  # of all steps: the ranks divide each step evenly
+        share = array[self.rank :: self.world_size][: len(padded)]  # for all steps: ranks divide full steps evenly
         padded[: len(share)] = share
         width = -(-local_size // alignment) * alignment
         table = np.full((steps, width, *item_shape), array[0], dtype=array.dtype)
@@ -91,7 +91,7 @@ class Loader(abc.ABC):
     """Base class of the loaders, which turn a data set in memory into augmented batches on the device.
 
     The batches of all loaders are identical for the same seed and epoch, except for the torchvision baseline, which
-    draws its own random parameters. A loader has no state to save and does not wait for the device within an epoch.
+    draws its own random parameters. A loader has no state to save and, within an epoch, does not wait for training.
     """
 
     uses_workers = False
@@ -166,7 +166,7 @@ def compile_gather(
 ) -> GatherFn:
     """Compile one kernel for these arguments and static shapes; all loaders with equal arguments share it.
 
-    Each call compiles a copy of the code object, because torch.compile limits the number of compilations of one.
+    Each call compiles a copy of the code object, because torch.compile limits how often one code object is compiled.
     """
     eager = eager_gather(ops, fill_color)
     copy = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
@@ -174,14 +174,14 @@ def compile_gather(
 
 
 def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy `array` to `device`; to a GPU through pinned memory, without waiting."""
+    """Copy `array` to `device`. Copies to a GPU use pinned memory and are asynchronous."""
     host = torch.from_numpy(np.array(array, order="C"))  # a copy, because torch warns about read-only arrays
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def split_by_step(slicing: BatchSlicing, array: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
     """Upload an array [n] over positions and return this rank's share of each step, [local_batch_size]."""
-    # Shares start at aligned addresses, because a compiled kernel first copies every misaligned input.
+    # The share of each step starts at an aligned address, because a compiled kernel first copies a misaligned input.
     return upload_array(slicing.step_table(array, ALIGNMENT), device)[:, : slicing.local_batch_size].unbind(0)
 
 

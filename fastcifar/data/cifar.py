@@ -43,7 +43,7 @@ from fastcifar.errors import DataError, DiskError, UsageError, lookup
 from fastcifar.files import lock_folder
 
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
-TIMEOUT_S = 30.0  # of a download
+TIMEOUT_S = 30.0  # longest wait for the server, in seconds; a download as a whole may take longer
 _CHUNK_BYTES = 2**18
 _MAX_BYTES = 2**30  # a larger download is aborted; the largest official archive has 170 MB
 
@@ -59,7 +59,7 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
     classes, counts = np.unique(labels, return_counts=True)
     quota, remainder = np.divmod(val_size * counts, max(n, 1))
     quota[np.argsort(-remainder, kind="stable")[: val_size - quota.sum()]] += 1
-    # Raw words, not `permutation`: NumPy keeps the bit stream stable across versions, but not the methods of Generator.
+    # NumPy guarantees the same `random_raw` in all versions, but not the same `Generator.permutation`.
     order = np.argsort(np.random.Philox(key=seed).random_raw(n), kind="stable")
     in_val = np.zeros(n, bool)
     for label, size in zip(classes, quota, strict=True):
@@ -67,8 +67,8 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
     return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
 
 
-# Entries `<cache>/<dataset>-<key>/` of the cache have four .npy files and meta.json. An entry is put in place by one
-# rename, so any number of processes may write and read at once.
+# An entry of the cache is a folder `<cache>/<dataset>-<key>/` with four .npy files and meta.json. A complete entry is
+# moved to its final name by one rename, so any number of processes may write and read at the same time.
 CACHE_FORMAT_VERSION = 1  # increase it when the meaning of the files changes; older entries are then ignored
 
 # The kind of a source in words, its path, the files that identify its cache entry, and its reader
@@ -185,7 +185,7 @@ def _download_verified(url: str, md5: str, part: Path) -> None:
 
 
 def _download_from(url: str, part: Path, start: int) -> None:
-    """Append the bytes from `start` on, or write the whole file if the server does not support resuming."""
+    """Append to `part` the bytes of `url` from `start` on, or write the whole file if the server cannot resume."""
     headers = {"User-Agent": "fastcifar", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -209,7 +209,7 @@ def _download_from(url: str, part: Path, start: int) -> None:
             while True:
                 try:
                     chunk = response.read(_CHUNK_BYTES)
-                except (OSError, http.client.HTTPException) as error:  # an OSError of `write` concerns the disk instead
+                except (OSError, http.client.HTTPException) as error:  # `download_file` handles errors of `write`
                     problem = f"{url}: connection failed: {error}"
                     raise DataError(problem, f"run again to resume, or {DATA_REMEDY}") from None
                 if not chunk:
@@ -257,7 +257,7 @@ class _SizeLimitedStream:
 
 
 def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
-    """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has neither."""
+    """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has no layout."""
     with path.open("rb") as file:
         head = file.read(512)
     if head[:2] != b"\x1f\x8b":
@@ -293,7 +293,7 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
 
 
 def load_or_cache(cache_dir: Path, dataset: str, source: _DataSource, refresh: bool) -> tuple[SourceContents, str]:
-    """Read `source` from its cache entry, or write the entry if it is not intact; also return a note for the user."""
+    """Return the contents of `source` from its cache entry (written first if not intact), and a note for the user."""
     _, path, files, read_source = source
     digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{path}\n".encode())
     for file in files:
@@ -343,7 +343,7 @@ def _named_arrays(contents: SourceContents) -> dict[str, np.ndarray]:
 
 
 def _write_entry(entry: Path, contents: SourceContents) -> None:
-    """Write an entry atomically. Raises `OSError`, and then leaves nothing behind."""
+    """Write an entry atomically. If writing fails, raise `OSError` and delete all temporary files."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     for path in entry.parent.glob(f"{entry.name}.*.tmp"):
         if time.time() - path.stat().st_mtime > 3600:  # left behind by a killed process

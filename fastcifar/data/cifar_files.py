@@ -70,9 +70,9 @@ class DatasetSpec:
     num_classes: int
     url: str
     archive_md5: str
-    label_key: str  # of the labels in a pickled batch
-    class_names_key: str  # of the class names in the pickled meta file
-    label_bytes: int  # of a binary record; the last one is the label
+    label_key: str  # key of the labels in a pickled batch
+    class_names_key: str  # key of the class names in the pickled meta file
+    label_bytes: int  # number of label bytes in a binary record; the last of them is the label
     python: FileLayout
     binary: FileLayout
     class_names: tuple[str, ...] = ()  # class order for class folders; empty for alphabetical order
@@ -97,8 +97,8 @@ _CIFAR10_BINARY = (
     BatchFile("data_batch_5.bin", "train", 10_000, "53f37980c15c3d472c316c40844f3f0d"),
     BatchFile("test_batch.bin", "test", 10_000, "803d5f7f4d78ea53de84dbe85f74fb6d"),
 )
-# Files in circulation with the official images of each class in another order. Their MD5s serve to identify the damaged
-# file of such a set.
+# Some public copies of the files have the official images of each class in another order. If one file of such a copy is
+# damaged, these MD5s identify it.
 _CIFAR10_REORDERED_MD5S = {
     "data_batch_1": "02c8b8c5218fd5808830be6566332c42",
     "data_batch_2": "c945726bef0587d09167131b57065491",
@@ -201,7 +201,7 @@ def read_official_files(spec: DatasetSpec, members: Iterator[MemberFile], source
 def parse_batch(
     spec: DatasetSpec, layout: FileLayout, batch: BatchFile, content: bytes, file: str, *, is_official: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the planar pixels uint8 [n, 3072] and the labels [n] of one batch, whose structure is checked."""
+    """Check the structure of one batch; return its planar pixels uint8 [n, 3072] and its labels [n]."""
     if layout is spec.binary:
         record_bytes = spec.label_bytes + IMAGE_BYTES  # the labels, coarse before fine, and planar pixels
         if len(content) != batch.num_images * record_bytes:
@@ -258,7 +258,7 @@ def _parse_class_names(spec: DatasetSpec, layout: FileLayout, content: bytes, fi
 
 
 def split_digest(split: Split) -> str:
-    """Return a 128-bit sum over labels and images in any order; it detects damage but not deliberate manipulation."""
+    """Return a 128-bit sum of hashes, independent of the order of images; it detects damage but not manipulation."""
     total = 0
     for label, image in zip(split.labels.tolist(), split.images, strict=True):
         total += int.from_bytes(hashlib.blake2b(image.data, digest_size=16, key=b"%d" % label).digest(), "little")
@@ -270,9 +270,9 @@ def _verify_official(
 ) -> tuple[bool, str]:
     """Return whether every file is official, and a note for the user. Raises `DataError` if a file is damaged.
 
-    The data may be official (the MD5 of every file is), reordered (the official images and labels in another order,
-    each split verified by the MD5s of its files or by `split_digest`), or custom (no file and no split is official, so
-    only the structure is checked). Next to an official file or split, everything that is not official is damaged.
+    The data is official if every MD5 is official, reordered if it has the official images and labels in another order
+    (each split is verified by the MD5s of its files or by `split_digest`), and custom if no file and no split is
+    official (only the structure is checked). Next to official or reordered files, all others count as damaged.
     """
     splits, classes = contents[:2]
     official_md5s = {batch.name: batch.md5 for batch in layout.batches}

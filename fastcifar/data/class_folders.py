@@ -21,7 +21,7 @@ _LAYOUT_REMEDY = "arrange them as train/<class>/*.png and test/<class>/*.png, 32
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
-    """Return the folder of each split; for the test set `val` (the name in ImageNet) if only that one exists."""
+    """Return the folder of each split; the test set is `val`, as in ImageNet, if `val` exists and `test` does not."""
     test = "val" if (path / "val").is_dir() and not (path / "test").is_dir() else "test"
     return {"train": path / "train", "test": path / test}
 
@@ -43,7 +43,7 @@ def _list_images(folder: Path) -> list[Path]:
 
 
 def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceContents:
-    """Read both splits; classes have the order of `class_names` if the folders have these names, else alphabetical."""
+    """Read both splits; classes are in the order of `class_names` if the folders have these names, else sorted."""
     folders = _split_folders(path)
     train, test = (_list_classes(folder) for folder in folders.values())
     if len(train) < 2 or test != train:
@@ -68,7 +68,7 @@ def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceConten
 
 @contextlib.contextmanager
 def open_image(file: Path) -> Iterator[Image.Image]:
-    """Open an image file, whose header alone is read; raises `DataError` if it cannot be opened or decoded."""
+    """Open an image file and read only its header. Raise `DataError` if that or decoding in the `with` block fails."""
     try:
         with Image.open(file) as image:
             yield image
@@ -92,7 +92,7 @@ def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:
     train_size = max(int(size_text), 10)
     if train_size > 5_000_000:
         raise UsageError(f"--data {data!r} is too large", "choose at most synthetic:5000000")
-    # A coarse color grid, interpolated linearly: low frequencies survive crops, and a flipped image differs.
+    # A pattern is a 4x4 color grid, interpolated linearly: a crop changes it little, unlike a flip.
     grid = np.random.Generator(np.random.Philox(key=[7, 0])).random((spec.num_classes, 3, 4, 4), np.float32) * 127
     positions = np.linspace(0, 3, 32)
     weights = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(4))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The loader that augments with NVIDIA DALI, which is imported when a loader is created."""
+"""The loader that augments with NVIDIA DALI. DALI is imported when a loader is created."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
 from fastcifar.errors import DeviceError
 
-PREFETCH_CHUNKS = 2  # chunks that DALI prepares ahead
+PREFETCH_CHUNKS = 2  # length of DALI's prefetch queue
 
 ChunkStart = tuple[int, int]  # (epoch, first step)
 
@@ -27,7 +27,7 @@ ChunkStart = tuple[int, int]  # (epoch, first step)
 class DaliOp:
     """The DALI implementation of an augmentation, on images of layout CHW or HWC."""
 
-    make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]  # of parameters [n]: arrays [n] or [n,2]
+    make_inputs: Callable[[AugmentOp, ParamArrays], list[np.ndarray]]  # parameters [n] -> inputs [n] or [n,2]
     build_node: Callable[[Any, Any, Any, AugmentOp, FillColor], Any]  # (dali, images, input nodes, op, fill color)
     num_inputs: int = 1
 
@@ -47,7 +47,7 @@ def _flip_and_convert_to_hwc(dali: Any, images: Any, inputs: Any, op: AugmentOp 
 
 
 def _erase_box(dali: Any, images: Any, inputs: Any, op: AugmentOp, fill_color: FillColor) -> Any:
-    """Fill the box given by its corner and its size, which is `op.value` if it is not an input."""
+    """Fill the box at the corner `inputs[0]`; its size is `inputs[1]` if given, otherwise `op.value`."""
     size = inputs[1] if len(inputs) > 1 else 2 * (float(op.number),)
     color = [float(value) for value in FILL_COLORS.get(op.variant, fill_color)]
     return dali.fn.erase(images, anchor=inputs[0], shape=size, axis_names="HW", fill_value=color)
@@ -57,7 +57,7 @@ def _stack_params(params: ParamArrays, names: str, offset: int = 0, dtype: type 
     return np.stack([params[name] for name in names], axis=1).astype(dtype) - dtype(offset)
 
 
-# DALI has no single operator for reflection padding, so `ChunkSource` pads, if it is the first augmentation.
+# DALI has no single operator for reflection padding: `ChunkSource` pads, so the crop must be the first augmentation.
 CROP_ZERO = DaliOp(lambda op, params: [_stack_params(params, "yx", int(op.number))], _slice_window)
 CROP_REFLECT = DaliOp(lambda op, params: [_stack_params(params, "yx")], _slice_window)
 FLIP = DaliOp(lambda op, params: [params["flip"].astype(np.int32)], _flip_and_convert_to_hwc)
@@ -68,7 +68,7 @@ ERASE = DaliOp(
     num_inputs=2,
 )
 
-# By name and variant. DALI's rotation and policies are not listed: they differ from ours in some pixels (LOG.md).
+# Keys are (name, variant). Rotation and policies are missing: DALI's differ from ours in some pixels (LOG.md).
 DALI_OPS: dict[tuple[str, str], DaliOp] = {
     ("crop", "zero"): CROP_ZERO,
     ("crop", "reflect"): CROP_REFLECT,
@@ -79,7 +79,7 @@ DALI_OPS: dict[tuple[str, str], DaliOp] = {
 
 
 def count_dali_ops(ops: AugmentOps) -> int:
-    """Return how many of `ops`, counted from the first, DALI applies."""
+    """Return the number of leading augmentations of `ops` that DALI applies; PyTorch applies the others."""
     for index, op in enumerate(ops):
         dali_op = DALI_OPS.get((op.name, op.variant))
         if dali_op is None or (dali_op is CROP_REFLECT and index):
@@ -88,7 +88,7 @@ def count_dali_ops(ops: AugmentOps) -> int:
 
 
 class ChunkSource:
-    """The inputs of DALI as a function of (epoch, step), without a reference to the pipeline, which refers to it."""
+    """The inputs of DALI as a function of (epoch, step). The pipeline refers to this object, but not vice versa."""
 
     def __init__(self, images: np.ndarray, ops: AugmentOps, seed: int, slicing: BatchSlicing, chunk_steps: int) -> None:
         self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
@@ -99,8 +99,8 @@ class ChunkSource:
         self.reset()
 
     def reset(self) -> None:
-        self.next_chunk: ChunkStart = (0, 0)  # to feed to DALI
-        self.pending: deque[ChunkStart] = deque()  # fed to DALI and not yet returned by it
+        self.next_chunk: ChunkStart = (0, 0)  # the next chunk to feed to DALI
+        self.pending: deque[ChunkStart] = deque()  # chunks fed to DALI that it has not returned
 
     def feed_next(self, _iteration: int) -> list[np.ndarray]:
         """Return the images [b,3,s,s] of the next chunk of any epoch, and the inputs [b, ...] of all DALI ops."""
@@ -141,9 +141,9 @@ def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
 
 
 class DaliLoader(Loader):
-    """Loader that keeps the data set in host memory and augments it with DALI, one chunk of steps ahead of training."""
+    """Loader that keeps the data set in host memory and augments chunks of steps with DALI, ahead of training."""
 
-    # Approximate number of images in one run of the pipeline; on a CPU, more do not fit into its cache (LOG.md).
+    # Approximate number of images in one run of the pipeline; larger runs exceed the cache of a CPU (LOG.md).
     chunk_images: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
     max_threads = 4  # 1, 2 and 3 threads were equally fast on two cores
 

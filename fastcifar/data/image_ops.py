@@ -1,7 +1,7 @@
 """Operations on a batch of images, int32 rows [b,32,96] with values 0..255: column 3 * x + channel belongs to pixel x.
 
 The operations of policies reproduce torchvision's v2 operations; geometric ones use nearest-neighbor sampling and fill
-with black. Amounts are integers from the host and all rounding is explicit, so the bytes are equal on every device.
+with black. The CPU computes amounts as integers and all rounding is explicit, so all devices give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ CIFAR_IMAGE_AREA = CIFAR_IMAGE_SIZE * CIFAR_IMAGE_SIZE
 LAST_COLUMN = 3 * CIFAR_IMAGE_SIZE - 1
 # Pixels added before and after a flat plane, so that the neighbors of all pixels are shifted views of the plane.
 PLANE_PADDING = 2 * CIFAR_IMAGE_SIZE
-# Fixed-point scale of affine coefficients: up to 125 half-pixels times a coefficient stay within int32.
+# Fixed-point scale of affine coefficients. The sums in `_sample_nearest` are at most 127 half-pixels: int32 is enough.
 AFFINE_SCALE = 1 << 23
-# Fixed-point scale of blend and hue amounts: it represents float32 magnitudes from 1/64 on exactly.
+# Fixed-point scale of blend and hue amounts. It represents float32 magnitudes of at least 1/64 exactly.
 AMOUNT_SCALE = 1 << 29
 
 FillColor = tuple[int, int, int]  # 0..255 for each channel
@@ -68,13 +68,13 @@ def flip_rows(rows: Tensor, flip: Tensor) -> Tensor:
 def fill_box(
     rows: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, color: FillColor
 ) -> Tensor:
-    """Fill a box with one color, as far as it is inside the image; its sides are int32 [b] or one int."""
+    """Fill the part of a box that is inside the image with one color; `height` and `width` are int32 [b] or int."""
     row, column = _grid_indices(rows)
     box_y, box_column = row - top[:, None], column - 3 * left[:, None]
     height, width = (size if isinstance(size, int) else size[:, None] for size in (height, width))
     inside_rows, inside_columns = (box_y >= 0) & (box_y < height), (box_column >= 0) & (box_column < 3 * width)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]
-    # The channels are packed into one integer, a byte each: torch.tensor(color) would be an upload, which waits.
+    # The channels are packed into one integer, a byte each: torch.tensor(color) would be a synchronous copy.
     packed = color[0] | color[1] << 8 | color[2] << 16
     return torch.where(inside, (packed >> (8 * (column - 3 * _column_to_x(column)))) & 255, rows)
 
@@ -122,7 +122,7 @@ def encode_operation(name: str, magnitude: float) -> tuple[int, int, int]:
 
 
 def apply_operations(rows: Tensor, steps: Sequence[OperationStep], operations: Sequence[Collection[str]]) -> Tensor:
-    """Apply one operation per step to each image, one of the `operations` of the step; int32 rows in and out."""
+    """Apply one operation per step to each image; `operations` lists the candidates by step. int32 rows in and out."""
     image = rows
     for (code, amount, cosine), names in zip(steps, operations, strict=True):
         cosine = None if cosine is None else cosine[:, None, None]
@@ -197,7 +197,7 @@ def _apply_geometric(image: Tensor, code: Tensor, amount: Tensor, cosine: Tensor
 
 
 def _sample_nearest(image: Tensor, y: Tensor, x: Tensor, channel: Tensor, to_x: Sequence, to_y: Sequence) -> Tensor:
-    """Return the pixels at an affine map of (x, y): coefficients (of x, of y, constant) in half-pixels."""
+    """Sample at an affine map of (x, y); `to_x`, `to_y`: factors of x and y, and a constant in half-pixels."""
     centered_x, centered_y = 2 * x - (CIFAR_IMAGE_SIZE - 1), 2 * y - (CIFAR_IMAGE_SIZE - 1)
     source_x, source_y = (
         (of_x * centered_x + of_y * centered_y + shift + CIFAR_IMAGE_SIZE * AFFINE_SCALE) >> 24
@@ -246,7 +246,7 @@ def _lookup_table(planes: Tensor, code: Tensor, amount: Tensor, names: set[str])
 
 def _blend(planes: Tensor, code: Tensor, amount: Tensor, names: set[str]) -> Tensor:
     """Blend with black, the mean gray value or the grayscale image, rounded like torchvision: int32 [b,3,1024]."""
-    # In float64 these products and sums are exact, so fusing and rounding cannot differ between devices.
+    # In float64 these products and sums are exact, so fused multiply-adds give the same result on every device.
     target: Tensor | float = 0.0
     if names & {"Contrast", "Color"}:
         red, green, blue = (planes[:, channel : channel + 1].double() for channel in range(3))
@@ -278,7 +278,7 @@ def _adjust_sharpness(padded: Tensor, amount: Tensor) -> Tensor:
 
 
 def _adjust_hue(values: Tensor, amount: Tensor) -> Tensor:
-    """Shift the hue by `amount`; int32 [b,3,1024] in units of 2**-19."""
+    """Shift the hue by `amount`, in units of 1 / AMOUNT_SCALE turns; values 0..255, int32 [b,3,1024] in and out."""
     # The hue (0 to 6 in the HSV hexagon) is multiplied by the largest minus the smallest channel, to avoid a division.
     red, green, blue = (values[:, channel : channel + 1] for channel in range(3))
     high = torch.maximum(torch.maximum(red, green), blue)

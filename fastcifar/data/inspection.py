@@ -79,7 +79,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
 
 
 def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescription:
-    """Plot training images before and after each augmentation, after all of them, and by operation of a policy."""
+    """Plot images before and after each augmentation, after all of them, and one image after each policy operation."""
     ops = augment.parse_augment(recipe.augment)
     plotting.require_png(out)
     if not 1 <= count <= MAX_GRID_IMAGES:
@@ -103,7 +103,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
 
 
 def _augment_images(ops: augment.AugmentOps, indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:
-    """Apply the ops at `indices` with their random parameters in the complete list; uint8 [n,3,32,32]."""
+    """Apply `ops[i]` for i in `indices`, with the parameters drawn for the whole list; return uint8 [n,3,32,32]."""
     loader_ops, mixer = augment.split_mixer(ops)
     epoch_params = augment.draw_epoch(loader_ops, len(images), epoch, recipe.seed)
     permutation = torch.from_numpy(epoch_params.permutation)
@@ -124,7 +124,7 @@ def _augment_images(ops: augment.AugmentOps, indices: list[int], images: Tensor,
 
 
 def _policy_grid(op: augment.AugmentOp, image: Tensor) -> ImageGrid:
-    """Return a grid with a row for each operation of a policy: the image [1,3,32,32], then results by magnitude."""
+    """Return a grid with a row for each operation of a policy: `image` [1,3,32,32], then results by magnitude."""
     assert op.policy is not None, op
     rows, names = [], []
     for name in op.policy.operations():

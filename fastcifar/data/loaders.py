@@ -60,7 +60,7 @@ def _random_erasing(v2: Any, op: AugmentOp, fill_color: FillColor) -> Transform:
     return v2.RandomErasing(ERASE_PROBABILITY, area, ERASE_ASPECT_RANGE, value=color)
 
 
-# (name, variant) of an augmentation -> (torchvision.transforms.v2, op, mean color) -> the same transform of a PIL image
+# (name, variant) of an augmentation -> function (torchvision.transforms.v2, op, mean color) -> transform of a PIL image
 TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Transform]] = {
     ("crop", "zero"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value),
     ("crop", "reflect"): lambda v2, op, _: v2.RandomCrop(CIFAR_IMAGE_SIZE, padding=op.value, padding_mode="reflect"),
@@ -77,7 +77,7 @@ TORCHVISION_TRANSFORMS: dict[tuple[str, str], Callable[[Any, Any, FillColor], Tr
 
 
 class TorchvisionLoader(Loader):
-    """Loader that keeps the data set in host memory and creates a DataLoader with `workers` for each epoch."""
+    """Loader that keeps the data set in host memory and creates a DataLoader with `workers` processes each epoch."""
 
     uses_workers = True
 
@@ -102,7 +102,7 @@ class TorchvisionLoader(Loader):
 
 
 class _TransformedImages(Dataset[Tensor]):
-    """The data set of the workers: pixels uint8 [n,32,32,3]; one call gets the images of a step, uint8 [3,32,32]."""
+    """The data set in the workers, uint8 [n,32,32,3]; `__getitems__` returns all images of a step, uint8 [3,32,32]."""
 
     def __init__(self, pixels: np.ndarray, transform: Transform, seed_key: tuple[int, int, int]) -> None:
         self.pixels, self.transform, self.seed_key = pixels, transform, seed_key
@@ -110,13 +110,13 @@ class _TransformedImages(Dataset[Tensor]):
     def __getitems__(self, step: tuple[int, ...]) -> list[Tensor]:
         number, *indices = step
         state = np.random.SeedSequence([*self.seed_key, number]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):  # without workers, the network uses the generator of this process
+        with torch.random.fork_rng(devices=[]):  # without workers, the network shares this generator
             torch.default_generator.manual_seed(int(state[0]))
             return [self.transform(Image.fromarray(self.pixels[index])) for index in indices]
 
 
 def build_transform(ops: AugmentOps, fill_color: FillColor) -> Transform:
-    """Return the torchvision transform of `ops`, from a PIL image to uint8 [3,32,32]; `UsageError` if there is none."""
+    """Return the transform of `ops`, PIL image -> uint8 [3,32,32]. Raises `UsageError` if an op has no equivalent."""
     for op in ops:
         if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
             variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]

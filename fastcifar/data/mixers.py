@@ -1,4 +1,4 @@
-"""Mixers, which mix images and labels with those of their neighbors in the batch (the batch rolled by 1, 2, ...)."""
+"""Mixers: each mixes images and labels with those of neighbors (image i - k of the batch is neighbor k of image i)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MixerApplyFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """One entry of `MIXERS`, as in `AugmentSpec`; the value is the alpha of the distribution Beta(alpha, alpha)."""
+    """One entry of `MIXERS`, with the fields of `AugmentSpec`; the value is the alpha of Beta(alpha, alpha)."""
 
     draw: Callable[[float, int, np.random.Generator], np.ndarray]  # (alpha, n, generator) -> parameters [n] or [n,k]
     apply: MixerApplyFn
@@ -30,14 +30,14 @@ class MixerSpec:
 
 
 def apply_mixup(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image, with weight float32 [b], with its neighbor (Zhang et al., 2017); pixels become float32."""
+    """Return image * weight + neighbor * (1 - weight), float32 (Zhang et al., 2017); `weight` is float32 [b]."""
     pixel_weight = weight[:, None, None, None]
     mixed = images.roll(1, 0) * (1 - pixel_weight) + images * pixel_weight
     return mixed, torch.stack((weight, 1 - weight), 1)
 
 
 def draw_cutmix(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the box of the neighbor, of area 1 - Beta(alpha, alpha): uint8 [n,4], top, left, bottom, right."""
+    """Draw boxes (top, left, bottom, right), uint8 [n,4], of relative area 1 - Beta(alpha, alpha) before clipping."""
     half = (0.5 * CIFAR_IMAGE_SIZE * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(np.int64)
     y, x = rng.integers(0, CIFAR_IMAGE_SIZE, size=(2, n))
     return np.stack((y - half, x - half, y + half, x + half), 1).clip(0, CIFAR_IMAGE_SIZE).astype(np.uint8)
@@ -57,7 +57,7 @@ def apply_cutmix(images: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_ricap(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw uint8 [n,10]: height and width of the top left patch, then y and x of the four source corners."""
+    """Draw uint8 [n,10]: height and width of the top left patch, then four y and four x of the source corners."""
     first_size = np.rint(CIFAR_IMAGE_SIZE * rng.beta(alpha, alpha, (n, 2))).astype(np.uint8)
     top, left = first_size.T
     bottom, right = CIFAR_IMAGE_SIZE - top, CIFAR_IMAGE_SIZE - left

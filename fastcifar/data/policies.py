@@ -67,7 +67,7 @@ POLICIES: dict[str, SubPolicies] = {
 
 @dataclass(frozen=True)
 class PolicyOp:
-    """One operation of a sub-policy, applied with `probability`, at one of its magnitudes (two are equally likely)."""
+    """One operation of a sub-policy, applied with `probability`, at a magnitude drawn uniformly from `magnitudes`."""
 
     operation: str
     probability: float
@@ -92,7 +92,7 @@ class Policy:
         return tuple(sorted({sub_policy[index].operation for sub_policy in self.sub_policies for index in indices}))
 
     def magnitudes(self, operation: str) -> tuple[float, ...]:
-        """Return the magnitudes that an operation can have, in order; `apply_operation` applies one to a batch."""
+        """Return the magnitudes that an operation can have, in ascending order, in the units of `encode_operation`."""
         ops = [op for sub_policy in self.sub_policies for op in sub_policy if op.operation == operation]
         return tuple(sorted({magnitude for op in ops for magnitude in op.magnitudes}))
 
@@ -122,7 +122,7 @@ def uniform_policy(space: OperationSpace, levels: Sequence[int], num_draws: int 
 
 
 def load_policy(source: str) -> Policy:
-    """Return a named AutoAugment policy, or one of a TOML file: `policy = [[["Invert", 0.1], ["Color", 0.2, 6]]]`."""
+    """Return a named AutoAugment policy, or that of a TOML file: `policy = [[["Invert", 0.1], ["Color", 0.2, 6]]]`."""
     if not source.endswith(".toml"):
         sub_policies = lookup(POLICIES, source, "policy")
     elif not Path(source).is_file():
@@ -206,7 +206,7 @@ JITTER_OPERATIONS = ("Brightness", "Contrast", "Color", "Hue")
 
 
 def draw_jitter_params(strength: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw the order and amounts of ColorJitter's operations, `code0`, ..., `amount3`; half the range for the hue."""
+    """Draw the order and amounts of ColorJitter's operations, `code0`, ..., `amount3`; the hue has half the range."""
     codes = np.array([encode_operation(name, 0.0)[0] for name in JITTER_OPERATIONS], np.uint8)
     max_amount = strength * np.array([1, 1, 1, 0.5])
     order = rng.permuted(np.broadcast_to(np.arange(4), (n, 4)), axis=1)
@@ -223,7 +223,7 @@ def draw_rotation_params(degrees: float, n: int, rng: np.random.Generator) -> di
 
 
 def draw_erasing_params(max_area: float, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw the boxes `y`, `x`, `h`, `w`, uint8 [n], of torchvision's RandomErasing; half of the images have size 0."""
+    """Draw the boxes `y`, `x`, `h`, `w`, uint8 [n], of torchvision's RandomErasing; about half have size 0."""
     low, high = np.log(ERASE_ASPECT_RANGE)
     heights, widths = np.zeros((2, n), np.uint8)
     pending = np.flatnonzero(rng.random(n) < ERASE_PROBABILITY)

@@ -40,8 +40,8 @@ class InputImages:
 def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") -> InputImages:
     """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
 
-    Files named .pkl, .pickle or without a suffix are pickles with images and ids. In a folder, all images below it are
-    read in the order of their paths, and the id is the path without the suffix; otherwise it is the index of the image.
+    Files named .pkl, .pickle or without a suffix are pickles with images and ids. Images in a folder and its subfolders
+    are sorted by path; ids are the paths without suffix. The id of a single image is its stem; other ids are indices.
     """
     if source.startswith("data:"):
         if source not in ("data:test", "data:train"):
@@ -119,7 +119,7 @@ def _require_unique(ids: Any, path: Path) -> None:
 
 def _read_npy(path: Path) -> InputImages:
     try:
-        # With a memory map, the shape in the header is checked against the size of the file and nothing is allocated.
+        # With a memory map, NumPy checks the shape in the header against the size of the file and allocates nothing.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
         problem = f"{path} is not a .npy file that can be read safely: {first_message_line(error)}"
@@ -143,7 +143,7 @@ def _read_image_folder(folder: Path) -> InputImages:
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """Read an image file as uint8 [3,32,32] RGB: upright, cropped to the centered square, resized (bicubic)."""
+    """Read an image file as uint8 [3,32,32] RGB: rotate by its EXIF tag, crop the central square, resize (bicubic)."""
     with open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width}x{image.height}"

@@ -1,7 +1,7 @@
 """A pickle reader for dicts, lists, scalars and numeric arrays that is safe for files from unknown sources.
 
 `_check_opcodes` checks every opcode and the size of its argument before anything is executed. Python's unpickler then
-builds the values, with classes of this module in place of all global names. Memory stays in proportion to the file.
+builds the values, with classes of this module in place of all globals. Memory use is proportional to the file size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UNPICKLING_ERRORS = (pickle.UnpicklingError, ArithmeticError, AttributeError, B
 
 
 class _Global:
-    """Base class of what global names stand for (itself `numpy.ndarray`); the opcode BUILD cannot set attributes."""
+    """Base class of the replacements of globals, and replacement of `numpy.ndarray`; BUILD cannot set attributes."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a state for a value that has none")
@@ -116,7 +116,7 @@ class _Encode(_Global):
 
 
 class _Dict(dict):
-    """A dict of scalar keys: a tuple of tuples as a key can overflow the C stack or take exponential time to hash."""
+    """A dict with scalar keys only: hashing nested tuples can overflow the C stack or take exponential time."""
 
     __slots__ = ()
     __setstate__ = _Global.__setstate__

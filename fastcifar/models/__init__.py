@@ -1,6 +1,6 @@
-"""Architectures by name (`MODELS`), and building one (`build_model`).
+"""The table of architectures, `MODELS`, and the function that builds one, `build_model`.
 
-Each takes `num_classes` and `MODEL_OPTIONS` by keyword. The module maps images [n, 3, 32, 32] to logits [n, classes].
+An entry takes `num_classes` and some of `MODEL_OPTIONS` by keyword and returns a module: [n,3,32,32] -> [n,classes].
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_se": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3,)),
     "coconut_2452": partial(BottleneckResNet, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
     "coconut_sep": partial(BottleneckResNet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
-    # As the source's README describes it; the README names no activation. Over the default parameter budget.
+    # Follows the README of its source, which names no activation. It exceeds the default parameter budget.
     "coconut_over": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
     # Reconstructions within five million parameters: the README of the fourth source mentions 512 channels in the last
     # stage, LeakyReLU and one dropout layer, but not the exact widths or the probability.
@@ -54,7 +54,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "speed94": AirbenchNet,
     "speed95": partial(AirbenchNet, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
     "speed96": partial(AirbenchNet, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
-    # The baseline; over the default parameter budget.
+    # The baseline. It exceeds the default parameter budget.
     "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 

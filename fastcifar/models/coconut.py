@@ -76,8 +76,8 @@ class BottleneckResNet(nn.Module):
     """Two stem convolutions, four stages of bottlenecks, global average pooling, linear.
 
     Images [n, 3, H, W] -> logits [n, num_classes]. The options are those of `Recipe`; `channels` are the widths of the
-    bottlenecks. `se_stages`, `leaky_stages` and `separable_stages` are the stages, from 1, with an SE, with LeakyReLU
-    and with depthwise-separable 3x3 convolutions; `se` and `activation` replace the first two.
+    bottlenecks. `se_stages`, `leaky_stages` and `separable_stages` are the stages (1 to 4) with SE, with LeakyReLU and
+    with depthwise-separable 3x3 convolutions; `se` overrides `se_stages` and `activation` overrides `leaky_stages`.
     Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """
 

@@ -1,8 +1,8 @@
 """Convolutional networks for short schedules, which pool early to compute little at full resolution.
 
-`AirbenchNet`, for the shortest ones, whitens the training images in its stem (`init_whitening`). Its convolutions start
-by passing their inputs on (Dirac initialization), and logits are divided by the number of features. So activations are
-well scaled from the first step on, and learning rates far above the usual ones work. After Page (2019), Jordan (2024).
+`AirbenchNet`, for the shortest schedules, whitens image patches in its stem (`init_whitening`). Its other convolutions
+start by copying their input channels (Dirac initialization), and logits are divided by the number of features. This
+keeps activations well scaled from the first step on and allows large learning rates (Page, 2019; Jordan, 2024).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastcifar.models.resnet import ACTIVATIONS, Activation, check_stages, dropo
 PATCH_SIZE = 2  # height and width of the whitened patches in pixels
 WHITENING_EPS = 5e-4  # added to the variance along each direction, so that directions of noise are not amplified
 BATCH_NORM_MOMENTUM = 0.4  # larger than the default, because a run has only a few hundred steps
-MAX_GROUPS = 4  # each halves height and width: a fifth would leave no pixels of 32x32 images
+MAX_GROUPS = 4  # each group halves height and width, and a fifth group would leave no pixels of a 32x32 image
 SE_PER_GROUP = {"none": False, "block": True}
 
 
@@ -39,8 +39,8 @@ class ConvBlock(nn.Module):
 
 def global_max_pool(x: Tensor) -> Tensor:
     """Return the maximum of each channel, [n, C, H, W] -> [n, C]."""
-    # Not `amax`: its backward pass compares the input with the maximum; a compiled one recomputes a bf16 activation in
-    # float32, finds no equal element and divides by 0.
+    # Not `amax`: its backward pass compares the input with the maximum. When compiled, it recomputes a bf16 activation
+    # in float32, finds no element equal to the maximum and divides by 0.
     return x.flatten(2).max(2).values
 
 
@@ -91,7 +91,7 @@ class ConvGroup(nn.Module):
             block.bn.weight.requires_grad = False
         self.first, self.rest = first, nn.Sequential(*rest)
         self.seblock = se_layer(channels, se_reduction)
-        self.residual = residual and depth > 2  # add the result of the first convolution to that of the others
+        self.residual = residual and depth > 2  # add the output of `first` to the output of `rest`
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -138,7 +138,7 @@ class AirbenchNet(nn.Module):
     def init_whitening(self, images: Tensor) -> None:
         """Set the filters of the stem to the principal components of the patches of `images`, and to their negatives.
 
-        Each is scaled to a response of variance 1. `images`: normalized training images, float [n, 3, H, W].
+        Filters are scaled to outputs of mean square about 1. `images`: normalized training images, float [n, 3, H, W].
         """
         size = 3 * PATCH_SIZE**2
         products, count = torch.zeros(size, size, dtype=torch.float64, device=images.device), 0

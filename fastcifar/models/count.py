@@ -111,9 +111,9 @@ def count_conv_calls(model: nn.Module) -> Counter[ConvCall]:
 def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: int = 2) -> int:
     """Estimate the bytes of feature maps that well-fused kernels read and write for one 32x32 image.
 
-    In training, a convolution reads and writes input and output three times (forward and two gradients). A BatchNorm,
-    fused with the elementwise operations after it, takes 3 passes forward (statistics, normalization, output) and 5
-    backward (gradient and input twice, new gradient), an addition 3 (shortcut, gradient in both BatchNorm reads).
+    In training, a convolution reads or writes input and output three times (forward and two gradients). A BatchNorm,
+    fused with the elementwise operations after it, reads or writes 3 maps forward (input twice, output) and 5 backward
+    (gradient and input twice, new gradient). An addition adds 3 (shortcut, gradient in both BatchNorm reads).
     """
     conv_factor, norm_factor, addition_factor = (3, 8, 3) if training else (1, 2, 1)
     elements = 0

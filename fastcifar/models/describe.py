@@ -52,7 +52,7 @@ def describe_layers(recipe: Recipe) -> NetworkLayers:
 def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
     """Return the recipe's network at the largest width with at most `budget` trainable parameters.
 
-    Channels are rounded, so a range of widths builds the same network; the result is the one with the fewest decimals.
+    Channels are rounded, so a range of widths gives the same network; the result is the width with the fewest decimals.
     """
     arch, options = recipe.arch, model_options(recipe)
 
@@ -63,12 +63,12 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
     if count(low) > budget:
         problem = f"even the narrowest {arch} has {count(low):,} parameters, over the budget of {budget:,}"
         raise UsageError(problem, f"use fewer blocks, or a budget of at least {count(low)}")
-    # Starts at exactly 1, where channels are not rounded: it may be within the budget although widths near it are not.
+    # Width 1 is tested itself: its channels are not rounded, so it may fit the budget although nearby widths do not.
     while count(high) <= budget:
         low, high = high, 2 * high
         if high > MAX_WIDTH:
             raise UsageError(f"{arch} has at most {budget:,} parameters at every width", "give a smaller budget")
-    # Two widths at which the rounded channels change are further apart than this, if no stage has 10,000 channels.
+    # Widths at which the rounded channels change differ by more than 1e-9 if no stage has 10,000 channels.
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)

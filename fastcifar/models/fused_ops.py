@@ -57,7 +57,7 @@ def relu_backward_with_sums(
 
 @torch.library.custom_op("fastcifar::relu_backward_sums", mutates_args=(), device_types="cpu")
 def relu_backward_sums(gradient: Tensor, x: Tensor, scale: Tensor, shift: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Return the sums of `relu_backward_with_sums`, both [n, S, C], for y = relu(x * scale + shift), computed again."""
+    """Return the sums of `relu_backward_with_sums`, both [n, S, C]; recompute y = relu(x * scale + shift)."""
     masked = _mask_relu_gradient(gradient, x, scale, shift)
     return _chunk_sums(masked, chunk), _chunk_sums(masked * x, chunk)
 
@@ -68,7 +68,7 @@ def norm_input_gradient(
 ) -> Tensor:
     """Return gradient * scale + x * slope + offset, of x's shape and dtype.
 
-    If `shift` is given, `gradient` is first set to 0 where relu(x * scale + shift) is 0; otherwise it is masked.
+    If `shift` is given, set `gradient` to 0 first where relu(x * scale + shift) is 0. If not, the caller has done so.
     """
     masked = gradient.float() if shift is None else _mask_relu_gradient(gradient, x, scale, shift)
     input_gradient = masked * scale[..., None, None] + x * slope[..., None, None] + offset[..., None, None]
@@ -84,7 +84,7 @@ def _chunk_sums(feature_map: Tensor, chunk: int) -> Tensor:
 
 
 def choose_tile_sizes(x: Tensor) -> tuple[int, int]:
-    """Return the positions of a chunk of x [n, C, H, W] and the channels of a tile, both powers of two."""
+    """Return the numbers of positions in a chunk of x [n, C, H, W] and of channels in a tile, both powers of two."""
     positions, channels = (1 << (count - 1).bit_length() for count in (x.shape[2] * x.shape[3], x.shape[1]))
     tile_channels = min(MAX_TILE_CHANNELS, channels)
     return min(positions, MAX_TILE_ELEMENTS // tile_channels), tile_channels
@@ -151,8 +151,8 @@ def norm_scale_and_shift(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return factors such that x * scale + shift is the training-mode BatchNorm of x, followed by the SE, if any.
 
-    `means`, `squared_deviations` (sums): of each image's channels, [n, C]. `params`: weight and bias of the BatchNorm,
-    then those of the SE's two layers, if any.
+    `means` [n, C], `squared_deviations` [n, C]: mean and sum of squared deviations of each channel of each image.
+    `params`: weight and bias of the BatchNorm, then weights and biases of the SE's two layers, if any.
     Returns scale and shift, [n, C] with an SE and [1, C] without, and the batch's mean and biased variance, [C].
     """
     weight, bias, *se_params = params
@@ -218,10 +218,10 @@ def _norm_relu(x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) 
 def norm_relu(
     x: Tensor, bn: nn.BatchNorm2d, se_params: tuple[Tensor, ...] = (), shortcut: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute relu(SE(bn(x)) + shortcut) in training mode; update the running statistics of `bn` as its forward does.
+    """Compute relu(SE(bn(x)) + shortcut) in training mode; update the running statistics of `bn` as BatchNorm does.
 
     x, shortcut: [n, C, H, W]. `se_params`: weight and bias of the SE's two layers, or () for no SE.
-    Returns the result twice, for two places that use it: the backward kernel then adds their two gradients.
+    Returns the result twice, so that two consumers can use one each: the backward kernel then adds both gradients.
     """
     y, second_y, mean, variance = _norm_relu(x, shortcut, bn.eps, bn.weight, bn.bias, *se_params)
     assert bn.running_mean is not None

@@ -17,7 +17,7 @@ from fastcifar.errors import UsageError, lookup
 from fastcifar.models.fused_ops import norm_relu
 
 Activation = Callable[[], nn.Module]
-# In place where autograd needs only the output: it saves the memory of one feature map for each activation.
+# `inplace` where autograd needs only the output, which saves the memory of one feature map for each activation.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": partial(nn.ReLU, inplace=True),
     "leaky_relu": partial(nn.LeakyReLU, negative_slope=0.01, inplace=True),
@@ -25,11 +25,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": nn.GELU,
     "mish": nn.Mish,
 }
-# Locations of squeeze-and-excitation: (after the stem, in every block).
+# Name -> whether squeeze-and-excitation layers are (after the stem, in every block).
 SE_PLACEMENTS = {"none": (False, False), "stem": (True, False), "block": (False, True)}
 # Whether the convolutions of the blocks are depthwise-separable.
 CONV_TYPES = {"full": False, "separable": True}
-# Locations of dropout: (after every block, before the linear layer).
+# Name -> whether dropout is applied (after every block, before the linear layer).
 DROPOUT_PLACEMENTS = {"all": (True, True), "head": (False, True)}
 
 TensorPair = tuple[Tensor, Tensor]  # a feature map twice, for the two places that use it: see `norm_relu`
@@ -167,7 +167,7 @@ def enable_fused_ops(model: nn.Module) -> None:
 def block_conv(
     in_channels: int, channels: int, kernel: int, stride: int, separable: bool
 ) -> tuple[nn.Conv2d, nn.Conv2d | nn.Identity]:
-    """Return the depthwise and the pointwise convolution if separable, otherwise the whole one and an identity."""
+    """Return the depthwise and the pointwise convolution if separable, otherwise a full convolution and an identity."""
     if not separable:
         return nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False), nn.Identity()
     depthwise = nn.Conv2d(in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False)

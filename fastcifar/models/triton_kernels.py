@@ -1,4 +1,4 @@
-"""The operators of `fused_ops` as Triton kernels for CUDA tensors, with pointers to the results as last arguments.
+"""The operators of `fused_ops` as Triton kernels for CUDA tensors, with pointers to the results after the inputs.
 
 A program processes a tile of one image: CHUNK of its P = H * W positions, and BLOCK of its C channels, in float32.
 `stride` and `slope_stride` are the distances between the factors of consecutive images.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NUM_WARPS = 8  # a tile of 8,192 elements has 32 for each thread
+NUM_WARPS = 8  # in a tile of 8,192 elements, each thread processes 32
 
 
 @triton.jit
