@@ -25,7 +25,7 @@ NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is i
 
 
 def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
-    """Return the trainer of a resolved recipe. The data set is that of the recipe by default, downloaded if needed."""
+    """Return the trainer of a resolved recipe. By default, `data` is the recipe's data set, downloaded if needed."""
     recipe, execution, world = resolved.recipe, resolved.execution, get_world()
     device = torch.device(execution.device)
     if recipe.deterministic:
@@ -40,7 +40,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
     if not world.is_main_process:
-        seed_all(recipe.seed + world.rank)  # but other random numbers afterwards
+        seed_all(recipe.seed + world.rank)  # and different random numbers on each rank afterwards
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
     train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
@@ -90,7 +90,7 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
 
 
 def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
-    """Return the loader of this rank's share of each batch of `split`, with all augmentations but the mixer."""
+    """Return a loader of this rank's share of each batch of `split`, with all augmentations except the mixer."""
     recipe, execution = resolved.recipe, resolved.execution
     return LOADERS[execution.loader](
         split.images,

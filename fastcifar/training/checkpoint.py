@@ -47,7 +47,7 @@ class ModelCheckpoint(TypedDict):
 
 
 class TrainingCheckpoint(ModelCheckpoint):
-    """A complete checkpoint. `epoch` and what follows are the fields of `TrainingProgress`."""
+    """A complete checkpoint. `epoch` and all later keys are the fields of `TrainingProgress`."""
 
     samples: int
     ema_updates: Tensor | None
@@ -69,7 +69,7 @@ class TrainingCheckpoint(ModelCheckpoint):
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path` atomically: at any time, `path` is either the old or the new checkpoint, complete.
+    """Write `state` to `path` atomically, so that `path` is always a complete checkpoint, the old or the new one.
 
     Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite.
     """
@@ -83,8 +83,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     previous = path.with_suffix(".previous.pt")
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     try:
-        # A first checkpoint has no previous one to fall back to: if the process is killed before the manifest lists it,
-        # it would be rejected as damaged. So the manifest lists it beforehand.
+        # The manifest lists a first checkpoint before it is written. Otherwise, a process killed in between would leave
+        # a file that is rejected as damaged, and there is no previous checkpoint to load instead.
         if not path.exists():
             _write_manifest(path.parent, {**read_manifest(path.parent), path.name: entry})
         write_atomically(path, content, previous)
@@ -99,9 +99,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoint:
-    """Load the checkpoint at `path` or, with a warning, the previous one if it is damaged.
+    """Load the checkpoint at `path`. If it is damaged, warn and load the previous checkpoint instead.
 
-    The caller checks whether it holds training state. `allow_foreign`: see `read_checkpoint`.
+    The caller checks whether the result contains training state. `allow_foreign`: see `read_checkpoint`.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoi
 
 
 def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
-    """Load the checkpoint of fastcifar or of a source project at `path`; the latter gets a recipe with `arch`.
+    """Load a checkpoint of fastcifar, or a file of a source project, to which a recipe with `arch` is added.
 
     Raises `CheckpointError` if a fastcifar checkpoint has another architecture than `arch`, or if `arch` is None for a
     source project's file, which does not name its architecture.
@@ -203,7 +203,7 @@ def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | 
     return struct.unpack(dtype.struct_format, content)[0]
 
 
-# The stubs raise on invalid arguments, which `read_checkpoint` reports; NumPy's own functions would not check them.
+# Unlike NumPy's own functions, the stubs check their arguments; `read_checkpoint` reports the errors they raise.
 SAFE_GLOBALS: list[Any] = [
     (_NumpyDtypeStub, "numpy.dtype"),
     (_numpy_scalar_stub, "numpy.core.multiarray.scalar"),
@@ -222,13 +222,13 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
-    """Return `run_or_file` if it is a file, else the path of the checkpoint `which` ("last", "best") in it."""
+    """Return the path `run_or_file` or, if it is a folder, that of its checkpoint `which` ("last" or "best")."""
     path = Path(run_or_file)
     return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> None:
-    """Load `weights`, called `source` in messages, without the prefixes of DataParallel and torch.compile.
+    """Load `weights`, ignoring the key prefixes of DataParallel and torch.compile; messages call them `source`.
 
     Raises `CheckpointError`, which names the keys, if keys are missing or unexpected or shapes differ.
     """

@@ -31,7 +31,7 @@ def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P
 
 
 def enable_compile_cache() -> Path | None:
-    """Set and return torch.compile's cache folder, below the user's unless `TORCHINDUCTOR_CACHE_DIR` is set.
+    """Set and return torch.compile's cache folder: `TORCHINDUCTOR_CACHE_DIR` or a folder in the user's cache folder.
 
     If it cannot be created, return None: torch then uses a temporary folder.
     """
@@ -48,7 +48,7 @@ def enable_compile_cache() -> Path | None:
 def keep_freed_memory() -> bool:
     """Configure glibc's malloc to keep freed memory for reuse in this process; return False without glibc.
 
-    By default, each step maps and zeroes the same large allocations again, a fifth of its time on a CPU (LOG.md).
+    By default, each step maps and zeroes the same large allocations again: a fifth of the step time on a CPU (LOG.md).
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -1,4 +1,4 @@
-"""CUDA graphs as wrappers of functions, which change when kernels are launched, never what is computed."""
+"""Wrappers that capture a function in a CUDA graph. They change how kernels are launched, not what is computed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _captured_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) -> Callable[..., None]:
     """Capture `step` in a CUDA graph and return a function that copies its inputs to static tensors and replays it.
 
-    Runs `step` a few times before, to complete lazy initialization, autotuning and compilation; the caller restores
-    what these runs change. Call this before any loader thread starts, because an allocation in another thread can
-    invalidate the capture. The returned function raises `ValueError` if the shape, dtype or device of an input differs
-    from that of `example_inputs`.
+    Before the capture, `step` runs a few times to complete lazy initialization, autotuning and compilation; the caller
+    restores what these runs change. Call this before any loader thread starts, because an allocation in another thread
+    can invalidate the capture. The returned function raises `ValueError` if the shape, dtype or device of an input
+    differs from that of `example_inputs`.
     """
     static = [tensor.clone() for tensor in example_inputs]
     device = static[0].device
@@ -48,8 +48,8 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
 def cuda_graphed_forward(forward: Callable[[Tensor], Tensor], example_images: Tensor) -> Callable[[Tensor], Tensor]:
     """Capture `forward` (images -> logits) in a CUDA graph for images of the shape of `example_images`.
 
-    Call this function and its result under `torch.no_grad()`, with the model in evaluation mode: the mode at capture
-    time is kept. Weights that are updated in place take effect.
+    Call this function and its result under `torch.no_grad()`, with the model in evaluation mode: the graph keeps the
+    mode that was set during the capture. It uses the current values of weights that are updated in place.
     """
     logits = forward(example_images).clone()
     replay = cuda_graphed(lambda images: logits.copy_(forward(images)), [example_images])

@@ -1,4 +1,4 @@
-"""Data-parallel training under torchrun. The running statistics of BatchNorm on rank 0 are evaluated and saved."""
+"""Data-parallel training under torchrun. Evaluation and checkpoints use rank 0's running BatchNorm statistics."""
 
 from __future__ import annotations
 

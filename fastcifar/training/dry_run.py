@@ -25,12 +25,12 @@ from fastcifar.training.trainer import Trainer
 TIMED_STEPS = 5  # the first of them is not counted
 TIME_BUDGET_MARGIN = 0.05  # share of the budget kept for checkpoints and for steps slower than those measured
 
-# Gain and cost of max-autotune-no-cudagraphs, as measured by others on convolutions: 1 to 5 %, about 100 s.
+# Speedup (1 to 5 %) and extra compile time (100 s) of max-autotune-no-cudagraphs that others measured on convolutions
 AUTOTUNE_SPEEDUP, AUTOTUNE_EXTRA_COMPILE_S = 0.03, 100
 
 
 class DryRunEstimate(TypedDict):
-    """The document of `train --dry-run`. In `seconds`, `setup` and `compile` are measured, the others estimated."""
+    """The JSON output of `train --dry-run`. In `seconds`, `setup` and `compile` are measured, the others estimated."""
 
     dry_run: bool
     arch: str
@@ -52,7 +52,7 @@ class StepTiming:
     step_s: float
     eval_s_per_image: float
 
-    def epoch_s(self, trainer: Trainer) -> float:  # with its validation
+    def epoch_s(self, trainer: Trainer) -> float:  # including validation
         return trainer.loader.steps_per_epoch * self.step_s + trainer.images_per_validation * self.eval_s_per_image
 
     def test_s(self, trainer: Trainer) -> float:
@@ -86,7 +86,7 @@ def _measure_step_s(trainer: Trainer, epoch: int) -> float:
 
 
 def autotune(trainer: Trainer) -> None:
-    """On CUDA, compile the step with max-autotune if the rest of the run is long enough to repay that."""
+    """On CUDA, compile the step with max-autotune if this is expected to save more time than the compilation takes."""
     if (trainer.execution.device, trainer.execution.compile, trainer.recipe.compile_mode) != ("cuda", True, "auto"):
         return
     steps_left = trainer.total_steps - trainer.progress.step
@@ -96,7 +96,7 @@ def autotune(trainer: Trainer) -> None:
 
 
 def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
-    """With `--time-budget`, choose as many epochs as fit after `elapsed_s` seconds, and scale what depends on them."""
+    """With `--time-budget`, choose how many epochs fit after `elapsed_s`, and scale options that depend on it."""
     recipe = trainer.recipe
     if recipe.time_budget is None:
         return
@@ -108,7 +108,7 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
     factor = epochs / recipe.epochs
-    # the epochs of a stage are rounded down, so that the last size loses none
+    # the epochs of each stage are rounded down, so that no epoch of the last image size is lost
     stages = [(size, count and math.floor(count * factor)) for size, count in trainer.resolved.image_sizes]
     changes = {
         "epochs": epochs,

@@ -49,7 +49,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of logits."""
+    """The scores that `compute_scores` computes from logits."""
 
     accuracy: float
     loss: float  # mean cross-entropy in nats
@@ -60,7 +60,7 @@ class Scores:
 
 
 def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
-    """Return the scores of `model` on all images of `split`, with the arguments of `predict_logits`."""
+    """Return the scores of `model` on all images of `split`. For the arguments, see `predict_logits`."""
     return compute_scores(predict_logits(model, forward, split, device, tta), torch.from_numpy(split.labels))
 
 
@@ -159,7 +159,7 @@ class CalibrationBin(NamedTuple):
 
 
 def reliability_bins(logits: Tensor, correct: Tensor) -> list[CalibrationBin]:
-    """Return the bins of the expected calibration error of logits [n, classes], by increasing confidence."""
+    """Return the bins of the expected calibration error of logits [n, classes], in order of increasing confidence."""
     return [
         CalibrationBin(int(images), confidences / images, num_correct / images) if images else CalibrationBin(0)
         for images, confidences, num_correct in torch.stack(_sum_by_bin(logits, correct), 1).tolist()
@@ -167,7 +167,7 @@ def reliability_bins(logits: Tensor, correct: Tensor) -> list[CalibrationBin]:
 
 
 def _sum_by_bin(logits: Tensor, correct: Tensor) -> list[Tensor]:
-    """Return the float64 [bins] sums of images, confidences and correct predictions over bins of confidence."""
+    """Return, as float64 [bins], the number of images, the sum of confidences and the number correct in each bin."""
     confidence = logits.double().softmax(1).amax(1)
     index = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS).long() - 1
     zeros = torch.zeros(ECE_BINS, dtype=torch.float64)

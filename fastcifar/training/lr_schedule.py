@@ -66,20 +66,20 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 
 
 class ScheduleState(TypedDict):
-    """The state of a schedule in a checkpoint. All but `halvings` belong to `plateau`."""
+    """The state of a schedule in a checkpoint. Only `plateau` changes the keys other than `halvings`."""
 
     best: float  # lowest validation loss
     waited: int  # epochs without improvement
     factor: float
-    halvings: int  # of all learning rates, by `--on-nan rollback`
+    halvings: int  # how often `--on-nan rollback` has halved all learning rates
 
 
 class LRSchedule:
     """The learning rate of each step, from the recipe's `schedule`: `NAME` or `NAME:NUMBER`.
 
-    After a linear warm-up from 0, it runs between `lr` and `min_lr` over `schedule_epochs` (default: `epochs`); later
-    steps keep its last value. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the validation loss
-    has not improved for more than PATIENCE epochs.
+    After a linear warm-up, the learning rate varies between `lr` and `min_lr` up to epoch `schedule_epochs` (default:
+    `epochs`) and then stays constant. `plateau:PATIENCE` divides the difference to `min_lr` by 10 whenever the
+    validation loss has not improved for more than PATIENCE epochs.
     """
 
     def __init__(self, recipe: Recipe, spec: ScheduleSpec, steps_per_epoch: int) -> None:

@@ -42,7 +42,7 @@ METRICS_COLUMNS = tuple(name for name in EpochRow.__annotations__ if name != "ti
 
 
 def read_metrics(path: Path, limit: float = math.inf) -> list[dict[str, float | None]]:
-    """Return the complete rows of a metrics.csv as the results of `parse_finite_float`."""
+    """Return the complete rows of a metrics.csv, with every cell parsed by `parse_finite_float`."""
     return [
         {name: parse_finite_float(row[name], limit) for name in METRICS_COLUMNS}
         for row in read_metrics_csv(path, sys.maxsize)
@@ -67,7 +67,7 @@ def read_event_lines(path: Path, epochs_done: int) -> list[str]:
 
 
 def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
-    """Return a cell of metrics.csv or a JSON value as a float; None if it is no number of magnitude below `limit`."""
+    """Return a cell of metrics.csv or a JSON value as a float, or None unless its magnitude is below `limit`."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

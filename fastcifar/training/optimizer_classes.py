@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Jordan's quintic, which maximizes the slope at 0; singular values then only approach 1, which is enough
-# (https://kellerjordan.github.io/posts/muon)
+# The coefficients of Jordan's quintic polynomial maximize its slope at 0. They bring singular values close to 1, which
+# is enough (https://kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class _CapturableOptimizer(torch.optim.Optimizer):
-    """An optimizer whose steps with `found_inf` = 1 change nothing."""
+    """Base class of optimizers whose steps change neither weights nor state if `found_inf` is 1."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
 
     def _mask_skipped_step(self) -> Tensor:
-        """Return a float32 scalar, 0 if this step is to be skipped, otherwise 1; multiply the gradients by it."""
+        """Multiply the gradients by a float32 scalar, 0 if the step is to be skipped and 1 otherwise; return it."""
         weights = _all_params(self)
         if self.found_inf is None:
             return torch.ones((), device=weights[0].device)
@@ -42,7 +42,7 @@ class RMSprop(_CapturableOptimizer, torch.optim.RMSprop):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
         tensors = [*_all_params(self), *(value for entry in self.state.values() for value in entry.values())]
         views = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]  # of any memory format
-        before = torch.cat(views)  # of the two versions of weights and state, one is copied back
+        before = torch.cat(views)  # copied back below if the step is to be skipped
         super().step(closure)
         if self.found_inf is not None:
             result = torch.where(self.found_inf.bool(), before, torch.cat(views))
@@ -114,7 +114,7 @@ class Ranger(_CapturableOptimizer):
 class Muon(_CapturableOptimizer):
     """Muon (Jordan 2024) for convolutions: orthogonalized momentum for filters, SGD for all other parameters.
 
-    Filters are the 4-dimensional weights as matrices [out, in * height * width] and, with `linear`, the 2-dimensional
+    Filters are the 4-dimensional weights, viewed as [out, in * height * width], and, with `linear`, the 2-dimensional
     weights. As in airbench94_muon, SGD multiplies the learning rate by `rest_lr`, and `weight_norm` replaces the decay
     of filters by rescaling them to the norm sqrt(out).
     """
@@ -189,7 +189,7 @@ class Muon(_CapturableOptimizer):
 
 
 def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return RAdam's factor of the learning rate, with the bias correction, and whether the step is rectified."""
+    """Return RAdam's multiplier of the learning rate, including bias correction, and whether the step is rectified."""
     # in float64: `length` is a small difference of large numbers
     steps = num_steps.double().clamp(min=1)  # a skipped first step multiplies the factor by 0, so it must be finite
     beta2_power = beta2**steps
@@ -202,7 +202,7 @@ def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold
 
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return matrices [n, rows, columns] with singular values of 0.7 to 1.2, by `steps` Newton-Schulz iterations."""
+    """Return matrices [n, rows, columns] with singular values of mostly 0.7 to 1.2, by `steps` Newton-Schulz steps."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     transpose = matrices.shape[1] > matrices.shape[2]  # so that the Gram matrix is the smaller one
     x = matrices.mT if transpose else matrices
@@ -214,7 +214,7 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloa
 
 
 def matrices_by_shape(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Yield groups of equal shape of the tensors [out, ...] of `lists`, as views [out, inputs] in memory order."""
+    """View the tensors [out, ...] of `lists` as matrices [out, inputs] in memory order; yield a group per shape."""
     groups: dict[torch.Size, list[list[Tensor]]] = {}
     for tensors in zip(*lists, strict=True):
         order = [sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True) for tensor in tensors]

@@ -26,7 +26,7 @@ class OptimizerSpec:
     build: Callable[..., torch.optim.Optimizer]
     arguments: dict[str, Any] = field(default_factory=dict)  # other than the learning rate and weight decay
     fused: bool = False  # torch updates all weights in one kernel
-    capturable: bool = False  # by a CUDA graph; if not, each update reads a flag on the host
+    capturable: bool = False  # a CUDA graph can capture its step; otherwise, each step reads a flag on the host
     self_scheduled: bool = False  # sets or scales its learning rate itself
     lookahead: dict[str, Any] = field(default_factory=dict)  # `k` and `alpha`; empty without Lookahead
     name: str = ""
@@ -50,7 +50,7 @@ RESERVED_ARGUMENTS = {"params", "lr", "weight_decay", "foreach", "fused", "captu
 
 
 def find_optimizer(name: str) -> OptimizerSpec:
-    """Return the entry `name` of OPTIMIZERS or one for the class of pytorch_optimizer with that name, ignoring case."""
+    """Return the entry `name` of OPTIMIZERS, else one for that class of pytorch_optimizer. Case is ignored."""
     name = name.lower()
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -106,7 +106,7 @@ def parse_optimizer(recipe: Recipe) -> OptimizerSpec:
 class OptimizerWrapper:
     """A torch optimizer with its learning rates in device tensors, optionally with Lookahead (Zhang et al. 2019).
 
-    Lookahead: every k steps slow += alpha * (fast - slow), then fast = slow, outside of a captured step.
+    Every k steps, Lookahead sets slow += alpha * (fast - slow) and then fast = slow, after the captured step.
     Raises `UsageError` if the optimizer refuses an argument or cannot train the model.
     """
 
@@ -124,7 +124,7 @@ class OptimizerWrapper:
         self.slow_weights = [weight.detach().clone() for weight in self.parameters] if spec.lookahead else []
 
     def _build_inner(self, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-        """Build the inner optimizer: with its complete state if capturable, otherwise after a trial on copies."""
+        """Build the inner optimizer. A capturable one gets all its state tensors; others are first tried on copies."""
         build, arguments = self.spec.build, {"lr": recipe.lr, **self.spec.arguments}
         if self.spec.capturable:
             flags = {"fused": self.spec.fused, "capturable": self.lr.is_cuda}  # torch refuses capturable=True on a CPU
@@ -153,14 +153,14 @@ class OptimizerWrapper:
     def step(self, scaler: torch.amp.GradScaler, skip: Tensor) -> None:
         """Update the weights. `skip`: float32 scalar on the device; 1 leaves weights and state unchanged."""
         if self.spec.capturable:
-            # the kernels skip the update if it is 1; an enabled scaler overwrites it
+            # the kernels skip the update if `found_inf` is 1; an enabled scaler overwrites `found_inf`
             self.inner.found_inf = skip  # type: ignore[attr-defined]
         elif skip.item():
             return
         scaler.step(self.inner)
 
     def after_step(self, completed_steps: int, skip: Tensor | None = None) -> None:
-        """Update Lookahead's slow weights every k steps. `skip` is that of `step`, applied without a host branch."""
+        """Update Lookahead's slow weights every k steps. For `skip`, see `step`; the host does not read it."""
         if not self.spec.lookahead or completed_steps % self.spec.lookahead["k"]:
             return
         fast = [weight.detach() for weight in self.parameters]
@@ -181,7 +181,7 @@ class OptimizerWrapper:
                 group["lr"] = lr * group.get(LR_MULT, 1.0)
 
     def state_tensors(self) -> list[Tensor]:
-        """Return every tensor, except the weights, that a step changes and, if not capturable, has created so far."""
+        """Return the tensors, except the weights, that steps change; if not capturable, only the existing ones."""
         return [*_optimizer_state_tensors(self.inner), *self.slow_weights, self.lr, *self.scaled_lrs.values()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def build_param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
 
 
 def build_grad_clipper(clip_grad: tuple[str, float] | None, parameters: list[nn.Parameter]) -> Callable[[], object]:
-    """Return a function that clips the gradients of `parameters` in place; None clips nothing."""
+    """Return a function that clips the gradients of `parameters` in place; it does nothing if `clip_grad` is None."""
     if clip_grad is None:
         return lambda: None
     kind, limit = clip_grad

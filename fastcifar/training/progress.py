@@ -1,4 +1,4 @@
-"""Progress display of a training run: one line per epoch, on a terminal with a progress bar."""
+"""Progress display of a training run: one line per epoch and, on a terminal, a progress bar."""
 
 from __future__ import annotations
 

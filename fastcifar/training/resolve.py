@@ -39,7 +39,7 @@ class Resolved:
     mixer: AugmentOp | None  # applied by the training step
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    image_sizes: tuple[tuple[int, int | None], ...]  # size in pixels and epochs of each stage; None: all remaining
+    image_sizes: tuple[tuple[int, int | None], ...]  # pixels and epochs of each stage; None: all other epochs
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
     clip_grad: tuple[str, float] | None
@@ -61,8 +61,8 @@ class Resolved:
 def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     """Parse the options of `recipe`; nothing is read or written, and the random state is left as it is.
 
-    `execution` is `choose_execution(recipe)` by default. Raises `UsageError` for invalid options and a network over the
-    budget, and `DeviceError` for what this machine lacks.
+    `execution` is `choose_execution(recipe)` by default. Raises `UsageError` for invalid options or a network with
+    more than `max_params` parameters, and `DeviceError` for options that this machine does not support.
     """
     execution = execution or choose_execution(recipe)
     pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
@@ -85,7 +85,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
                 raise UsageError(problem, "leave that size out") from None
         build_param_groups(model, recipe)
     with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
-        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters of every shape
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters with 1, 2 and 4 dimensions
         OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
     return Resolved(
         recipe=recipe,
@@ -112,12 +112,12 @@ def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def any_machine(recipe: Recipe) -> ExecutionPlan:
-    """Return an execution with which a recipe for another machine can be resolved."""
+    """Return an execution plan for `resolve` that any machine supports, to resolve a recipe for another machine."""
     return ExecutionPlan("cpu", "fp32", "tensor" if recipe.loader == "auto" else recipe.loader, False, False)
 
 
 def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerSpec) -> ExecutionPlan:
-    """Return `execution`, without a CUDA graph if the optimizer cannot be captured and the recipe allows that."""
+    """Return `execution`, with no CUDA graph if the optimizer cannot be captured; raise if the recipe requires one."""
     if optimizer.capturable or not execution.cuda_graph:
         return execution
     reason = f"{optimizer.name} counts its steps in Python and cannot be captured"

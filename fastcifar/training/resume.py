@@ -1,6 +1,6 @@
 """Where a run starts: at its first step, or at a checkpoint of the run that it resumes.
 
-A resumed run may differ from the saved one only in `RESUMABLE_OPTIONS`. Nothing is written before all checks passed.
+A resumed run may differ only in `RESUMABLE_OPTIONS`. All checks except that of free disk space precede any writing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ResumePoint:
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
         """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder on rank 0.
 
-        `callbacks` are called after the run's own; the other ranks write nothing. Raises `DiskError` if the folder
+        `callbacks` are called after those of the run. Other ranks write nothing. Raises `DiskError` if the folder
         cannot be written or has no space for a checkpoint, and `CheckpointError` if the checkpoint does not fit.
         """
         if self.state:
@@ -90,7 +90,7 @@ class ResumePoint:
         run = self._open_run(trainer) if trainer.world.is_main_process else Run(Path(), self.recipe_name)
         folder, trainer.progress.best = trainer.world.broadcast_object((run.folder, trainer.progress.best))
         if trainer.recipe.on_nan == "rollback":
-            state = trainer.state_dict(clock)  # on every rank: it gathers their random states
+            state = trainer.state_dict(clock)  # called on every rank, because it gathers the random states
             if self.run and not run.checkpoint_path("last").is_file():
                 # a rollback within the first epoch needs a checkpoint
                 checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
@@ -124,7 +124,7 @@ class RunFinishedError(UsageError):
 
 @contextmanager
 def resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) -> Iterator[ResumePoint]:
-    """Find the resume point on rank 0, which alone reads the disk, broadcast it, and finally close it."""
+    """Find the resume point on rank 0, the only rank that reads the disk; broadcast it; close it after the block."""
     point = find_resume_point(recipe, recipe_name) if world.is_main_process else ResumePoint(recipe, recipe_name)
     status = "FAILED"
     try:
@@ -141,7 +141,7 @@ def resume_point_on_all_ranks(recipe: Recipe, recipe_name: str, world: World) ->
 
 
 def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
-    """Return where a run with `recipe` starts, by `recipe.resume`.
+    """Return where a run with `recipe` starts, as `recipe.resume` specifies.
 
     Raises `CheckpointError` if there is no such checkpoint or the recipe differs from the saved one, and `UsageError`
     if another process is training the run or the run is finished.
@@ -178,7 +178,7 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
             except RunFinishedError as error:
                 reason = error.problem
         elif folder.is_dir() and not any(path.is_file() and path.suffix != ".tmp" for path in folder.rglob("*")):
-            new.folder, new.lock = folder, lock_folder(folder)  # of a process killed right after it created the folder
+            new.folder, new.lock = folder, lock_folder(folder)  # an empty folder, left by a killed process
     else:
         reason = "no unfinished run of this recipe in runs"
         folders = [file.parent for file in Path("runs").glob("*/recipe.toml")]
@@ -226,7 +226,7 @@ def merge_resumed_recipe(
 ) -> tuple[Recipe, list[str]]:
     """Return the `saved` options, overridden by those of `recipe`, and a line for each change with its effect.
 
-    With `--resume auto` every option of `recipe` counts, otherwise only the options that were set explicitly. The saved
+    With `--resume auto`, all options of `recipe` are used, otherwise only those that were set explicitly. The saved
     `max_steps` is ignored, so that a run that stopped there can continue.
     """
     requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
@@ -291,7 +291,7 @@ def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
 def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     """Return to the last checkpoint and halve the learning rate from there on; return a line for the user.
 
-    Raises `error` unless `--on-nan` is "rollback", and after `MAX_ROLLBACKS` rollbacks.
+    Raises `error` if `--on-nan` is not "rollback", or if there were already `MAX_ROLLBACKS` rollbacks.
     """
     if trainer.recipe.on_nan != "rollback" or trainer.progress.rollbacks == MAX_ROLLBACKS:
         raise error

@@ -41,7 +41,7 @@ def collect_rng_state(device: torch.device) -> RngState:
 
 
 def restore_rng_state(state: RngState, device: torch.device) -> None:
-    """Restore the result of `collect_rng_state`; a GPU whose state it does not contain keeps its own."""
+    """Restore the result of `collect_rng_state`; without a saved GPU state, that of the GPU is kept."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""The run folder, which the process that writes to it locks, and the progress and the timer of a run."""
+"""The run folder, locked by the process that writes to it, and the progress and the timer of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_even
 from fastcifar.training.summary import RunSummary
 from fastcifar.training.trackers import Tracker
 
-# Called with the row of metrics of each epoch. If it returns a text, training stops with it as the stop reason.
+# Called with the row of metrics of each epoch. If it returns a string, training stops with the string as the reason.
 EpochCallback = Callable[[EpochRow], str | None]
 EpochCallbacks = Sequence[EpochCallback]
 
@@ -56,7 +56,7 @@ def read_environment(folder: Path) -> RunEnvironment:
 
 
 def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """Return a callback that appends a row to metrics.csv in `folder`, keeping the rows of the first `epochs_done`."""
+    """Truncate `folder`/metrics.csv to the first `epochs_done` epochs; return a callback that appends a row."""
     path = folder / "metrics.csv"
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, METRICS_COLUMNS)
@@ -76,7 +76,7 @@ def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
 
 
 def build_jsonl_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:
-    """Return a callback that appends a row to events.jsonl in `folder`, keeping the rows of the first `epochs_done`."""
+    """Truncate `folder`/events.jsonl to the first `epochs_done` epochs; return a callback that appends a row."""
     path = folder / "events.jsonl"
     write_atomically(path, "".join(f"{line}\n" for line in read_event_lines(path, epochs_done)).encode())
 
@@ -124,7 +124,7 @@ class Run:
         return cls(folder, name, lock).open(recipe, trackers, epochs_done)
 
     def open(self, recipe: Recipe, trackers: Sequence[str], epochs_done: int, is_resumed: bool = False) -> Run:
-        """Return this run with the callbacks of the epochs after the first `epochs_done`; later results are removed."""
+        """Remove results after the first `epochs_done` epochs; return this run with the callbacks of later epochs."""
         environment = collect_environment(recipe.device)
         launch = LaunchEnvironment(command=sys.argv, started=format_timestamp(), **environment.model_dump())
         document = read_environment(self.folder)
@@ -219,8 +219,8 @@ class TrainingProgress:
     def record_epoch(self, images: int, val_acc: float | None, is_complete: bool) -> bool:
         """Count an epoch of `images` training images and return whether it is the best so far.
 
-        An epoch that `max_steps` cut short is the best only if there is no other: a resumed run completes it and must
-        not depend on the interruption.
+        An epoch that `max_steps` cut short is the best only if there is no other. A resumed run completes that epoch,
+        and its best epoch must not depend on the interruption.
         """
         self.epoch, self.images, self.val_acc = self.epoch + 1, self.images + images, val_acc
         self.epoch_step = 0 if is_complete else self.epoch_step
@@ -241,7 +241,7 @@ class TrainingProgress:
 
 
 class Clock:
-    """A timer of the phases of a run and of its total time, in seconds; a resumed run includes its earlier times."""
+    """A timer of the phases of a run and of its total time, in seconds, including those before a resume."""
 
     def __init__(self) -> None:
         self.start_time = time.perf_counter()
@@ -278,7 +278,7 @@ class Clock:
         return {**self.elapsed_by_phase(), "epoch": self.epoch_train_s(), "total": self.total_s()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Add the seconds of the checkpoint of a resumed run."""
+        """Add the times saved in the checkpoint from which the run is resumed."""
         self.start_time -= state["total"]
         self.seconds = {name: seconds + state[name] for name, seconds in self.seconds.items()}
         self._completed_epochs_s = self.seconds["train"] - state["epoch"]

@@ -21,7 +21,7 @@ class SignalHandler:
     EXIT_CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
-        self.received_signal = self.agreed_signal = ""  # of this process, and the one at which all ranks stop
+        self.received_signal = self.agreed_signal = ""  # the signal this process got, and the one that stops all ranks
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalHandler:
@@ -41,7 +41,7 @@ class SignalHandler:
         self.received_signal = signal.Signals(number).name
 
     def sync_signal(self, world: World, step: int = 0) -> str:
-        """Return the signal to stop at after `step`, or "". Several ranks agree every SIGNAL_SYNC_EVERY_STEPS steps."""
+        """Return the signal that ends the run after `step`, or "". Ranks agree every SIGNAL_SYNC_EVERY_STEPS steps."""
         names = ["", *self.EXIT_CODES]
         if step % SIGNAL_SYNC_EVERY_STEPS == 0 or world.world_size == 1:
             index = torch.tensor(names.index(self.received_signal))

@@ -30,7 +30,7 @@ class Metrics:
     loss: float
     accuracy: float
     images: int
-    nonfinite_steps: int  # steps since the first NaN or Inf, including its step
+    nonfinite_steps: int  # steps since the first one with a NaN or Inf, inclusive
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> Metrics:
@@ -49,7 +49,7 @@ class Meter:
     def __init__(self, device: torch.device, world: World = SINGLE_PROCESS) -> None:
         self.world = world
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, images, non-finite steps
-        self.found_inf = torch.zeros((), device=device)  # 1 from the first step with a NaN or Inf on
+        self.found_inf = torch.zeros((), device=device)  # 1 during and after the first step with a NaN or Inf
         self.host_sums = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
 
     def update(self, loss: Tensor, correct: Tensor, images: int) -> None:
@@ -58,12 +58,12 @@ class Meter:
         self.sums += torch.stack((loss.detach().double() * images, correct.double(), count, self.found_inf.double()))
 
     def compute(self) -> Metrics:
-        """Return the metrics since the reset, over all ranks; the host waits for the device."""
+        """Return the metrics of all ranks since the last reset. The host waits for the device."""
         return Metrics.from_sums(self.world.all_reduce(self.sums))
 
     def compute_delayed(self) -> Metrics:
-        """Return the metrics as of the previous call, whose copy to the host has finished by now, without waiting."""
-        # several ranks do wait, because they have to act on the same metrics in the same step
+        """Return the metrics that the previous call copied to the host, without waiting for the device."""
+        # with several ranks, the host waits, because all ranks must act on the same metrics in the same step
         if self.sums.device.type == "cpu" or self.world.world_size > 1:
             return self.compute()
         metrics = Metrics.from_sums(self.host_sums)
@@ -107,7 +107,7 @@ class Ema:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Give the model the averaged weights within the `with` block."""
+        """Replace the weights of the model by their averages within the `with` block."""
         original = [value.clone() for value in self.model_tensors.values()]
         self.copy_to_model()
         try:
@@ -129,7 +129,7 @@ class Ema:
 
 
 def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return scale and shift [1, 3, 1, 1] of `pixels * scale + shift` for pixels 0..255; `mean`, `std` are of 0..1."""
+    """Return (scale, shift) [1, 3, 1, 1] that normalize pixels in [0, 255]; `mean`, `std` are of pixels in [0, 1]."""
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return torch.tensor(scale).view(1, 3, 1, 1), torch.tensor(shift).view(1, 3, 1, 1)
@@ -156,7 +156,7 @@ def loss_and_correct(
 ) -> LossAndCorrect:
     """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions).
 
-    With `mix` it also takes the mixer's parameters; predicting the label of the largest weight is then correct.
+    With `mix`, it also takes the mixer's parameters, and the label with the largest weight is the correct one.
     """
 
     def function(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +184,10 @@ def build_step_function(
     ema: Ema | None,
     scaler: torch.amp.GradScaler,
 ) -> TrainStep:
-    """Return a step of forward, backward, gradient clipping, update, moving average and counters.
+    """Return a function that computes and clips gradients, and updates the weights, the moving average and the meter.
 
-    After a NaN or Inf in the loss or a gradient, all updates are skipped. `scaler` is enabled only in fp16, and skips
-    single steps whose gradients overflow.
+    After a NaN or Inf in the loss or a gradient, this and later steps update only the meter. `scaler` is enabled only
+    in fp16, where a gradient that is not finite makes it skip a single update and does not affect later steps.
     """
     checked = [] if scaler.is_enabled() else optimizer.parameters
     buffers = [value for value in model.buffers() if value.is_floating_point()] or [torch.zeros_like(meter.sums[:0])]
@@ -197,7 +197,7 @@ def build_step_function(
         optimizer.inner.zero_grad()
         saved_buffers = torch.cat([value.flatten() for value in buffers])
         loss, correct = loss_function(images, labels, *mixer_params)
-        if scaler.is_enabled():  # it skips a step only if gradients overflow: make them overflow after a NaN or Inf
+        if scaler.is_enabled():  # it skips a step only if gradients overflow; after a NaN or Inf, make them overflow
             scaler.scale(loss * torch.where(meter.found_inf.bool(), math.inf, 1.0)).backward()
         else:
             loss.backward()

@@ -44,7 +44,7 @@ class RunSummary(BaseModel):
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
-    test_acc: Fraction | None  # of the `eval_weights`: `correct` of `total` test images
+    test_acc: Fraction | None  # with the weights that `eval_weights` selects: correct / total
     test_acc_ema: Fraction | None  # of the moving average of the weights
     test_acc_tta: Fraction | None  # with test-time augmentation
     test_loss: float  # mean cross-entropy in nats
@@ -57,7 +57,7 @@ class RunSummary(BaseModel):
     seconds: dict[str, Seconds]  # of "setup", "compile", "train", "eval" and "total"
     peak_memory_bytes: int | None
     stop_reason: str
-    complete: bool  # ended by its recipe, not by an interruption or `max_steps`
+    complete: bool  # trained for all epochs, or stopped by `patience`
 
 
 def read_summary(folder: Path) -> RunSummary | None:
@@ -71,7 +71,7 @@ def read_summary(folder: Path) -> RunSummary | None:
 def summarize_run(
     trainer: Trainer, run: Run, clock: Clock, scores: Scores, ema_acc: float | None, tta_acc: float | None
 ) -> RunSummary:
-    """Return the summary of a run from what `Trainer.test` returned."""
+    """Return the summary of a run. `scores`, `ema_acc` and `tta_acc` are the results of `Trainer.test`."""
     recipe, execution, progress = trainer.recipe, trainer.execution, trainer.progress
     seconds = {**clock.seconds, "total": clock.total_s()}
     return RunSummary(

@@ -1,6 +1,6 @@
 """Experiment trackers for a run: TensorBoard event files and an MLflow database.
 
-Opening a tracker logs the completed rows of the run that it lacks, so none is missing or duplicated when it is resumed.
+Opening a tracker logs the rows of completed epochs that it lacks, so a resumed run has no missing or duplicate rows.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json
 class TrackerSession(NamedTuple):
     """An open run of a tracker."""
 
-    log: Callable[[dict[str, float], int, float | None], None]  # of metrics, their epoch and time (None: now)
+    log: Callable[[dict[str, float], int, float | None], None]  # takes metrics, their epoch and time (None: now)
     finish: Callable[[RunSummary], None]  # logs the rest of the summary
-    close: Callable[[str], None]  # of a status
+    close: Callable[[str], None]  # takes the final status
     logged_epochs: set[int]
 
 
@@ -99,13 +99,13 @@ class Tracker:
 
 
 def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
-    """Open a new event file in `folder`/tensorboard and remove the old ones: a scalar by epoch for each column."""
+    """Open a new event file in `folder`/tensorboard, with a scalar for each column, and remove the old event files."""
     library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
     from torch.utils.tensorboard.summary import hparams
 
     log_dir = folder / "tensorboard"
     stale_files = list(log_dir.glob("events.out.tfevents.*"))
-    writer = library.SummaryWriter(str(log_dir), purge_step=0)  # an active reader discards the old values
+    writer = library.SummaryWriter(str(log_dir), purge_step=0)  # a running TensorBoard discards old values
     experiment, start, end = hparams(_read_options(folder), dict.fromkeys(("val_acc", "test_acc"), 0))
     for hparams_summary in (experiment, start):
         writer.file_writer.add_summary(hparams_summary)
@@ -126,10 +126,10 @@ def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
 
 
 def open_mlflow(folder: Path, epochs: set[int]) -> TrackerSession:
-    """Open an MLflow run in the store of `resolve_tracking_uri`: a metric by epoch for each column.
+    """Open an MLflow run in the store of `resolve_tracking_uri`, with a metric for each column.
 
-    `folder` stores its ID for a resumed run. MLflow cannot delete logged values, so a run with other epochs than
-    `epochs` is deleted and written again.
+    Its ID is saved in `folder`, to resume it. MLflow cannot delete logged values, so a run that contains an epoch that
+    is not in `epochs` is deleted and written again.
     """
     client, experiment = _connect_mlflow(folder.parent)
     from mlflow.entities import Metric, Param, RunTag
@@ -141,7 +141,7 @@ def open_mlflow(folder: Path, epochs: set[int]) -> TrackerSession:
         (folder / MLFLOW_RUN_ID_FILE).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
     client.update_run(run_id, status="RUNNING")
     options = {name: str(value) for name, value in _read_options(folder).items()}
-    logged_options = client.get_run(run_id).data.params  # cannot be changed: other options of a resumed run are tags
+    logged_options = client.get_run(run_id).data.params  # fixed: changes of a resumed run become tags
     params = [Param(name, value) for name, value in options.items() if not logged_options]
     changed = {name: value for name, value in options.items() if logged_options.get(name, value) != value}
     client.log_batch(run_id, params=params, tags=[RunTag(f"resumed.{name}", changed[name]) for name in changed])
@@ -173,9 +173,9 @@ def _require_mlflow(runs_folder: Path) -> None:
 class TrackerSpec(NamedTuple):
     """An entry of TRACKERS."""
 
-    open: Callable[[Path, set[int]], TrackerSession]  # of a run folder and its completed epochs
-    require_usable: Callable[[Path], object]  # of the parent of the run folder; raises `UsageError`
-    view_command: Callable[[Path], str]  # of a run folder: the command that starts the web page of the tracker
+    open: Callable[[Path, set[int]], TrackerSession]  # takes a run folder and its completed epochs
+    require_usable: Callable[[Path], object]  # takes the parent of the run folder; raises `UsageError`
+    view_command: Callable[[Path], str]  # takes a run folder; returns the command that starts the web page
 
 
 TRACKERS: dict[str, TrackerSpec] = {
@@ -240,7 +240,7 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """Return the ID of the MLflow run of `folder`, or None. A run with other epochs than `epochs` is deleted."""
+    """Return the ID of the MLflow run of `folder`, or None. A run with an epoch not in `epochs` is deleted."""
     from mlflow.exceptions import MlflowException
 
     try:

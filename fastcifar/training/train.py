@@ -1,7 +1,7 @@
 """READ FIRST: one training run, from a recipe to its summary.
 
-Everything is built before the run folder is created. In an epoch, the host reads the metrics at the end and, without
-waiting for a GPU, every few steps for display.
+Everything is built before the run folder is created. The host reads the metrics at the end of each epoch and every few
+steps; in a single process, the latter does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DISPLAY_EVERY_STEPS = 10
 def train(
     recipe: Recipe, recipe_name: str | None = None, console: Console | None = None, callbacks: EpochCallbacks = ()
 ) -> RunSummary:
-    """Train by `recipe`, evaluate once on the test set, and return the summary that is saved in the run folder.
+    """Train as `recipe` specifies, evaluate once on the test set, and return the summary saved in the run folder.
 
     `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown, if anywhere. `callbacks`:
-    called with each epoch's row of metrics; a reason that one returns ends the run. Raises a `UserError` (errors.py).
+    called with each epoch's row of metrics; if one returns a string, the run ends. Raises a `UserError` (errors.py).
     """
     clock, recipe_name = Clock(), Path(recipe_name).stem if recipe_name else "custom"
     with (

@@ -1,4 +1,4 @@
-"""`Trainer`: the objects that one run trains with, and the protocol of a training step."""
+"""`Trainer`: the objects that one run trains with, and the methods that train, evaluate and save them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from fastcifar.training.step import (
 class Trainer:
     """The objects that one run trains with, on its device; `build_trainer` builds it from a recipe.
 
-    A batch is images, uint8 [n, 3, 32, 32], labels, int64 [n], and the parameters of a mixer if there is one.
+    A batch is a tuple of images (uint8 [n, 3, 32, 32]), labels (int64 [n]) and, with a mixer, its parameters.
     """
 
     resolved: Resolved
@@ -63,7 +63,7 @@ class Trainer:
     schedule: LRSchedule
     clip_gradients: Callable[[], object]
     scaler: torch.amp.GradScaler
-    prepare_s: float = 0.0  # seconds spent on the training images: the loader's copy of them, the whitening
+    prepare_s: float = 0.0  # seconds spent to build the loader and to initialize a whitening layer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     step: TrainStep = field(init=False)  # forward, backward and update of one batch; eager until `optimize`
 
@@ -108,17 +108,17 @@ class Trainer:
         self.optimizer.after_step(self.progress.step, self.meter.found_inf)
 
     def optimize(self, compile_mode: str = "auto") -> None:
-        """Compile and capture step and evaluation, without a change of state; start the loader.
+        """Compile and capture the step and the evaluation without changing the run's state, and start the loader.
 
-        `compile_mode` applies if that of the recipe is "auto".
+        `compile_mode` is used if the recipe's `compile_mode` is "auto".
         """
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
-        self.warm_up_loader()  # last: its threads would disturb a capture
+        self.warm_up_loader()  # called last, because the loader's threads could invalidate a capture
 
     def warm_up_loader(self) -> None:
         """Load one batch to compile the loader's kernel and to start its threads."""
-        for _ in self.batches(0, self.loader.steps_per_epoch - 1):  # the last: DALI's threads stop after an early exit
+        for _ in self.batches(0, self.loader.steps_per_epoch - 1):  # the last one: leaving an epoch early stops DALI
             pass
 
     def example_batch(self, batch_size: int | None = None) -> tuple[Tensor, ...]:
@@ -133,7 +133,7 @@ class Trainer:
         return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
-        """Return the forward pass of a step, with images resized to `image_size` and mixed."""
+        """Return the forward pass and loss of a step, which mixes the images and resizes them to `image_size`."""
         mix = MIXERS[self.resolved.mixer.name].apply if self.resolved.mixer else None
         return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
 
@@ -143,7 +143,7 @@ class Trainer:
         )
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
-        """Return a step that calls another one for each image size, and for a smaller last batch."""
+        """Return a step that calls a separate function for each image size and for a smaller last batch."""
         sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
         slicing = self.loader.slicing
         full_size, last_size = slicing.local_batch_size, slicing.local_count(self.loader.steps_per_epoch - 1)
@@ -166,10 +166,10 @@ class Trainer:
         image_size: int = CIFAR_IMAGE_SIZE,
         batch_size: int | None = None,
     ) -> Callable[..., None]:
-        """Return a function of the tensors of `num_steps` batches, full by default, that makes as many steps."""
+        """Return a function that takes the tensors of `num_steps` batches, full by default, and trains on each one."""
         loss_function, example = self.build_loss_function(image_size), self.example_batch(batch_size) * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
-        compiled = self.execution.compile and batch_size is None  # smaller batches are too rare to repay that
+        compiled = self.execution.compile and batch_size is None  # smaller batches are too rare to compile for
         self.model.train()
         with self.preserve_state():
             if compiled:
@@ -188,7 +188,7 @@ class Trainer:
 
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
-        """Restore the state of the run after the `with` block; with `skip_updates`, steps in it run as after a NaN."""
+        """Restore the run's state after the `with` block. With `skip_updates`, steps in it leave weights unchanged."""
         scale, progress = self.scaler.state_dict(), replace(self.progress)
         with preserve_state(self.state_tensors(), self.device):
             if skip_updates:
@@ -219,7 +219,7 @@ class Trainer:
         return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
     def validate(self) -> ValidationMetrics:
-        """Evaluate on the validation split, on rank 0, if there is one."""
+        """Evaluate on the validation split, if there is one, on rank 0, and return the metrics on all ranks."""
         metrics: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         if len(self.val_split.labels) and self.world.is_main_process:
             scores = self._evaluate(self.val_split)
@@ -233,7 +233,7 @@ class Trainer:
         return evaluate(self.model, self.eval_forward, split, self.device, tta)
 
     def test(self, best_checkpoint: Path) -> tuple[Scores, float | None, float | None]:
-        """Return the test scores, and the accuracies of the EMA and with TTA; the model keeps the evaluated weights."""
+        """Return the test scores and the accuracies of the EMA and with TTA; leave the `eval_weights` in the model."""
         weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
         if self.ema:
             with self.ema.averaged_weights():
@@ -247,7 +247,7 @@ class Trainer:
         return scores, averaged_scores.accuracy if averaged_scores else None, tta_acc
 
     def state_dict(self, clock: Clock | None = None) -> TrainingCheckpoint:
-        """Return what the rest of the run depends on; a collective call that gathers the random states."""
+        """Return all state that the rest of the run depends on. All ranks must call this to gather random states."""
         state = {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
@@ -266,7 +266,7 @@ class Trainer:
         return cast(TrainingCheckpoint, state)
 
     def load_state_dict(self, state: TrainingCheckpoint) -> None:
-        """Load what `state_dict` returned, in place, as a captured step requires."""
+        """Copy the result of `state_dict` to the existing tensors, which a captured step refers to."""
         checkpoint.load_weights(self.model, state["model"], "the checkpoint")
         if self.ema:
             self.ema.load_state_dict(cast(dict[str, Tensor], state["ema"]), cast(Tensor, state["ema_updates"]))
