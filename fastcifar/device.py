@@ -98,7 +98,7 @@ def _choose_precision(device: str) -> tuple[str, str]:
         if major >= 8:
             return "bf16", f"native in compute capability {major}.{minor}"
         if major >= 7:
-            return "fp16", f"compute capability {major}.{minor} has no bf16; with loss scaling on the device"
+            return "fp16", f"compute capability {major}.{minor} has no bf16; the loss is scaled"
         return "fp32", f"compute capability {major}.{minor} has neither bf16 nor fast fp16"
     if flags := _cpu_bf16_flags():
         return "bf16", f"this CPU has {flags[0]}"
@@ -153,7 +153,7 @@ def _read_cpuinfo(*names: str) -> str:
 
 
 def enable_deterministic_algorithms() -> None:
-    """Make torch use only deterministic algorithms in this process; operations without one raise."""
+    """Make torch use only deterministic algorithms in this process; operations without any raise an error."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
@@ -163,12 +163,12 @@ def enable_deterministic_algorithms() -> None:
 
 
 def usable_cpu_count() -> int:
-    """Return the number of CPU cores that this process may run on; of all cores if the system has no such limit."""
+    """Return the number of CPU cores that this process may run on; of all cores if the system does not report it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak memory in bytes, of torch's allocator on a GPU, of the process on a CPU; None if not reported."""
+    """Return the peak bytes allocated by torch (GPU) or used by the process (CPU); None if the system reports none."""
     import torch
 
     if device.type == "cuda":
@@ -190,7 +190,7 @@ def process_times(process_id: str = "self") -> tuple[float, float] | None:
 
 
 def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
-    """Return the user error for a failed allocation, on a GPU, in host memory or in a DataLoader; None for others."""
+    """Return the user error for a failed allocation (on a GPU, the host or in a DataLoader); None for other errors."""
     text = " ".join(str(error).split())
     remedy = "use a smaller --batch-size or --width"
     if type(error).__name__ == "OutOfMemoryError":
@@ -249,7 +249,7 @@ def collect_environment(device: str) -> Environment:
     import torch
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    release = re.match(r"\d+(\.\d+)?", platform.release())  # without the rest, which may identify the machine
+    release = re.match(r"\d+(\.\d+)?", platform.release())  # the rest may identify the machine
     cpu = _read_cpuinfo("model name") or platform.processor() or platform.machine()
     versions = {"fastcifar": __version__}
     for package in PACKAGES:

@@ -36,7 +36,7 @@ class CheckpointError(UserError, exit_code=4):
 
 
 class NonFiniteError(UserError, exit_code=5):
-    """NaN or infinity in the loss or the gradients."""
+    """NaN or infinity in the loss, a gradient, the logits or a value to be saved in a checkpoint."""
 
 
 class InsufficientMemoryError(UserError, exit_code=6):
@@ -60,7 +60,7 @@ class Interrupted(UserError):
 
 
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Print a warning in one line, without its position in the source; a replacement of `warnings.showwarning`."""
+    """Print a warning in one line, without its position in the source. This replaces `warnings.showwarning`."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
     print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
 
@@ -71,7 +71,7 @@ def first_message_line(error: BaseException, default: str = "") -> str:
 
 
 def lookup(table: Mapping[str, T], name: str, noun: str) -> T:
-    """Return `table[name]`. Raises `UsageError` with the most similar name; `noun` is what a name stands for."""
+    """Return `table[name]`. Raises `UsageError` with the remedy of `suggest_name`; `noun` says what is named."""
     if name in table:
         return table[name]
     raise UsageError(f"unknown {noun} {name!r}", suggest_name(name, table))

@@ -21,7 +21,7 @@ except ImportError:  # not a POSIX system
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Write `content` to `path` through a temporary file in the same folder that is flushed to the disk.
 
-    The old content is kept as `previous`, if given. Raises `OSError` if writing fails; both files are then unchanged.
+    The old content is kept as `previous`, if given. Raises `OSError` if writing fails; neither file is ever incomplete.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -70,7 +70,7 @@ def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock on `folder`. A free lock is still free afterwards."""
+    """Return whether a process holds the lock on `folder`, without keeping the lock if it is free."""
     try:
         (_acquire_flock(folder, shared=True) if fcntl else _acquire_lock_file(folder)).release()
     except OSError as error:
@@ -95,7 +95,7 @@ def _acquire_flock(folder: Path, wait: bool = False, shared: bool = False) -> Fo
 
 
 def _acquire_lock_file(folder: Path, wait: bool = False) -> FolderLock:
-    """Lock the file `.NAME.lock` beside `folder`, elsewhere; so it can be removed. Raises as `_acquire_flock` does."""
+    """Lock `.NAME.lock` beside `folder` on Windows, so `folder` can be removed. Raises `BlockingIOError` if locked."""
     import filelock
 
     os.scandir(folder).close()  # raises the same errors as opening the folder does on POSIX systems

@@ -252,7 +252,7 @@ def require_png(path: Path) -> None:
 
 
 def create_plots_dir(path: Path) -> None:
-    """Create the folder `path` for plots if it does not exist. Raises `UsageError` and `DiskError`."""
+    """Create the folder `path` for plots. Raises `UsageError` without matplotlib, and `DiskError` if creation fails."""
     import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)
     try:
         path.mkdir(parents=True, exist_ok=True)

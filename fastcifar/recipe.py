@@ -19,7 +19,7 @@ from fastcifar.format import format_toml_value, option_flag
 from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
-OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # without effect on the weights
+OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # these do not affect the weights
 # section -> its first field; a section ends before the first field of the next one
 SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
 
@@ -252,7 +252,7 @@ def section_fields(name: str) -> tuple[str, ...]:
 
 
 def _usage_error(error: ValidationError, option: str = "") -> UsageError:
-    """Return the error for the user: `--lr should be greater than 0 (got -1)`, for `option` if there is only one."""
+    """Return the error for the user: `--lr should be greater than 0 (got -1)`, naming `option` if it is given."""
     messages = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")

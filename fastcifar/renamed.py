@@ -14,7 +14,7 @@ from fastcifar.format import option_flag
 
 @functools.cache
 def renamed_options(command: str = "") -> dict[str, list[str]]:
-    """Return old name -> new names, for the options of all commands and those that only `command` has."""
+    """Map old to new names, for the options that all commands have and those that only `command` has."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     return {**tables["options"], **tables.get(command, {})}
 

@@ -163,7 +163,7 @@ def measure_point(
 ) -> None:
     """Measure the benchmarks `names` and append a row for each case whose settings are not yet in `rows`.
 
-    The loader, for example, does not depend on the architecture and is measured for the first architecture only.
+    The benchmark `loader`, for example, does not depend on the architecture, so it has a row for the first one only.
     """
     started = time.perf_counter()
     trainer = build_trainer(resolved)
@@ -186,7 +186,7 @@ def measure_point(
             compile_s, peak = first_s, row.peak_memory_bytes
             if name in STEP_BENCHMARKS:
                 compile_s = step_s
-                if trainer.execution.cuda_graph:  # the capture allocates, a replay does not
+                if trainer.execution.cuda_graph:  # only the capture of the graph allocates memory, not its replays
                     peak = max(step_peak or 0, peak or 0)
             elif name == "loader" and needs_step:
                 compile_s = None  # `optimize` also warms up the loader
@@ -275,7 +275,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of all threads of this process and of its workers (running ones only with /proc)."""
+    """Return the CPU seconds of all threads of this process and its workers; without /proc, of ended workers only."""
     os_times = os.times()
     worker_seconds = [
         times[0] for worker in multiprocessing.active_children() if (times := process_times(str(worker.pid)))

@@ -15,7 +15,7 @@ from fastcifar.training.step import DTYPES
 
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
-MIN_SECONDS = 0.5  # minimum duration of a measurement, of which the fastest block of runs counts
+MIN_SECONDS = 0.5  # minimum duration of a measurement; the result is its fastest block of runs
 # field of `nvidia-smi` -> key in the results
 NVIDIA_SMI_FIELDS = {
     "clocks.sm": "clock_mhz", "clocks.mem": "memory_clock_mhz", "power.draw": "power_w",
@@ -25,7 +25,7 @@ NVIDIA_SMI_FIELDS = {
 
 @functools.cache
 def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
-    """Return the rate of the fastest of `MATMUL_SIZES` in `precision`, and that of a copy (bytes read and written)."""
+    """Return the highest rate of a matrix product in `precision`, and the rate of a copy (bytes read and written)."""
     flop_per_s = max(measure_matmul_flop_per_s(device, precision, side) for side in MATMUL_SIZES[device.type])
     num_bytes = COPY_BYTES[device.type]
     source = torch.ones(num_bytes // 4, device=device)

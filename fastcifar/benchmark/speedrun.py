@@ -1,7 +1,7 @@
 """Measure the time to reach a target accuracy, over n training runs of one recipe.
 
-The time of a run is preparation (all work on the training images before the first step) plus training, without building
-and compiling the trainer. Each run does the steps of `train` with its seed; on a CPU the weights are bit-identical.
+The time of a run is that of the preparation (all work on the training images before the first step) and the training,
+not of building and compiling the trainer. On a CPU, the weights are bit-identical to those of `train` with this seed.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def train_without_evaluation(trainer: Trainer) -> None:
 
 
 def reset_trainer(trainer: Trainer, seed: int) -> float:
-    """Load the initial state of a new trainer into the compiled `trainer`; return the seconds, without preparation."""
+    """Load the initial state for `seed` into the compiled `trainer`; return the seconds, excluding the preparation."""
     started = time.perf_counter()
     new_trainer = build_trainer(with_seed(trainer.resolved, seed))
     trainer.resolved, trainer.loader, trainer.schedule = new_trainer.resolved, new_trainer.loader, new_trainer.schedule

@@ -1,4 +1,4 @@
-"""The documents in the result folder of a speedrun, which is rewritten after each trial; and its table."""
+"""The documents in the result folder of a speedrun, rewritten after each trial, and the table of its summary."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class SpeedrunTrial(_Document):
     seconds: float  # time of the run: `prepare_s` plus `train_s`
     train_s: float
     prepare_s: float
-    cold_start_s: float | None  # from the start of the process to the end of training, for its first run
+    cold_start_s: float | None  # from the start of the process to the end of its first run; None for later runs
     acc: float
     acc_tta: float | None  # with test-time augmentation
     loss: float | None = None
@@ -90,7 +90,7 @@ class SpeedrunTrial(_Document):
 
 
 class SampleStatistics(BaseModel, frozen=True):
-    """Statistics of `trials`; `std`, of the sample, and `stderr`, of the mean, are None for a single value."""
+    """Statistics of `trials`; `std` (of the sample) and `stderr` (of the mean) are None for a single value."""
 
     mean: float
     std: float | None

@@ -50,7 +50,7 @@ def training_case(
     steps_per_replay: int | None = None,
     relative_trial_s: float = 1.0,
 ) -> BenchmarkCase:
-    """Return a case that runs training steps. The backward pass costs twice the forward pass."""
+    """Return a case that runs training steps. The backward pass counts as two forward passes."""
     settings = select_settings(trainer, what, names, steps_per_replay=steps_per_replay)
     flop = 6 * count_macs(trainer.model)
     num_bytes = feature_map_bytes_per_image(trainer.model, True, bytes_per_element(trainer))
@@ -97,7 +97,7 @@ BENCHMARKS: dict[str, Callable[[Trainer], Iterable[BenchmarkCase]]] = {
     ],
     "infer": inference_cases,
     "conv": conv_cases,
-    "replay": lambda trainer: [  # shows the cost of launching CUDA graph replays
+    "replay": lambda trainer: [  # its rows differ by the cost of launching CUDA graph replays
         training_case(trainer, "replay", STEP_SETTINGS, replay_workload(trainer, count), count, relative_trial_s=0.5)
         for count in STEPS_PER_REPLAY
     ],

@@ -210,7 +210,7 @@ def sweep(
     dry_run: bool = switch("--dry-run", "list the trials and their number of steps without running them"),
     **options: Any,
 ) -> Output:
-    """Run or continue the trials of a sweep file: a grid, a list, a random search or an Optuna study, times seeds."""
+    """Run or continue the trials of a sweep file: a grid, list, random search or Optuna study, for each seed."""
     from fastcifar.sweep.executors import ExecutorOptions
     from fastcifar.sweep.sweep import plan_sweep, run_sweep
     from fastcifar.sweep.sweep_progress import plan_table, sweep_table
@@ -317,7 +317,7 @@ def doctor(**options: Any) -> Output:
 def main() -> NoReturn:
     """Run the command in sys.argv and exit with its code; print user errors in one line, others with a traceback."""
     warnings.showwarning = print_warning
-    # exits after every `finally` block; training handles SIGTERM itself, with the same exit code
+    # `sys.exit` runs all `finally` blocks; training has its own handler, with the same exit code
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE)))
     try:
         code = app(standalone_mode=False)

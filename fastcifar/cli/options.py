@@ -41,9 +41,9 @@ DEBUG = switch("--debug", "print the traceback of an error")
 
 
 class Output(NamedTuple):
-    """What a command prints: with --json `document` as one line of JSON, else what `format_document` returns for it.
+    """What a command prints: `document` as one line of JSON with --json, else the result of `format_document`.
 
-    `last_lines` are printed after it, unwrapped; with --json to stderr.
+    `last_lines` are printed after it, or to stderr with --json, and are not wrapped.
     """
 
     document: Any

@@ -1,8 +1,8 @@
 """The image corruptions of CIFAR-10-C (Hendrycks and Dietterich, 2019), computed in batches: `CORRUPTIONS`.
 
 Each takes float images [n,3,32,32] in [0, 1], a severity from 1 to 5 and a generator on the same device, and returns
-images of the same shape, range and dtype. Severities have the authors' parameters; differences in the algorithm other
-than random numbers are stated. Glass blur, elastic transform, snow, frost and spatter are not implemented.
+images of the same shape, range and dtype. The severities use the authors' parameters. Docstrings state differences
+from the originals, except random numbers. Glass blur, elastic transform, snow, frost and spatter are not implemented.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def zoom_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Average the image and bilinear enlargements of it in steps of 1 %."""
+    """Average the image and bilinear enlargements of it, whose factors increase in steps of 0.01."""
     factors = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[severity - 1], 0.01)
     total = images.clone()
     for factor in factors:
@@ -119,11 +119,11 @@ def contrast(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Decrease the saturation of HSV at severities 1 and 2, and increase it from 3 on. Grays turn red from 4 on."""
+    """Decrease the HSV saturation at severities 1 and 2, and increase it from 3 on. Grays become reddish from 4 on."""
     scale, shift = ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))[severity - 1]
     value = images.amax(1, keepdim=True)
     saturation = (value - images.amin(1, keepdim=True)) / value.clamp(min=1e-6)
-    # The amounts by which full saturation lowers each channel below the value of HSV.
+    # The difference between the value of HSV and each channel if the saturation were 1.
     reduction = (value - images) / saturation.clamp(min=1e-6)
     gray_reduction = value * images.new_tensor([0, 1, 1])[:, None, None]
     new_saturation = (saturation * scale + shift).clamp(0, 1)
@@ -209,7 +209,7 @@ def _filter_images(images: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
 
 
 def _plasma_fractal(n: int, decay: float, generator: Generator) -> Tensor:
-    """Return fractal height maps [n,32,32] in [0, 1]: diamond-square on a torus, each level smoother by `decay`."""
+    """Return fractal height maps [n,32,32] in [0, 1] by periodic diamond-square; a larger `decay` is smoother."""
     device = generator.device
     heights, step, roughness = torch.zeros(n, IMAGE_SIZE, IMAGE_SIZE, device=device), IMAGE_SIZE, 100.0
 

@@ -101,8 +101,8 @@ def evaluate_run(
 ) -> EvalResult:
     """Evaluate the network of `run` on the test set.
 
-    The plots reliability.png and confusion.png are written to `plots_dir`. `shifted_dir` contains the files of
-    CIFAR-10.1; this set and the corrupted test set are evaluated in addition. See `load_model` for the other arguments.
+    The plots reliability.png and confusion.png are written to `plots_dir`. The network is also evaluated on
+    CIFAR-10.1 if its folder `shifted_dir` is given, and on corrupted images if requested. See also `load_model`.
     """
     loaded = load_model(run, eval_weights, arch, **overrides)
     data, tta, classes = loaded.load_dataset(), loaded.recipe.tta, loaded.classes

@@ -1,4 +1,4 @@
-"""Export a trained network to a file for deployment, if its outputs agree: the implementation of `fastcifar export`."""
+"""Export a trained network to a file and compare the outputs of the two: the implementation of `fastcifar export`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ExportResult(TypedDict):
 
 
 class DeployedModel(nn.Module):
-    """A network with its normalization and output activation, float32 [n,classes]; inputs: `INPUT_DESCRIPTIONS`."""
+    """A network that normalizes uint8 images (see `INPUT_DESCRIPTIONS`) and returns float32 logits or probabilities."""
 
     scale: Tensor
     shift: Tensor
@@ -127,9 +127,9 @@ def _load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
 EXPORT_FORMATS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(".onnx", _write_onnx, _load_onnx),
     "pt2": ExportFormat(".pt2", _write_pt2, lambda path, _: torch.export.load(path).module()),
-    # A package for the CPU architecture of this machine.
+    # The file is a compiled package that runs only on the CPU architecture of this machine.
     "aoti": ExportFormat(".aoti.pt2", _write_aoti, lambda path, _: torch._inductor.aoti_load_package(str(path))),
-    # The weights alone, without the normalization and the output activation.
+    # The file contains only the weights, not the normalization and the output activation.
     "safetensors": ExportFormat(".safetensors", _write_safetensors, _load_safetensors),
 }
 

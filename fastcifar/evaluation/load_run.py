@@ -70,10 +70,10 @@ class LoadedRun:
 
 
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
-    """Load the network of `run`, a run folder or a checkpoint file, which may come from another project.
+    """Load the network of `run`: a run folder, or a checkpoint file of this or another project.
 
     `eval_weights` is "last", "best" or "ema", by default the recipe's; `arch` is the architecture of a checkpoint that
-    does not name it; `overrides` are recipe options, of which None keeps the recipe's value.
+    does not name it; `overrides` are recipe options; a value of None keeps that of the recipe.
     Raises `CheckpointError` for a checkpoint that is missing, invalid or lacks the requested weights, `DeviceError` if
     the device is not available, and `UsageError` for an invalid name or override.
     """
@@ -85,7 +85,7 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
         saved = checkpoint.load_any_checkpoint(path, arch)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     lookup(EVAL_WEIGHTS, eval_weights, "weights")
-    Recipe(**overrides)  # validated on their own, so that an invalid override is not blamed on the checkpoint
+    Recipe(**overrides)  # first without the checkpoint, so that the error does not name it
     try:
         recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, **overrides})
     except UsageError as error:

@@ -47,7 +47,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Return the temperature T that minimizes the cross-entropy of `logits / T` (temperature scaling, Guo et al. 2017).
 
-    The loss is convex in 1 / T, so bisection finds the root of its derivative; None if it is not in the range.
+    The loss is convex in 1 / T, so bisection finds the root of its derivative. Returns None if T is out of range.
     """
     logits = logits.double()
     mean_label_logit = logits.gather(1, labels[:, None])[:, 0].mean().item()

@@ -69,8 +69,8 @@ def predict_to_file(
 ) -> PredictResult:
     """Predict the labels of the images in `source` and write them to `out`, one row per image in the input order.
 
-    `ensemble` are further runs, whose logits are averaged with those of `run`; `plot_path` is a PNG file for some
-    images with their labels. See `read_inputs` for `source` and `load_model` for the other arguments. All arguments
+    `ensemble` contains further runs, whose logits are averaged with those of `run`; some images with labels are
+    plotted to the PNG file `plot_path`. See `read_inputs` for `source`, `load_model` for other arguments. All arguments
     are validated before the networks run; on an error no prediction file is written.
     """
     start_time = time.perf_counter()

@@ -61,7 +61,7 @@ PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], str]] = {".csv":
 class PredictionFormat:
     """The columns of a prediction file."""
 
-    header: str | None = None  # names of the columns of ids and labels, as "id,label"; None: those of Kaggle
+    header: str | None = None  # names of the first two columns, such as "id,label"; None: `KAGGLE_HEADER`
     use_class_names: bool = False  # instead of class indices
     top_k: int = 0  # add the columns top_1, top_1_probability, ... of the most probable classes
     with_probabilities: bool = False  # add a column of probabilities for every class

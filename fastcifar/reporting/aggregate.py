@@ -68,7 +68,7 @@ class RunGroup:
 
     @cached_property
     def plotted_runs(self) -> list[RunRecord]:
-        """Of the finished runs or, if there are none, of all runs, those that have a valid recipe and metrics."""
+        """The finished runs, or all runs if none is finished, without those that lack a valid recipe or metrics."""
         return [record for record in self.finished_runs or self.records if record.options and record.metric_rows]
 
     @cached_property
@@ -77,7 +77,7 @@ class RunGroup:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The options that the runs share, taken from the record that has the most: a trial without a run has few."""
+        """The options that the runs share, from the record with the most; a trial without a run folder records few."""
         return max((record.options for record in self.records), key=len)
 
     @cached_property
@@ -86,9 +86,9 @@ class RunGroup:
         return TEST_SPLIT if self.accuracy(TEST_SPLIT) else VALIDATION_SPLIT if self.finished_runs else ""
 
     def accuracy(self, split: str) -> MeanStd | None:
-        """Return the accuracy of the weights that the recipe selects, None unless all finished runs have it.
+        """Return the accuracy of the weights selected by `eval_weights`; None unless all finished runs have it.
 
-        The accuracy on `VALIDATION_SPLIT` is that of the epoch the weights are from.
+        On `VALIDATION_SPLIT`, it is the accuracy in the epoch from which the weights are taken.
         """
         values: list[float | None] = []
         for summary, record in zip(self.summaries, self.finished_runs, strict=True):
@@ -126,11 +126,11 @@ class RunGroup:
         return {name: accuracy.mean for name, accuracy in means.items() if accuracy}
 
     def curve(self, column: str) -> MetricCurve | None:
-        """Return `column` of metrics.csv over the epochs that all plotted runs have; None if there are none.
+        """Return `column` of metrics.csv over the epochs that all plotted runs have; None if there is no such epoch.
 
-        A mean over fewer and fewer runs would change its direction where a run ends.
+        Later epochs are omitted, because the mean would jump at the end of each shorter run.
         """
-        by_run: list[dict[float, float]] = []  # epoch -> value; the last row of a repeated epoch counts
+        by_run: list[dict[float, float]] = []  # epoch -> value, of the last row if an epoch is repeated
         for record in self.plotted_runs:
             pairs = [(row["epoch"], row[column]) for row in record.metric_rows]
             by_run.append({epoch: value for epoch, value in pairs if epoch is not None and value is not None})
@@ -149,7 +149,7 @@ class RunGroup:
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """Group the records by `group_key`. Groups of one name are told apart by their differing options or a number."""
+    """Group the records by `group_key`. Equal names of groups are extended by the options that differ, or a number."""
     records_by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         records_by_key[record.group_key].append(record)

@@ -176,7 +176,7 @@ def describe_setup(document: BenchDocument, shared: Sequence[str]) -> list[str]:
 
 
 def bench_panels(document: BenchDocument) -> tuple[str, list[BarPanel]]:
-    """Return the chart title and a panel for each `what` with a bar for each row: images/s, for `conv` TFLOP/s."""
+    """Return the chart title and a panel for each `what`, with a bar for each row in images/s (`conv`: TFLOP/s)."""
     labels, shared = label_rows(document.results)
     panels: dict[str, BarPanel] = {}
     for row, label in zip(document.results, labels, strict=True):
@@ -200,13 +200,13 @@ class ComparedRow(BenchSettings):
     a: float
     b: float
     ratio: float  # b / a
-    overlap: bool  # whether the ranges of the trials overlap, so that they show no difference
+    overlap: bool  # whether the ranges of the trials overlap; the difference may then be noise
     a_trials: list[float]
     b_trials: list[float]
 
 
 class BenchComparison(_Document):
-    """A comparison of two documents: rows of both and of only one, and the differing device and versions."""
+    """The rows in both documents and those in only one of them, and the device and versions if they differ."""
 
     rows: list[ComparedRow]
     only_a: list[BenchSettings]

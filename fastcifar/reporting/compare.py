@@ -1,4 +1,4 @@
-"""Compare two runs, two benchmark files or two prediction files, a kind that is detected from the content."""
+"""Compare two runs, two benchmark files or two prediction files. The content determines the kind of a path."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS
 
 COMPARED_CURVES = {"train_loss": min, "train_acc": max, "val_loss": min, "val_acc": max, "ema_val_acc": max}
 TIMING_COLUMNS = ("images_per_s", "seconds")  # columns that differ between otherwise identical runs
-LAUNCH_INFO = ("schema_version", "command", "started", "resumed", "recipe")  # in env.json besides the environment
+LAUNCH_INFO = ("schema_version", "command", "started", "resumed", "recipe")  # keys of env.json that are not compared
 Z_95 = 1.96  # standard errors; the two-sided 95 % quantile of the normal distribution
 MAX_LABEL_PAIRS = 15  # maximum number of rows in the table of two prediction files
 
@@ -57,21 +57,21 @@ class AccuracyComparison(TypedDict):
 
 
 class RunComparison(TypedDict):
-    """The comparison of two runs, whose folders are `a` and `b`; lists are [of A, of B]."""
+    """The comparison of two runs, whose folders are `a` and `b`; lists are [value of A, value of B]."""
 
     a: str
     b: str
     recipe: dict[str, list[Any]]  # options that differ
     environment: dict[str, list[Any]]  # entries that differ
     epochs: list[int]
-    equal_epochs: int  # the smaller number of epochs
+    equal_epochs: int  # the number of epochs of the shorter run
     curves: dict[str, dict[str, list[float | None]]]  # column -> "final", "best" and "at_equal_epochs"
     first_difference: EpochDifference | None
     accuracy: AccuracyComparison | None  # on the test set or, if a run was not tested, on the validation split
 
 
 def read_run(path: Path) -> RunRecord | None:
-    """Return the record of a run folder, finished or not; None for any other path. A damaged run is refused."""
+    """Return the record of a run folder, finished or not; None for other paths. A damaged run raises `DataError`."""
     if not (path / RECIPE_FILE).is_file():
         return None
     read_recipe_options(path)
@@ -244,7 +244,7 @@ def compare_paths(a: Path, b: Path) -> tuple[dict[str, Any], Group]:
 
 
 def detect_kind(path: Path) -> tuple[str, Any]:
-    """Return the kind of `path` and its content. Raises `UsageError` if it is of no kind in `COMPARERS`."""
+    """Return the kind of `path` and its content. Raises `UsageError` if it has none, `DataError` if it is missing."""
     if not path.exists():
         raise DataError(f"{path} does not exist", "check the path")
     for kind, comparer in COMPARERS.items():

@@ -62,9 +62,9 @@ def build_report(
 ) -> tuple[ReportDocument, RenderableType]:
     """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
 
-    PNG files are written to the folder `plots`, and a page to `html`. If `num_misclassified` is not 0, both also show
+    PNG files are written to the folder `plots`, and a page to the file `html`. With `num_misclassified`, both also show
     confusion matrices and this many misclassified images of each group, from an evaluation of the finished runs with
-    `overrides` (data, device, precision). All arguments are checked before.
+    `overrides` (data, device, precision). The other arguments are checked before the evaluation.
     """
     render = lookup(TABLE_FORMATS, format, "format")
     if num_misclassified and not (plots or html):
@@ -293,7 +293,7 @@ def plotly_chart(name: str, groups: Sequence[RunGroup]) -> PlotlyObject:
 
 
 def _line_traces(line: LineSeries, is_in_legend: bool) -> list[PlotlyObject]:
-    """Return the band of the standard deviation, the line and the marked point of `line`, as far as it has them."""
+    """Return traces of the line and, if `line` has them, of the standard deviation (a band) and the marked point."""
     name = escape(line.name)  # plotly interprets some HTML in names
     hover_text = f"{name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}<extra></extra>"
     shared = {"type": "scatter", "legendgroup": name, "name": name}

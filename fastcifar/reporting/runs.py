@@ -63,7 +63,7 @@ class ListingEntry(TypedDict):
 
 
 def folder_kind(folder: Path) -> str | None:
-    """Return "sweep" or "run", or None for any other folder, even if it contains a file such as recipe.toml."""
+    """Return "sweep" or "run", or None for any other folder; recipe.toml alone, for example, does not make a run."""
     if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
         return "sweep"
     is_run = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
@@ -158,9 +158,9 @@ def select_for_removal(
 ) -> list[ListingEntry]:
     """Return the entries that `runs rm` removes: all of `paths` or, with a filter, some of the runs in or below them.
 
-    The filters are `only_unfinished` (interrupted and damaged runs) and `keep_best` (all finished runs with a val_acc
-    but this many with the highest); they never select a sweep. With `only_checkpoints`, `bytes` counts only the
-    checkpoints, and entries without are left out. Raises `UsageError` if a folder must not be removed.
+    The filter `only_unfinished` selects interrupted and damaged runs; `keep_best` selects finished runs with a val_acc,
+    except the `keep_best` highest. Sweeps are never selected by a filter. With `only_checkpoints`, `bytes` counts only
+    checkpoints, and entries without checkpoints are left out. Raises `UsageError` if a folder must not be removed.
     """
     is_filtered = only_unfinished or keep_best is not None
     if is_filtered:
@@ -205,7 +205,7 @@ def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False)
         locks = {path: stack.enter_context(lock_folder(path)) for path in [*folders, *chain(*runs_of_sweep.values())]}
         for folder in folders:
             _require_removable(folder)
-            # the runs of a sweep first: their lock files can be in the sweep folder and are in use until then
+            # a sweep folder is removed last, because it can contain the lock files of its runs
             for path in _checkpoint_folders(folder) if only_checkpoints else [*runs_of_sweep.get(folder, []), folder]:
                 try:
                     shutil.rmtree(path)

@@ -29,13 +29,13 @@ from fastcifar.format import (
 from fastcifar.models import MODELS
 from fastcifar.reporting.aggregate import VALIDATION_SPLIT, RunGroup, varying_options
 
-# heading -> option, in the order of the source project's table; other options that differ between rows follow
+# heading -> option, in the order of columns; the other options that differ between rows follow these
 OPTION_COLUMNS = {
     "model": "arch",
     **{name: name for name in ("blocks", "optimizer", "lr", "augment", "clip_grad")},
     "batch": "batch_size",
 }
-STD_COLUMNS = {"accuracy": "std", "validation": "validation std"}  # shown in the text of the mean
+STD_COLUMNS = {"accuracy": "std", "validation": "validation std"}  # mean -> its deviation; one text shows both
 ACCURACY_NOTE = "accuracy: mean ± sample standard deviation over the n runs of a row, which differ only by the seed"
 EXCLUDED_HEADING = "not in the means"
 MAX_OPTION_WIDTH = 16  # characters; longer option values are listed above the terminal table
@@ -129,7 +129,7 @@ def build_report_table(
 
 
 def render_terminal(table: ReportTable) -> RenderableType:
-    """Return shared values on one line, the other columns as a table, or two if it is too wide, and excluded runs."""
+    """Return a line of shared values, a table of the others (two tables if one is too wide), and the excluded runs."""
     texts = [table.row_texts(group) for group in table.rows]
     values = {heading: list(dict.fromkeys(text[heading] for text in texts)) for heading in texts[0]}
     shared = {heading: values[heading][0] for heading in (*table.options, "of", "notes") if len(values[heading]) == 1}

@@ -1,1 +1,1 @@
-"""Many trials: sweep files, executors, Optuna studies, the trial log."""
+"""Sweeps, which run many trials: sweep files, executors, Optuna studies and the trial log."""

@@ -129,7 +129,7 @@ def build_executor(executor: str, options: ExecutorOptions) -> Executor:
 
 
 def run_trial(trial: SweepTrial) -> TrialEvent:
-    """Run one trial: from the start, from its checkpoint, or not at all if its run is finished.
+    """Run one trial from the start or from its checkpoint, or only return its result if its run is finished.
 
     An error, except `Interrupted`, becomes the reason of a failed trial.
     """
@@ -237,7 +237,7 @@ def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: C
 
 
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:
-    """Run as many concurrent tasks as the cluster has resources for; its size is read again whenever a task ends."""
+    """Run as many concurrent tasks as fit, at most `jobs`. The cluster size is read again whenever a task ends."""
     task = ray.remote(max_retries=RAY_MAX_RETRIES, retry_exceptions=[Interrupted])(_ray_task)
     pending: dict[Any, SweepTrial] = {}
     try:

@@ -22,7 +22,7 @@ from fastcifar.training.summary import RunSummary
 JOURNAL_FILE = "study.log"
 OPTUNA_REMEDY = "pip install 'fastcifar[sweep]'"
 
-# name -> pruner; `median:5` starts to prune after 5 completed trials, `asha:4` keeps one of 4 trials at each rung
+# name -> pruner; `median:5` starts to prune after 5 completed trials, `asha:4` keeps one of 4 trials at each stage
 PRUNERS: dict[str, Callable[[ModuleType, int | None], Any]] = {
     "median": lambda optuna, number: optuna.pruners.MedianPruner(n_startup_trials=5 if number is None else number),
     "asha": lambda optuna, number: optuna.pruners.SuccessiveHalvingPruner(reduction_factor=number or 4),
@@ -42,7 +42,7 @@ class OptunaStudy:
     """The Optuna study of a sweep, in a journal in the sweep folder.
 
     Its name is a hash of the sweep file without n. Increasing n therefore continues the study, and any other change
-    starts a new study in the same journal. Raises `UsageError` if the sweep file has what a study does not support.
+    starts a new study in the same journal. Raises `UsageError` if a study does not support the sweep file.
     """
 
     def __init__(self, spec: SweepSpec, name: str, folder: Path) -> None:
@@ -58,7 +58,7 @@ class OptunaStudy:
         if any(trial.recipe.val_size == 0 for trial in self.boundary_trials()):
             raise UsageError("a [study] needs a validation split to rank its trials", "set val_size")
         build_pruner(self.optuna, self.study_spec.pruner)
-        # absolute, because the lock of the journal is a symbolic link to it
+        # absolute, because Optuna locks the journal with a symbolic link to this path
         self.journal_path = str((folder / JOURNAL_FILE).absolute())
         spec_without_n = spec.model_copy(update={"study": self.study_spec.model_copy(update={"n": 1})}).to_toml()
         self.study_name = hashlib.sha256(spec_without_n.encode()).hexdigest()[:8]
@@ -85,7 +85,7 @@ class OptunaStudy:
         return [self._to_sweep_trial(trial.number, trial.params) for trial in self._sampled_trials()]
 
     def remaining_trials(self) -> Iterator[SweepTrial]:
-        """Yield the unfinished trials of an earlier process, then new ones, sampled on demand, up to n in total."""
+        """Yield the unfinished trials of an earlier process, then sample and yield new trials, up to n in total."""
         sampled = self._sampled_trials()
         for trial in sampled:
             if trial.state == self.optuna.trial.TrialState.RUNNING:
@@ -131,7 +131,7 @@ class OptunaStudy:
 
 
 def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
-    """Return a callback that reports each epoch's validation accuracy and prunes the trial before its last epoch."""
+    """Return a callback that reports the validation accuracy of each epoch and may prune the trial before the last."""
     optuna = import_optuna()
     study = optuna.load_study(
         study_name=trial_ref.study_name,

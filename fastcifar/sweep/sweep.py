@@ -86,7 +86,7 @@ def run_sweep(
 def prepare_sweep(
     source: str, out: Path | None, executor: str, seeds: str | None, overrides: dict[str, Any]
 ) -> tuple[SweepSpec, Path, list[SweepTrial], OptunaStudy | None]:
-    """Return the spec, the sweep folder, the checked trials (none of a study), and the study if there is one."""
+    """Return the spec, the sweep folder, the checked trials (empty for a study), and the study or None."""
     spec, name = read_sweep_spec(source, seeds, overrides)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
     for file in folder.glob("runs/*/recipe.toml"):
@@ -106,7 +106,7 @@ def prepare_sweep(
 def plan_sweep(
     source: str, out: Path | None = None, executor: str = "process", seeds: str | None = None, **overrides: Any
 ) -> SweepPlan:
-    """Return what `run_sweep` would run; for a study, trials at the ends of its ranges. Nothing is written."""
+    """Return what `run_sweep` would run; for a study, the trials of `boundary_trials`. Nothing is written."""
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     trial_log = TrialLog(folder)
     planned = [
@@ -129,7 +129,7 @@ def plan_sweep(
 
 
 def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
-    """Check that this machine, or any machine for Ray, supports the recipes; raise a `UserError` with the label.
+    """Check that this machine, or any machine for Ray, supports the recipes; raise a `UserError` that names the trial.
 
     One trial per label is checked, because the others differ only in the seed.
     """

@@ -31,7 +31,7 @@ RESERVED_OPTIONS = {
 
 Options = dict[str, Any]  # recipe option -> value
 
-# kind of range -> function of u, uniform in [0, 1), and of the range (lowest and highest value, or the choices).
+# kind of range -> function that maps a uniform u in [0, 1) and the range, [lowest, highest] or choices, to a value
 RANGE_SAMPLERS: dict[str, Callable[[float, Sequence[Any]], Any]] = {
     "uniform": lambda u, ends: round_to_4_digits(ends[0] + u * (ends[1] - ends[0])),
     "log": lambda u, ends: round_to_4_digits(ends[0] * (ends[1] / ends[0]) ** u),
@@ -46,7 +46,7 @@ def round_to_4_digits(value: float) -> float:
 
 
 def _parse_seeds(value: Any) -> Any:
-    """Convert a number of seeds n, or its text, to 0..n-1, and a comma-separated list to a list."""
+    """Convert a number n, or its text, to the seeds 0..n-1, and a text of comma-separated seeds to a list."""
     if isinstance(value, str):
         value = value.split(",") if "," in value else int(value)
     return range(value) if type(value) is int and value > 0 else value
@@ -186,7 +186,7 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
-    """Return all trials of a sweep called `name`, ordered by seed, so that a stopped sweep is balanced."""
+    """Return all trials of a sweep called `name`, ordered by seed: each point runs once before any runs again."""
     axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
     grid_points = [dict(point) for point in itertools.product(*axes)]
     random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]

@@ -1,6 +1,6 @@
-"""The trial log of a sweep (trials.jsonl), with one line per change of the state of a trial; the last line is current.
+"""The trial log of a sweep (trials.jsonl), which has a line for each change of the state or label of a trial.
 
-Lines are only appended, so that killing a sweep loses none; an incomplete last line is ignored.
+The last line of a trial is its current state. Complete lines are never changed, so killing a sweep loses none of them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TrialLog:
         )
 
     def update_labels(self, trials: Sequence[SweepTrial]) -> int:
-        """Change the labels of removed trials, to separate them in reports; return the number of removed trials."""
+        """Update the labels of `trials`, and mark all other trials as removed; return the number of these."""
         labels = {trial.key: trial.label for trial in trials}
         for key, entry in list(self.entries.items()):
             label = labels.get(key) or entry.label.removesuffix(REMOVED_SUFFIX) + REMOVED_SUFFIX
