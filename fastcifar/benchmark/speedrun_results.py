@@ -202,9 +202,8 @@ class SpeedrunResults:
     ) -> None:
         """Raise `UsageError` if the recipe or the environment differs, or a seed is already in the folder."""
         defaults = Recipe().model_dump(mode="json")  # for options that are newer than the folder
-        names = {"target", "recipe", "on"}
         saved, current = (
-            {**defaults, **document.model_dump(include=names), **document.config}
+            {**defaults, **document.model_dump(include={"target", "recipe", "on"}), **document.config}
             for document in (self.recipe, settings)
         )
         for cause, before, after in (

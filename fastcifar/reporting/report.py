@@ -84,7 +84,7 @@ def build_report(
         for group in table.rows
         if num_misclassified and group.finished_runs
     }
-    files = write_report_plots(plots, table.rows, misclassified) if plots else []
+    files = write_report_plots(plots, table, misclassified) if plots else []
     if html:
         names = [one_line(path.resolve().name) for path in paths]
         title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -211,16 +211,15 @@ def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
 
 
 def write_report_plots(
-    folder: Path, groups: Sequence[RunGroup], misclassified_by_group: Mapping[str, Misclassified]
+    folder: Path, table: ReportTable, misclassified_by_group: dict[str, Misclassified]
 ) -> list[Path]:
     """Write charts, the accuracy of each class and misclassified images as PNG files; return their paths."""
-    files = []
+    files, groups = [], table.rows
     for name, chart in CHARTS.items():
         if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
             plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
-    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
-    if per_class:
+    if per_class := table.class_accuracies:
         files.append(folder / "classes.png")
         plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
     for number, group in enumerate(groups, start=1):
@@ -249,7 +248,7 @@ def write_html_report(
         numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
         sort_values = {heading: numbers.get(heading.removesuffix(" %")) for heading in texts}
         rows.append({name: (add_wrap_points(text), sort_values[name]) for name, text in texts.items()})
-    per_class = {group.name: group.class_accuracies for group in groups if group.class_accuracies}
+    per_class = table.class_accuracies
     class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
     jinja = import_optional("jinja2", HTML_REMEDY)
     source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")

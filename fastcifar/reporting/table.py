@@ -95,6 +95,11 @@ class ReportTable:
                 texts[heading] = format_value(value)
         return texts
 
+    @property
+    def class_accuracies(self) -> dict[str, dict[str, float]]:
+        """Group name -> class -> mean test accuracy, for the groups that have these accuracies."""
+        return {group.name: group.class_accuracies for group in self.rows if group.class_accuracies}
+
     def describe_excluded_runs(self) -> list[dict[str, str]]:
         """Return the runs that are not averaged, with their states and reasons."""
         return [

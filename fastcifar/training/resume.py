@@ -31,7 +31,6 @@ from fastcifar.training.distributed import World
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
 from fastcifar.training.trainer import Trainer
 
-DEFAULT_OPTIONS = Recipe().model_dump(mode="json")
 MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run
 RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
 
@@ -230,7 +229,7 @@ def merge_resumed_recipe(
     `max_steps` is ignored, so that a run that stopped there can continue.
     """
     requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
-    original = {**DEFAULT_OPTIONS, **saved}
+    original = {**Recipe().model_dump(mode="json"), **saved}
     saved = {**original, "max_steps": None}
     if saved["time_budget"] is not None:
         if requested.get("time_budget") == saved["time_budget"]:
