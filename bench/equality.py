@@ -6,7 +6,7 @@
 The first command compares the eager training step with the compiled one and with the CUDA graph, in one process. It
 ends with one JSON document, `{"device", "versions", "forms", "left_out", "checks", "passed"}`, and exits 1 if a check
 failed. Forms that the device does not support (a CUDA graph on a CPU) are left out. The network uses SiLU, because ReLU
-amplifies rounding errors around 0; TF32 is disabled, and cuDNN uses deterministic algorithms without autotuning.
+amplifies rounding errors around 0, and cuDNN uses deterministic algorithms without autotuning.
 `--quick` uses a tiny network on synthetic images.
 
 The second command checks COMMIT out into a temporary git worktree, runs the cases of `commit_equality.py` with both
@@ -162,17 +162,15 @@ def make_check(name: str, mode: str, largest: float, limit: float) -> Check:
     return {"check": name, "form": mode, "largest": largest, "limit": limit, "passed": largest <= limit}
 
 
-def without_tf32_and_autotuning(work: Callable[[], list[Check]]) -> list[Check]:
-    """Call `work` with TF32 disabled and cuDNN's algorithms deterministic and not autotuned."""
-    backends = torch.backends
-    cudnn, matmul = backends.cudnn, backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = False
-    cudnn.deterministic = True
+def without_autotuning(work: Callable[[], list[Check]]) -> list[Check]:
+    """Call `work` with cuDNN's algorithms deterministic and not autotuned."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
         return work()
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def compare_forms(device: str, steps: int, quick: bool) -> dict[str, Any]:
@@ -182,7 +180,7 @@ def compare_forms(device: str, steps: int, quick: bool) -> dict[str, Any]:
     )
     graphs = choose_execution(recipe).device == "cuda"
     modes = [mode for mode in EXECUTION_MODES if graphs or not EXECUTION_MODES[mode]["cuda_graph"]]
-    checks = without_tf32_and_autotuning(lambda: run_checks(recipe, modes, steps))
+    checks = without_autotuning(lambda: run_checks(recipe, modes, steps))
     environment = collect_environment(device)
     return {
         "device": environment.device,

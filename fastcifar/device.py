@@ -44,8 +44,9 @@ PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 class ExecutionPlan:
     """How a run is executed.
 
-    `device`: "cuda" or "cpu"; `precision`: "bf16", "fp16" or "fp32"; `loader`: a name in `LOADERS`; `compile`: use
-    torch.compile; `cuda_graph`: capture the training step; `reasons`: the reason for each of them.
+    `device`: "cuda" or "cpu"; `precision`: "bf16", "fp16", "fp32" (IEEE float32) or "tf32" (float32 with TF32 matrix
+    products and convolutions); `loader`: a name in `LOADERS`; `compile`: use torch.compile; `cuda_graph`: capture the
+    training step; `reasons`: the reason for each of them.
     """
 
     device: str
@@ -78,6 +79,8 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
             raise DeviceError(problem, "remove it, or use --device cuda")
     if recipe.fused_ops and not importlib.util.find_spec("triton"):
         raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
+    if recipe.precision == "tf32" and not supports_tf32(device):
+        raise DeviceError("--precision tf32 needs a GPU of compute capability 8.0 or later", "use --precision fp32")
     if recipe.loader == "dali":
         import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
     chosen = {}
@@ -150,6 +153,26 @@ def _read_cpuinfo(*names: str) -> str:
             return next((line for line in lines if line.startswith(names)), "").partition(":")[2].strip()
     except OSError:
         return ""
+
+
+def supports_tf32(device: str) -> bool:
+    """Return whether TF32 is available on `device`: "auto", "cuda" or "cpu"."""
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in float32 matrix products and convolutions on CUDA, in this process.
+
+    By default, torch allows it in the convolutions of cuDNN only. The older settings named `allow_tf32` must not be
+    used beside these: torch refuses to read them if they differ.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn: Any = torch.backends.cudnn  # torch's annotations lack `conv`
+    cudnn.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # the first is for torch.compile
 
 
 def enable_deterministic_algorithms() -> None:

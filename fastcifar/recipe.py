@@ -187,7 +187,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
     loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
     workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option("auto", "precision of the forward and backward pass")
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = _option(
+        "auto", "precision of the forward and backward pass; tf32: float32 with TF32 matrix products and convolutions"
+    )
     compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -51,6 +52,41 @@ def test_precision_depends_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         execution = device.choose_execution(Recipe())
         assert (execution.device, execution.precision, execution.cuda_graph) == ("cuda", precision, True)
+
+
+@NO_CUDA
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_tf32_is_refused_on_a_cpu(name: str) -> None:
+    with pytest.raises(DeviceError, match=r"^--precision tf32 needs a GPU .* 8\.0 or later; use --precision fp32$"):
+        device.choose_execution(Recipe.make(precision="tf32", device=name))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_tf32_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.choose_execution(Recipe(precision="tf32")).precision == "tf32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(DeviceError, match=r"--precision tf32"):
+        device.choose_execution(Recipe(precision="tf32"))
+
+
+def test_tf32_is_allowed_with_precision_tf32_only() -> None:
+    """Several runs of a process may have different precisions; no setting is deprecated or contradicts another."""
+    code = """
+import torch
+from fastcifar.device import ExecutionPlan
+from fastcifar.training.compilation import configure_process
+for precision in ("fp32", "tf32", "fp32", "tf32", "bf16"):
+    configure_process(ExecutionPlan("cuda", precision, "tensor", compile=False, cuda_graph=True))
+    cudnn = torch.backends.cudnn
+    # torch.compile reads the precision of all operators of cuDNN, and the older setting of matrix products
+    settings = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.fp32_precision
+    print(precision, *settings, torch._C._get_cublas_allow_tf32())
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    ieee, tf32 = "ieee ieee ieee False", "tf32 tf32 tf32 True"
+    assert run.stdout.splitlines() == [f"fp32 {ieee}", f"tf32 {tf32}", f"fp32 {ieee}", f"tf32 {tf32}", f"bf16 {ieee}"]
 
 
 @NO_CUDA

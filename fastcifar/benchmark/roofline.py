@@ -35,11 +35,11 @@ def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
 
 
 def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -> float:
-    """Return the rate of a product of two matrices [size,size]; float32 on CUDA uses TF32, as convolutions do."""
+    """Return the rate of a product of two matrices [size,size]."""
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     result = torch.empty_like(left)
     previous_precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else previous_precision)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         return 2 * size**3 / fastest_run_s(lambda: torch.mm(left, right, out=result))
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcifar.data import cifar
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std
-from fastcifar.device import ExecutionPlan, choose_execution
+from fastcifar.device import ExecutionPlan, choose_execution, supports_tf32
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, evaluate
@@ -91,12 +91,11 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lookup(evaluate.VIEWS, recipe.tta, "test-time augmentation")
+    if recipe.precision == "tf32" and "precision" not in overrides and not supports_tf32(recipe.device):
+        recipe = recipe.model_copy(update={"precision": "fp32"})  # so that every machine can evaluate the run
     execution = choose_execution(recipe)
     device = torch.device(execution.device)
-    if device.type == "cpu":
-        compilation.keep_freed_memory()
-    if execution.compile:
-        compilation.enable_compile_cache()
+    compilation.configure_process(execution)
     model = model_from_recipe(recipe, len(saved["classes"]))
     state = saved["ema"] if eval_weights == "ema" else saved["model"]
     if state is None:

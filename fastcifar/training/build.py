@@ -32,10 +32,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
         enable_deterministic_algorithms()
     else:
         torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
-    if device.type == "cpu":
-        compilation.keep_freed_memory()
-    if execution.compile:
-        compilation.enable_compile_cache()
+    compilation.configure_process(execution)
     data = data or cifar.load_dataset(recipe.data, recipe.dataset)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)

@@ -1,4 +1,4 @@
-"""torch.compile as a wrapper of functions, its persistent cache, and the allocator settings of the process."""
+"""torch.compile as a wrapper of functions, its persistent cache, and the settings of torch and of the allocator."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -13,17 +14,39 @@ from typing import ParamSpec, TypeVar
 import platformdirs
 import torch
 
+from fastcifar.device import ExecutionPlan, allow_tf32
+
 INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+
+# Warnings of torch that do not help: the beginning of the message -> why it does not apply
+IGNORED_WARNINGS = {
+    "TensorFloat32 tensor cores": "--precision determines whether TF32 is used",
+    "This instance was constructed with capturable=True": "--no-cuda-graph is a choice, and the results are the same",
+}
+# Loggers of torch that warn on every machine with a CUDA compiler and no GPU, and on every small GPU
+SILENCED_LOGGERS = ("torch.utils.cpp_extension", "torch._inductor.utils")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def configure_process(execution: ExecutionPlan) -> None:
+    """Configure torch and the memory allocator in this process for a run with `execution`."""
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in SILENCED_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if execution.device == "cuda":
+        allow_tf32(execution.precision == "tf32")
+    else:
+        keep_freed_memory()
+    if execution.compile:
+        enable_compile_cache()
+
+
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
     """Compile `function` as one full graph with static shapes. `mode`: "auto" or a mode of torch.compile."""
-    # torch would warn on every machine that has a CUDA compiler and no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # TorchDynamo caches compiled variants, up to a small limit, per code object: give each function its own copy.
     code, closure = function.__code__.replace(), function.__closure__
     function_copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)

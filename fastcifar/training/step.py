@@ -16,7 +16,8 @@ from fastcifar.data.mixers import MixerApplyFn, mix_labels
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.optimizers import OptimizerWrapper
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# `allow_tf32` distinguishes tf32 from fp32
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 TrainStep = Callable[..., None]  # (images, labels) and, with a mixer, its parameters
 Forward = Callable[[Tensor], Tensor]

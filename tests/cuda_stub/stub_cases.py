@@ -98,6 +98,7 @@ CASES: dict[str, Case] = {
         synchronizations_per_step=1,
     ),
     "fp32": Case({"precision": "fp32"}),
+    "tf32": Case({"precision": "tf32"}),
     "fp16": Case({"precision": "fp16"}),
     "fp16, adamw, average": Case(
         {"precision": "fp16", "optimizer": "adamw", "ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2
@@ -155,6 +156,8 @@ def find_problems(result: dict[str, Any], case: Case) -> list[str]:
     if result["error"]:
         return [f"error: {result['error']}", *_describe_events(result, ("violation",))]
     problems = _describe_events(result, ("violation", "pageable copy"))
+    expected = "tf32" if case.options.get("precision") == "tf32" else "ieee"
+    problems += [f"{name} is {value}" for name, value in result["float32_precision"].items() if value != expected]
     if (result["steps"], result["epochs"]) != (case.steps, case.epochs):
         problems.append(f"{result['steps']} steps in {result['epochs']} epochs")
     if _total(result, "step", "replay") != case.steps * case.replays_per_step:

@@ -143,7 +143,14 @@ def run_case(name: str, folder: Path) -> None:
         SCENARIOS[case.scenario](recording, recipe, folder)
     except Exception:
         error = traceback.format_exc()
-    (folder / "result.json").write_text(json.dumps({**recording.document(), "error": error}))
+    backends: Any = torch.backends  # torch's annotations lack `conv`
+    float32_precision = {
+        "cuda.matmul.fp32_precision": backends.cuda.matmul.fp32_precision,
+        "cudnn.fp32_precision": backends.cudnn.fp32_precision,
+        "cudnn.conv.fp32_precision": backends.cudnn.conv.fp32_precision,
+    }
+    result = {**recording.document(), "float32_precision": float32_precision, "error": error}
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcifar.training import compilation
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.step import Meter
 from fastcifar.training.trainer import Trainer
@@ -170,6 +171,10 @@ def launch_between_steps() -> None:
     replace(OptimizerWrapper, "set_lr", wrap)
 
 
+def keep_settings_of_torch() -> None:
+    replace(compilation, "allow_tf32", lambda _: lambda allowed: None)
+
+
 # name -> (how to plant it, options of the recipe, a part of the problem that must be reported)
 FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "item() in the step": (read_loss_in_step, {}, "synchronization of a capturing stream"),
@@ -185,5 +190,10 @@ FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "memory freed before a replay": (free_memory_of_graph, {}, "in memory that was freed"),
     "host read between steps": (read_sums_between_steps, {}, "synchronization: cudaStreamSynchronize (between steps)"),
     "launches between steps": (launch_between_steps, {}, "12 launches in 'learning rate', more than 6"),
+    "TF32 in convolutions of fp32": (
+        keep_settings_of_torch,
+        {"precision": "fp32"},
+        "cudnn.conv.fp32_precision is tf32",
+    ),
     "step without a CUDA graph": (lambda: None, {"cuda_graph": False}, "0 replays in 6 steps"),
 }

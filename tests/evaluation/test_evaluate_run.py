@@ -18,7 +18,7 @@ from rich.console import Console
 from fastcifar.cli.tables import scores_table
 from fastcifar.data import cifar
 from fastcifar.data.cifar import Split
-from fastcifar.errors import CheckpointError, DataError, DiskError
+from fastcifar.errors import CheckpointError, DataError, DeviceError, DiskError
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from fastcifar.evaluation.evaluate_run import apply_corruption, evaluate_run, load_cifar10_1
 from fastcifar.evaluation.load_run import load_model
@@ -85,6 +85,16 @@ def test_mismatching_data_and_checkpoints_are_refused(tiny: Callable[..., Recipe
         evaluate_run(save_changed(recipe={**saved["recipe"], "channels": [8, 24]}))
     with pytest.raises(CheckpointError, match="did you mean 'arch'"):
         evaluate_run(save_changed(recipe={**saved["recipe"], "arhc": "resnet"}))
+
+
+def test_a_run_in_tf32_is_evaluated_in_fp32_where_tf32_is_not_available(run: str) -> None:
+    saved = checkpoint.load_checkpoint(Path(run) / "checkpoints" / "last.pt")
+    file = Path(run) / "tf32.pt"
+    torch.save({**saved, "recipe": {**saved["recipe"], "precision": "tf32"}}, file)
+    scores = evaluate_run(str(file))
+    assert (scores["precision"], scores["test_loss"]) == ("fp32", evaluate_run(run)["test_loss"])
+    with pytest.raises(DeviceError, match="--precision tf32 needs a GPU"):
+        evaluate_run(str(file), precision="tf32")
 
 
 def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.device import allow_tf32
 from fastcifar.errors import UsageError
 from fastcifar.models import build_model, enable_fused_ops, fused_ops
 from fastcifar.training.compilation import compile_function
@@ -162,9 +163,8 @@ def test_unsupported_networks_are_refused(options: dict) -> None:
     ids=["eager", "compiled"],
 )
 @pytest.mark.parametrize("se", ["none", "stem", "block"])
-def test_a_fused_network_on_a_gpu(se: str, faster: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_a_fused_network_on_a_gpu(se: str, faster: Callable) -> None:
+    allow_tf32(False)
     compare_networks(se, "cuda", faster)
 
 

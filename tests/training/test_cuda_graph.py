@@ -207,7 +207,6 @@ def test_captured_forward_equals_eager_forward(
 ) -> None:
     """Compare three batches, the last of them short, with weights that change between them."""
     trainer = make_trainer(tiny(device=device))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if device == "cpu":
         monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
     batch = next(trainer.loader.batches(0))[0]
@@ -248,7 +247,7 @@ def test_steps_in_a_cuda_graph_equal_eager_steps(
     opt = {"eps": 1e-3} if has_eps else {}  # otherwise gradients that are only rounding errors make full steps
     recipe = tiny(device="cuda", loader="tensor", ema_decay=0.9, lr=1e-3, optimizer=optimizer, optimizer_arg=opt)
     reference, trainer = make_trainer(recipe), make_trainer(recipe)
-    for setting, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
+    for setting, value in (("benchmark", False), ("deterministic", True)):
         monkeypatch.setattr(torch.backends.cudnn, setting, value)
     use_optimized_step(trainer, cuda_graph=True)
     for batch in full_batches(trainer, 20):
