@@ -34,9 +34,12 @@ try:
 except ImportError:  # not a POSIX system
     resource = None
 
-PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "pytorch_optimizer", "numpy", "pydantic", "typer")
+DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # either of them, the first is installed by default
+PACKAGES = ("torch", "torchvision", "triton", DALI_PACKAGES[0], "pytorch_optimizer", "numpy", "pydantic", "typer")
 DALI_MODULE = "nvidia.dali"
-DALI_REMEDY = "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3'"
+DALI_REMEDY = (
+    "use --loader tensor, or on Linux pip install 'nvidia-dali-cuda120>=2,<3' (for CUDA 13 also nvidia-dali-cuda130)"
+)
 PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 
 
@@ -260,9 +263,13 @@ class Environment(BaseModel):
 
 
 class Diagnostics(Environment):
-    """The document of `fastcifar doctor`: `imports` maps module -> "works" or the error, `chosen` is the execution."""
+    """The document of `fastcifar doctor`.
+
+    `imports`: module -> "works" or the error; `chosen`: the execution; `problems`: of the installation, with remedies.
+    """
 
     imports: dict[str, str]
+    problems: list[str] = []
     chosen: list[str]
     error: str = ""
 
@@ -274,14 +281,10 @@ def collect_environment(device: str) -> Environment:
     cuda = device != "cpu" and torch.cuda.is_available()
     release = re.match(r"\d+(\.\d+)?", platform.release())  # the rest may identify the machine
     cpu = _read_cpuinfo("model name") or platform.processor() or platform.machine()
-    versions = {"fastcifar": __version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "missing"
+    versions = {package: installed_version(package) or "missing" for package in PACKAGES}
+    versions |= {package: version for package in DALI_PACKAGES if (version := installed_version(package))}
     return Environment(
-        versions=versions,
+        versions={"fastcifar": __version__, **versions},
         python=platform.python_version(),
         platform="-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
         device=torch.cuda.get_device_name() if cuda else f"{cpu}, {os.cpu_count()} cores",
@@ -292,6 +295,31 @@ def collect_environment(device: str) -> Environment:
         cuda=torch.version.cuda if cuda else None,
         cudnn=torch.backends.cudnn.version() if cuda else None,
     )
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_dali_problem(import_outcome: str) -> str:
+    """Return a problem of the installation of DALI with its remedy, or ""; `import_outcome`: see `probe_import`.
+
+    The packages of `DALI_PACKAGES` contain the same files: the one that was installed last has overwritten the other,
+    and if one of them is uninstalled, the files of both are removed.
+    """
+    installed = [package for package in DALI_PACKAGES if installed_version(package)]
+    if len(installed) > 1:
+        names = " ".join(installed)
+        problem = f"{' and '.join(installed)} are both installed and overwrite each other"
+        return f"{problem}; pip uninstall {names}, then pip install one of them"
+    if installed and import_outcome.startswith("ModuleNotFoundError: No module named 'nvidia"):
+        problem = f"{installed[0]} is installed, but its files are missing, perhaps removed with those of another DALI"
+        return f"{problem}; pip install --force-reinstall --no-deps {installed[0]}"
+    return ""
 
 
 def probe_import(module: str) -> str:
@@ -319,6 +347,8 @@ def collect_diagnostics(recipe: Recipe) -> Diagnostics:
     """Return the environment, the result of importing each optional module, and the execution of `recipe`."""
     document = collect_environment(recipe.device).model_dump(exclude_unset=True)
     document["imports"] = {module: probe_import(module) for module in PROBED_MODULES}
+    if problem := find_dali_problem(document["imports"].get(DALI_MODULE, "")):
+        document["problems"] = [problem]
     try:
         return Diagnostics(**document, chosen=choose_execution(recipe).format_lines())
     except (DeviceError, UsageError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fastcifar import device
+from fastcifar.cli.tables import diagnostics_table
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
 
@@ -130,6 +132,46 @@ def test_fault18_diagnostics_contain_versions_execution_and_failing_imports(monk
     assert diagnostics.versions["torch"] == torch.__version__.split("+")[0]
     assert diagnostics.python == sys.version.split()[0]
     assert any(line.startswith("precision: ") for line in diagnostics.chosen)
+
+
+@pytest.mark.parametrize(
+    ("installed", "import_outcome", "problem"),
+    [
+        (["cuda120"], "works", ""),
+        (["cuda130"], "works", ""),
+        ([], "ModuleNotFoundError: No module named 'nvidia.dali'", ""),
+        (["cuda130"], "ImportError: libcuda.so.1: cannot open shared object file", ""),
+        (
+            ["cuda130"],
+            "ModuleNotFoundError: No module named 'nvidia.dali'",
+            "nvidia-dali-cuda130 is installed, but its files are missing, perhaps removed with those of another DALI; "
+            "pip install --force-reinstall --no-deps nvidia-dali-cuda130",
+        ),
+        (
+            ["cuda120", "cuda130"],
+            "works",
+            "nvidia-dali-cuda120 and nvidia-dali-cuda130 are both installed and overwrite each other; "
+            "pip uninstall nvidia-dali-cuda120 nvidia-dali-cuda130, then pip install one of them",
+        ),
+    ],
+)
+def test_dali_of_either_cuda_is_recorded_and_both_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], import_outcome: str, problem: str
+) -> None:
+    def find_version(package: str) -> str:
+        if package.startswith("nvidia-dali") and package.removeprefix("nvidia-dali-") not in installed:
+            raise importlib.metadata.PackageNotFoundError
+        return "2.4.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
+    monkeypatch.setattr(device, "probe_import", lambda module: import_outcome if "dali" in module else "works")
+    diagnostics = device.collect_diagnostics(Recipe(device="cpu"))
+    assert diagnostics.problems == ([problem] if problem else [])
+    rows = dict(zip(*(column.cells for column in diagnostics_table(diagnostics).columns), strict=True))
+    assert rows.get("problems", "") == problem
+    recorded = {name: version for name, version in diagnostics.versions.items() if "dali" in name}
+    expected = {f"nvidia-dali-{cuda}": "2.4.0" for cuda in installed}
+    assert recorded == {"nvidia-dali-cuda120": "missing"} | expected
 
 
 @pytest.mark.usefixtures("a_gpu")

@@ -198,6 +198,7 @@ def diagnostics_table(diagnostics: Diagnostics) -> Table:
         "threads": str(diagnostics.threads),
         **diagnostics.versions,
         **{f"import {module}": outcome for module, outcome in diagnostics.imports.items()},
+        **({"problems": "\n".join(diagnostics.problems)} if diagnostics.problems else {}),
         **dict(f"train, {line}".split(": ", 1) for line in diagnostics.chosen),
         **({"train, error": diagnostics.error} if diagnostics.error else {}),
     }

@@ -22,7 +22,7 @@ from rich.console import Console, RenderableType
 
 from fastcifar import plotting
 from fastcifar._version import __version__
-from fastcifar.device import import_optional
+from fastcifar.device import DALI_PACKAGES, import_optional
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.evaluation.metrics import compute_confusion_matrix
@@ -35,7 +35,7 @@ from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_t
 
 HTML_REMEDY = "pip install 'fastcifar[html]'"
 MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
-REPORTED_PACKAGES = ("torch", "nvidia-dali-cuda120", "fastcifar")  # packages whose versions affect results most
+REPORTED_PACKAGES = ("torch", *DALI_PACKAGES, "fastcifar")  # packages whose versions affect results most
 
 PlotlyObject = dict[str, Any]  # a figure, trace or layout in the JSON format of plotly.js
 # the color-blind safe palette of Okabe and Ito and three more colors, all visible on white and on black
@@ -343,6 +343,7 @@ def _count_environments(groups: Sequence[RunGroup]) -> Counter[tuple[str, str]]:
     for record in (record for group in groups for record in group.records):
         versions = record.environment.versions
         if versions or record.device:
-            version_text = ", ".join(f"{name} {versions[name]}" for name in REPORTED_PACKAGES if name in versions)
+            names = [name for name in REPORTED_PACKAGES if versions.get(name, "missing") != "missing"]
+            version_text = ", ".join(f"{name} {versions[name]}" for name in names)
             counts[record.device or "unknown", version_text or "unknown"] += 1
     return counts
