@@ -194,11 +194,14 @@ def usable_cpu_count() -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak bytes allocated by torch (GPU) or used by the process (CPU); None if the system reports none."""
+    """Return the peak bytes reserved by torch (GPU) or used by the process (CPU); None if the system reports none.
+
+    Reserved memory includes the memory pool of CUDA graphs, of which little counts as allocated after the capture.
+    """
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

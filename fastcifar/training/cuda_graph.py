@@ -1,7 +1,12 @@
-"""Wrappers that capture a function in a CUDA graph. They change how kernels are launched, not what is computed."""
+"""Wrappers that capture a function in a CUDA graph. They change how kernels are launched, not what is computed.
+
+All graphs of a process share one memory pool: those of the training step, for each image size and for a short last
+batch, and that of the evaluation. The pool is as large as the largest graph needs, not as all graphs need together.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,7 +28,7 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
     """
     static = [tensor.clone() for tensor in example_inputs]
     device = static[0].device
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _warmup_stream(device) if device.type == "cuda" else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # without a stream, this does nothing
@@ -45,6 +50,12 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
     return run
 
 
+@functools.cache
+def _warmup_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all warm-ups: cuBLAS keeps a workspace of up to 64 MiB for each stream that it ran on."""
+    return torch.cuda.Stream(device)
+
+
 def cuda_graphed_forward(forward: Callable[[Tensor], Tensor], example_images: Tensor) -> Callable[[Tensor], Tensor]:
     """Capture `forward` (images -> logits) in a CUDA graph for images of the shape of `example_images`.
 
@@ -64,18 +75,23 @@ def cuda_graphed_forward(forward: Callable[[Tensor], Tensor], example_images: Te
 def capture_cuda_graph(work: Callable[[], object]) -> Callable[[], object]:
     """Capture `work` as a CUDA graph and return its replay.
 
+    The graph uses the memory pool of the other graphs. Therefore, a tensor that `work` allocates is valid only until
+    another graph is replayed, and graphs must not be replayed at the same time. A result that is needed for longer must
+    be copied, in `work`, to a tensor that was allocated before the capture.
+
     Other threads may allocate during the capture (`capture_error_mode="thread_local"`). Garbage collection is disabled
     meanwhile: the capturing thread must not free device memory that an old reference cycle holds.
     """
     graph = torch.cuda.CUDAGraph()
-    _captured_graphs.add(graph)
+    pool = next((other.pool() for other in _captured_graphs), None)  # None: a new pool, which lives as long as a graph
     gc.collect()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
     finally:
         gc.enable()
+    _captured_graphs.add(graph)
     return graph.replay
 
 
@@ -86,3 +102,4 @@ def reset_cuda_graphs() -> None:
     """
     for graph in _captured_graphs:
         graph.reset()
+    _captured_graphs.clear()

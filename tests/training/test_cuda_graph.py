@@ -11,9 +11,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import platformdirs
 import pytest
@@ -124,18 +126,40 @@ def test_warm_up_preserves_the_training_and_random_state(
         assert not any(torch.equal(weight, before) for weight, before in pairs)
 
 
-def test_capture_disables_garbage_collection_and_graphs_can_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Graph:
-        is_valid = True
+class FakeGraph:
+    """A replacement of torch.cuda.CUDAGraph with a memory pool, which is new or that of another graph."""
 
-        def replay(self) -> None:
-            assert self.is_valid
+    def __init__(self) -> None:
+        self.pools: list[object] = []
 
-        def reset(self) -> None:
-            self.is_valid = False
+    def pool(self) -> object:
+        assert self.pools, "torch raises an error for a graph that was not captured, or that was reset"
+        return self.pools[0]
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    def replay(self) -> None:
+        assert self.pools
+
+    def reset(self) -> None:
+        self.pools.clear()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def capture(graph: FakeGraph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        yield
+        graph.pools.append(pool or object())
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace torch's graphs, so that functions are called where they would be captured."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeGraph.capture)
+    monkeypatch.setattr(cuda_graph, "_captured_graphs", weakref.WeakSet())
+
+
+@pytest.mark.usefixtures("fake_graphs")
+def test_capture_disables_garbage_collection_and_graphs_can_be_reset() -> None:
     gc_enabled = []
     replay = cuda_graph.capture_cuda_graph(lambda: gc_enabled.append(gc.isenabled()))
     assert gc_enabled == [False]
@@ -144,6 +168,26 @@ def test_capture_disables_garbage_collection_and_graphs_can_be_reset(monkeypatch
     cuda_graph.reset_cuda_graphs()
     with pytest.raises(AssertionError):
         replay()
+
+
+@pytest.mark.usefixtures("fake_graphs")
+def test_all_graphs_share_a_memory_pool_that_lives_as_long_as_one_of_them() -> None:
+    def capture() -> FakeGraph:
+        return cast(Any, cuda_graph.capture_cuda_graph(lambda: None)).__self__
+
+    def fail() -> None:
+        raise RuntimeError("not permitted in a capture")
+
+    first, second = capture(), capture()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_graph.capture_cuda_graph(fail)
+    assert first.pool() is second.pool()
+    del first
+    third = capture()
+    assert third.pool() is second.pool()
+    old_pool = third.pool()
+    cuda_graph.reset_cuda_graphs()
+    assert capture().pool() is not old_pool
 
 
 def test_fault17_optimizers_that_cannot_be_captured(tiny: Callable[..., Recipe]) -> None:
