@@ -66,12 +66,17 @@ class BatchSlicing:
         return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
 
     @property
+    def has_short_step(self) -> bool:
+        """Whether the last step of an epoch has fewer images than the others, on all ranks together."""
+        return not self.drop_last and self.num_samples % self.batch_size > 0
+
+    @property
     def local_batch_size(self) -> int:
         """Number of images of this rank in a full step."""
         return self.batch_size // self.world_size
 
     def local_count(self, step: int) -> int:
-        """Return the number of images of this rank in `step`, which is smaller in a short last step."""
+        """Return the number of images of this rank in `step`; some ranks may have a full share of a short last step."""
         num_images = min(self.batch_size, self.num_samples - step * self.batch_size)
         return len(range(self.rank, num_images, self.world_size))
 

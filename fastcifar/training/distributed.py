@@ -41,12 +41,14 @@ class World:
         if self.world_size == 1:
             return loss
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        tensors = [*gradients, loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)]
-        sums = torch.cat([tensor.flatten() for tensor in tensors]).mul_(images)
-        dist.all_reduce(sums)
-        means = sums.div_(sums[-1].clone()).split([tensor.numel() for tensor in tensors])  # the last sum counts images
-        views = [mean.view_as(gradient) for mean, gradient in zip(means[:-2], gradients, strict=True)]
-        torch._foreach_copy_(gradients, views)
+        # in memory order, because a flattened copy of a channels_last gradient would be in another order
+        views = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]
+        sums = torch.cat([*views, loss.detach().float().view(1), torch.ones_like(loss, dtype=torch.float32).view(1)])
+        dist.all_reduce(sums.mul_(images))
+        means = sums.div_(sums[-1].clone()).split(
+            [*(view.numel() for view in views), 1, 1]
+        )  # the last sum counts images
+        torch._foreach_copy_(views, list(means[:-2]))
         return means[-2].view(())
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

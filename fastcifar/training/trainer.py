@@ -143,18 +143,24 @@ class Trainer:
         )
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
-        """Return a step that calls a separate function for each image size and for a smaller last batch."""
+        """Return a step that calls a separate function for each image size and for a smaller last batch.
+
+        A last batch is smaller on all ranks or on none, although a rank's share of it may be as large as of the others:
+        the ranks must build and call the same functions, because these contain collective operations.
+        """
         sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
-        slicing = self.loader.slicing
-        full_size, last_size = slicing.local_batch_size, slicing.local_count(self.loader.steps_per_epoch - 1)
+        slicing, last_step = self.loader.slicing, self.loader.steps_per_epoch - 1
+        full_size, last_size = slicing.local_batch_size, slicing.local_count(last_step)
         full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
         if not eager:
             full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
-        if not eager and last_size != full_size:
+        if not eager and slicing.has_short_step:
             last = {size: self.build_step_block(1, image_size=size, batch_size=last_size) for size in sizes}
+        # the step that this rank cannot tell by the size of its share
+        short_step = last_step if slicing.has_short_step and last_size == full_size else None
 
         def step(*batch: Tensor) -> None:
-            is_full = len(batch[0]) == full_size
+            is_full = len(batch[0]) == full_size and self.progress.epoch_step != short_step
             (full if is_full else last)[self.resolved.image_size_at(self.progress.epoch)](*batch)
 
         return step

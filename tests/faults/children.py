@@ -75,6 +75,41 @@ def train(output: Path, *arguments: str, pause_s: float = 0.0) -> Any:
     return start(fastcifar, output, pause_s, "train", *TINY, *arguments)
 
 
+def train_rank(rank: int, world_size: int, port: int, folder: Path, captured: bool) -> None:
+    """Train for two epochs as one of several ranks and save the parameters in `folder`.
+
+    With `captured`, use the steps of a GPU; where these would be captured and replayed, functions are called.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from fastcifar.recipe import Recipe
+    from fastcifar.training import cuda_graph
+    from fastcifar.training.build import build_trainer
+    from fastcifar.training.distributed import process_group
+    from fastcifar.training.resolve import resolve
+
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    cuda_graph.capture_cuda_graph = lambda work: work
+    recipe = Recipe.make(
+        arch="resnet", blocks=(1, 1), channels=(8, 16), data="synthetic:148", val_size=0, batch_size=30, epochs=2,
+        lr=0.01, image_size="24:1,32", device="cpu", precision="fp32", compile=False,
+    )  # fmt: skip
+    with process_group("cpu"):
+        trainer = build_trainer(resolve(recipe))
+        if captured:
+            trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, cuda_graph=True))
+        trainer.optimize()
+        for epoch in range(recipe.epochs):
+            trainer.progress.epoch, trainer.progress.epoch_step = epoch, 0
+            for batch in trainer.batches(epoch):
+                trainer.train_step(batch)
+        torch.save(dict(trainer.model.named_parameters()), folder / f"{rank}.pt")
+
+
 def save_and_kill(folder: Path, call: int) -> None:
     """Save a second checkpoint and send SIGKILL to this process at C function call number `call`."""
     from fastcifar.training import checkpoint

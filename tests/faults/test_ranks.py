@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
+from tests.faults import children
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")
@@ -150,6 +152,26 @@ def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path:
     assert code == 0, errors
     resumed, expected = (load_file(folder / "weights.safetensors") for folder in (out, uninterrupted))
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions(tmp_path: Path) -> None:
+    """Rank 0 has a full share of the last batch of 28 images, and the others do not.
+
+    Functions are called where a GPU would capture and replay them, so their collective operations must agree.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    weights = []
+    for captured in (False, True):
+        folder = tmp_path / str(captured)
+        folder.mkdir()
+        processes = [children.start(children.train_rank, rank, 3, port, folder, captured) for rank in range(3)]
+        assert [children.wait_for_exit(process) for process in processes] == [0, 0, 0]
+        weights.append([torch.load(folder / f"{rank}.pt") for rank in range(3)])
+    for key, expected in weights[0][0].items():
+        for state in (*weights[0], *weights[1]):
+            assert torch.equal(state[key], expected), key
 
 
 def rank_pid(torchrun_pid: int, rank: int) -> int:
