@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
 from dataclasses import dataclass
 from typing import TypedDict
+
+import torch
 
 from fastcifar.data.cifar import Split
 from fastcifar.device import peak_memory_bytes
@@ -27,6 +28,10 @@ TIME_BUDGET_MARGIN = 0.05  # share of the budget kept for checkpoints and for st
 
 # Speedup (1 to 5 %) and extra compile time (100 s) of max-autotune-no-cudagraphs that others measured on convolutions
 AUTOTUNE_SPEEDUP, AUTOTUNE_EXTRA_COMPILE_S = 0.03, 100
+MAX_STEP_S = 1.0  # a step of a run that can profit from autotuning is assumed to take at most this long
+# TorchInductor has its own kernels for convolutions and matrix products, between which autotuning chooses, only for
+# GPUs with at least this many multiprocessors (torch._inductor.utils.is_big_gpu).
+MIN_AUTOTUNE_MULTIPROCESSORS = 68
 
 
 class DryRunEstimate(TypedDict):
@@ -60,7 +65,10 @@ class StepTiming:
 
 
 def measure_step_timing(trainer: Trainer) -> StepTiming:
-    """Time training steps and the evaluation of training images; the state of the run is left as it was."""
+    """Time training steps and the evaluation of training images, without the loader; the run's state is left as it was.
+
+    The loader is not used, because leaving an epoch early would stop the threads of DALI.
+    """
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
     sizes = [trainer.resolved.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
     eval_s = []
@@ -75,24 +83,38 @@ def measure_step_timing(trainer: Trainer) -> StepTiming:
 
 
 def _measure_step_s(trainer: Trainer, epoch: int) -> float:
+    """Return the median seconds of a full step at the image size of `epoch`."""
+    images, labels, *mixer_params = trainer.example_batch()
+    images.copy_(torch.tensor(trainer.train_split.images[: len(images)]))
+    labels.copy_(torch.tensor(trainer.train_split.labels[: len(labels)]))
     seconds = []
-    trainer.progress.epoch = epoch
-    for batch in itertools.islice(itertools.cycle(trainer.batches(0)), TIMED_STEPS):
+    for _ in range(TIMED_STEPS):
+        trainer.progress.epoch, trainer.progress.epoch_step = epoch, 0
         start = time.perf_counter()
-        trainer.train_step(batch)
+        trainer.train_step((images, labels, *mixer_params))
         trainer.meter.compute()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 
 def autotune(trainer: Trainer) -> None:
-    """On CUDA, compile the step with max-autotune if this is expected to save more time than the compilation takes."""
+    """On CUDA, compile the step with max-autotune if this is expected to save more time than the compilation takes.
+
+    Nothing is measured if even steps of MAX_STEP_S would not save as much, or if the GPU is too small for autotuning.
+    """
     if (trainer.execution.device, trainer.execution.compile, trainer.recipe.compile_mode) != ("cuda", True, "auto"):
         return
-    steps_left = trainer.total_steps - trainer.progress.step
-    expected_s = trainer.world.broadcast_object(steps_left * measure_step_timing(trainer).step_s)
-    if AUTOTUNE_SPEEDUP * expected_s > AUTOTUNE_EXTRA_COMPILE_S:
-        trainer.optimize("max-autotune-no-cudagraphs")
+    if torch.cuda.get_device_properties(trainer.device).multi_processor_count < MIN_AUTOTUNE_MULTIPROCESSORS:
+        return
+    steps_left = min(trainer.total_steps, trainer.recipe.max_steps or trainer.total_steps) - trainer.progress.step
+    if not _autotuning_saves_time(steps_left * MAX_STEP_S):
+        return
+    if _autotuning_saves_time(trainer.world.broadcast_object(steps_left * measure_step_timing(trainer).step_s)):
+        trainer.optimize("max-autotune-no-cudagraphs", start_loader=False)
+
+
+def _autotuning_saves_time(expected_s: float) -> bool:
+    return AUTOTUNE_SPEEDUP * expected_s > AUTOTUNE_EXTRA_COMPILE_S
 
 
 def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:

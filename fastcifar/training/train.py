@@ -46,10 +46,11 @@ def train(
             trainer = build_trainer(resolve(resume_point.recipe))
         print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
         with clock.phase("compile"):
-            trainer.optimize()
+            trainer.optimize(start_loader=False)
             if resume_point.is_new:
                 fit_epochs_to_time_budget(trainer, clock.total_s())
             autotune(trainer)
+            trainer.warm_up_loader()
         run = resume_point.open_run_on_all_ranks(trainer, clock, callbacks)
         print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.total_steps:,} steps"])
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:

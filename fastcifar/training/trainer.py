@@ -107,14 +107,16 @@ class Trainer:
         self.progress.epoch_step += 1
         self.optimizer.after_step(self.progress.step, self.meter.found_inf)
 
-    def optimize(self, compile_mode: str = "auto") -> None:
-        """Compile and capture the step and the evaluation without changing the run's state, and start the loader.
+    def optimize(self, compile_mode: str = "auto", start_loader: bool = True) -> None:
+        """Compile and capture the step and the evaluation without changing the run's state.
 
-        `compile_mode` is used if the recipe's `compile_mode` is "auto".
+        `compile_mode` is used if the recipe's `compile_mode` is "auto". Without `start_loader`, the caller calls
+        `warm_up_loader` after the last call of this method: the loader's threads could invalidate a capture.
         """
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
-        self.warm_up_loader()  # called last, because the loader's threads could invalidate a capture
+        if start_loader:
+            self.warm_up_loader()
 
     def warm_up_loader(self) -> None:
         """Load one batch to compile the loader's kernel and to start its threads."""

@@ -21,7 +21,9 @@ from fastcifar.data.dali import DALI_OPS, DaliLoader, count_dali_ops, pad_reflec
 from fastcifar.data.loaders import TensorLoader
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
+from fastcifar.training.dry_run import measure_step_timing
 from fastcifar.training.train import train
+from fastcifar.training.trainer import Trainer
 
 pytest.importorskip("nvidia.dali", reason="DALI does not import here")
 
@@ -216,11 +218,25 @@ def test_a_run_equals_a_run_with_the_tensor_loader(tiny: Callable[..., Recipe]) 
     assert (summary.test_loss, summary.val_acc) == (expected.test_loss, expected.val_acc)
 
 
-def test_a_run_builds_one_pipeline(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    pipelines, build = [], DaliLoader._build_pipeline
-    monkeypatch.setattr(DaliLoader, "_build_pipeline", lambda self: pipelines.append(self) or build(self))
-    train(tiny(loader="dali", epochs=2))
-    assert len(pipelines) == 1
+@pytest.mark.parametrize("with_autotuning", [False, True])
+def test_a_run_builds_one_pipeline_after_the_step_is_optimized(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, with_autotuning: bool
+) -> None:
+    """Also if steps are timed before the first epoch, after which the step is compiled and captured once more."""
+    events, build, optimize = [], DaliLoader._build_pipeline, Trainer.optimize
+
+    def autotune(trainer: Trainer) -> None:
+        measure_step_timing(trainer)
+        trainer.optimize(start_loader=False)
+
+    monkeypatch.setattr(DaliLoader, "_build_pipeline", lambda self: events.append("pipeline") or build(self))
+    monkeypatch.setattr(
+        Trainer, "optimize", lambda *args, **options: events.append("step") or optimize(*args, **options)
+    )
+    if with_autotuning:
+        monkeypatch.setattr("fastcifar.training.train.autotune", autotune)
+    train(tiny(loader="dali", epochs=2, image_size="24:1,32"))
+    assert events == ["step", *(["step"] if with_autotuning else []), "pipeline"]
 
 
 @pytest.mark.gpu

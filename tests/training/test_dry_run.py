@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +32,21 @@ def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe]
     assert json.dumps(estimate)
 
 
-@pytest.mark.parametrize("optimizer", ["lookahead:sgd", "adamw", "lion"])
-def test_timing_steps_preserves_the_training_state(tiny: Callable[..., Recipe], optimizer: str) -> None:
-    trainer = make_trainer(tiny(optimizer=optimizer, lr=1e-3, ema_decay=0.9, dropout=0.1))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "lookahead:sgd", "augment": "flip,mixup"},
+        {"optimizer": "adamw", "image_size": "24:1,32"},
+        {"optimizer": "lion"},
+    ],
+    ids=str,
+)
+def test_timing_steps_preserves_the_training_state_and_does_not_use_the_loader(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    trainer = make_trainer(tiny(**options, lr=1e-3, ema_decay=0.9, dropout=0.1))
     trainer.optimize()
+    monkeypatch.setattr(trainer.loader, "batches", None)
     state_before = [tensor.detach().clone() for tensor in trainer.state_tensors()]
     rng_state = torch.get_rng_state()
     timing = measure_step_timing(trainer)
@@ -71,21 +84,37 @@ def test_run_with_a_time_budget_is_complete(tiny: Callable[..., Recipe], monkeyp
     assert Recipe.make(str(Path(summary.run) / "recipe.toml")).epochs == 3
 
 
-@pytest.mark.parametrize(("step_s", "mode"), [(1.0, "max-autotune-no-cudagraphs"), (0.001, "")])
+@pytest.mark.parametrize(
+    ("changes", "step_s", "multiprocessors", "is_measured", "is_chosen"),
+    [
+        ({"epochs": 1000}, 1.0, 132, True, True),
+        ({"epochs": 1000}, 0.001, 132, True, False),
+        ({"epochs": 600}, 1.0, 132, False, False),  # 3,000 steps of at most 1 s are less than 3,333 s
+        ({"epochs": 1000, "max_steps": 3000}, 1.0, 132, False, False),
+        ({"epochs": 1000}, 1.0, 46, False, False),  # TorchInductor chooses between kernels from 68 multiprocessors on
+        ({"epochs": 1000, "compile_mode": "default"}, 1.0, 132, False, False),
+    ],
+)
 def test_autotuning_only_for_long_runs_on_cuda(
-    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, step_s: float, mode: str
+    tiny: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    step_s: float,
+    multiprocessors: int,
+    is_measured: bool,
+    is_chosen: bool,
 ) -> None:
-    """Autotuning must save more than its 100 s: 3 % of the training time, 5,000 steps of 1 s or of 1 ms."""
-    trainer = make_trainer(tiny(epochs=1000))
+    """Autotuning must save more than its 100 s: 3 % of 3,333 s. An epoch has 5 steps."""
+    trainer = make_trainer(tiny(**changes))
+    measured: list[Trainer] = []
     modes: list[str] = []
-    monkeypatch.setattr(Trainer, "optimize", lambda _, mode: modes.append(mode))
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(step_s, 0.0))
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(Trainer, "optimize", lambda _, mode, start_loader: modes.append(mode))
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda _: measured.append(trainer) or StepTiming(step_s, 0.0))
     dry_run.autotune(trainer)
-    assert modes == [], "autotuning needs CUDA"
+    assert not measured, "autotuning needs CUDA"
     trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, device="cuda", compile=True))
     dry_run.autotune(trainer)
-    assert modes == ([mode] if mode else [])
-    recipe = trainer.recipe.model_copy(update={"compile_mode": "default"})
-    trainer.resolved = replace(trainer.resolved, recipe=recipe)
-    dry_run.autotune(trainer)
-    assert len(modes) <= 1
+    assert bool(measured) == is_measured
+    assert modes == (["max-autotune-no-cudagraphs"] if is_chosen else [])
