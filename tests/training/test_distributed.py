@@ -51,6 +51,7 @@ def test_all_ranks_capture_and_replay_the_same_functions(
     sequences, last_counts = [], []
     for rank in range(NUM_RANKS):
         events.clear()
+        last_count = 0
         trainer = make_rank_trainer(recipe, rank, monkeypatch)
         trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, cuda_graph=True))
         trainer.optimize()
@@ -58,7 +59,8 @@ def test_all_ranks_capture_and_replay_the_same_functions(
             trainer.progress.epoch, trainer.progress.epoch_step = epoch, 0
             for batch in trainer.batches(epoch):
                 trainer.train_step(batch)
-        last_counts.append(len(batch[1]))
+                last_count = len(batch[1])
+        last_counts.append(last_count)
         sequences.append(events.copy())
     assert last_counts == counts
     assert all(sequence == sequences[0] for sequence in sequences)
