@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,23 @@ except ImportError:  # not a POSIX system
     fcntl = None
 
 
-def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | Path, previous: Path | None = None) -> None:
     """Write `content` to `path` through a temporary file in the same folder that is flushed to the disk.
 
+    If `content` is a path, `path` becomes a hard link to that file, or a copy if the file system has no hard links.
     The old content is kept as `previous`, if given. Raises `OSError` if writing fails; neither file is ever incomplete.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        if isinstance(content, Path):
+            _link_or_copy(content, temporary)
+        else:
+            _write_durably(temporary, content)
         if previous and path.exists():
             link = temporary.with_suffix(".previous.tmp")
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, link)
+            _link_or_copy(path, link)
             os.replace(link, previous)
+            link.unlink(missing_ok=True)  # it remains if both were links to the same file
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -47,6 +45,20 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _write_durably(path: Path, content: bytes | memoryview) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        _write_durably(target, source.read_bytes())
 
 
 class FolderLock(contextlib.ExitStack):

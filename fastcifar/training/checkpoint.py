@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -68,10 +68,12 @@ class TrainingCheckpoint(ModelCheckpoint):
     stop_reason: str
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, state: Mapping[str, Any], links: Sequence[Path] = ()) -> None:
     """Write `state` to `path` atomically, so that `path` is always a complete checkpoint, the old or the new one.
 
-    Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite.
+    `links`: other files of the same folder that get the same content afterwards, as hard links if the file system has
+    them. Raises `NonFiniteError`, before anything is written, if a weight or running statistic is not finite, and
+    `DiskError` if writing fails; each file is then the old or the new checkpoint.
     """
     for part in ("model", "ema"):
         for key, value in (state.get(part) or {}).items():
@@ -79,23 +81,28 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
                 raise NonFiniteError(f"{key} is not finite", "the previous checkpoint is kept; use a smaller --lr")
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-    content = buffer.getvalue()
-    previous = path.with_suffix(".previous.pt")
+    content = buffer.getbuffer()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    folder, files, file = path.parent, (path, *links), path
     try:
+        manifest = read_manifest(folder)
+        first = {file.name: entry for file in files if not file.exists()}
+        kept = {_previous_path(file).name: manifest[file.name] for file in files if manifest.get(file.name)}
         # The manifest lists a first checkpoint before it is written. Otherwise, a process killed in between would leave
         # a file that is rejected as damaged, and there is no previous checkpoint to load instead.
-        if not path.exists():
-            _write_manifest(path.parent, {**read_manifest(path.parent), path.name: entry})
-        write_atomically(path, content, previous)
-        manifest = read_manifest(path.parent)
-        if path.name in manifest and previous.exists():
-            manifest[previous.name] = manifest[path.name]
-        _write_manifest(path.parent, {**manifest, path.name: entry})
+        if first:
+            _write_manifest(folder, {**manifest, **first})
+        for file in files:
+            write_atomically(file, content if file == path else path, _previous_path(file))
+        _write_manifest(folder, {**manifest, **kept, **{file.name: entry for file in files}})
     except OSError as error:
-        free_bytes = shutil.disk_usage(path.parent).free
-        problem = f"cannot write {path} ({len(content):,} bytes, {free_bytes:,} bytes are free): {error.strerror}"
+        free_bytes = shutil.disk_usage(folder).free
+        problem = f"cannot write {file} ({len(content):,} bytes, {free_bytes:,} bytes are free): {error.strerror}"
         raise DiskError(problem, "free disk space or set --out") from None
+
+
+def _previous_path(path: Path) -> Path:
+    return path.with_suffix(".previous.pt")
 
 
 def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoint:
@@ -108,7 +115,7 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoi
     try:
         state = read_checkpoint(path, allow_foreign)
     except CheckpointError as error:
-        previous = path.with_suffix(".previous.pt")
+        previous = _previous_path(path)
         if not previous.is_file():
             raise
         state = read_checkpoint(previous, allow_foreign)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ class ResumePoint:
     run: Run | None = None  # the run, once it is open
 
     def close(self, status: str) -> None:
-        for tracker in self.run.trackers if self.run else ():
-            tracker.close(status)
+        if self.run:
+            self.run.checkpoints.join()
+            for tracker in self.run.trackers:
+                tracker.close(status)
         if self.lock:
             self.lock.release()
 
@@ -88,11 +90,11 @@ class ResumePoint:
             clock.load_state_dict(self.state["clock"])
         run = self._open_run(trainer) if trainer.world.is_main_process else Run(Path(), self.recipe_name)
         folder, trainer.progress.best = trainer.world.broadcast_object((run.folder, trainer.progress.best))
-        if trainer.recipe.on_nan == "rollback":
-            state = trainer.state_dict(clock)  # called on every rank, because it gathers the random states
-            if self.run and not run.checkpoint_path("last").is_file():
-                # a rollback within the first epoch needs a checkpoint
-                checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
+        state = trainer.state_dict(clock)  # called on every rank, because it gathers the random states
+        run.checkpoints.allocate(state)
+        if trainer.recipe.on_nan == "rollback" and self.run and not run.checkpoint_path("last").is_file():
+            # a rollback within the first epoch needs a checkpoint
+            checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
         return replace(run, folder=folder, callbacks=(*run.callbacks, *(callbacks if self.run else ())))
 
     def _open_run(self, trainer: Trainer) -> Run:
@@ -294,6 +296,8 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     """
     if trainer.recipe.on_nan != "rollback" or trainer.progress.rollbacks == MAX_ROLLBACKS:
         raise error
+    with suppress(NonFiniteError):  # raised again by a save of the same NaN or Inf
+        run.checkpoints.wait()
     rollbacks = trainer.progress.rollbacks + 1
     is_main_process = trainer.world.is_main_process
     state = checkpoint.load_checkpoint(run.checkpoint_path("last")) if is_main_process else None

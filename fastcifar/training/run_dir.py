@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import FolderLock, lock_folder, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
+from fastcifar.training.checkpoint_writer import CheckpointWriter
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
 from fastcifar.training.summary import RunSummary
 from fastcifar.training.trackers import Tracker
@@ -105,6 +106,7 @@ class Run:
     recipe_name: str
     lock: FolderLock | None = None
     callbacks: tuple[EpochCallback, ...] = ()
+    checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @classmethod
     def create(

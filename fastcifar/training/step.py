@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE
 from fastcifar.data.mixers import MixerApplyFn, mix_labels
+from fastcifar.errors import NonFiniteError
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.optimizers import OptimizerWrapper
 
@@ -42,6 +43,13 @@ class Metrics:
     @property
     def all_finite(self) -> bool:
         return self.nonfinite_steps == 0
+
+    def require_finite(self, step: int) -> None:
+        """Raise `NonFiniteError` if one of the steps up to `step`, the last one counted, had a NaN or Inf."""
+        if not self.all_finite:
+            problem = f"the loss or a gradient was not finite in step {step - self.nonfinite_steps + 1}"
+            remedy = "use a smaller --lr, a --clip-grad, --precision fp32, or --on-nan rollback"
+            raise NonFiniteError(problem, remedy)
 
 
 class Meter:

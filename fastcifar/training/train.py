@@ -13,7 +13,7 @@ from rich.console import Console
 from fastcifar.device import choose_execution
 from fastcifar.errors import Interrupted, NonFiniteError
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint, resume
+from fastcifar.training import resume
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
@@ -68,13 +68,16 @@ def train(
 
 
 def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
-    """Train until the recipe, a signal, NaN or Inf ends the run."""
-    while not signals.sync_signal(trainer.world) and not trainer.progress.find_stop_reason(trainer.recipe):
+    """Train until the recipe, a signal, NaN or Inf ends the run, and the last checkpoint is written."""
+    while True:
         try:
+            if stop_reason := signals.sync_signal(trainer.world) or trainer.progress.find_stop_reason(trainer.recipe):
+                run.checkpoints.wait()
+                trainer.progress.stop_reason = stop_reason
+                return
             run_epoch(trainer, run, clock, display, signals)
         except NonFiniteError as error:
             print_lines(display.console, [resume.roll_back(trainer, run, error)])
-    trainer.progress.stop_reason = signals.agreed_signal or trainer.progress.find_stop_reason(trainer.recipe)
 
 
 def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
@@ -94,6 +97,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
                 break
         metrics = trainer.meter.compute()
         require_finite(metrics, trainer)
+        run.checkpoints.wait()  # raises the error of an earlier save, such as a full disk, within an epoch
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
     if signals.agreed_signal or not is_whole:  # saved before the validation, so that resuming changes no result
         save_run_checkpoint(trainer, run, clock, "last")
@@ -125,24 +129,19 @@ def finish_epoch(trainer: Trainer, run: Run, clock: Clock, metrics: Metrics, val
         trainer.meter.reset()
         clock.end_epoch()
         trainer.schedule.after_epoch(validation["val_loss"])
-    if is_best:  # saved before `last`, which must not refer to a missing best checkpoint
-        save_run_checkpoint(trainer, run, clock, "best")
     is_due = trainer.recipe.save_every_epochs and progress.epoch % trainer.recipe.save_every_epochs == 0
-    if is_whole and (is_due or progress.find_stop_reason(trainer.recipe)):
-        save_run_checkpoint(trainer, run, clock, "last")
+    is_last = is_whole and (is_due or progress.find_stop_reason(trainer.recipe))
+    # "best" is written before "last", which must not refer to a missing best checkpoint
+    if names := [name for name, is_saved in (("best", is_best), ("last", is_last)) if is_saved]:
+        save_run_checkpoint(trainer, run, clock, *names)
 
 
-def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, name: str) -> None:
-    """Save the current state as checkpoint "last" or "best"."""
-    require_finite(trainer.meter.compute(), trainer)
-    state = trainer.state_dict(clock)
-    if trainer.world.is_main_process:
-        checkpoint.save_checkpoint(run.checkpoint_path(name), state)
+def save_run_checkpoint(trainer: Trainer, run: Run, clock: Clock, *names: str) -> None:
+    """Copy the current state, and save it as checkpoints "best" or "last" while training goes on."""
+    run.checkpoints.save([run.checkpoint_path(name) for name in names], trainer.state_dict(clock))
 
 
 def require_finite(metrics: Metrics, trainer: Trainer) -> None:
     """Raise `NonFiniteError` if a step had a NaN or Inf; its update and all later ones were skipped."""
-    if not metrics.all_finite:
-        first = trainer.progress.step - trainer.meter.compute().nonfinite_steps + 1
-        remedy = "use a smaller --lr, a --clip-grad, --precision fp32, or --on-nan rollback"
-        raise NonFiniteError(f"the loss or a gradient was not finite in step {first}", remedy)
+    if not metrics.all_finite:  # `metrics` may be those of an earlier step
+        trainer.meter.compute().require_finite(trainer.progress.step)

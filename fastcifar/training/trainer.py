@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -265,13 +265,26 @@ class Trainer:
             "ema_updates": self.ema.num_updates if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self._scaler_state_dict(),
             "meter": self.meter.sums,
             "random": self.world.all_gather_object(collect_rng_state(self.device)),
             "clock": clock.state_dict() if clock else {},
             **asdict(self.progress),
         }
         return cast(TrainingCheckpoint, state)
+
+    def _scaler_state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler, whose `state_dict` would wait for the device, with tensors for two values."""
+        scaler = self.scaler
+        if not scaler.is_enabled() or scaler._scale is None:
+            return scaler.state_dict()
+        return {
+            "scale": scaler._scale,
+            "growth_factor": scaler.get_growth_factor(),
+            "backoff_factor": scaler.get_backoff_factor(),
+            "growth_interval": scaler.get_growth_interval(),
+            "_growth_tracker": scaler._growth_tracker,
+        }
 
     def load_state_dict(self, state: TrainingCheckpoint) -> None:
         """Copy the result of `state_dict` to the existing tensors, which a captured step refers to."""
@@ -281,7 +294,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            numbers = {key: torch.as_tensor(value).item() for key, value in state["scaler"].items()}
+            self.scaler.load_state_dict(numbers)
         self.meter.load_sums(state["meter"])
         rng_states = state["random"]
         if len(rng_states) != self.world.world_size:

@@ -35,6 +35,7 @@ LAUNCHES = {
     "step": 2,  # copies of images and labels to the inputs of the CUDA graph
     "Lookahead": 0,  # an update of the slow weights
     "metrics": 1,  # copy of the sums to the host, without waiting
+    "checkpoint": 5,  # copies of the state: a kernel for each type of numbers, and a copy to the host
     "evaluation": 11,  # a batch of images and labels, padding, and the logits
 }
 LOOKAHEAD = {"Lookahead": 7}
@@ -52,6 +53,7 @@ class Case:
     lookahead_updates          number of updates of Lookahead's slow weights
     metrics_reads              number of times that the host reads the metrics within epochs
     evaluations                number of captured evaluations of the validation split
+    saves                      number of checkpoints that are saved within epochs
     replays_per_step           0 for an optimizer that is not captured
     synchronizations_per_step  1 for such an optimizer, which reads on the host whether to skip the update
     """
@@ -64,6 +66,7 @@ class Case:
     lookahead_updates: int = 0
     metrics_reads: int = 6
     evaluations: int = 1
+    saves: int = 0
     replays_per_step: int = 1
     synchronizations_per_step: int = 0
 
@@ -77,6 +80,7 @@ class Case:
             "Lookahead": self.lookahead_updates,
             "metrics": self.metrics_reads,
             "evaluation": self.evaluations,
+            "checkpoint": self.saves,
         }
         launches = {**LAUNCHES, **self.launches}
         return {cause: launches[cause] * number for cause, number in times.items()}
@@ -128,6 +132,13 @@ CASES: dict[str, Case] = {
         metrics_reads=0,
         evaluations=0,
     ),
+    "checkpoints": Case(
+        {"precision": "fp16", "ema_decay": 0.9, "save_every_steps": 1},
+        "checkpoints",
+        metrics_reads=0,
+        evaluations=0,
+        saves=6,
+    ),
     # The options of recipe speed94, which has another kind of network and a learning rate of its own for the last layer
     "two seeds": Case(
         {
@@ -149,6 +160,11 @@ CASES: dict[str, Case] = {
         evaluations=0,
     ),
 }
+
+
+def fault_case(options: dict[str, Any]) -> Case:
+    """The case of a planted fault: a whole run if it saves checkpoints within epochs."""
+    return Case(options, "checkpoints", evaluations=0, saves=6) if options.get("save_every_steps") else Case(options)
 
 
 def find_problems(result: dict[str, Any], case: Case) -> list[str]:

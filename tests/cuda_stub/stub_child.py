@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stub_cases import CASES, RECIPE, Case
+from stub_cases import CASES, RECIPE, fault_case
 from stub_faults import FAULTS, replace
 from stub_recording import EVALUATION, Recording
 
@@ -53,6 +53,11 @@ def train_and_resume(recording: Recording, recipe: Recipe, folder: Path) -> None
     train(recipe.model_copy(update={"resume": str(run)}))
 
 
+def train_with_checkpoints(recording: Recording, recipe: Recipe, folder: Path) -> None:
+    """A whole run, which saves as often as `recipe` specifies."""
+    train(recipe.model_copy(update={"out": str(folder / "run")}))
+
+
 def time_two_seeds(recording: Recording, recipe: Recipe, folder: Path) -> None:
     """A speedrun of two seeds, which share the captured step."""
     # This import looks for a GPU, after which a process must not be forked.
@@ -63,7 +68,12 @@ def time_two_seeds(recording: Recording, recipe: Recipe, folder: Path) -> None:
     speedrun(recipe_name=str(file), n=2, eval_split="val", out=str(folder / "trials"))
 
 
-SCENARIOS = {"steps": train_and_evaluate, "resume": train_and_resume, "speedrun": time_two_seeds}
+SCENARIOS = {
+    "steps": train_and_evaluate,
+    "resume": train_and_resume,
+    "checkpoints": train_with_checkpoints,
+    "speedrun": time_two_seeds,
+}
 
 
 @contextmanager
@@ -88,13 +98,13 @@ def any_learning_rate() -> Iterator[None]:
 def save_finite_weights(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
     """`save_checkpoint` with NaN and Inf replaced, which it would refuse."""
 
-    def save(path: Path, state: Mapping[str, Any]) -> None:
+    def save(path: Path, state: Mapping[str, Any], **options: Any) -> None:
         weights = {
             part: {name: value.cpu().nan_to_num() for name, value in state[part].items()}
             for part in ("model", "ema")
             if state[part]
         }
-        save_checkpoint(path, {**state, **weights})
+        save_checkpoint(path, {**state, **weights}, **options)
 
     return save
 
@@ -134,7 +144,7 @@ def run_case(name: str, folder: Path) -> None:
     if name in FAULTS:
         plant, options, _ = FAULTS[name]
         plant()
-        case = Case(options)
+        case = fault_case(options)
     else:
         case = CASES[name]
     recipe = Recipe.make(**{**RECIPE, **case.options})

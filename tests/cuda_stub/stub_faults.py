@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.training import compilation
+from fastcifar.training.checkpoint_writer import CopyBuffers
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.step import Meter
 from fastcifar.training.trainer import Trainer
@@ -175,6 +176,41 @@ def keep_settings_of_torch() -> None:
     replace(compilation, "allow_tf32", lambda _: lambda allowed: None)
 
 
+def copy_state_without_waiting() -> None:
+    """Copy the state to the host without waiting for the training step."""
+
+    def wrap(copy: Callable[..., Any]) -> Callable[..., Any]:
+        def copy_at_once(buffers: CopyBuffers, tensors: Any) -> Any:
+            wait_stream = torch.cuda.Stream.wait_stream
+            torch.cuda.Stream.wait_stream = lambda *_: None
+            try:
+                return copy(buffers, tensors)
+            finally:
+                torch.cuda.Stream.wait_stream = wait_stream
+
+        return copy_at_once
+
+    replace(CopyBuffers, "copy", wrap)
+
+
+def copy_state_to_pageable_memory() -> None:
+    def wrap(build: Callable[..., None]) -> Callable[..., None]:
+        def build_pageable(buffers: CopyBuffers, tensors: Any) -> None:
+            build(buffers, tensors)
+            buffers.host = torch.empty(len(buffers.host), dtype=torch.uint8)
+
+        return build_pageable
+
+    replace(CopyBuffers, "__init__", wrap)
+
+
+def read_loss_scale() -> None:
+    """Save the state of the scaler as torch returns it."""
+    replace(Trainer, "_scaler_state_dict", lambda _: lambda trainer: trainer.scaler.state_dict())
+
+
+SAVES = {"precision": "fp16", "save_every_steps": 1}
+
 # name -> (how to plant it, options of the recipe, a part of the problem that must be reported)
 FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "item() in the step": (read_loss_in_step, {}, "synchronization of a capturing stream"),
@@ -195,5 +231,8 @@ FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
         {"precision": "fp32"},
         "cudnn.conv.fp32_precision is tf32",
     ),
+    "state copied too early": (copy_state_without_waiting, SAVES, "that does not wait for the default stream"),
+    "state copied to pageable memory": (copy_state_to_pageable_memory, SAVES, "pageable copy: copy from device"),
+    "loss scale read by a save": (read_loss_scale, SAVES, "synchronization: cudaStreamSynchronize (checkpoint)"),
     "step without a CUDA graph": (lambda: None, {"cuda_graph": False}, "0 replays in 6 steps"),
 }

@@ -6,23 +6,28 @@ Used in a process with the stub preloaded.
 from __future__ import annotations
 
 import ctypes
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastcifar.training.checkpoint_writer import CheckpointWriter
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.step import Meter
 from fastcifar.training.trainer import Trainer
 
 OUTSIDE = "outside"  # cause of everything that is not part of an epoch's training
 EVALUATION = "evaluation"
+CHECKPOINT_THREAD = "checkpoint thread"  # it waits for the copy of the state, and launches nothing
 # method -> cause of the launches that it makes within an epoch
 CAUSES = {
     (OptimizerWrapper, "set_lr"): "learning rate",
     (OptimizerWrapper, "after_step"): "Lookahead",
     (Meter, "compute_delayed"): "metrics",
+    (Trainer, "state_dict"): "checkpoint",
+    (CheckpointWriter, "save"): "checkpoint",
 }
 STACK_DEPTH = 6
 
@@ -41,14 +46,16 @@ class Recording:
         self.library.cuda_stub_set_listener(listener := _LISTENER(self._receive))
         self._listener = listener  # must outlive this function
         self.cause = OUTSIDE
+        self.checkpoint_thread = threading.local()
         self.is_paused = False
         self.steps = self.epochs = 0
         self.events: list[dict[str, str]] = []
         self.set_cause(OUTSIDE)
 
     def _receive(self, kind: bytes, name: bytes) -> None:
-        if self.cause == OUTSIDE and kind != b"violation":
-            return  # a synchronization or pageable copy is allowed there
+        is_allowed = self.cause == OUTSIDE or hasattr(self.checkpoint_thread, "is_current")
+        if is_allowed and kind != b"violation":
+            return  # such as a synchronization or pageable copy
         lines = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack()[:-1]]
         place = " < ".join(reversed(lines[-STACK_DEPTH:]))
         self.events.append({"kind": kind.decode(), "name": name.decode(), "cause": self.cause, "place": place})
@@ -86,6 +93,7 @@ class Recording:
             setattr(owner, name, self._with_cause(getattr(owner, name), cause))
         Trainer.batches = self._record_epoch(Trainer.batches)
         Trainer.train_step = self._count_step(Trainer.train_step)
+        CheckpointWriter._write = self._mark_thread(CheckpointWriter._write)
         Trainer.warm_up_loader = self._pause(Trainer.warm_up_loader)
         build_train_step = Trainer.build_train_step
         Trainer.build_train_step = lambda *args, **options: self._with_cause(build_train_step(*args, **options), "step")
@@ -96,6 +104,16 @@ class Recording:
                 return function(*args, **options)
             with self.attribute(cause):
                 return function(*args, **options)
+
+        return run
+
+    def _mark_thread(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Attribute everything in the thread that runs `function` to the cause CHECKPOINT_THREAD."""
+
+        def run(*args: Any) -> Any:
+            self.checkpoint_thread.is_current = True
+            self.library.cuda_stub_set_thread_label(CHECKPOINT_THREAD.encode())
+            return function(*args)
 
         return run
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from stub_build import build_library, find_missing_requirement
-from stub_cases import CASES, Case, find_problems
+from stub_cases import CASES, fault_case, find_problems
 from stub_faults import FAULTS
 
 CHILD = Path(__file__).parent / "stub_child.py"
@@ -55,5 +55,5 @@ def test_training_follows_the_rules_of_cuda_graphs(name: str, read_result: ReadR
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(name: str, read_result: ReadResult) -> None:
     _, options, expected = FAULTS[name]
-    problems = find_problems(read_result(name), Case(options))
+    problems = find_problems(read_result(name), fault_case(options))
     assert any(expected in problem for problem in problems), problems

@@ -103,5 +103,6 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
       stub::violation(nullptr, "replay of a " + operation.name + " in memory that was freed", cudaSuccess);
   }
   stub::record("replay", "cudaGraphLaunch");
+  if (!stream) stub::launched_before(stream)++;
   return cudaSuccess;
 }

@@ -79,6 +79,9 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cuda
   if (capture && pageable)
     return stub::violation(capture, "pageable " + copy.name + " in a capture", cudaErrorStreamCaptureUnsupported);
   if (capture && !on_device) stub::record("violation", copy.name + " in a capture");
+  bool is_early = stub::launched_before(stream) < stub::launched_before(nullptr);
+  if (!capture && is_early && stub::is_device_memory(source) && !on_device)
+    stub::record("violation", copy.name + " that does not wait for the default stream");
   if (!stub::submit(stream, copy)) stub::execute(copy);
   if (!capture && pageable) stub::record("pageable copy", copy.name);
   return cudaSuccess;

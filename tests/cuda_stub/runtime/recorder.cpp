@@ -19,6 +19,8 @@ thread_local cudaStreamCaptureMode thread_capture_mode = cudaStreamCaptureModeGl
 static std::mutex mutex;
 static Listener listener = nullptr;
 static std::string current_label;
+static thread_local std::string thread_label;  // replaces `current_label` unless empty
+static std::map<cudaStream_t, size_t> default_stream_progress;
 static std::map<std::tuple<std::string, std::string, std::string>, long> counts;  // (label, kind, name) -> number
 static std::vector<std::pair<std::string, std::string>> unreported;               // (kind, name)
 
@@ -43,7 +45,7 @@ Lock::~Lock() {
 }
 
 void record(const std::string& kind, const std::string& name) {
-  counts[{current_label, kind, name}]++;
+  counts[{thread_label.empty() ? current_label : thread_label, kind, name}]++;
   if (kind != "launch" && kind != "replay") unreported.push_back({kind, name});
 }
 
@@ -81,8 +83,11 @@ Capture* submit(cudaStream_t stream, const Operation& operation) {
   if (!active_captures.empty())
     violation(nullptr, demangle(operation.name) + " on a stream outside the current capture", cudaSuccess);
   record("launch", operation.name);
+  if (!stream) launched_before(stream)++;
   return nullptr;
 }
+
+size_t& launched_before(cudaStream_t stream) { return default_stream_progress[stream]; }
 
 void execute(const Operation& operation) {
   if (operation.kind == Operation::kCopy) std::memmove(operation.target, operation.source, operation.bytes);
@@ -98,6 +103,9 @@ void cuda_stub_set_label(const char* label) {
   stub::Lock lock;
   stub::current_label = label;
 }
+
+// Events of this thread are counted under `label` from now on.
+void cuda_stub_set_thread_label(const char* label) { stub::thread_label = label; }
 
 // `listener` is called with each violation, synchronization and pageable copy, in the thread that causes it.
 void cuda_stub_set_listener(stub::Listener listener) {

@@ -65,6 +65,9 @@ Capture* capture_of(cudaStream_t stream);
 // Adds an operation to the capture of its stream, or counts it as launched. Returns the capture or null.
 Capture* submit(cudaStream_t stream, const Operation& operation);
 
+// The number of operations of the default stream that have been launched, or that `stream` has waited for.
+size_t& launched_before(cudaStream_t stream);
+
 // Executes a copy or memset at once.
 void execute(const Operation& operation);
 

@@ -11,6 +11,7 @@ struct EventRecord {
   stub::Progress progress;
 };
 static std::map<cudaEvent_t, EventRecord> captured_events;
+static std::map<cudaEvent_t, size_t> default_stream_progress;  // `launched_before` of its stream at the last record
 
 // The active capture in which an event was last recorded, or null.
 static Capture* capture_of_event(cudaEvent_t event) {
@@ -66,6 +67,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   stub::Lock lock;
   captured_events.erase(event);
+  default_stream_progress[event] = stub::launched_before(stream);
   if (Capture* capture = stub::capture_of(stream)) captured_events[event] = {capture->id, capture->streams[stream]};
   return cudaSuccess;
 }
@@ -94,6 +96,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
   stub::Lock lock;
   Capture *waiting = stub::capture_of(stream), *recorded = capture_of_event(event);
+  size_t& progress = stub::launched_before(stream);
+  if (stream) progress = std::max(progress, default_stream_progress[event]);
   if (!waiting && !recorded) return cudaSuccess;
   if (!recorded)
     return stub::violation(waiting, "a capturing stream waits for work outside the capture",
