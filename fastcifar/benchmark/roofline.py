@@ -16,6 +16,11 @@ from fastcifar.training.step import DTYPES
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
 MIN_SECONDS = 0.5  # minimum duration of a measurement; the result is its fastest block of runs
+# part of the name of a GPU -> published TFLOP/s of dense matrix products in bf16 and fp16, and in TF32 (data sheets of
+# NVIDIA, for SXM modules unless the name says PCIe)
+PUBLISHED_TFLOP_PER_S = {
+    "H200": (989.4, 494.7), "H100 PCIe": (756.0, 378.0), "H100": (989.4, 494.7), "A100": (312.0, 156.0),
+}  # fmt: skip
 # field of `nvidia-smi` -> key in the results
 NVIDIA_SMI_FIELDS = {
     "clocks.sm": "clock_mhz", "clocks.mem": "memory_clock_mhz", "power.draw": "power_w",
@@ -31,7 +36,20 @@ def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.zeros_like(source)
     bytes_per_s = 2 * num_bytes / fastest_run_s(lambda: target.copy_(source))
-    return DeviceLimits(matmul_tflop_per_s=flop_per_s / 1e12, copy_gb_per_s=bytes_per_s / 1e9)
+    return DeviceLimits(
+        matmul_tflop_per_s=flop_per_s / 1e12,
+        copy_gb_per_s=bytes_per_s / 1e9,
+        published_tflop_per_s=find_published_rate(torch.cuda.get_device_name(device), precision)
+        if device.type == "cuda"
+        else None,
+    )
+
+
+def find_published_rate(device_name: str, precision: str) -> float | None:
+    """Return the published TFLOP/s of dense matrix products, or None if they are not known."""
+    column = {"bf16": 0, "fp16": 0, "tf32": 1}.get(precision)
+    rates = next((rates for part, rates in PUBLISHED_TFLOP_PER_S.items() if part in device_name), None)
+    return None if column is None or rates is None else rates[column]
 
 
 def measure_matmul_flop_per_s(device: torch.device, precision: str, size: int) -> float:

@@ -97,10 +97,11 @@ class BenchRow(BenchSettings):
 
 
 class DeviceLimits(_Document):
-    """Measured limits of a device in one precision."""
+    """Measured limits of a device in one precision, and the published rate of matrix products if it is known."""
 
     matmul_tflop_per_s: float
     copy_gb_per_s: float
+    published_tflop_per_s: float | None = None
 
 
 class BenchDocument(_Document):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import tempfile
 import types
 import warnings
 from collections.abc import Callable
@@ -56,13 +57,16 @@ def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P
 def enable_compile_cache() -> Path | None:
     """Set and return torch.compile's cache folder: `TORCHINDUCTOR_CACHE_DIR` or a folder in the user's cache folder.
 
-    If it cannot be created, return None: torch then uses a temporary folder.
+    If it cannot be created or written to, unset the variable and return None: torch then uses a temporary folder.
     """
     user_folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
     folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or user_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError:
+        os.environ.pop(INDUCTOR_CACHE_DIR_VARIABLE, None)
         return None
     os.environ[INDUCTOR_CACHE_DIR_VARIABLE] = str(folder)
     return folder

@@ -23,6 +23,22 @@ def test_rates_from_operations_bytes_and_seconds(monkeypatch: pytest.MonkeyPatch
     roofline.measure_roofline.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("device_name", "precision", "rate"),
+    [
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA H200", "tf32", 494.7),
+        ("NVIDIA H200", "fp32", None),
+        ("NVIDIA H100 80GB HBM3", "fp16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("Tesla T4", "fp16", None),
+    ],
+)
+def test_published_rates_are_found_by_the_name_of_the_gpu(device_name: str, precision: str, rate: float | None) -> None:
+    assert roofline.find_published_rate(device_name, precision) == rate
+
+
 def test_matmul_rate_is_plausible() -> None:
     assert 1e7 < roofline.measure_matmul_flop_per_s(CPU, "fp32", 128) < 1e14
 

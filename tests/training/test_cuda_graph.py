@@ -324,7 +324,9 @@ def test_compile_cache_follows_the_environment_or_falls_back_to_the_default(
     (tmp_path / "file").touch()
     monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "file" / "below"))
     assert compilation.enable_compile_cache() is None
-    monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE)
+    assert compilation.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
+    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, "/proc/self")  # exists, and no file can be created
+    assert compilation.enable_compile_cache() is None
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "file"))
     assert compilation.enable_compile_cache() is None
     assert compilation.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
