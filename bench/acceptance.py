@@ -72,7 +72,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Part:
-    """Commands that run one after another, their expected seconds on a GPU, and those of tiny sizes on two busy CPU cores.
+    """Commands that run one after another, their expected seconds on a GPU, and with --quick on two busy CPU cores.
 
     missing: function that returns why the part cannot run, or "".
     after: function of the output folder that is called after the commands.
