@@ -221,17 +221,17 @@ def run_part(name: str, arguments: argparse.Namespace, limit_s: float) -> dict[s
     """
     started, results = time.perf_counter(), []
     problem = ""
-    for command in PARTS[name].commands:
-        left_s = limit_s - (time.perf_counter() - started)
-        if left_s <= GRACE_S:
-            problem = f"no time is left for {command.file}"
-            break
-        result = run_command(command, arguments, left_s)
-        results.append(result)
-        print(f"{name}: {command.file}, exit code {result['exit_code']}, {result['seconds']:.1f} s", flush=True)
     try:
+        for command in PARTS[name].commands:
+            left_s = limit_s - (time.perf_counter() - started)
+            if left_s <= GRACE_S:
+                problem = f"no time is left for {command.file}"
+                break
+            result = run_command(command, arguments, left_s)
+            results.append(result)
+            print(f"{name}: {command.file}, exit code {result['exit_code']}, {result['seconds']:.1f} s", flush=True)
         PARTS[name].after(arguments.out)
-    except (OSError, ValueError, KeyError) as error:  # a command that failed has not written the file
+    except (OSError, ValueError, KeyError) as error:  # for example, a command that failed has not written its file
         problem = problem or f"{type(error).__name__}: {error}"
     passed = not problem and all(result["passed"] for result in results)
     document = {"part": name, "device": arguments.device, "quick": arguments.quick, "passed": passed}
