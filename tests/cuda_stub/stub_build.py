@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import platformdirs
 import torch
 
-SOURCES = sorted((Path(__file__).parent / "runtime").glob("*.cpp"))
+FOLDER = Path(__file__).parent
+SOURCES = sorted((FOLDER / "runtime").glob("*.cpp"))
 LIBRARY_NAME = (
     "libcuda.so.1"  # the driver's name, so that the library also replaces the driver, which torch loads later
 )
+CAPABILITIES = ("7.5", "8.0", "9.0", "12.0")  # that the device of the stub may have
 # `crt/host_defines.h` is in the package nvidia-cuda-crt, all other headers are in packages that torch installs
 REQUIRED_HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
 HEADERS_REMEDY = "install CUDA 13, or the package nvidia-cuda-crt>=13.0,<13.1"
@@ -58,3 +63,33 @@ def build_library(folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return library
+
+
+def build_cached_library() -> Path:
+    """Return the path of the shared library in the user's cache folder, and compile it if the sources have changed."""
+    digest = hashlib.sha256()
+    for source in sorted((FOLDER / "runtime").iterdir()):
+        digest.update(source.read_bytes())
+    folder = Path(platformdirs.user_cache_dir("fastcifar")) / f"cuda_stub-{digest.hexdigest()[:16]}"
+    if (library := folder / LIBRARY_NAME).is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # another process may compile it at the same time
+        build_library(Path(temporary)).replace(library)
+    return library
+
+
+def stub_environment(library: Path, package_root: Path, capability: str = "9.0") -> dict[str, str]:
+    """Return the environment of a process that imports fastcifar from `package_root` and uses the stub runtime.
+
+    `capability`: the compute capability of the device, one of CAPABILITIES.
+    """
+    return {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "TRITON_LIBCUDA_PATH": str(library.parent),
+        "CUDA_STUB_CAPABILITY": capability,
+        "PYTHONPATH": os.pathsep.join((str(package_root), str(FOLDER))),
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile in the process, where the stub is
+    }

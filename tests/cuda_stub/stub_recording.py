@@ -29,6 +29,7 @@ CAUSES = {
     (Trainer, "state_dict"): "checkpoint",
     (CheckpointWriter, "save"): "checkpoint",
 }
+CAPTURE_KINDS = (b"capture", b"captured launch")  # the start of a capture, and a launch in it
 STACK_DEPTH = 6
 
 _LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)
@@ -54,11 +55,17 @@ class Recording:
 
     def _receive(self, kind: bytes, name: bytes) -> None:
         is_allowed = self.cause == OUTSIDE or hasattr(self.checkpoint_thread, "is_current")
-        if is_allowed and kind != b"violation":
+        if kind in CAPTURE_KINDS or (is_allowed and kind != b"violation"):
             return  # such as a synchronization or pageable copy
         lines = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack()[:-1]]
         place = " < ".join(reversed(lines[-STACK_DEPTH:]))
         self.events.append({"kind": kind.decode(), "name": name.decode(), "cause": self.cause, "place": place})
+
+    def reset(self) -> None:
+        """Forget all counts and events."""
+        self.library.cuda_stub_reset_counts()
+        self.steps = self.epochs = 0
+        self.events.clear()
 
     def set_cause(self, cause: str) -> None:
         """Attribute everything from now on to `cause`."""
@@ -123,6 +130,7 @@ class Recording:
                 yield from batches(*args, **options)
                 return
             self.epochs += 1
+            previous = self.cause
             self.set_cause("first batch")
             try:
                 for batch in batches(*args, **options):
@@ -130,7 +138,7 @@ class Recording:
                     yield batch
                     self.set_cause("next batch")
             finally:
-                self.set_cause(OUTSIDE)
+                self.set_cause(previous)
 
         return run
 

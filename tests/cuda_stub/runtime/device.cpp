@@ -1,12 +1,69 @@
-// One device of compute capability 9.0, and the functions of the driver that torch calls.
-#include <cuda.h>
+// One device, whose compute capability the environment variable CUDA_STUB_CAPABILITY selects.
 #include <dlfcn.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "recorder.h"
 
 #undef cudaGetDeviceProperties
+
+// The limits of one GPU of each compute capability, from table "Technical Specifications per Compute Capability" of the
+// CUDA C++ Programming Guide and from the specifications of the GPU.
+struct Model {
+  const char* capability;
+  int multiprocessors;
+  int threads_per_multiprocessor;
+  size_t shared_bytes_per_block;
+  size_t shared_bytes_per_multiprocessor;
+  int l2_cache_mib;
+  size_t memory_gib;
+};
+static const Model models[] = {
+    {"7.5", 40, 1024, 65536, 65536, 4, 16},         // Tesla T4
+    {"8.0", 108, 2048, 166912, 167936, 40, 80},     // A100
+    {"9.0", 132, 2048, 232448, 233472, 50, 80},     // H100
+    {"12.0", 170, 1536, 101376, 102400, 96, 32},    // GeForce RTX 5090
+};
+
+static const Model& selected_model() {
+  const char* capability = std::getenv("CUDA_STUB_CAPABILITY");
+  if (!capability) capability = "9.0";
+  for (const Model& model : models)
+    if (!std::strcmp(model.capability, capability)) return model;
+  std::fprintf(stderr, "CUDA_STUB_CAPABILITY=%s is none of 7.5, 8.0, 9.0 and 12.0\n", capability);
+  std::exit(1);
+}
+
+static cudaDeviceProp build_properties() {
+  const Model& model = selected_model();
+  cudaDeviceProp properties = {};
+  std::snprintf(properties.name, sizeof properties.name, "CUDA stub of compute capability %s", model.capability);
+  properties.major = std::atoi(model.capability);
+  properties.minor = std::atoi(std::strchr(model.capability, '.') + 1);
+  properties.totalGlobalMem = model.memory_gib << 30;
+  properties.multiProcessorCount = model.multiprocessors;
+  properties.warpSize = 32;
+  properties.maxThreadsPerBlock = 1024;
+  properties.maxThreadsPerMultiProcessor = model.threads_per_multiprocessor;
+  properties.maxThreadsDim[0] = properties.maxThreadsDim[1] = 1024;
+  properties.maxThreadsDim[2] = 64;
+  properties.maxGridSize[0] = 2147483647;
+  properties.maxGridSize[1] = properties.maxGridSize[2] = 65535;
+  properties.regsPerBlock = properties.regsPerMultiprocessor = 65536;
+  properties.sharedMemPerBlock = 49152;
+  properties.sharedMemPerBlockOptin = model.shared_bytes_per_block;
+  properties.sharedMemPerMultiprocessor = model.shared_bytes_per_multiprocessor;
+  properties.l2CacheSize = model.l2_cache_mib << 20;
+  properties.textureAlignment = 512;
+  return properties;
+}
+
+const cudaDeviceProp& stub::device_properties() {
+  static const cudaDeviceProp properties = build_properties();
+  return properties;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -18,25 +75,10 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
 extern "C" cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  std::memset(properties, 0, sizeof *properties);
-  std::strcpy(properties->name, "CUDA stub");
-  properties->major = 9;
-  properties->totalGlobalMem = size_t{80} << 30;
-  properties->multiProcessorCount = 132;
-  properties->warpSize = 32;
-  properties->maxThreadsPerBlock = 1024;
-  properties->maxThreadsPerMultiProcessor = 2048;
-  properties->maxThreadsDim[0] = properties->maxThreadsDim[1] = 1024;
-  properties->maxThreadsDim[2] = 64;
-  properties->maxGridSize[0] = 2147483647;
-  properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
-  properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
-  properties->sharedMemPerBlock = 49152;
-  properties->sharedMemPerBlockOptin = 232448;
-  properties->sharedMemPerMultiprocessor = 233472;
-  properties->l2CacheSize = 50 << 20;
-  properties->textureAlignment = 512;
+  *properties = stub::device_properties();
   return cudaSuccess;
 }
 
@@ -55,16 +97,4 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
   *function = dlsym(RTLD_DEFAULT, symbol);
   if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
-}
-
-CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned int* flags, int* active) {
-  *flags = 0;
-  *active = 1;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuCtxGetCurrent(CUcontext* context) {
-  static char only_context;
-  *context = reinterpret_cast<CUcontext>(&only_context);
-  return CUDA_SUCCESS;
 }

@@ -12,15 +12,19 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 
+static std::string graph_name(const Graph* graph) { return "graph " + std::to_string(graph->id); }
+
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   static unsigned long long next_id = 1;
   stub::Lock lock;
   if (!stream) return stub::violation(nullptr, "capture of the default stream", cudaErrorStreamCaptureUnsupported);
   if (Capture* capture = stub::capture_of(stream))
     return stub::violation(capture, "second capture of a capturing stream", cudaErrorIllegalState);
-  auto* capture = new Capture{next_id++, pthread_self(), mode, new Graph};
+  auto* capture = new Capture{next_id++, pthread_self(), mode, nullptr};
+  capture->graph = new Graph{capture->id, {}};
   capture->streams[stream] = {};
   stub::active_captures.insert(capture);
+  stub::record("capture", graph_name(capture->graph));
   return cudaSuccess;
 }
 
@@ -94,7 +98,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   stub::Lock lock;
   if (Capture* capture = stub::capture_of(stream))
     return stub::violation(capture, "replay in a capture", cudaErrorStreamCaptureUnsupported);
-  for (const Operation& operation : reinterpret_cast<Graph*>(executable)->operations) {
+  auto* graph = reinterpret_cast<Graph*>(executable);
+  for (const Operation& operation : graph->operations) {
     if (operation.kind == Operation::kKernel) continue;
     bool has_source = operation.kind == Operation::kCopy;
     if (is_allocated(operation.target) && (!has_source || is_allocated(operation.source)))
@@ -102,7 +107,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     else
       stub::violation(nullptr, "replay of a " + operation.name + " in memory that was freed", cudaSuccess);
   }
-  stub::record("replay", "cudaGraphLaunch");
+  stub::record("replay", graph_name(graph));
   if (!stream) stub::launched_before(stream)++;
   return cudaSuccess;
 }

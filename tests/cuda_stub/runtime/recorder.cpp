@@ -41,7 +41,7 @@ Lock::~Lock() {
   Listener receiver = listener;
   mutex.unlock();
   if (!receiver) return;
-  for (const auto& [kind, name] : events) receiver(kind.c_str(), name.c_str());
+  for (const auto& [kind, name] : events) receiver(kind.c_str(), demangle(name).c_str());
 }
 
 void record(const std::string& kind, const std::string& name) {
@@ -78,6 +78,7 @@ Capture* submit(cudaStream_t stream, const Operation& operation) {
   if (capture) {
     capture->graph->operations.push_back(operation);
     capture->streams[stream][stream]++;
+    record("captured launch", operation.name);
     return capture;
   }
   if (!active_captures.empty())
@@ -107,10 +108,21 @@ void cuda_stub_set_label(const char* label) {
 // Events of this thread are counted under `label` from now on.
 void cuda_stub_set_thread_label(const char* label) { stub::thread_label = label; }
 
-// `listener` is called with each violation, synchronization and pageable copy, in the thread that causes it.
+// `listener` is called with each event except launches and replays, in the thread that causes it.
 void cuda_stub_set_listener(stub::Listener listener) {
   stub::Lock lock;
   stub::listener = listener;
+}
+
+// Launches a kernel in place of a function of a library that is not replaced.
+void cuda_stub_launch(const char* name, cudaStream_t stream) {
+  stub::Lock lock;
+  stub::submit(stream, {stub::Operation::kKernel, name});
+}
+
+void cuda_stub_reset_counts() {
+  stub::Lock lock;
+  stub::counts.clear();
 }
 
 void cuda_stub_visit_counts(stub::Visitor visit) {

@@ -26,6 +26,7 @@ struct Operation {
 };
 
 struct Graph {
+  unsigned long long id;
   std::vector<Operation> operations;
 };
 
@@ -50,7 +51,7 @@ class Lock {
 
 // The functions below require the lock.
 
-// Counts an event under the current label. Violations, synchronizations and pageable copies also go to the listener.
+// Counts an event under the current label. All events except launches and replays also go to the listener.
 void record(const std::string& kind, const std::string& name);
 
 // Records a call that CUDA refuses during a capture, which makes the capture invalid.
@@ -62,7 +63,8 @@ cudaError_t refuse_during_capture(const std::string& call);
 // The capture that a stream takes part in, or null.
 Capture* capture_of(cudaStream_t stream);
 
-// Adds an operation to the capture of its stream, or counts it as launched. Returns the capture or null.
+// Adds an operation to the capture of its stream, or counts it as launched. Returns the capture or null. The graph that
+// is captured is the one that the last event "capture" has named.
 Capture* submit(cudaStream_t stream, const Operation& operation);
 
 // The number of operations of the default stream that have been launched, or that `stream` has waited for.
@@ -70,6 +72,8 @@ size_t& launched_before(cudaStream_t stream);
 
 // Executes a copy or memset at once.
 void execute(const Operation& operation);
+
+const cudaDeviceProp& device_properties();
 
 bool is_device_memory(const void* address);
 bool is_pinned_memory(const void* address);

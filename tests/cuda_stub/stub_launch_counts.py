@@ -1,0 +1,213 @@
+"""Counts launches, replays and synchronizations of a training run, in a process with the stub CUDA runtime preloaded.
+
+    python stub_launch_counts.py FOLDER OPTIONS
+
+Trains with the recipe OPTIONS (JSON) and writes FOLDER/result.json; `bench/stub_launches.py` starts it and prints it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import linecache
+import os
+import re
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from stub_child import ignore_values
+from stub_cudnn import replace_cudnn
+from stub_faults import replace
+from stub_recording import OUTSIDE, Recording
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+import fastcifar
+from fastcifar.recipe import Recipe
+from fastcifar.training import checkpoint
+from fastcifar.training import train as train_module
+from fastcifar.training.trainer import Trainer
+
+PACKAGE = str(Path(fastcifar.__file__).parent)
+FULL_STEPS = 10  # of an epoch, which ends with a step of half a batch
+VALIDATION_IMAGES = 500
+BETWEEN_EPOCHS, VALIDATION, CHECKPOINT = "between epochs", "validation", "checkpoint"
+
+# pattern of a kernel's name -> what the kernel is; the first match counts
+KERNEL_GROUPS = {
+    r"cudnn_convolution": "convolutions (library)",
+    r"cublas": "matrix products (library)",
+    r"triton_[a-z]+_fused_(_?(_to_copy|convolution_backward|convolution))+_\d+$": "casts (compiled)",
+    r"triton_[a-z]+_fused_(_?(add|copy_))+_\d+$": "num_batches_tracked (compiled)",
+    r"triton_": "other compiled kernels",
+    r"copy from|memset": "copies and memsets",
+    r"": "kernels of single operators",
+}
+
+
+class LaunchRecording(Recording):
+    """A recording that also keeps the kernels of each captured graph, with the lines of the step that launch them."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, Counter[tuple[str, str]]] = {}  # graph -> (kernel, line) -> number
+        super().__init__()
+
+    def _receive(self, kind: bytes, name: bytes) -> None:
+        if kind == b"capture":
+            self.graphs[name.decode()] = Counter()
+        elif kind == b"captured launch":
+            graph = next(reversed(self.graphs.values()))
+            graph[name.decode(), find_line()] += 1
+        else:
+            super()._receive(kind, name)
+
+
+def find_line() -> str:
+    """Return the line of training/step.py that the main thread executes, else the innermost line of the package.
+
+    The kernels of a backward pass are launched by another thread, while the main thread waits for it.
+    """
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    stack = traceback.StackSummary.extract(traceback.walk_stack(sys._current_frames()[main_thread]), lookup_lines=False)
+    frames = [frame for frame in stack if frame.filename.startswith(PACKAGE)]  # innermost first
+    in_step = [frame for frame in frames if frame.filename.endswith("step.py")]
+    if not frames:
+        return "?"
+    frame = in_step[-1] if in_step else frames[0]
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return f"{Path(frame.filename).name}: {line}"
+
+
+def record_run(options: dict[str, Any], folder: Path) -> LaunchRecording:
+    """Train two epochs with the recipe `options` and return what was recorded between the first step and the test."""
+    batch_size = options["batch_size"]
+    images = FULL_STEPS * batch_size + batch_size // 2 + VALIDATION_IMAGES
+    fixed = {"data": f"synthetic:{images}", "val_size": VALIDATION_IMAGES, "epochs": 2, "device": "cuda"}
+    recipe = Recipe.make(**{**fixed, "loader": "tensor", "out": str(folder / "run"), **options})
+    recording = LaunchRecording()
+    save_checkpoint = checkpoint.save_checkpoint
+    ignore_values()
+    checkpoint.save_checkpoint = save_checkpoint  # with all its launches; `accept_finite_checks` makes it succeed
+    recording.instrument()
+
+    def attribute(owner: Any, name: str, cause: str) -> None:
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **keywords: Any) -> Any:
+                with recording.attribute(cause):
+                    return function(*args, **keywords)
+
+            return run
+
+        replace(owner, name, wrap)
+
+    def wrap_epochs(run_epochs: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            recording.reset()  # what was recorded during the preparation
+            with recording.attribute(BETWEEN_EPOCHS):
+                run_epochs(*args)
+
+        return run
+
+    replace(train_module, "run_epochs", wrap_epochs)
+    attribute(train_module, "save_run_checkpoint", CHECKPOINT)
+    attribute(Trainer, "validate", VALIDATION)
+    accept_finite_checks(recording)
+    train_module.train(recipe)
+    return recording
+
+
+def accept_finite_checks(recording: Recording) -> None:
+    """Make every tensor on the device true while a checkpoint is written, after it has been copied to the host."""
+
+    def wrap(convert: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bool]:
+        return lambda tensor: convert(tensor) or (tensor.is_cuda and recording.cause == CHECKPOINT)
+
+    replace(torch.Tensor, "__bool__", wrap)
+
+
+def compile_one_configuration() -> None:
+    """Compile only the first block size of each kernel: durations mean nothing, so torch would choose it anyway."""
+
+    def wrap(initialize: Callable[..., None]) -> Callable[..., None]:
+        def run(tuner: Any, fn: Any, triton_meta: Any, configs: list[Any], *args: Any, **keywords: Any) -> None:
+            initialize(tuner, fn, triton_meta, configs[:1], *args, **keywords)
+
+        return run
+
+    replace(CachingAutotuner, "__init__", wrap)
+
+
+def group_of(kernel: str) -> str:
+    return next(group for pattern, group in KERNEL_GROUPS.items() if re.match(pattern, kernel))
+
+
+def summarize(recording: LaunchRecording) -> dict[str, Any]:
+    """Return the tables of a run, and every kernel of the graph of a full step."""
+    document = recording.document()
+    counts, steps, epochs = document["counts"], document["steps"], document["epochs"]
+
+    def select(kind: str, per: Callable[[str], float]) -> dict[str, float]:
+        totals = {cause: sum(by_kind.get(kind, {}).values()) for cause, by_kind in counts.items() if cause != OUTSIDE}
+        return {cause: round(total / per(cause), 2) for cause, total in totals.items() if total}
+
+    def num_calls(cause: str) -> int:
+        if cause in (BETWEEN_EPOCHS, VALIDATION, CHECKPOINT, "first batch"):
+            return epochs
+        return steps - epochs if cause == "next batch" else steps
+
+    replays = counts.get("step", {}).get("replay", {})
+    step_graph = max(replays, key=replays.get) if replays else ""
+    kernels = recording.graphs.get(step_graph, Counter())
+    tables = {
+        "launches in one replay of the graph of a full step, by kind": tabulate(
+            (group_of(kernel), count) for (kernel, _), count in kernels.items()
+        ),
+        "the same, by the line of the step": tabulate(
+            (f"{line} [{group_of(kernel)}]", count) for (kernel, line), count in kernels.items()
+        ),
+        "launches outside a graph, a step or epoch": select("launch", num_calls),
+        "replays, a step or epoch": select("replay", num_calls),
+        "host synchronizations, an epoch": select("synchronization", lambda _: epochs),
+        "copies of pageable memory, an epoch": select("pageable copy", lambda _: epochs),
+        "violations": {event["name"]: 1 for event in document["events"] if event["kind"] == "violation"},
+    }
+    rows = [
+        {"kernel": kernel, "line": line, "group": group_of(kernel), "count": count}
+        for (kernel, line), count in kernels.most_common()
+    ]
+    outside = [
+        {"kernel": kernel, "cause": cause, "count": count / num_calls(cause)}
+        for cause, by_kind in counts.items()
+        if cause != OUTSIDE
+        for kernel, count in by_kind.get("launch", {}).items()
+    ]
+    return {"steps": steps, "epochs": epochs, "tables": tables, "kernels": rows + outside}
+
+
+def tabulate(items: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the sums of the items with equal names, largest first, after their total."""
+    totals: Counter[str] = Counter()
+    for name, count in items:
+        totals[name] += count
+    return {"total": sum(totals.values()), **dict(totals.most_common())}
+
+
+def main() -> None:
+    faulthandler.enable()
+    os.environ.pop("LD_PRELOAD")  # not for the compilers that Triton and inductor start
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    library = replace_cudnn()
+    compile_one_configuration()
+    result = {"options": options, **summarize(record_run(options, folder))}
+    del library
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
