@@ -1,11 +1,10 @@
 """Numbers of kernel launches, graph replays and host synchronizations of a training run, counted without a GPU.
 
-    python bench/stub_launches.py [--arch se68 --batch-size 128 --batch-size 1024 --checkout PATH --record]
+    python bench/stub_launches.py [--arch se68 --batch-size 128 --batch-size 1024 --option KEY=VALUE --record]
 
 Trains two epochs on synthetic images with the stub CUDA runtime of tests/cuda_stub (docs/cuda-stub.md), with the
-default recipe: compiled, captured, tensor loader. `--checkout` counts another checkout of the project. `--record`
-writes bench/results/<UTC>_<device>_launches/ with summary.json (the tables) and trials.jsonl (every kernel).
-`--option KEY=VALUE` sets an option of the recipe; VALUE is in JSON.
+default recipe: compiled, captured, tensor loader. `--option` sets an option of the recipe to a value in JSON.
+`--record` writes bench/results/<UTC>_<device>_launches/ with summary.json (the tables) and trials.jsonl (every kernel).
 
 A convolution counts as one launch for each result (output, gradients of the input and of the weight). Compilation takes
 minutes on the first run; torch keeps its results in TORCHINDUCTOR_CACHE_DIR.
@@ -32,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILD = ROOT / "tests" / "cuda_stub" / "stub_launch_counts.py"
 
 
-def count_launches(checkout: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of `stub_launch_counts.py` for the recipe `options`, with the package in `checkout`."""
+def count_launches(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of `stub_launch_counts.py` for the recipe `options`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(CHILD), folder, json.dumps(options)]
-        environment = stub_environment(build_cached_library(), checkout)
+        environment = stub_environment(build_cached_library(), ROOT)
         run = subprocess.run(command, env=environment, cwd=folder, check=False)
         result = Path(folder) / "result.json"
         if run.returncode or not result.is_file():
@@ -53,9 +52,9 @@ def format_tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def commit_of(checkout: Path) -> str:
-    """Return the commit of a checkout, with "+changes" if files differ from it."""
-    git = ["git", "-C", str(checkout)]
+def current_commit() -> str:
+    """Return the commit of the working tree, with "+changes" if files differ from it."""
+    git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     changes = subprocess.run([*git, "diff", "HEAD", "--name-only"], capture_output=True, text=True, check=True).stdout
     return commit.strip() + ("+changes" if changes else "")
@@ -66,7 +65,6 @@ def main() -> None:
     parser.add_argument("--arch", default="se68")
     parser.add_argument("--batch-size", type=int, action="append", help="may be repeated; by default 128 and 1024")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the recipe")
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="root of the checkout whose package is counted")
     parser.add_argument("--record", action="store_true", help="write a result folder")
     arguments = parser.parse_args()
     if missing := find_missing_requirement():
@@ -75,12 +73,12 @@ def main() -> None:
     results = []
     for batch_size in arguments.batch_size or [128, 1024]:
         chosen = {"arch": arguments.arch, "batch_size": batch_size, **options}
-        results.append(count_launches(arguments.checkout.resolve(), chosen))
+        results.append(count_launches(chosen))
         print(format_tables(results[-1]), flush=True)
     if arguments.record:
         summary = {
             "what": "launches, replays and synchronizations of a training run on the stub CUDA runtime",
-            "commit": commit_of(arguments.checkout),
+            "commit": current_commit(),
             "n": 1,
             "results": [{key: value for key, value in result.items() if key != "kernels"} for result in results],
         }

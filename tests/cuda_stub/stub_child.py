@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from stub_cases import CASES, RECIPE, fault_case
+from stub_cudnn import replace_cudnn
 from stub_faults import FAULTS, replace
 from stub_recording import EVALUATION, Recording
 
@@ -137,7 +138,6 @@ def ignore_values() -> None:
 
 def run_case(name: str, folder: Path) -> None:
     """Run the case or planted fault `name` and write its result."""
-    torch.backends.cudnn.enabled = False  # its library is not replaced
     ignore_values()
     recording = Recording()
     recording.instrument()
@@ -166,6 +166,7 @@ def run_case(name: str, folder: Path) -> None:
 def main() -> None:
     faulthandler.enable()  # a function that is not replaced may end the process
     os.environ.pop("LD_PRELOAD")  # not for the processes that the package starts
+    replace_cudnn()
     folder, *names = sys.argv[1:]
     for name in names:
         case_folder = Path(folder) / name

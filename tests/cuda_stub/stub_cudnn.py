@@ -20,15 +20,16 @@ KERNELS = {
 }
 
 
-def replace_cudnn() -> torch.library.Library:
-    """Replace the operators of cuDNN, and return the library that does it, which must be kept alive.
+_library = torch.library.Library("aten", "IMPL")
+
+
+def replace_cudnn() -> None:
+    """Replace the operators of cuDNN in this process.
 
     The results have the shapes, types and memory formats that torch expects of cuDNN, which may launch more kernels.
     """
-    library = torch.library.Library("aten", "IMPL")
     for name, kernels in KERNELS.items():
-        library.impl(name, _build_replacement(getattr(torch.ops.aten, name).default, kernels), "CUDA")
-    return library
+        _library.impl(name, _build_replacement(getattr(torch.ops.aten, name).default, kernels), "CUDA")
 
 
 class Layout(NamedTuple):

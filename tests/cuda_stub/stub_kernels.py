@@ -134,13 +134,12 @@ def main() -> None:
     faulthandler.enable()
     os.environ.pop("LD_PRELOAD")  # not for the compilers that Triton and inductor start
     file, *names = sys.argv[1:]
-    library = replace_cudnn()
+    replace_cudnn()
     compilations = Compilations()
     for name in names or WORKLOADS:
         with compilations.attribute(name):
             WORKLOADS[name]()
         torch.compiler.reset()
-    del library
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     document = {"capability": capability, "kernels": compilations.kernels, "errors": compilations.errors}
     Path(file).write_text(json.dumps(document))

@@ -20,16 +20,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from stub_child import ignore_values
 from stub_cudnn import replace_cudnn
 from stub_faults import replace
-from stub_recording import OUTSIDE, Recording
+from stub_recording import CHECKPOINT_THREAD, OUTSIDE, Recording
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 import fastcifar
 from fastcifar.recipe import Recipe
-from fastcifar.training import checkpoint
 from fastcifar.training import train as train_module
 from fastcifar.training.trainer import Trainer
 
@@ -91,20 +89,8 @@ def record_run(options: dict[str, Any], folder: Path) -> LaunchRecording:
     fixed = {"data": f"synthetic:{images}", "val_size": VALIDATION_IMAGES, "epochs": 2, "device": "cuda"}
     recipe = Recipe.make(**{**fixed, "loader": "tensor", "out": str(folder / "run"), **options})
     recording = LaunchRecording()
-    save_checkpoint = checkpoint.save_checkpoint
     ignore_values()
-    checkpoint.save_checkpoint = save_checkpoint  # with all its launches; `accept_finite_checks` makes it succeed
     recording.instrument()
-
-    def attribute(owner: Any, name: str, cause: str) -> None:
-        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **keywords: Any) -> Any:
-                with recording.attribute(cause):
-                    return function(*args, **keywords)
-
-            return run
-
-        replace(owner, name, wrap)
 
     def wrap_epochs(run_epochs: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
@@ -115,20 +101,10 @@ def record_run(options: dict[str, Any], folder: Path) -> LaunchRecording:
         return run
 
     replace(train_module, "run_epochs", wrap_epochs)
-    attribute(train_module, "save_run_checkpoint", CHECKPOINT)
-    attribute(Trainer, "validate", VALIDATION)
-    accept_finite_checks(recording)
+    replace(train_module, "save_run_checkpoint", lambda save: recording.with_cause(save, CHECKPOINT))
+    replace(Trainer, "validate", lambda validate: recording.with_cause(validate, VALIDATION))
     train_module.train(recipe)
     return recording
-
-
-def accept_finite_checks(recording: Recording) -> None:
-    """Make every tensor on the device true while a checkpoint is written, after it has been copied to the host."""
-
-    def wrap(convert: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], bool]:
-        return lambda tensor: convert(tensor) or (tensor.is_cuda and recording.cause == CHECKPOINT)
-
-    replace(torch.Tensor, "__bool__", wrap)
 
 
 def compile_one_configuration() -> None:
@@ -157,7 +133,7 @@ def summarize(recording: LaunchRecording) -> dict[str, Any]:
         return {cause: round(total / per(cause), 2) for cause, total in totals.items() if total}
 
     def num_calls(cause: str) -> int:
-        if cause in (BETWEEN_EPOCHS, VALIDATION, CHECKPOINT, "first batch"):
+        if cause in (BETWEEN_EPOCHS, VALIDATION, CHECKPOINT, CHECKPOINT_THREAD, "first batch"):
             return epochs
         return steps - epochs if cause == "next batch" else steps
 
@@ -202,10 +178,9 @@ def main() -> None:
     faulthandler.enable()
     os.environ.pop("LD_PRELOAD")  # not for the compilers that Triton and inductor start
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    library = replace_cudnn()
+    replace_cudnn()
     compile_one_configuration()
     result = {"options": options, **summarize(record_run(options, folder))}
-    del library
     (folder / "result.json").write_text(json.dumps(result))
 
 

@@ -97,15 +97,17 @@ class Recording:
     def instrument(self) -> None:
         """Wrap the methods of the training loop so that each sets its cause within an epoch."""
         for (owner, name), cause in CAUSES.items():
-            setattr(owner, name, self._with_cause(getattr(owner, name), cause))
+            setattr(owner, name, self.with_cause(getattr(owner, name), cause))
         Trainer.batches = self._record_epoch(Trainer.batches)
         Trainer.train_step = self._count_step(Trainer.train_step)
         CheckpointWriter._write = self._mark_thread(CheckpointWriter._write)
         Trainer.warm_up_loader = self._pause(Trainer.warm_up_loader)
         build_train_step = Trainer.build_train_step
-        Trainer.build_train_step = lambda *args, **options: self._with_cause(build_train_step(*args, **options), "step")
+        Trainer.build_train_step = lambda *args, **options: self.with_cause(build_train_step(*args, **options), "step")
 
-    def _with_cause(self, function: Callable[..., Any], cause: str) -> Callable[..., Any]:
+    def with_cause(self, function: Callable[..., Any], cause: str) -> Callable[..., Any]:
+        """`function`, whose events within training are attributed to `cause`."""
+
         def run(*args: Any, **options: Any) -> Any:
             if self.cause == OUTSIDE:
                 return function(*args, **options)

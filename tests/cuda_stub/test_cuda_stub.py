@@ -6,7 +6,6 @@ The cases run in one process, each in a fork of it, and so do the planted faults
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stub_build import build_library, find_missing_requirement
+from stub_build import build_library, find_missing_requirement, stub_environment
 from stub_cases import CASES, fault_case, find_problems
 from stub_faults import FAULTS
 
@@ -35,7 +34,7 @@ def read_result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("results")
     tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     names = [test.callspec.params["name"] for test in tests if hasattr(test, "callspec")]
-    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = stub_environment(library, ROOT) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     command = [sys.executable, str(CHILD), str(folder), *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
