@@ -97,8 +97,9 @@ def speedrun(target: str, runs: int) -> Command:
     return Command(f"speed{target}.json", "fastcifar speedrun", f"{out} --n {runs}", f"{out} {TINY_SPEEDRUN}")
 
 
-def missing_pytest(_: argparse.Namespace) -> str:
-    return "" if importlib.util.find_spec("pytest") else "pytest is not installed"
+def requires(module: str) -> Callable[[argparse.Namespace], str]:
+    """Return a function for `Part.missing` of a part that needs an optional module."""
+    return lambda _: "" if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
 def missing_airbench(arguments: argparse.Namespace) -> str:
@@ -119,7 +120,10 @@ PARTS: dict[str, Part] = {
         [Command("capture.json", "equality.py", "--steps 20", "--quick --steps 3")],
     ),
     "tests": Part(
-        120, 90, [Command("tests.txt", "pytest", "-o addopts= -m gpu -rs --durations=10 {gpu_tests}")], missing_pytest
+        120,
+        90,
+        [Command("tests.txt", "pytest", "-o addopts= -m gpu -rs --durations=10 {gpu_tests}")],
+        requires("pytest"),
     ),
     # images/s of the step, and end to end with the loader
     "bench-128": Part(
@@ -147,6 +151,7 @@ PARTS: dict[str, Part] = {
         6 * (START + CACHED) + COMPILE,
         90,
         [Command("peers.txt", "peers/run.py", "--steps 60 --rounds 1", TINY_PEERS)],
+        requires("torchvision"),
     ),
     "profile": Part(
         START + 2 * CACHED + TRIALS + LIMITS,
