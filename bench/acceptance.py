@@ -282,9 +282,11 @@ def run_command(command: Command, arguments: argparse.Namespace, limit_s: float)
             [sys.executable, *words], cwd=ROOT, env=command_environment(arguments.out), stdout=output, stderr=messages,
             start_new_session=True,
         )  # fmt: skip
+        ended = ""
         try:
             code = process.wait(limit_s - GRACE_S)
         except subprocess.TimeoutExpired:
+            ended = "stopped by the time limit, "
             process.send_signal(signal.SIGTERM)
             try:
                 code = process.wait(GRACE_S)
@@ -296,7 +298,7 @@ def run_command(command: Command, arguments: argparse.Namespace, limit_s: float)
             process.wait()
     passed = code == 0 or code in command.accepted
     lines = log.read_text("utf-8", errors="replace").splitlines()
-    note = command.accepted.get(code, "") if passed else f"exit code {code}: {lines[-1][:200] if lines else ''}"
+    note = command.accepted.get(code, "") if passed else f"{ended}exit code {code}: {lines[-1][:200] if lines else ''}"
     return {
         "command": " ".join(words),
         "out": command.file,

@@ -84,7 +84,8 @@ def test_a_part_fails_if_a_command_fails_or_exceeds_the_time_limit(
     result = acceptance.run_part("custom", make_arguments(tmp_path), limit_s=5)
     assert [command["exit_code"] for command in result["commands"]] == [1, 8, -15]
     assert [command["passed"] for command in result["commands"]] == [False, True, False]
-    assert [command["note"] for command in result["commands"][:2]] == ["exit code 1: the reason", "expected"]
+    notes = ["exit code 1: the reason", "expected", "stopped by the time limit, exit code -15: "]
+    assert [command["note"] for command in result["commands"]] == notes
     assert not result["passed"]
     assert result["problem"] == "no time is left for never"
     assert result["seconds"] < 5 + acceptance.GRACE_S
