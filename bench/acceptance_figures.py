@@ -48,7 +48,7 @@ def read_bench(document: dict[str, Any]) -> list[Figures]:
         if row["what"] != "conv":
             names = ("what", "arch", "batch_size", "loader", "precision")
             words = [str(row[name]) for name in names if row.get(name) is not None]
-            words += ["captured" if row["cuda_graph"] else "compiled" if row["compiled"] else "eager"] * ("arch" in row)
+            words.append("captured" if row.get("cuda_graph") else "compiled" if row.get("compiled") else "eager")
             other = f"peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row.get("peak_memory_bytes") else ""
             figures.append((" ".join(words), f"{row['images_per_s']:,.0f}", format_share(row.get("mfu")), other))
     for direction in ("forward", "forward_backward"):
@@ -74,6 +74,7 @@ def read_speedrun(document: dict[str, Any]) -> list[Figures]:
     if not seconds or not accuracy:
         return [("time to accuracy", "", "", f"{document['refused']} invalid runs of {document['n']}")]
     other = f"{seconds['mean']:.2f} s, accuracy {100 * accuracy['mean']:.2f} %, n = {len(seconds['trials'])}"
+    other += "" if document["reached"] else ", which does not reach the target"
     return [(f"time to {100 * document['target']:g} %", "", "", other)]
 
 

@@ -173,6 +173,20 @@ def test_key_figures_are_read_from_the_documents(tmp_path: Path) -> None:
             "400.0 TFLOP/s, copy 3,000 GB/s; 50.0 % of the published 800.0 TFLOP/s",
         ),
     ]
+    loader = {"what": "loader", "loader": "dali", "batch_size": 128, "compiled": True, "images_per_s": 1e6}
+    (tmp_path / "loader").write_text(json.dumps({"limits": None, "results": [loader]}))
+    assert read_figures(tmp_path / "loader") == [("loader 128 dali compiled", "1,000,000", "", "")]
+    speedrun = {
+        "reached": True,
+        "target": 0.94,
+        "seconds": {"mean": 2.5, "trials": [2, 3]},
+        "acc_tta": {"mean": 0.9412},
+    }
+    (tmp_path / "speedrun").write_text(json.dumps(speedrun))
+    other = "2.50 s, accuracy 94.12 %, n = 2"
+    assert read_figures(tmp_path / "speedrun") == [("time to 94 %", "", "", other)]
+    (tmp_path / "slow").write_text(json.dumps(speedrun | {"reached": False}))
+    assert read_figures(tmp_path / "slow") == [("time to 94 %", "", "", f"{other}, which does not reach the target")]
     checks = [{"check": "losses", "form": "captured", "passed": False}, {"check": "a", "form": "b", "passed": True}]
     (tmp_path / "equality").write_text(json.dumps({"checks": checks}))
     ((_, _, _, text),) = read_figures(tmp_path / "equality")
