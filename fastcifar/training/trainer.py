@@ -189,7 +189,9 @@ class Trainer:
                     step(*tensors[start : start + inputs_per_step])
 
             if self.execution.cuda_graph:
-                return cuda_graph.cuda_graphed(block, example)
+                optimized = cuda_graph.cuda_graphed(block, example)
+                self.optimizer.inner.zero_grad()  # releases gradients, which are in memory that all graphs share
+                return optimized
             if compiled:
                 block(*example)  # compiles it
             return block

@@ -175,6 +175,11 @@ def find_problems(result: dict[str, Any], case: Case) -> list[str]:
     problems = _describe_events(result, ("violation", "pageable copy"))
     expected = "tf32" if case.options.get("precision") == "tf32" else "ieee"
     problems += [f"{name} is {value}" for name, value in result["float32_precision"].items() if value != expected]
+    for memory in result["graph_memory"]:
+        if memory["pools"] > 1:
+            problems.append(f"{memory['pools']} memory pools of CUDA graphs instead of one")
+        if memory["live_bytes"]:
+            problems.append(f"{memory['live_bytes']} bytes of tensors that other graphs may overwrite")
     if (result["steps"], result["epochs"]) != (case.steps, case.epochs):
         problems.append(f"{result['steps']} steps in {result['epochs']} epochs")
     if _total(result, "step", "replay") != case.steps * case.replays_per_step:

@@ -211,6 +211,24 @@ def read_loss_scale() -> None:
 
 SAVES = {"precision": "fp16", "save_every_steps": 1}
 
+
+def capture_in_separate_pools() -> None:
+    def wrap(graph: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda captured, pool, **options: graph(captured, **options)
+
+    replace(torch.cuda, "graph", wrap)
+
+
+def keep_tensor_of_captured_step() -> None:
+    tensors: list[Tensor] = []
+
+    def change(loss: Tensor) -> Tensor:
+        tensors[:] = [loss.detach() + 1]
+        return loss
+
+    change_loss(change)
+
+
 # name -> (how to plant it, options of the recipe, a part of the problem that must be reported)
 FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "item() in the step": (read_loss_in_step, {}, "synchronization of a capturing stream"),
@@ -234,5 +252,7 @@ FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "state copied too early": (copy_state_without_waiting, SAVES, "that does not wait for the default stream"),
     "state copied to pageable memory": (copy_state_to_pageable_memory, SAVES, "pageable copy: copy from device"),
     "loss scale read by a save": (read_loss_scale, SAVES, "synchronization: cudaStreamSynchronize (checkpoint)"),
+    "memory pool for each graph": (capture_in_separate_pools, {}, "3 memory pools of CUDA graphs"),
+    "tensor of a captured step": (keep_tensor_of_captured_step, {}, "bytes of tensors that other graphs may overwrite"),
     "step without a CUDA graph": (lambda: None, {"cuda_graph": False}, "0 replays in 6 steps"),
 }

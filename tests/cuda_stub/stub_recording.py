@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from fastcifar.training.checkpoint_writer import CheckpointWriter
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.step import Meter
@@ -51,6 +53,7 @@ class Recording:
         self.is_paused = False
         self.steps = self.epochs = 0
         self.events: list[dict[str, str]] = []
+        self.graph_memory: list[dict[str, int]] = []  # after each optimization of a trainer
         self.set_cause(OUTSIDE)
 
     def _receive(self, kind: bytes, name: bytes) -> None:
@@ -92,7 +95,13 @@ class Recording:
             by_kind.setdefault(kind.decode(), Counter())[name.decode()] += count
 
         self.library.cuda_stub_visit_counts(visit)
-        return {"steps": self.steps, "epochs": self.epochs, "counts": counts, "events": self.events}
+        return {
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "counts": counts,
+            "events": self.events,
+            "graph_memory": self.graph_memory,
+        }
 
     def instrument(self) -> None:
         """Wrap the methods of the training loop so that each sets its cause within an epoch."""
@@ -102,6 +111,7 @@ class Recording:
         Trainer.train_step = self._count_step(Trainer.train_step)
         CheckpointWriter._write = self._mark_thread(CheckpointWriter._write)
         Trainer.warm_up_loader = self._pause(Trainer.warm_up_loader)
+        Trainer.optimize = self._record_graph_memory(Trainer.optimize)
         build_train_step = Trainer.build_train_step
         Trainer.build_train_step = lambda *args, **options: self.with_cause(build_train_step(*args, **options), "step")
 
@@ -148,6 +158,21 @@ class Recording:
         def run(*args: Any) -> None:
             self.steps += not self.is_paused
             train_step(*args)
+
+        return run
+
+    def _record_graph_memory(self, optimize: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            optimize(*args, **options)
+            torch._C._cuda_clearCublasWorkspaces()
+            segments = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0)]
+            self.graph_memory.append(
+                {
+                    "pools": len({tuple(segment["segment_pool_id"]) for segment in segments}),
+                    "reserved_bytes": sum(segment["total_size"] for segment in segments),
+                    "live_bytes": sum(segment["allocated_size"] for segment in segments),
+                }
+            )
 
         return run
 
