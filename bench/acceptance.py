@@ -174,7 +174,7 @@ PARTS: dict[str, Part] = {
     "loader-lists": Part(
         5 * (2 * CACHED + 9 * 2),
         90,
-        [Command("loader-lists.txt", "loaders.py", "--rounds 3", "--data synthetic:500 --rounds 1 --augment flip")],
+        [Command("loader-lists.txt", "loaders.py", "--rounds 3", "--data synthetic:1000 --rounds 1 --augment flip")],
     ),
     "speed95": Part(START + 3 * COMPILE / 2 + 3 * 20, 90, [speedrun("95", 3)]),
     "speed96": Part(START + 3 * COMPILE / 2 + 3 * 45, 90, [speedrun("96", 3)]),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+# part -> pattern of the result folders that its scripts write
+RESULT_FOLDERS = {"peers": "results/*_peers-*", "loader-lists": "results/*_loaders"}
 Figures = tuple[str, str, str, str]  # what was measured, images/s, model FLOP utilization (MFU), other results
 
 
@@ -22,7 +24,9 @@ def format_summary(out: Path, parts: Iterable[str]) -> str:
         if "not_run" in part:
             rows.append((name, "not run", "", "", "", "", part["not_run"]))
             continue
-        figures = [figure for command in part["commands"] for figure in read_figures(out / command["out"])]
+        files = [out / command["out"] for command in part["commands"]]
+        files += [folder / "summary.json" for folder in sorted(out.glob(RESULT_FOLDERS.get(name, "none")))]
+        figures = [figure for file in files for figure in read_figures(file)]
         notes = [part[key] for key in ("problem",) if key in part]
         notes += [f"{command['out']}: {command['note']}" for command in part["commands"] if "note" in command]
         figures += [("", "", "", note.replace("|", "/")) for note in notes]
@@ -35,9 +39,10 @@ def format_summary(out: Path, parts: Iterable[str]) -> str:
 def read_figures(file: Path) -> list[Figures]:
     """Return the key figures in the output of a command: a document of the package, or nothing for any other text."""
     try:
-        document = json.loads((file.read_text("utf-8").strip().splitlines() or [""])[-1])
+        text = file.read_text("utf-8").strip()
+        document = json.loads(text if text.startswith("{") else text.splitlines()[-1])
         return [figures for key, read in FIGURES.items() if key in document for figures in read(document)]
-    except (OSError, ValueError, TypeError, KeyError):  # the command was stopped, or has no document
+    except (OSError, ValueError, TypeError, KeyError, IndexError):  # the command was stopped, or has no document
         return []
 
 
@@ -78,6 +83,28 @@ def read_speedrun(document: dict[str, Any]) -> list[Figures]:
     return [(f"time to {100 * document['target']:g} %", "", "", other)]
 
 
+def read_peers(document: dict[str, Any]) -> list[Figures]:
+    figures = []
+    for name, loop in document["loops"].items():
+        ratio = f"{loop['times_plain_compile']['median']:.2f} x plain_compile" if "times_plain_compile" in loop else ""
+        figures.append(
+            (f"{name} {document['arch']} {document['batch_size']}", f"{loop['images_per_s']:,.0f}", "", ratio)
+        )
+    return figures
+
+
+def read_loader_lists(document: dict[str, Any]) -> list[Figures]:
+    return [
+        (
+            f"{row['name']}, {row['augment']}",
+            f"{row['images_per_s']:,.0f}",
+            "",
+            f"{row['cpu_us_per_image']:.1f} CPU us/image",
+        )
+        for row in document["loaders"]
+    ]
+
+
 def read_checks(document: dict[str, Any]) -> list[Figures]:
     failed = [f"{check['check']} ({check['form']})" for check in document["checks"] if not check["passed"]]
     passed = f"{len(document['checks']) - len(failed)} of {len(document['checks'])} checks passed"
@@ -101,6 +128,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], list[Figures]]] = {
     "results": read_bench,
     "reached": read_speedrun,
     "checks": read_checks,
+    "loops": read_peers,
+    "loaders": read_loader_lists,
     "imports": read_doctor,
     "stop_reason": read_train,
 }
