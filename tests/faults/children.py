@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,10 +111,29 @@ def train_rank(rank: int, world_size: int, port: int, folder: Path, captured: bo
         torch.save(dict(trainer.model.named_parameters()), folder / f"{rank}.pt")
 
 
-def save_and_kill(folder: Path, call: int) -> None:
-    """Save a second checkpoint and send SIGKILL to this process at C function call number `call`."""
-    from fastcifar.training import checkpoint
+def save(folder: Path, value: float, in_thread: bool, profile: Callable[..., object] | None = None) -> None:
+    """Save `checkpoint_state(value)` as last.pt, or in a thread also as best.pt.
 
+    `profile` is called for every call of a function in the thread that writes; see `sys.setprofile`.
+    """
+    from fastcifar.training import checkpoint
+    from fastcifar.training.checkpoint_writer import CheckpointWriter
+
+    state, last = checkpoint_state(value), folder / "last.pt"
+    threading.setprofile(profile)
+    if in_thread:
+        writer = CheckpointWriter()
+        writer.save([folder / "best.pt", last], state)
+        writer.wait()
+    else:
+        sys.setprofile(profile)
+        checkpoint.save_checkpoint(last, state)
+        sys.setprofile(None)
+    threading.setprofile(None)
+
+
+def save_and_kill(folder: Path, call: int, in_thread: bool) -> None:
+    """Save a checkpoint and send SIGKILL to this process at C function call number `call` of the thread that writes."""
     remaining_calls = [call]
 
     def kill_at_call(frame: Any, event: str, argument: Any) -> None:
@@ -122,14 +142,12 @@ def save_and_kill(folder: Path, call: int) -> None:
             if remaining_calls[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    state = checkpoint_state(2.0)
-    sys.setprofile(kill_at_call)
-    checkpoint.save_checkpoint(folder / "last.pt", state)
-    sys.setprofile(None)
+    save(folder, 2.0, in_thread, kill_at_call)
 
 
 def checkpoint_state(value: float) -> dict[str, Any]:
     """Return a small checkpoint whose only weight is filled with `value`."""
     import torch
 
-    return {"recipe": {"arch": "custom"}, "model": {"weight": torch.full((30, 20), value)}, "ema": None, "step": 7}
+    model, meter = {"weight": torch.full((30, 20), value)}, torch.zeros(4, dtype=torch.float64)
+    return {"recipe": {"arch": "custom"}, "model": model, "ema": None, "meter": meter, "step": 7}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -41,12 +42,16 @@ REAL = pytest.param(
 )
 
 
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    """Start `fastcifar train` with two processes in a new session."""
+def torchrun(*arguments: str, max_file_bytes: int = resource.RLIM_INFINITY) -> subprocess.Popen[str]:
+    """Start `fastcifar train` with two processes in a new session; their files are at most `max_file_bytes` long."""
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
+
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*command, "-m", "fastcifar", "train", *SMALL, *PLAIN, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=limit_files,
     )  # fmt: skip
 
 
@@ -172,6 +177,17 @@ def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions
     for key, expected in weights[0][0].items():
         for state in (*weights[0], *weights[1]):
             assert torch.equal(state[key], expected), key
+
+
+def test_fault07_all_processes_report_that_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
+    arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "400"]
+    arguments += ["--save-every-steps", "7", "--out", str(tmp_path / "run")]
+    code, _, errors = wait(torchrun(*arguments, max_file_bytes=30_000))
+    assert code != 0
+    assert errors.count("last.pt") == 2, errors
+    assert errors.count("File too large") == 2
+    assert "another process of this run failed" not in errors
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
 
 
 def rank_pid(torchrun_pid: int, rank: int) -> int:

@@ -21,7 +21,7 @@ from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
-from tests.faults.runs import assert_same, last
+from tests.faults.runs import assert_same, last, rows
 from tests.training.test_host_reads import HostReads
 
 MakeRecipe = Callable[..., Recipe]
@@ -230,20 +230,39 @@ class FailingSave:
         self.original(*args, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"save_every_steps": 3, "save_every_epochs": 0, "val_size": 0}])
-@pytest.mark.parametrize("failing", [1, 2])
+ONLY_IN_EPOCHS = {"save_every_epochs": 0, "val_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "failing", "num_rows", "saved_step"),
+    [
+        ({"epochs": 9}, 1, 1, 0),
+        ({"epochs": 9}, 2, 2, 5),
+        ({"epochs": 2}, 2, 2, 5),
+        ({"epochs": 9, "save_every_steps": 3, **ONLY_IN_EPOCHS}, 2, 0, 3),
+        ({"epochs": 9, "save_every_steps": 12, **ONLY_IN_EPOCHS}, 1, 1, 0),
+    ],
+    ids=["first epoch", "second epoch", "last epoch", "in an epoch", "no save in the next epoch"],
+)
 def test_fault07_an_error_of_the_thread_ends_the_run_within_an_epoch(
-    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], failing: int
+    tiny: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    failing: int,
+    num_rows: int,
+    saved_step: int,
 ) -> None:
     save = FailingSave(failing, DiskError("cannot write last.pt", "free disk space"))
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     with pytest.raises(DiskError, match=r"cannot write last\.pt; free disk space") as caught:
-        train(tiny(epochs=9, **options))
+        train(tiny(**options))
     assert caught.value.exit_code == 7
     assert save.calls == failing
     assert not (tmp_path / "run" / "summary.json").exists()
-    if failing > 1:
-        assert last(tmp_path / "run")["step"] == (3 if options else 5)
+    assert len(rows(tmp_path / "run")) == num_rows
+    if saved_step:
+        assert last(tmp_path / "run")["step"] == saved_step
 
 
 @pytest.mark.parametrize("failing", [2, 3])
