@@ -151,6 +151,16 @@ def test_fault14_rollback_restores_the_checkpoint_and_halves_the_learning_rate(
     assert last(tmp_path / "run")["rollbacks"] == last(tmp_path / "run")["schedule"]["halvings"] == 1
 
 
+def test_fault14_rollback_after_a_save_of_the_same_nan(
+    tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
+) -> None:
+    """The save in step 4 finds the NaN of step 3 as well, and writes nothing."""
+    install(NanInjector({3}))
+    assert train(tiny(on_nan="rollback", save_every_steps=4)).complete
+    assert last(tmp_path / "run")["rollbacks"] == 1
+    assert last(tmp_path / "run")["step"] == 10
+
+
 def test_fault14_rollback_is_reproducible_and_survives_an_interruption(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:

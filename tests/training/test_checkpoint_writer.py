@@ -62,12 +62,12 @@ def test_copies_equal_the_tensors_and_are_saved_like_them(tmp_path: Path) -> Non
         buffers.synchronize()
         assert_same(copies, tensors, "copies")
         assert copies["channels_last"].is_contiguous(memory_format=torch.channels_last)
+        assert copies["bytes"].untyped_storage().nbytes() == 5  # `torch.save` writes whole storages
         torch.save(copies, tmp_path / "copies.pt")
         assert_same(torch.load(tmp_path / "copies.pt"), tensors, "file")
         for tensor in tensors.values():
             if tensor.is_floating_point() and tensor.numel() and tensor is not tensors["expanded"]:
                 tensor.add_(1)
-    assert copies["bytes"].untyped_storage().nbytes() == 5  # `torch.save` writes whole storages
 
 
 def test_buffers_are_used_again_for_tensors_of_the_same_layout_only() -> None:
