@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of all compiled kernels.")
     parser.add_argument("--capability", choices=CAPABILITIES, action="append", help="may be repeated; by default all")
     parser.add_argument("--workload", action="append", default=[], help="may be repeated; by default all")
+    parser.add_argument("--jobs", type=int, default=1, help="number of capabilities at the same time, by default 1")
     parser.add_argument("--record", action="store_true", help="write a result folder")
     arguments = parser.parse_args()
     if missing := find_missing_requirement():
         raise SystemExit(f"the stub CUDA runtime {missing}")
     documents = []
-    for capability in arguments.capability or CAPABILITIES:
-        documents.append(compile_kernels(capability, arguments.workload))
-        print(format_table(summary_rows(documents[-1:])), flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as executor:
+        capabilities = arguments.capability or CAPABILITIES
+        for document in executor.map(lambda name: compile_kernels(name, arguments.workload), capabilities):
+            documents.append(document)
+            print(format_table(summary_rows([document])), flush=True)
     errors = [{"capability": document["capability"], **error} for document in documents for error in document["errors"]]
     for error in errors:
         print(f"compute capability {error['capability']}, {error['workload']}: {error['error']}", file=sys.stderr)

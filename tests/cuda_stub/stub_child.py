@@ -136,6 +136,20 @@ def ignore_values() -> None:
     )
 
 
+def compile_one_configuration() -> None:
+    """Compile only the first block size of each kernel: durations mean nothing, so torch would choose it anyway."""
+    # This import looks for a GPU, after which a process must not be forked.
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    def wrap(initialize: Callable[..., None]) -> Callable[..., None]:
+        def run(tuner: Any, fn: Any, triton_meta: Any, configs: list[Any], *args: Any, **keywords: Any) -> None:
+            initialize(tuner, fn, triton_meta, configs[:1], *args, **keywords)
+
+        return run
+
+    replace(CachingAutotuner, "__init__", wrap)
+
+
 def run_case(name: str, folder: Path) -> None:
     """Run the case or planted fault `name` and write its result."""
     ignore_values()
@@ -148,6 +162,8 @@ def run_case(name: str, folder: Path) -> None:
     else:
         case = CASES[name]
     recipe = Recipe.make(**{**RECIPE, **case.options})
+    if recipe.compile:
+        compile_one_configuration()
     error = None
     try:
         SCENARIOS[case.scenario](recording, recipe, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcifar.models import fused_ops
 from fastcifar.training import compilation
 from fastcifar.training.checkpoint_writer import CopyBuffers
 from fastcifar.training.optimizers import OptimizerWrapper
@@ -128,6 +129,18 @@ def copy_pageable_memory_in_step() -> None:
     change_loss(change)
 
 
+def launch_new_kernel_in_capture() -> None:
+    """Launch a Triton kernel that has not been loaded before the capture."""
+
+    def change(loss: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            images = loss.detach().expand(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+            fused_ops.chunk_moments(images, 16)
+        return loss
+
+    change_loss(change)
+
+
 def free_memory_of_graph() -> None:
     """Free a tensor that the captured step copies from."""
     tensors: list[Tensor] = []
@@ -241,6 +254,7 @@ FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "stream that is not joined": (run_on_unjoined_stream, {}, "a stream was not joined"),
     "stream outside the capture": (run_on_other_stream, {}, "on a stream outside the current capture"),
     "allocation outside the capture": (allocate_on_other_stream, {}, "cudaMalloc during a capture"),
+    "kernel loaded in the capture": (launch_new_kernel_in_capture, {}, "cuModuleLoadData during a capture"),
     "memory freed before a replay": (free_memory_of_graph, {}, "in memory that was freed"),
     "host read between steps": (read_sums_between_steps, {}, "synchronization: cudaStreamSynchronize (between steps)"),
     "launches between steps": (launch_between_steps, {}, "12 launches in 'learning rate', more than 6"),

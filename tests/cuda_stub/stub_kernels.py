@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stub_child import ignore_values
 from stub_cudnn import replace_cudnn
 from stub_faults import replace
 from triton import knobs
@@ -135,6 +136,7 @@ def main() -> None:
     os.environ.pop("LD_PRELOAD")  # not for the compilers that Triton and inductor start
     file, *names = sys.argv[1:]
     replace_cudnn()
+    ignore_values()
     compilations = Compilations()
     for name in names or WORKLOADS:
         with compilations.attribute(name):

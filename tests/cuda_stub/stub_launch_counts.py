@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from stub_child import ignore_values
+from stub_child import compile_one_configuration, ignore_values
 from stub_cudnn import replace_cudnn
 from stub_faults import replace
 from stub_recording import CHECKPOINT_THREAD, OUTSIDE, Recording
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 import fastcifar
 from fastcifar.recipe import Recipe
@@ -105,18 +104,6 @@ def record_run(options: dict[str, Any], folder: Path) -> LaunchRecording:
     replace(Trainer, "validate", lambda validate: recording.with_cause(validate, VALIDATION))
     train_module.train(recipe)
     return recording
-
-
-def compile_one_configuration() -> None:
-    """Compile only the first block size of each kernel: durations mean nothing, so torch would choose it anyway."""
-
-    def wrap(initialize: Callable[..., None]) -> Callable[..., None]:
-        def run(tuner: Any, fn: Any, triton_meta: Any, configs: list[Any], *args: Any, **keywords: Any) -> None:
-            initialize(tuner, fn, triton_meta, configs[:1], *args, **keywords)
-
-        return run
-
-    replace(CachingAutotuner, "__init__", wrap)
 
 
 def group_of(kernel: str) -> str:

@@ -18,6 +18,7 @@ from stub_cases import CASES, fault_case, find_problems
 from stub_faults import FAULTS
 
 CHILD = Path(__file__).parent / "stub_child.py"
+COMPILING_CHILD = CHILD.with_name("stub_kernels.py")
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
 
@@ -28,9 +29,13 @@ ReadResult = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def read_result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ReadResult:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="module")
+def read_result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, library: Path) -> ReadResult:
     """Run the cases and faults of the collected tests, and return a function that returns the result of one."""
-    library = build_library(tmp_path_factory.mktemp("library"))
     folder = tmp_path_factory.mktemp("results")
     tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     names = [test.callspec.params["name"] for test in tests if hasattr(test, "callspec")]
@@ -56,3 +61,18 @@ def test_planted_fault_is_found(name: str, read_result: ReadResult) -> None:
     _, options, expected = FAULTS[name]
     problems = find_problems(read_result(name), fault_case(options))
     assert any(expected in problem for problem in problems), problems
+
+
+def test_kernels_are_compiled_for_other_devices(library: Path, tmp_path: Path) -> None:
+    file, capability = tmp_path / "result.json", "8.0"
+    environment = stub_environment(library, ROOT, capability) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(COMPILING_CHILD), str(file), "loader, crop:zero", "no such workload"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert file.is_file(), run.stdout + run.stderr
+    document = json.loads(file.read_text())
+    assert document["capability"] == capability
+    assert [error["workload"] for error in document["errors"]] == ["no such workload"]
+    assert document["kernels"]
+    for kernel in document["kernels"]:
+        assert 0 < kernel["registers"] <= 255
+        assert kernel["spill_store_bytes"] == 0
