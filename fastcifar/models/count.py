@@ -16,6 +16,7 @@ ImageShape = tuple[int, int, int]  # [C, H, W]
 CIFAR_SHAPE: ImageShape = (3, 32, 32)
 CONV_OP = "aten.convolution.default"
 BATCH_NORM_OP = "aten.native_batch_norm.default"
+BATCH_NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ADD_OPS = ("aten.add.Tensor", "aten.add_.Tensor")
 
 
@@ -106,6 +107,39 @@ def count_conv_calls(model: nn.Module) -> Counter[ConvCall]:
             shapes = (tuple(images.shape[1:]), tuple(weight.shape), tuple(output.shape[1:]))
             calls[ConvCall(*shapes, tuple(stride), tuple(padding), groups)] += 1
     return calls
+
+
+class TrainingCalls(NamedTuple):
+    """What a forward pass in training mode calls, by the name of the module."""
+
+    autocast: Counter[str]  # number of calls under autocast
+    tracked_batches: dict[str, int]  # BatchNorm with a momentum -> increments of its `num_batches_tracked`, if any
+
+
+def count_training_calls(model: nn.Module, device_type: str, dtype: torch.dtype) -> TrainingCalls:
+    """Count the calls in a forward pass of `model` under autocast on `device_type` to `dtype` (none for float32).
+
+    The counts are empty if the forward pass raises a RuntimeError on the meta device.
+    """
+    meta_model = _meta_copy(model)
+    calls: Counter[str] = Counter()
+    norms: dict[str, Any] = {}
+    for (name, module), original in zip(meta_model.named_modules(), model.modules(), strict=True):
+        module.training = original.training
+        module.register_forward_pre_hook(
+            lambda _module, _inputs, name=name: calls.update([name] * torch.is_autocast_enabled(device_type))
+        )
+        if type(module) in BATCH_NORM_TYPES and module.num_batches_tracked is not None:
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64)  # not on the meta device, to count
+            if module.momentum is not None:  # otherwise, its forward pass needs the counter
+                norms[name] = module
+    try:
+        with torch.no_grad(), torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
+            meta_model(torch.empty(2, *CIFAR_SHAPE, device="meta"))
+    except RuntimeError:
+        return TrainingCalls(Counter(), {})
+    increments = {name: int(norm.num_batches_tracked) for name, norm in norms.items()}
+    return TrainingCalls(calls, {name: count for name, count in increments.items() if count})
 
 
 def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: int = 2) -> int:

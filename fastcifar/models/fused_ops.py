@@ -211,7 +211,8 @@ class _NormRelu(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def _norm_relu(x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
+    device_type = "cpu" if x.is_meta else x.device.type  # there is no autocast on the meta device
+    with torch.autocast(device_type, enabled=False):
         return _NormRelu.apply(x, shortcut, eps, *params)
 
 
@@ -226,11 +227,11 @@ def norm_relu(
     y, second_y, mean, variance = _norm_relu(x, shortcut, bn.eps, bn.weight, bn.bias, *se_params)
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    assert bn.num_batches_tracked is not None
     assert bn.momentum is not None
     count = x.numel() / x.shape[1]
     with torch.no_grad():
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(variance * (count / (count - 1)), bn.momentum)
-        bn.num_batches_tracked.add_(1)
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
     return y, second_y

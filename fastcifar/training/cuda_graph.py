@@ -56,6 +56,33 @@ def _warmup_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def cuda_graphed_gradients(
+    compute: Callable[..., object], parameters: Sequence[Tensor], example_inputs: Sequence[Tensor]
+) -> Callable[..., None]:
+    """Capture `compute`, which sets the gradients of `parameters`, as `cuda_graphed` does.
+
+    The returned function sets the gradients to tensors outside the memory pool, so that an optimizer can use them.
+    """
+    gradients: dict[Tensor, Tensor] = {}  # parameter -> copy of its gradient, allocated by the first warm-up iteration
+
+    def compute_and_copy(*inputs: Tensor) -> None:
+        compute(*inputs)
+        computed = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        for parameter, gradient in computed.items():
+            if parameter not in gradients:
+                gradients[parameter] = torch.empty_like(gradient)
+        torch._foreach_copy_([gradients[parameter] for parameter in computed], list(computed.values()))
+
+    replay = cuda_graphed(compute_and_copy, example_inputs)
+
+    def run(*inputs: Tensor) -> None:
+        replay(*inputs)
+        for parameter in parameters:
+            parameter.grad = gradients.get(parameter)
+
+    return run
+
+
 def cuda_graphed_forward(forward: Callable[[Tensor], Tensor], example_images: Tensor) -> Callable[[Tensor], Tensor]:
     """Capture `forward` (images -> logits) in a CUDA graph for images of the shape of `example_images`.
 

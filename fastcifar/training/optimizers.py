@@ -26,7 +26,7 @@ class OptimizerSpec:
     build: Callable[..., torch.optim.Optimizer]
     arguments: dict[str, Any] = field(default_factory=dict)  # other than the learning rate and weight decay
     fused: bool = False  # torch updates all weights in one kernel
-    capturable: bool = False  # a CUDA graph can capture its step; otherwise, each step reads a flag on the host
+    capturable: bool = False  # a CUDA graph can capture its update; otherwise, each update reads a flag on the host
     self_scheduled: bool = False  # sets or scales its learning rate itself
     lookahead: dict[str, Any] = field(default_factory=dict)  # `k` and `alpha`; empty without Lookahead
     name: str = ""

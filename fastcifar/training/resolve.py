@@ -12,7 +12,7 @@ from fastcifar.data.cifar import DATASETS
 from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
-from fastcifar.errors import DeviceError, UsageError, lookup
+from fastcifar.errors import UsageError, lookup
 from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes
 from fastcifar.training import trackers
@@ -20,7 +20,6 @@ from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import ScheduleSpec, parse_schedule
 from fastcifar.training.optimizers import (
-    OPTIMIZERS,
     OptimizerSpec,
     OptimizerWrapper,
     build_param_groups,
@@ -89,7 +88,7 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
     return Resolved(
         recipe=recipe,
-        execution=resolve_cuda_graph(execution, recipe, optimizer),
+        execution=explain_cuda_graph(execution, optimizer),
         pixel_ops=pixel_ops,
         mixer=mixer,
         mean=mean,
@@ -116,11 +115,9 @@ def any_machine(recipe: Recipe) -> ExecutionPlan:
     return ExecutionPlan("cpu", "fp32", "tensor" if recipe.loader == "auto" else recipe.loader, False, False)
 
 
-def resolve_cuda_graph(execution: ExecutionPlan, recipe: Recipe, optimizer: OptimizerSpec) -> ExecutionPlan:
-    """Return `execution`, with no CUDA graph if the optimizer cannot be captured; raise if the recipe requires one."""
+def explain_cuda_graph(execution: ExecutionPlan, optimizer: OptimizerSpec) -> ExecutionPlan:
+    """Return `execution`, which states whether the CUDA graph contains only a part of the training step."""
     if optimizer.capturable or not execution.cuda_graph:
         return execution
-    reason = f"{optimizer.name} counts its steps in Python and cannot be captured"
-    if recipe.cuda_graph:
-        raise DeviceError(f"--cuda-graph: {reason}", f"leave it out, or choose from {', '.join(OPTIMIZERS)}")
-    return replace(execution, cuda_graph=False, reasons={**execution.reasons, "cuda_graph": reason})
+    reason = f"forward and backward pass; {optimizer.name} counts its steps in Python and updates outside the graph"
+    return replace(execution, reasons={**execution.reasons, "cuda_graph": reason})

@@ -1,4 +1,4 @@
-"""The training step, which synchronizes with the host only for an optimizer that cannot be captured in a CUDA graph."""
+"""The training step: gradients, and an update that only synchronizes with the host if it cannot be captured."""
 
 from __future__ import annotations
 
@@ -59,12 +59,14 @@ class Meter:
         self.world = world
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct, images, non-finite steps
         self.found_inf = torch.zeros((), device=device)  # 1 during and after the first step with a NaN or Inf
+        self.one = torch.ones((), device=device)
         self.host_sums = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
 
     def update(self, loss: Tensor, correct: Tensor, images: int) -> None:
         """Add one batch. `loss`: mean over its `images`; `correct`: how many of them were classified correctly."""
-        count = torch.full_like(self.sums[0], images)
-        self.sums += torch.stack((loss.detach().double() * images, correct.double(), count, self.found_inf.double()))
+        values = torch.stack((loss.detach(), self.one, correct, self.found_inf))
+        self.sums[0::2].add_(values[:2], alpha=images)
+        self.sums[1::2].add_(values[2:])
 
     def compute(self) -> Metrics:
         """Return the metrics of all ranks since the last reset. The host waits for the device."""
@@ -103,9 +105,10 @@ class Ema:
 
     def update(self, skip: Tensor | float = 0.0) -> None:
         """Update the average after a step. `skip`: float32 scalar on the device; 1 leaves the average unchanged."""
-        self.num_updates += 1 - skip
+        keep = 1 - skip
+        self.num_updates += keep
         # max(1 - decay, 9 / (10 + t)) for update t, as in TensorFlow
-        weight = (9 / (10 + self.num_updates)).clamp(min=self.min_update_weight) * (1 - skip)
+        weight = (9 / (10 + self.num_updates)).clamp(min=self.min_update_weight) * keep
         average = list(self.average.values())
         change = torch._foreach_sub(list(self.model_tensors.values()), average)
         torch._foreach_mul_(change, weight)
@@ -163,7 +166,7 @@ def build_forward(
 def loss_and_correct(
     forward: Forward, label_smoothing: float, mix: MixerApplyFn | None = None, image_size: int = CIFAR_IMAGE_SIZE
 ) -> LossAndCorrect:
-    """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions).
+    """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions), both float32.
 
     With `mix`, it also takes the mixer's parameters, and the label with the largest weight is the correct one.
     """
@@ -179,52 +182,66 @@ def loss_and_correct(
         targets = labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         largest = labels if label_weights is None else targets.argmax(1)
-        return loss, (logits.detach().argmax(1) == largest).sum()
+        return loss, (logits.detach().argmax(1) == largest).sum(dtype=torch.float32)
 
     return function
 
 
-def build_step_function(
+def build_gradient_function(
     loss_function: LossAndCorrect,
     model: nn.Module,
     optimizer: OptimizerWrapper,
-    clip_gradients: Callable[[], object],
     meter: Meter,
-    ema: Ema | None,
     scaler: torch.amp.GradScaler,
 ) -> TrainStep:
-    """Return a function that computes and clips gradients, and updates the weights, the moving average and the meter.
+    """Return the first part of a step: a function that computes the gradients of a batch and updates the meter.
 
-    After a NaN or Inf in the loss or a gradient, this and later steps update only the meter. `scaler` is enabled only
-    in fp16, where a gradient that is not finite makes it skip a single update and does not affect later steps.
+    After a NaN or Inf in the loss or a gradient, this and later steps leave the buffers of `model` unchanged, and
+    `meter.found_inf` makes the update skip. `scaler` is enabled only in fp16, where a gradient that is not finite makes
+    it skip a single update and does not affect later steps.
     """
     checked = [] if scaler.is_enabled() else optimizer.parameters
     buffers = [value for value in model.buffers() if value.is_floating_point()] or [torch.zeros_like(meter.sums[:0])]
     sizes = [value.numel() for value in buffers]
 
-    def step(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> None:
+    def compute_gradients(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> None:
         optimizer.inner.zero_grad()
         saved_buffers = torch.cat([value.flatten() for value in buffers])
         loss, correct = loss_function(images, labels, *mixer_params)
         if scaler.is_enabled():  # it skips a step only if gradients overflow; after a NaN or Inf, make them overflow
-            scaler.scale(loss * torch.where(meter.found_inf.bool(), math.inf, 1.0)).backward()
+            scaler.scale(loss / (1 - meter.found_inf)).backward()
         else:
-            loss.backward()
+            loss.backward(meter.one)
         loss = meter.world.all_reduce_gradients(optimizer.parameters, loss.detach(), len(labels))
-        scaler.unscale_(optimizer.inner)
-        gradients = [weight.grad for weight in checked if weight.grad is not None]
-        largest = nn.utils.get_total_norm(gradients, norm_type=math.inf) if gradients else torch.zeros_like(loss)
-        found_inf = ~torch.stack((loss, largest)).isfinite().all()
-        meter.found_inf.copy_(torch.maximum(meter.found_inf, found_inf.float()))
+        tensors = [loss, *(weight.grad for weight in checked if weight.grad is not None)]
+        for dtype in {tensor.dtype for tensor in tensors}:
+            # sets `found_inf` to 1 if a value is not finite, and multiplies by one
+            same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            torch._amp_foreach_non_finite_check_and_unscale_(same_dtype, meter.found_inf, meter.one)
         # restore the buffers after a NaN or Inf, without arithmetic, because they may contain NaN
         new_buffers = torch.cat([value.flatten() for value in buffers])
         values = torch.where(meter.found_inf.bool(), saved_buffers, new_buffers).split(sizes)
         torch._foreach_copy_(buffers, [value.view_as(old) for value, old in zip(values, buffers, strict=True)])
+        meter.update(loss, correct, len(labels))
+
+    return compute_gradients
+
+
+def build_update_function(
+    optimizer: OptimizerWrapper,
+    clip_gradients: Callable[[], object],
+    meter: Meter,
+    ema: Ema | None,
+    scaler: torch.amp.GradScaler,
+) -> Callable[[], None]:
+    """Return the second part of a step: a function that clips the gradients and updates weights and moving average."""
+
+    def update() -> None:
+        scaler.unscale_(optimizer.inner)
         clip_gradients()
         optimizer.step(scaler, skip=meter.found_inf)
         scaler.update()
         if ema:
             ema.update(meter.found_inf)
-        meter.update(loss, correct, len(labels))
 
-    return step
+    return update

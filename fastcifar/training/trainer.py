@@ -26,17 +26,20 @@ from fastcifar.training.distributed import World
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.metrics_file import ValidationMetrics
+from fastcifar.training.multi_tensor import share_kernels_between_layers
 from fastcifar.training.optimizers import OptimizerWrapper
 from fastcifar.training.resolve import Resolved
 from fastcifar.training.rng_state import collect_rng_state, preserve_state, restore_rng_state
 from fastcifar.training.run_dir import Clock, TrainingProgress
 from fastcifar.training.step import (
+    DTYPES,
     Ema,
     Forward,
     LossAndCorrect,
     Meter,
     TrainStep,
-    build_step_function,
+    build_gradient_function,
+    build_update_function,
     loss_and_correct,
 )
 
@@ -140,9 +143,20 @@ class Trainer:
         return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
-        return build_step_function(
-            loss_function, self.model, self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler
-        )
+        """Return a function that computes the gradients of a batch and updates the weights."""
+        return self._join_step(self._build_gradients(loss_function))
+
+    def _build_gradients(self, loss_function: LossAndCorrect) -> TrainStep:
+        return build_gradient_function(loss_function, self.model, self.optimizer, self.meter, self.scaler)
+
+    def _join_step(self, compute_gradients: TrainStep) -> TrainStep:
+        update = build_update_function(self.optimizer, self.clip_gradients, self.meter, self.ema, self.scaler)
+
+        def step(*batch: Tensor) -> None:
+            compute_gradients(*batch)
+            update()
+
+        return step
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
         """Return a step that calls a separate function for each image size and for a smaller last batch.
@@ -182,18 +196,25 @@ class Trainer:
         with self.preserve_state():
             if compiled:
                 loss_function = compilation.compile_function(loss_function, compile_mode)
-            step, inputs_per_step = self.build_step(loss_function), len(example) // num_steps
+            if compiled or self.execution.cuda_graph:
+                dtype = DTYPES[self.execution.precision]
+                loss_function = share_kernels_between_layers(loss_function, self.model, dtype, self.device)
+            compute_gradients, inputs_per_step = self._build_gradients(loss_function), len(example) // num_steps
+            captured, whole_step = self.execution.cuda_graph, self.optimizer.spec.capturable
+            if captured and not whole_step:
+                weights, one_batch = self.optimizer.parameters, example[:inputs_per_step]
+                compute_gradients = cuda_graph.cuda_graphed_gradients(compute_gradients, weights, one_batch)
+            step = self._join_step(compute_gradients)
 
             def block(*tensors: Tensor) -> None:
                 for start in range(0, len(tensors), inputs_per_step):
                     step(*tensors[start : start + inputs_per_step])
 
-            if self.execution.cuda_graph:
-                optimized = cuda_graph.cuda_graphed(block, example)
-                self.optimizer.inner.zero_grad()  # releases gradients, which are in memory that all graphs share
-                return optimized
-            if compiled:
+            if captured and whole_step:
+                block = cuda_graph.cuda_graphed(block, example)
+            elif compiled and not captured:
                 block(*example)  # compiles it
+            self.optimizer.inner.zero_grad()  # releases gradients, which are in memory that all graphs share
             return block
 
     @contextmanager
