@@ -114,6 +114,10 @@ class EpochInputs:
     device: PackedArrays  # labels and parameters of the mixer, then what the loader needs on the device
 
 
+# The items of a chunk's batches other than images (labels, parameters of the mixer), then the groups of parameters
+# that the loader selected for the device; all are [chunk size, ...].
+ChunkParams = list[dict[str, Tensor]]
+
 # A loader's choice among the drawn parameters: (those that it needs in host memory, those that it needs on the device)
 SelectInputs = Callable[[AugmentParams], tuple[list[np.ndarray], list[ParamArrays]]]
 
@@ -140,6 +144,13 @@ def draw_inputs(
         for group in (batch_items, *device)
     ]
     return EpochInputs(tuple(slicing.chunk_table(array, chunk_steps) for array in host), PackedArrays(tables))
+
+
+def split_by_chunk(groups: list[dict[str, Tensor]], chunk_size: int) -> list[ChunkParams]:
+    """Split tables [chunks, width, ...] into the parameters of each chunk."""
+    split = [{name: table[:, :chunk_size].unbind(0) for name, table in group.items()} for group in groups]
+    num_chunks = len(split[0]["labels"])
+    return [[{name: parts[chunk] for name, parts in group.items()} for group in split] for chunk in range(num_chunks)]
 
 
 class Loader(abc.ABC):
@@ -202,10 +213,10 @@ class Loader(abc.ABC):
         """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
         inputs, chunk_steps = self._epochs.get(epoch), self._chunk_steps
-        batch_tables, *params = inputs.device.upload(self._device)
+        params = split_by_chunk(inputs.device.upload(self._device), self._chunk_size)
         first_chunk = start_step // chunk_steps
         for chunk, images in enumerate(self._image_chunks(epoch, inputs, params, first_chunk), first_chunk):
-            tensors = (images, *(table[chunk] for table in batch_tables.values()))
+            tensors = (images, *params[chunk][0].values())
             chunk_start = chunk * chunk_steps
             for step in range(max(chunk_start, start_step), min(chunk_start + chunk_steps, self.steps_per_epoch)):
                 # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
@@ -221,17 +232,14 @@ class Loader(abc.ABC):
 
     @abc.abstractmethod
     def _image_chunks(
-        self, epoch: int, inputs: EpochInputs, params: list[dict[str, Tensor]], first_chunk: int
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
     ) -> Iterator[Tensor]:
-        """Yield the images of each chunk. `params`: the tables that `_prepare` selected for the device."""
+        """Yield the images of the chunks from `first_chunk` on; `params` are the parameters of all chunks."""
 
     def _make_gather(self, ops: AugmentOps, num_rows: int) -> GatherFn:
         if not self._compile:
             return eager_gather(ops, self._fill_color)
         return compile_gather(ops, self._fill_color, num_rows, self._chunk_size, self._device)
-
-    def _select_chunk(self, params: list[dict[str, Tensor]], chunk: int) -> tuple[dict[str, Tensor], ...]:
-        return tuple({name: table[chunk, : self._chunk_size] for name, table in group.items()} for group in params)
 
 
 def eager_gather(ops: AugmentOps, fill_color: FillColor) -> GatherFn:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, FillColor, ParamArrays
-from fastcifar.data.batch_loader import EpochInputs, Loader, SelectInputs
+from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
 from fastcifar.data.epoch_draws import DrawAhead, upload_array
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
@@ -155,13 +155,13 @@ class DaliLoader(Loader):
         return partial(select_dali_inputs, dali_ops=dali_ops)
 
     def _image_chunks(
-        self, epoch: int, inputs: EpochInputs, params: list[dict[str, Tensor]], first_chunk: int
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
     ) -> Iterator[Tensor]:
         try:
             for index in range(first_chunk, self._source.num_chunks):
                 images = self._get_chunk((epoch, index))
                 if self._apply_remaining_ops:
-                    op_params = self._select_chunk(params, index)
+                    op_params = tuple(params[index][1:])
                     with torch.no_grad():
                         images = self._apply_remaining_ops(images.flatten(2), self._all_indices, op_params)
                     yield images

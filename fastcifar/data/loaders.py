@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, ParamArrays, parse_augment, split_mixer
-from fastcifar.data.batch_loader import EpochInputs, Loader, SelectInputs
+from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.epoch_draws import upload_array
@@ -48,18 +48,15 @@ class TensorLoader(Loader):
         return _select_indices_and_params
 
     def _image_chunks(
-        self, epoch: int, inputs: EpochInputs, params: list[dict[str, Tensor]], first_chunk: int
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
     ) -> Iterator[Tensor]:
         def gather(chunk: int) -> Tensor:
-            indices, *op_params = self._select_chunk(params, chunk)
+            _, indices, *op_params = params[chunk]
             with torch.no_grad():  # a change of the grad mode by the caller would trigger a recompilation
                 return self._gather(self._rows, indices["indices"], tuple(op_params))
 
-        num_chunks = len(params[0]["indices"])
-        if not self._stream:
-            yield from map(gather, range(first_chunk, num_chunks))
-        elif first_chunk < num_chunks:
-            yield from self._gather_ahead(gather, range(first_chunk, num_chunks), self._stream)
+        chunks = range(first_chunk, len(params))
+        yield from self._gather_ahead(gather, chunks, self._stream) if self._stream else map(gather, chunks)
 
     def _gather_ahead(
         self, gather: Callable[[int], Tensor], chunks: range, stream: torch.cuda.Stream
@@ -78,13 +75,12 @@ class TensorLoader(Loader):
             with torch.cuda.stream(stream):
                 return images.copy_(gather(chunk))
 
-        ahead = start(chunks[0])
         try:
-            for chunk in chunks:
+            ahead = start(chunks[0]) if chunks else None
+            while ahead is not None:
                 current.wait_stream(stream)
-                images = ahead
-                if chunk + 1 in chunks:
-                    ahead = start(chunk + 1)
+                images, chunks = ahead, chunks[1:]
+                ahead = start(chunks[0]) if chunks else None
                 yield images
         finally:  # the iteration may end early
             current.wait_stream(stream)
@@ -135,7 +131,7 @@ class TorchvisionLoader(Loader):
         return _select_permutation
 
     def _image_chunks(
-        self, epoch: int, inputs: EpochInputs, params: list[dict[str, Tensor]], first_chunk: int
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
     ) -> Iterator[Tensor]:
         assert self._chunk_steps == 1, self._chunk_steps
         (table,), start_step = inputs.host, first_chunk
