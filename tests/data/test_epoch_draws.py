@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from fastcifar.data.augment import parse_augment
 from fastcifar.data.epoch_draws import ALIGNMENT, DrawAhead, PackedArrays
-from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.data.loaders import LOADERS, Loader, TensorLoader
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32), dtype=np.uint8)
 MAIN = threading.main_thread().name
@@ -150,7 +151,7 @@ def test_changing_a_batch_does_not_change_later_epochs() -> None:
 def test_the_number_of_images_per_chunk_does_not_change_the_batches(
     compile: bool, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"batch_size": 6, "rank": rank, "world_size": 2}
+    options: dict[str, Any] = {"batch_size": 6, "rank": rank, "world_size": 2}
     for start_step in (0, 1, 4, 8, 9):
         expected = list(make_loader(**options).batches(1, start_step))
         for chunk_images in (6, 9, 1000):
@@ -179,6 +180,46 @@ def test_packed_arrays_keep_type_shape_and_values_and_are_aligned() -> None:
     for name, array in arrays.items():
         assert torch.equal(second[2][name], torch.from_numpy(array.copy()))
     assert PackedArrays([]).upload(torch.device("cpu")) == []
+
+
+class RecordedStream:
+    """A stream of a GPU: the names of all work that is complete when its next operation starts."""
+
+    def __init__(self) -> None:
+        self.complete: set[str] = set()
+
+    def launch(self, work: str) -> None:
+        self.complete.add(work)
+
+    def wait_stream(self, other: RecordedStream) -> None:
+        self.complete |= other.complete
+
+
+@pytest.mark.parametrize("num_used", [1, 3, 4])
+def test_streams_wait_for_each_other_once_per_chunk(num_used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, loading = RecordedStream(), RecordedStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    loader, started = make_loader(), {}
+    assert isinstance(loader, TensorLoader)
+
+    def gather(chunk: int) -> torch.Tensor:
+        started[chunk] = set(loading.complete)
+        loading.launch(f"chunk {chunk}")
+        return torch.full((loader._chunk_size, 3, 32, 32), chunk, dtype=torch.uint8)
+
+    chunks: Any = loader._gather_ahead(gather, range(4), cast(Any, loading))
+    for chunk in range(num_used):
+        assert next(chunks).unique().tolist() == [chunk]
+        assert f"chunk {chunk}" in training.complete, "the images are used before they are complete"
+        assert list(started) == list(range(min(chunk + 2, 4))), "the next chunk must be computed during this one"
+        training.launch(f"training on {chunk}")
+    chunks.close()
+    for chunk, complete in started.items():
+        # The memory of an earlier chunk may be used again; waiting for the current one would leave no overlap.
+        assert complete >= {f"training on {earlier}" for earlier in range(chunk - 1)}
+        assert f"training on {chunk - 1}" not in complete
+        assert f"chunk {chunk}" in training.complete, "the memory is freed while it is written"
 
 
 @pytest.mark.gpu
