@@ -130,8 +130,8 @@ def bytes_per_element(trainer: Trainer) -> int:
 def loader_workload(loader: Loader) -> Workload:
     """Load batches, epoch after epoch."""
     for epoch in itertools.count():
-        for _images, labels in loader.batches(epoch):
-            yield len(labels)
+        for batch in loader.batches(epoch):
+            yield len(batch[1])
 
 
 def step_workload(trainer: Trainer) -> Workload:

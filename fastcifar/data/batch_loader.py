@@ -1,22 +1,33 @@
-"""Code shared by all loaders: arguments, order of the batches, the augmentation kernel, copies to the device."""
+"""Code shared by all loaders: arguments, order of the batches, random draws of an epoch, the augmentation kernel."""
 
 from __future__ import annotations
 
 import abc
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import AugmentOps, AugmentParams, OpParams, apply_augment_rows, draw_epoch
+from fastcifar.data.augment import (
+    AugmentOps,
+    AugmentParams,
+    OpParams,
+    ParamArrays,
+    apply_augment_rows,
+    draw_epoch,
+    draw_mixer_params,
+    split_mixer,
+)
+from fastcifar.data.epoch_draws import DrawAhead, PackedArrays
 from fastcifar.data.image_ops import FillColor
 from fastcifar.errors import UsageError
 
-ALIGNMENT = 16  # the parameters of a step start at a multiple of this many elements
+ALIGNMENT = 16  # the parameters of a chunk start at a multiple of this many elements
 
 # (rows uint8 [n,32,96], indices int32 [b], parameters [b]) -> augmented samples: uint8 channels_last [b,3,32,32]
 GatherFn = Callable[[Tensor, Tensor, tuple[OpParams, ...]], Tensor]
@@ -80,16 +91,66 @@ class BatchSlicing:
         num_images = min(self.batch_size, self.num_samples - step * self.batch_size)
         return len(range(self.rank, num_images, self.world_size))
 
-    def step_table(self, array: np.ndarray, alignment: int = 1) -> np.ndarray:
-        """Return this rank's share of `array` [n, ...] as a table [steps, width, ...], padded with `array[0]`."""
-        steps, local_size, item_shape = self.steps_per_epoch, self.local_batch_size, array.shape[1:]
-        padded = np.full((steps * local_size, *item_shape), array[0], dtype=array.dtype)
-        share = array[self.rank :: self.world_size][: len(padded)]  # for all steps: ranks divide full steps evenly
+    def chunk_table(self, array: np.ndarray, chunk_steps: int, alignment: int = 1) -> np.ndarray:
+        """Return this rank's share of `array` [n, ...] as a table [chunks, width, ...], padded with `array[0]`.
+
+        A chunk consists of `chunk_steps` steps, and `width` is a multiple of `alignment`.
+        """
+        num_chunks, size = -(-self.steps_per_epoch // chunk_steps), chunk_steps * self.local_batch_size
+        share = array[self.rank :: self.world_size]  # for all steps: ranks divide full steps evenly
+        share = share[: self.steps_per_epoch * self.local_batch_size]
+        padded = np.full((num_chunks * size, *array.shape[1:]), array[0], dtype=array.dtype)
         padded[: len(share)] = share
-        width = -(-local_size // alignment) * alignment
-        table = np.full((steps, width, *item_shape), array[0], dtype=array.dtype)
-        table[:, :local_size] = padded.reshape(steps, local_size, *item_shape)
+        table = np.full((num_chunks, -(-size // alignment) * alignment, *array.shape[1:]), array[0], dtype=array.dtype)
+        table[:, :size] = padded.reshape(num_chunks, size, *array.shape[1:])
         return table
+
+
+@dataclass(frozen=True)
+class EpochInputs:
+    """The inputs of a loader for one epoch, as tables of chunks (`BatchSlicing.chunk_table`)."""
+
+    host: tuple[np.ndarray, ...]
+    device: PackedArrays  # labels and parameters of the mixer, then what the loader needs on the device
+
+
+# The items of a chunk's batches other than images (labels, parameters of the mixer), then the groups of parameters
+# that the loader selected for the device; all are [chunk size, ...].
+ChunkParams = list[dict[str, Tensor]]
+
+# A loader's choice among the drawn parameters: (those that it needs in host memory, those that it needs on the device)
+SelectInputs = Callable[[AugmentParams], tuple[list[np.ndarray], list[ParamArrays]]]
+
+
+def draw_inputs(
+    epoch: int,
+    *,
+    labels: np.ndarray,
+    augment: AugmentOps,
+    loader_ops: AugmentOps,
+    seed: int,
+    slicing: BatchSlicing,
+    chunk_steps: int,
+    select: SelectInputs,
+) -> EpochInputs:
+    """Draw an epoch of `loader_ops`, and of the mixer if `augment` ends with one."""
+    params = draw_epoch(loader_ops, len(labels), epoch, seed)
+    host, device = select(params)
+    batch_items = {"labels": labels[params.permutation]}
+    if split_mixer(augment)[1]:
+        batch_items["mixer"] = draw_mixer_params(augment, len(labels), epoch, seed)
+    tables = [
+        {name: slicing.chunk_table(array, chunk_steps, ALIGNMENT) for name, array in group.items()}
+        for group in (batch_items, *device)
+    ]
+    return EpochInputs(tuple(slicing.chunk_table(array, chunk_steps) for array in host), PackedArrays(tables))
+
+
+def split_by_chunk(groups: list[dict[str, Tensor]], chunk_size: int) -> list[ChunkParams]:
+    """Split tables [chunks, width, ...] into the parameters of each chunk."""
+    split = [{name: table[:, :chunk_size].unbind(0) for name, table in group.items()} for group in groups]
+    num_chunks = len(split[0]["labels"])
+    return [[{name: parts[chunk] for name, parts in group.items()} for group in split] for chunk in range(num_chunks)]
 
 
 class Loader(abc.ABC):
@@ -100,6 +161,8 @@ class Loader(abc.ABC):
     """
 
     uses_workers = False
+    # Approximate number of images that are processed together, by device type: a chunk of one or more steps.
+    chunk_images: Mapping[str, int] = {"cpu": 1, "cuda": 1}
 
     def __init__(
         self,
@@ -107,7 +170,7 @@ class Loader(abc.ABC):
         labels: np.ndarray,  # int64 [n]
         *,
         batch_size: int,  # global
-        augment: AugmentOps,  # without a mixer
+        augment: AugmentOps,  # may end with a mixer
         seed: int,
         device: torch.device | str,
         fill_color: FillColor = (0, 0, 0),  # mean color, 0..255 for each channel
@@ -123,37 +186,60 @@ class Loader(abc.ABC):
         self.slicing = BatchSlicing(self.num_samples, batch_size, drop_last, rank, world_size)
         self.steps_per_epoch = self.slicing.steps_per_epoch
         self.batch_size = batch_size
-        self._ops, self._fill_color, self._seed = augment, fill_color, seed
+        self._ops, self._fill_color, self._seed = split_mixer(augment)[0], fill_color, seed
         self._compile, self._workers = compile, workers
         self._device = torch.device(device)
-        self._labels = np.array(labels, dtype=np.int64)
-        self._prepare(images)
+        local_size = self.slicing.local_batch_size
+        self._chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
+        self._chunk_size = self._chunk_steps * local_size
+        select = self._prepare(images)
+        draw = partial(
+            draw_inputs,
+            labels=np.array(labels, dtype=np.int64),
+            augment=augment,
+            loader_ops=self._ops,
+            seed=seed,
+            slicing=self.slicing,
+            chunk_steps=self._chunk_steps,
+            select=select,
+        )
+        self._epochs = DrawAhead(draw)
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's batches from `start_step` on: images uint8 channels_last [b,3,32,32], labels int64 [b]."""
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Yield this rank's batches from `start_step` on: images uint8 channels_last [b,3,32,32], labels int64 [b].
+
+        If the augmentations end with a mixer, its parameters [b] or [b,k] are the third element. Later batches do not
+        overwrite earlier ones. A batch must be used in the CUDA stream that is current while this generator runs.
+        """
         assert 0 <= start_step <= self.steps_per_epoch, (start_step, self.steps_per_epoch)
-        params = self._draw_epoch(epoch)
-        labels = split_by_step(self.slicing, self._labels[params.permutation], self._device)
-        for step, images in enumerate(self._image_batches(epoch, params, start_step), start_step):
-            # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
-            count = self.slicing.local_count(step)
-            yield images[:count], labels[step][:count]
+        inputs, chunk_steps = self._epochs.get(epoch), self._chunk_steps
+        params = split_by_chunk(inputs.device.upload(self._device), self._chunk_size)
+        first_chunk = start_step // chunk_steps
+        for chunk, images in enumerate(self._image_chunks(epoch, inputs, params, first_chunk), first_chunk):
+            tensors = (images, *params[chunk][0].values())
+            chunk_start = chunk * chunk_steps
+            for step in range(max(chunk_start, start_step), min(chunk_start + chunk_steps, self.steps_per_epoch)):
+                # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
+                first_image = (step - chunk_start) * self.slicing.local_batch_size
+                end = first_image + self.slicing.local_count(step)
+                yield tuple(tensor[first_image:end] for tensor in tensors)
+                if step == start_step:
+                    self._epochs.start(epoch + 1)
 
     @abc.abstractmethod
-    def _prepare(self, images: np.ndarray) -> None:
-        """Prepare for `batches`; called at the end of `__init__`."""
+    def _prepare(self, images: np.ndarray) -> SelectInputs:
+        """Prepare for `batches`, and return which of the drawn parameters the loader needs; called by `__init__`."""
 
     @abc.abstractmethod
-    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
-        """Yield the images of each step; a short last batch may be full size."""
-
-    def _draw_epoch(self, epoch: int) -> AugmentParams:
-        return draw_epoch(self._ops, self.num_samples, epoch, self._seed)
+    def _image_chunks(
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
+    ) -> Iterator[Tensor]:
+        """Yield the images of the chunks from `first_chunk` on; `params` are the parameters of all chunks."""
 
     def _make_gather(self, ops: AugmentOps, num_rows: int) -> GatherFn:
         if not self._compile:
             return eager_gather(ops, self._fill_color)
-        return compile_gather(ops, self._fill_color, num_rows, self.slicing.local_batch_size, self._device)
+        return compile_gather(ops, self._fill_color, num_rows, self._chunk_size, self._device)
 
 
 def eager_gather(ops: AugmentOps, fill_color: FillColor) -> GatherFn:
@@ -167,7 +253,7 @@ def eager_gather(ops: AugmentOps, fill_color: FillColor) -> GatherFn:
 
 @functools.lru_cache(maxsize=64)
 def compile_gather(
-    ops: AugmentOps, fill_color: FillColor, num_samples: int, batch_size: int, device: torch.device
+    ops: AugmentOps, fill_color: FillColor, num_samples: int, chunk_size: int, device: torch.device
 ) -> GatherFn:
     """Compile one kernel for these arguments and static shapes; all loaders with equal arguments share it.
 
@@ -176,26 +262,3 @@ def compile_gather(
     eager = eager_gather(ops, fill_color)
     copy = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
     return torch.compile(copy, fullgraph=True, dynamic=False, options=SINGLE_KERNEL_OPTIONS)
-
-
-def upload_array(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy `array` to `device`. Copies to a GPU use pinned memory and are asynchronous."""
-    host = torch.from_numpy(np.array(array, order="C"))  # a copy, because torch warns about read-only arrays
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-def split_by_step(slicing: BatchSlicing, array: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
-    """Upload an array [n] over positions and return this rank's share of each step, [local_batch_size]."""
-    # The share of each step starts at an aligned address, because a compiled kernel first copies a misaligned input.
-    return upload_array(slicing.step_table(array, ALIGNMENT), device)[:, : slicing.local_batch_size].unbind(0)
-
-
-def split_params_by_step(
-    slicing: BatchSlicing, params: Sequence[Mapping[str, np.ndarray]], device: torch.device
-) -> list[tuple[dict[str, Tensor], ...]]:
-    """Upload `AugmentParams.op_params`, or part of it, and return the `params` of `apply_augment` for each step."""
-    shares = [{name: split_by_step(slicing, array, device) for name, array in arrays.items()} for arrays in params]
-    return [
-        tuple({name: by_step[step] for name, by_step in op_shares.items()} for op_shares in shares)
-        for step in range(slicing.steps_per_epoch)
-    ]

@@ -6,21 +6,23 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, FillColor, ParamArrays, draw_epoch
-from fastcifar.data.batch_loader import BatchSlicing, Loader, split_params_by_step, upload_array
+from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, FillColor, ParamArrays
+from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
+from fastcifar.data.epoch_draws import DrawAhead, upload_array
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS
 from fastcifar.device import DALI_MODULE, DALI_REMEDY, import_optional, usable_cpu_count
 from fastcifar.errors import DeviceError
 
 PREFETCH_CHUNKS = 2  # length of DALI's prefetch queue
 
-ChunkStart = tuple[int, int]  # (epoch, first step)
+Chunk = tuple[int, int]  # (epoch, index of the chunk in the epoch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,44 +89,37 @@ def count_dali_ops(ops: AugmentOps) -> int:
     return len(ops)
 
 
-class ChunkSource:
-    """The inputs of DALI as a function of (epoch, step). The pipeline refers to this object, but not vice versa."""
+def select_dali_inputs(params: AugmentParams, dali_ops: AugmentOps) -> tuple[list[np.ndarray], list[ParamArrays]]:
+    """Return the permutation and the inputs of all DALI ops, and the parameters of the remaining augmentations."""
+    arrays = [params.permutation]
+    for op, op_params in zip(dali_ops, params.op_params, strict=False):
+        arrays += DALI_OPS[op.name, op.variant].make_inputs(op, op_params)
+    return arrays, list(params.op_params[len(dali_ops) :])
 
-    def __init__(self, images: np.ndarray, ops: AugmentOps, seed: int, slicing: BatchSlicing, chunk_steps: int) -> None:
-        self.images, self.ops, self.seed, self.slicing = np.asarray(images), ops, seed, slicing
-        self.chunk_steps, self.dali_ops = chunk_steps, ops[: count_dali_ops(ops)]
-        first = self.dali_ops[0] if self.dali_ops else None
+
+class ChunkSource:
+    """The inputs of DALI as a function of the chunk. The pipeline refers to this object, but not vice versa."""
+
+    def __init__(self, images: np.ndarray, dali_ops: AugmentOps, num_chunks: int) -> None:
+        self.images, self.dali_ops, self.num_chunks = np.asarray(images), dali_ops, num_chunks
+        first = dali_ops[0] if dali_ops else None
         self.padding = int(first.number) if first and (first.name, first.variant) == ("crop", "reflect") else 0
-        self._epoch_cache: dict[int, tuple[AugmentParams, list[np.ndarray]]] = {}
+        self.epochs: DrawAhead[EpochInputs] | None = None  # the loader's, assigned when it starts DALI
         self.reset()
 
     def reset(self) -> None:
-        self.next_chunk: ChunkStart = (0, 0)  # the next chunk to feed to DALI
-        self.pending: deque[ChunkStart] = deque()  # chunks fed to DALI that it has not returned
+        self.next_chunk: Chunk = (0, 0)  # the next chunk to feed to DALI
+        self.pending: deque[Chunk] = deque()  # chunks fed to DALI that it has not returned
 
     def feed_next(self, _iteration: int) -> list[np.ndarray]:
         """Return the images [b,3,s,s] of the next chunk of any epoch, and the inputs [b, ...] of all DALI ops."""
-        epoch, start = self.next_chunk
+        assert self.epochs is not None
+        epoch, index = self.next_chunk
         self.pending.append(self.next_chunk)
-        end = start + self.chunk_steps
-        self.next_chunk = (epoch, end) if end < self.slicing.steps_per_epoch else (epoch + 1, 0)
-        indices, *inputs = (table[start:end] for table in self.prepare_epoch(epoch)[1])
-        images = self.images[indices.reshape(-1)]
-        images = pad_reflect(images, self.padding) if self.padding else images
-        return [images, *(np.ascontiguousarray(table.reshape(-1, *table.shape[2:])) for table in inputs)]
-
-    def prepare_epoch(self, epoch: int) -> tuple[AugmentParams, list[np.ndarray]]:
-        """Return the result of `draw_epoch`, and the step tables of the permutation and of the inputs of DALI."""
-        if epoch not in self._epoch_cache:
-            # Two epochs: DALI prefetches the beginning of the next epoch while the end of this one is used.
-            while len(self._epoch_cache) > 1:
-                del self._epoch_cache[next(iter(self._epoch_cache))]
-            epoch_params = draw_epoch(self.ops, self.slicing.num_samples, epoch, self.seed)
-            arrays = [epoch_params.permutation]
-            for op, params in zip(self.dali_ops, epoch_params.op_params, strict=False):
-                arrays += DALI_OPS[op.name, op.variant].make_inputs(op, params)
-            self._epoch_cache[epoch] = epoch_params, [self.slicing.step_table(array) for array in arrays]
-        return self._epoch_cache[epoch]
+        self.next_chunk = (epoch, index + 1) if index + 1 < self.num_chunks else (epoch + 1, 0)
+        indices, *inputs = (table[index] for table in self.epochs.get(epoch).host)
+        images = self.images[indices]
+        return [pad_reflect(images, self.padding) if self.padding else images, *inputs]
 
 
 def pad_reflect(images: np.ndarray, padding: int) -> np.ndarray:
@@ -147,43 +142,41 @@ class DaliLoader(Loader):
     chunk_images: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
     max_threads = 4  # 1, 2 and 3 threads were equally fast on two cores
 
-    def _prepare(self, images: np.ndarray) -> None:
+    def _prepare(self, images: np.ndarray) -> SelectInputs:
         self._dali = import_optional(DALI_MODULE, DALI_REMEDY, DeviceError)
-        local_size = self.slicing.local_batch_size
-        chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
-        self._source = ChunkSource(images, self._ops, self._seed, self.slicing, chunk_steps)
-        remaining_ops = self._ops[len(self._source.dali_ops) :]
-        self._apply_remaining_ops = self._make_gather(remaining_ops, local_size) if remaining_ops else None
-        self._all_indices = upload_array(np.arange(local_size, dtype=np.int32), self._device)
+        dali_ops = self._ops[: count_dali_ops(self._ops)]
+        self._source = ChunkSource(images, dali_ops, -(-self.steps_per_epoch // self._chunk_steps))
+        remaining_ops = self._ops[len(dali_ops) :]
+        self._apply_remaining_ops = self._make_gather(remaining_ops, self._chunk_size) if remaining_ops else None
+        self._all_indices = upload_array(np.arange(self._chunk_size, dtype=np.int32), self._device)
         self._pipeline: Any = None
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending_copy: tuple[Any, Any] | None = None  # the last output of DALI, and the event of its copy
+        return partial(select_dali_inputs, dali_ops=dali_ops)
 
-    def _draw_epoch(self, epoch: int) -> AugmentParams:
-        return self._source.prepare_epoch(epoch)[0]
-
-    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
-        local_size, chunk_steps = self.slicing.local_batch_size, self._source.chunk_steps
-        op_params = split_params_by_step(self.slicing, params.op_params[len(self._source.dali_ops) :], self._device)
+    def _image_chunks(
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
+    ) -> Iterator[Tensor]:
         try:
-            for first in range(start_step, self.steps_per_epoch, chunk_steps):
-                chunk = self._get_chunk((epoch, first))
-                for step in range(first, min(first + chunk_steps, self.steps_per_epoch)):
-                    images = chunk[(step - first) * local_size :][:local_size].permute(0, 3, 1, 2)
-                    if self._apply_remaining_ops:
-                        with torch.no_grad():
-                            rows = images.permute(0, 2, 3, 1).flatten(2)
-                            images = self._apply_remaining_ops(rows, self._all_indices, op_params[step])
+            for index in range(first_chunk, self._source.num_chunks):
+                images = self._get_chunk((epoch, index))
+                if self._apply_remaining_ops:
+                    op_params = tuple(params[index][1:])
+                    with torch.no_grad():
+                        images = self._apply_remaining_ops(images.flatten(2), self._all_indices, op_params)
                     yield images
+                else:
+                    yield images.permute(0, 3, 1, 2)
         except BaseException:  # raised by DALI, or in the loop over this generator: GeneratorExit, KeyboardInterrupt
             self._pipeline = self._pending_copy = None  # stops the threads of DALI
             self._source.reset()
             raise
 
-    def _get_chunk(self, chunk: ChunkStart) -> Tensor:
+    def _get_chunk(self, chunk: Chunk) -> Tensor:
         """Return the images of a chunk, uint8 [b,32,32,3] on the device; later calls do not overwrite them."""
         source = self._source
         if self._pipeline is None:
+            source.epochs = self._epochs
             self._pipeline = self._build_pipeline()
         if (source.pending[0] if source.pending else source.next_chunk) != chunk:
             source.next_chunk = chunk  # the loop below discards the chunks that were fed before it
@@ -198,7 +191,7 @@ class DaliLoader(Loader):
         num_inputs = sum(dali_op.num_inputs for dali_op, _ in nodes)
         gpu_index = torch.cuda.current_device() if on_gpu and self._device.index is None else self._device.index
         pipeline = dali.Pipeline(
-            batch_size=source.chunk_steps * self.slicing.local_batch_size,
+            batch_size=self._chunk_size,
             num_threads=min(self.max_threads, usable_cpu_count()),
             device_id=gpu_index if on_gpu else None,
             prefetch_queue_depth=PREFETCH_CHUNKS,

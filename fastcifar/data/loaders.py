@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, draw_mixer_params, parse_augment, split_mixer
-from fastcifar.data.batch_loader import Loader, split_by_step, split_params_by_step, upload_array
+from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, ParamArrays, parse_augment, split_mixer
+from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.dali import DaliLoader
+from fastcifar.data.epoch_draws import upload_array
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor
 from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
 from fastcifar.device import import_optional
@@ -27,9 +28,15 @@ UPLOAD_IMAGES = 8192  # images per upload: 25 MB of pinned memory instead of a s
 
 
 class TensorLoader(Loader):
-    """Loader that keeps the data set on the device; one compiled kernel gathers and augments a batch."""
+    """Loader that keeps the data set on the device; compiled kernels gather and augment the images of a chunk.
 
-    def _prepare(self, images: np.ndarray) -> None:
+    On a GPU, the next chunk is computed on a separate stream while the network trains on the current one.
+    """
+
+    # On a GPU, few launches for many batches; on a CPU, larger chunks exceed its cache.
+    chunk_images: Mapping[str, int] = {"cpu": 1, "cuda": 4096}
+
+    def _prepare(self, images: np.ndarray) -> SelectInputs:
         # NHWC, viewed as rows of 96 bytes, so that the output is channels_last without a copy.
         shape = (self.num_samples, CIFAR_IMAGE_SIZE, 3 * CIFAR_IMAGE_SIZE)
         self._rows = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -37,14 +44,50 @@ class TensorLoader(Loader):
             uploaded = upload_array(images[start : start + UPLOAD_IMAGES], self._device)
             self._rows[start : start + UPLOAD_IMAGES] = uploaded.permute(0, 2, 3, 1).flatten(2)
         self._gather = self._make_gather(self._ops, self.num_samples)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        return _select_indices_and_params
 
-    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
-        indices = split_by_step(self.slicing, params.permutation.astype(np.int32), self._device)
-        op_params = split_params_by_step(self.slicing, params.op_params, self._device)
-        for step in range(start_step, self.steps_per_epoch):
+    def _image_chunks(
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
+    ) -> Iterator[Tensor]:
+        def gather(chunk: int) -> Tensor:
+            _, indices, *op_params = params[chunk]
             with torch.no_grad():  # a change of the grad mode by the caller would trigger a recompilation
-                images = self._gather(self._rows, indices[step], op_params[step])
-            yield images
+                return self._gather(self._rows, indices["indices"], tuple(op_params))
+
+        chunks = range(first_chunk, len(params))
+        yield from self._gather_ahead(gather, chunks, self._stream) if self._stream else map(gather, chunks)
+
+    def _gather_ahead(
+        self, gather: Callable[[int], Tensor], chunks: range, stream: torch.cuda.Stream
+    ) -> Iterator[Tensor]:
+        """Yield `gather(chunk)` for all chunks; each is computed on `stream` while the previous one is used.
+
+        The memory of a chunk is allocated in the current stream. `stream` writes to it after everything that the
+        current stream did before, and the current stream waits for `stream` before the chunk is used or freed.
+        """
+        current = torch.cuda.current_stream(self._device)
+        shape = (self._chunk_size, CIFAR_IMAGE_SIZE, CIFAR_IMAGE_SIZE, 3)
+
+        def start(chunk: int) -> Tensor:
+            images = torch.empty(shape, dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                return images.copy_(gather(chunk))
+
+        try:
+            ahead = start(chunks[0]) if chunks else None
+            while ahead is not None:
+                current.wait_stream(stream)
+                images, chunks = ahead, chunks[1:]
+                ahead = start(chunks[0]) if chunks else None
+                yield images
+        finally:  # the iteration may end early
+            current.wait_stream(stream)
+
+
+def _select_indices_and_params(params: AugmentParams) -> tuple[list[np.ndarray], list[ParamArrays]]:
+    return [], [{"indices": params.permutation.astype(np.int32)}, *params.op_params]
 
 
 def _cutout(image: Image.Image, size: int, fill_color: FillColor) -> Image.Image:
@@ -81,13 +124,17 @@ class TorchvisionLoader(Loader):
 
     uses_workers = True
 
-    def _prepare(self, images: np.ndarray) -> None:
+    def _prepare(self, images: np.ndarray) -> SelectInputs:
         self._transform = build_transform(self._ops, self._fill_color)
         self._ops = ()  # torchvision draws the random parameters
         self._pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        return _select_permutation
 
-    def _image_batches(self, epoch: int, params: AugmentParams, start_step: int) -> Iterator[Tensor]:
-        table = self.slicing.step_table(params.permutation)
+    def _image_chunks(
+        self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
+    ) -> Iterator[Tensor]:
+        assert self._chunk_steps == 1, self._chunk_steps
+        (table,), start_step = inputs.host, first_chunk
         steps = [(step, *indices[: self.slicing.local_count(step)].tolist()) for step, indices in enumerate(table)]
         loader = DataLoader(
             _TransformedImages(self._pixels, self._transform, (self._seed, epoch, self.slicing.rank)),
@@ -99,6 +146,10 @@ class TorchvisionLoader(Loader):
         for images in loader:
             uploaded = images.to(self._device, non_blocking=True)
             yield uploaded.contiguous(memory_format=torch.channels_last)
+
+
+def _select_permutation(params: AugmentParams) -> tuple[list[np.ndarray], list[ParamArrays]]:
+    return [params.permutation], []
 
 
 class _TransformedImages(Dataset[Tensor]):
@@ -157,20 +208,8 @@ def batches(
         split.images, split.labels, batch_size=batch_size, augment=ops, seed=seed, device=device, compile=compile
     )
     for epoch in range(epochs):
-        yield from loader.batches(epoch)
-
-
-def mixed_batches(
-    loader: Loader, ops: AugmentOps, epoch: int, seed: int, device: torch.device, start_step: int = 0
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the batches of `loader` and, as a third element if `ops` ends with a mixer, its parameters [b] or [b,k]."""
-    loader_batches = loader.batches(epoch, start_step)
-    if split_mixer(ops)[1] is None:
-        yield from loader_batches
-        return
-    mixer_params = split_by_step(loader.slicing, draw_mixer_params(ops, loader.num_samples, epoch, seed), device)
-    for step, (images, labels) in enumerate(loader_batches, start_step):
-        yield images, labels, mixer_params[step][: len(labels)]
+        for images, labels in loader.batches(epoch):  # noqa: UP028  # without a mixer, a batch is a pair
+            yield images, labels
 
 
 def eval_batches(

@@ -87,13 +87,13 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
 
 
 def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
-    """Return a loader of this rank's share of each batch of `split`, with all augmentations except the mixer."""
+    """Return a loader of this rank's share of each batch of `split`."""
     recipe, execution = resolved.recipe, resolved.execution
     return LOADERS[execution.loader](
         split.images,
         split.labels,
         batch_size=recipe.batch_size,
-        augment=resolved.pixel_ops,
+        augment=resolved.augment_ops,
         seed=recipe.seed,
         device=torch.device(execution.device),
         fill_color=mean_color(resolved.mean),

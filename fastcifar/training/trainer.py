@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE, draw_mixer_params
 from fastcifar.data.cifar import Dataset, Split
-from fastcifar.data.loaders import Loader, mixed_batches
+from fastcifar.data.loaders import Loader
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
 from fastcifar.format import format_options
@@ -101,7 +101,7 @@ class Trainer:
         ]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        return mixed_batches(self.loader, self.resolved.augment_ops, epoch, self.recipe.seed, self.device, start_step)
+        return self.loader.batches(epoch, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
         self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))

@@ -24,6 +24,7 @@ from stub_cudnn import replace_cudnn
 from stub_faults import FAULTS, replace
 from stub_recording import EVALUATION, Recording
 
+from fastcifar.data.loaders import TensorLoader
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, evaluate
 from fastcifar.training.build import build_trainer
@@ -153,6 +154,7 @@ def compile_one_configuration() -> None:
 def run_case(name: str, folder: Path) -> None:
     """Run the case or planted fault `name` and write its result."""
     ignore_values()
+    TensorLoader.chunk_images = {"cuda": 64}  # two chunks in an epoch, instead of a single one
     recording = Recording()
     recording.instrument()
     if name in FAULTS:

@@ -13,10 +13,10 @@ from fastcifar.errors import UsageError
 
 @given(
     num_samples=st.integers(1, 60), local_size=st.integers(1, 9), world_size=st.integers(1, 5), drop=st.booleans(),
-    alignment=st.sampled_from([1, 4]),
+    chunk_steps=st.integers(1, 4), alignment=st.sampled_from([1, 4]),
 )  # fmt: skip
 def test_shares_interleave_to_the_batches_of_one_process(
-    num_samples: int, local_size: int, world_size: int, drop: bool, alignment: int
+    num_samples: int, local_size: int, world_size: int, drop: bool, chunk_steps: int, alignment: int
 ) -> None:
     size = local_size * world_size
     try:
@@ -25,24 +25,27 @@ def test_shares_interleave_to_the_batches_of_one_process(
         assert size > num_samples or 0 < num_samples % size < world_size
         return
     order = np.random.default_rng(0).permutation(num_samples)
-    tables = [slicing.step_table(order, alignment) for slicing in slicings]
+    tables = [slicing.chunk_table(order, chunk_steps, alignment) for slicing in slicings]
     batches = [order[start : start + size] for start in range(0, num_samples, size)]
     batches = [batch for batch in batches if len(batch) == size or not drop]
     assert {slicing.steps_per_epoch for slicing in slicings} == {len(batches)}
     for step, batch in enumerate(batches):
-        shares = [table[step][: slicing.local_count(step)] for table, slicing in zip(tables, slicings, strict=True)]
+        chunk, index = divmod(step, chunk_steps)
+        steps = [table[chunk][index * local_size :] for table in tables]
+        shares = [rest[: slicing.local_count(step)] for rest, slicing in zip(steps, slicings, strict=True)]
         assert all(np.array_equal(share, batch[rank::world_size]) for rank, share in enumerate(shares))
         assert all(len(share) > 0 for share in shares)
         assert sum(map(len, shares)) == len(batch)
     for table in tables:
+        assert len(table) == -(-len(batches) // chunk_steps)
         assert table.shape[1] % alignment == 0
         assert np.isin(table, order).all(), "the padding must consist of valid values"
 
 
-def test_a_step_table_keeps_the_dtype_and_the_other_dimensions() -> None:
-    table = BatchSlicing(5, 2).step_table(np.arange(15, dtype=np.uint8).reshape(5, 3))
-    assert (table.shape, table.dtype) == ((3, 2, 3), np.uint8)
-    assert table[2].tolist() == [[12, 13, 14], [0, 1, 2]]
+def test_a_chunk_table_keeps_the_dtype_and_the_other_dimensions() -> None:
+    table = BatchSlicing(5, 2).chunk_table(np.arange(15, dtype=np.uint8).reshape(5, 3), chunk_steps=2)
+    assert (table.shape, table.dtype) == ((2, 4, 3), np.uint8)
+    assert table[1].tolist() == [[12, 13, 14], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastcifar.data.augment import draw_epoch, draw_mixer_params, parse_augment
-from fastcifar.data.loaders import LOADERS, Loader, mixed_batches
+from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.data.mixers import MIXERS
 from fastcifar.errors import UsageError
 
@@ -33,12 +33,12 @@ def make_loader(name: str, batch_size: int = 20, spec: str = SPEC, **options: An
     return LOADERS[name](images, LABELS, batch_size=batch_size, augment=ops, device="cpu", **options)
 
 
-def concatenate(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def concatenate(batches: Iterator[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
-def equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> bool:
+def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
@@ -81,24 +81,20 @@ def test_a_batch_size_that_is_not_divisible_by_the_world_size_is_refused(name: s
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("start_step", [0, 2])
 def test_mixer_parameters_are_added_to_the_batches(name: str, mixer: str, start_step: int) -> None:
-    ops, device = parse_augment(f"flip,{mixer}"), torch.device("cpu")
-    loader = make_loader(name, 20, "flip", seed=3)
-    batches = list(mixed_batches(loader, ops, 1, 3, device, start_step))
-    loader_batches = list(loader.batches(1, start_step))
+    ops = parse_augment(f"flip,{mixer}")
+    batches = list(make_loader(name, 20, f"flip,{mixer}", seed=3).batches(1, start_step))
+    loader_batches = list(make_loader(name, 20, "flip", seed=3).batches(1, start_step))
     params = torch.from_numpy(draw_mixer_params(ops, N, 1, 3))[20 * start_step :].split(20)
     for (*batch, actual), loader_batch, expected in zip(batches, loader_batches, params, strict=True):
         assert equal((batch[0], batch[1]), loader_batch)
         assert torch.equal(actual, expected)
-    without_mixer = mixed_batches(loader, ops[:1], 1, 3, device)
-    assert all(equal((a[0], a[1]), b) for a, b in zip(without_mixer, loader.batches(1), strict=True))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixer_parameters_are_divided_among_ranks_as_the_images(name: str, mixer: str) -> None:
-    ops, device = parse_augment(f"flip,{mixer}"), torch.device("cpu")
-    batches = list(mixed_batches(make_loader(name, 20, "flip"), ops, 0, 0, device))
+    batches = list(make_loader(name, 20, f"flip,{mixer}").batches(0))
     for rank in range(2):
-        share = mixed_batches(make_loader(name, 20, "flip", rank=rank, world_size=2), ops, 0, 0, device)
+        share = make_loader(name, 20, f"flip,{mixer}", rank=rank, world_size=2).batches(0)
         assert all(torch.equal(local[2], batch[2][rank::2]) for local, batch in zip(share, batches, strict=True))
 
 

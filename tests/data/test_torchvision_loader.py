@@ -112,7 +112,7 @@ def test_alternating_flip_is_refused_with_two_remedies() -> None:
 
 
 def test_workers_change_nothing() -> None:
-    def epoch(workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(workers: int) -> list[tuple[torch.Tensor, ...]]:
         loader = TorchvisionLoader(
             IMAGES, np.arange(60), batch_size=25, augment=parse_augment("crop,flip,cutout"), seed=1, device="cpu",
             fill_color=FILL, workers=workers,
