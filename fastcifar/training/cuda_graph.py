@@ -122,19 +122,17 @@ def _clean_up_failed_capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: tor
     _failed_captures[pool] = graph
     device = stream.device_index
 
+    def release_pool() -> None:
+        torch._C._cuda_endAllocateToPool(device, pool)  # raises an error if torch has released the pool already
+        torch._C._cuda_releasePool(device, pool)
+
     def replace_generator() -> None:
         # before torch 2.12, the generator would stay in the state of a capture, in which it draws nothing
         copy = torch.Generator(stream.device)
         copy.set_state(torch.cuda.default_generators[device].get_state())
         torch.cuda.default_generators[device].graphsafe_set_state(copy)
 
-    for step in (
-        lambda: torch.cuda.set_stream(stream),
-        lambda: torch._C._cuda_endAllocateToPool(device, pool),  # allocate from the usual memory again
-        lambda: torch._C._cuda_releasePool(device, pool),
-        graph.reset,
-        replace_generator,
-    ):
+    for step in (lambda: torch.cuda.set_stream(stream), release_pool, graph.reset, replace_generator):
         with contextlib.suppress(RuntimeError):
             step()
 

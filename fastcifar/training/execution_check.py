@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -107,11 +106,10 @@ def check_execution(options: dict[str, Any], console: Console | None = None) -> 
     for mode, compile, cuda_graph in modes:
         # if compilation fails, a run captures the eager step
         wanted = replace(plan, compile=compile and used.compile, cuda_graph=cuda_graph)
-        print_lines(console, [f"{mode}: {'compiling and ' if wanted.compile else ''}training ..."])
         result = ModeResult(mode=mode, compiled=wanted.compile, cuda_graph=cuda_graph)
         results.append(result)
         try:
-            training, trained_with = run_mode(recipe, wanted, result)
+            training, trained_with = run_mode(recipe, wanted, result, console)
         except Exception as error:  # there is no fallback: a run would end with this error
             result.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             break
@@ -137,7 +135,9 @@ def check_execution(options: dict[str, Any], console: Console | None = None) -> 
     )
 
 
-def run_mode(recipe: Recipe, wanted: ExecutionPlan, result: ModeResult) -> tuple[Training, ExecutionPlan]:
+def run_mode(
+    recipe: Recipe, wanted: ExecutionPlan, result: ModeResult, console: Console | None
+) -> tuple[Training, ExecutionPlan]:
     """Train for an epoch and time the step; return what was computed, and with which execution.
 
     If a fallback replaces `wanted`, its warning becomes the `error` of `result`.
@@ -145,12 +145,17 @@ def run_mode(recipe: Recipe, wanted: ExecutionPlan, result: ModeResult) -> tuple
     free_memory()  # of the mode before
     started = time.perf_counter()
     trainer = build_trainer(resolve(recipe, wanted))
+    work = [*["compiling"] * wanted.compile, *["capturing"] * wanted.cuda_graph]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        trainer.optimize()
+        print_lines(console, [f"{result.mode}: {' and '.join(work)} the step ..."] if work else [])
+        trainer.optimize(start_loader=False)
+        print_lines(console, [f"{result.mode}: starting the loader ..."])
+        trainer.warm_up_loader()
     result.prepare_s = time.perf_counter() - started
     if (trainer.execution.compile, trainer.execution.cuda_graph) != (wanted.compile, wanted.cuda_graph):
         result.error = str(caught[-1].message)
+    print_lines(console, [f"{result.mode}: training ..."])
     training = train_epoch(trainer)
     if result.error is None:
         result.step_ms = time_step_ms(trainer)
@@ -179,14 +184,13 @@ def time_step_ms(trainer: Trainer) -> float:
     """Return the milliseconds of a step on a full batch, without the loader; the steps change the weights."""
     batch = trainer.example_batch()
     trainer.model.train()
-    started = time.perf_counter()
-    for steps in itertools.count(10, 10):
-        for _ in range(10):
+    started, steps, more = time.perf_counter(), 0, 1
+    while (seconds := time.perf_counter() - started) < TIMED_S or not steps:
+        for _ in range(more):
             trainer.step(*batch)
         trainer.meter.compute()  # waits for the device
-        if (seconds := time.perf_counter() - started) >= TIMED_S:
-            return 1e3 * seconds / steps
-    raise AssertionError  # `count` never ends
+        steps, more = steps + more, 2 * more
+    return 1e3 * seconds / steps
 
 
 def describe_result(result: ModeResult) -> str:

@@ -72,13 +72,8 @@ def run_stage(option: str, function: Callable[[], T], device: torch.device, worl
     try:
         result = function()
     except Exception as error:
-        for cause in _causes(error):
-            if user_error := cause if isinstance(cause, UserError) else as_memory_error(cause):
-                raise user_error from error
-        reason = one_line(first_message_line(error))[:MAX_REASON_LENGTH]
-        text = "".join(traceback.format_exception(error))
-        failure = Failure(option, f"{type(error).__name__}: {reason}", text, world.rank, not is_usable(device))
-    # raised outside of the `except` block, because the traceback refers to tensors and to the graph
+        failure = _describe_failure(option, error, device, world)
+    # outside of the `except` block, so that the error and what it refers to, such as the autograd graph, can be freed
     if failures := [failure for failure in world.all_gather_object(failure) if failure]:
         raise ExecutionError(max(failures, key=lambda failure: failure.is_device_lost))
     return result  # type: ignore[return-value]
@@ -105,10 +100,8 @@ def run_with_fallback(
             result = build(plan, compile_mode)
             break
         except Exception as error:
-            causes = [cause for cause in _causes(error) if isinstance(cause, ExecutionError)]
-            if not causes:
+            if (failure := _find_failure(error)) is None:
                 raise
-            failure = causes[0].failure
         failures.append(failure)
         is_tuned = compile_mode != "auto"
         if failure.is_device_lost or (not is_tuned and is_requested(recipe, failure.option)):
@@ -203,6 +196,21 @@ def format_report(
     text = "\n".join(f"== {title} ==\n{content}\n" for title, content in sections.items())
     home = str(Path.home())
     return text if home == "/" else text.replace(home, "~")
+
+
+def _describe_failure(option: str, error: Exception, device: torch.device, world: World) -> Failure:
+    """Return the failure that `error` is; raise the user error or the lack of memory that caused it, if any."""
+    for cause in _causes(error):
+        if user_error := cause if isinstance(cause, UserError) else as_memory_error(cause):
+            raise user_error from error
+    reason = one_line(first_message_line(error))[:MAX_REASON_LENGTH]
+    text = "".join(traceback.format_exception(error))
+    return Failure(option, f"{type(error).__name__}: {reason}", text, world.rank, not is_usable(device))
+
+
+def _find_failure(error: BaseException) -> Failure | None:
+    """Return the failure of the first `ExecutionError` among the causes of `error`."""
+    return next((cause.failure for cause in _causes(error) if isinstance(cause, ExecutionError)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

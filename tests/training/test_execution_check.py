@@ -58,7 +58,7 @@ def test_modes_that_agree() -> None:
     console.print(check_tables(check))
     printed = console.export_text().splitlines()
     assert max(map(len, printed)) <= 80
-    assert "compiled: compiling and training ..." in printed
+    assert "compiled: compiling the step ..." in printed
 
 
 def test_only_eager_mode() -> None:

@@ -110,7 +110,7 @@ def test_report_holds_what_a_bug_report_needs_and_no_paths_of_the_user(
         "lr = 0.025",
         f'"torch": "{torch.__version__.partition("+")[0]}',
         "Traceback (most recent call last)",
-        "in build_step_block",
+        "in _run_locally",
     )
     assert [part for part in expected if part not in text] == []
     assert SECRET not in text
