@@ -112,16 +112,16 @@ def check_execution(options: dict[str, Any], console: Console | None = None) -> 
             training, trained_with = run_mode(recipe, wanted, result, console)
         except Exception as error:  # there is no fallback: a run would end with this error
             result.error = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            break
+            training, trained_with = None, wanted
         used = replace(used, compile=used.compile and (trained_with.compile or not wanted.compile))
         used = replace(used, cuda_graph=used.cuda_graph and (trained_with.cuda_graph or not cuda_graph))
-        if result.error is None and not torch.isfinite(torch.cat((training.losses, training.update))).all():
-            result.error = "the loss or a weight is not finite"
-        elif result.error is None and reference:
+        if training and reference and result.error is None:
             result.loss_difference, result.update_difference = differences = training.difference(reference)
             result.agrees = all(value <= limit for value, limit in zip(differences, tolerances, strict=True))
-        reference = reference or training
         print_lines(console, [describe_result(result)])
+        reference = reference or training
+        if training is None or (mode == "eager" and result.error):
+            break
     return ExecutionCheck(
         device=plan.device,
         precision=plan.precision,
@@ -140,7 +140,7 @@ def run_mode(
 ) -> tuple[Training, ExecutionPlan]:
     """Train for an epoch and time the step; return what was computed, and with which execution.
 
-    If a fallback replaces `wanted`, its warning becomes the `error` of `result`.
+    If a fallback replaces `wanted`, its warning becomes the `error` of `result`. NaN and Inf are errors, too.
     """
     free_memory()  # of the mode before
     started = time.perf_counter()
@@ -157,6 +157,8 @@ def run_mode(
         result.error = str(caught[-1].message)
     print_lines(console, [f"{result.mode}: training ..."])
     training = train_epoch(trainer)
+    if result.error is None and not torch.isfinite(torch.cat((training.losses, training.update))).all():
+        result.error = "the loss or a weight is not finite"
     if result.error is None:
         result.step_ms = time_step_ms(trainer)
     return training, trainer.execution
