@@ -22,8 +22,7 @@ from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.recipe import Recipe
-from fastcifar.training import compilation, cuda_graph, dry_run, evaluate, fallback
-from fastcifar.training.dry_run import StepTiming
+from fastcifar.training import compilation, cuda_graph, evaluate, fallback
 from fastcifar.training.fallback import ExecutionError, run_stage, run_with_fallback
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
@@ -252,11 +251,10 @@ def test_failed_autotuning_falls_back_to_the_default_mode(
         return compiled
 
     monkeypatch.setattr(compilation, "compile_function", compile_function)
-    monkeypatch.setattr(dry_run, "measure_step_timing", lambda *_: StepTiming(1000.0, 0.0))
     trainer = make_trainer(tiny())
-    trainer.resolved = replace(trainer.resolved, execution=replace(trainer.execution, compile=True, device="cuda"))
-    with pytest.warns(UserWarning, match="continuing with the default mode"):
-        dry_run.autotune(trainer)
+    plan_execution(trainer, compile=True)
+    with pytest.warns(UserWarning, match="continuing with the default mode of torch.compile; the report"):
+        trainer.optimize("max-autotune-no-cudagraphs")
     assert trainer.execution.compile
     modes.clear()
     trainer.train_step(next(trainer.batches(0)))
