@@ -29,6 +29,7 @@ from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, DeviceLimits
 from fastcifar.training.build import build_trainer
+from fastcifar.training.fallback import reported_failures
 from fastcifar.training.progress import print_lines
 from fastcifar.training.resolve import Resolved, resolve
 from fastcifar.training.trainer import Trainer
@@ -203,7 +204,8 @@ def measure_case(
         trainer.meter.reset()
         reset_peak_memory(trainer.device)
         started = time.perf_counter()
-        next(work)
+        with reported_failures(trainer.execution, trainer.recipe):
+            next(work)
         synchronize(trainer.device)
         first_s = time.perf_counter() - started
         trials = run_trials(work, num_trials, trainer, trial_s * case.relative_trial_s)

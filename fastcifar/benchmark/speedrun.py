@@ -28,7 +28,7 @@ from fastcifar.benchmark.speedrun_results import (
     SpeedrunSummary,
     SpeedrunTrial,
 )
-from fastcifar.device import collect_environment, process_times
+from fastcifar.device import ExecutionPlan, collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import format_percent, format_timestamp, option_flag
 from fastcifar.models import count_macs, count_parameters
@@ -77,23 +77,18 @@ def speedrun(
     settings, resolved = plan_speedrun(earlier.recipe if earlier else None, target, recipe_name, eval_split, options)
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else resolved.recipe.seed
-    seeds, execution = range(first_seed, first_seed + n), resolved.execution
-    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
-    environment = SpeedrunEnvironment(
-        **collect_environment(execution.device).model_dump(),
-        chosen={**chosen, "compiled": execution.compile},
-        started=format_timestamp(),
-    )
+    seeds = range(first_seed, first_seed + n)
     if earlier:
-        earlier.require_compatible(settings, environment, seeds)
+        earlier.require_compatible(settings, collect_timing_environment(resolved.execution), seeds)
     started = time.perf_counter()
     trainer = build_trainer(with_seed(resolved, first_seed))
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
     recipe = SpeedrunRecipe(**dict(settings), about=count_run_costs(trainer))
+    trainer.optimize()
+    build_s = time.perf_counter() - started - trainer.prepare_s
+    environment = collect_timing_environment(trainer.execution)  # `optimize` may have changed the execution
     with SpeedrunResults.open(append, resolved.recipe.out, recipe, environment, seeds) as results:
         print_lines(console, [f"trials: {results.folder}", f"evaluation: {EVAL_SPLITS[recipe.on]}"])
-        trainer.optimize()
-        build_s = time.perf_counter() - started - trainer.prepare_s
         for seed in seeds:
             if seed != first_seed:
                 build_s = reset_trainer(trainer, seed)
@@ -104,6 +99,16 @@ def speedrun(
             text = f"seed {seed}: {format_percent(trial.acc)}{tta}, {trial.seconds:.1f} s{invalid}"
             print_lines(console, [text])
         return results.summary()
+
+
+def collect_timing_environment(execution: ExecutionPlan) -> SpeedrunEnvironment:
+    """Return the environment of this process and how it executes the runs."""
+    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
+    return SpeedrunEnvironment(
+        **collect_environment(execution.device).model_dump(),
+        chosen={**chosen, "compiled": execution.compile},
+        started=format_timestamp(),
+    )
 
 
 def plan_speedrun(

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,12 +174,14 @@ def inference_workload(trainer: Trainer, batch_size: int) -> Workload:
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8).to(trainer.device)
     images = images.contiguous(memory_format=torch.channels_last)
     forward: Forward = trainer.forward
-    if trainer.execution.compile:
-        forward = compilation.compile_function(forward, trainer.recipe.compile_mode)
     with eval_mode(trainer.model):
-        if trainer.execution.cuda_graph:
-            with torch.no_grad():
-                forward = cuda_graph.cuda_graphed_forward(forward, images)
+        with torch.no_grad():
+            if trainer.execution.compile:
+                forward = compilation.compile_function(forward, trainer.recipe.compile_mode)
+                trainer.run_stage("compile", lambda: forward(images))
+            if trainer.execution.cuda_graph:
+                capture = partial(cuda_graph.cuda_graphed_forward, forward, images)
+                forward = trainer.run_stage("cuda_graph", capture)
         while True:
             with torch.no_grad():  # not around the yield, where it would affect the caller
                 forward(images)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 
 from fastcifar._version import __version__
 from fastcifar.cli import tables
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
 from fastcifar.device import as_memory_error
-from fastcifar.errors import UsageError, UserError, print_warning
+from fastcifar.errors import DeviceError, UsageError, UserError, print_warning
 from fastcifar.recipe import Recipe, section_fields
 from fastcifar.renamed import renaming_remedy
 
@@ -306,12 +306,29 @@ def data_show(
 
 
 @command(app, fields=section_fields("execution"))
-def doctor(**options: Any) -> Output:
-    """Show versions, devices, failing imports, and the execution that `train` chooses on this machine and why."""
+def doctor(
+    console: Console,
+    check: bool = switch("--check", "train a small network in eager mode, compiled and captured, and compare"),
+    **options: Any,
+) -> Output:
+    """Show versions, devices, failing imports, and the execution that `train` chooses on this machine and why.
+
+    With --check, the exit code is 8 if an execution mode fails or its results differ from those of eager mode.
+    """
     from fastcifar.device import collect_diagnostics
 
+    if check:
+        console.print("importing optional modules ...")
     diagnostics = collect_diagnostics(Recipe.make(**options))
-    return Output(diagnostics.model_dump(exclude_unset=True), lambda _: tables.diagnostics_table(diagnostics))
+    document = diagnostics.model_dump(exclude_unset=True)
+    if not check:
+        return Output(document, lambda _: tables.diagnostics_table(diagnostics))
+    from fastcifar.training.execution_check import check_execution, check_tables
+
+    result = check_execution(options, console)
+    document["check"] = result.model_dump()
+    output = Group(tables.diagnostics_table(diagnostics), "", check_tables(result))
+    return Output(document, lambda _: output, exit_code=0 if result.works else DeviceError.exit_code)
 
 
 def main() -> NoReturn:

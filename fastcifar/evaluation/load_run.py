@@ -17,12 +17,21 @@ from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageEr
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, evaluate
 from fastcifar.training.build import to_channels_last
+from fastcifar.training.fallback import run_with_fallback
 from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # Options that describe the training machine, the run folder or the training protocol do not apply to inference.
-RESET_ON_LOAD = {"compile": None, "cuda_graph": None, "fused_ops": False, "loader": "auto", "out": None, "tta": "none"}
+RESET_ON_LOAD = {
+    "compile": None,
+    "compile_mode": "auto",
+    "cuda_graph": None,
+    "fused_ops": False,
+    "loader": "auto",
+    "out": None,
+    "tta": "none",
+}
 
 
 @dataclass
@@ -51,9 +60,13 @@ class LoadedRun:
         recipe, plan = self.recipe, self.execution
         compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
         cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
-        self.execution = replace(plan, compile=compile, cuda_graph=cuda_graph)
-        self.forward = evaluate.optimize_forward(
-            self.model, self.forward, self.device, compile, cuda_graph, recipe.compile_mode
+        wanted = replace(plan, compile=compile, cuda_graph=cuda_graph)
+        self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
+
+    def _optimize_forward(self, plan: ExecutionPlan, compile_mode: str) -> Forward:
+        self.execution = plan
+        return evaluate.optimize_forward(
+            self.model, self.forward, self.device, plan.compile, plan.cuda_graph, compile_mode
         )
 
     def predict_logits(self, split: Split, tta: str = "none") -> Tensor:

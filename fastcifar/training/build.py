@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
     train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
     start_time = time.perf_counter()
-    loader = build_loader(train_split, resolved, world)
+    loader = build_loader(resolved, train_split, world)
     if initialize := getattr(model, "init_whitening", None):
         scale, shift = (tensor.to(device) for tensor in scale_and_shift(resolved.mean, resolved.std))
         initialize(torch.tensor(train_split.images[:NUM_WHITENING_IMAGES]).to(device) * scale + shift)
@@ -65,6 +66,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
         schedule=LRSchedule(recipe, resolved.schedule, loader.steps_per_epoch),
         clip_gradients=build_grad_clipper(resolved.clip_grad, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=execution.precision == "fp16"),
+        build_loader=partial(build_loader, split=train_split, world=world),
         prepare_s=prepare_s,
     )
 
@@ -86,7 +88,7 @@ def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split,
     return train_split, val_split
 
 
-def build_loader(split: Split, resolved: Resolved, world: World) -> Loader:
+def build_loader(resolved: Resolved, split: Split, world: World) -> Loader:
     """Return a loader of this rank's share of each batch of `split`."""
     recipe, execution = resolved.recipe, resolved.execution
     return LOADERS[execution.loader](

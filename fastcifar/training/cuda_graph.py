@@ -6,25 +6,35 @@ batch, and that of the evaluation. The pool is as large as the largest graph nee
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Replay = Callable[[], object]
+RunCapture = Callable[[Callable[[], Replay]], Replay]
+
 WARMUP_ITERATIONS = 3
+_failed_captures: dict[Any, torch.cuda.CUDAGraph] = {}  # memory pool -> graph
 _captured_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
-def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) -> Callable[..., None]:
+def cuda_graphed(
+    step: Callable[..., object],
+    example_inputs: Sequence[Tensor],
+    run_capture: RunCapture = lambda capture: capture(),
+) -> Callable[..., None]:
     """Capture `step` in a CUDA graph and return a function that copies its inputs to static tensors and replays it.
 
     Before the capture, `step` runs a few times to complete lazy initialization, autotuning and compilation; the caller
     restores what these runs change. Call this before any loader thread starts, because an allocation in another thread
     can invalidate the capture. The returned function raises `ValueError` if the shape, dtype or device of an input
-    differs from that of `example_inputs`.
+    differs from that of `example_inputs`. `run_capture` calls the function that it is given, which captures the graph.
     """
     static = [tensor.clone() for tensor in example_inputs]
     device = static[0].device
@@ -36,7 +46,7 @@ def cuda_graphed(step: Callable[..., object], example_inputs: Sequence[Tensor]) 
             step(*static)
     if stream:
         torch.cuda.current_stream(device).wait_stream(stream)
-    replay = capture_cuda_graph(lambda: step(*static))
+    replay = run_capture(lambda: capture_cuda_graph(lambda: step(*static)))
 
     def run(*inputs: Tensor) -> None:
         for index, (target, source) in enumerate(zip(static, inputs, strict=True)):
@@ -57,7 +67,10 @@ def _warmup_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def cuda_graphed_gradients(
-    compute: Callable[..., object], parameters: Sequence[Tensor], example_inputs: Sequence[Tensor]
+    compute: Callable[..., object],
+    parameters: Sequence[Tensor],
+    example_inputs: Sequence[Tensor],
+    run_capture: RunCapture = lambda capture: capture(),
 ) -> Callable[..., None]:
     """Capture `compute`, which sets the gradients of `parameters`, as `cuda_graphed` does.
 
@@ -73,7 +86,7 @@ def cuda_graphed_gradients(
                 gradients[parameter] = torch.empty_like(gradient)
         torch._foreach_copy_([gradients[parameter] for parameter in computed], list(computed.values()))
 
-    replay = cuda_graphed(compute_and_copy, example_inputs)
+    replay = cuda_graphed(compute_and_copy, example_inputs, run_capture)
 
     def run(*inputs: Tensor) -> None:
         replay(*inputs)
@@ -100,7 +113,7 @@ def cuda_graphed_forward(forward: Callable[[Tensor], Tensor], example_images: Te
 
 
 def capture_cuda_graph(work: Callable[[], object]) -> Callable[[], object]:
-    """Capture `work` as a CUDA graph and return its replay.
+    """Capture `work` as a CUDA graph and return its replay. If that fails, torch can be used as before.
 
     The graph uses the memory pool of the other graphs. Therefore, a tensor that `work` allocates is valid only until
     another graph is replayed, and graphs must not be replayed at the same time. A result that is needed for longer must
@@ -109,17 +122,50 @@ def capture_cuda_graph(work: Callable[[], object]) -> Callable[[], object]:
     Other threads may allocate during the capture (`capture_error_mode="thread_local"`). Garbage collection is disabled
     meanwhile: the capturing thread must not free device memory that an old reference cycle holds.
     """
-    graph = torch.cuda.CUDAGraph()
-    pool = next((other.pool() for other in _captured_graphs), None)  # None: a new pool, which lives as long as a graph
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pools = (other.pool() for other in _captured_graphs)
+    pool = next((pool for pool in pools if pool not in _failed_captures), None) or torch.cuda.graph_pool_handle()
+    first_error: BaseException | None = None
     gc.collect()
     gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
+            try:
+                work()
+            except BaseException as error:
+                first_error = error
+                raise
+    except BaseException as error:
+        _clean_up_failed_capture(graph, pool, stream)
+        raise (first_error or error) from None  # that of the end of an invalid capture only says that it is invalid
     finally:
         gc.enable()
     _captured_graphs.add(graph)
     return graph.replay
+
+
+def _clean_up_failed_capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Do what torch leaves out after CUDA has invalidated a capture, because ending the capture raises an error.
+
+    A step that fails is skipped: torch has done it already, or the GPU cannot be used any more.
+    """
+    # torch's allocator of pinned memory may keep a pointer to the graph, and then refuses another graph with this pool
+    _failed_captures[pool] = graph
+    device = stream.device_index
+
+    def release_pool() -> None:
+        torch._C._cuda_endAllocateToPool(device, pool)  # raises an error if torch has released the pool already
+        torch._C._cuda_releasePool(device, pool)
+
+    def replace_generator() -> None:
+        # before torch 2.12, the generator would stay in the state of a capture, in which it draws nothing
+        copy = torch.Generator(stream.device)
+        copy.set_state(torch.cuda.default_generators[device].get_state())
+        torch.cuda.default_generators[device].graphsafe_set_state(copy)
+
+    for step in (lambda: torch.cuda.set_stream(stream), release_pool, graph.reset, replace_generator):
+        with contextlib.suppress(RuntimeError):
+            step()
 
 
 def reset_cuda_graphs() -> None:

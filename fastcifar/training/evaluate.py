@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from fastcifar.data.loaders import eval_batches
 from fastcifar.errors import lookup
 from fastcifar.training.compilation import compile_function
 from fastcifar.training.cuda_graph import cuda_graphed_forward
+from fastcifar.training.distributed import SINGLE_PROCESS, World
+from fastcifar.training.fallback import run_stage
 from fastcifar.training.step import Forward
 
 EVAL_BATCH_SIZE = 500
@@ -81,11 +84,18 @@ def predict_logits(model: nn.Module, forward: Forward, split: Split, device: tor
 
 
 def optimize_forward(
-    model: nn.Module, forward: Forward, device: torch.device, compile: bool, use_cuda_graph: bool, mode: str = "auto"
+    model: nn.Module,
+    forward: Forward,
+    device: torch.device,
+    compile: bool,
+    use_cuda_graph: bool,
+    mode: str = "auto",
+    world: World = SINGLE_PROCESS,
 ) -> Forward:
     """Return `forward` of `model`, compiled (`mode`: see `compile_function`) and captured in a CUDA graph as requested.
 
     The result takes batches of up to EVAL_BATCH_SIZE images. Call it in `eval_mode`, as `predict_logits` does.
+    All ranks of `world` must call this together. Raises `ExecutionError` if compilation or the capture fails on one.
     """
     if not compile and not use_cuda_graph:
         return forward
@@ -93,10 +103,11 @@ def optimize_forward(
     example = example.contiguous(memory_format=torch.channels_last)
     optimized = compile_function(forward, mode) if compile else forward
     with eval_mode(model):
+        if compile:
+            run_stage("compile", lambda: optimized(example), device, world)
         if use_cuda_graph:
-            optimized = cuda_graphed_forward(optimized, example)
-        else:
-            optimized(example)
+            capture = partial(cuda_graphed_forward, optimized, example)
+            optimized = run_stage("cuda_graph", capture, device, world)
 
     def padded_forward(images: Tensor) -> Tensor:
         if len(images) == len(example):

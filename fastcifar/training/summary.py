@@ -41,6 +41,7 @@ class RunSummary(BaseModel):
     compiled: bool
     cuda_graph: bool
     precision: str
+    reasons: dict[str, str] = {}  # why device, precision, loader, compile and cuda_graph were chosen
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
@@ -90,6 +91,7 @@ def summarize_run(
         compiled=execution.compile,
         cuda_graph=execution.cuda_graph,
         precision=execution.precision,
+        reasons=execution.reasons,
         eval_weights=recipe.eval_weights,
         val_acc=progress.val_acc,
         best_val_acc=progress.best,

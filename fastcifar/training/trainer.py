@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from fastcifar.models import count_parameters
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, cuda_graph
 from fastcifar.training.checkpoint import TrainingCheckpoint
-from fastcifar.training.distributed import World
+from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
+from fastcifar.training.fallback import run_stage, run_with_fallback
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.metrics_file import ValidationMetrics
 from fastcifar.training.multi_tensor import share_kernels_between_layers
@@ -42,6 +44,8 @@ from fastcifar.training.step import (
     build_update_function,
     loss_and_correct,
 )
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Trainer:
     schedule: LRSchedule
     clip_gradients: Callable[[], object]
     scaler: torch.amp.GradScaler
+    build_loader: Callable[[Resolved], Loader]  # builds `loader` again for another execution plan
     prepare_s: float = 0.0  # seconds spent to build the loader and to initialize a whitening layer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     step: TrainStep = field(init=False)  # forward, backward and update of one batch; eager until `optimize`
@@ -115,14 +120,37 @@ class Trainer:
 
         `compile_mode` is used if the recipe's `compile_mode` is "auto". Without `start_loader`, the caller calls
         `warm_up_loader` after the last call of this method: the loader's threads could invalidate a capture.
+        If compilation or a capture fails, `execution` is changed as `run_with_fallback` describes.
         """
-        self.step = self.build_train_step(compile_mode)
-        self.eval_forward = self.build_eval_forward()
+        run_with_fallback(self._optimize, self.execution, self.recipe, compile_mode, self.world)
         if start_loader:
             self.warm_up_loader()
 
+    def _optimize(self, execution: ExecutionPlan, compile_mode: str) -> None:
+        if execution != self.execution:
+            self.resolved = replace(self.resolved, execution=execution)
+            self.loader = self.build_loader(self.resolved)
+        self.optimizer.inner.zero_grad()  # a failed attempt may have left gradients in the memory of its graph
+        self.step = self.build_train_step(compile_mode)
+        self.eval_forward = self.build_eval_forward()
+
+    def run_stage(self, option: str, function: Callable[[], T]) -> T:
+        """Return the result of a function that compiles or captures; see `fallback.run_stage`."""
+        return run_stage(option, function, self.device, self.world)
+
     def warm_up_loader(self) -> None:
-        """Load one batch to compile the loader's kernel and to start its threads."""
+        """Load one batch to compile the loader's kernel and to start its threads; see `optimize` for failures."""
+        run_with_fallback(self._warm_up_loader, self.execution, self.recipe, world=self.world)
+
+    def _warm_up_loader(self, execution: ExecutionPlan, compile_mode: str) -> None:
+        if execution != self.execution:
+            self._optimize(execution, compile_mode)
+        if execution.compile:
+            self.run_stage("compile", self._load_batch)
+        else:
+            self._load_batch()
+
+    def _load_batch(self) -> None:
         for _ in self.batches(0, self.loader.steps_per_epoch - 1):  # the last one: leaving an epoch early stops DALI
             pass
 
@@ -200,22 +228,34 @@ class Trainer:
                 dtype = DTYPES[self.execution.precision]
                 loss_function = share_kernels_between_layers(loss_function, self.model, dtype, self.device)
             compute_gradients, inputs_per_step = self._build_gradients(loss_function), len(example) // num_steps
-            captured, whole_step = self.execution.cuda_graph, self.optimizer.spec.capturable
-            if captured and not whole_step:
+
+            def repeat(step: TrainStep) -> Callable[..., None]:
+                def block(*tensors: Tensor) -> None:
+                    for start in range(0, len(tensors), inputs_per_step):
+                        step(*tensors[start : start + inputs_per_step])
+
+                return block
+
+            block = repeat(self._join_step(compute_gradients))
+            if compiled:
+                self.run_stage("compile", lambda: self._run_locally(block, example))
+            run_capture = partial(self.run_stage, "cuda_graph")
+            if self.execution.cuda_graph and self.optimizer.spec.capturable:
+                block = cuda_graph.cuda_graphed(block, example, run_capture)
+            elif self.execution.cuda_graph:
                 weights, one_batch = self.optimizer.parameters, example[:inputs_per_step]
-                compute_gradients = cuda_graph.cuda_graphed_gradients(compute_gradients, weights, one_batch)
-            step = self._join_step(compute_gradients)
-
-            def block(*tensors: Tensor) -> None:
-                for start in range(0, len(tensors), inputs_per_step):
-                    step(*tensors[start : start + inputs_per_step])
-
-            if captured and whole_step:
-                block = cuda_graph.cuda_graphed(block, example)
-            elif compiled and not captured:
-                block(*example)  # compiles it
+                captured = cuda_graph.cuda_graphed_gradients(compute_gradients, weights, one_batch, run_capture)
+                block = repeat(self._join_step(captured))
             self.optimizer.inner.zero_grad()  # releases gradients, which are in memory that all graphs share
             return block
+
+    def _run_locally(self, block: Callable[..., None], inputs: Sequence[Tensor]) -> None:
+        """Run `block` without averaging gradients over the ranks, so that no rank waits for one that fails."""
+        world, self.meter.world = self.meter.world, SINGLE_PROCESS
+        try:
+            block(*inputs)
+        finally:
+            self.meter.world = world
 
     @contextmanager
     def preserve_state(self, skip_updates: bool = True) -> Iterator[None]:
@@ -232,9 +272,8 @@ class Trainer:
         """Return `forward` for evaluation, captured like the step, and compiled if enough images are evaluated."""
         images = self.recipe.epochs * self.images_per_validation + self.images_per_test
         compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
-        return optimize_forward(
-            self.model, self.forward, self.device, compiled, self.execution.cuda_graph, self.recipe.compile_mode
-        )
+        use_cuda_graph, mode = self.execution.cuda_graph, self.recipe.compile_mode
+        return optimize_forward(self.model, self.forward, self.device, compiled, use_cuda_graph, mode, self.world)
 
     @property
     def images_per_validation(self) -> int:

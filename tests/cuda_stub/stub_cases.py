@@ -166,7 +166,8 @@ CASES: dict[str, Case] = {
 
 
 def fault_case(options: dict[str, Any]) -> Case:
-    """The case of a planted fault: a whole run if it saves checkpoints within epochs."""
+    """The case of a planted fault: a whole run if it saves checkpoints within epochs; no fallback, by default."""
+    options = {"cuda_graph": True, **options}
     return Case(options, "checkpoints", evaluations=0, saves=6) if options.get("save_every_steps") else Case(options)
 
 

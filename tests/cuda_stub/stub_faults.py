@@ -195,7 +195,7 @@ def copy_state_without_waiting() -> None:
     def wrap(copy: Callable[..., Any]) -> Callable[..., Any]:
         def copy_at_once(buffers: CopyBuffers, tensors: Any) -> Any:
             wait_stream = torch.cuda.Stream.wait_stream
-            torch.cuda.Stream.wait_stream = lambda *_: None
+            setattr(torch.cuda.Stream, "wait_stream", lambda *_: None)
             try:
                 return copy(buffers, tensors)
             finally:
@@ -243,6 +243,7 @@ def keep_tensor_of_captured_step() -> None:
 
 
 # name -> (how to plant it, options of the recipe, a part of the problem that must be reported)
+# Unless an option says otherwise, a capture is requested, so that its failure is an error (stub_failed_captures.py).
 FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "item() in the step": (read_loss_in_step, {}, "synchronization of a capturing stream"),
     "CPU tensor in the loss": (add_cpu_tensor_to_loss, {}, "Expected all tensors to be on the same device"),
@@ -269,4 +270,5 @@ FAULTS: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
     "memory pool for each graph": (capture_in_separate_pools, {}, "3 memory pools of CUDA graphs"),
     "tensor of a captured step": (keep_tensor_of_captured_step, {}, "bytes of tensors that other graphs may overwrite"),
     "step without a CUDA graph": (lambda: None, {"cuda_graph": False}, "0 replays in 6 steps"),
+    "capture that is replaced by a fallback": (read_loss_in_step, {"cuda_graph": None}, "0 replays in 6 steps"),
 }

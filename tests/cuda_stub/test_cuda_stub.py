@@ -76,3 +76,63 @@ def test_kernels_are_compiled_for_other_devices(library: Path, tmp_path: Path) -
     for kernel in document["kernels"]:
         assert 0 < kernel["registers"] <= 255
         assert kernel["spill_store_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", ["capture fails"])
+def test_run_continues_without_a_cuda_graph_if_the_capture_fails(name: str, read_result: ReadResult) -> None:
+    result = read_result(name)
+    outcome = result["outcome"]
+    assert outcome["code"] == 0, outcome["stderr"]
+    (line,) = outcome["stderr"].splitlines()
+    assert line.startswith("fastcifar: warning: the capture of a CUDA graph failed (AcceleratorError: CUDA error: ")
+    assert "; continuing with eager steps without a CUDA graph; the report for a bug report is /" in line
+    (report,) = outcome["reports"]
+    assert "loss.item()" in report
+    assert not outcome["summary"]["cuda_graph"]
+    assert "the capture of a CUDA graph failed" in outcome["summary"]["reasons"]["cuda_graph"]
+    assert (outcome["summary"]["complete"], result["steps"]) == (True, 6)
+
+
+@pytest.mark.parametrize("name", ["requested capture fails"])
+def test_requested_capture_that_fails_is_an_error(name: str, read_result: ReadResult) -> None:
+    outcome = read_result(name)["outcome"]
+    assert outcome["code"] == 8
+    (line,) = outcome["stderr"].splitlines()
+    assert "failed (AcceleratorError: CUDA error: " in line
+    assert "; use --no-cuda-graph; the report for a bug report is /" in line
+    assert len(outcome["reports"]) == 1
+    assert outcome["summary"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "outcomes", "verdict"),
+    [
+        ("check", 0, [None, None], "captured steps agree with eager steps; no compilation (requested)"),
+        (
+            "check of a capture that fails",
+            8,
+            [None, "the capture of a CUDA graph failed"],
+            "captured steps failed; a run continues with eager steps without a CUDA graph",
+        ),
+    ],
+)
+def test_check_of_the_execution(
+    name: str, code: int, outcomes: list[str | None], verdict: str, read_result: ReadResult
+) -> None:
+    outcome = read_result(name)["outcome"]
+    assert outcome["code"] == code, outcome["stderr"]
+    document = json.loads(outcome["stdout"].splitlines()[-1])["check"]
+    assert document["verdict"] == verdict
+    assert [mode["mode"] for mode in document["modes"]] == ["eager", "captured"]
+    for mode, error in zip(document["modes"], outcomes, strict=True):
+        assert (error is None) == (mode["error"] is None)
+        assert error is None or error in mode["error"]
+    assert len(outcome["reports"]) == (code != 0)
+
+
+@pytest.mark.parametrize("name", ["torch after a failed capture"])
+def test_torch_can_be_used_after_a_failed_capture(name: str, read_result: ReadResult) -> None:
+    outcome = read_result(name)["outcome"]
+    (message,) = outcome.pop("messages")
+    assert "not permitted when stream is capturing" in message
+    assert outcome == {"stream": True, "gc": True, "memory": True, "seed": 1, "reuse": True}

@@ -153,6 +153,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace torch's graphs, so that functions are called where they would be captured."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeGraph.capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(cuda_graph, "_captured_graphs", weakref.WeakSet())
 
 
