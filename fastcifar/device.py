@@ -42,6 +42,15 @@ DALI_REMEDY = (
 )
 PROBED_MODULES = ("torchvision", DALI_MODULE, "pytorch_optimizer", "matplotlib")
 
+# extra in pyproject.toml -> the modules that it installs and that the package imports
+EXTRA_MODULES = {
+    "onnx": ("onnxscript", "onnxruntime"),
+    "html": ("plotly", "plotly.offline", "jinja2"),
+    "sweep": ("ray", "optuna"),
+    "tensorboard": ("torch.utils.tensorboard",),
+    "mlflow": ("mlflow",),
+}
+
 
 @dataclass(frozen=True)
 class ExecutionPlan:
@@ -337,13 +346,22 @@ def probe_import(module: str) -> str:
     return next(reversed(run.stderr.strip().splitlines()), f"exit code {run.returncode}")
 
 
-def import_optional(module: str, remedy: str, error_type: type[UserError] = UsageError) -> ModuleType:
-    """Import a module that only some features need. Raises `error_type` with `remedy` if that fails."""
+def import_optional(module: str, remedy: str = "", error_type: type[UserError] = UsageError) -> ModuleType:
+    """Import a module that only some features need.
+
+    Raises `error_type` if that fails, with `remedy`, or by default with how to install the extra that contains it.
+    """
     try:
         return importlib.import_module(module)
     except Exception as error:  # not only ImportError: torchvision with another torch version raises RuntimeError
         problem = f"{module} cannot be imported ({type(error).__name__}: {first_message_line(error)})"
-        raise error_type(problem, remedy) from None
+        raise error_type(problem, remedy or extra_remedy(module)) from None
+
+
+def extra_remedy(module: str) -> str:
+    """Return how to install `module`, a module in `EXTRA_MODULES`. The package itself is not in a package registry."""
+    extra = next(extra for extra, modules in EXTRA_MODULES.items() if module in modules)
+    return f"pip install '.[{extra}]' in the folder of the source code of fastcifar"
 
 
 def collect_diagnostics(recipe: Recipe) -> Diagnostics:

@@ -54,9 +54,9 @@ class DeviceError(UserError, exit_code=8):
 class Interrupted(UserError):
     """A run that was stopped by a signal; its checkpoint has been written."""
 
-    def __init__(self, signal: str, exit_code: int, step: int, checkpoint: str) -> None:
+    def __init__(self, signal: str, exit_code: int, step: int, run: str) -> None:
         self.exit_code = exit_code
-        super().__init__(f"stopped by {signal} after step {step}", f"the checkpoint is {checkpoint}")
+        super().__init__(f"stopped by {signal} after step {step}", f"continue with: fastcifar train --resume {run}")
 
 
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from fastcifar.errors import UsageError, suggest_name
-from fastcifar.format import format_toml_value, option_flag
+from fastcifar.format import format_option_value, format_toml_value, option_flag
 from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
 OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # these do not affect the weights
+DEFAULT_VAL_SIZE = 5000
 # section -> its first field; a section ends before the first field of the next one
 SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
 
@@ -90,6 +91,11 @@ def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
         raise ValueError(f"should be {grammar}")
 
 
+def default_val_size(num_images: int) -> int:
+    """Return the size of the validation split of `num_images` training images if `--val-size` is not given."""
+    return min(DEFAULT_VAL_SIZE, max(num_images // 10, 1))
+
+
 SplitText = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)  # "4,4,3"
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], SplitText]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
@@ -130,7 +136,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         None, "data set: a folder, .tar.gz file or class folders, by default downloaded; synthetic[:N]: N random images"
     )
     dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "name of the data set")
-    val_size: int = _option(5000, "size of the validation split in images; 0 trains on all images", ge=0)
+    val_size: int | None = _option(
+        None, "size of the validation split in images, by default 5000 or a tenth of fewer than 50,000; 0: none", ge=0
+    )
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
         "auto",
@@ -220,10 +228,59 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @classmethod
     def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
-        """Return the recipe `source` (a shipped recipe or a TOML file) with the `overrides` that are not None."""
+        """Return the recipe `source` (a shipped recipe or a TOML file) with the `overrides` that are not None.
+
+        If they change the number of epochs of `source`, `scale_to_epochs` is applied before the other overrides.
+        """
         values = load_recipe_values(source) if source else {}
-        values.update({name: value for name, value in overrides.items() if value is not None})
-        return cls(**values)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**{**values, **cls._scaled_options(values, overrides), **overrides})
+
+    @classmethod
+    def describe_scaling(cls, source: str | None, **overrides: Any) -> str:
+        """Return a sentence about the options that `make` scales to another number of epochs; "" if there are none."""
+        values = load_recipe_values(source) if source else {}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        scaled = {key: value for key, value in cls._scaled_options(values, overrides).items() if key not in overrides}
+        if not scaled:
+            return ""
+        original = {**cls().model_dump(), **values}
+        changes = [
+            f"{option_flag(name)} {format_option_value(value)} instead of {format_option_value(original[name])}"
+            for name, value in scaled.items()
+        ]
+        epochs = f"{original['epochs']} epochs to {overrides['epochs']}"
+        return f"recipe {source}, scaled from {epochs}: {', '.join(changes)}"
+
+    @classmethod
+    def _scaled_options(cls, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a recipe with `values` that change if the overrides set another number of epochs.
+
+        There are none if its `schedule_epochs` differs from its `epochs`: then the length of the run is deliberately
+        not that of its schedule.
+        """
+        if not values or "epochs" not in overrides or "resume" in overrides:
+            return {}
+        original = cls(**values)
+        if original.schedule_epochs not in (None, original.epochs):
+            return {}
+        scaled = original.scale_to_epochs(cls(epochs=overrides["epochs"]).epochs).model_dump()
+        return {name: value for name, value in scaled.items() if name != "epochs" and value != getattr(original, name)}
+
+    def scale_to_epochs(self, epochs: int) -> Recipe:
+        """Return the recipe for another number of epochs, with the same proportions of warm-up, schedule and resizing.
+
+        The epochs of each image size are rounded down, so that no epoch of the last size is lost.
+        """
+        factor = epochs / self.epochs
+        stages = [(size, count and math.floor(count * factor)) for size, count in parse_image_sizes(self.image_size)]
+        changes = {
+            "epochs": epochs,
+            "warmup_epochs": round(self.warmup_epochs * factor, 6),
+            "schedule_epochs": self.schedule_epochs and self.schedule_epochs * factor,
+            "image_size": ",".join(f"{size}:{count}" if count else f"{size}" for size, count in stages if count != 0),
+        }
+        return self.model_copy(update=changes)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:

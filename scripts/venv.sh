@@ -1,9 +1,9 @@
-# Sourced by the other scripts: sets `root` and `venv`, and creates or updates .venv. Needs Python 3.11 or later (the
-# interpreter named by the variable PYTHON, else python3). The stamp is written last, so that an interrupted installation
-# is repeated.
+# Sourced by the other scripts: sets `root` and `venv`, and creates or updates .venv. If `extra` is set, that extra of
+# pyproject.toml is installed too. Needs Python 3.11 or later (the interpreter named by the variable PYTHON, else
+# python3). The stamp is written last, so that an interrupted installation is repeated.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
-stamp="$venv/installed-pyproject.toml"
+stamp="$venv/installed-${extra:-package}-pyproject.toml"
 if ! cmp -s "$root/pyproject.toml" "$stamp"; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -12,6 +12,6 @@ if ! cmp -s "$root/pyproject.toml" "$stamp"; then
   }
   echo "installing into .venv (once; a few minutes the first time)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[dev]" >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" >&2
   cp "$root/pyproject.toml" "$stamp"
 fi

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from fastcifar import device
 from fastcifar.cli.tables import diagnostics_table
+from fastcifar.device import EXTRA_MODULES, extra_remedy
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
 
@@ -183,3 +187,19 @@ def test_environment_describes_the_device_without_the_name_of_the_kernel_build(m
     assert (cpu.cuda, cpu.cudnn) == (None, None)
     assert (gpu.device, gpu.cudnn) == ("a GPU", 90_000)
     assert cpu.platform == f"{platform.system()}-6.18-{platform.machine()}"
+
+
+def test_extras_and_their_modules_are_those_of_the_project_file() -> None:
+    document = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = document["project"]["optional-dependencies"]
+    assert list(EXTRA_MODULES) == [name for name in extras if name != "dev"]
+    for extra, modules in EXTRA_MODULES.items():
+        packages = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}  # type: ignore[index]
+        for module in modules:
+            assert module == "torch.utils.tensorboard" or module.partition(".")[0] in packages
+            assert extra_remedy(module).startswith(f"pip install '.[{extra}]'")
+
+
+def test_no_hint_installs_the_package_from_a_registry() -> None:
+    for path in (Path(__file__).parents[1] / "fastcifar").rglob("*.py"):
+        assert not re.search(r"install[^\n]*fastcifar\[", path.read_text("utf-8")), path

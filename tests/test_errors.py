@@ -11,7 +11,7 @@ def test_exit_codes_are_those_documented() -> None:
     names = ["UsageError", "DataError", "CheckpointError", "NonFiniteError", "InsufficientMemoryError", "DiskError"]
     codes = {kind.__name__: kind.exit_code for kind in errors.UserError.__subclasses__() if kind.exit_code != 1}
     assert codes == {**dict(zip(names, range(2, 8), strict=True)), "DeviceError": 8}
-    assert errors.Interrupted("SIGTERM", 143, 7, "last.pt").exit_code == 143
+    assert errors.Interrupted("SIGTERM", 143, 7, "runs/a").exit_code == 143
 
 
 def test_messages_of_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
-from fastcifar.recipe import SECTION_STARTS, Recipe, section_fields
+from fastcifar.recipe import SECTION_STARTS, Recipe, default_val_size, section_fields
 from fastcifar.recipes import load_recipe_values, shipped_recipes
 
 
 def test_defaults_are_row_3_with_a_validation_split() -> None:
     recipe = Recipe()
-    assert (recipe.arch, recipe.epochs, recipe.batch_size, recipe.val_size) == ("se68", 200, 128, 5000)
+    assert (recipe.arch, recipe.epochs, recipe.batch_size, recipe.val_size) == ("se68", 200, 128, None)
+    assert (default_val_size(50_000), default_val_size(1000), default_val_size(5)) == (5000, 100, 1)
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay) == ("lookahead:sgd", 0.1, 5e-4)
     assert (recipe.schedule, recipe.min_lr, recipe.clip_grad) == ("cosine", 0.0, "value:0.1")
     assert recipe.eval_weights == "last"
@@ -49,6 +50,33 @@ VALUES = st.builds(
     drop_last=st.booleans(),
     optimizer_arg=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.booleans() | st.integers(0, 9)),
 )
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected", "message"),
+    [
+        ("quick", {"epochs": "1"}, {"warmup_epochs": 0.2}, "from 12 epochs to 1: --warmup-epochs 0.2 instead of 2.4"),
+        ("quick", {"epochs": 24}, {"warmup_epochs": 4.8}, "--warmup-epochs 4.8 instead of 2.4"),
+        ("quick", {"epochs": 12}, {"warmup_epochs": 2.4}, ""),
+        ("quick", {"epochs": 1, "warmup_epochs": 0.5}, {"warmup_epochs": 0.5}, ""),
+        ("speed94", {"epochs": 2}, {"image_size": "32"}, "--image-size 32 instead of 24:5,28:3,32"),
+        ("speed94", {"epochs": 22}, {"image_size": "24:10,28:6,32"}, "--image-size 24:10,28:6,32 instead of"),
+        ("speed94", {"epochs": 2, "image_size": "16:1,32"}, {"image_size": "16:1,32"}, ""),
+        # its schedule is deliberately longer than the run
+        ("mini", {"epochs": 3}, {"epochs": 3, "schedule_epochs": 200}, ""),
+        # a resumed run keeps its own options
+        ("quick", {"epochs": 24, "resume": "auto"}, {"warmup_epochs": 2.4}, ""),
+        (None, {"epochs": 3}, {"epochs": 3, "warmup_epochs": 0.0}, ""),
+    ],
+)
+def test_a_recipe_is_scaled_to_another_number_of_epochs(
+    source: str | None, options: dict, expected: dict, message: str
+) -> None:
+    recipe = Recipe.make(source, **options)
+    assert {name: getattr(recipe, name) for name in expected} == expected
+    assert recipe.epochs == int(options["epochs"])
+    text = Recipe.describe_scaling(source, **options)
+    assert message in text if message else text == ""
 
 
 @given(VALUES)

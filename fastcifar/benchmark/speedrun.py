@@ -146,7 +146,7 @@ def plan_speedrun(
     if recipe.eval_weights == "best" or resolved.schedule.uses_val_loss:
         problem = "a speedrun does not evaluate on a validation split during training"
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")
-    if eval_split == "val" and not recipe.val_size:
+    if eval_split == "val" and recipe.val_size == 0:
         raise UsageError("--eval-split val needs a validation split", "set --val-size")
     config = recipe.model_dump(mode="json", exclude=set(PER_RUN_OPTIONS))
     if not str(recipe.data).startswith("synthetic"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -18,6 +19,7 @@ from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument
 from fastcifar.device import as_memory_error
 from fastcifar.errors import DeviceError, UsageError, UserError, print_warning
 from fastcifar.recipe import Recipe, section_fields
+from fastcifar.recipes import shipped_recipes
 from fastcifar.renamed import renaming_remedy
 
 SIGINT_EXIT_CODE, BROKEN_PIPE_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 141, 143  # 128 + the number of the signal
@@ -34,7 +36,7 @@ app.add_typer(runs_app, name="runs")
 
 
 @app.callback(invoke_without_command=True)
-def root_command(version: bool = switch("--version", "print the version and exit")) -> None:
+def root_command(version: bool = switch("--version", "print the version and exit", "-V")) -> None:
     """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
     if version:
         typer.echo(f"fastcifar {__version__}")
@@ -46,23 +48,30 @@ def train(
     console: Console,
     recipe: str | None = RECIPE,
     dry_run: bool = switch("--dry-run", "run a few steps and estimate the time and memory of the whole run"),
+    print_config: bool = switch("--print-config", "print all options of the run as a recipe file, and exit"),
     **options: Any,
 ) -> Output:
     """Train a network, evaluate it once on the test set, and save both in a run folder.
 
     Options given here override the recipe; the recipe overrides the defaults.
     """
+    resolved = Recipe.make(recipe, **options)
+    if print_config:
+        return Output(resolved, lambda recipe: recipe.to_toml().rstrip("\n"))
+
     from fastcifar.training.dry_run import dry_run as estimate_run
+    from fastcifar.training.progress import print_lines
     from fastcifar.training.trackers import view_commands
     from fastcifar.training.train import train as run
 
     console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
-    resolved = Recipe.make(recipe, **options)
+    if scaling := Recipe.describe_scaling(recipe, **options):
+        print_lines(console, [scaling])
     if dry_run:
         return Output(estimate_run(resolved), tables.dry_run_table)
     summary = run(resolved, recipe, console)
-    commands = view_commands(summary.config["track"], Path(summary.run))
-    return Output(summary, tables.summary_table, last_lines=commands)
+    lines = [*tables.next_commands(summary), *view_commands(summary.config["track"], Path(summary.run))]
+    return Output(summary, tables.summary_table, last_lines=lines)
 
 
 @command(app, "eval", fields=EVALUATION_FIELDS)
@@ -363,6 +372,9 @@ def report_error(error: Exception) -> int:
             return _print_error(f"no such option: {flag}; {remedy}", UsageError.exit_code)
     if hasattr(error, "format_message"):  # a ClickException, such as an unknown option
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        extra = re.fullmatch(r".*unexpected extra argument\(?s?\)? \((\S+).*\)", message)
+        if extra and extra[1] in shipped_recipes():
+            message += f"; did you mean --recipe {extra[1]}?"
         return _print_error(message, getattr(error, "exit_code", UsageError.exit_code))
     raise error
 

@@ -12,15 +12,16 @@ import typer
 from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 
+from fastcifar.cli.completion import TABLES, complete_from_tables, complete_recipe, complete_run
 from fastcifar.format import add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_STARTS, Recipe, section_fields
 
 METAVARS = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def argument(default: Any, metavar: str, help_text: str) -> Any:
+def argument(default: Any, metavar: str, help_text: str, **settings: Any) -> Any:
     """Return the declaration of a positional argument, which is required if `default` is `...`."""
-    return typer.Argument(default, metavar=metavar, help=help_text)
+    return typer.Argument(default, metavar=metavar, help=help_text, **settings)
 
 
 def option(default: Any, metavar: str, help_text: str, *flags: str, **settings: Any) -> Any:
@@ -33,8 +34,8 @@ def switch(flag: str, help_text: str, *further_flags: str) -> Any:
     return typer.Option(False, flag, *further_flags, help=help_text)
 
 
-RUN = argument(..., "RUN|CKPT", "run folder or checkpoint file")
-RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file")
+RUN = argument(..., "RUN|CKPT", "run folder or checkpoint file", autocompletion=complete_run)
+RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file", autocompletion=complete_recipe)
 CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
 JSON = switch("--json", "print one JSON document as the last line of stdout")
 DEBUG = switch("--debug", "print the traceback of an error")
@@ -110,6 +111,12 @@ def _option_parameter(name: str) -> inspect.Parameter:
     elif field.default is not None and field.default is not False and field.default != {}:
         help_text += f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
     value_type: Any = list[str] if name == "optimizer_arg" else str
+    if name in TABLES:
+        details["autocompletion"] = complete_from_tables(name)
+    elif name == "resume":
+        details["autocompletion"] = complete_run
+    elif choices:
+        details["autocompletion"] = lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
     if bool in types:
         value_type = bool
         flag += "" if field.default is False else f"/--no-{flag[2:]}"

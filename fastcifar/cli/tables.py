@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -16,6 +17,7 @@ from fastcifar.format import (
     key_value_table,
     numeric_table,
 )
+from fastcifar.recipe import Recipe
 
 if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # these modules import torch
     from fastcifar.evaluation.evaluate_run import EvalResult
     from fastcifar.evaluation.export import ExportResult
     from fastcifar.evaluation.predict import PredictResult
-    from fastcifar.models.describe import FittedWidth, NetworkLayers, NetworkSize
+    from fastcifar.models.describe import Architecture, FittedWidth, NetworkLayers
     from fastcifar.training.dry_run import DryRunEstimate
     from fastcifar.training.summary import RunSummary
 
@@ -49,6 +51,19 @@ def summary_table(summary: RunSummary) -> Table:
         "peak memory": format_memory(summary.peak_memory_bytes),
     }
     return key_value_table(rows)
+
+
+def next_commands(summary: RunSummary) -> list[str]:
+    """Return lines with the commands that a user may want to run after `fastcifar train`."""
+    run = shlex.quote(summary.run)
+    resume = f"fastcifar train --resume {run}" + (f" --epochs {2 * summary.epochs}" if summary.complete else "")
+    commands = {
+        "compare with other runs": f"fastcifar report {run} RUN ...",
+        "predict, as for Kaggle": f"fastcifar predict {run} INPUT --out submission.csv",
+        "train longer" if summary.complete else "continue": resume,
+    }
+    width = max(map(len, commands))
+    return ["next:", *(f"  {purpose:<{width}}  {command}" for purpose, command in commands.items())]
 
 
 def export_table(result: ExportResult) -> Table:
@@ -162,11 +177,16 @@ def dataset_table(result: DatasetDescription) -> Group:
     return Group(key_value_table(rows), "", classes)
 
 
-def architectures_table(architectures: list[NetworkSize]) -> Table:
-    """Return a table of architectures."""
+def architectures_table(architectures: list[Architecture]) -> Table:
+    """Return a table of architectures; those over the default parameter budget are marked with an asterisk."""
     table = numeric_table(["name"], ("parameters", "MACs"), title="architectures")
+    table.add_column("description", overflow="fold")
+    table.caption = f"* more than {Recipe.model_fields['max_params'].default:,} parameters: needs --max-params"
+    table.caption_justify = "left"
     for network in architectures:
-        table.add_row(network["name"], f"{network['params']:,}", f"{network['macs'] / 1e6:,.2f} M")
+        mark = " " if network["within_budget"] else "*"
+        macs = f"{network['macs'] / 1e6:,.0f} M"
+        table.add_row(network["name"], f"{network['params']:,}{mark}", macs, network["description"])
     return table
 
 

@@ -176,7 +176,7 @@ def _validation_split(loaded: LoadedRun, train: Split) -> tuple[Split, str]:
         reason = "the checkpoint does not record a validation split"
     elif recipe.val_size == 0:
         reason = "the run had no validation split"
-    elif recipe.val_size >= len(train.labels):
+    elif recipe.val_size is not None and recipe.val_size >= len(train.labels):
         sizes = f"{recipe.val_size:,} images, but this data set has only {len(train.labels):,} training images"
         reason = f"the run's validation split has {sizes}"
     return split_validation(train, 0 if reason else recipe.val_size, recipe.val_seed)[1], reason

@@ -39,7 +39,6 @@ INPUT_DESCRIPTIONS = {
     "normalized": "`images`: float32 [n, 3, 32, 32], RGB in [0, 1], minus the mean, divided by the standard deviation",
 }
 OUTPUT_TYPES = ("probabilities", "logits")
-ONNX_REMEDY = "pip install onnx onnxscript onnxruntime"
 BATCH_DIMENSION = {0: torch.export.Dim("batch", min=1)}
 
 TensorFunction = Callable[[Tensor], Tensor]
@@ -88,7 +87,7 @@ class ExportFormat:
 
 
 def _write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    import_optional("onnxscript", ONNX_REMEDY)
+    import_optional("onnxscript")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": [deployed.output_type]}
     shapes = {"images": BATCH_DIMENSION}
     torch.onnx.export(
@@ -97,7 +96,7 @@ def _write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
 
 
 def _load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
-    runtime = import_optional("onnxruntime", ONNX_REMEDY)
+    runtime = import_optional("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([deployed.output_type], {"images": images.numpy()})[0])
 
@@ -245,7 +244,11 @@ def _write_model_card(
                 f"`{_md5(split.labels)}`"
                 for name, split in (("train", data.train), ("test", data.test))
             ),
-            f"validation split: {recipe.val_size:,} of the training images, `val_seed` {recipe.val_seed}",
+            *(
+                [f"validation split: {recipe.val_size:,} of the training images, `val_seed` {recipe.val_seed}"]
+                if recipe.val_size is not None
+                else []
+            ),
         ],
         "Training": _training_section(loaded),
         "Results": _results_section(loaded, run_dir),

@@ -58,6 +58,29 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 
+# name -> description in `fastcifar models`
+DESCRIPTIONS = {
+    "resnet": "an SE-ResNet from --blocks, --channels, --se and other options",
+    "se68": "the default: 4, 4, 3 blocks, one SE layer after the stem",
+    "se55": "four stages of two blocks, one SE layer after the stem",
+    "se68_block": "se68 with an SE layer in every block",
+    "se68_none": "se68 without SE",
+    "coconut_leaky": "bottleneck blocks, LeakyReLU in stages 3 and 4",
+    "coconut_se": "bottleneck blocks, SE in stage 3",
+    "coconut_2452": "bottleneck blocks, SE and LeakyReLU in stages 3 and 4",
+    "coconut_sep": "bottleneck blocks, separable convolutions in stages 3 and 4",
+    "coconut_over": "bottleneck blocks, SE in stages 3 and 4",
+    "res512a": "ResNet-10 with up to 512 channels",
+    "res512b": "deeper and narrower than res512a",
+    "res512c": "three stages, 512 channels in the last",
+    "res512d": "res512a with LeakyReLU and dropout",
+    "speednet": "early pooling, no shortcuts: for minutes on a CPU",
+    "speed94": "whitening stem: for 94 % in the shortest time",
+    "speed95": "whitening stem, wider: for 95 %",
+    "speed96": "whitening stem, deeper: for 96 %",
+    "resnet18": "the usual baseline",
+}
+
 # The options of a recipe that are keyword arguments of architectures; `build_model` accepts others too.
 MODEL_OPTIONS = tuple(name for name in section_fields("network") if name not in ("arch", "max_params"))
 

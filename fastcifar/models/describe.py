@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, build_model, model_options
+from fastcifar.models import DESCRIPTIONS, MODELS, build_model, model_options
 from fastcifar.models.count import LayerRow, count_macs, count_parameters, layer_table
 from fastcifar.recipe import Recipe
 
@@ -25,6 +25,13 @@ class NetworkSize(TypedDict):
     macs: int
 
 
+class Architecture(NetworkSize):
+    """An entry of `MODELS`, and whether it has at most the parameters that `--max-params` allows by default."""
+
+    description: str
+    within_budget: bool
+
+
 class NetworkLayers(NetworkSize):
     """A network and its layers in forward order."""
 
@@ -38,9 +45,14 @@ class FittedWidth(NetworkSize):
     budget: int
 
 
-def describe_architectures() -> list[NetworkSize]:
-    """Return the size of every entry of `MODELS` with its default options."""
-    return [_network_size(name, _build_on_meta_device(name)) for name in MODELS]
+def describe_architectures() -> list[Architecture]:
+    """Return the size of every entry of `MODELS` with its default options, and its description if it has one."""
+    budget = Recipe.model_fields["max_params"].default
+    sizes = [_network_size(name, _build_on_meta_device(name)) for name in MODELS]
+    return [
+        {**size, "description": DESCRIPTIONS.get(size["name"], ""), "within_budget": size["params"] <= budget}
+        for size in sizes
+    ]
 
 
 def describe_layers(recipe: Recipe) -> NetworkLayers:

@@ -155,7 +155,7 @@ def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
     if name == "test_acc":
         return (run.summary.test_acc, run.summary.total) if run.summary else (None, 0)
     accuracy = run.summary.val_acc if run.summary else _last_value([row["val_acc"] for row in run.metric_rows])
-    return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), run.options["val_size"]
+    return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), run.options["val_size"] or 0
 
 
 def run_comparison_table(comparison: RunComparison) -> Group:

@@ -33,7 +33,6 @@ from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.records import RunRecord, read_records
 from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
 
-HTML_REMEDY = "pip install 'fastcifar[html]'"
 MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
 REPORTED_PACKAGES = ("torch", *DALI_PACKAGES, "fastcifar")  # packages whose versions affect results most
 
@@ -74,7 +73,7 @@ def build_report(
         if html.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--html {html} is not the name of an HTML file", "give a name that ends in .html")
         for module in ("jinja2", "plotly.offline"):
-            import_optional(module, HTML_REMEDY)
+            import_optional(module)
         if not html.parent.is_dir():
             raise DiskError(f"cannot write {html}: no folder {html.parent}", "give an existing folder")
     if plots:
@@ -250,7 +249,7 @@ def write_html_report(
         rows.append({name: (add_wrap_points(text), sort_values[name]) for name, text in texts.items()})
     per_class = table.class_accuracies
     class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
-    jinja = import_optional("jinja2", HTML_REMEDY)
+    jinja = import_optional("jinja2")
     source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")
     template = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(source)
     content = template.render(
@@ -271,7 +270,7 @@ def write_html_report(
         misclassified_by_group=misclassified_by_group,
         data_uri=_data_uri,
         environments=_count_environments(groups),
-        plotly_js=import_optional("plotly.offline", HTML_REMEDY).get_plotlyjs(),
+        plotly_js=import_optional("plotly.offline").get_plotlyjs(),
     )
     try:
         write_atomically(path, content.encode())

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcifar.device import as_memory_error, import_optional
+from fastcifar.device import as_memory_error, extra_remedy, import_optional
 from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, first_message_line, lookup, print_warning
 from fastcifar.files import is_locked
 from fastcifar.format import option_flag
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 RAY_MAX_RETRIES = 3  # for a Ray task whose worker process dies
 CHECKPOINT_TIMEOUT_S = 30  # time for a trial that is being terminated to write its checkpoint
-RAY_REMEDY = "pip install 'fastcifar[sweep]', or use --executor processes"
 # files of a run folder that are copied from the disk of another machine
 RETURNED_FILES = ("recipe.toml", "env.json", "metrics.csv", "events.jsonl", "summary.json")
 
@@ -87,7 +86,7 @@ def ray_executor(options: ExecutorOptions) -> Executor:
 
     A task whose worker process dies is retried; it resumes if it can read its run folder.
     """
-    ray = import_optional("ray", RAY_REMEDY)
+    ray = import_optional("ray", f"{extra_remedy('ray')}, or use --executor processes")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     cores = options.jobs and options.jobs * (options.cpus or 1)
     local_options = {"num_cpus": cores, "include_dashboard": False} if options.address == "local" else {}

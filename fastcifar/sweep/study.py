@@ -20,7 +20,6 @@ from fastcifar.training.run_dir import EpochCallback
 from fastcifar.training.summary import RunSummary
 
 JOURNAL_FILE = "study.log"
-OPTUNA_REMEDY = "pip install 'fastcifar[sweep]'"
 
 # name -> pruner; `median:5` starts to prune after 5 completed trials, `asha:4` keeps one of 4 trials at each stage
 PRUNERS: dict[str, Callable[[ModuleType, int | None], Any]] = {
@@ -151,7 +150,7 @@ def optuna_epoch_callback(trial_ref: TrialRef, epochs: int) -> EpochCallback:
 
 def import_optuna() -> Any:
     """Import Optuna and silence its progress messages. Raises `UsageError` if it is not installed."""
-    optuna = import_optional("optuna", OPTUNA_REMEDY)
+    optuna = import_optional("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -19,7 +19,7 @@ from fastcifar.data import cifar
 from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.files import load_toml, lock_folder, write_atomically
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, default_val_size
 from fastcifar.renamed import renamed_options
 from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executor
 from fastcifar.sweep.study import OptunaStudy
@@ -155,7 +155,8 @@ def count_training_steps(recipe: Recipe) -> int | None:
     """Return the training steps of a run, or None if the data set is not on disk or does not fit the recipe."""
     try:
         images = len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
-        slicing = BatchSlicing(images - recipe.val_size, recipe.batch_size, recipe.drop_last)
+        val_size = default_val_size(images) if recipe.val_size is None else recipe.val_size
+        slicing = BatchSlicing(images - val_size, recipe.batch_size, recipe.drop_last)
     except UserError:
         return None
     steps = recipe.epochs * slicing.steps_per_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.data.normalization import mean_color
 from fastcifar.device import enable_deterministic_algorithms
+from fastcifar.recipe import default_val_size
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
 from fastcifar.training.lr_schedule import LRSchedule
@@ -42,6 +44,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
     train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
+    resolved = replace(resolved, recipe=recipe.model_copy(update={"val_size": len(val_split.labels)}))
     start_time = time.perf_counter()
     loader = build_loader(resolved, train_split, world)
     if initialize := getattr(model, "init_whitening", None):
@@ -76,11 +79,13 @@ def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
-def split_validation(train: Split, val_size: int, val_seed: int) -> tuple[Split, Split]:
+def split_validation(train: Split, val_size: int | None, val_seed: int) -> tuple[Split, Split]:
     """Split `train` into training images and `val_size` validation images, stratified by class.
 
-    The same `val_seed` selects the same images.
+    The same `val_seed` selects the same images. If `val_size` is None, `default_val_size` determines it.
     """
+    if val_size is None:
+        val_size = default_val_size(len(train.labels))
     if val_size == 0:
         return train, Split(train.images[:0], train.labels[:0])
     indices = cifar.stratified_split(train.labels, val_size, val_seed)

@@ -129,16 +129,7 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
         problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
-    factor = epochs / recipe.epochs
-    # the epochs of each stage are rounded down, so that no epoch of the last image size is lost
-    stages = [(size, count and math.floor(count * factor)) for size, count in trainer.resolved.image_sizes]
-    changes = {
-        "epochs": epochs,
-        "warmup_epochs": recipe.warmup_epochs * factor,
-        "schedule_epochs": recipe.schedule_epochs and recipe.schedule_epochs * factor,
-        "image_size": ",".join(f"{size}:{count}" if count else str(size) for size, count in stages if count != 0),
-    }
-    scaled = recipe.model_copy(update=changes)
+    scaled = recipe.scale_to_epochs(epochs)
     trainer.resolved = resolve(scaled, trainer.execution)
     trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
 
@@ -155,8 +146,9 @@ def dry_run(recipe: Recipe) -> DryRunEstimate:
         trainer.optimize()
     fit_epochs_to_time_budget(trainer, clock.total_s())
     timing = measure_step_timing(trainer)
-    train_s = trainer.total_steps * timing.step_s
-    eval_s = trainer.recipe.epochs * timing.epoch_s(trainer) - train_s + timing.test_s(trainer)
+    train_s = trainer.planned_steps * timing.step_s
+    epochs = math.ceil(trainer.planned_steps / trainer.loader.steps_per_epoch)
+    eval_s = epochs * trainer.images_per_validation * timing.eval_s_per_image + timing.test_s(trainer)
     seconds = {**clock.seconds, "train": train_s, "eval": eval_s}
     seconds["total"] = sum(seconds.values())
     return {
@@ -165,7 +157,7 @@ def dry_run(recipe: Recipe) -> DryRunEstimate:
         "params": count_parameters(trainer.model),
         "macs": count_macs(trainer.model),
         "epochs": trainer.recipe.epochs,
-        "steps": trainer.total_steps,
+        "steps": trainer.planned_steps,
         "step_s": timing.step_s,
         "images_per_s": recipe.batch_size / timing.step_s,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},

@@ -1,14 +1,18 @@
-"""Progress display of a training run: one line per epoch and, on a terminal, a progress bar."""
+"""Progress display of a training run: a table with a row per epoch and, on a terminal, a progress bar."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from fastcifar.format import format_short_number
-from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
+from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.step import Metrics
 from fastcifar.training.trainer import Trainer
 
@@ -20,6 +24,47 @@ def print_lines(console: Console | None, lines: list[str]) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@contextmanager
+def show_compilation(console: Console | None, trainer: Trainer) -> Iterator[None]:
+    """Say that the `with` block compiles the network, if it does: with a spinner on a terminal, else in a line."""
+    text = "compiling the network: about a minute, once per machine ..."
+    if not trainer.execution.compile:
+        yield
+    elif console and console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        print_lines(console, [text])
+        yield
+
+
+def format_loss(loss: float) -> str:
+    """Format a loss with four decimals, or with three significant digits from 1000 on."""
+    return f"{loss:.4f}" if abs(loss) < 1000 else f"{loss:.3g}"
+
+
+@dataclass(frozen=True)
+class EpochColumn:
+    """A column of the table of epochs: the number of characters, and the text of a value in `EpochRow`."""
+
+    key: str
+    width: int
+    format: Callable[[float], str]
+
+
+# heading -> column; a metric that is None in the first row has no column. Together they have 80 characters.
+EPOCH_COLUMNS = {
+    "train_loss": EpochColumn("train_loss", 10, format_loss),
+    "train_acc": EpochColumn("train_acc", 9, "{:.4f}".format),
+    "val_loss": EpochColumn("val_loss", 8, format_loss),
+    "val_acc": EpochColumn("val_acc", 7, "{:.4f}".format),
+    "ema_acc": EpochColumn("ema_val_acc", 7, "{:.4f}".format),
+    "lr": EpochColumn("lr", 9, "{:.3g}".format),
+    "images/s": EpochColumn("images_per_s", 8, format_short_number),
+    "seconds": EpochColumn("seconds", 7, "{:.0f}".format),
+}
+
+
 class TrainingDisplay:
     """Context manager that displays the progress of the training loop, if there is a console."""
 
@@ -27,19 +72,20 @@ class TrainingDisplay:
         self.console = console
         self.epochs, self.batch_size = trainer.recipe.epochs, trainer.recipe.batch_size
         self.last_update_time, self.steps_done = time.perf_counter(), trainer.progress.step
+        self.columns: dict[str, EpochColumn] = {}  # empty before the first row
         self.bar = Progress(
             "epoch {task.fields[epoch]}",
-            BarColumn(),
+            BarColumn(bar_width=None),
             "{task.percentage:>3.0f}%",
             "{task.fields[state]}",
-            TimeElapsedColumn(),
-            "left",
             TimeRemainingColumn(),
+            "left",
             console=console,
+            expand=True,
             disable=not (console and console.is_terminal),
         )
         self.task = self.bar.add_task(
-            "train", total=trainer.total_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
+            "train", total=trainer.planned_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
         )
 
     def __enter__(self) -> TrainingDisplay:
@@ -54,18 +100,17 @@ class TrainingDisplay:
         now = time.perf_counter()
         images_per_s = (steps_done - self.steps_done) * self.batch_size / max(now - self.last_update_time, 1e-9)
         self.last_update_time, self.steps_done = now, steps_done
-        state = f"loss {metrics.loss:.3f}  acc {metrics.accuracy:.3f}  {format_short_number(images_per_s)} images/s"
+        state = f"loss {metrics.loss:.3f} acc {metrics.accuracy:.3f} {format_short_number(images_per_s)} images/s"
         self.bar.update(self.task, completed=steps_done, epoch=f"{epoch + 1}/{self.epochs}", state=state)
 
     def show_epoch(self, row: EpochRow) -> None:
-        fields = [
-            f"epoch {row['epoch'] + 1}/{self.epochs}",
-            f"loss {row['train_loss']:.4f}",
-            f"acc {row['train_acc']:.4f}",
-            *(f"{name} {row[name]:.4f}" for name in ValidationMetrics.__annotations__ if row[name] is not None),
-            f"lr {row['lr']:.4g}",
-            f"{format_short_number(row['images_per_s'])} images/s",
-            f"{row['seconds']:.0f} s",
-        ]
-        print_lines(self.console, ["  ".join(fields)])
+        epoch = f"{row['epoch'] + 1}/{self.epochs}"
+        width = max(2 * len(str(self.epochs)) + 1, len("epoch"))
+        values: dict[str, Any] = {**row}
+        if not self.columns:
+            self.columns = {name: column for name, column in EPOCH_COLUMNS.items() if values[column.key] is not None}
+            headings = [f"{name:>{column.width}}" for name, column in self.columns.items()]
+            print_lines(self.console, [" ".join([f"{'epoch':>{width}}", *headings])])
+        texts = [f"{column.format(values[column.key]):>{column.width}}" for column in self.columns.values()]
+        print_lines(self.console, [" ".join([f"{epoch:>{width}}", *texts])])
         self.last_update_time = time.perf_counter()

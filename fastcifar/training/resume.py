@@ -23,7 +23,7 @@ from fastcifar.errors import (
 )
 from fastcifar.files import FolderLock, lock_folder
 from fastcifar.format import format_differences, format_option_value, option_flag
-from fastcifar.recipe import Recipe, section_fields
+from fastcifar.recipe import Recipe, default_val_size, section_fields
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.checkpoint import TrainingCheckpoint
@@ -162,7 +162,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     if is_in_run_folder:
         recipe_name = read_environment(folder).recipe or recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
-    merged, changes = merge_resumed_recipe(recipe, state["recipe"], path, state["epoch"])
+    merged, changes = merge_resumed_recipe(recipe, state["recipe"], path, state["epoch"], state["samples"])
     messages = [f"resume: from step {state['step']:,} of {path}, in a new run folder", *changes]
     return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
 
@@ -209,7 +209,8 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
         state = require_resumable_state(checkpoint.load_checkpoint(last), last) if last.is_file() else None
         saved = state["recipe"] if state else load_saved_recipe(folder)
         progress = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
-        merged, changes = merge_resumed_recipe(recipe, saved, folder, progress.epoch)
+        num_images = state["samples"] if state else None
+        merged, changes = merge_resumed_recipe(recipe, saved, folder, progress.epoch, num_images)
         if (folder / "summary.json").exists() and (stop_reason := progress.find_stop_reason(merged)):
             problem = f"{folder} is finished: {progress.epoch} epochs, {progress.step:,} steps"
             raise RunFinishedError(problem, f"give a larger {option_flag(stop_reason)} to continue it")
@@ -223,14 +224,19 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
 
 
 def merge_resumed_recipe(
-    recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int
+    recipe: Recipe, saved: dict[str, Any], source: Path, epochs_done: int, num_images: int | None = None
 ) -> tuple[Recipe, list[str]]:
     """Return the `saved` options, overridden by those of `recipe`, and a line for each change with its effect.
 
     With `--resume auto`, all options of `recipe` are used, otherwise only those that were set explicitly. The saved
-    `max_steps` is ignored, so that a run that stopped there can continue.
+    `max_steps` is ignored, so that a run that stopped there can continue. `num_images`: training images of the run,
+    without the validation split, if a checkpoint records them.
     """
     requested = recipe.model_dump(mode="json", exclude_unset=recipe.resume != "auto")
+    val_size = saved.get("val_size")
+    was_default = val_size is None or num_images is None or val_size == default_val_size(num_images + val_size)
+    if recipe.val_size is None and was_default:
+        requested.pop("val_size", None)  # a run records the size that was the default for its data set
     original = {**Recipe().model_dump(mode="json"), **saved}
     saved = {**original, "max_steps": None}
     if saved["time_budget"] is not None:

@@ -23,8 +23,6 @@ from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines
 from fastcifar.training.summary import RunSummary
 
-TENSORBOARD_INSTALL = "pip install 'tensorboard>=2.18,<3'"
-MLFLOW_INSTALL = "pip install 'mlflow>=3,<4'"
 MLFLOW_DATABASE, MLFLOW_ARTIFACTS, MLFLOW_RUN_ID_FILE = "mlflow.db", "mlflow-artifacts", "mlflow.json"
 MLFLOW_EXPERIMENT = "fastcifar"
 MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shows metric curves in MLflow's UI
@@ -100,7 +98,7 @@ class Tracker:
 
 def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
     """Open a new event file in `folder`/tensorboard, with a scalar for each column, and remove the old event files."""
-    library = import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL)
+    library = import_optional("torch.utils.tensorboard")
     from torch.utils.tensorboard.summary import hparams
 
     log_dir = folder / "tensorboard"
@@ -181,7 +179,7 @@ class TrackerSpec(NamedTuple):
 TRACKERS: dict[str, TrackerSpec] = {
     "tensorboard": TrackerSpec(
         open_tensorboard,
-        lambda runs_folder: import_optional("torch.utils.tensorboard", TENSORBOARD_INSTALL),
+        lambda runs_folder: import_optional("torch.utils.tensorboard"),
         lambda folder: f"tensorboard --logdir {shlex.quote(str(folder.parent))}",
     ),
     "mlflow": TrackerSpec(
@@ -219,7 +217,7 @@ def resolve_tracking_uri(runs_folder: Path) -> str:
 def _import_mlflow() -> Any:
     """Import MLflow without telemetry and without its log messages: the caller reports errors."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    mlflow = import_optional("mlflow", MLFLOW_INSTALL)
+    mlflow = import_optional("mlflow")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return mlflow

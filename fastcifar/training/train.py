@@ -6,6 +6,7 @@ steps; in a single process, the latter does not wait for the GPU.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
 from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
-from fastcifar.training.progress import TrainingDisplay, print_lines
+from fastcifar.training.progress import TrainingDisplay, print_lines, show_compilation
 from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
@@ -45,19 +46,19 @@ def train(
         with clock.phase("setup"):
             trainer = build_trainer(resolve(resume_point.recipe))
         print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
-        with clock.phase("compile"):
+        with clock.phase("compile"), show_compilation(console, trainer):
             trainer.optimize(start_loader=False)
             if resume_point.is_new:
                 fit_epochs_to_time_budget(trainer, clock.total_s())
             autotune(trainer)
             trainer.warm_up_loader()
         run = resume_point.open_run_on_all_ranks(trainer, clock, callbacks)
-        print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.total_steps:,} steps"])
+        print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.planned_steps:,} steps"])
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
-            name, checkpoint_path = signals.agreed_signal, str(run.checkpoint_path("last"))
-            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, checkpoint_path)
+            name = signals.agreed_signal
+            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, shlex.quote(str(run.folder)))
         summary = None
         if world.is_main_process:
             with clock.phase("eval"):

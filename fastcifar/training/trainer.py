@@ -94,6 +94,11 @@ class Trainer:
     def total_steps(self) -> int:
         return self.recipe.epochs * self.loader.steps_per_epoch
 
+    @property
+    def planned_steps(self) -> int:
+        """The number of steps after which training stops: `total_steps`, or fewer with `--max-steps`."""
+        return min(self.total_steps, self.recipe.max_steps or self.total_steps)
+
     def summary_lines(self) -> list[str]:
         official = "" if self.data.is_official else ", not the official files"
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> s
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "train --help", "models --help", "data show --help", "sweep --help", "--version", "train --lrr"],
+    ["--help", "train --help", "models --help", "data show --help", "sweep --help", "--version", "-V", "train --lrr"],
 )
 def test_fault25_help_version_and_unknown_options_import_no_heavy_module(arguments: str) -> None:
     code = (
@@ -49,6 +50,14 @@ def test_train_help_lists_every_option() -> None:
         assert flag in text, flag
 
 
+def test_print_config_prints_a_recipe_file(tmp_path: Path) -> None:
+    options = ("--recipe", "quick", "--epochs", "6", "--lr", "0.1")
+    text = fastcifar("train", *options, "--print-config", cwd=tmp_path).stdout
+    (tmp_path / "mine.toml").write_text(text)
+    assert Recipe.make(str(tmp_path / "mine.toml")) == Recipe.make("quick", epochs=6, lr=0.1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
+
+
 def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -56,7 +65,7 @@ def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     assert run.stdout.count("\n") == 1
     assert summary["steps"] == 5
     assert (tmp_path / summary["run"] / "summary.json").is_file()
-    assert "epoch 1/1" in run.stderr
+    assert re.search(r"^epoch train_loss .*\n +1/1 ", run.stderr, re.MULTILINE)
     scores = json.loads(fastcifar("eval", summary["run"], "--json", cwd=tmp_path).stdout)
     assert scores["test_acc"] == summary["test_acc"]
     assert scores["correct"] == round(scores["test_acc"] * scores["total"])
@@ -78,7 +87,14 @@ def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--recipe", str(tmp_path / "recipe.toml"), "--lr", "0.02", *tracked, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert not tracked or run.stdout.splitlines()[-1] == "tensorboard --logdir runs"
-    for words in ("lr=0.02", "clip_grad=none", "parameters", "test accuracy", "epoch 1/1", "device: cpu"):
+    for words in (
+        "lr=0.02",
+        "clip_grad=none",
+        "parameters",
+        "test accuracy",
+        "epoch train_loss train_acc",
+        "device: cpu",
+    ):
         assert words in run.stdout, words
     assert "\r" not in run.stdout
 
@@ -123,6 +139,7 @@ def test_bench_prints_one_json_document(tmp_path: Path) -> None:
         (("--batch-size", "100000"), 2, "--batch-size 100000 is larger"),
         (("--batchsize", "3"), 2, "--batch-size"),
         (("--recipe", "quik"), 2, "did you mean 'quick'?"),
+        (("quick",), 2, "did you mean --recipe quick?"),
         (("--data", "no/such/place"), 3, "no/such/place"),
         (("--cuda-graph",), 8, "--cuda-graph needs CUDA"),
         (("--blocks", "1,1,1"), 2, "--channels"),

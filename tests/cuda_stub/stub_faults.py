@@ -195,7 +195,7 @@ def copy_state_without_waiting() -> None:
     def wrap(copy: Callable[..., Any]) -> Callable[..., Any]:
         def copy_at_once(buffers: CopyBuffers, tensors: Any) -> Any:
             wait_stream = torch.cuda.Stream.wait_stream
-            setattr(torch.cuda.Stream, "wait_stream", lambda *_: None)
+            replace(torch.cuda.Stream, "wait_stream", lambda _: lambda *_: None)
             try:
                 return copy(buffers, tensors)
             finally:

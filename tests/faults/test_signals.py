@@ -125,7 +125,7 @@ def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
     step = last(out)["step"]
     assert 5 <= step < 15
     message = (
-        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is {out}/checkpoints/last.pt\n"
+        f"stopped by {signal.Signals(number).name} after step {step}; continue with: fastcifar train --resume {out}\n"
     )
     assert message in log.read_text()
     assert wait_for_exit(uninterrupted) == 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastcifar.cli.tables import architectures_table, layers_table, width_table
 from fastcifar.errors import UsageError
-from fastcifar.models import MODELS, count_parameters
+from fastcifar.models import DESCRIPTIONS, MODELS, count_parameters
 from fastcifar.models.describe import describe_architectures, describe_layers, fit_width_to_budget
 from fastcifar.recipe import Recipe
 from tests.models.networks import on_meta
@@ -21,7 +21,9 @@ SE68 = {"name": "se68", "params": 4_697_742, "macs": 798_690_304}
 def test_all_architectures_are_described_in_order() -> None:
     architectures = describe_architectures()
     assert [row["name"] for row in architectures] == list(MODELS)
-    assert SE68 in architectures
+    assert list(DESCRIPTIONS) == list(MODELS)
+    assert {**SE68, "description": DESCRIPTIONS["se68"], "within_budget": True} in architectures
+    assert [row["name"] for row in architectures if not row["within_budget"]] == ["coconut_over", "resnet18"]
     assert json.loads(json.dumps(architectures)) == architectures
     assert architectures_table(architectures).row_count == len(MODELS)
 

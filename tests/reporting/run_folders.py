@@ -30,7 +30,7 @@ def write_run(
 ) -> Path:  # fmt: skip
     """Write a run with one epoch for each of `val_accs`; without `finished` it has no summary, as if interrupted."""
     folder.mkdir(parents=True)
-    recipe = Recipe.make(**{"epochs": len(val_accs), **options})
+    recipe = Recipe.make(**{"epochs": len(val_accs), "val_size": 5000, **options})
     (folder / "recipe.toml").write_text(recipe.to_toml())
     document = {"recipe": name, "device": device, "versions": {"torch": "2.11.0", "fastcifar": "0.1"}}
     (folder / "env.json").write_text(json.dumps({**document, **(environment or {})}))

@@ -164,7 +164,7 @@ def test_unwritable_page_is_refused(tmp_path: Path, sweep: Path, monkeypatch: py
     with pytest.raises(UsageError, match=r"\.html"):
         build_report([sweep], html=tmp_path / "page.txt")
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
-    with pytest.raises(UsageError, match=r"fastcifar\[html\]"):
+    with pytest.raises(UsageError, match=r"install .\.\[html\]"):
         build_report([sweep], html=tmp_path / "page.html")
     monkeypatch.undo()
     pytest.importorskip("plotly", reason="plotly is not installed")

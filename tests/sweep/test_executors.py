@@ -194,6 +194,6 @@ def test_fault24_killed_ray_worker_is_retried(tmp_path: Path) -> None:
 
 def test_fault18_missing_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(UsageError, match=r"ray cannot be imported .*; pip install 'fastcifar\[sweep\]'"):
+    with pytest.raises(UsageError, match=r"ray cannot be imported .*; pip install '\.\[sweep\]'"):
         run_sweep(write_sweep_file(tmp_path), tmp_path / "out", "ray")
     assert not (tmp_path / "out").exists()

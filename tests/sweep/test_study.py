@@ -132,5 +132,5 @@ def test_options_that_a_study_does_not_support_are_refused(tmp_path: Path) -> No
 
 def test_fault18_missing_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match=r"optuna cannot be imported .*; pip install 'fastcifar\[sweep\]'"):
+    with pytest.raises(UsageError, match=r"optuna cannot be imported .*; pip install '\.\[sweep\]'"):
         run_sweep(write_study_file(tmp_path), tmp_path / "out")

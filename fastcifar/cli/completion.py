@@ -1,0 +1,59 @@
+"""Completion of option values in a shell, with names from the source code of the tables; torch is not imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fastcifar.recipes import shipped_recipes
+
+PACKAGE = Path(__file__).parents[1]
+
+# option -> source files and the literal dicts in them whose keys are the names that the option takes
+TABLES: dict[str, dict[str, str]] = {
+    "arch": {"models/__init__.py": "MODELS"},
+    "augment": {"data/augment.py": "AUGMENTS", "data/mixers.py": "MIXERS"},
+    "loader": {"data/loaders.py": "LOADERS"},
+    "optimizer": {"training/optimizers.py": "OPTIMIZERS"},
+    "schedule": {"training/lr_schedule.py": "SCHEDULES"},
+    "track": {"training/trackers.py": "TRACKERS"},
+    "tta": {"training/evaluate.py": "VIEWS"},
+}
+
+
+def table_keys(path: Path, table: str) -> list[str]:
+    """Return the keys, string literals, of the dict `table` at the top level of a Python file."""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == table for target in targets):
+            value = getattr(statement, "value", None)
+            assert isinstance(value, ast.Dict), (path, table)
+            return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    raise AssertionError((path, table))
+
+
+def complete_from_tables(name: str) -> Callable[[str], list[str]]:
+    """Return the completion function of the option `name` of `TABLES`; a list is completed in its last item."""
+
+    def complete(incomplete: str) -> list[str]:
+        done, comma, start = incomplete.rpartition(",")
+        names = (key for file, table in TABLES[name].items() for key in table_keys(PACKAGE / file, table))
+        return [f"{done}{comma}{key}" for key in names if key.startswith(start)]
+
+    return complete
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the shipped recipes and the TOML files in the current folder that begin with `incomplete`."""
+    return _matching([*shipped_recipes(), *sorted(map(str, Path().glob("*.toml")))], incomplete)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Return the run folders in runs/ that begin with `incomplete`, the newest first."""
+    folders = sorted(Path("runs").glob("*/"), key=lambda folder: folder.name[-16:], reverse=True)
+    return _matching(map(str, folders), incomplete)
+
+
+def _matching(names: Iterable[str], start: str) -> list[str]:
+    return [name for name in names if name.startswith(start)]
