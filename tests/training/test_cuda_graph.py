@@ -35,9 +35,9 @@ from fastcifar.training.trainer import Trainer
 from tests.training.optimizer_helpers import make_trainer
 
 
-def full_batches(trainer: Trainer, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def full_batches(trainer: Trainer, count: int) -> list[tuple[torch.Tensor, ...]]:
     """Return the first `count` full batches, over as many epochs as needed."""
-    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batches: list[tuple[torch.Tensor, ...]] = []
     epoch = 0
     while len(batches) < count:
         batches += [batch for batch in trainer.loader.batches(epoch) if len(batch[1]) == trainer.recipe.batch_size]

@@ -155,4 +155,4 @@ def test_whitening_layer_is_initialized_from_the_first_training_images(tiny: Cal
 def test_shipped_speed_recipes_resolve(name: str) -> None:
     recipe = Recipe.make(name)
     assert resolve(recipe).image_size_at(recipe.epochs - 1) == 32
-    assert recipe.val_size > 0
+    assert recipe.val_size != 0

@@ -18,7 +18,7 @@ from tests.training.optimizer_helpers import make_trainer, network
 CPU = torch.device("cpu")
 
 
-def first_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+def first_batch(trainer: Trainer) -> tuple[torch.Tensor, ...]:
     return next(iter(trainer.loader.batches(0)))
 
 
