@@ -112,7 +112,7 @@ TO_RESUME = {STOPPED: "stopped by the time limit; run the part again to resume"}
 
 PARTS: dict[str, Part] = {
     # the training step, the loader and the execution that `train` chooses on this machine
-    "doctor": Part(60, 60, [Command("doctor.json", "fastcifar doctor")]),
+    "doctor": Part(60, 60, [Command("doctor.json", "fastcifar doctor", "--check")]),
     # eager, compiled and captured steps, in fp32 and bf16, and host synchronizations
     "capture": Part(
         START + 2 * (COMPILE + CACHED) + 30,

@@ -112,10 +112,7 @@ def read_checks(document: dict[str, Any]) -> list[Figures]:
 
 
 def read_doctor(document: dict[str, Any]) -> list[Figures]:
-    verdict = (
-        document["check"]["verdict"] if "check" in document else document.get("error") or "; ".join(document["chosen"])
-    )
-    return [("verdict", "", "", verdict)]
+    return [("verdict", "", "", document.get("error") or document["check"]["verdict"])]
 
 
 def read_train(document: dict[str, Any]) -> list[Figures]:
