@@ -23,7 +23,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda_stub"))
 
 import results_folder
-from stub_build import CAPABILITIES, build_cached_library, find_missing_requirement, stub_environment
+from stub_build import (
+    CAPABILITIES,
+    build_cached_library,
+    find_missing_compile_requirement,
+    find_missing_requirement,
+    stub_environment,
+)
 
 from fastcifar.device import collect_environment
 
@@ -94,7 +100,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="number of capabilities at the same time, by default 1")
     parser.add_argument("--record", action="store_true", help="write a result folder")
     arguments = parser.parse_args()
-    if missing := find_missing_requirement():
+    if missing := find_missing_requirement() or find_missing_compile_requirement():
         raise SystemExit(f"the stub CUDA runtime {missing}")
     documents = []
     with ThreadPoolExecutor(arguments.jobs) as executor:

@@ -23,7 +23,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "cuda_stub"))
 
 import results_folder
-from stub_build import build_cached_library, find_missing_requirement, stub_environment
+from stub_build import (
+    build_cached_library,
+    find_missing_compile_requirement,
+    find_missing_requirement,
+    stub_environment,
+)
 
 from fastcifar.device import collect_environment
 
@@ -67,7 +72,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the recipe")
     parser.add_argument("--record", action="store_true", help="write a result folder")
     arguments = parser.parse_args()
-    if missing := find_missing_requirement():
+    if missing := find_missing_requirement() or find_missing_compile_requirement():
         raise SystemExit(f"the stub CUDA runtime {missing}")
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.option)}
     results = []

@@ -311,3 +311,16 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "| 0.2000 | a CPU | `a` |"
     )
     assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
+
+
+def test_spills_are_those_of_the_best_block_size() -> None:
+    def kernel(name: str, spilled: int, registers: int = 32) -> dict[str, Any]:
+        return {"workload": "step", "kernel": name, "registers": registers, "spill_store_bytes": spilled,
+                "shared_bytes": 512}  # fmt: skip
+
+    kernels = [kernel("avoidable", 64), kernel("avoidable", 0, 255), kernel("spilling", 16), kernel("spilling", 8)]
+    assert script("compiled_kernels").summarize(kernels) == {
+        "kernels": 2, "compiled": 4, "registers": 255, "shared_bytes": 512, "spilling": 1, "spill_bytes": 8,
+        "most_spilled": "spilling",
+    }  # fmt: skip
+    assert script("compiled_kernels").summarize([])["kernels"] == 0

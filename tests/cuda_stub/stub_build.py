@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def find_missing_requirement() -> str | None:
     for header in REQUIRED_HEADERS:
         if not any((folder / header).is_file() for folder in folders):
             return f"needs the header {header} of CUDA 13: {HEADERS_REMEDY}"
+    return None
+
+
+def find_missing_compile_requirement() -> str | None:
+    """Return what is missing to compile kernels with torch.compile and Triton, with the remedy; None if nothing is."""
+    if not importlib.util.find_spec("triton"):
+        return "needs triton, which is not installed"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "needs Python.h to build the launcher of Triton: install the headers of Python, such as python3-dev"
     return None
 
 
