@@ -295,11 +295,11 @@ from fastcifar.training import cuda_graph
 def fail(*_):
     raise RuntimeError("planted in rank 1")
 
+option = sys.argv.pop(1)
 device.AUTOMATIC_CHOICES["compile"] = device.AUTOMATIC_CHOICES["cuda_graph"] = lambda _: (True, "test")
 fails = os.environ["RANK"] == "1"
-torch.compile = lambda function, **_: fail if fails and sys.argv[1] == "compile" else function
-cuda_graph.capture_cuda_graph = lambda work: fail() if fails and sys.argv[1] == "cuda_graph" else work
-sys.argv[1:] = sys.argv[2:]
+torch.compile = lambda function, **_: fail if fails and option == "compile" else function
+cuda_graph.capture_cuda_graph = lambda work: fail() if fails and option == "cuda_graph" else work
 app.main()
 """
 
