@@ -23,7 +23,7 @@ from typing import Any
 from stub_child import compile_one_configuration, ignore_values
 from stub_cudnn import replace_cudnn
 from stub_faults import replace
-from stub_recording import CHECKPOINT_THREAD, OUTSIDE, Recording
+from stub_recording import OUTSIDE, Recording
 
 import fastcifar
 from fastcifar.recipe import Recipe
@@ -31,10 +31,20 @@ from fastcifar.training import train as train_module
 from fastcifar.training.trainer import Trainer
 
 PACKAGE = str(Path(fastcifar.__file__).parent)
-FULL_STEPS = 10  # of an epoch, which ends with a step of half a batch
+FULL_STEPS = 64  # of an epoch, which ends with a step of half a batch
 VALIDATION_IMAGES = 500
 BETWEEN_EPOCHS, VALIDATION, CHECKPOINT = "between epochs", "validation", "checkpoint"
 
+# cause of launches, once or more a step -> its name in the tables; the other causes belong to an epoch
+PARTS_OF_STEPS = {
+    "first batch": "loader",
+    "next batch": "loader",
+    "learning rate": "learning rate",
+    "step": "step",  # copies to the inputs of its graph
+    "between steps": "between steps",
+    "Lookahead": "Lookahead",
+    "metrics": "metrics",
+}
 # pattern of a kernel's name -> what the kernel is; the first match counts
 KERNEL_GROUPS = {
     r"cudnn_convolution": "convolutions (library)",
@@ -115,14 +125,16 @@ def summarize(recording: LaunchRecording) -> dict[str, Any]:
     document = recording.document()
     counts, steps, epochs = document["counts"], document["steps"], document["epochs"]
 
-    def select(kind: str, per: Callable[[str], float]) -> dict[str, float]:
-        totals = {cause: sum(by_kind.get(kind, {}).values()) for cause, by_kind in counts.items() if cause != OUTSIDE}
-        return {cause: round(total / per(cause), 2) for cause, total in totals.items() if total}
+    def per_step(kind: str) -> dict[str, float]:
+        totals = tabulate((PARTS_OF_STEPS[cause], total) for cause, total in totals_of(kind) if cause in PARTS_OF_STEPS)
+        return {part: round(total / steps, 2) for part, total in totals.items()}
 
-    def num_calls(cause: str) -> int:
-        if cause in (BETWEEN_EPOCHS, VALIDATION, CHECKPOINT, CHECKPOINT_THREAD, "first batch"):
-            return epochs
-        return steps - epochs if cause == "next batch" else steps
+    def per_epoch(kind: str) -> dict[str, float]:
+        totals = tabulate((cause, total) for cause, total in totals_of(kind) if cause not in PARTS_OF_STEPS)
+        return {cause: round(total / epochs, 2) for cause, total in totals.items()}
+
+    def totals_of(kind: str) -> list[tuple[str, int]]:
+        return [(cause, sum(by_kind.get(kind, {}).values())) for cause, by_kind in counts.items() if cause != OUTSIDE]
 
     replays = counts.get("step", {}).get("replay", {})
     step_graph = max(replays, key=replays.get) if replays else ""
@@ -134,10 +146,13 @@ def summarize(recording: LaunchRecording) -> dict[str, Any]:
         "the same, by the line of the step": tabulate(
             (f"{line} [{group_of(kernel)}]", count) for (kernel, line), count in kernels.items()
         ),
-        "launches outside a graph, a step or epoch": select("launch", num_calls),
-        "replays, a step or epoch": select("replay", num_calls),
-        "host synchronizations, an epoch": select("synchronization", lambda _: epochs),
-        "copies of pageable memory, an epoch": select("pageable copy", lambda _: epochs),
+        "launches outside a graph, a step": per_step("launch"),
+        "launches outside a graph, an epoch": per_epoch("launch"),
+        "replays, a step": per_step("replay"),
+        "replays, an epoch": per_epoch("replay"),
+        "host synchronizations, a step": per_step("synchronization"),
+        "host synchronizations, an epoch": per_epoch("synchronization"),
+        "copies of pageable memory, an epoch": per_epoch("pageable copy"),
         "violations": {event["name"]: 1 for event in document["events"] if event["kind"] == "violation"},
     }
     rows = [
@@ -145,7 +160,7 @@ def summarize(recording: LaunchRecording) -> dict[str, Any]:
         for (kernel, line), count in kernels.most_common()
     ]
     outside = [
-        {"kernel": kernel, "cause": cause, "count": count / num_calls(cause)}
+        {"kernel": kernel, "cause": cause, "count": count, "steps": steps, "epochs": epochs}
         for cause, by_kind in counts.items()
         if cause != OUTSIDE
         for kernel, count in by_kind.get("launch", {}).items()
@@ -158,7 +173,7 @@ def tabulate(items: Iterable[tuple[str, int]]) -> dict[str, int]:
     totals: Counter[str] = Counter()
     for name, count in items:
         totals[name] += count
-    return {"total": sum(totals.values()), **dict(totals.most_common())}
+    return {"total": sum(totals.values()), **{name: count for name, count in totals.most_common() if count}}
 
 
 def main() -> None:
