@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from rich.console import Console, Group
+from rich.text import Text
 from torch import Tensor
 
 from fastcifar.device import ExecutionPlan
@@ -238,4 +239,4 @@ def check_tables(check: ExecutionCheck) -> Group:
             result.outcome,
         )
     limits = f"relative differences from eager mode; allowed: {check.loss_tolerance:g}, {check.update_tolerance:g}"
-    return Group(table, limits, "", f"verdict: {check.verdict}")
+    return Group(table, Text(limits), "", Text(f"verdict: {check.verdict}"))  # as text, without markup

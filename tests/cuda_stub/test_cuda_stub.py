@@ -20,7 +20,7 @@ from stub_faults import FAULTS
 CHILD = Path(__file__).parent / "stub_child.py"
 COMPILING_CHILD = CHILD.with_name("stub_kernels.py")
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 600
+TIMEOUT_S = 1800
 
 MISSING_REQUIREMENT = find_missing_requirement()
 pytestmark = pytest.mark.skipif(MISSING_REQUIREMENT is not None, reason=str(MISSING_REQUIREMENT))
