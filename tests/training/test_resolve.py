@@ -90,7 +90,7 @@ def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
     assert resolved.clip_grad == ("norm", 2.0)
     assert resolved.schedule.arg == 0.2
     trainer = build_trainer(resolved)
-    assert trainer.resolved is resolved
+    assert trainer.resolved == resolved
     assert trainer.schedule.spec is resolved.schedule
 
 
