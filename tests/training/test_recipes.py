@@ -88,7 +88,7 @@ def test_recipe_has_the_published_options(name: str) -> None:
         recipe.min_lr,
     ) == PUBLISHED[name]
     assert (recipe.weight_decay, recipe.bias_decay, recipe.schedule) == (5e-4, True, "cosine")
-    assert (recipe.warmup_epochs, recipe.ema_decay, recipe.val_size) == (0.0, 0.0, 5000)
+    assert (recipe.warmup_epochs, recipe.ema_decay, recipe.val_size) == (0.0, 0.0, None)
     assert (recipe.label_smoothing, recipe.patience) == ((0.01, 30) if name == "coconut" else (0.0, 0))
 
 
