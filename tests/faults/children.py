@@ -27,7 +27,7 @@ def start(work: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
-def wait_for_exit(process: Any, timeout_s: float = 120) -> int:
+def wait_for_exit(process: Any, timeout_s: float = 400) -> int:
     """Return the exit code of `process`; kill it and raise `AssertionError` if it does not end in time."""
     process.join(timeout_s)
     if process.exitcode is None:
@@ -36,7 +36,7 @@ def wait_for_exit(process: Any, timeout_s: float = 120) -> int:
     return process.exitcode
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 400) -> None:
     """Wait until `condition()` is true; raise `AssertionError` after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -55,7 +55,7 @@ def torchrun(*arguments: str, max_file_bytes: int = resource.RLIM_INFINITY) -> s
     )  # fmt: skip
 
 
-def wait(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
+def wait(process: subprocess.Popen[str], timeout_s: float = 400) -> tuple[int, str, str]:
     """Return the exit code, stdout and stderr of `process`; kill its session after `timeout_s` seconds."""
     try:
         out, err = process.communicate(timeout=timeout_s)
