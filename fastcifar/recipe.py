@@ -232,16 +232,13 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
         If they change the number of epochs of `source`, `scale_to_epochs` is applied before the other overrides.
         """
-        values = load_recipe_values(source) if source else {}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        return cls(**{**values, **cls._scaled_options(values, overrides), **overrides})
+        values, scaled, overrides = cls._load_scaled(source, overrides)
+        return cls(**{**values, **scaled, **overrides})
 
     @classmethod
     def describe_scaling(cls, source: str | None, **overrides: Any) -> str:
         """Return a sentence about the options that `make` scales to another number of epochs; "" if there are none."""
-        values = load_recipe_values(source) if source else {}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        scaled = {key: value for key, value in cls._scaled_options(values, overrides).items() if key not in overrides}
+        values, scaled, overrides = cls._load_scaled(source, overrides)
         if not scaled:
             return ""
         original = {**cls().model_dump(), **values}
@@ -253,19 +250,24 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return f"recipe {source}, scaled from {epochs}: {', '.join(changes)}"
 
     @classmethod
-    def _scaled_options(cls, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-        """Return the options of a recipe with `values` that change if the overrides set another number of epochs.
+    def _load_scaled(
+        cls, source: str | None, overrides: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the options of `source`, those of them to scale to other epochs, and the overrides that are not None.
 
-        There are none if its `schedule_epochs` differs from its `epochs`: then the length of the run is deliberately
-        not that of its schedule.
+        No option is scaled if the `schedule_epochs` of `source` differs from its `epochs`: then the length of the run
+        is deliberately not that of its schedule.
         """
+        values = load_recipe_values(source) if source else {}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         if not values or "epochs" not in overrides or "resume" in overrides:
-            return {}
+            return values, {}, overrides
         original = cls(**values)
         if original.schedule_epochs not in (None, original.epochs):
-            return {}
-        scaled = original.scale_to_epochs(cls(epochs=overrides["epochs"]).epochs).model_dump()
-        return {name: value for name, value in scaled.items() if name != "epochs" and value != getattr(original, name)}
+            return values, {}, overrides
+        options = original.scale_to_epochs(cls(epochs=overrides["epochs"]).epochs).model_dump().items()
+        scaled = {key: value for key, value in options if key not in overrides and value != getattr(original, key)}
+        return values, scaled, overrides
 
     def scale_to_epochs(self, epochs: int) -> Recipe:
         """Return the recipe for another number of epochs, with the same proportions of warm-up, schedule and resizing.

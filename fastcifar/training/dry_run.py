@@ -106,7 +106,7 @@ def autotune(trainer: Trainer) -> None:
         return
     if torch.cuda.get_device_properties(trainer.device).multi_processor_count < MIN_AUTOTUNE_MULTIPROCESSORS:
         return
-    steps_left = min(trainer.total_steps, trainer.recipe.max_steps or trainer.total_steps) - trainer.progress.step
+    steps_left = trainer.planned_steps - trainer.progress.step
     if not _autotuning_saves_time(steps_left * MAX_STEP_S):
         return
     if _autotuning_saves_time(trainer.world.broadcast_object(steps_left * measure_step_timing(trainer).step_s)):
