@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,9 +17,10 @@ from fastcifar.format import one_line
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_saved_recipe
 from fastcifar.renamed import upgrade_options
+from fastcifar.training.environment import RunEnvironment, read_environment
 from fastcifar.training.metrics_file import read_metrics
-from fastcifar.training.run_dir import RunEnvironment, read_environment
 from fastcifar.training.summary import RunSummary
+from fastcifar.training.trackers import MLFLOW_ARTIFACTS
 
 TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE = "trials.jsonl", "recipe.toml", "summary.json", "metrics.csv"
 MAX_METRIC_VALUE = 1e30  # larger metrics are dropped, because their mean can overflow
@@ -67,6 +68,27 @@ class RunRecord:
     def device(self) -> str:
         """The name of the device that the run used; "" if unknown."""
         return one_line(self.environment.device)
+
+
+def folder_kind(folder: Path) -> str | None:
+    """Return "sweep" or "run", or None for any other folder; recipe.toml alone, for example, does not make a run."""
+    if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
+        return "sweep"
+    is_run = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
+    return "run" if is_run else None
+
+
+def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
+    """Yield the runs and sweeps below `folder`, sorted by path, without those inside another run or sweep."""
+    try:
+        subfolders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for path in subfolders:
+        if folder_kind(path):
+            yield path
+        elif path.name != MLFLOW_ARTIFACTS and not path.name.startswith("."):  # MLflow keeps copies of recipes
+            yield from find_runs_and_sweeps(path)
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:

@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console, RenderableType
 
 from fastcifar import plotting
 from fastcifar._version import __version__
 from fastcifar.device import DALI_PACKAGES, import_optional
-from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError, lookup
-from fastcifar.evaluation.load_run import load_model
-from fastcifar.evaluation.metrics import compute_confusion_matrix
+from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import write_atomically
-from fastcifar.format import add_wrap_points, format_count, format_percent, one_line
+from fastcifar.format import add_wrap_points, format_count, one_line
 from fastcifar.plotting import LineSeries
 from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.records import RunRecord, read_records
 from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
+
+if TYPE_CHECKING:
+    from fastcifar.reporting.misclassified import Misclassified
 
 MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
 REPORTED_PACKAGES = ("torch", *DALI_PACKAGES, "fastcifar")  # packages whose versions affect results most
@@ -78,11 +78,14 @@ def build_report(
             raise DiskError(f"cannot write {html}: no folder {html.parent}", "give an existing folder")
     if plots:
         plotting.create_plots_dir(plots)
-    misclassified = {
-        group.name: find_misclassified(group, num_misclassified, console, **overrides)
-        for group in table.rows
-        if num_misclassified and group.finished_runs
-    }
+    misclassified = {}
+    if num_misclassified:
+        from fastcifar.reporting.misclassified import find_misclassified  # imports torch
+
+        finished = [group for group in table.rows if group.finished_runs]
+        misclassified = {
+            group.name: find_misclassified(group, num_misclassified, console, **overrides) for group in finished
+        }
     files = write_report_plots(plots, table, misclassified) if plots else []
     if html:
         names = [one_line(path.resolve().name) for path in paths]
@@ -98,65 +101,6 @@ def _describe_run(record: RunRecord) -> dict[str, Any]:
     test_acc, val_acc = (summary.test_acc, summary.val_acc) if summary else (None, None)
     run = {"run": str(record.folder), "seed": record.seed, "state": record.state, "reason": record.reason or None}
     return {**run, "test_acc": test_acc, "val_acc": val_acc}
-
-
-@dataclass(frozen=True, eq=False)
-class Misclassified:
-    """Test images that the models of a group misclassify, the most confident first."""
-
-    classes: list[str]
-    num_models: int
-    confusion_matrix: np.ndarray  # float64 [true class, predicted class], mean number of images over the models
-    images: np.ndarray  # uint8 [n, 32, 32, 3]
-    labels: np.ndarray  # int64 [n]
-    predictions: np.ndarray  # int64 [n]
-    confidences: np.ndarray  # float64 [n], mean probability of the predicted class over the models
-
-    def captions(self) -> list[str]:
-        """Return a caption such as `cat 98 %, not dog` for each image."""
-        return [
-            f"{self.classes[prediction]} {format_percent(confidence, 0)}, not {self.classes[label]}"
-            for prediction, confidence, label in zip(self.predictions, self.confidences, self.labels, strict=True)
-        ]
-
-
-def find_misclassified(group: RunGroup, count: int, console: Console | None = None, **overrides: Any) -> Misclassified:
-    """Evaluate the finished runs of `group` on the test set and return at most `count` misclassified images.
-
-    The predictions are those of the mean probabilities over the models, with the weights of the original evaluation.
-    `overrides` are those of `load_model`. Raises `CheckpointError` if the models have different classes.
-    """
-    matrices, probabilities, classes, test = [], [], None, None
-    for record in group.finished_runs:
-        assert record.summary
-        if console:
-            console.print(f"{record.folder}: evaluating on the test set", markup=False, highlight=False)
-        loaded = load_model(str(record.folder), record.summary.eval_weights, **overrides)
-        if classes not in (None, loaded.classes):
-            problem = f"{record.folder} has other classes than {group.finished_runs[0].folder}"
-            raise CheckpointError(problem, "report them separately")
-        classes, test = loaded.classes, loaded.load_dataset().test
-        loaded.compile_for(len(test.labels))
-        try:
-            logits = loaded.predict_logits(test)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{record.folder}: {error.problem}", error.remedy) from None
-        matrices.append(compute_confusion_matrix(logits, torch.from_numpy(test.labels)).double().numpy())
-        probabilities.append(logits.double().softmax(1).numpy())
-    assert classes
-    assert test
-    mean_probabilities = np.mean(probabilities, axis=0)
-    wrong = np.flatnonzero(mean_probabilities.argmax(1) != test.labels)
-    indices = wrong[np.argsort(-mean_probabilities[wrong].max(1), kind="stable")][:count]
-    return Misclassified(
-        classes=classes,
-        num_models=len(probabilities),
-        confusion_matrix=np.mean(matrices, axis=0),
-        images=test.images[indices].transpose(0, 2, 3, 1),
-        labels=test.labels[indices],
-        predictions=mean_probabilities[indices].argmax(1),
-        confidences=mean_probabilities[indices].max(1),
-    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from fastcifar.reporting.records import (
     RECIPE_FILE,
     SUMMARY_FILE,
     TRIALS_FILE,
+    find_runs_and_sweeps,
+    folder_kind,
     read_run_record,
     read_trial_log,
 )
@@ -60,27 +62,6 @@ class ListingEntry(TypedDict):
     bytes: int  # size of the files in the folder
     date: str  # start of the run or of the first run of the sweep
     trials: NotRequired[dict[str, int]]  # of a sweep: state -> number of trials
-
-
-def folder_kind(folder: Path) -> str | None:
-    """Return "sweep" or "run", or None for any other folder; recipe.toml alone, for example, does not make a run."""
-    if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
-        return "sweep"
-    is_run = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
-    return "run" if is_run else None
-
-
-def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
-    """Yield the runs and sweeps below `folder`, sorted by path, without those inside another run or sweep."""
-    try:
-        subfolders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-    except OSError:
-        return
-    for path in subfolders:
-        if folder_kind(path):
-            yield path
-        elif path.name != MLFLOW_ARTIFACTS and not path.name.startswith("."):  # MLflow keeps copies of recipes
-            yield from find_runs_and_sweeps(path)
 
 
 def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> list[ListingEntry]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import re
 import string
@@ -26,7 +25,6 @@ from fastcifar.format import (
     format_option_value,
     one_line,
 )
-from fastcifar.models import MODELS
 from fastcifar.reporting.aggregate import VALIDATION_SPLIT, RunGroup, varying_options
 
 # heading -> option, in the order of columns; the other options that differ between rows follow these
@@ -59,14 +57,9 @@ class ReportTable:
         accuracy, validation = group.accuracy(group.accuracy_split), group.accuracy(VALIDATION_SPLIT)
         weights = "/".join(sorted({summary.eval_weights for summary in group.summaries}))
         excluded = Counter(record.state for record in group.excluded_runs)
-        arch, blocks = group.options.get("arch"), group.options.get("blocks")
-        if not blocks and arch in MODELS:  # the default of the architecture
-            parameter = inspect.signature(MODELS[arch]).parameters.get("blocks")
-            blocks = list(parameter.default) if parameter and isinstance(parameter.default, Sequence) else None
         values = {
             "row": group.name,
             **{heading: group.options.get(option) for heading, option in self.options.items()},
-            "blocks": blocks,
             "params": group.summaries[0].params if group.summaries else None,
             "accuracy": accuracy.mean if accuracy else None,
             "std": accuracy.std if accuracy else None,

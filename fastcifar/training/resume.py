@@ -28,7 +28,8 @@ from fastcifar.recipes import load_saved_recipe
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
-from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress, read_environment
+from fastcifar.training.environment import read_environment
+from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress
 from fastcifar.training.trainer import Trainer
 
 MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run

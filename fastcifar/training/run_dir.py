@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastcifar.device import Environment, collect_environment
+from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import FolderLock, lock_folder, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
 from fastcifar.training.checkpoint_writer import CheckpointWriter
+from fastcifar.training.environment import LaunchEnvironment, RunEnvironment, read_environment
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
 from fastcifar.training.summary import RunSummary
 from fastcifar.training.trackers import Tracker
@@ -32,28 +33,6 @@ from fastcifar.training.trackers import Tracker
 # Called with the row of metrics of each epoch. If it returns a string, training stops with the string as the reason.
 EpochCallback = Callable[[EpochRow], str | None]
 EpochCallbacks = Sequence[EpochCallback]
-
-
-class LaunchEnvironment(Environment):
-    """The environment of a process that trained a run, its command line and its start time."""
-
-    command: list[str] = Field(default_factory=list)
-    started: str = ""
-
-
-class RunEnvironment(LaunchEnvironment):
-    """The content of env.json: the recipe's name and the processes that started and that resumed the run."""
-
-    recipe: str = ""
-    resumed: list[LaunchEnvironment] = Field(default_factory=list)
-
-
-def read_environment(folder: Path) -> RunEnvironment:
-    """Return env.json of a run folder; an empty environment if the file is missing or invalid."""
-    try:
-        return RunEnvironment.model_validate_json((folder / "env.json").read_bytes())
-    except (OSError, ValidationError):
-        return RunEnvironment()
 
 
 def build_csv_callback(folder: Path, epochs_done: int = 0) -> EpochCallback:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.device import peak_memory_bytes
-from fastcifar.models import count_macs, count_parameters
 from fastcifar.renamed import upgrade_options
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def summarize_run(
     trainer: Trainer, run: Run, clock: Clock, scores: Scores, ema_acc: float | None, tta_acc: float | None
 ) -> RunSummary:
     """Return the summary of a run. `scores`, `ema_acc` and `tta_acc` are the results of `Trainer.test`."""
+    from fastcifar.models import count_macs, count_parameters  # imports torch, which readers of summaries do not need
+
     recipe, execution, progress = trainer.recipe, trainer.execution, trainer.progress
     seconds = {**clock.seconds, "total": clock.total_s()}
     return RunSummary(

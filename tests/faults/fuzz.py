@@ -36,7 +36,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records
 from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 from fastcifar.training import checkpoint, metrics_file
-from fastcifar.training.run_dir import read_environment
+from fastcifar.training.environment import read_environment
 from tests.training.summaries import summary_document
 
 NUM_IMAGES = 20  # of each batch in replacements of the official files

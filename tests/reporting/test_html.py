@@ -19,8 +19,9 @@ from fastcifar.errors import DiskError, NonFiniteError, UsageError
 from fastcifar.evaluation.load_run import load_model
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import group_runs
+from fastcifar.reporting.misclassified import find_misclassified
 from fastcifar.reporting.records import read_records
-from fastcifar.reporting.report import build_report, find_misclassified
+from fastcifar.reporting.report import build_report
 from fastcifar.reporting.table import build_report_table
 from fastcifar.training.train import train
 from tests.reporting.run_folders import write_run, write_trials
