@@ -49,6 +49,7 @@ EXTRA_MODULES = {
     "sweep": ("ray", "optuna"),
     "tensorboard": ("torch.utils.tensorboard",),
     "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
 }
 
 

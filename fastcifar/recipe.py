@@ -185,7 +185,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         "run to resume: a run folder, a checkpoint file or auto (newest unfinished run of this recipe); "
         "with another --epochs the schedule is recomputed from the current step on",
     )
-    track: str = _option("none", "experiment trackers, comma-separated: tensorboard, mlflow; or none")
+    track: str = _option("none", "experiment trackers, comma-separated: tensorboard, mlflow, wandb; or none")
     on_nan: Literal["stop", "rollback"] = _option(
         "stop", "action on a NaN or Inf loss: stop, or rollback to the last checkpoint with half the learning rate"
     )

@@ -30,10 +30,11 @@ from fastcifar.reporting.records import (
     read_run_record,
     read_trial_log,
 )
-from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE
+from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID_FILE, WANDB_RUN_ID_FILE
 
 # The content of a run, of a sweep and of the `runs` folder of a sweep. A folder with any other content is not removed.
-RUN_FILES = (RECIPE_FILE, "env.json", METRICS_FILE, "events.jsonl", SUMMARY_FILE, MLFLOW_RUN_ID_FILE, "error.txt")
+RECORD_FILES = (RECIPE_FILE, "env.json", METRICS_FILE, "events.jsonl", SUMMARY_FILE, "error.txt")
+RUN_FILES = (*RECORD_FILES, MLFLOW_RUN_ID_FILE, WANDB_RUN_ID_FILE)
 EXPORTED_FILES = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
 EXPECTED_FILES = {
     "run": (*RUN_FILES, *EXPORTED_FILES, ".*.tmp"),
@@ -41,7 +42,7 @@ EXPECTED_FILES = {
     "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # includes the auxiliary files of SQLite; lock files (see files.py)
 }
 EXPECTED_FOLDERS = {
-    "run": ("checkpoints", "plots", "tensorboard"),
+    "run": ("checkpoints", "plots", "tensorboard", "wandb"),
     "sweep": ("runs", "plots"),
     "runs": (MLFLOW_ARTIFACTS,),
 }

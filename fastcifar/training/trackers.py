@@ -1,4 +1,4 @@
-"""Experiment trackers for a run: TensorBoard event files and an MLflow database.
+"""Experiment trackers for a run: TensorBoard event files, an MLflow database and Weights & Biases.
 
 Opening a tracker logs the rows of completed epochs that it lacks, so a resumed run has no missing or duplicate rows.
 """
@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, first_message_line, lookup
-from fastcifar.files import load_toml, lock_folder
+from fastcifar.files import load_toml, lock_folder, read_json_object
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines
 from fastcifar.training.summary import RunSummary
@@ -26,6 +27,16 @@ from fastcifar.training.summary import RunSummary
 MLFLOW_DATABASE, MLFLOW_ARTIFACTS, MLFLOW_RUN_ID_FILE = "mlflow.db", "mlflow-artifacts", "mlflow.json"
 MLFLOW_EXPERIMENT = "fastcifar"
 MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shows metric curves in MLflow's UI
+WANDB_FOLDER, WANDB_RUN_ID_FILE, WANDB_PROJECT = "wandb", "wandb.json", "fastcifar"
+# Environment variables that are set unless the user has set them: no output, no error reports, and time limits in
+# seconds for the server's answer at the start and for uploads at the end
+WANDB_ENVIRONMENT = {
+    "WANDB_SILENT": "true",
+    "WANDB_CONSOLE": "off",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_INIT_TIMEOUT": "30",
+    "WANDB_FINISH_TIMEOUT": "60",
+}
 # Values of summary.json that are logged as metrics, and files of the run folder that are uploaded
 SUMMARY_METRICS = {"test_acc", "test_acc_ema", "test_acc_tta", "test_loss", "ece", "best_val_acc"}
 MLFLOW_UPLOADED_FILES = ("recipe.toml", "env.json", "metrics.csv", "summary.json")
@@ -35,7 +46,7 @@ class TrackerSession(NamedTuple):
     """An open run of a tracker."""
 
     log: Callable[[dict[str, float], int, float | None], None]  # takes metrics, their epoch and time (None: now)
-    finish: Callable[[RunSummary], None]  # logs the rest of the summary
+    finish: Callable[[RunSummary], None]  # logs the summary
     close: Callable[[str], None]  # takes the final status
     logged_epochs: set[int]
 
@@ -58,6 +69,7 @@ class Tracker:
     def reopen(self, epochs_done: int) -> None:
         """Synchronize the tracker with the rows of the first `epochs_done` epochs in events.jsonl."""
         rows = [json.loads(line) for line in read_event_lines(self.folder / "events.jsonl", epochs_done)]
+        self.close("FAILED")
         with self._errors_as_warning():
             self.session = TRACKERS[self.name].open(self.folder, {row["epoch"] for row in rows})
         logged_epochs = self.session.logged_epochs if self.session else set()
@@ -71,8 +83,6 @@ class Tracker:
             self.reopen(summary.epochs)
         with self._errors_as_warning():
             if self.session:
-                metrics = summary.model_dump(include=SUMMARY_METRICS, exclude_none=True)
-                self.session.log(metrics, summary.epochs - 1, None)
                 self.session.finish(summary)
 
     def close(self, status: str) -> None:
@@ -116,6 +126,7 @@ def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
         writer.flush()
 
     def finish(summary: RunSummary) -> None:
+        log(_summary_metrics(summary), summary.epochs - 1, None)
         writer.add_text("summary", f"```\n{json.dumps(summary.model_dump(), indent=1)}\n```", summary.epochs - 1)
         writer.file_writer.add_summary(end)
         writer.flush()
@@ -148,7 +159,8 @@ def open_mlflow(folder: Path, epochs: set[int]) -> TrackerSession:
         time_ms = int((time_s or time.time()) * 1000)
         client.log_batch(run_id, [Metric(name, value, time_ms, epoch) for name, value in values.items()])
 
-    def finish(_: RunSummary) -> None:
+    def finish(summary: RunSummary) -> None:
+        log(_summary_metrics(summary), summary.epochs - 1, None)
         for name in MLFLOW_UPLOADED_FILES:
             client.log_artifact(run_id, str(folder / name))
 
@@ -168,12 +180,50 @@ def _require_mlflow(runs_folder: Path) -> None:
             raise UsageError(problem, "repair or move it, or remove mlflow from --track") from None
 
 
+def open_wandb(folder: Path, epochs: set[int]) -> TrackerSession:
+    """Open a run of Weights & Biases in `folder`/wandb; the number of an epoch is its step.
+
+    Its ID is saved in `folder`, to resume it. A run is offline without an API key or an answer of the server. An
+    offline run is written again with all epochs when it is resumed, so only one folder has to be uploaded. The server
+    cannot delete rows, so a run there that contains an epoch that is not in `epochs` is replaced by one with a new ID.
+    """
+    stale_folders = list((folder / WANDB_FOLDER).glob("offline-run-*"))
+    run = _start_wandb_run(folder, read_json_object(folder / WANDB_RUN_ID_FILE).get("run_id"))
+    if run.starting_step > len(epochs):
+        run.finish(exit_code=1)
+        run = _start_wandb_run(folder, None)
+    content = json.dumps({"run_id": run.id, "url": run.url})
+    (folder / WANDB_RUN_ID_FILE).write_text(content + "\n", encoding="utf-8")
+    for stale_folder in stale_folders:
+        shutil.rmtree(stale_folder, ignore_errors=True)
+
+    def log(values: dict[str, float], epoch: int, time_s: float | None) -> None:
+        run.log({**values, "_timestamp": time_s or time.time()}, step=epoch, commit=True)
+
+    def close(status: str) -> None:
+        run.finish(exit_code=0 if status == "FINISHED" else 1)
+
+    return TrackerSession(
+        log,
+        lambda summary: run.summary.update(summary.model_dump(exclude={"config"}, exclude_none=True)),
+        close,
+        set(range(run.starting_step)),
+    )
+
+
+def _view_wandb(folder: Path) -> str:
+    """Return the address of the run in `folder`, or the command that uploads it; "" if it was disabled."""
+    offline_folders = sorted((folder / WANDB_FOLDER).glob("offline-run-*"))
+    upload = f"wandb sync {shlex.quote(str(offline_folders[-1]))}" if offline_folders else ""
+    return read_json_object(folder / WANDB_RUN_ID_FILE).get("url") or upload
+
+
 class TrackerSpec(NamedTuple):
     """An entry of TRACKERS."""
 
     open: Callable[[Path, set[int]], TrackerSession]  # takes a run folder and its completed epochs
     require_usable: Callable[[Path], object]  # takes the parent of the run folder; raises `UsageError`
-    view_command: Callable[[Path], str]  # takes a run folder; returns the command that starts the web page
+    view_command: Callable[[Path], str]  # takes a run folder; returns how to see the run: see `view_commands`
 
 
 TRACKERS: dict[str, TrackerSpec] = {
@@ -187,6 +237,7 @@ TRACKERS: dict[str, TrackerSpec] = {
         _require_mlflow,
         lambda folder: f"mlflow ui --backend-store-uri {shlex.quote(resolve_tracking_uri(folder.parent))}",
     ),
+    "wandb": TrackerSpec(open_wandb, lambda runs_folder: _import_wandb(), _view_wandb),
 }
 
 
@@ -205,8 +256,8 @@ def require_trackers(recipe: Recipe) -> None:
 
 
 def view_commands(track: str, folder: Path) -> list[str]:
-    """Return the commands that start the web pages of the trackers of the run in `folder`."""
-    return [TRACKERS[name].view_command(folder) for name in parse_tracker_names(track)]
+    """Return for each tracker the command that starts its web page or uploads the run in `folder`, or its address."""
+    return list(filter(None, (TRACKERS[name].view_command(folder) for name in parse_tracker_names(track))))
 
 
 def resolve_tracking_uri(runs_folder: Path) -> str:
@@ -259,6 +310,40 @@ def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> s
 
 def _logged_epochs(client: Any, run_id: str) -> set[int]:
     return {metric.step for metric in client.get_metric_history(run_id, "epoch")}
+
+
+def _import_wandb() -> Any:
+    for name, value in WANDB_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return import_optional("wandb")
+
+
+def _start_wandb_run(folder: Path, run_id: str | None) -> Any:
+    """Start or resume a run, in the mode of WANDB_MODE or of `wandb online|offline|disabled`, without any question."""
+    library = _import_wandb()
+    settings: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
+        "id": run_id,
+        "name": folder.name,
+        "dir": str(folder),
+        "config": _read_options(folder),
+        "resume": "allow",
+        "reinit": "create_new",  # a process may train several runs
+    }
+    mode = library.setup().settings.mode
+    try:
+        if mode == "online" and not library.login(prompt=False, verify=False):
+            mode = "offline"
+        return library.init(mode=mode, **settings)
+    except library.errors.CommError as error:
+        library.teardown()  # the failed run would keep the ID in use
+        problem = f"the server of wandb cannot be used ({first_message_line(error)})"
+        warnings.warn(f"{problem}; the run is recorded offline, to be uploaded with `wandb sync`", stacklevel=2)
+        return library.init(mode="offline", **settings)
+
+
+def _summary_metrics(summary: RunSummary) -> dict[str, float]:
+    return summary.model_dump(include=SUMMARY_METRICS, exclude_none=True)
 
 
 def _read_options(folder: Path) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def test_entries_are_sorted_by_any_column(runs: Path) -> None:
 def test_only_the_selected_folders_are_removed(runs: Path) -> None:
     expected = [f"good/se68{spec.suffix}" for spec in EXPORT_FORMATS.values()]
     expected += [*(f"{name}.md" for name in expected), "good/error.txt", "good/.recipe.toml.x.tmp", "good/mlflow.json"]
+    expected += ["good/wandb.json", "good/wandb/offline-run-1-a/run-a.wandb"]
     for name in (*expected, "ablation/study.log", "ablation/study.log.lock", "ablation/runs/mlflow.db-journal"):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_text("content")
     selected = ("good", "ablation", "ablation/runs/a", "2026/../good")
     remove_runs(select_for_removal([runs / name for name in selected]))

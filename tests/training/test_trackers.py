@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -174,6 +175,125 @@ def test_busy_database_does_not_start_another_mlflow_run(tmp_path: Path, monkeyp
     assert requested_ids == ["one", "one"]
 
 
+def read_wandb(folder: Path) -> tuple[list[Any], Points]:
+    """Return the records of the only offline run in `folder`, and the points of its history.
+
+    The file has LevelDB's log format: after a header of 7 bytes, blocks of 32 KiB with the parts of the records.
+    """
+    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    pytest.importorskip("wandb").teardown()  # waits for the process that writes the file
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, position, parts, records = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if (remainder := 32768 - position % 32768) < 7:
+            position += remainder
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, position)
+        position += 7 + size
+        parts += content[position - size : position]
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(internal.Record.FromString(parts))
+            parts = b""
+    points: Points = {}
+    for record in records:
+        for item in record.history.item:
+            points.setdefault(item.nested_key[0], []).append((record.history.step.num, json.loads(item.value_json)))
+    return records, points
+
+
+@pytest.fixture
+def wandb_without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the settings and API keys of the user from Weights & Biases."""
+    pytest.importorskip("wandb").teardown()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in trackers.WANDB_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # restores the variables that the tracker sets
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    for name in ("HOME", "XDG_CACHE_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+
+
+@pytest.mark.usefixtures("offline", "wandb_without_key")
+def test_wandb_contains_every_metric_of_an_interrupted_run(
+    tiny: MakeRecipe,
+    tmp_path: Path,
+    train_interrupted: Callable[[Recipe, int], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run, values = tmp_path / "run", {"track": "wandb", "epochs": 3}
+    train_interrupted(tiny(**values), 8)  # five steps per epoch
+    first_id = json.loads((run / "wandb.json").read_text())["run_id"]
+    records, points = read_wandb(run)
+    assert_same_rows(run, points, float)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
+    train(tiny(**values, resume=str(run), max_steps=13))  # logs a row of an incomplete epoch, which is removed later
+    assert len(read_wandb(run)[1]["val_acc"]) == 3
+    train(tiny(**values, resume=str(run)))
+    records, points = read_wandb(run)
+    assert_same_rows(run, points, float)
+    events, _ = read_rows(run)
+    assert [time_s for _, time_s in points["_timestamp"][:2]] == [event["time"] for event in events[:2]]
+    (start,) = [record.run for record in records if record.HasField("run")]
+    assert (start.run_id, start.project, start.display_name) == (first_id, "fastcifar", "run")
+    config = {update.key: json.loads(update.value_json) for update in start.config.update}
+    assert (config["lr"], config["blocks"], config["data"]) == (0.1, "[1, 1]", "synthetic:200")
+    summary = json.loads((run / "summary.json").read_text())
+    results = {item.key: json.loads(item.value_json) for record in records for item in record.summary.update}
+    assert (results["test_acc"], results["per_class"]) == (summary["test_acc"], summary["per_class"])
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    (folder,) = run.glob("wandb/offline-run-*")
+    assert trackers.view_commands("wandb", run) == [f"wandb sync {folder}"]
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.usefixtures("wandb_without_key")
+def test_wandb_without_an_answer_of_the_server_records_offline(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the port of the discard protocol: nothing answers
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    with pytest.warns(UserWarning, match=r"server of wandb cannot be used \(.*; the run is recorded offline") as caught:
+        train(tiny(track="wandb"))
+    assert len(caught) == 1
+    assert_same_rows(tmp_path / "run", read_wandb(tmp_path / "run")[1], float)
+
+
+@pytest.mark.usefixtures("wandb_without_key")
+def test_disabled_wandb_writes_nothing(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert train(tiny(track="wandb")).complete
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert trackers.view_commands("wandb", tmp_path / "run") == []
+
+
+class OnlineRun:
+    """A stand-in for a run on the server of Weights & Biases, which contains `starting_step` rows."""
+
+    def __init__(self, run_id: str, starting_step: int) -> None:
+        self.id, self.starting_step, self.url = run_id, starting_step, f"https://wandb.example/{run_id}"
+        self.exit_codes: list[int] = []
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+@pytest.mark.parametrize(("rows_on_server", "expected_id", "logged_epochs"), [(2, "old", {0, 1}), (3, "new", set())])
+def test_online_wandb_run_is_continued_unless_it_contains_removed_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_on_server: int, expected_id: str, logged_epochs: set[int]
+) -> None:
+    old, new = OnlineRun("old", rows_on_server), OnlineRun("new", 0)
+    monkeypatch.setattr(trackers, "_start_wandb_run", lambda _, run_id: old if run_id == "old" else new)
+    (tmp_path / "wandb.json").write_text('{"run_id": "old"}')
+    session = trackers.open_wandb(tmp_path, {0, 1})
+    assert session.logged_epochs == logged_epochs
+    assert old.exit_codes == ([1] if expected_id == "new" else [])
+    assert trackers.view_commands("wandb", tmp_path) == [f"https://wandb.example/{expected_id}"]
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_empty_mlflow_tracking_uri_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
@@ -250,6 +370,7 @@ def test_tracker_enabled_later_logs_earlier_rows(tiny: MakeRecipe, tmp_path: Pat
         ("csv,tensorboard", None, "unknown tracker 'csv'"),
         ("tensorboard", "torch.utils.tensorboard", "pip install '.[tensorboard]'"),
         ("tensorboard,mlflow", "mlflow", "pip install '.[mlflow]'"),
+        ("wandb", "wandb", "pip install '.[wandb]'"),
     ],
 )
 def test_unavailable_trackers_are_rejected_before_anything_is_written(
