@@ -164,6 +164,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
         recipe_name = read_environment(folder).recipe or recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
     merged, changes = merge_resumed_recipe(recipe, state["recipe"], path, state["epoch"], state["samples"])
+    _require_steps_left(path, TrainingProgress.from_checkpoint(state), merged)
     messages = [f"resume: from step {state['step']:,} of {path}, in a new run folder", *changes]
     return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
 
@@ -212,9 +213,8 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
         progress = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
         num_images = state["samples"] if state else None
         merged, changes = merge_resumed_recipe(recipe, saved, folder, progress.epoch, num_images)
-        if (folder / "summary.json").exists() and (stop_reason := progress.find_stop_reason(merged)):
-            problem = f"{folder} is finished: {progress.epoch} epochs, {progress.step:,} steps"
-            raise RunFinishedError(problem, f"give a larger {option_flag(stop_reason)} to continue it")
+        if (folder / "summary.json").exists():  # otherwise the run is evaluated on the test set
+            _require_steps_left(folder, progress, merged)
     except BaseException:
         lock.release()
         raise
@@ -222,6 +222,13 @@ def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePo
     recipe_name = read_environment(folder).recipe or recipe_name
     messages = [f"resume: {folder} {start}", *changes]
     return ResumePoint(merged, recipe_name, state, folder=folder, lock=lock, messages=messages)
+
+
+def _require_steps_left(source: Path, progress: TrainingProgress, recipe: Recipe) -> None:
+    """Raise `RunFinishedError` if `recipe` has no step after `progress`, which was read from `source`."""
+    if stop_reason := progress.find_stop_reason(recipe):
+        problem = f"{source} is finished: {progress.epoch} epochs, {progress.step:,} steps"
+        raise RunFinishedError(problem, f"give a larger {option_flag(stop_reason)} to continue it")
 
 
 def merge_resumed_recipe(

@@ -271,6 +271,31 @@ def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: Ma
         train(Recipe(resume=str(tmp_path / "run"), epochs=3))
 
 
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({}, "give a larger --epochs"),
+        ({"resume": "checkpoints/last.pt"}, "give a larger --epochs"),
+        ({"resume": "checkpoints/last.pt", "out": "elsewhere"}, "give a larger --epochs"),
+        ({"out": "elsewhere"}, "give a larger --epochs"),
+        ({"max_steps": 10}, "give a larger --max-steps"),
+        ({"max_steps": 4}, "give a larger --max-steps"),
+        ({"epochs": 4, "max_steps": 10, "resume": "checkpoints/last.pt"}, "give a larger --max-steps"),
+        ({"epochs": 4, "patience": 1, "resume": "checkpoints/last.pt"}, "give a larger --patience"),
+    ],
+)
+def test_fault44_resuming_a_run_without_steps_left_is_refused_and_changes_nothing(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(tiny(lr=1e-9))  # so small that the second epoch is no better than the first
+    before = contents(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"is finished: 2 epochs, 10 steps; {remedy} to continue it"):
+        train(Recipe(**{**options, "resume": str(tmp_path / "run" / options.get("resume", ""))}))
+    assert contents(tmp_path / "run") == before
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
 def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) -> None:
     assert resume.RESUMABLE_OPTIONS.keys() <= Recipe.model_fields.keys()
     assert (
