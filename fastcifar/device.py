@@ -365,13 +365,27 @@ def extra_remedy(module: str) -> str:
     return f"pip install '.[{extra}]' in the folder of the source code of fastcifar"
 
 
-def collect_diagnostics(recipe: Recipe) -> Diagnostics:
-    """Return the environment, the result of importing each optional module, and the execution of `recipe`."""
-    document = collect_environment(recipe.device).model_dump(exclude_unset=True)
-    document["imports"] = {module: probe_import(module) for module in PROBED_MODULES}
-    if problem := find_dali_problem(document["imports"].get(DALI_MODULE, "")):
+def collect_diagnostics(recipe: Recipe, show: Callable[[dict[str, str]], None] = lambda rows: None) -> Diagnostics:
+    """Return the environment, the result of importing each optional module, and the execution of `recipe`.
+
+    `show` is called with names and values to print as soon as they are known.
+    """
+    show({"fastcifar": __version__, "python": platform.python_version()})
+    environment = collect_environment(recipe.device)
+    document = environment.model_dump(exclude_unset=True)
+    packages = {name: version for name, version in environment.versions.items() if name != "fastcifar"}
+    show({**packages, "device": environment.device, "threads": str(environment.threads)})
+    document["imports"] = imports = {}
+    for module in PROBED_MODULES:
+        imports[module] = probe_import(module)
+        show({f"import {module}": imports[module]})
+    if problem := find_dali_problem(imports.get(DALI_MODULE, "")):
         document["problems"] = [problem]
+        show({"problem": problem})
     try:
-        return Diagnostics(**document, chosen=choose_execution(recipe).format_lines())
+        document["chosen"] = choose_execution(recipe).format_lines()
+        show(dict(f"train, {line}".split(": ", 1) for line in document["chosen"]))
     except (DeviceError, UsageError) as error:
-        return Diagnostics(**document, chosen=[], error=str(error))
+        document |= {"chosen": [], "error": str(error)}
+        show({"train, error": str(error)})
+    return Diagnostics(**document)

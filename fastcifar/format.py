@@ -114,10 +114,10 @@ def add_wrap_points(text: str) -> str:
     return re.sub(r",(?=[a-z])", ", ", text)
 
 
-def key_value_table(rows: Mapping[str, str], title: str | None = None) -> Table:
-    """Return a table of two columns without a header, with the names in bold."""
+def key_value_table(rows: Mapping[str, str], title: str | None = None, name_width: int | None = None) -> Table:
+    """Return a table of two columns without a header, with the names in bold, by default as wide as the longest."""
     table = Table(title=title, show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="bold", no_wrap=True, width=name_width)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)

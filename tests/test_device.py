@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from fastcifar import device
-from fastcifar.cli.tables import diagnostics_table
 from fastcifar.device import EXTRA_MODULES, extra_remedy
 from fastcifar.errors import DeviceError
 from fastcifar.recipe import Recipe
@@ -130,7 +129,13 @@ def test_fault17_dali_is_the_loader_on_a_gpu_if_it_can_be_imported(monkeypatch: 
 
 def test_fault18_diagnostics_contain_versions_execution_and_failing_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "PROBED_MODULES", ("json", "no_such_module"))
-    diagnostics = device.collect_diagnostics(Recipe())
+    events: list[str] = []
+    monkeypatch.setattr(
+        device, "probe_import", lambda module, probe=device.probe_import: events.append(module) or probe(module)
+    )
+    diagnostics = device.collect_diagnostics(Recipe(), lambda rows: events.extend(rows))
+    shown = [name for name in events if name in ("python", "torch", "json", "import json", "train, device")]
+    assert shown == ["python", "torch", "json", "import json", "train, device"]  # each as soon as it is known
     assert diagnostics.imports == {"json": "works", "no_such_module": diagnostics.imports["no_such_module"]}
     assert "No module named 'no_such_module'" in diagnostics.imports["no_such_module"]
     assert diagnostics.versions["torch"] == torch.__version__.split("+")[0]
@@ -169,10 +174,10 @@ def test_dali_of_either_cuda_is_recorded_and_both_are_a_problem(
 
     monkeypatch.setattr(importlib.metadata, "version", find_version)
     monkeypatch.setattr(device, "probe_import", lambda module: import_outcome if "dali" in module else "works")
-    diagnostics = device.collect_diagnostics(Recipe(device="cpu"))
+    shown: dict[str, str] = {}
+    diagnostics = device.collect_diagnostics(Recipe(device="cpu"), shown.update)
     assert diagnostics.problems == ([problem] if problem else [])
-    rows = dict(zip(*(column.cells for column in diagnostics_table(diagnostics).columns), strict=True))
-    assert rows.get("problems", "") == problem
+    assert shown.get("problem", "") == problem
     recorded = {name: version for name, version in diagnostics.versions.items() if "dali" in name}
     expected = {f"nvidia-dali-{cuda}": "2.4.0" for cuda in installed}
     assert recorded == {"nvidia-dali-cuda120": "missing"} | expected

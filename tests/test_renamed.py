@@ -12,7 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastcifar.cli.app import app, report_error
+from fastcifar.cli.app import app
+from fastcifar.cli.exit import report_error
 from fastcifar.errors import UsageError
 from fastcifar.evaluation.evaluate_run import EvalResult, evaluate_run
 from fastcifar.format import format_toml_value, option_flag

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import warnings
@@ -15,15 +14,20 @@ from rich.console import Console, Group
 
 from fastcifar._version import __version__
 from fastcifar.cli import tables
+from fastcifar.cli.exit import (
+    BROKEN_PIPE_EXIT_CODE,
+    SIGINT_EXIT_CODE,
+    SIGTERM_EXIT_CODE,
+    print_error,
+    report_error,
+)
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
-from fastcifar.device import as_memory_error
-from fastcifar.errors import DeviceError, UsageError, UserError, print_warning
+from fastcifar.errors import DeviceError, print_warning
+from fastcifar.format import key_value_table
 from fastcifar.recipe import Recipe, section_fields
-from fastcifar.recipes import shipped_recipes
-from fastcifar.renamed import renaming_remedy
 
-SIGINT_EXIT_CODE, BROKEN_PIPE_EXIT_CODE, SIGTERM_EXIT_CODE = 130, 141, 143  # 128 + the number of the signal
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
+DIAGNOSTICS_NAME_WIDTH = len("import pytorch_optimizer")  # the longest name that `doctor` prints
 EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
 app = typer.Typer(
@@ -33,6 +37,12 @@ data_app = typer.Typer(help="Verify a data set, or plot the effect of augmentati
 runs_app = typer.Typer(help="List run folders and sweeps, or remove them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
+
+
+def import_torch(console: Console) -> None:
+    """Import torch, which takes some seconds, and say so on a terminal."""
+    with console.status("importing PyTorch ..."):
+        import torch  # noqa: F401
 
 
 @app.callback(invoke_without_command=True)
@@ -58,13 +68,13 @@ def train(
     resolved = Recipe.make(recipe, **options)
     if print_config:
         return Output(resolved, lambda recipe: recipe.to_toml().rstrip("\n"))
-
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
+    import_torch(console)
     from fastcifar.training.dry_run import dry_run as estimate_run
     from fastcifar.training.progress import print_lines
     from fastcifar.training.trackers import view_commands
     from fastcifar.training.train import train as run
 
-    console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
     if scaling := Recipe.describe_scaling(recipe, **options):
         print_lines(console, [scaling])
     if dry_run:
@@ -85,6 +95,7 @@ def evaluate(
     **options: Any,
 ) -> Output:
     """Evaluate a run, a checkpoint, or the published weights of another project on the test set."""
+    import_torch(console)
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
     scores = evaluate_run(
@@ -109,6 +120,7 @@ def predict(
     **options: Any,
 ) -> Output:
     """Predict the classes of images with one trained network or an ensemble, and write a prediction file."""
+    import_torch(console)
     from fastcifar.evaluation.predict import predict_to_file
     from fastcifar.evaluation.prediction_files import PredictionFormat
 
@@ -173,6 +185,7 @@ def bench(
     **options: Any,
 ) -> Output:
     """Measure images/s of the data loader, of the training step on a fixed batch, of both together, and more."""
+    import_torch(console)
     from fastcifar.benchmark.bench import bench as run_bench
     from fastcifar.plotting import plot_bar_chart, require_png
     from fastcifar.reporting.benchmark_tables import bench_panels, bench_table
@@ -198,6 +211,7 @@ def speedrun(
     **options: Any,
 ) -> Output:
     """Time n training runs, evaluate them outside the timed region, and report how often the target is reached."""
+    import_torch(console)
     from fastcifar.benchmark.speedrun import speedrun as run_speedrun
     from fastcifar.benchmark.speedrun_results import speedrun_table
 
@@ -220,6 +234,7 @@ def sweep(
     **options: Any,
 ) -> Output:
     """Run or continue the trials of a sweep file: a grid, list, random search or Optuna study, for each seed."""
+    import_torch(console)
     from fastcifar.sweep.executors import ExecutorOptions
     from fastcifar.sweep.sweep import plan_sweep, run_sweep
     from fastcifar.sweep.sweep_progress import plan_table, sweep_table
@@ -326,31 +341,34 @@ def doctor(
     """
     from fastcifar.device import collect_diagnostics
 
-    if check:
-        console.print("importing optional modules ...")
-    diagnostics = collect_diagnostics(Recipe.make(**options))
+    recipe = Recipe.make(**options)
+    with console.status("importing PyTorch and the optional modules ..."):
+        diagnostics = collect_diagnostics(
+            recipe, lambda rows: console.print(key_value_table(rows, name_width=DIAGNOSTICS_NAME_WIDTH))
+        )
     document = diagnostics.model_dump(exclude_unset=True)
     if not check:
-        return Output(document, lambda _: tables.diagnostics_table(diagnostics))
+        return Output(document)
     from fastcifar.training.execution_check import check_execution, check_tables
 
+    console.print()
     result = check_execution(options, console)
     document["check"] = result.model_dump()
-    output = Group(tables.diagnostics_table(diagnostics), "", check_tables(result))
-    return Output(document, lambda _: output, exit_code=0 if result.works else DeviceError.exit_code)
+    exit_code = 0 if result.works else DeviceError.exit_code
+    return Output(document, lambda _: Group("", check_tables(result)), exit_code)
 
 
 def main() -> NoReturn:
     """Run the command in sys.argv and exit with its code; print user errors in one line, others with a traceback."""
     warnings.showwarning = print_warning
     # `sys.exit` runs all `finally` blocks; training has its own handler, with the same exit code
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE)))
     try:
         code = app(standalone_mode=False)
         if code == SIGINT_EXIT_CODE:  # Typer returns this code for a KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        sys.exit(_print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
+        sys.exit(print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
     except BrokenPipeError:
         sys.exit(BROKEN_PIPE_EXIT_CODE)
     except Exception as error:
@@ -358,27 +376,3 @@ def main() -> NoReturn:
             raise
         sys.exit(report_error(error))
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def report_error(error: Exception) -> int:
-    """Print a user error in one line and return its exit code; raise any other error again."""
-    if user_error := error if isinstance(error, UserError) else as_memory_error(error):
-        return _print_error(str(user_error), user_error.exit_code)
-    if type(error).__name__ == "Abort":  # a KeyboardInterrupt in older versions of Typer
-        return _print_error("stopped by SIGINT", SIGINT_EXIT_CODE)
-    if flag := getattr(error, "option_name", ""):  # Click's NoSuchOption
-        command_name = getattr(getattr(error, "ctx", None), "info_name", "")
-        if remedy := renaming_remedy(flag.lstrip("-").replace("-", "_"), command_name):
-            return _print_error(f"no such option: {flag}; {remedy}", UsageError.exit_code)
-    if hasattr(error, "format_message"):  # a ClickException, such as an unknown option
-        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        extra = re.fullmatch(r".*unexpected extra argument\(?s?\)? \((\S+).*\)", message)
-        if extra and extra[1] in shipped_recipes():
-            message += f"; did you mean --recipe {extra[1]}?"
-        return _print_error(message, getattr(error, "exit_code", UsageError.exit_code))
-    raise error
-
-
-def _print_error(message: str, exit_code: int) -> int:
-    print(f"fastcifar: {message}", file=sys.stderr)
-    return exit_code

@@ -42,13 +42,13 @@ DEBUG = switch("--debug", "print the traceback of an error")
 
 
 class Output(NamedTuple):
-    """What a command prints: `document` as one line of JSON with --json, else the result of `format_document`.
+    """What a command prints: `document` as one line of JSON with --json, else the result of `format_document`, if any.
 
     `last_lines` are printed after it, or to stderr with --json, and are not wrapped.
     """
 
     document: Any
-    format_document: Callable[[Any], RenderableType]
+    format_document: Callable[[Any], RenderableType] | None = None
     exit_code: int = 0
     last_lines: Sequence[str] = ()
 
@@ -74,11 +74,12 @@ def command(
             if "console" in signature.parameters:
                 arguments["console"] = console
             output = function(**arguments)
-            if not as_json:
+            if as_json:
+                if not console.quiet:
+                    print(json.dumps(to_jsonable_python(output.document)))
+            elif output.format_document:
                 text = output.format_document(output.document)
                 print(text) if isinstance(text, str) else console.print(text)
-            elif not console.quiet:
-                print(json.dumps(to_jsonable_python(output.document)))
             for line in output.last_lines:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             return output.exit_code

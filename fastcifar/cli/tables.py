@@ -21,7 +21,6 @@ from fastcifar.recipe import Recipe
 
 if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
-    from fastcifar.device import Diagnostics
     from fastcifar.evaluation.evaluate_run import EvalResult
     from fastcifar.evaluation.export import ExportResult
     from fastcifar.evaluation.predict import PredictResult
@@ -208,21 +207,6 @@ def width_table(result: FittedWidth) -> Table:
         "MACs": f"{result['macs']:,}",
     }
     return key_value_table(rows, title=result["name"])
-
-
-def diagnostics_table(diagnostics: Diagnostics) -> Table:
-    """Return the table of `fastcifar doctor`."""
-    rows = {
-        "device": diagnostics.device,
-        "python": diagnostics.python,
-        "threads": str(diagnostics.threads),
-        **diagnostics.versions,
-        **{f"import {module}": outcome for module, outcome in diagnostics.imports.items()},
-        **({"problems": "\n".join(diagnostics.problems)} if diagnostics.problems else {}),
-        **dict(f"train, {line}".split(": ", 1) for line in diagnostics.chosen),
-        **({"train, error": diagnostics.error} if diagnostics.error else {}),
-    }
-    return key_value_table(rows)
 
 
 def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:

@@ -112,7 +112,7 @@ def evaluate_run(
     validation, temperature_missing = _validation_split(loaded, data.train)
     num_passes = 1 + len(VIEWS[tta]) * (tta != "none") + len(CORRUPTIONS) * len(SEVERITIES) * with_corruptions
     extra_sets = [validation, shifted[1]] if shifted else [validation]
-    loaded.compile_for(num_passes * len(data.test.labels) + sum(len(split.labels) for split in extra_sets))
+    loaded.compile_for(num_passes * len(data.test.labels) + sum(len(split.labels) for split in extra_sets), console)
     logits, labels = loaded.predict_logits(data.test), torch.from_numpy(data.test.labels)
     temperature = None
     if not temperature_missing:

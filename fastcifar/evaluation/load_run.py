@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
@@ -18,6 +19,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, evaluate
 from fastcifar.training.build import to_channels_last
 from fastcifar.training.fallback import run_with_fallback
+from fastcifar.training.progress import show_compilation
 from fastcifar.training.resolve import model_from_recipe
 from fastcifar.training.step import Forward, build_forward
 
@@ -55,13 +57,14 @@ class LoadedRun:
             raise DataError(problem, "give --data for the data set the run was trained on")
         return data
 
-    def compile_for(self, num_images: int) -> None:
+    def compile_for(self, num_images: int, console: Console | None = None) -> None:
         """Compile `forward` and capture it in a CUDA graph if requested, or if that saves time for `num_images`."""
         recipe, plan = self.recipe, self.execution
         compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
         cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
         wanted = replace(plan, compile=compile, cuda_graph=cuda_graph)
-        self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
+        with show_compilation(console, compile):
+            self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
 
     def _optimize_forward(self, plan: ExecutionPlan, compile_mode: str) -> Forward:
         self.execution = plan

@@ -85,7 +85,7 @@ def predict_to_file(
         plotting.require_png(plot_path)
     inputs = read_inputs(source, recipe.data, recipe.dataset)
     for member in members:
-        member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]))
+        member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]), console)
     predict_start_time = time.perf_counter()
     logits = torch.stack([_predict_logits(member, inputs, console) for member in members]).double().mean(0)
     probabilities = logits.softmax(1).numpy()

@@ -24,11 +24,17 @@ def print_lines(console: Console | None, lines: list[str]) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def show_preparation(console: Console | None) -> None:
+    """Say on a terminal that a run starts. This is no spinner, because a download displays its own progress."""
+    if console and console.is_terminal:
+        print_lines(console, ["preparing the data set and the network ..."])
+
+
 @contextmanager
-def show_compilation(console: Console | None, trainer: Trainer) -> Iterator[None]:
+def show_compilation(console: Console | None, compiles: bool) -> Iterator[None]:
     """Say that the `with` block compiles the network, if it does: with a spinner on a terminal, else in a line."""
     text = "compiling the network: about a minute, once per machine ..."
-    if not trainer.execution.compile:
+    if not compiles:
         yield
     elif console and console.is_terminal:
         with console.status(text):

@@ -19,7 +19,7 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import process_group
 from fastcifar.training.dry_run import autotune, fit_epochs_to_time_budget
 from fastcifar.training.metrics_file import EpochRow, ValidationMetrics
-from fastcifar.training.progress import TrainingDisplay, print_lines, show_compilation
+from fastcifar.training.progress import TrainingDisplay, print_lines, show_compilation, show_preparation
 from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
@@ -43,10 +43,11 @@ def train(
         process_group(choose_execution(recipe).device) as world,
         resume.resume_point_on_all_ranks(recipe, recipe_name, world) as resume_point,
     ):
+        show_preparation(console)
         with clock.phase("setup"):
             trainer = build_trainer(resolve(resume_point.recipe))
         print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
-        with clock.phase("compile"), show_compilation(console, trainer):
+        with clock.phase("compile"), show_compilation(console, trainer.execution.compile):
             trainer.optimize(start_loader=False)
             if resume_point.is_new:
                 fit_epochs_to_time_budget(trainer, clock.total_s())

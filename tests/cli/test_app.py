@@ -189,7 +189,7 @@ def test_data_verify_and_show(tmp_path: Path) -> None:
 def test_a_signal_outside_of_training_is_reported_in_one_line(name: str, exit_code: int) -> None:
     code = (
         "import os, signal, sys, time, fastcifar.device as device, fastcifar.cli.app as cli\n"
-        f"def interrupted(recipe): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
+        f"def interrupted(*_): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
         "device.collect_diagnostics = interrupted\nsys.argv = ['fastcifar', 'doctor']\ncli.main()"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcifar.cli.app import report_error
+from fastcifar.cli.exit import report_error
 from fastcifar.data import loaders
 from fastcifar.data.augment import AUGMENTS, AugmentOp, format_augment, parse_augment
 from fastcifar.data.loaders import TORCHVISION_TRANSFORMS, TensorLoader, TorchvisionLoader, build_transform
