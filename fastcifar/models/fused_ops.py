@@ -209,7 +209,11 @@ class _NormRelu(torch.autograd.Function):
         return grad_x, None if y is None else gradient, None, *grad_params
 
 
-@torch.compiler.allow_in_graph
+def allow_in_compiled_graphs() -> None:
+    """Make torch.compile keep `norm_relu` as one call. This imports the compiler, which takes seconds."""
+    torch.compiler.allow_in_graph(_norm_relu)
+
+
 def _norm_relu(x: Tensor, shortcut: Tensor | None, eps: float, *params: Tensor) -> tuple[Tensor, ...]:
     device_type = "cpu" if x.is_meta else x.device.type  # there is no autocast on the meta device
     with torch.autocast(device_type, enabled=False):

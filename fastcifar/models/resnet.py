@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import UsageError, lookup
-from fastcifar.models.fused_ops import norm_relu
+from fastcifar.models.fused_ops import allow_in_compiled_graphs, norm_relu
 
 Activation = Callable[[], nn.Module]
 # `inplace` where autograd needs only the output, which saves the memory of one feature map for each activation.
@@ -159,6 +159,7 @@ def enable_fused_ops(model: nn.Module) -> None:
     if not (isinstance(model, SEResNet) and supported):
         problem = "--fused-ops supports only SE-ResNets with ReLU and no dropout in their blocks"
         raise UsageError(problem, "omit --fused-ops")
+    allow_in_compiled_graphs()
     for block in blocks:
         block.uses_fused_ops = True
     model.uses_fused_ops = isinstance(model.seblock, nn.Identity)

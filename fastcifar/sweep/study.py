@@ -14,7 +14,15 @@ from typing import Any
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, UserError, lookup
-from fastcifar.sweep.sweep_spec import SweepSpec, SweepTrial, TrialRef, build_trial, round_to_4_digits, settings_label
+from fastcifar.sweep.sweep_spec import (
+    SweepSpec,
+    SweepTrial,
+    TrialRef,
+    build_trial,
+    load_base_values,
+    round_to_4_digits,
+    settings_label,
+)
 from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.run_dir import EpochCallback
 from fastcifar.training.summary import RunSummary
@@ -47,6 +55,7 @@ class OptunaStudy:
     def __init__(self, spec: SweepSpec, name: str, folder: Path) -> None:
         assert spec.study is not None
         self.spec, self.name, self.study_spec = spec, name, spec.study
+        self.base_values = load_base_values(spec)
         self.optuna = import_optuna()
         if spec.grid or spec.rows or spec.random:
             raise UsageError("a [study] samples all points itself", "remove [grid], [[list]] and [random]")
@@ -70,7 +79,9 @@ class OptunaStudy:
         return [self._build_trial(settings_label(point), point) for point in (*ends, *choices)]
 
     def _build_trial(self, label: str, settings: dict[str, Any], trial_ref: TrialRef | None = None) -> SweepTrial:
-        return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
+        return build_trial(
+            self.spec, self.base_values, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref
+        )
 
     @cached_property
     def optuna_study(self) -> Any:

@@ -108,6 +108,9 @@ def plan_sweep(
 ) -> SweepPlan:
     """Return what `run_sweep` would run; for a study, the trials of `boundary_trials`. Nothing is written."""
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
+    planned_trials = list(study.boundary_trials()) if study else trials
+    recipes = {(trial.recipe.data, trial.recipe.dataset): trial.recipe for trial in planned_trials}
+    images = {source: count_training_images(recipe) for source, recipe in recipes.items()}
     trial_log = TrialLog(folder)
     planned = [
         PlannedTrial(
@@ -117,9 +120,9 @@ def plan_sweep(
             knobs=trial.options,
             state=trial_log.trial_state(trial.key),
             epochs=trial.recipe.epochs,
-            steps=count_training_steps(trial.recipe),
+            steps=count_training_steps(trial.recipe, images[trial.recipe.data, trial.recipe.dataset]),
         )
-        for trial in (study.boundary_trials() if study else trials)
+        for trial in planned_trials
     ]
     n = study.study_spec.n if study else len(trials)
     steps = [trial.steps for trial in planned if trial.state not in FINISHED_STATES]
@@ -133,11 +136,12 @@ def check_trials(trials: Iterable[SweepTrial], executor: str) -> None:
 
     One trial per label is checked, because the others differ only in the seed.
     """
+    checked: set[str] = set()
     for trial in {trial.label: trial for trial in trials}.values():
         recipe = trial.recipe
         try:
             trackers.require_trackers(recipe)
-            resolve(recipe, any_machine(recipe) if executor == "ray" else None)
+            resolve(recipe, any_machine(recipe) if executor == "ray" else None, checked)
         except UserError as error:
             raise type(error)(f"{trial.label}: {error.problem}", error.remedy) from None
 
@@ -151,11 +155,20 @@ def describe_duplicate_recipes(trials: Sequence[SweepTrial]) -> list[str]:
     return [f"{' and '.join(equal)} have identical recipes" for equal in labels.values() if len(equal) > 1]
 
 
-def count_training_steps(recipe: Recipe) -> int | None:
-    """Return the training steps of a run, or None if the data set is not on disk or does not fit the recipe."""
+def count_training_images(recipe: Recipe) -> int | None:
+    """Return the number of training images before the validation split, or None if the data set is not on disk."""
     try:
-        images = len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
-        val_size = default_val_size(images) if recipe.val_size is None else recipe.val_size
+        return len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
+    except UserError:
+        return None
+
+
+def count_training_steps(recipe: Recipe, images: int | None) -> int | None:
+    """Return the training steps of a run, or None if `images` is unknown or does not fit the recipe."""
+    if images is None:
+        return None
+    val_size = default_val_size(images) if recipe.val_size is None else recipe.val_size
+    try:
         slicing = BatchSlicing(images - val_size, recipe.batch_size, recipe.drop_last)
     except UserError:
         return None

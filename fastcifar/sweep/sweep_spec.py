@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_recipe_values
 from fastcifar.renamed import renaming_remedy
 
+MAX_TRIALS = 100_000  # more would be a mistake: a grid of six options with ten values each has a million
 SPEC_FILE = "sweep.toml"  # copy of the sweep file in the sweep folder
 RESERVED_OPTIONS = {
     "seed": "set seeds = [0, 1, 2] at the top level",
@@ -49,6 +51,8 @@ def _parse_seeds(value: Any) -> Any:
     """Convert a number n, or its text, to the seeds 0..n-1, and a text of comma-separated seeds to a list."""
     if isinstance(value, str):
         value = value.split(",") if "," in value else int(value)
+    if type(value) is int and value > MAX_TRIALS:
+        raise ValueError(f"are more than {MAX_TRIALS:,}")
     return range(value) if type(value) is int and value > 0 else value
 
 
@@ -185,8 +189,19 @@ def shipped_sweeps() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+def load_base_values(spec: SweepSpec) -> dict[str | None, Options]:
+    """Return the options of every recipe of a sweep, overridden by [base]: name or path, or None -> options."""
+    sources = {spec.recipe, *(row.recipe for row in spec.rows)}
+    return {source: {**(load_recipe_values(source) if source else {}), **spec.base} for source in sources}
+
+
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
     """Return all trials of a sweep called `name`, ordered by seed: each point runs once before any runs again."""
+    sizes = (max(1, len(spec.rows)), *map(len, spec.grid.values()), spec.random.n if spec.random else 1)
+    if (num_trials := math.prod(sizes) * len(spec.seeds)) > MAX_TRIALS:
+        problem = f"the sweep has {num_trials:,} trials, more than {MAX_TRIALS:,}"
+        raise UsageError(problem, "give fewer values, or sample them with [random] or [study]")
+    base_values = load_base_values(spec)
     axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
     grid_points = [dict(point) for point in itertools.product(*axes)]
     random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]
@@ -201,13 +216,14 @@ def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
             point = {**grid_point, **random_point}
             label = ", ".join(filter(None, (row_label, settings_label(point)))) or "base"
             for seed in spec.seeds:
-                trial = build_trial(spec, name, label, {**row.settings, **point}, seed, row.recipe)
+                trial = build_trial(spec, base_values, name, label, {**row.settings, **point}, seed, row.recipe)
                 trials[trial.key] = trial
     return sorted(trials.values(), key=lambda trial: spec.seeds.index(trial.recipe.seed))
 
 
 def build_trial(
     spec: SweepSpec,
+    base_values: Mapping[str | None, Options],
     name: str,
     label: str,
     settings: Options,
@@ -215,20 +231,21 @@ def build_trial(
     source: str | None = None,
     trial_ref: TrialRef | None = None,
 ) -> SweepTrial:
-    """Build a trial; `source` replaces the recipe of the sweep. Raises `UsageError` with the label of the trial."""
+    """Build a trial; `source` replaces the recipe of the sweep, and `base_values` is `load_base_values(spec)`.
+
+    Raises `UsageError` with the label of the trial.
+    """
     source = source or spec.recipe
     for key in (*spec.base, *settings):
         if key in RESERVED_OPTIONS:
             raise UsageError(f"{key} cannot be set in a sweep file", RESERVED_OPTIONS[key])
-    row_base = {**(load_recipe_values(source) if source else {}), **spec.base}
-    sweep_base = {**(load_recipe_values(spec.recipe) if spec.recipe else {}), **spec.base}
     try:
-        recipe = Recipe(**{**row_base, **settings, "seed": seed, "out": None, "resume": None})
-        base_recipe = Recipe(**{**sweep_base, "seed": seed, "out": None, "resume": None})
+        recipe = Recipe(**{**base_values[source], **settings, "seed": seed, "out": None, "resume": None})
+        base_recipe = Recipe(**{**base_values[spec.recipe], "seed": seed, "out": None, "resume": None})
     except UsageError as error:
         raise UsageError(f"{label}: {error.problem}", error.remedy) from None
-    values, base_values = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")
-    options = {key: value for key, value in values.items() if value != base_values[key] or key in settings}
+    values, unchanged = recipe.model_dump(mode="json"), base_recipe.model_dump(mode="json")
+    options = {key: value for key, value in values.items() if value != unchanged[key] or key in settings}
     recipe_name = Path(source).stem if source else name
     # the key is such as `relu-s0-1a2b3c4d`; options that do not change what is trained are left out of its hash
     experiment = {key: value for key, value in recipe.non_default_options().items() if key not in OUTPUT_OPTIONS}

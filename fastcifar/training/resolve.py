@@ -14,7 +14,7 @@ from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
-from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes
+from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
 from fastcifar.training import trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
@@ -26,6 +26,11 @@ from fastcifar.training.optimizers import (
     parse_optimizer,
 )
 from fastcifar.training.rng_state import preserve_state
+
+# The options on which `check_network` and `check_optimizer` depend. Any positive learning rate and any weight decay are
+# valid for an optimizer that has it, so these are left out.
+NETWORK_CHECK_OPTIONS = {*section_fields("network"), "dataset", "fused_ops", "image_size", "head_lr_mult"}
+OPTIMIZER_CHECK_OPTIONS = {"optimizer", "optimizer_arg", "bias_lr_mult", "head_lr_mult", "bias_decay"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Resolved:
         raise AssertionError(self.image_sizes)  # the last stage has no number of epochs
 
 
-def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
+def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set[str] | None = None) -> Resolved:
     """Parse the options of `recipe`; nothing is read or written, and the random state is left as it is.
 
-    `execution` is `choose_execution(recipe)` by default. Raises `UsageError` for invalid options or a network with
-    more than `max_params` parameters, and `DeviceError` for options that this machine does not support.
+    `execution` is `choose_execution(recipe)` by default. `checked`: the options of networks and optimizers that earlier
+    calls have built, to which this call adds; they are not built again. Raises `UsageError` for invalid options or a
+    network with more than `max_params` parameters, and `DeviceError` for options that this machine does not support.
     """
     execution = execution or choose_execution(recipe)
     pixel_ops, mixer = split_mixer(parse_augment(recipe.augment))
@@ -74,18 +80,14 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
     mean, std = normalization_mean_std(recipe)
     optimizer = parse_optimizer(recipe)
     image_sizes = tuple(parse_image_sizes(recipe.image_size))
-    with torch.device("meta"):
-        model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
-        for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
-            try:
-                count_macs(model, (3, size, size))
-            except RuntimeError:
-                problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
-                raise UsageError(problem, "leave that size out") from None
-        build_param_groups(model, recipe)
-    with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
-        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters with 1, 2 and 4 dimensions
-        OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
+    checked = set() if checked is None else checked
+    for options, check in (
+        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes)),
+        (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
+    ):
+        if (key := recipe.model_dump_json(include=options)) not in checked:
+            check()
+            checked.add(key)
     return Resolved(
         recipe=recipe,
         execution=explain_cuda_graph(execution, optimizer),
@@ -99,6 +101,26 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None) -> Resolved:
         clip_grad=parse_clip_grad(recipe.clip_grad),
         trackers=tuple(trackers.parse_tracker_names(recipe.track)),
     )
+
+
+def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...]) -> None:
+    """Raise `UsageError` if the network cannot be built, is too large or refuses an image size."""
+    with torch.device("meta"):
+        model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
+        for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
+            try:
+                count_macs(model, (3, size, size))
+            except RuntimeError:
+                problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
+                raise UsageError(problem, "leave that size out") from None
+        build_param_groups(model, recipe)
+
+
+def check_optimizer(recipe: Recipe, optimizer: OptimizerSpec) -> None:
+    """Raise `UsageError` if the optimizer cannot train a small network."""
+    with preserve_state([], torch.device("cpu")):  # initializing the network draws random numbers
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))  # parameters with 1, 2 and 4 dimensions
+        OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
 
 
 def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:

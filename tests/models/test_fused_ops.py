@@ -93,6 +93,7 @@ def test_norm_relu_equals_float64(gated: bool, added: bool, uses: int) -> None:
 
 
 def test_norm_relu_compiles_as_one_graph() -> None:
+    fused_ops.allow_in_compiled_graphs()
     found = distances(True, True, 2, torch.float32, compile_function(fused_ops.norm_relu))
     assert max(found.values()) < 1e-5, found
 

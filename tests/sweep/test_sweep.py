@@ -7,15 +7,19 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from fastcifar.data import cifar
 from fastcifar.errors import DeviceError, UsageError
 from fastcifar.files import lock_folder
 from fastcifar.sweep.sweep import plan_sweep, run_sweep
+from fastcifar.training import resolve
 from tests.cli.test_app import fastcifar
 from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, read_log_lines, trial_states, write_sweep_file
@@ -223,3 +227,28 @@ def test_live_table_shows_progress(tmp_path: Path) -> None:
     shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", (tmp_path / "screen").read_text())
     assert "2 of 2 ended, 0 running" in shown
     assert re.search(r"lr=0.1 +1 +done +\d+\.\d\d % +\d+\.\d\d %", shown)
+
+
+def test_fault46_equal_networks_and_optimizers_of_a_sweep_are_built_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    for module, name in ((resolve, "check_network"), (resolve, "check_optimizer"), (cifar, "load_dataset")):
+        function = getattr(module, name)
+
+        def count(*arguments: Any, name: str = name, function: Any = function, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, count)
+    source = tmp_path / "sweep.toml"
+    source.write_text(
+        "[base]\ndata = 'synthetic:200'\narch = 'speednet'\n[grid]\nlr = [0.1, 0.2, 0.3]\n"
+        "weight_decay = [0.0, 1e-4, 1e-3]\nbatch_size = [16, 32]\noptimizer = ['sgd', 'adamw']\nwidth = [0.5, 0.25]"
+    )
+    plan = plan_sweep(str(source), tmp_path / "out")
+    assert (plan.n, {trial.steps for trial in plan.trials}) == (72, {200 * 12, 200 * 6})
+    assert calls == {"check_network": 2, "check_optimizer": 2, "load_dataset": 1}
+    source.write_text(source.read_text().replace("0.25]", "9]"))
+    with pytest.raises(UsageError, match=r"lr=0.1, .*, width=9: speednet has [\d,]+ parameters, .* over the budget"):
+        plan_sweep(str(source), tmp_path / "out")

@@ -148,9 +148,15 @@ def test_saved_sweep_file_expands_to_the_same_trials(tmp_path: Path) -> None:
         ("[random]\nn = 2\nlr = 3", "invalid range 3 for lr"),
         ("[random]\nn = 2\nbatch_size.integer = [1.5, 2]", "invalid range batch_size.integer = [1.5, 2]"),
         ("[random", "is not a readable TOML file"),
+        ("[random]\nn = 100001\nlr.log = [1, 2]", "the sweep has 100,001 trials, more than 100,000; give fewer"),
+        (
+            f"seeds = 10\n[grid]\nlr = {[1, 2] * 50}\nmin_lr = {[0] * 101}\n[[list]]\nlabel = 'a'",
+            "the sweep has 101,000 trials, more than 100,000",
+        ),
+        ("seeds = 1000000000", "seeds are more than 100,000 (got 1000000000)"),
     ],
 )
-def test_fault15_errors_in_a_sweep_file_are_one_line(tmp_path: Path, text: str, words: str) -> None:
+def test_fault15_fault46_errors_in_a_sweep_file_are_one_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         expand(tmp_path, text)
     assert words in str(caught.value)

@@ -38,7 +38,7 @@ WRONG = [
     ({"clip_grad": "0.1"}, "--clip-grad"),
     ({"normalize": "imagenet"}, "imagenet"),
     ({"tta": "5crop"}, "test-time augmentation"),
-    ({"track": "wandb"}, "tracker"),
+    ({"track": "neptune"}, "tracker"),
     ({"loader": "dalli"}, "did you mean 'dali'"),
     ({"channels": (512, 1024)}, "--max-params"),
 ]
