@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, Benchmark
 from fastcifar.data import cifar
 from fastcifar.device import collect_environment, peak_memory_bytes, process_times
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
+from fastcifar.files import write_atomically
 from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, DeviceLimits
@@ -96,6 +98,8 @@ def bench(
         lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: the folder {trace.absolute().parent} does not exist", "create it first")
+    if trace and trace.is_dir():
+        raise UsageError(f"--profile {trace} is a folder", f"give the name of a file, such as {trace / 'trace.json'}")
     base = prepare_bench_recipe(recipe).model_dump()
     axes = [[(axis, value) for value in values] for axis, values in (grid or {}).items() if values]
     points = []
@@ -105,9 +109,8 @@ def bench(
         points.append(resolve(Recipe(**{**base, **changes})))
     rows: list[BenchRow] = []
     for resolved in points:
-        is_last = resolved is points[-1]
-        measure_point(resolved, names, trials, trial_s, trace if is_last else None, rows, console)
-        if not is_last:
+        measure_point(resolved, names, trials, trial_s, trace, rows, console)
+        if resolved is not points[-1]:
             reset_compiler_and_memory()
     device = torch.device(points[0].execution.device)
     limits: dict[str, DeviceLimits] = {}
@@ -287,11 +290,15 @@ def cpu_seconds() -> float:
 
 def write_trace(workload: Iterator[int], file: Path, device: torch.device) -> None:
     """Write a Chrome trace of a few units of `workload`, which Perfetto can open."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise a missing GPU is reported as an error
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         sum(itertools.islice(workload, PROFILED_UNITS))
         synchronize(device)
     try:
-        profiler.export_chrome_trace(str(file))
+        with tempfile.TemporaryDirectory() as folder:  # `export_chrome_trace` ignores errors of the disk
+            temporary_file = Path(folder) / file.name
+            profiler.export_chrome_trace(str(temporary_file))
+            write_atomically(file, temporary_file.read_bytes())
     except (OSError, RuntimeError) as error:
         raise DiskError(f"cannot write the trace {file}: {error}", "choose another --profile FILE") from None

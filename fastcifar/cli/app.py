@@ -195,9 +195,14 @@ def bench(
     lists = {"arch": archs, "batch_size": batch_sizes, "mode": modes}
     grid = {name: values.split(",") for name, values in lists.items() if values}
     result = run_bench(Recipe.make(recipe, **options), what, trials, profile, console, grid=grid)
+    lines = []
+    if profile:
+        viewers = "open it at https://ui.perfetto.dev or in chrome://tracing"
+        lines.append(f"wrote {profile}, a trace of {profile.stat().st_size:,} bytes; {viewers}")
     if chart:
         plot_bar_chart(chart, *bench_panels(result))
-    return Output(result, bench_table)
+        lines.append(f"wrote {chart}")
+    return Output(result, bench_table, last_lines=lines)
 
 
 @command(app, fields=Recipe.model_fields)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastcifar._version import __version__
-from fastcifar.data.cifar import Dataset
+from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import DiskError, UserError, first_message_line, lookup
@@ -29,7 +29,7 @@ from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, section_fields
 from fastcifar.training.step import scale_and_shift
-from fastcifar.training.summary import read_summary
+from fastcifar.training.summary import RunSummary, read_summary
 
 NUM_VERIFICATION_IMAGES = 256
 VERIFICATION_BATCH_SIZES = (1, 7, NUM_VERIFICATION_IMAGES)
@@ -42,6 +42,26 @@ OUTPUT_TYPES = ("probabilities", "logits")
 BATCH_DIMENSION = {0: torch.export.Dim("batch", min=1)}
 
 TensorFunction = Callable[[Tensor], Tensor]
+Metadata = dict[str, str]  # see `build_metadata`
+
+# the head of a model card, in the format of https://huggingface.co/docs/hub/model-cards
+CARD_HEAD = """---
+# license: add the license of the weights, such as apache-2.0
+library_name: {library}
+pipeline_tag: image-classification
+tags: [image-classification, {arch}, fastcifar]
+{datasets}metrics: [accuracy]
+{model_index}---
+
+"""
+MODEL_INDEX = """model-index:
+- name: {arch}
+  results:
+  - task: {{type: image-classification, name: Image Classification}}
+    dataset: {{type: {dataset}, name: {dataset}, split: test}}
+    metrics:
+    - {{type: accuracy, name: Test accuracy, value: {accuracy}}}
+"""
 
 
 class ExportResult(TypedDict):
@@ -82,17 +102,41 @@ class ExportFormat:
     """An export format: its file suffix, the function that writes a file, and the one that loads it for inference."""
 
     suffix: str
-    write: Callable[[DeployedModel, Tensor, Path], object]
+    write: Callable[[DeployedModel, Tensor, Path, Metadata], object]
     load: Callable[[Path, DeployedModel], TensorFunction]
 
 
-def _write_onnx(deployed: DeployedModel, images: Tensor, path: Path) -> None:
+def build_metadata(deployed: DeployedModel, loaded: LoadedRun, run: str) -> Metadata:
+    """Return what a program needs to use the exported network; lists are in JSON.
+
+    The `mean` and `std` are those of pixels in [0, 1]; with the input type "uint8", the network itself uses them.
+    """
+    mean, std = normalization_mean_std(loaded.recipe)
+    is_uint8 = deployed.input_type == "uint8"
+    return {
+        "classes": json.dumps(loaded.classes, ensure_ascii=False),
+        "input_layout": "NHWC" if is_uint8 else "NCHW",
+        "input_dtype": "uint8" if is_uint8 else "float32",
+        "input_colors": "RGB",
+        "normalization": "in the network" if is_uint8 else "before the network",
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "output": deployed.output_type,
+        "arch": loaded.recipe.arch,
+        "weights": loaded.weights,
+        "run": Path(run).resolve().name,
+        "fastcifar_version": __version__,
+    }
+
+
+def _write_onnx(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
     import_optional("onnxscript")
     names: dict[str, Any] = {"input_names": ["images"], "output_names": [deployed.output_type]}
     shapes = {"images": BATCH_DIMENSION}
-    torch.onnx.export(
-        deployed, (images,), str(path), dynamo=True, external_data=False, dynamic_shapes=shapes, verbose=False, **names
-    )
+    program = torch.onnx.export(deployed, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert program
+    program.model.metadata_props.update(metadata)
+    program.save(path, external_data=False)
 
 
 def _load_onnx(path: Path, deployed: DeployedModel) -> TensorFunction:
@@ -105,16 +149,16 @@ def _export_program(deployed: DeployedModel, images: Tensor) -> torch.export.Exp
     return torch.export.export(deployed, (images,), dynamic_shapes=(BATCH_DIMENSION,))
 
 
-def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path) -> None:
+def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
     torch.export.save(_export_program(deployed, images), path)
 
 
-def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path) -> None:
+def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
     torch._inductor.aoti_compile_and_package(_export_program(deployed, images), package_path=str(path))
 
 
-def _write_safetensors(deployed: DeployedModel, images: Tensor, path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in deployed.network.state_dict().items()}, path)
+def _write_safetensors(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
+    save_file({key: value.contiguous() for key, value in deployed.network.state_dict().items()}, path, metadata)
 
 
 def _load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
@@ -158,9 +202,9 @@ def export_model(
     run_dir = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
     out = out or run_dir / f"{loaded.recipe.arch}{export_format.suffix}"
     deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
-    images = example_inputs(deployed, data)
+    images, metadata = example_inputs(deployed, data), build_metadata(deployed, loaded, run)
     try:
-        difference = _write_and_verify(export_format, out, deployed, images)
+        difference = _write_and_verify(export_format, out, deployed, images, metadata)
         result: ExportResult = {
             "file": str(out),
             "card": f"{out}.md",
@@ -181,7 +225,9 @@ def _batch_sizes(images: Tensor) -> list[int]:
     return [size for size in VERIFICATION_BATCH_SIZES if size <= len(images)]
 
 
-def _write_and_verify(export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor) -> float:
+def _write_and_verify(
+    export_format: ExportFormat, out: Path, deployed: DeployedModel, images: Tensor, metadata: Metadata
+) -> float:
     """Write `out` if its outputs agree with those of `deployed`; return their largest difference."""
     # The outputs are compared below, so warnings of the exporters give the user no further information.
     ignore_warnings = warnings.catch_warnings(action="ignore")
@@ -189,7 +235,7 @@ def _write_and_verify(export_format: ExportFormat, out: Path, deployed: Deployed
         temporary_file = Path(folder) / f"model{export_format.suffix}"
         expected = deployed(images)
         try:
-            export_format.write(deployed, images, temporary_file)
+            export_format.write(deployed, images, temporary_file, metadata)
             function = export_format.load(temporary_file, deployed)
             differences = [function(images[:size].clone()) - expected[:size] for size in _batch_sizes(images)]
         except (UserError, OSError):
@@ -262,7 +308,21 @@ def _write_model_card(
     }
     # The heading of the first section is the title of the card.
     text = "\n".join(f"## {title}\n\n- " + "\n- ".join(lines) + "\n" for title, lines in sections.items())
-    write_atomically(Path(result["card"]), text[1:].encode())
+    write_atomically(Path(result["card"]), (_card_head(format, loaded, data, run_dir) + text[1:]).encode())
+
+
+def _card_head(format: str, loaded: LoadedRun, data: Dataset, run_dir: Path) -> str:
+    """Return the YAML head of a model card. The accuracy is that of the run on the test set, if there is one."""
+    summary, _ = _find_results(loaded, run_dir)
+    has_classes_of_cifar = DATASETS[data.name].class_names in (None, tuple(data.classes))
+    is_cifar = has_classes_of_cifar and not data.source.startswith("synthetic")
+    arch, dataset = loaded.recipe.arch, data.name if is_cifar else data.source_type
+    return CARD_HEAD.format(
+        library="onnx" if format == "onnx" else "pytorch",
+        arch=arch,
+        datasets=f"datasets: [{dataset}]\n" if is_cifar else "",
+        model_index=MODEL_INDEX.format(arch=arch, dataset=dataset, accuracy=summary.test_acc) if summary else "",
+    )
 
 
 def _md5(array: np.ndarray) -> str:
@@ -283,19 +343,23 @@ def _training_section(loaded: LoadedRun) -> list[str]:
     ]
 
 
-def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
+def _find_results(loaded: LoadedRun, run_dir: Path) -> tuple[RunSummary | None, str]:
+    """Return the summary of a run with the test results of these weights, or None and the reason why there is none."""
     summary = read_summary(run_dir)
     if not summary or summary.eval_weights != loaded.weights:
-        return [
-            f"these weights ({loaded.weights}) were not evaluated on the test set in this run; see `fastcifar eval`"
-        ]
+        return None, f"these weights ({loaded.weights}) were not evaluated on the test set in this run"
     trained = loaded.recipe.model_copy(update={"normalize": summary.config["normalize"]})
     if normalization_mean_std(trained) != normalization_mean_std(loaded.recipe):
-        name = normalization_name(trained)
-        return [f"not evaluated with this normalization, only with `{name}`; see `fastcifar eval`"]
-    correct = f"{summary.correct:,} of {summary.total:,}"
+        return None, f"not evaluated with this normalization, only with `{normalization_name(trained)}`"
+    return summary, ""
+
+
+def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
+    summary, reason = _find_results(loaded, run_dir)
+    if not summary:
+        return [f"{reason}; see `fastcifar eval`"]
     return [
-        f"test accuracy {format_percent(summary.test_acc)}, {correct}, n = 1 seed",
+        f"test accuracy {format_percent(summary.test_acc)}, {summary.correct:,} of {summary.total:,}, n = 1 seed",
         f"test loss {summary.test_loss:.4f} nats, expected calibration error {summary.ece:.4f} (15 bins)",
         f"complete: {'yes' if summary.complete else 'no'}, stopped by {summary.stop_reason}",
     ]

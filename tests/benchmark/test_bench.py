@@ -17,7 +17,7 @@ from fastcifar.benchmark import workloads
 from fastcifar.benchmark.bench import TimedTrial, bench
 from fastcifar.benchmark.workloads import BENCHMARKS
 from fastcifar.data import cifar
-from fastcifar.errors import DataError, UserError
+from fastcifar.errors import DataError, DiskError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import BenchDocument, DeviceLimits
@@ -104,6 +104,7 @@ def test_grid_measures_all_combinations_without_duplicates(
         ("step", {"grid": {"batch_size": ["0"]}}, "--batch-size should be greater than 0"),
         ("step", {"grid": {"mode": ["captured"]}}, "--cuda-graph needs CUDA"),
         ("step", {"trace": Path("no/such/folder/trace.json")}, "--profile"),
+        ("step", {"trace": Path()}, "--profile . is a folder"),
         ("trian", {}, "did you mean 'train'"),
     ],
 )
@@ -178,7 +179,28 @@ def test_specified_data_set_must_exist(tiny: Callable[..., Recipe]) -> None:
         bench(tiny(data="no/such/place"), "loader", trial_s=TRIAL_S)
 
 
-def test_trace_is_written(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_trace_is_written(tiny: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bench(tiny(), "step", trials=1, trace=tmp_path / "trace.json", trial_s=TRIAL_S)
+    assert "".join(capfd.readouterr()) == ""
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("convolution" in event.get("name", "") for event in events)
+
+
+def test_trace_is_written_if_the_last_case_was_measured_before(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The loader does not depend on the architecture, so the second point of the grid has no case."""
+    grid = {"arch": ["se55", "se68"]}
+    recipe = tiny(blocks=None, channels=None)
+    rows = bench(recipe, "loader", trials=1, trace=tmp_path / "trace.json", trial_s=TRIAL_S, grid=grid).results
+    assert len(rows) == 1
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_trace_that_cannot_be_written_is_reported(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_to_full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench_module, "write_atomically", write_to_full_disk)
+    with pytest.raises(DiskError, match=r"cannot write the trace .*trace\.json: .*No space left"):
+        bench(tiny(), "loader", trials=1, trace=tmp_path / "trace.json", trial_s=TRIAL_S)

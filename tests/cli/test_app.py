@@ -120,12 +120,16 @@ def test_doctor_reports_the_execution_that_train_chooses() -> None:
 def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
     chart = ("--chart", "a.png")
-    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, cwd=tmp_path)
+    trace = ("--profile", "t.json")
+    run = fastcifar("bench", *tiny, "--what", "loader", "--trials", "1", "--json", *chart, *trace, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
     (result,) = json.loads(run.stdout)["results"]
     assert (result["what"], result["data"]) == ("loader", "synthetic:200")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "t.json"}
+    size = (tmp_path / "t.json").stat().st_size
+    viewers = "open it at https://ui.perfetto.dev or in chrome://tracing"
+    assert run.stderr.splitlines()[-2:] == [f"wrote t.json, a trace of {size:,} bytes; {viewers}", "wrote a.png"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "a.json").write_text(run.stdout)
     comparison = json.loads(fastcifar("compare", "a.json", "a.json", "--json", cwd=tmp_path).stdout)

@@ -14,6 +14,7 @@ import torch
 from torch._inductor import config
 from typer.testing import CliRunner
 
+from fastcifar._version import __version__
 from fastcifar.cli.app import app
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.errors import CheckpointError, DataError, DiskError, UsageError, UserError
@@ -117,6 +118,78 @@ def test_model_card_contains_the_records_of_the_run(run: Path) -> None:
     card = Path(other["card"]).read_text(encoding="utf-8")
     assert "not evaluated with this normalization, only with `cifar10`" in card
     assert "test accuracy" not in card
+
+
+def read_card_head(card: Path) -> dict:
+    return pytest.importorskip("yaml").safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
+
+
+def test_head_of_the_model_card_is_that_of_hugging_face(run: Path, tmp_path: Path) -> None:
+    """The keys are those of https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    card = Path(export_model(str(run), "safetensors", tmp_path / "a.safetensors")["card"])
+    assert card.read_text(encoding="utf-8").startswith("---\n# license: ")
+    head = read_card_head(card)
+    assert head.pop("model-index") == [
+        {
+            "name": "resnet",
+            "results": [
+                {
+                    "task": {"type": "image-classification", "name": "Image Classification"},
+                    "dataset": {"type": "synthetic images", "name": "synthetic images", "split": "test"},
+                    "metrics": [{"type": "accuracy", "name": "Test accuracy", "value": summary["test_acc"]}],
+                }
+            ],
+        }
+    ]
+    assert head == {
+        "library_name": "pytorch",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "resnet", "fastcifar"],
+        "metrics": ["accuracy"],
+    }
+    other = export_model(str(run), "safetensors", tmp_path / "b.safetensors", normalize="kuangliu")
+    assert "model-index" not in read_card_head(Path(other["card"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dataset"),
+    [
+        ({"source": "data", "source_type": "archive"}, "cifar10"),
+        ({"source": "data", "classes": ("a", "b"), "source_type": "class folders of images"}, None),
+    ],
+)
+def test_model_card_names_cifar_only_if_the_images_are_those_of_cifar(
+    run: Path, tmp_path: Path, changes: dict, dataset: str | None
+) -> None:
+    loaded = load_model(str(run), device="cpu", precision="fp32")
+    data = replace(loaded.load_dataset(), **changes)
+    (tmp_path / "a.md").write_text(export._card_head("onnx", loaded, data, run))
+    head = read_card_head(tmp_path / "a.md")
+    assert (head["library_name"], head.get("datasets")) == ("onnx", [dataset] if dataset else None)
+    assert head["model-index"][0]["results"][0]["dataset"]["type"] == (dataset or "class folders of images")
+
+
+@pytest.mark.parametrize(
+    ("input_type", "expected"),
+    [
+        ("uint8", {"input_layout": "NHWC", "input_dtype": "uint8", "normalization": "in the network"}),
+        ("normalized", {"input_layout": "NCHW", "input_dtype": "float32", "normalization": "before the network"}),
+    ],
+)
+def test_onnx_file_contains_the_classes_and_the_normalization(
+    run: Path, tmp_path: Path, input_type: str, expected: dict[str, str]
+) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    export_model(str(run), "onnx", tmp_path / "a.onnx", input_type=input_type, output_type="logits")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props}
+    assert onnxruntime.InferenceSession(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map == metadata
+    expected = {**expected, "input_colors": "RGB", "output": "logits", "arch": "resnet", "weights": "last"}
+    assert metadata == metadata | expected | {"run": "run", "fastcifar_version": __version__}
+    assert json.loads(metadata["classes"])[:2] == ["airplane", "automobile"]
+    # the mean and standard deviation over the pixels of CIFAR-10, with the four digits in wide use
+    assert json.loads(metadata["mean"]) == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+    assert json.loads(metadata["std"]) == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
 
 
 def test_published_weights_are_exported_and_mismatches_refused(tmp_path: Path) -> None:
