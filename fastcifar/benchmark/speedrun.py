@@ -36,7 +36,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
-from fastcifar.training.progress import print_lines
+from fastcifar.training.progress import print_lines, print_scaling
 from fastcifar.training.resolve import Resolved, model_from_recipe, resolve
 from fastcifar.training.trainer import Trainer
 
@@ -75,6 +75,8 @@ def speedrun(
     assert n > 0, n
     earlier = SpeedrunResults.read(append) if append else None
     settings, resolved = plan_speedrun(earlier.recipe if earlier else None, target, recipe_name, eval_split, options)
+    if recipe_name or not earlier:
+        print_scaling(console, recipe_name or TARGET_RECIPES[settings.target], options)
     seed = options.get("seed")
     first_seed = int(seed) if seed is not None else earlier.next_seed if earlier else resolved.recipe.seed
     seeds = range(first_seed, first_seed + n)

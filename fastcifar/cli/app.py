@@ -71,12 +71,11 @@ def train(
     console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
     import_torch(console)
     from fastcifar.training.dry_run import dry_run as estimate_run
-    from fastcifar.training.progress import print_lines
+    from fastcifar.training.progress import print_scaling
     from fastcifar.training.trackers import view_commands
     from fastcifar.training.train import train as run
 
-    if scaling := Recipe.describe_scaling(recipe, **options):
-        print_lines(console, [scaling])
+    print_scaling(console, recipe, options)
     if dry_run:
         return Output(estimate_run(resolved), tables.dry_run_table)
     summary = run(resolved, recipe, console)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from fastcifar.format import format_short_number
+from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.step import Metrics
 from fastcifar.training.trainer import Trainer
@@ -22,6 +23,12 @@ def print_lines(console: Console | None, lines: list[str]) -> None:
     for line in lines:
         if console:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_scaling(console: Console | None, recipe_name: str | None, options: dict[str, Any]) -> None:
+    """Print a line about the options of a recipe that `Recipe.make` scales to another number of epochs, if any."""
+    if scaling := Recipe.describe_scaling(recipe_name, **options):
+        print_lines(console, [scaling])
 
 
 def show_preparation(console: Console | None) -> None:

@@ -94,6 +94,16 @@ def test_result_folder_summary_and_table(recipe_file: MakeFile, tmp_path: Path) 
     assert "small on the test set: 2 runs" in speedrun_table(summary).renderables[0]  # type: ignore[operator]
 
 
+def test_a_recipe_scaled_to_other_epochs_is_announced(recipe_file: MakeFile, tmp_path: Path) -> None:
+    console = Console(record=True, width=500)
+    name = recipe_file(warmup_epochs=0.5)
+    folder = speedrun(recipe_name=name, epochs=1, out=str(tmp_path / "timed"), console=console).folder
+    assert "scaled from 2 epochs to 1: --warmup-epochs 0.25 instead of 0.5" in console.export_text()
+    console = Console(record=True, width=500)
+    speedrun(append=Path(folder), console=console)
+    assert "scaled" not in console.export_text()
+
+
 def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_path: Path) -> None:
     folder, name = tmp_path / "timed", recipe_file()
     first = speedrun(recipe_name=name, seed=3, out=str(folder))
