@@ -1,6 +1,6 @@
-"""Generate the tables of results in README.md from bench/results.
+"""Generate the tables of results in README.md and docs/ from bench/results.
 
-    python bench/tables.py           rewrite the tables in README.md
+    python bench/tables.py           rewrite the tables
     python bench/tables.py --check   exit with code 1 if they are out of date
 
 The lines between `<!-- table: NAME -->` and `<!-- end -->` are replaced; NAME is a key of `TABLES`.
@@ -20,7 +20,7 @@ from fastcifar.format import MISSING, format_mean_std, format_percent
 from fastcifar.renamed import upgrade_options
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -250,7 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def update_tables(text: str) -> str:
-    """Return the text of the README with every table regenerated."""
+    """Return the text of a page with every table regenerated."""
 
     def regenerate(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -259,8 +259,9 @@ def update_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    before = README.read_text(encoding="utf-8")
-    after = update_tables(before)
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: update_tables(text) for page, text in before.items()}
     if "--check" in sys.argv:
         sys.exit(before != after)
-    README.write_text(after, encoding="utf-8")
+    for page, text in after.items():
+        page.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The benchmark of the data loaders: order of trials, ratios by round, the table in the README."""
+"""The benchmark of the data loaders: order of trials, ratios by round, the table of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark scripts; the tables of results in the README are up to date."""
+"""The benchmark scripts; the tables of results in README and docs are up to date."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def test_readme_tables_are_up_to_date() -> None:
-    text, tables = (ROOT / "README.md").read_text(encoding="utf-8"), script("tables")
+def test_tables_of_readme_and_docs_are_up_to_date() -> None:
+    tables = script("tables")
+    pages = [page.read_text(encoding="utf-8") for page in tables.PAGES]
     for name in tables.TABLES:
-        assert f"<!-- table: {name} -->" in text
-    assert tables.update_tables(text) == text
+        assert f"<!-- table: {name} -->" in "\n".join(pages)
+    for text in pages:
+        assert tables.update_tables(text) == text
 
 
 def test_results_contain_no_absolute_path() -> None:

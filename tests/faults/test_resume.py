@@ -26,6 +26,7 @@ from fastcifar.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
 from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
 from fastcifar.training.train import train
+from tests.documentation import DOCUMENTATION
 from tests.faults.runs import assert_equal_runs, contents, last, rows, summary
 
 MakeRecipe = Callable[..., Recipe]
@@ -301,8 +302,7 @@ def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) ->
     assert (
         not {"arch", "optimizer", "batch_size", "lr", "seed", "augment", "val_size"} & resume.RESUMABLE_OPTIONS.keys()
     )
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    sentence = readme.split("The following options may differ")[1].split("and the execution options")[0]
+    sentence = DOCUMENTATION.split("The following options may differ")[1].split("and the execution options")[0]
     documented = re.findall(r"`(--[\w-]+)`", sentence)
     assert set(documented) == {
         option_flag(name) for name in resume.RESUMABLE_OPTIONS.keys() - {"resume", *section_fields("execution")}

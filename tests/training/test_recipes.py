@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from fastcifar.recipes import shipped_recipes
 from fastcifar.training.optimizer_classes import Ranger
 from fastcifar.training.optimizers import build_grad_clipper
 from fastcifar.training.resolve import model_from_recipe
+from tests.documentation import DOCUMENTATION
 from tests.models.networks import on_meta, small
 from tests.training.optimizer_helpers import build_optimizer, build_schedule
 
@@ -63,12 +63,11 @@ PUBLISHED_ACCURACY = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED_ACCURACY)
-def test_published_accuracy_is_in_the_recipe_and_the_readme(name: str) -> None:
+def test_published_accuracy_is_in_the_recipe_and_the_documentation(name: str) -> None:
     accuracy = f"{PUBLISHED_ACCURACY[name]:.2f} %"
     first_line = shipped_recipes()[name].read_text(encoding="utf-8").splitlines()[0]
     assert re.search(rf"published with (a test accuracy of )?{re.escape(accuracy)}", first_line)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (table_row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+    (table_row,) = [line for line in DOCUMENTATION.splitlines() if line.startswith(f"| `{name}` |")]
     assert table_row.endswith(f"| {accuracy} |")
 
 
