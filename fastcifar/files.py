@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
+import stat
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastcifar.errors import DiskError, UsageError
 
@@ -15,6 +18,35 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
+
+MAX_DOCUMENT_BYTES = 256 * 2**20  # of a TOML, JSON, CSV or JSON Lines file
+
+
+def open_regular_file(path: Path | str) -> BinaryIO:
+    """Open a regular file for reading. Raises `OSError` at once for a FIFO, socket, device or a link to one.
+
+    Opening a FIFO would wait for a process that writes to it, and reading a device such as /dev/zero may never end.
+    """
+
+    def open_without_waiting(name: Any, flags: int) -> int:
+        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a device can have an effect
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # replaced since the first check
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_regular_file(path: Path | str, max_bytes: float = MAX_DOCUMENT_BYTES) -> bytes:
+    """Return the content of a regular file. Raises `OSError` if it is anything else or has more than `max_bytes`."""
+    with open_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= max_bytes:
+            return file.read()
+    raise OSError(errno.EFBIG, f"{size:,} bytes are more than {max_bytes:,.0f}", str(path))
 
 
 def write_atomically(path: Path, content: bytes | memoryview | Path, previous: Path | None = None) -> None:
@@ -58,7 +90,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
-        _write_durably(target, source.read_bytes())
+        _write_durably(target, read_regular_file(source, math.inf))
 
 
 class FolderLock(contextlib.ExitStack):
@@ -127,23 +159,28 @@ def _acquire_lock_file(folder: Path, wait: bool = False) -> FolderLock:
 def load_toml(path: Path | str) -> dict[str, Any]:
     """Return the content of a TOML file. Raises `UsageError` if it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} is not a readable TOML file: {error}") from None
+        return tomllib.loads(read_regular_file(path).decode())
+    except (ValueError, RecursionError, OSError) as error:  # a TOMLDecodeError is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} is not a readable TOML file: {reason}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if the file is missing, damaged or holds anything else."""
     try:
-        return parse_json_object(path.read_text(encoding="utf-8")) or {}
+        return parse_json_object(read_regular_file(path).decode()) or {}
     except (OSError, UnicodeDecodeError):
         return {}
 
 
 def parse_json_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object in `text`, or None if the text is damaged or holds anything else."""
+    """Return the JSON object in `text`, or None if the text is damaged or holds anything else.
+
+    NaN, Infinity and unpaired surrogates, which Python accepts in JSON, are refused: they cannot be written again.
+    """
     try:
         document = json.loads(text)
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

@@ -21,6 +21,7 @@ from fastcifar.renamed import renaming_remedy
 
 OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # these do not affect the weights
 DEFAULT_VAL_SIZE = 5000
+MAX_BLOCKS = 1000  # building more takes minutes
 # section -> its first field; a section ends before the first field of the next one
 SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
 
@@ -74,14 +75,19 @@ def _parse_key_values(value: Any) -> Any:
     return arguments
 
 
-def _validate_by(parse: Callable[[str], object]) -> AfterValidator:
-    """Return a validator that keeps the text and raises the `ValueError` of `parse`."""
+def _validate_by(parse: Callable[[Any], object]) -> AfterValidator:
+    """Return a validator that keeps the value and raises the `ValueError` of `parse`."""
 
-    def validate(text: str) -> str:
-        parse(text)
-        return text
+    def validate(value: Any) -> Any:
+        parse(value)
+        return value
 
     return AfterValidator(validate)
+
+
+def _check_num_blocks(blocks: tuple[int, ...]) -> None:
+    if sum(blocks) > MAX_BLOCKS:
+        raise ValueError(f"should be at most {MAX_BLOCKS} blocks in all stages together")
 
 
 def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
@@ -97,8 +103,9 @@ def default_val_size(num_images: int) -> int:
 
 
 SplitText = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)  # "4,4,3"
-PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0)], ...], SplitText]
+PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], SplitText]
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
+Blocks = Annotated[PositiveIntegers, _validate_by(_check_num_blocks)]
 ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
 ClipGradText = Annotated[str, _validate_by(parse_clip_grad)]
 ScheduleText = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
@@ -120,7 +127,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # network
     arch: str = _option("se68", "network architecture; `fastcifar models` lists them")
     width: float | None = _option(None, "channel multiplier", gt=0, le=16)
-    blocks: PositiveIntegers | None = _option(None, "number of blocks in each stage, such as 4,4,3")
+    blocks: Blocks | None = _option(None, "number of blocks in each stage, such as 4,4,3")
     channels: PositiveIntegers | None = _option(None, "number of channels in each stage, such as 64,128,256")
     kernel: int | None = _option(None, "kernel size of the block convolutions, an odd number", ge=1, le=11)
     shortcut_kernel: int | None = _option(None, "kernel size of the projection shortcuts, an odd number", ge=1, le=11)

@@ -13,7 +13,7 @@ from rich.console import Group
 
 from fastcifar.device import Environment, result_folder_name
 from fastcifar.errors import DiskError, UsageError, first_message_line
-from fastcifar.files import lock_folder, read_json_object, write_atomically
+from fastcifar.files import lock_folder, read_json_object, read_regular_file, write_atomically
 from fastcifar.format import format_decimal, format_differences, format_percent, numeric_table
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
@@ -150,9 +150,9 @@ class SpeedrunResults:
     def read(cls, folder: Path) -> SpeedrunResults:
         """Read a result folder; ignore an incomplete last line. Raises `UsageError` if it is not a result folder."""
         try:
-            recipe = SpeedrunRecipe.model_validate_json((folder / "recipe.json").read_bytes())
+            recipe = SpeedrunRecipe.model_validate_json(read_regular_file(folder / "recipe.json"))
             environment = SpeedrunEnvironment.model_validate(read_json_object(folder / "env.json"))
-            lines = (folder / "trials.jsonl").read_bytes().splitlines(keepends=True)
+            lines = read_regular_file(folder / "trials.jsonl").splitlines(keepends=True)
             trials = [SpeedrunTrial.model_validate_json(line) for line in lines if line.endswith(b"\n")]
         except (OSError, ValidationError) as error:
             problem = f"{folder} is not a result folder of a speedrun: {first_message_line(error)}"

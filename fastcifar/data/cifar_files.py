@@ -79,6 +79,11 @@ class DatasetSpec:
     split_digests: dict[str, str] = field(default_factory=dict)  # `split_digest` of each official split
     reordered_md5s: dict[str, str] = field(default_factory=dict)  # files with the official images in another order
 
+    @property
+    def default_class_names(self) -> list[str]:
+        """The names of the classes where no file contains them."""
+        return list(self.class_names) or [f"class_{label:02d}" for label in range(self.num_classes)]
+
 
 _CIFAR10_PYTHON = (
     BatchFile("data_batch_1", "train", 10_000, "c99cafc152244af753f735de768cd75f", "training batch 1 of 5"),

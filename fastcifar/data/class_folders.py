@@ -97,7 +97,7 @@ def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:
     positions = np.linspace(0, 3, 32)
     weights = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(4))).astype(np.float32)
     patterns = np.einsum("ya,xb,ncab->ncyx", weights, weights, grid).astype(np.uint8)
-    classes = spec.class_names or tuple(f"class_{label:02d}" for label in range(spec.num_classes))
+    classes = tuple(spec.default_class_names)
     splits = _make_noisy_split(patterns, train_size, 1), _make_noisy_split(patterns, max(train_size // 5, 10), 2)
     return Dataset(name, *splits, classes, data, is_official=False, source_type="synthetic images")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,7 +125,7 @@ def load_policy(source: str) -> Policy:
     """Return a named AutoAugment policy, or that of a TOML file: `policy = [[["Invert", 0.1], ["Color", 0.2, 6]]]`."""
     if not source.endswith(".toml"):
         sub_policies = lookup(POLICIES, source, "policy")
-    elif not Path(source).is_file():
+    elif not os.path.isfile(source):
         raise UsageError(f"no policy file {source}", f"write a TOML file, or choose {' or '.join(POLICIES)}")
     else:
         content = load_toml(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,6 +20,7 @@ from fastcifar.errors import DataError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.files import open_regular_file
 from fastcifar.training.build import split_validation
 from fastcifar.training.evaluate import VIEWS, compute_scores, reliability_bins
 
@@ -197,14 +199,14 @@ def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
     """Return the version name and the images of CIFAR-10.1 (Recht et al. 2018) in `folder`, preferring v6 over v4."""
     if tuple(classes) != DATASETS["cifar10"].class_names:
         raise DataError("CIFAR-10.1 has the classes of CIFAR-10, but the run has other classes", "omit --shifted")
-    versions = [version for version in CIFAR10_1_VERSIONS if (folder / f"{version}_data.npy").is_file()]
+    versions = [version for version in CIFAR10_1_VERSIONS if os.path.isfile(folder / f"{version}_data.npy")]
     if not versions:
         raise DataError(f"no {CIFAR10_1_VERSIONS[0]}_data.npy in {folder}", CIFAR10_1_REMEDY)
     arrays = []
     images_path, labels_path = paths = [folder / f"{versions[0]}_{content}.npy" for content in ("data", "labels")]
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_regular_file(path) as file:
                 arrays.append(np.lib.format.read_array(file, allow_pickle=False))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path}: {error}", CIFAR10_1_REMEDY) from None

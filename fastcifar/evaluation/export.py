@@ -28,6 +28,7 @@ from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, section_fields
+from fastcifar.training.checkpoint_reader import safetensors_metadata
 from fastcifar.training.step import scale_and_shift
 from fastcifar.training.summary import RunSummary, read_summary
 
@@ -114,7 +115,7 @@ def build_metadata(deployed: DeployedModel, loaded: LoadedRun, run: str) -> Meta
     mean, std = normalization_mean_std(loaded.recipe)
     is_uint8 = deployed.input_type == "uint8"
     return {
-        "classes": json.dumps(loaded.classes, ensure_ascii=False),
+        **safetensors_metadata(loaded.recipe.model_dump(mode="json"), loaded.classes),
         "input_layout": "NHWC" if is_uint8 else "NCHW",
         "input_dtype": "uint8" if is_uint8 else "float32",
         "input_colors": "RGB",
@@ -122,7 +123,6 @@ def build_metadata(deployed: DeployedModel, loaded: LoadedRun, run: str) -> Meta
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "output": deployed.output_type,
-        "arch": loaded.recipe.arch,
         "weights": loaded.weights,
         "run": Path(run).resolve().name,
         "fastcifar_version": __version__,

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcifar.data import cifar
-from fastcifar.data.cifar import Dataset, Split
+from fastcifar.data.cifar import DATASETS, Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution, supports_tf32
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
@@ -20,7 +20,7 @@ from fastcifar.training import checkpoint, compilation, evaluate
 from fastcifar.training.build import to_channels_last
 from fastcifar.training.fallback import run_with_fallback
 from fastcifar.training.progress import show_compilation
-from fastcifar.training.resolve import model_from_recipe
+from fastcifar.training.resolve import model_from_recipe, require_fitting_network
 from fastcifar.training.step import Forward, build_forward
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
@@ -52,6 +52,8 @@ class LoadedRun:
     def load_dataset(self) -> Dataset:
         """Load the data set of the recipe."""
         data = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
+        if self.weights == "published" and self.classes == DATASETS["cifar100"].default_class_names:
+            self.classes = list(data.classes)[: len(self.classes)]  # the checkpoint does not name them
         if list(data.classes) != self.classes:
             problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
             raise DataError(problem, "give --data for the data set the run was trained on")
@@ -112,10 +114,11 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     execution = choose_execution(recipe)
     device = torch.device(execution.device)
     compilation.configure_process(execution)
-    model = model_from_recipe(recipe, len(saved["classes"]))
     state = saved["ema"] if eval_weights == "ema" else saved["model"]
     if state is None:
         raise CheckpointError(f"{path} contains no EMA weights", "use --eval-weights last, or train with --ema-decay")
+    require_fitting_network(recipe, state, len(saved["classes"]), path)
+    model = model_from_recipe(recipe, len(saved["classes"]))
     checkpoint.load_weights(model, state, path)
     mean, std = normalization_mean_std(recipe)
     forward = build_forward(to_channels_last(model, device).eval(), mean, std, execution.precision, device)

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from fastcifar.errors import DataError, DiskError, UsageError
-from fastcifar.files import write_atomically
+from fastcifar.files import read_regular_file, write_atomically
 
 PredictionColumns = Mapping[str, Sequence[Any]]  # column name -> values; all columns have the same length
 
@@ -126,7 +126,7 @@ def read_predictions(path: Path) -> dict[str, str]:
     """Return the first two columns of a CSV file with a header as id -> label."""
     remedy = "give a CSV file with a header and rows of an id and a label, as `fastcifar predict` writes it"
     try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
+        rows = list(csv.reader(io.StringIO(read_regular_file(path).decode("utf-8-sig"), newline="")))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from None
     except (UnicodeDecodeError, csv.Error) as error:

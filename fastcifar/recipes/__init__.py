@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def shipped_recipes() -> dict[str, Path]:
 def load_recipe_values(source: str) -> dict[str, Any]:
     """Return the options of a shipped recipe, given by name, or of a TOML file. Raises `UsageError`."""
     path = shipped_recipes().get(source) or Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         remedy = f"{suggest_name(source, shipped_recipes())} or give the path of a TOML file"
         raise UsageError(f"no recipe {source!r}", remedy)
     return load_toml(path)

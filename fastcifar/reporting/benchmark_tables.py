@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from rich.console import Group
 
+from fastcifar.files import read_regular_file
 from fastcifar.format import format_decimal, format_option_value, format_percent, format_short_number, numeric_table
 from fastcifar.plotting import BarPanel
 
@@ -117,7 +118,7 @@ class BenchDocument(_Document):
     def read(cls, path: Path) -> BenchDocument | None:
         """Return the document in a file, which is its whole content or its last line; None for any other file."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular_file(path).decode()
         except (OSError, UnicodeDecodeError):
             return None
         for candidate in (text, (text.strip().splitlines() or [""])[-1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation.prediction_files import PredictionComparison, compare_predictions
+from fastcifar.files import read_regular_file
 from fastcifar.format import (
     format_decimal,
     format_option_value,
@@ -72,7 +74,7 @@ class RunComparison(TypedDict):
 
 def read_run(path: Path) -> RunRecord | None:
     """Return the record of a run folder, finished or not; None for other paths. A damaged run raises `DataError`."""
-    if not (path / RECIPE_FILE).is_file():
+    if not os.path.isfile(path / RECIPE_FILE):
         return None
     read_recipe_options(path)
     record = read_run_record(path)
@@ -199,7 +201,7 @@ def detect_predictions_file(path: Path) -> Path | None:
     if path.is_dir():
         return None
     try:
-        return None if path.read_bytes().lstrip()[:1] in (b"{", b"[") else path
+        return None if read_regular_file(path).lstrip()[:1] in (b"{", b"[") else path
     except OSError:
         return path
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from fastcifar.errors import CheckpointError, UsageError
+from fastcifar.files import read_regular_file
 from fastcifar.format import one_line
 from fastcifar.recipe import OUTPUT_OPTIONS, Recipe
 from fastcifar.recipes import load_saved_recipe
@@ -72,10 +73,10 @@ class RunRecord:
 
 def folder_kind(folder: Path) -> str | None:
     """Return "sweep" or "run", or None for any other folder; recipe.toml alone, for example, does not make a run."""
-    if (folder / TRIALS_FILE).is_file() and ((folder / "sweep.toml").is_file() or (folder / "runs").is_dir()):
+    is_file, is_dir = (lambda name: os.path.isfile(folder / name)), (lambda name: os.path.isdir(folder / name))
+    if is_file(TRIALS_FILE) and (is_file("sweep.toml") or is_dir("runs")):
         return "sweep"
-    is_run = (folder / RECIPE_FILE).is_file() and ((folder / "env.json").is_file() or (folder / "checkpoints").is_dir())
-    return "run" if is_run else None
+    return "run" if is_file(RECIPE_FILE) and (is_file("env.json") or is_dir("checkpoints")) else None
 
 
 def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
@@ -123,7 +124,7 @@ def read_run_record(folder: Path) -> RunRecord:
         rows = []
     summary, state, reason = None, "done", ""
     try:
-        summary = RunSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
+        summary = RunSummary.model_validate_json(read_regular_file(folder / SUMMARY_FILE))
         if not summary.complete and summary.stop_reason != "max_steps":  # --max-steps is not an interruption
             state, reason = "unfinished", f"stopped by {one_line(summary.stop_reason)} after {summary.steps:,} steps"
     except FileNotFoundError:
@@ -151,7 +152,7 @@ def read_run_record(folder: Path) -> RunRecord:
 
 def read_recipe_options(folder: Path) -> dict[str, Any]:
     """Return the options of a recipe, with defaults and unknown options. Raises `UsageError` if it is invalid."""
-    if not (folder / RECIPE_FILE).is_file():
+    if not os.path.isfile(folder / RECIPE_FILE):
         raise UsageError(f"no {RECIPE_FILE}")
     values = load_saved_recipe(folder)
     recipe = Recipe(**{name: value for name, value in values.items() if name in Recipe.model_fields})
@@ -165,7 +166,7 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
     with a warning. A missing file has no trials. Raises `CheckpointError` if the file cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular_file(path)
     except FileNotFoundError:
         return {}, 0
     except OSError as error:

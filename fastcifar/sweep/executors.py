@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcifar.device import as_memory_error, extra_remedy, import_optional
 from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, first_message_line, lookup, print_warning
-from fastcifar.files import is_locked
+from fastcifar.files import is_locked, read_regular_file
 from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
 
@@ -289,5 +289,5 @@ def _ray_task(trial: SweepTrial, threads: int, driver_host: str) -> TrialEvent:
     if socket.gethostname() == driver_host:
         return event
     folder = Path(str(trial.recipe.out))
-    files = {name: (folder / name).read_bytes() for name in RETURNED_FILES if (folder / name).is_file()}
+    files = {name: read_regular_file(folder / name) for name in RETURNED_FILES if os.path.isfile(folder / name)}
     return replace(event, files=files)

@@ -7,6 +7,7 @@ run folders. Finished trials are not repeated, interrupted ones are resumed, and
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
@@ -18,7 +19,7 @@ from rich.console import Console
 from fastcifar.data import cifar
 from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.errors import DiskError, UsageError, UserError
-from fastcifar.files import load_toml, lock_folder, write_atomically
+from fastcifar.files import load_toml, lock_folder, read_regular_file, write_atomically
 from fastcifar.recipe import Recipe, default_val_size
 from fastcifar.renamed import renamed_options
 from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executor
@@ -183,7 +184,7 @@ def _start_sweep(
     lines, spec_file, text = [], folder / SPEC_FILE, spec.to_toml()
     added = sum(trial.key not in trial_log.entries for trial in trials)
     removed = trial_log.update_labels(trials)
-    if spec_file.is_file() and spec_file.read_text("utf-8") != text:
+    if os.path.isfile(spec_file) and read_regular_file(spec_file) != text.encode():
         lines.append(f"the sweep file has changed: {added} trials added, {removed} removed (their runs are kept)")
     try:
         write_atomically(spec_file, text.encode())

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,7 @@ def read_sweep_spec(
     """Return the spec and the name of a sweep; the arguments are those of `run_sweep`."""
     path = shipped_sweeps().get(source) or Path(source)
     path = path / SPEC_FILE if path.is_dir() else path
-    if not path.is_file():
+    if not os.path.isfile(path):
         suggestion = suggest_name(source, list(shipped_sweeps()))
         raise UsageError(f"unknown sweep {source!r}", f"give a TOML file or the name of a shipped sweep; {suggestion}")
     values = load_toml(path)
@@ -180,7 +181,7 @@ def read_sweep_spec(
 def _absolute_recipe(source: str | None, folder: Path) -> str | None:
     """Make the path of a recipe file absolute if the file is in the folder of the sweep file."""
     file = folder / str(source)
-    return str(file.absolute()) if source and source.endswith(".toml") and file.is_file() else source
+    return str(file.absolute()) if source and source.endswith(".toml") and os.path.isfile(file) else source
 
 
 def shipped_sweeps() -> dict[str, Path]:

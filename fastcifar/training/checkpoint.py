@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import os
 import re
 import shutil
-import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastcifar.data.cifar import DATASETS
-from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, first_message_line
-from fastcifar.files import read_json_object, write_atomically
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
+from fastcifar.files import read_json_object, read_regular_file, write_atomically
 from fastcifar.models import MODELS, build_model
 from fastcifar.renamed import upgrade_options
+from fastcifar.training.checkpoint_reader import parse_checkpoint
 from fastcifar.training.lr_schedule import ScheduleState
 from fastcifar.training.rng_state import RngState
 
 CHECKPOINT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
-# NumPy type code -> struct format, for the NumPy scalars that other projects store beside their weights
-NUMPY_TO_STRUCT_FORMATS = {
-    "b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I", "u8": "<Q",
-    "f2": "<e", "f4": "<f", "f8": "<d",
-}  # fmt: skip
+MAX_CHECKPOINT_BYTES = 2 * 2**30
+# Keys under which other projects store a state dict: those of kuangliu and of this project's sources, of Lightning and
+# timm, of torchvision and DeiT, of the tutorials of PyTorch, and of DeepSpeed
+WEIGHTS_KEYS = ("net", "state_dict", "model", "model_state_dict", "module", "state_dict_ema")
+
+T = TypeVar("T")
 
 
 class ModelCheckpoint(TypedDict):
@@ -110,13 +113,13 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoi
 
     The caller checks whether the result contains training state. `allow_foreign`: see `read_checkpoint`.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
     try:
         state = read_checkpoint(path, allow_foreign)
     except CheckpointError as error:
         previous = _previous_path(path)
-        if not previous.is_file():
+        if not os.path.isfile(previous):
             raise
         state = read_checkpoint(previous, allow_foreign)
         warnings.warn(f"{error.problem}; {previous.name} is used instead", UserWarning, stacklevel=2)
@@ -124,43 +127,83 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoi
 
 
 def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
-    """Load a checkpoint of fastcifar, or a file of a source project, to which a recipe with `arch` is added.
+    """Load a checkpoint of fastcifar, or weights of another project, to which a recipe with `arch` is added.
 
-    Raises `CheckpointError` if a fastcifar checkpoint has another architecture than `arch`, or if `arch` is None for a
-    source project's file, which does not name its architecture.
+    Raises `CheckpointError` if a fastcifar checkpoint has another architecture than `arch`, or if `arch` is None for
+    weights of another project, which do not name their architecture.
     """
     state = cast(dict[str, Any], load_checkpoint(path, allow_foreign=True))
     if _is_fastcifar_checkpoint(state):
         saved_arch = state["recipe"].get("arch", "")
         if arch not in (None, saved_arch):
             raise CheckpointError(f"{path} contains {saved_arch}, not {arch}", "remove --arch")
+        dataset = state["recipe"].get("dataset", "cifar10")
+        if "classes" not in state:  # a .safetensors file of an earlier version
+            state["classes"] = DATASETS[dataset if dataset in DATASETS else "cifar10"].default_class_names
         return cast(ModelCheckpoint, state)
-    weights = state.get("net", state)
-    is_state_dict = isinstance(weights, dict) and all(
+    weights, ema = find_weights(state, path)
+    matches = matching_architectures(weights, MODELS if arch is None else [arch])
+    if arch is None:
+        names = list(dict.fromkeys(name for name, _ in matches))
+        remedy = f"set --arch {' or '.join(names)}" if names else "set --arch, although no architecture matches"
+        raise CheckpointError(f"{path} does not name the architecture of its weights", remedy)
+    dataset = next((dataset for _, dataset in matches), "cifar10")
+    recipe = {"arch": arch, "dataset": dataset}
+    return {"recipe": recipe, "classes": DATASETS[dataset].default_class_names, "model": weights, "ema": ema}
+
+
+def find_weights(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Return the weights in a checkpoint of another project, without prefixes of their keys, and the EMA weights."""
+    found = [state, *(state[key] for key in WEIGHTS_KEYS if key in state)]
+    candidates = [_remove_common_prefix(weights) for weights in found if isinstance(weights, dict)]
+    weights = next((weights for weights in candidates if weights and _is_state_dict(weights)), None)
+    if weights is None:
+        keys = ", ".join(sorted(map(repr, state))[:6]) or "none"
+        raise CheckpointError(
+            f"{path} contains no weights; its keys: {keys}",
+            f"specify a run folder, its checkpoint, a state dict, or a dict with one as {', '.join(WEIGHTS_KEYS)}",
+        )
+    ema = _remove_common_prefix(state.get("state_dict_ema"))
+    return weights, ema if _is_state_dict(ema) else None
+
+
+def _is_state_dict(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
     )
-    if not weights or not is_state_dict:
-        raise CheckpointError(
-            f"{path} contains no weights",
-            "specify a run folder, its checkpoint, a file with {net, acc, epoch}, or a state dict",
-        )
-    if arch is None:
-        matches = matching_architectures(weights)
-        remedy = f"set --arch {' or '.join(matches)}" if matches else "set --arch, although no architecture matches"
-        raise CheckpointError(f"{path} does not name the architecture of its weights", remedy)
-    return {"recipe": {"arch": arch}, "classes": list(DATASETS["cifar10"].class_names), "model": weights, "ema": None}
 
 
-def matching_architectures(weights: dict[str, Tensor]) -> list[str]:
-    """Return the names in MODELS whose keys and shapes are those of `weights`, ignoring wrapper prefixes."""
+def _remove_common_prefix(weights: Any) -> Any:
+    """Remove the prefix that all keys of a state dict share, such as `model.`, and the counter of `AveragedModel`.
+
+    Every architecture has keys that differ in their first part.
+    """
+    if not _is_state_dict(weights):
+        return weights
+    weights = {strip_wrapper_prefixes(key): value for key, value in weights.items() if key != "n_averaged"}
+    while len(prefixes := {key.partition(".")[0] for key in weights}) == 1 and all("." in key for key in weights):
+        weights = {key.removeprefix(f"{min(prefixes)}."): value for key, value in weights.items()}
+    return weights
+
+
+def matching_architectures(weights: dict[str, Tensor], archs: Iterable[str] = MODELS) -> list[tuple[str, str]]:
+    """Return those of `archs`, each with the data set of its number of classes, of the keys and shapes of `weights`.
+
+    Wrapper prefixes and the counters of BatchNorm are ignored.
+    """
     shapes = {strip_wrapper_prefixes(key): value.shape for key, value in weights.items()}
     matches = []
-    for arch in MODELS:
+    for arch, dataset in itertools.product(archs, DATASETS):
         with torch.device("meta"):
-            state = build_model(arch).state_dict()
-        if {key: value.shape for key, value in state.items()} == shapes:
-            matches.append(arch)
+            state = build_model(arch, DATASETS[dataset].num_classes).state_dict()
+        if _without_counters(shapes) == _without_counters({key: value.shape for key, value in state.items()}):
+            matches.append((arch, dataset))
     return matches
+
+
+def _without_counters(state: Mapping[str, T]) -> dict[str, T]:
+    """Return `state` without the counters of batches in BatchNorm, which files of old versions of torch lack."""
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
@@ -169,53 +212,28 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     `allow_foreign`: also accept a dict that is not a fastcifar checkpoint.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular_file(path, MAX_CHECKPOINT_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     valid_digests = {entry["sha256"] for entry in read_manifest(path.parent).values()}
     if valid_digests and hashlib.sha256(content).hexdigest() not in valid_digests:
         raise CheckpointError(f"{path} is damaged: the SHA-256 of its {len(content):,} bytes is not in {MANIFEST_NAME}")
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged or malicious file
-        # torch's message advises to disable `weights_only`
-        forbidden = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-        reason = f"it refers to {forbidden[1]}, which is not allowed in checkpoints" if forbidden else None
-        reason = reason or first_message_line(error, type(error).__name__)
-        raise CheckpointError(f"{path} is not a checkpoint: {reason}") from None
-    if not isinstance(state, dict) or not (allow_foreign or _is_fastcifar_checkpoint(state)):
+    state = parse_checkpoint(content, path)
+    if not (allow_foreign or _is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} has no model and recipe", "specify a fastcifar run folder or checkpoint")
     if _is_fastcifar_checkpoint(state):
+        is_list_of_names = isinstance(state.get("classes", []), list) and all(
+            isinstance(name, str) for name in state.get("classes", [])
+        )
+        is_valid = _is_state_dict(state["model"]) and (state.get("ema") is None or _is_state_dict(state["ema"]))
+        if not (is_valid and is_list_of_names and all(isinstance(name, str) for name in state["recipe"])):
+            raise CheckpointError(f"{path} is damaged: its model, recipe or classes are of another type")
         state["recipe"] = upgrade_options(state["recipe"])
     return state
 
 
 def _is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
     return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
-
-
-class _NumpyDtypeStub:
-    """Replaces `numpy.dtype` while a file is read."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.struct_format = NUMPY_TO_STRUCT_FORMATS[code]
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] not in ("<", "|"):
-            raise ValueError("only little-endian numbers are supported")
-
-
-def _numpy_scalar_stub(dtype: _NumpyDtypeStub, content: bytes) -> float | int | bool:
-    return struct.unpack(dtype.struct_format, content)[0]
-
-
-# Unlike NumPy's own functions, the stubs check their arguments; `read_checkpoint` reports the errors they raise.
-SAFE_GLOBALS: list[Any] = [
-    (_NumpyDtypeStub, "numpy.dtype"),
-    (_numpy_scalar_stub, "numpy.core.multiarray.scalar"),
-    (_numpy_scalar_stub, "numpy._core.multiarray.scalar"),
-]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -231,23 +249,31 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
     """Return the path `run_or_file` or, if it is a folder, that of its checkpoint `which` ("last" or "best")."""
     path = Path(run_or_file)
-    return path / "checkpoints" / f"{which}.pt" if path.is_dir() else path
+    return path / "checkpoints" / f"{which}.pt" if os.path.isdir(path) else path
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> None:
-    """Load `weights`, ignoring the key prefixes of DataParallel and torch.compile; messages call them `source`.
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Return `weights` by the keys of `model`, which may be on the meta device; messages call the file `source`.
 
-    Raises `CheckpointError`, which names the keys, if keys are missing or unexpected or shapes differ.
+    The key prefixes of DataParallel and torch.compile are removed. If no counter of batches is saved, those of `model`
+    are returned. Raises `CheckpointError`, which names the keys, if keys are missing or unexpected or shapes differ.
     """
     weights = {strip_wrapper_prefixes(key): value for key, value in weights.items()}
     expected = model.state_dict()
+    if len(_without_counters(weights)) == len(weights):
+        weights = {**{key: expected[key] for key in expected.keys() - _without_counters(expected).keys()}, **weights}
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     mismatched = sorted(key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape)
     for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", mismatched)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(f"{source} {problem} {', '.join(keys[:3])}{more}", "check the architecture")
-    model.load_state_dict(weights, strict=True)
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> None:
+    """Load `weights` after `check_weights`."""
+    model.load_state_dict(check_weights(model, weights, source), strict=True)
 
 
 def strip_wrapper_prefixes(key: str) -> str:

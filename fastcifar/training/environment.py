@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from fastcifar.device import Environment
+from fastcifar.files import read_regular_file
 
 
 class LaunchEnvironment(Environment):
@@ -26,6 +27,6 @@ class RunEnvironment(LaunchEnvironment):
 def read_environment(folder: Path) -> RunEnvironment:
     """Return env.json of a run folder; an empty environment if the file is missing or invalid."""
     try:
-        return RunEnvironment.model_validate_json((folder / "env.json").read_bytes())
+        return RunEnvironment.model_validate_json(read_regular_file(folder / "env.json"))
     except (OSError, ValidationError):
         return RunEnvironment()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from fastcifar.files import parse_json_object
+from fastcifar.files import parse_json_object, read_regular_file
 
 
 class ValidationMetrics(TypedDict):
@@ -76,7 +76,10 @@ def parse_finite_float(value: Any, limit: float = math.inf) -> float | None:
 
 
 def _read_lines(path: Path) -> list[str]:
-    return path.read_text("utf-8", "replace").replace("\0", "").splitlines() if path.exists() else []
+    try:
+        return read_regular_file(path).decode("utf-8", "replace").replace("\0", "").splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _is_valid_row(row: Any, epochs_done: int, columns: tuple[str, ...]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, parse_augment, split_mixer
 from fastcifar.data.cifar import DATASETS
@@ -15,7 +15,7 @@ from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
-from fastcifar.training import trackers
+from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import ScheduleSpec, parse_schedule
@@ -130,6 +130,15 @@ def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
     if recipe.fused_ops:
         enable_fused_ops(model)
     return model
+
+
+def require_fitting_network(recipe: Recipe, weights: dict[str, Tensor], num_classes: int, source: object) -> None:
+    """Check that `weights`, of a checkpoint called `source`, fit the network of `recipe` before it is allocated.
+
+    Raises `CheckpointError`, or `UsageError` if the network has more than `max_params` parameters.
+    """
+    with torch.device("meta"):
+        checkpoint.check_weights(model_from_recipe(recipe, num_classes), weights, source)
 
 
 def any_machine(recipe: Recipe) -> ExecutionPlan:

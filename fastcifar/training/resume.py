@@ -5,12 +5,15 @@ A resumed run may differ only in `RESUMABLE_OPTIONS`. All checks except that of 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from fastcifar.errors import (
     CheckpointError,
@@ -29,11 +32,14 @@ from fastcifar.training import checkpoint, trackers
 from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
 from fastcifar.training.environment import read_environment
+from fastcifar.training.resolve import require_fitting_network
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress
 from fastcifar.training.trainer import Trainer
 
 MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run
 RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 # option that may change on resume -> message about the effect; a change with an empty message is not reported
 RESUMABLE_OPTIONS: dict[str, str] = {
@@ -43,7 +49,7 @@ RESUMABLE_OPTIONS: dict[str, str] = {
     "max_params": "the network does not change, it is only checked against the new limit",
     "eval_weights": "other weights of the run are evaluated on the test set",
     "data": "it must hold the same training images; only their number and the classes are checked",
-    "out": "the run continues in this folder; if the checkpoint is in another folder, that folder is not modified",
+    "out": "",
     "resume": "",
     "save_every_epochs": "",
     "save_every_steps": "",
@@ -120,6 +126,22 @@ class ResumePoint:
         return run
 
 
+class _SavedProgress(BaseModel, allow_inf_nan=False):
+    """The numbers of a checkpoint that are used before a trainer loads it."""
+
+    samples: Count
+    classes: list[str]
+    epoch: Count
+    epoch_step: Count
+    step: Count
+    images: Count
+    val_acc: float | None
+    best: float | None
+    epochs_since_best: Count
+    rollbacks: Count
+    clock: dict[Literal["setup", "compile", "train", "eval", "epoch", "total"], float] = Field(min_length=6)
+
+
 class RunFinishedError(UsageError):
     """The run to resume has been trained to its end and evaluated on the test set."""
 
@@ -153,17 +175,20 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
     if recipe.resume == "auto":
         return _resume_auto(recipe, recipe_name)
     resumed_path = Path(recipe.resume)
-    if resumed_path.is_dir() and (recipe.out is None or Path(recipe.out).resolve() == resumed_path.resolve()):
+    if os.path.isdir(resumed_path) and (recipe.out is None or Path(recipe.out).resolve() == resumed_path.resolve()):
         return _resume_in_place(recipe, recipe_name, resumed_path)
     path = checkpoint.resolve_checkpoint_path(recipe.resume)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path} is no run folder or checkpoint", RESUME_REMEDY)
     folder = path.parent.parent
-    is_in_run_folder = path.parent.name == "checkpoints" and (folder / "recipe.toml").is_file()
+    is_in_run_folder = path.parent.name == "checkpoints" and os.path.isfile(folder / "recipe.toml")
     if is_in_run_folder:
         recipe_name = read_environment(folder).recipe or recipe_name
     state = require_resumable_state(checkpoint.load_checkpoint(path), path)
-    merged, changes = merge_resumed_recipe(recipe, state["recipe"], path, state["epoch"], state["samples"])
+    # a checkpoint, perhaps of a stranger, determines neither where anything is written nor what is tracked
+    saved = {**state["recipe"], "out": str(folder) if is_in_run_folder else None, "track": "none"}
+    merged, changes = merge_resumed_recipe(recipe, saved, path, state["epoch"], state["samples"])
+    require_fitting_network(merged, state["model"], len(state["classes"]), path)
     _require_steps_left(path, TrainingProgress.from_checkpoint(state), merged)
     messages = [f"resume: from step {state['step']:,} of {path}, in a new run folder", *changes]
     return ResumePoint(merged, recipe_name, state, copy_from=folder if is_in_run_folder else None, messages=messages)
@@ -175,7 +200,7 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
     if recipe.out:
         folder = Path(recipe.out)
         reason = f"no run in {folder}"
-        if (folder / "recipe.toml").is_file():
+        if os.path.isfile(folder / "recipe.toml"):
             try:
                 return _resume_in_place(recipe, recipe_name, folder)
             except RunFinishedError as error:
@@ -188,7 +213,7 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
 
         def last_modified(folder: Path) -> float:  # time of the last checkpoint, or of the start if there is none
             last = folder / "checkpoints" / "last.pt"
-            return (last if last.is_file() else folder / "recipe.toml").stat().st_mtime
+            return (last if os.path.isfile(last) else folder / "recipe.toml").stat().st_mtime
 
         for folder in sorted(folders, key=last_modified, reverse=True):
             if read_environment(folder).recipe != recipe_name or (folder / "summary.json").exists():
@@ -204,15 +229,17 @@ def _resume_auto(recipe: Recipe, recipe_name: str) -> ResumePoint:
 def _resume_in_place(recipe: Recipe, recipe_name: str, folder: Path) -> ResumePoint:
     """Lock `folder` and continue its run from the last checkpoint, or from the first step if there is none."""
     last = folder / "checkpoints" / "last.pt"
-    if not last.is_file() and not (folder / "recipe.toml").is_file():
+    if not os.path.isfile(last) and not os.path.isfile(folder / "recipe.toml"):
         raise CheckpointError(f"no run or checkpoint in {folder}", RESUME_REMEDY)
     lock = lock_folder(folder)
     try:
-        state = require_resumable_state(checkpoint.load_checkpoint(last), last) if last.is_file() else None
-        saved = state["recipe"] if state else load_saved_recipe(folder)
+        state = require_resumable_state(checkpoint.load_checkpoint(last), last) if os.path.isfile(last) else None
+        saved = {**(state["recipe"] if state else load_saved_recipe(folder)), "out": str(folder)}
         progress = TrainingProgress.from_checkpoint(state) if state else TrainingProgress()
         num_images = state["samples"] if state else None
         merged, changes = merge_resumed_recipe(recipe, saved, folder, progress.epoch, num_images)
+        if state:
+            require_fitting_network(merged, state["model"], len(state["classes"]), last)
         if (folder / "summary.json").exists():  # otherwise the run is evaluated on the test set
             _require_steps_left(folder, progress, merged)
     except BaseException:
@@ -278,12 +305,20 @@ def merge_resumed_recipe(
 
 
 def require_resumable_state(state: TrainingCheckpoint, source: Path) -> TrainingCheckpoint:
-    """Return `state`, which was read from `source`. Raises `CheckpointError` if it has no training state."""
+    """Return `state`, which was read from `source`. Raises `CheckpointError` if it has no or an invalid training state.
+
+    The methods that load a state check its other parts.
+    """
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
         raise CheckpointError(
             f"{source} holds weights but no training state, so it cannot be resumed",
             "evaluate it with `fastcifar eval`",
         )
+    try:
+        _SavedProgress.model_validate(state, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{source} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return state
 
 
@@ -298,7 +333,7 @@ def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
         )
     try:
         trainer.load_state_dict(state)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         reason = first_message_line(error, type(error).__name__)
         raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from None
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import shutil
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +15,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from pydantic import BaseModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcifar.device import collect_environment
 from fastcifar.errors import DiskError, UsageError
-from fastcifar.files import FolderLock, lock_folder, write_atomically
+from fastcifar.files import FolderLock, lock_folder, read_regular_file, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
+from fastcifar.training.checkpoint_reader import safetensors_metadata
 from fastcifar.training.checkpoint_writer import CheckpointWriter
 from fastcifar.training.environment import LaunchEnvironment, RunEnvironment, read_environment
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines, read_metrics_csv
@@ -95,13 +96,14 @@ class Run:
 
         The rows of the first `epochs_done` epochs are copied from the run folder `source`.
         """
-        default_name = f"{recipe.arch}-{name}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
+        label = re.sub(r"[^\w.+-]", "_", name)[:50]  # the name may be from env.json of a stranger's run
+        default_name = f"{recipe.arch}-{label}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
         with _disk_errors(f"the run folder {path}", "give a writable folder with --out"):
             folder, lock = _create_unique_folder(path)
             for file in METRICS_FILES:
-                if source and (source / file).is_file():
-                    shutil.copyfile(source / file, folder / file)
+                if source and os.path.isfile(source / file):
+                    write_atomically(folder / file, read_regular_file(source / file))
         return cls(folder, name, lock).open(recipe, trackers, epochs_done)
 
     def open(self, recipe: Recipe, trackers: Sequence[str], epochs_done: int, is_resumed: bool = False) -> Run:
@@ -113,6 +115,9 @@ class Run:
             document = RunEnvironment(recipe=self.recipe_name, **launch.model_dump())
         if is_resumed:
             document.resumed.append(launch)
+        for name in ("checkpoints", "tensorboard"):
+            if os.path.islink(self.folder / name):
+                raise DiskError(f"{self.folder / name} is a symbolic link", "replace it by the folder it refers to")
         with _disk_errors(f"the run folder {self.folder}", "give a writable folder with --out"):
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             temporary = (*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".*.tmp"))
@@ -147,7 +152,8 @@ class Run:
         """Write summary.json and weights.safetensors (the evaluated weights), and log the summary in the trackers."""
         with _disk_errors(self.folder):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-            save_file(contiguous, self.folder / "weights.safetensors", {"arch": summary.arch})
+            metadata = safetensors_metadata(summary.config, list(summary.per_class))
+            write_atomically(self.folder / "weights.safetensors", safetensors.torch.save(contiguous, metadata))
             _write_json(self.folder / "summary.json", summary)
         for tracker in self.trackers:
             tracker.finish(summary)

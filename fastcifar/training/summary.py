@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from fastcifar.device import peak_memory_bytes
+from fastcifar.files import read_regular_file
 from fastcifar.renamed import upgrade_options
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class RunSummary(BaseModel):
 def read_summary(folder: Path) -> RunSummary | None:
     """Return the summary of a run folder, None if it is missing or invalid."""
     try:
-        return RunSummary.model_validate_json((folder / "summary.json").read_bytes())
+        return RunSummary.model_validate_json(read_regular_file(folder / "summary.json"))
     except (OSError, ValidationError):
         return None
 

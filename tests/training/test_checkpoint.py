@@ -139,9 +139,10 @@ def test_fault09_a_malicious_file_is_refused_and_not_executed(
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(path: Path) -> None:
-    torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="no model and recipe"):
-        checkpoint.load_checkpoint(path)
+    for content, message in (([1, 2], "contains a list, not a dict of weights"), ({"a": 1}, "no model and recipe")):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_checkpoint(path)
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         checkpoint.load_checkpoint(path.with_name("none.pt"))
 

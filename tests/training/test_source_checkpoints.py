@@ -162,11 +162,11 @@ def test_fault09_only_numbers_are_accepted_beside_the_weights(
 def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None:
     with torch.device("meta"):
         states = {arch: build_model(arch).state_dict() for arch in MODELS}
-    assert checkpoint.matching_architectures(states["coconut_sep"]) == ["coconut_sep"]
-    assert checkpoint.matching_architectures({f"module.{key}": value for key, value in states["se55"].items()}) == [
-        "se55"
-    ]
-    assert checkpoint.matching_architectures(states["se68_none"]) == ["resnet", "se68_none"]
+    assert checkpoint.matching_architectures(states["coconut_sep"]) == [("coconut_sep", "cifar10")]
+    wrapped = {f"module.{key}": value for key, value in states["se55"].items()}
+    assert checkpoint.matching_architectures(wrapped) == [("se55", "cifar10")]
+    names = ["resnet", "se68_none"]
+    assert checkpoint.matching_architectures(states["se68_none"]) == [(name, "cifar10") for name in names]
     assert checkpoint.matching_architectures({"weight": torch.ones(2)}) == []
     file = str(tmp_path / "bare.pth")
     torch.save(random_state_dict("se55"), file)
