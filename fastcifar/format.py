@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
 MISSING = "-"  # the text of a value that was not measured
+COLUMN_GAP = "  "
+MIN_TEXT_WIDTH, MAX_TEXT_WIDTH = 16, 40  # characters: texts are wrapped to no less, numbers left out for no more
 
 
 def format_percent(fraction: float | None, digits: int = 2) -> str:
@@ -114,19 +121,93 @@ def add_wrap_points(text: str) -> str:
     return re.sub(r",(?=[a-z])", ", ", text)
 
 
-def key_value_table(rows: Mapping[str, str], title: str | None = None, name_width: int | None = None) -> Table:
-    """Return a table of two columns without a header, with the names in bold, by default as wide as the longest."""
-    table = Table(title=title, show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold", no_wrap=True, width=name_width)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+def whole_line(text: str, style: str = "") -> Text:
+    """Return a line that a console prints whole, even if it is wider than the terminal: a path can be copied."""
+    return Text(text, style, no_wrap=True, overflow="ignore")
 
 
-def numeric_table(names: Iterable[str], numbers: Iterable[str], title: str | None = None) -> Table:
-    """Return an empty table with the columns `names` on the left and the right-aligned columns `numbers`."""
-    table = Table(*names, title=title, title_justify="left", box=None)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+@dataclass(frozen=True)
+class KeyValueTable:
+    """A table of two columns without a header, with the names in bold. Values are wrapped between words only."""
+
+    rows: Mapping[str, str]
+    title: str | None = None
+    name_width: int = 0  # minimum width of the first column, in characters
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indent = max([self.name_width, *map(len, self.rows)]) + len(COLUMN_GAP)
+        if self.title:
+            yield whole_line(self.title, "italic")
+        for name, value in self.rows.items():
+            lines = [part for line in value.splitlines() for part in _wrap(line, options.max_width - indent)]
+            yield whole_line("").append(f"{name:<{indent}}", "bold").append(f"\n{' ' * indent}".join(lines))
+
+
+class NumericTable:
+    """A table of text columns `names`, right-aligned columns `numbers`, and a column of texts or paths on the right.
+
+    Columns of numbers without a value are left out. If the table is wider than the terminal, the numbers after the
+    first `num_required` are left out, the last ones first, and a line below names them; then the widest text column is
+    wrapped between words. Nothing is cut, and paths are not wrapped: the terminal wraps a line that is too wide.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        numbers: Iterable[str] = (),
+        title: str | None = None,
+        *,
+        num_required: int | None = None,
+        description: str | None = None,
+        path: str | None = None,
+    ) -> None:
+        names, numbers = list(names), list(numbers)
+        self.headings = [*names, *numbers, *filter(None, (description, path))]
+        self.number_columns = range(len(names), len(names) + len(numbers))
+        self.optional_columns = list(self.number_columns[len(numbers) if num_required is None else num_required :])
+        self.path_column = len(self.headings) - 1 if path else None
+        self.title = title
+        self.rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row with a cell for each column."""
+        self.rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(zip(self.headings, *self.rows, strict=True))
+        is_empty = [i in self.number_columns and {*cells[1:]} <= {"", MISSING} for i, cells in enumerate(columns)]
+        shown = [i for i in range(len(columns)) if not is_empty[i]]
+        widths = [max(map(len, cells)) for cells in columns]
+
+        def excess(longest_text: int) -> int:
+            needed = [widths[i] if i in self.number_columns else min(widths[i], longest_text) for i in shown]
+            return sum(needed) + len(COLUMN_GAP) * (len(shown) - 1) - options.max_width
+
+        omitted: list[str] = []
+        for i in reversed(self.optional_columns):
+            if i in shown and excess(MAX_TEXT_WIDTH) > 0:
+                shown.remove(i)
+                omitted.insert(0, self.headings[i])
+        wrapped = [i for i in shown if i not in (*self.number_columns, self.path_column)]
+        widest = max(wrapped, key=widths.__getitem__)
+        widths[widest] -= max(0, min(excess(sys.maxsize), widths[widest] - MIN_TEXT_WIDTH))
+        if self.title:
+            yield whole_line(self.title, "italic")
+        for row in (self.headings, *self.rows):
+            cells = [_wrap(row[i], widths[i]) if i in wrapped else [row[i]] for i in shown]
+            if len(cells[0][0]) > widths[0]:  # a word that is wider than the column
+                yield whole_line(cells[0][0])
+                cells[0][0] = ""
+            for parts in itertools.zip_longest(*cells, fillvalue=""):
+                padded = [
+                    part.rjust(widths[i]) if i in self.number_columns else part.ljust(widths[i])
+                    for i, part in zip(shown, parts, strict=True)
+                ]
+                yield whole_line(COLUMN_GAP.join(padded).rstrip(), "bold" if row is self.headings else "")
+        if omitted:
+            yield f"left out to fit {options.max_width} columns: {', '.join(omitted)}; --json prints all values"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Split a text between words into lines of `width`; [""] for an empty text. A longer word is not split."""
+    return textwrap.wrap(text, max(width, MIN_TEXT_WIDTH), break_long_words=False, break_on_hyphens=False) or [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 import tomllib
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console, RenderableType
 
 from fastcifar.format import (
+    KeyValueTable,
+    NumericTable,
     add_wrap_points,
     format_count,
     format_decimal,
@@ -119,6 +123,42 @@ def test_formatted_options_and_differences() -> None:
     assert format_differences(before, after, ["lr", "width"]) == "lr 0.1, not 0.5, width unset, not 2"
     assert format_differences(before, after, ["seed"]) == "seed unset, not 1"
     assert format_differences(before, after, ["blocks"], str.upper) == "BLOCKS 4,4,3, not 1"
+
+
+def printed(renderable: RenderableType, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable, crop=False)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_columns_of_a_table_are_left_out_to_fit_the_width() -> None:
+    table = NumericTable(["what"], ("images/s", "range", "unmeasured", "GB/s", "of copy"), num_required=1)
+    table.add_row("loader", "5,000", "4,500-6,000", "-", "-", "-")
+    table.add_row("step [bold] eager", "160", "144-192", "", "12.3", "30 %")
+    full = ["what               images/s        range  GB/s  of copy",
+            "loader                5,000  4,500-6,000     -        -",
+            "step [bold] eager       160      144-192  12.3     30 %"]  # fmt: skip
+    assert printed(table, 80) == printed(table, len(full[0])) == full
+    narrow = [line[:40] for line in full]
+    note = ["left out to fit 54 columns: of copy; --json prints all", "values"]
+    assert printed(table, 54) == [line[:46] for line in full] + note
+    assert printed(table, 40)[:3] == narrow
+    assert printed(table, 12)[2:4] == ["step [bold]            160", "eager"]  # a text column keeps 16 characters
+
+
+@given(st.lists(st.text("abc d", min_size=1), min_size=1, max_size=4), st.integers(30, 100))
+def test_tables_cut_no_text(names: list[str], width: int) -> None:
+    table = NumericTable(["name"], ("first", "second"), num_required=1, path="path")
+    for name in names:
+        table.add_row(name, "12,345", "1.5", f"/tmp/{'x' * 40}/{len(name)}")
+    lines = printed(table, width)
+    words = [word for line in lines for word in line.split()]
+    assert not {word for name in names for word in name.split()} - set(words)
+    assert words.count("12,345") == len(names)
+    assert {f"/tmp/{'x' * 40}/{len(name)}" for name in names} <= set(words)
+    lines = printed(KeyValueTable(dict(zip("abcd", names, strict=False))), width)
+    assert not {word for name in names for word in name.split()} - {word for line in lines for word in line.split()}
+    assert all(len(line) <= width or " " not in line[3:].strip() for line in lines)
 
 
 # values that a recipe or sweep file can hold; surrogates cannot occur in a UTF-8 file

@@ -14,7 +14,7 @@ from rich.console import Group
 from fastcifar.device import Environment, result_folder_name
 from fastcifar.errors import DiskError, UsageError, first_message_line
 from fastcifar.files import lock_folder, read_json_object, read_regular_file, write_atomically
-from fastcifar.format import format_decimal, format_differences, format_percent, numeric_table
+from fastcifar.format import KeyValueTable, NumericTable, format_decimal, format_differences, format_percent, whole_line
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.reporting.aggregate import MeanStd
@@ -269,9 +269,8 @@ class SpeedrunResults:
 
 
 def speedrun_table(summary: SpeedrunSummary) -> Group:
-    """Return a table of the statistics, and the values of each run."""
-    headings = ("mean", "std", "std. error", f"over {100 * summary.target:g} %", "each seed")
-    table = numeric_table([""], headings)
+    """Return a table of the statistics, and the accuracy and the time of each run."""
+    table = NumericTable([""], ("mean", "std", "std. error", f"over {100 * summary.target:g} %"))
     rows = (
         ("accuracy, %", summary.acc, 100),
         (f"with {summary.tta}, %", summary.acc_tta, 100),
@@ -280,12 +279,13 @@ def speedrun_table(summary: SpeedrunSummary) -> Group:
         ("  preparation", summary.prepare_s, 1),
         ("build, not timed", summary.build_s, 1),
     )
+    trials = {}
     for heading, statistics, scale in rows:
         if statistics:
-            values = (statistics.mean, statistics.std, statistics.stderr, *statistics.trials)
-            mean, std, stderr, *trials = (format_decimal(value, 2, scale) for value in values)
+            values = (statistics.mean, statistics.std, statistics.stderr)
             share = format_percent(statistics.share, 0) if isinstance(statistics, AccuracyStatistics) else ""
-            table.add_row(heading, mean, std, stderr, share, ", ".join(trials))
+            table.add_row(heading, *(format_decimal(value, 2, scale) for value in values), share)
+            trials[heading] = ", ".join(format_decimal(value, 2, scale) for value in statistics.trials)
     split = "test set" if summary.on == "test" else "validation split"
     cold_starts = "".join(
         f", {seconds:.1f} s from the start of a process to the end of its first run" for seconds in summary.cold_start_s
@@ -295,4 +295,5 @@ def speedrun_table(summary: SpeedrunSummary) -> Group:
         f"{summary.flops / 1e15:.3f} PFLOP each{cold_starts}",
         *([f"{summary.refused} invalid runs are not in the means; see trials.jsonl"] if summary.refused else []),
     ]
-    return Group(*lines, table, f"results: {summary.folder}")
+    each_run = ["", KeyValueTable(trials, "values of each run")] if summary.n > 1 else []
+    return Group(*lines, "", table, *each_run, "", whole_line(f"results: {summary.folder}"))

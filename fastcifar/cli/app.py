@@ -23,7 +23,7 @@ from fastcifar.cli.exit import (
 )
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
 from fastcifar.errors import DeviceError, print_warning
-from fastcifar.format import key_value_table
+from fastcifar.format import KeyValueTable
 from fastcifar.recipe import Recipe, section_fields
 
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
@@ -348,7 +348,7 @@ def doctor(
     recipe = Recipe.make(**options)
     with console.status("importing PyTorch and the optional modules ..."):
         diagnostics = collect_diagnostics(
-            recipe, lambda rows: console.print(key_value_table(rows, name_width=DIAGNOSTICS_NAME_WIDTH))
+            recipe, lambda rows: console.print(KeyValueTable(rows, name_width=DIAGNOSTICS_NAME_WIDTH), crop=False)
         )
     document = diagnostics.model_dump(exclude_unset=True)
     if not check:

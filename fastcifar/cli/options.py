@@ -79,7 +79,7 @@ def command(
                     print(json.dumps(to_jsonable_python(output.document)))
             elif output.format_document:
                 text = output.format_document(output.document)
-                print(text) if isinstance(text, str) else console.print(text)
+                print(text) if isinstance(text, str) else console.print(text, crop=False)
             for line in output.last_lines:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             return output.exit_code

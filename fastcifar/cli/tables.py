@@ -6,16 +6,15 @@ import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.table import Table
 
 from fastcifar.format import (
+    KeyValueTable,
+    NumericTable,
     format_decimal,
     format_memory,
     format_option_value,
     format_percent,
     format_short_number,
-    key_value_table,
-    numeric_table,
 )
 from fastcifar.recipe import Recipe
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:  # these modules import torch
 MAX_CLASS_ROWS = 10
 
 
-def summary_table(summary: RunSummary) -> Table:
+def summary_table(summary: RunSummary) -> KeyValueTable:
     """Return a table of the main results of a run."""
     _, lowest_class = min((value, name) for name, value in summary.per_class.items() if value is not None)
     rows = {
@@ -49,7 +48,7 @@ def summary_table(summary: RunSummary) -> Table:
         "seconds": _phase_seconds(summary.seconds),
         "peak memory": format_memory(summary.peak_memory_bytes),
     }
-    return key_value_table(rows)
+    return KeyValueTable(rows)
 
 
 def next_commands(summary: RunSummary) -> list[str]:
@@ -65,7 +64,7 @@ def next_commands(summary: RunSummary) -> list[str]:
     return ["next:", *(f"  {purpose:<{width}}  {command}" for purpose, command in commands.items())]
 
 
-def export_table(result: ExportResult) -> Table:
+def export_table(result: ExportResult) -> KeyValueTable:
     """Return a table of an exported file."""
     sizes = ", ".join(map(str, result["batch_sizes"]))
     rows = {
@@ -75,10 +74,10 @@ def export_table(result: ExportResult) -> Table:
         "largest difference": f"{result['difference']:.2g} between the outputs of the file and of the network, "
         f"on {result['images']} test images in batches of {sizes}",
     }
-    return key_value_table(rows)
+    return KeyValueTable(rows)
 
 
-def dry_run_table(result: DryRunEstimate) -> Table:
+def dry_run_table(result: DryRunEstimate) -> KeyValueTable:
     """Return a table of the estimates of `fastcifar train --dry-run`."""
     rows = {
         **dict(line.split(": ", 1) for line in result["chosen"]),
@@ -88,7 +87,7 @@ def dry_run_table(result: DryRunEstimate) -> Table:
         "peak memory": format_memory(result["peak_memory_bytes"]),
         "files written": "none",
     }
-    return key_value_table(rows)
+    return KeyValueTable(rows)
 
 
 def scores_table(scores: EvalResult) -> Group:
@@ -118,16 +117,16 @@ def scores_table(scores: EvalResult) -> Group:
     if len(names) > MAX_CLASS_ROWS:
         names = sorted(names, key=lambda name: metrics[2][name] or 0)[:MAX_CLASS_ROWS]
         heading = f"the {MAX_CLASS_ROWS} classes with the lowest F1"
-    classes = numeric_table([heading], ("precision", "recall", "F1"))
+    classes = NumericTable([heading], ("precision", "recall", "F1"))
     for name in names:
         classes.add_row(name, *(format_percent(metric[name]) for metric in metrics))
     if not (corruptions := scores["corruptions"]):
-        return Group(key_value_table(rows), "", classes)
-    corrupted = numeric_table(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
+        return Group(KeyValueTable(rows), "", classes)
+    corrupted = NumericTable(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
     for name, accuracies in corruptions["acc"].items():
         corrupted.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
-    corrupted.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]), style="bold")
-    return Group(key_value_table(rows), "", classes, "", corrupted)
+    corrupted.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]))
+    return Group(KeyValueTable(rows), "", classes, "", corrupted)
 
 
 def _format_accuracy(accuracy: float, correct: int, total: int, interval: tuple[float, float]) -> str:
@@ -135,7 +134,7 @@ def _format_accuracy(accuracy: float, correct: int, total: int, interval: tuple[
     return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
 
 
-def predictions_table(result: PredictResult) -> Table:
+def predictions_table(result: PredictResult) -> KeyValueTable:
     """Return a table about a prediction file."""
     members = result["members"]
     networks = [f"{member['checkpoint']} ({member['arch']}, weights {member['eval_weights']})" for member in members]
@@ -153,7 +152,7 @@ def predictions_table(result: PredictResult) -> Table:
         "mean confidence": format_percent(result["confidence"]),
         "files written": ", ".join(filter(None, (result["out"], result["show"]))),
     }
-    return key_value_table(rows)
+    return KeyValueTable(rows)
 
 
 def dataset_table(result: DatasetDescription) -> Group:
@@ -170,43 +169,40 @@ def dataset_table(result: DatasetDescription) -> Group:
         "std of training images": ", ".join(f"{value:.8f}" for value in result["std"]),
         "cache": result["cache"] or "none, the images are kept in memory",
     }
-    classes = numeric_table(["class"], splits)
+    classes = NumericTable(["class"], splits)
     for class_name in splits["train"]["per_class"]:
         classes.add_row(class_name, *(f"{split['per_class'][class_name]:,}" for split in splits.values()))
-    return Group(key_value_table(rows), "", classes)
+    return Group(KeyValueTable(rows), "", classes)
 
 
-def architectures_table(architectures: list[Architecture]) -> Table:
+def architectures_table(architectures: list[Architecture]) -> Group:
     """Return a table of architectures; those over the default parameter budget are marked with an asterisk."""
-    table = numeric_table(["name"], ("parameters", "MACs"), title="architectures")
-    table.add_column("description", overflow="fold")
-    table.caption = f"* more than {Recipe.model_fields['max_params'].default:,} parameters: needs --max-params"
-    table.caption_justify = "left"
+    table = NumericTable(["name"], ("parameters", "MACs"), "architectures", description="description")
     for network in architectures:
         mark = " " if network["within_budget"] else "*"
         macs = f"{network['macs'] / 1e6:,.0f} M"
         table.add_row(network["name"], f"{network['params']:,}{mark}", macs, network["description"])
-    return table
+    return Group(table, f"* more than {Recipe.model_fields['max_params'].default:,} parameters: needs --max-params")
 
 
-def layers_table(network: NetworkLayers) -> Table:
+def layers_table(network: NetworkLayers) -> NumericTable:
     """Return a table of the layers in the order of the forward pass."""
     title = f"{network['name']}: {network['params']:,} parameters, {network['macs'] / 1e6:,.2f} M MACs"
-    table = numeric_table(("layer", "kind", "output"), ("parameters", "MACs"), title)
+    table = NumericTable(("layer", "kind", "output"), ("parameters", "MACs"), title)
     for layer in network["layers"]:
-        shape = " x ".join(map(str, layer["output"]))
+        shape = "x".join(map(str, layer["output"]))
         table.add_row(layer["name"], layer["kind"], shape, f"{layer['params']:,}", f"{layer['macs']:,}")
     return table
 
 
-def width_table(result: FittedWidth) -> Table:
+def width_table(result: FittedWidth) -> KeyValueTable:
     """Return a table of the largest width within a budget."""
     rows = {
         "--width": f"{result['width']:g}",
         "parameters": f"{result['params']:,} of {result['budget']:,}",
         "MACs": f"{result['macs']:,}",
     }
-    return key_value_table(rows, title=result["name"])
+    return KeyValueTable(rows, title=result["name"])
 
 
 def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:

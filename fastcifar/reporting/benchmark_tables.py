@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from rich.console import Group
 
 from fastcifar.files import read_regular_file
-from fastcifar.format import format_decimal, format_option_value, format_percent, format_short_number, numeric_table
+from fastcifar.format import NumericTable, format_decimal, format_option_value, format_percent, format_short_number
 from fastcifar.plotting import BarPanel
 
 # The settings that a table shows besides `what`, in order; `mode` combines `compiled` and `cuda_graph`.
@@ -129,7 +129,7 @@ class BenchDocument(_Document):
         return None
 
 
-def label_rows(rows: Sequence[BenchRow]) -> tuple[list[str], list[str]]:
+def label_rows(rows: Sequence[BenchSettings]) -> tuple[list[str], list[str]]:
     """Return a label for each row, and the settings that all rows share.
 
     A label lists the settings in which the row differs from other rows with the same `what`.
@@ -147,17 +147,18 @@ def label_rows(rows: Sequence[BenchRow]) -> tuple[list[str], list[str]]:
 def bench_table(document: BenchDocument) -> Group:
     """Return the table of a document: images/s, the range of the trials, and the utilization of the device."""
     labels, shared = label_rows(document.results)
-    headings = ("images/s", "lowest", "highest", "CPU us/image", "ms", "TFLOP/s", "of peak", "GB/s", "of copy")
-    table = numeric_table(["what"], headings)
+    headings = ("images/s", "range", "ms", "TFLOP/s", "of peak", "GB/s", "of copy", "CPU us/image")
+    table = NumericTable(["what"], headings, num_required=1)
     for row, label in zip(document.results, labels, strict=True):
         table.add_row(
             " ".join(filter(None, (row.what, label))),
-            *map(format_short_number, (row.images_per_s, min(row.trials), max(row.trials))),
-            format_decimal(row.cpu_us_per_image, 1),
+            format_short_number(row.images_per_s),
+            "-".join(map(format_short_number, (min(row.trials), max(row.trials)))),
             *map(format_short_number, (row.latency_ms, row.tflop_per_s)),
             format_percent(row.mfu, 0),
             format_short_number(row.gb_per_s),
             format_percent(row.mbu, 0),
+            format_decimal(row.cpu_us_per_image, 1),
         )
     return Group(*describe_setup(document, shared), "", table)
 
@@ -247,15 +248,17 @@ def compare_benchmarks(a: BenchDocument, b: BenchDocument) -> BenchComparison:
 
 def benchmark_comparison_table(comparison: BenchComparison) -> Group:
     """Return the table of a comparison, differences in device and versions, and the rows of only one document."""
-    table = numeric_table(["what"], ("A", "B", "B / A", "trials"))
-    for row in comparison.rows:
+    table = NumericTable(["what"], ("A", "B", "B / A", "trials"))
+    labels, shared = label_rows(comparison.rows)
+    for row, label in zip(comparison.rows, labels, strict=True):
         verdict = "overlap" if row.overlap else "B is faster" if row.ratio > 1 else "B is slower"
         speeds = map(format_short_number, (row.a, row.b))
-        table.add_row(row.describe(), *speeds, f"{row.ratio:.3f}", verdict)
+        table.add_row(" ".join(filter(None, (row.what, label))), *speeds, f"{row.ratio:.3f}", verdict)
     differences = [
         "{}: {} in A, {} in B".format(name, *map(format_option_value, values))
         for name, values in comparison.differ.items()
     ]
     unpaired = [f"only in A: {settings.describe()}" for settings in comparison.only_a]
     unpaired += [f"only in B: {settings.describe()}" for settings in comparison.only_b]
-    return Group(*differences, "median images/s", table, *unpaired)
+    title = ", ".join(["median images/s", *shared])
+    return Group(*differences, title, "", table, *unpaired)

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple, TypedDict
 
 from pydantic_core import to_jsonable_python
 from rich.console import Group
-from rich.table import Table
 
 from fastcifar.errors import DataError, UsageError
 from fastcifar.evaluation.prediction_files import PredictionComparison, compare_predictions
 from fastcifar.files import read_regular_file
 from fastcifar.format import (
+    KeyValueTable,
+    NumericTable,
     format_decimal,
     format_option_value,
     format_percent,
-    key_value_table,
-    numeric_table,
     option_flag,
+    whole_line,
 )
 from fastcifar.recipe import OUTPUT_OPTIONS
 from fastcifar.reporting.benchmark_tables import BenchDocument, benchmark_comparison_table, compare_benchmarks
@@ -162,12 +162,12 @@ def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
 
 def run_comparison_table(comparison: RunComparison) -> Group:
     """Return the table of a comparison of two runs."""
-    differences = Table("differs", "A", "B", box=None)
+    differences = NumericTable(["differs", "A", "B"])
     options = {option_flag(name): values for name, values in comparison["recipe"].items()}
     for name, values in (options | comparison["environment"]).items():
         differences.add_row(name, *map(format_option_value, values))
     after = f"after {comparison['equal_epochs']}"
-    curves = numeric_table(["curve"], ["last A", "last B", "best A", "best B", f"A {after}", f"B {after}"])
+    curves = NumericTable(["curve"], ["last A", "last B", "best A", "best B", f"A {after}", f"B {after}"])
     for name, curve in comparison["curves"].items():
         values = [*curve["final"], *curve["best"], *curve["at_equal_epochs"]]
         if values != [None] * len(values):
@@ -185,10 +185,10 @@ def run_comparison_table(comparison: RunComparison) -> Group:
         difference = f"{100 * accuracy['difference']:+.2f} points from A to B"
         accuracy_note = f"{accuracy['measured']}: {values}, {difference}, {noise}"
     return Group(
-        f"A: {comparison['a']}",
-        f"B: {comparison['b']}",
+        whole_line(f"A: {comparison['a']}"),
+        whole_line(f"B: {comparison['b']}"),
         "",
-        differences if differences.row_count else "the same recipe and environment",
+        differences if differences.rows else "the same recipe and environment",
         "",
         curves,
         f"{comparison['epochs'][0]} and {comparison['epochs'][1]} epochs; the curves {curve_note}",
@@ -209,10 +209,10 @@ def detect_predictions_file(path: Path) -> Path | None:
 def prediction_comparison_table(result: PredictionComparison) -> Group:
     """Return the table of a comparison of two prediction files."""
     difference = f"{result['differ']:,} of {result['total']:,} labels, {format_percent(result['share'])}"
-    summary = key_value_table({"a": result["a"], "b": result["b"], "differ": difference})
+    summary = KeyValueTable({"a": result["a"], "b": result["b"], "differ": difference})
     if not result["pairs"]:
         return Group(summary)
-    pairs = numeric_table(["label in a", "label in b"], ["images"])
+    pairs = NumericTable(["label in a", "label in b"], ["images"])
     for pair in result["pairs"][:MAX_LABEL_PAIRS]:
         pairs.add_row(pair["a"], pair["b"], f"{pair['count']:,}")
     omitted = len(result["pairs"]) - MAX_LABEL_PAIRS

@@ -15,11 +15,17 @@ from typing import Literal, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.prompt import Confirm
-from rich.table import Table
 
 from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import is_locked, lock_folder
-from fastcifar.format import MISSING, format_count, format_decimal, format_percent, format_timestamp
+from fastcifar.format import (
+    MISSING,
+    NumericTable,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_timestamp,
+)
 from fastcifar.reporting.records import (
     METRICS_FILE,
     RECIPE_FILE,
@@ -120,18 +126,22 @@ def _describe_sweep(folder: Path) -> ListingEntry:
     }
 
 
-def runs_table(entries: Sequence[ListingEntry]) -> Table:
+def runs_table(entries: Sequence[ListingEntry]) -> NumericTable:
     """Return the table that `runs ls` prints."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for heading in ("name", "state", "arch, recipe"):
-        table.add_column(heading, overflow="fold", min_width=8)
-    for heading in ("epochs", "val", "test", "seconds", "size", "date"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("val %", "test %", "epochs", "time", "MB", "date", "arch", "recipe")
+    table = NumericTable(["state"], numbers, num_required=3, path="folder")
     for entry in entries:
-        texts = [entry["name"], entry["state"], f"{entry['arch'] or MISSING}, {entry['recipe'] or MISSING}"]
-        accuracies = map(format_percent, (entry["val_acc"], entry["test_acc"]))
-        numbers = [format_count(entry["epochs"]), *accuracies, format_decimal(entry["seconds"], 0)]
-        table.add_row(*texts, *numbers, f"{format_decimal(entry['bytes'] / 1e6, 1)} MB", entry["date"][:10])
+        table.add_row(
+            entry["state"],
+            *(format_decimal(accuracy, 2, 100) for accuracy in (entry["val_acc"], entry["test_acc"])),
+            format_count(entry["epochs"]),
+            format_duration(entry["seconds"]),
+            format_decimal(entry["bytes"], 1, 1e-6),
+            entry["date"][:10],
+            entry["arch"] or MISSING,
+            entry["recipe"] or MISSING,
+            entry["name"],
+        )
     return table
 
 
@@ -171,7 +181,7 @@ def select_for_removal(
 
 def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, console: Console) -> None:
     """Ask for confirmation. Raises `UsageError` if there is no terminal or the user declines."""
-    console.print(runs_table(entries))
+    console.print(runs_table(entries), crop=False)
     what = "the checkpoints of these" if only_checkpoints else "these"
     if not (sys.stdin.isatty() and console.is_terminal):
         raise UsageError("removal needs confirmation, but there is no terminal", "add --yes")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from fastcifar.format import format_count, format_decimal, format_percent, numeric_table
+from fastcifar.format import NumericTable, format_count, format_decimal, format_percent, whole_line
 from fastcifar.sweep.executors import TrialEvent
 from fastcifar.sweep.trial_log import SweepPlan, SweepResult, TrialLog, TrialResult
 from fastcifar.training.metrics_file import read_metrics
@@ -55,28 +54,31 @@ class SweepDisplay:
 def sweep_table(result: SweepResult) -> Group:
     """Return a table of the trials of a sweep and their number in each state."""
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items() if count)
-    return Group(trials_table(result.trials), f"{result.sweep}: {counts or 'nothing to run'}")
+    return Group(trials_table(result.trials), whole_line(f"{result.sweep}: {counts or 'nothing to run'}"))
 
 
 def plan_table(plan: SweepPlan) -> Group:
     """Return a table of the trials that a sweep would run."""
-    table = numeric_table(["trial", "state"], ("seed", "epochs", "steps"))
+    table = NumericTable(["trial", "state"], ("seed", "epochs", "steps"), num_required=1)
     for trial in plan.trials:
         numbers = (str(trial.seed), str(trial.epochs), format_count(trial.steps))
-        table.add_row(escape(trial.label), trial.state, *numbers)
+        table.add_row(trial.label, trial.state, *numbers)
     steps = "" if plan.steps is None else f", at most {plan.steps:,} steps remaining"
-    return Group(table, f"{plan.sweep}: {plan.n} trials{steps}; nothing was written")
+    return Group(table, whole_line(f"{plan.sweep}: {plan.n} trials{steps}; nothing was written"))
 
 
-def trials_table(results: Sequence[TrialResult], progress: Mapping[str, str] | None = None) -> Table:
-    """Return a table with one row per trial; `progress` maps running trials to the text of their progress."""
-    table = numeric_table(["trial"], ("seed", "state", "validation", "test", "seconds"))
+def trials_table(results: Sequence[TrialResult], progress: Mapping[str, str] | None = None) -> Group:
+    """Return a table with one row per trial and, below it, why trials failed or were pruned.
+
+    `progress` maps running trials to the text of their progress.
+    """
+    table = NumericTable(["trial"], ("seed", "state", "val %", "test %", "seconds"), num_required=4)
     for result in results:
-        label = escape(f"{result.label}  ({result.reason})" if result.reason else result.label)
         state = (progress or {}).get(result.trial) or result.state
-        accuracies = map(format_percent, (result.val_acc, result.test_acc))
-        table.add_row(label, str(result.seed), state, *accuracies, format_decimal(result.seconds, 0))
-    return table
+        accuracies = (format_decimal(accuracy, 2, 100) for accuracy in (result.val_acc, result.test_acc))
+        table.add_row(result.label, str(result.seed), state, *accuracies, format_decimal(result.seconds, 0))
+    reasons = (f"{result.label}, seed {result.seed}: {result.reason}" for result in results if result.reason)
+    return Group(table, *map(Text, reasons))
 
 
 def _format_progress(run: Path) -> str:

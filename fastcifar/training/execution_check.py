@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcifar.device import ExecutionPlan
 from fastcifar.errors import UserError
-from fastcifar.format import format_decimal, numeric_table, one_line
+from fastcifar.format import NumericTable, format_decimal, one_line
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
 from fastcifar.training.fallback import describe_step, free_memory
@@ -226,7 +226,7 @@ def find_verdict(results: list[ModeResult], plan: ExecutionPlan, used: Execution
 def check_tables(check: ExecutionCheck) -> Group:
     """Return the table of the modes, and the verdict."""
     title = f"{check.precision} on {check.device}, loader {check.loader}"
-    table = numeric_table(["mode"], ("prepare (s)", "step (ms)", "loss diff.", "update diff.", "result"), title)
+    table = NumericTable(["mode"], ("prepare (s)", "step (ms)", "loss diff.", "update diff.", "result"), title)
     for result in check.modes:
         differences = (
             "-" if value is None else f"{value:.1e}" for value in (result.loss_difference, result.update_difference)

@@ -15,7 +15,14 @@ from rich.console import Console
 
 from fastcifar.errors import UsageError, UserError
 from fastcifar.plotting import plot_bar_chart
-from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, bench_panels, bench_table
+from fastcifar.reporting.benchmark_tables import (
+    BenchDocument,
+    BenchRow,
+    bench_panels,
+    bench_table,
+    benchmark_comparison_table,
+    compare_benchmarks,
+)
 from fastcifar.reporting.compare import compare_paths
 
 
@@ -28,9 +35,9 @@ def document(*rows: BenchRow, torch: str = "2.11") -> BenchDocument:
     return BenchDocument(device="a CPU, 2 cores", versions={"torch": torch}, results=list(rows))
 
 
-def printed(renderable: Any) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(renderable)
+def printed(renderable: Any, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable, crop=False)
     return console.export_text()
 
 
@@ -45,10 +52,28 @@ def test_table_labels_rows_by_differing_settings() -> None:
     assert lines[0].startswith("a CPU, 2 cores, se68, batch 128, bf16")
     assert "median of 3 trials" in lines[1]
     loader, compiled, eager = (line.split() for line in lines[-3:])
-    assert loader == ["loader", "5,000", "4,500", "6,000", "2.0", "-", "-", "-", "-", "-"]
-    assert compiled[:4] == ["step", "compiled", "160", "144"]
-    assert compiled[-5:] == ["0.766", "50", "%", "-", "-"]
+    assert loader == ["loader", "5,000", "4,500-6,000", "-", "-", "2.0"]
+    assert compiled == ["step", "compiled", "160", "144-192", "0.766", "50", "%", "2.0"]
     assert eager[:2] == ["step", "eager"]
+
+
+def test_tables_show_every_label_in_80_columns() -> None:
+    """The labels of convolutions are the longest ones; the other columns of numbers are named below the table."""
+    step = {"arch": "se68", "batch_size": 128, "precision": "bf16", "compiled": True, "cuda_graph": False}
+    measured = {"tflop_per_s": 0.766, "mfu": 0.5, "latency_ms": 800.0, "gb_per_s": 12.0, "mbu": 0.3}
+    shapes = ("3x32x32 -> 64x32x32, 3x3", "64x32x32 -> 128x16x16, 3x3")
+    results = document(
+        row("loader", 15_000.0, loader="tensor", batch_size=128, augment="crop:4:zero,flip,cutout:8:mean"),
+        row("step", 160.0, **step, **measured),
+        *(row("conv", 300.0, **step, **measured, conv=shape) for shape in shapes),
+    )
+    for table in (bench_table(results), benchmark_comparison_table(compare_benchmarks(results, results))):
+        text = printed(table, 80)
+        assert max(map(len, text.splitlines())) <= 80
+        for words in ("loader ", "step ", *(f"conv {shape} " for shape in shapes), " 15,000 ", " 300 "):
+            assert words in text, words
+    assert "left out to fit 80 columns: GB/s, of copy, CPU us/image; --json" in printed(bench_table(results), 80)
+    assert "left out" not in printed(bench_table(results), 120)
 
 
 def test_chart_panels_and_bar_lengths(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fastcifar.errors import UsageError
 from fastcifar.evaluation.export import EXPORT_FORMATS
@@ -92,7 +94,19 @@ def test_entries_describe_the_folders(runs: Path) -> None:
     assert (stopped["epochs"], stopped["val_acc"], stopped["test_acc"], stopped["seconds"]) == (1, 0.3, None, 1)
     sweep = by_name["ablation"]
     assert (sweep["kind"], sweep.get("trials"), sweep["val_acc"]) == ("sweep", {"done": 1, "failed": 1}, 0.5)
-    assert runs_table(list_runs(runs)).row_count == 5
+
+
+@pytest.mark.parametrize(("width", "columns"), [(80, ["state", "val %", "test %", "epochs"]), (300, ["recipe"])])
+def test_table_shows_whole_paths(runs: Path, width: int, columns: list[str]) -> None:
+    """A path that is longer than the line is not wrapped, so that it can be copied."""
+    make_run(runs / f"{'long' * 30}", arch="se55")
+    console = Console(width=width, file=io.StringIO())
+    console.print(runs_table(list_runs(runs)), crop=False)
+    heading, *lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(name in heading for name in columns)
+    assert {line.split()[-1] for line in lines[:6]} == {entry["name"] for entry in list_runs(runs)}
+    assert {line.split()[0] for line in lines[:6]} == {"finished", "interrupted", "damaged"}
+    assert (lines[6:] == []) == (width == 300)
 
 
 def test_entries_are_sorted_by_any_column(runs: Path) -> None:
