@@ -113,6 +113,9 @@ def predict(
     ensemble: list[str] | None = option(None, "RUN|CKPT", "further run; logits are averaged over all; may be repeated"),
     top: int = option(0, "INT", "number of most probable classes to write, with their probabilities"),
     probabilities: bool = switch("--probabilities", "write the probability of every class"),
+    calibrated: bool = switch(
+        "--calibrated", "calibrate the probabilities: divide the logits by a temperature fitted on the validation split"
+    ),
     names: bool = switch("--names", "write class names instead of class indices"),
     header: str | None = option(None, "ID,LABEL", "header of a .csv file, by default ID,Labels"),
     show: Path | None = option(None, "FILE.png", "image file to plot some images with their predicted labels to"),
@@ -123,7 +126,7 @@ def predict(
     from fastcifar.evaluation.predict import predict_to_file
     from fastcifar.evaluation.prediction_files import PredictionFormat
 
-    format = PredictionFormat(header, names, top, probabilities)
+    format = PredictionFormat(header, names, top, probabilities, calibrated)
     result = predict_to_file(
         run, source, out, ensemble=ensemble or (), console=console, arch=arch, format=format, plot_path=show, **options
     )

@@ -142,12 +142,15 @@ def predictions_table(result: PredictResult) -> KeyValueTable:
     compiled, cuda_graph = map(format_option_value, (first["compiled"], first["cuda_graph"]))
     speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
+    divisors = ", ".join(f"{member['temperature']:.3f}" for member in members if member["temperature"])
+    temperatures = f"logits divided by {divisors}, fitted on the validation split"
     rows = {
         "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
         "networks": "\n".join(networks),
         "test-time augmentation": result["tta"],
         "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
         "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
+        **({"temperatures": temperatures} if first["temperature"] else {}),
         "predicted classes": counts,
         "mean confidence": format_percent(result["confidence"]),
         "files written": ", ".join(filter(None, (result["out"], result["show"]))),

@@ -21,7 +21,6 @@ from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.files import open_regular_file
-from fastcifar.training.build import split_validation
 from fastcifar.training.evaluate import VIEWS, compute_scores, reliability_bins
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined
@@ -111,7 +110,7 @@ def evaluate_run(
     if plots_dir is not None:
         plotting.create_plots_dir(plots_dir)
     shifted = load_cifar10_1(shifted_dir, classes) if shifted_dir else None
-    validation, temperature_missing = _validation_split(loaded, data.train)
+    validation, temperature_missing = loaded.validation_split(data.train)
     num_passes = 1 + len(VIEWS[tta]) * (tta != "none") + len(CORRUPTIONS) * len(SEVERITIES) * with_corruptions
     extra_sets = [validation, shifted[1]] if shifted else [validation]
     loaded.compile_for(num_passes * len(data.test.labels) + sum(len(split.labels) for split in extra_sets), console)
@@ -169,19 +168,6 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
         "loss_scaled": scaled.loss if scaled else None,
         "ece_scaled": scaled.ece if scaled else None,
     }
-
-
-def _validation_split(loaded: LoadedRun, train: Split) -> tuple[Split, str]:
-    """Return the validation split of the run and "", or an empty split and the reason why there is none."""
-    recipe, reason = loaded.recipe, ""
-    if loaded.weights == "published":
-        reason = "the checkpoint does not record a validation split"
-    elif recipe.val_size == 0:
-        reason = "the run had no validation split"
-    elif recipe.val_size is not None and recipe.val_size >= len(train.labels):
-        sizes = f"{recipe.val_size:,} images, but this data set has only {len(train.labels):,} training images"
-        reason = f"the run's validation split has {sizes}"
-    return split_validation(train, 0 if reason else recipe.val_size, recipe.val_seed)[1], reason
 
 
 def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> None:

@@ -17,7 +17,7 @@ from fastcifar.device import ExecutionPlan, choose_execution, supports_tf32
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, evaluate
-from fastcifar.training.build import to_channels_last
+from fastcifar.training.build import split_validation, to_channels_last
 from fastcifar.training.fallback import run_with_fallback
 from fastcifar.training.progress import show_compilation
 from fastcifar.training.resolve import model_from_recipe, require_fitting_network
@@ -58,6 +58,18 @@ class LoadedRun:
             problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
             raise DataError(problem, "give --data for the data set the run was trained on")
         return data
+
+    def validation_split(self, train: Split) -> tuple[Split, str]:
+        """Return the validation split of the run and "", or an empty split and the reason why there is none."""
+        recipe, reason = self.recipe, ""
+        if self.weights == "published":
+            reason = "the checkpoint does not record a validation split"
+        elif recipe.val_size == 0:
+            reason = "the run had no validation split"
+        elif recipe.val_size is not None and recipe.val_size >= len(train.labels):
+            sizes = f"{recipe.val_size:,} images, but this data set has only {len(train.labels):,} training images"
+            reason = f"the run's validation split has {sizes}"
+        return split_validation(train, 0 if reason else recipe.val_size, recipe.val_seed)[1], reason
 
     def compile_for(self, num_images: int, console: Console | None = None) -> None:
         """Compile `forward` and capture it in a CUDA graph if requested, or if that saves time for `num_images`."""

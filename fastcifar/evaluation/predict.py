@@ -16,8 +16,9 @@ from torch import Tensor
 from fastcifar import plotting
 from fastcifar.data.cifar import Split
 from fastcifar.data.predict_inputs import InputImages, read_inputs
-from fastcifar.errors import CheckpointError
+from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.metrics import TEMPERATURE_RANGE, fit_temperature
 from fastcifar.evaluation.prediction_files import KAGGLE_SUBMISSION, PredictionFormat, write_predictions
 from fastcifar.format import format_percent
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, VIEWS
@@ -36,6 +37,7 @@ class EnsembleMember(TypedDict):
     precision: str
     compiled: bool
     cuda_graph: bool
+    temperature: float | None  # the divisor of the logits; None without calibration
 
 
 class PredictResult(TypedDict):
@@ -69,9 +71,10 @@ def predict_to_file(
 ) -> PredictResult:
     """Predict the labels of the images in `source` and write them to `out`, one row per image in the input order.
 
-    `ensemble` contains further runs, whose logits are averaged with those of `run`; some images with labels are
-    plotted to the PNG file `plot_path`. See `read_inputs` for `source`, `load_model` for other arguments. All arguments
-    are validated before the networks run; on an error no prediction file is written.
+    `ensemble` contains further runs, whose logits are averaged with those of `run`, after the division by their
+    temperatures if `format` is calibrated; some images with labels are plotted to the PNG file `plot_path`. See
+    `read_inputs` for `source`, `load_model` for other arguments. All arguments are validated before the networks run;
+    on an error no prediction file is written.
     """
     start_time = time.perf_counter()
     members = [load_model(member, eval_weights, arch, **overrides) for member in (run, *ensemble)]
@@ -84,11 +87,16 @@ def predict_to_file(
     if plot_path is not None:
         plotting.require_png(plot_path)
     inputs = read_inputs(source, recipe.data, recipe.dataset)
+    splits = [_calibration_split(member) if format.is_calibrated else None for member in members]
     for member in members:
         member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]), console)
+    temperatures = [_fit_temperature(*pair, console) for pair in zip(members, splits, strict=True)]
     predict_start_time = time.perf_counter()
-    logits = torch.stack([_predict_logits(member, inputs, console) for member in members]).double().mean(0)
-    probabilities = logits.softmax(1).numpy()
+    logits = [
+        _predict_logits(member, inputs.images, console).double() / (temperature or 1)
+        for member, temperature in zip(members, temperatures, strict=True)
+    ]
+    probabilities = torch.stack(logits).mean(0).softmax(1).numpy()
     predict_seconds = time.perf_counter() - predict_start_time
     if plot_path is not None:
         _plot_predictions(plot_path, inputs, probabilities, classes)
@@ -98,7 +106,7 @@ def predict_to_file(
         "out": str(out),
         "show": str(plot_path) if plot_path else None,
         "tta": recipe.tta,
-        "members": [_describe_member(member) for member in members],
+        "members": list(map(_describe_member, members, temperatures)),
         "images_per_s": len(inputs.ids) / predict_seconds,
         "seconds": {"prepare": predict_start_time - start_time, "predict": predict_seconds},
         "images": len(inputs.ids),
@@ -109,19 +117,44 @@ def predict_to_file(
     }
 
 
-def _predict_logits(member: LoadedRun, inputs: InputImages, console: Console | None) -> Tensor:
+def _predict_logits(
+    member: LoadedRun, images: np.ndarray, console: Console | None, description: str = "predict"
+) -> Tensor:
     """Return the float32 logits [n, classes] of one member on the CPU, with a progress bar on a terminal."""
-    starts = range(0, len(inputs.ids), IMAGES_PER_CHUNK)
+    starts = range(0, len(images), IMAGES_PER_CHUNK)
     no_progress_bar = console is None or not console.is_terminal
     chunks = []
-    for start in track(starts, "predict", console=console, disable=no_progress_bar, transient=True):
-        images = inputs.images[start : start + IMAGES_PER_CHUNK]
-        unlabeled = Split(images, np.zeros(len(images), np.int64))  # the labels are ignored
+    for start in track(starts, description, console=console, disable=no_progress_bar, transient=True):
+        chunk = images[start : start + IMAGES_PER_CHUNK]
+        unlabeled = Split(chunk, np.zeros(len(chunk), np.int64))  # the labels are ignored
         chunks.append(member.predict_logits(unlabeled, member.recipe.tta))
     return torch.cat(chunks)
 
 
-def _describe_member(member: LoadedRun) -> EnsembleMember:
+def _calibration_split(member: LoadedRun) -> Split:
+    """Return the validation split of a run. Raises `UsageError` if it has none."""
+    split, reason = member.validation_split(member.load_dataset().train)
+    if reason:
+        raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
+    return split
+
+
+def _fit_temperature(member: LoadedRun, split: Split | None, console: Console | None) -> float | None:
+    """Fit the temperature of the logits that `member` predicts, with its test-time augmentation; None without a split.
+
+    It is fitted for every prediction and not saved by the run, since it depends on the weights and the augmentation.
+    """
+    if split is None:
+        return None
+    logits = _predict_logits(member, split.images, console, "calibrate")
+    if temperature := fit_temperature(logits, torch.from_numpy(split.labels)):
+        return temperature
+    low, high = TEMPERATURE_RANGE
+    reason = f"no temperature from {low:g} to {high:g} minimizes the loss on its validation split"
+    raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
+
+
+def _describe_member(member: LoadedRun, temperature: float | None) -> EnsembleMember:
     return {
         "checkpoint": str(member.checkpoint_path),
         "eval_weights": member.weights,
@@ -130,6 +163,7 @@ def _describe_member(member: LoadedRun) -> EnsembleMember:
         "precision": member.execution.precision,
         "compiled": member.execution.compile,
         "cuda_graph": member.execution.cuda_graph,
+        "temperature": temperature,
     }
 
 

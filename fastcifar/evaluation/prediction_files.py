@@ -65,6 +65,7 @@ class PredictionFormat:
     use_class_names: bool = False  # instead of class indices
     top_k: int = 0  # add the columns top_1, top_1_probability, ... of the most probable classes
     with_probabilities: bool = False  # add a column of probabilities for every class
+    is_calibrated: bool = False  # divide the logits by a temperature that is fitted on the validation split
 
     def check(self, out: Path, classes: Sequence[str]) -> None:
         """Raise `UsageError` or `DiskError` before prediction if `out` cannot be written with these columns."""
@@ -74,6 +75,9 @@ class PredictionFormat:
             raise UsageError(f"--out {out} has no known file suffix", remedy)
         if self.header is not None and suffix != ".csv":
             raise UsageError(f"--header applies only to .csv files, but --out is {out}", "omit --header")
+        if self.is_calibrated and not (self.with_probabilities or self.top_k):
+            problem = "--calibrated changes only probabilities, and the file would contain none"
+            raise UsageError(problem, "add --probabilities or --top K, or omit --calibrated")
         if not out.parent.is_dir():
             raise DiskError(f"cannot write {out}: no folder {out.parent}", "choose an existing folder with --out")
         self.build_columns([], np.empty((0, len(classes))), classes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastcifar.cli.tables import predictions_table
@@ -28,6 +32,7 @@ from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.resolve import model_from_recipe
+from fastcifar.training.train import train
 
 DATA = "synthetic:1000"  # 200 test images
 CPU_OPTIONS: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
@@ -159,6 +164,63 @@ def test_logits_are_averaged_over_views_and_members(runs: list[str], images: np.
         best = row_probabilities.topk(3)
         assert [row[f"top_{rank}_probability"] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
         assert [row[classes[row[f"top_{rank}"]]] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
+
+
+def test_calibrated_probabilities_are_those_at_the_temperature_of_each_run(
+    tiny: Callable[..., Recipe], tmp_path: Path, out: Path
+) -> None:
+    """The temperature of each run minimizes the loss on its 40 validation images, with the same two views."""
+    trained = [train(tiny(seed=seed, out=str(tmp_path / f"run{seed}"))) for seed in (0, 1)]
+    runs = [f"{summary.run}/checkpoints/last.pt" for summary in trained]
+    data = cifar.load_dataset("synthetic:200")
+    _, indices = cifar.stratified_split(data.train.labels, 40, 0)
+    labels = torch.from_numpy(data.train.labels[indices])
+
+    def two_view_logits(run: str, images: np.ndarray) -> Tensor:
+        flipped = np.ascontiguousarray(images[..., ::-1])
+        return (reference_logits(run, images) + reference_logits(run, flipped)) / 2
+
+    options: dict[str, Any] = {"ensemble": runs[1:], "tta": "flip", **CPU_OPTIONS}
+    format = PredictionFormat(with_probabilities=True, is_calibrated=True)
+    result = predict_to_file(runs[0], "data:test", out, format=format, **options)
+    scaled_logits = []
+    for run, member in zip(runs, result["members"], strict=True):
+        logits = two_view_logits(run, data.train.images[indices])
+        losses = {step: F.cross_entropy(logits / math.exp(step / 50), labels).item() for step in range(-230, 231)}
+        temperature = member["temperature"] or 0.0
+        assert temperature == pytest.approx(math.exp(min(losses, key=losses.__getitem__) / 50), rel=0.021)
+        scaled_logits.append(two_view_logits(run, data.test.images) / temperature)
+    expected = torch.stack(scaled_logits).mean(0).softmax(1)
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    probabilities = torch.tensor([[float(row[name]) for name in data.classes] for row in rows])
+    torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-4)
+    assert result["confidence"] == pytest.approx(expected.amax(1).mean().item(), rel=1e-3)
+    table = Console(width=200, file=io.StringIO(), record=True)
+    table.print(predictions_table(result))
+    first, second = (member["temperature"] for member in result["members"])
+    assert f"logits divided by {first:.3f}, {second:.3f}, fitted on the validation split" in table.export_text()
+    uncalibrated = predict_to_file(runs[0], "data:test", out, **options)
+    assert [member["temperature"] for member in uncalibrated["members"]] == [None, None]
+    assert uncalibrated["confidence"] != pytest.approx(result["confidence"], rel=1e-2)
+
+
+def test_calibration_without_probabilities_or_a_validation_split_is_refused(
+    runs: list[str], tmp_path: Path, out: Path
+) -> None:
+    with pytest.raises(UsageError, match="add --probabilities or --top K"):
+        predict_to_file(runs[0], "data:test", out, format=PredictionFormat(is_calibrated=True), **CPU_OPTIONS)
+    saved = checkpoint.load_checkpoint(Path(runs[0]))
+    for name, recipe, state, reason in (
+        ("none", {"val_size": 0}, {}, "the run had no validation split; omit --calibrated"),
+        ("larger", {"val_size": 2000}, {}, "the run's validation split has 2,000 images, but .* 1,000"),
+        ("zero", {}, {"linear.weight": 0}, "no temperature from 0.01 to 100 minimizes the loss"),
+    ):
+        model = {key: value * state.get(key, 1) for key, value in saved["model"].items()}
+        torch.save({**saved, "model": model, "recipe": {**saved["recipe"], **recipe}}, tmp_path / f"{name}.pt")
+        format = PredictionFormat(top_k=1, is_calibrated=True)
+        with pytest.raises(UsageError, match=rf"{name}\.pt cannot be calibrated: {reason}"):
+            predict_to_file(str(tmp_path / f"{name}.pt"), "data:test", out, format=format, **CPU_OPTIONS)
+    assert not list(out.parent.iterdir())
 
 
 def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
