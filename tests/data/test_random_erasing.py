@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA, draw_erasing_params
+from fastcifar.data.policies import draw_erasing_params
 
 N, N_TORCHVISION = 40_000, 4000
 
@@ -15,7 +15,7 @@ N, N_TORCHVISION = 40_000, 4000
 def torchvision_boxes(max_area: float) -> np.ndarray:
     """Draw boxes with torchvision: [n,4] of y, x, h, w; the size is 0 if it finds no box."""
     torch.manual_seed(0)
-    erasing = v2.RandomErasing(1.0, (MIN_ERASE_AREA, max_area), ERASE_ASPECT_RANGE)
+    erasing = v2.RandomErasing(1.0, (0.02, max_area), (0.3, 3.3))
     params = [erasing.make_params([torch.zeros(3, 32, 32)]) for _ in range(N_TORCHVISION)]
     return np.array([[p["i"], p["j"], p["h"] * (p["v"] is not None), p["w"] * (p["v"] is not None)] for p in params])
 
@@ -25,7 +25,7 @@ def test_boxes_have_the_distribution_of_torchvision(max_area: float) -> None:
     params = draw_erasing_params(max_area, N, np.random.Generator(np.random.Philox(0)))
     boxes = np.stack([params[name].astype(int) for name in "yxhw"], 1)
     erased = boxes[boxes[:, 2] > 0]
-    assert abs(len(erased) / N - ERASE_PROBABILITY) < 0.01
+    assert abs(len(erased) / N - 0.5) < 0.01
     assert (erased[:, 2:] < 32).all()
     assert (erased[:, :2] + erased[:, 2:] <= 32).all()
     expected = torchvision_boxes(max_area)
@@ -37,6 +37,20 @@ def test_boxes_have_the_distribution_of_torchvision(max_area: float) -> None:
         values = np.arange(1025)
         cdfs = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in samples]
         assert np.abs(cdfs[0] - cdfs[1]).max() < 2.2 * sum(1 / len(sample) for sample in samples) ** 0.5
+
+
+def test_aspect_ratios_lie_in_the_range_of_torchvision() -> None:
+    """The largest area that fits gives the most exact ratio of height to width: 0.3 to 3.3, uniform on a log scale."""
+    aspects = np.array([])
+    for seed in range(4):
+        params = draw_erasing_params(0.33, N, np.random.Generator(np.random.Philox(seed)))
+        height, width = (params[name].astype(float) for name in "hw")
+        large = height * width > 200
+        aspects = np.append(aspects, (height / width.clip(1))[large])
+    # a height and a width of about 8 to 26 pixels are rounded to integers
+    assert np.percentile(aspects, 0.1) == pytest.approx(0.3, abs=0.015)
+    assert np.percentile(aspects, 99.9) == pytest.approx(3.3, abs=0.16)
+    assert np.exp(np.log(aspects).mean()) == pytest.approx((0.3 * 3.3) ** 0.5, rel=0.02)
 
 
 def test_ten_attempts_as_in_torchvision_and_then_no_box() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import io
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as torchvision_functional
 
+from fastcifar.evaluation import corruptions
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from fastcifar.evaluation.evaluate_run import apply_corruption
 
@@ -188,3 +191,79 @@ def test_blurs_fog_and_contrast_preserve_constants_and_means() -> None:
     low_contrast = CORRUPTIONS["contrast"](IMAGES_0_1, 5, new_generator())
     torch.testing.assert_close(low_contrast.mean((2, 3)), IMAGES_0_1.mean((2, 3)))
     torch.testing.assert_close(low_contrast.std((2, 3)), 0.15 * IMAGES_0_1.std((2, 3)))
+
+
+def test_severities_of_fog(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `c` of `fog` in make_cifar_c.py of CIFAR-10-C: amount and decay of the cloud
+    for severity, (amount, decay) in enumerate(((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), 1):
+        decays: list[float] = []
+
+        def clouds(n: int, decay: float, generator: torch.Generator, decays: list[float] = decays) -> Tensor:
+            decays.append(decay)
+            return torch.full((n, 32, 32), 0.5)
+
+        monkeypatch.setattr(corruptions, "_plasma_fractal", clouds)
+        foggy = CORRUPTIONS["fog"](IMAGES_0_1, severity, new_generator())
+        maximum = IMAGES_0_1.amax((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(foggy, (IMAGES_0_1 + 0.5 * amount) * maximum / (maximum + amount))
+        assert decays == [decay]
+
+
+@pytest.mark.parametrize(("severity", "quality"), [(1, 80), (2, 65), (3, 58), (4, 50), (5, 40)])
+def test_quality_of_jpeg(monkeypatch: pytest.MonkeyPatch, severity: int, quality: int) -> None:
+    qualities: list[int] = []
+    save = Image.Image.save
+
+    def record(image: Image.Image, *arguments: Any, **options: Any) -> None:
+        qualities.append(options["quality"])
+        save(image, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "save", record)
+    CORRUPTIONS["jpeg_compression"](IMAGES_0_1[:1], severity, new_generator())
+    assert qualities == [quality]
+
+
+def test_severities_of_motion_blur(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `c` of `motion_blur` in make_cifar_c.py: radius and standard deviation of the kernel
+    for severity, (radius, std) in enumerate(((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), 1):
+        monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full((1, 1), 0.5))  # an angle of 0 degrees
+        point = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+        point[:, :, 16, 24] = 1
+        row = CORRUPTIONS["motion_blur"](point, severity, new_generator())[0, 0, 16]
+        weights = [math.exp(-(step**2) / (2 * std**2)) for step in range(2 * radius + 1)]
+        expected = [weight / sum(weights) for weight in weights]
+        assert row[:25].flip(0)[: len(expected)].tolist() == pytest.approx(expected, rel=1e-12)
+        assert int((row > 0).sum()) == len(expected)
+
+
+def test_severities_of_zoom_blur(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `c` of `zoom_blur` in make_cifar_c.py: np.arange from 1 to these factors, in steps of 0.01
+    sizes: list[int] = []
+    interpolate = torch.nn.functional.interpolate
+
+    def record(images: Tensor, size: tuple[int, int], **options: Any) -> Tensor:
+        sizes.append(size[0])
+        return interpolate(images, size=size, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", record)
+    for severity, end in enumerate((1.06, 1.11, 1.16, 1.21, 1.26), 1):
+        sizes.clear()
+        CORRUPTIONS["zoom_blur"](IMAGES_0_1[:1], severity, new_generator())
+        assert sizes == [round(math.ceil(32 / factor) * factor) for factor in np.arange(1, end, 0.01)]
+
+
+def test_severities_of_defocus_blur() -> None:
+    # `c` of `defocus_blur` in make_cifar_c.py: radius of the disk and standard deviation of its smoothing
+    point = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    point[:, :, 16, 16] = 1
+    for severity, (radius, std) in enumerate(((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)), 1):
+        expected = np.zeros((9, 9))
+        disk = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if y * y + x * x <= radius * radius]
+        smoothing = {step: math.exp(-(step**2) / (2 * std**2)) for step in (-1, 0, 1)}
+        total = sum(smoothing.values())
+        for y, x in disk:
+            for dy, dx in itertools.product(smoothing, repeat=2):
+                expected[4 + y + dy, 4 + x + dx] += smoothing[dy] * smoothing[dx] / total**2 / len(disk)
+        blurred = CORRUPTIONS["defocus_blur"](point, severity, new_generator())[0, 0, 12:21, 12:21]
+        # the kernel has five pixels on a side: what falls outside of it is lost
+        np.testing.assert_allclose(blurred[2:7, 2:7].numpy(), expected[2:7, 2:7], rtol=0, atol=1e-12)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as torchmetrics
 
 from fastcifar.evaluation import metrics
-from fastcifar.training.evaluate import ECE_BINS, compute_scores, reliability_bins
+from fastcifar.training.evaluate import compute_scores, reliability_bins
 
 CLASSES = 10
 
@@ -42,9 +42,7 @@ def test_metrics_match_torchmetrics() -> None:
         torchmetrics.multiclass_accuracy(probabilities, labels, CLASSES, average="micro").item(), rel=1e-6
     )
     assert scores.per_class == recall
-    calibration = torchmetrics.multiclass_calibration_error(
-        probabilities, labels, CLASSES, n_bins=ECE_BINS, norm="l1"
-    ).item()
+    calibration = torchmetrics.multiclass_calibration_error(probabilities, labels, CLASSES, n_bins=15, norm="l1").item()
     assert scores.ece == pytest.approx(calibration, rel=1e-4)
     brier = sum(
         sum((p - (k == label)) ** 2 for k, p in enumerate(row))
@@ -63,13 +61,13 @@ def test_undefined_per_class_metrics_are_none() -> None:
 def test_reliability_bins_give_the_calibration_error() -> None:
     logits, labels = random_logits(500)
     bins = reliability_bins(logits, logits.argmax(1) == labels)
-    assert (len(bins), sum(item.images for item in bins)) == (ECE_BINS, 500)
+    assert (len(bins), sum(item.images for item in bins)) == (15, 500)
     calibration_error = 0.0
     for index, item in enumerate(bins):
         if item.confidence is None or item.accuracy is None:
             assert item.images == 0
             continue
-        assert index / ECE_BINS <= item.confidence <= (index + 1) / ECE_BINS
+        assert index / 15 <= item.confidence <= (index + 1) / 15
         calibration_error += item.images / 500 * abs(item.confidence - item.accuracy)
     assert compute_scores(logits, labels).ece == pytest.approx(calibration_error, rel=1e-12)
 
@@ -90,6 +88,16 @@ def test_fit_temperature_recovers_the_temperature(temperature: float) -> None:
         assert compute_scores(logits / (factor * fitted), labels).loss > after.loss
 
 
+@pytest.mark.parametrize(("temperature", "is_in_range"), [(0.011, True), (0.009, False), (95.0, True), (105.0, False)])
+def test_range_of_fitted_temperatures(temperature: float, is_in_range: bool) -> None:
+    logits, labels = random_logits(2_000, scale=0.5)
+    at_one = metrics.fit_temperature(logits, labels)
+    assert at_one
+    fitted = metrics.fit_temperature(logits * temperature / at_one, labels)
+    assert (fitted is not None) == is_in_range
+    assert fitted is None or fitted == pytest.approx(temperature, rel=1e-4)
+
+
 def test_fit_temperature_without_a_finite_minimum() -> None:
     labels = torch.arange(CLASSES)
     certain = 5 * torch.eye(CLASSES)
@@ -105,5 +113,5 @@ def test_wilson_interval() -> None:
         low, high = metrics.wilson_interval(correct, total)
         assert 0 <= low <= correct / total <= high <= 1
         for bound in (low, high):
-            half_width = metrics.Z_SCORE_95 * math.sqrt(bound * (1 - bound) / total)
+            half_width = 1.959963984540054 * math.sqrt(bound * (1 - bound) / total)
             assert abs(bound - correct / total) == pytest.approx(half_width, abs=1e-9)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,18 @@ def test_fault08_a_damaged_file_is_replaced_by_the_previous_one_or_is_an_error(p
     assert torch.equal(loaded["model"]["weight"], torch.full((3, 2), 1.0))
 
 
+def test_fault08_a_flipped_bit_anywhere_is_found(path: Path) -> None:
+    checkpoint.save_checkpoint(path, make_state(1.0))
+    content = path.read_bytes()
+    generator = random.Random(0)
+    for position in [0, len(content) - 1, *(generator.randrange(len(content)) for _ in range(200))]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            checkpoint.load_checkpoint(path)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch sentinel",)
@@ -151,6 +165,8 @@ def test_fault14_nonfinite_weights_are_not_saved(path: Path) -> None:
     checkpoint.save_checkpoint(path, make_state(1.0))
     with pytest.raises(NonFiniteError, match="weight is not finite"):
         checkpoint.save_checkpoint(path, make_state(float("nan")))
+    with pytest.raises(NonFiniteError, match="weight is not finite"):  # only in the moving average
+        checkpoint.save_checkpoint(path, {**make_state(1.0), "ema": {"weight": torch.tensor([1.0, math.inf])}})
     assert torch.equal(checkpoint.load_checkpoint(path)["model"]["weight"], torch.full((3, 2), 1.0))
 
 

@@ -73,6 +73,22 @@ def test_plateau_equals_torch(patience: int) -> None:
     assert plateau.lr_at(60) < 0.4
 
 
+@pytest.mark.parametrize("epochs_before", range(1, 6))
+def test_fault02_plateau_continues_with_its_counter_and_factor(epochs_before: int) -> None:
+    losses = [1.0, 0.9, 0.95, 0.92, 0.91, 0.93, 0.94, 0.95]
+    uninterrupted, stopped, resumed = (schedule("plateau:1", epochs=20) for _ in range(3))
+    for loss in losses[:epochs_before]:
+        uninterrupted.after_epoch(loss)
+        stopped.after_epoch(loss)
+    resumed.load_state_dict(stopped.state_dict())
+    for loss in losses[epochs_before:]:
+        assert resumed.lr_at(7) == uninterrupted.lr_at(7)
+        uninterrupted.after_epoch(loss)
+        resumed.after_epoch(loss)
+    assert resumed.lr_at(7) == uninterrupted.lr_at(7)
+    assert uninterrupted.lr_at(7) == pytest.approx(0.4 * 0.1**3)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_stay_between_the_minimum_and_the_peak(name: str) -> None:
     lr_schedule = schedule(name, min_lr=0.01)
@@ -97,7 +113,7 @@ def test_warm_up_increases_linearly_to_the_peak() -> None:
     assert lr_at(11) < 0.4
 
 
-@pytest.mark.parametrize("cycles", [3, 7, 11])
+@pytest.mark.parametrize("cycles", [3, 7, 11, 22, 49, 103, 1000])
 def test_every_restart_begins_at_the_peak(cycles: int) -> None:
     lr_schedule = build_schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
     assert [lr_schedule.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)

@@ -110,8 +110,9 @@ def test_ema_equals_its_formula_and_is_used_only_inside_the_context() -> None:
     expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
     for update in range(1, 31):
         with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(0.1 * update)
+            for weight in (*model.parameters(), *model.buffers()):
+                if weight.is_floating_point():
+                    weight.add_(0.1 * update)
         ema.update()
         update_weight = max(0.1, 9 / (10 + update))
         for name, value in expected.items():
