@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 
 from fastcifar.cli.tables import predictions_table
 from fastcifar.data import cifar, normalization
+from fastcifar.data.cifar import Split
 from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
 from fastcifar.evaluation import load_run
+from fastcifar.evaluation.load_run import LoadedRun
 from fastcifar.evaluation.predict import predict_to_file
 from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.models import build_model
@@ -221,6 +224,29 @@ def test_calibration_without_probabilities_or_a_validation_split_is_refused(
         with pytest.raises(UsageError, match=rf"{name}\.pt cannot be calibrated: {reason}"):
             predict_to_file(str(tmp_path / f"{name}.pt"), "data:test", out, format=format, **CPU_OPTIONS)
     assert not list(out.parent.iterdir())
+
+
+def test_fault46_images_of_a_memory_mapped_file_are_never_in_memory_together(
+    runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 60_000
+    images = np.lib.format.open_memmap(tmp_path / "many.npy", "w+", np.uint8, (count, 3072))  # a sparse file
+    images.flush()
+
+    def read_pixels(member: LoadedRun, split: Split, tta: str) -> Tensor:
+        logits = torch.zeros(len(split.labels), 10)
+        logits[:, 3] = 1 + torch.from_numpy(split.images.sum((1, 2, 3), dtype=np.int64))
+        return logits
+
+    monkeypatch.setattr(LoadedRun, "predict_logits", read_pixels)
+    tracemalloc.start()
+    try:
+        result = predict_to_file(runs[0], str(tmp_path / "many.npy"), tmp_path / "many.csv", compile=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (result["images"], result["counts"]["cat"]) == (count, count)
+    assert peak < images.nbytes / 2, f"{peak:,} bytes"
 
 
 def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
