@@ -15,6 +15,7 @@ import pytest
 import typer.main
 
 from fastcifar import errors
+from fastcifar._version import __version__
 from fastcifar.cli.app import app
 from fastcifar.recipe import Recipe
 from fastcifar.recipes import shipped_recipes
@@ -170,3 +171,16 @@ def test_paths_of_files_exist() -> None:
     for code in INLINE_CODE:
         for name in re.findall(r"(?:^|python )((?:bench|scripts|tests|fastcifar)/[\w/.]+)", code):
             assert (ROOT / name).exists(), name
+
+
+def test_changelog_lists_the_renamed_options() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)`(?: of `(\w+)`)? \| (.+) \|$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    listed = {(command or "options", old): re.findall(r"`(\w+)`", new) for old, command, new in rows}
+    renamed = tomllib.loads((PACKAGE / "renamed.toml").read_text("utf-8"))
+    assert listed == {(section, old): new for section, names in renamed.items() for old, new in names.items()}
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
