@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MATPLOTLIB_REMEDY = "pip install 'matplotlib>=3.9'"
 IMAGE_GAP = 2  # white pixels between images
 CELL_INCHES, ROW_LABEL_INCHES, TITLE_INCHES = 0.55, 1.1, 0.9  # in a grid: of an image, row labels, title and labels
+CHARACTERS_PER_INCH = 11  # of a bold title
 MAX_GRIDS_PER_ROW, CAPTIONED_IMAGES_PER_ROW = 3, 8
 CHART_WIDTH_INCHES, BAR_INCHES = 8, 0.24  # width of a chart, height of a bar with its gap
 MAX_ANNOTATED_CLASSES = 20  # maximum number of classes for which matrices show the numbers
@@ -61,14 +62,17 @@ class ImageGrid:
     column_labels: Sequence[str]
 
 
-def plot_image_grids(path: Path, grids: Sequence[ImageGrid]) -> None:
-    """Plot grids of images, up to three in a row."""
+def plot_image_grids(path: Path, grids: Sequence[ImageGrid], title: str = "") -> None:
+    """Plot grids of images, up to three in a row, below an optional title."""
     num_rows = math.ceil(len(grids) / MAX_GRIDS_PER_ROW)
     num_columns = math.ceil(len(grids) / num_rows)
     starts = range(0, len(grids), num_columns)
     heights = [max(len(grid.images) for grid in grids[start : start + num_columns]) for start in starts]
     width = num_columns * (CELL_INCHES * max(len(grid.column_labels) for grid in grids) + ROW_LABEL_INCHES)
     with _figure(path, width, sum(CELL_INCHES * height + TITLE_INCHES for height in heights)) as figure:
+        if title:
+            text = _wrap_label(title.replace(",", ", "), int(CHARACTERS_PER_INCH * width))
+            figure.suptitle(text, fontsize=9, fontweight="bold")
         axes = figure.subplots(num_rows, num_columns, squeeze=False, height_ratios=heights).ravel()
         for axis, grid in zip(axes, grids, strict=False):
             axis.set_anchor("N")
@@ -166,14 +170,14 @@ def plot_reliability_diagram(
         count_axis.grid()
 
 
-def plot_confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
+def plot_confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str], title: str = "") -> None:
     """Plot a confusion matrix of counts or mean counts [classes, classes], with a row for each label."""
     side = 1.6 + 0.5 * len(classes) if len(classes) <= MAX_ANNOTATED_CLASSES else 11
     shades = np.sqrt(counts / counts.sum(1, keepdims=True).clip(1))  # misclassifications are invisible without sqrt
     with _figure(path, side, side) as figure:
         axis = figure.subplots()
         _draw_matrix(axis, shades, np.vectorize(format_count)(counts), classes, classes)
-        axis.set(xlabel="predicted class", ylabel="label")
+        axis.set(title=title, xlabel="predicted class", ylabel="label")
         axis.tick_params(labeltop=True, labelbottom=False)
 
 
@@ -260,9 +264,9 @@ def create_plots_dir(path: Path) -> None:
         raise DiskError(f"cannot create the folder {path}: {error.strerror}", "choose another folder") from None
 
 
-def _wrap_label(text: str) -> str:
-    """Wrap a text into short lines, with dollar signs escaped so that they start no formula."""
-    return "\n".join(textwrap.wrap(text, 34)).replace("$", r"\$")
+def _wrap_label(text: str, characters: int = 34) -> str:
+    """Wrap a text into lines of `characters`, with dollar signs escaped so that they start no formula."""
+    return "\n".join(textwrap.wrap(text, characters)).replace("$", r"\$")
 
 
 @contextmanager

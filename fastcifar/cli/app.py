@@ -59,6 +59,7 @@ def train(
     recipe: str | None = RECIPE,
     dry_run: bool = switch("--dry-run", "run a few steps and estimate the time and memory of the whole run"),
     print_config: bool = switch("--print-config", "print all options of the run as a recipe file, and exit"),
+    plots: bool = option(True, None, "plot the results and the first batch of a finished run", "--plots/--no-plots"),
     **options: Any,
 ) -> Output:
     """Train a network, evaluate it once on the test set, and save both in a run folder.
@@ -70,6 +71,7 @@ def train(
         return Output(resolved, lambda recipe: recipe.to_toml().rstrip("\n"))
     console.quiet = os.environ.get("RANK", "0") != "0"  # of the processes that torchrun starts, rank 0 prints
     import_torch(console)
+    from fastcifar.reporting.run_plots import plot_finished_run
     from fastcifar.training.dry_run import dry_run as estimate_run
     from fastcifar.training.progress import print_scaling
     from fastcifar.training.trackers import view_commands
@@ -79,7 +81,8 @@ def train(
     if dry_run:
         return Output(estimate_run(resolved), tables.dry_run_table)
     summary = run(resolved, recipe, console)
-    lines = [*tables.next_commands(summary), *view_commands(summary.config["track"], Path(summary.run))]
+    written = plot_finished_run(summary) if plots and not console.quiet else []
+    lines = [*written, *tables.next_commands(summary), *view_commands(summary.config["track"], Path(summary.run))]
     return Output(summary, tables.summary_table, last_lines=lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastcifar import plotting
 from fastcifar.data import augment, cifar
+from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
 from fastcifar.data.normalization import ChannelValues, channel_mean_std, mean_color, normalization_mean_std
@@ -18,6 +20,7 @@ from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
 
+BATCH_IMAGES, BATCH_IMAGES_PER_GRID = 24, 8  # images of a batch that are plotted
 SAMPLES_PER_ROW = 4  # augmented versions next to the original, one per epoch
 MAX_GRID_IMAGES = 100
 
@@ -100,6 +103,43 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     plotting.plot_image_grids(out, grids)
     titles = [grid.title for grid in grids]
     return {"out": str(out), "images": indices.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
+
+
+def first_batch_stages(recipe: Recipe, train: Split) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Return the labels int64 [b] of the first batch of a run, and its images uint8 [b,3,32,32] at each stage.
+
+    The stages are "original", "augmented" if the recipe has augmentations, and the name of its mixer if it has one.
+    `train`: the training images without the validation split. --loader torchvision draws other random numbers.
+    """
+    ops = augment.parse_augment(recipe.augment)
+    loader_ops, mixer = augment.split_mixer(ops)
+    epoch_params = augment.draw_epoch(loader_ops, len(train.labels), 0, recipe.seed)
+    indices = epoch_params.permutation[: recipe.batch_size]
+    batch = torch.from_numpy(train.images[indices])
+    stages = {"original": batch}
+    if loader_ops:
+        params = tuple(
+            {name: torch.from_numpy(array[: len(indices)]) for name, array in op_params.items()}
+            for op_params in epoch_params.op_params
+        )
+        mean, _ = normalization_mean_std(recipe)
+        stages["augmented"] = batch = augment.apply_augment(loader_ops, batch, params, mean_color(mean))
+    if mixer:
+        mixer_params = augment.draw_mixer_params(ops, len(train.labels), 0, recipe.seed)[: len(indices)]
+        mixed, _ = MIXERS[mixer.name].apply(batch, torch.from_numpy(mixer_params))
+        stages[mixer.name] = mixed.float().round().to(torch.uint8)
+    return train.labels[indices], stages
+
+
+def plot_first_batch(path: Path, recipe: Recipe, train: Split, classes: Sequence[str]) -> None:
+    """Plot the first images of `first_batch_stages` with their classes."""
+    labels, stages = first_batch_stages(recipe, train)
+    images, names = _stack_columns(list(stages.values())), [classes[int(label)] for label in labels]
+    grids = []
+    for start in range(0, min(len(labels), BATCH_IMAGES), BATCH_IMAGES_PER_GRID):
+        stop = start + BATCH_IMAGES_PER_GRID
+        grids.append(ImageGrid("", images[start:stop], names[start:stop], list(stages)))
+    plotting.plot_image_grids(path, grids, f"first batch of the run: {recipe.augment}")
 
 
 def _augment_images(ops: augment.AugmentOps, indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:

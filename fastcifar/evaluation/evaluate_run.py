@@ -21,7 +21,7 @@ from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from fastcifar.evaluation.load_run import LoadedRun, load_model
 from fastcifar.files import open_regular_file
-from fastcifar.training.evaluate import VIEWS, compute_scores, reliability_bins
+from fastcifar.training.evaluate import VIEWS, compute_confusion_matrix, compute_scores, reliability_bins
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined
 CIFAR10_1_VERSIONS = ("cifar10.1_v6", "cifar10.1_v4")  # v6 first: it is class-balanced and recommended by its authors
@@ -147,7 +147,7 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
 
     scores = compute_scores(logits, labels)
     scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
-    confusion_matrix = metrics.compute_confusion_matrix(logits, labels)
+    confusion_matrix = compute_confusion_matrix(logits, labels)
     precision, recall, f1 = map(by_class, metrics.precision_recall_f1(confusion_matrix))
     return {
         "test_acc": scores.accuracy,
@@ -177,7 +177,7 @@ def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str]
     if temperature:
         curves[f"at temperature {temperature:.2f}"] = reliability_bins(logits.double() / temperature, correct)
     plotting.plot_reliability_diagram(folder / "reliability.png", curves)
-    confusion_matrix = metrics.compute_confusion_matrix(logits, labels).numpy()
+    confusion_matrix = compute_confusion_matrix(logits, labels).numpy()
     plotting.plot_confusion_matrix(folder / "confusion.png", confusion_matrix, classes)
 
 

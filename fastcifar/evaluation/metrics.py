@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Z_SCORE_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 TEMPERATURE_RANGE = (0.01, 100.0)
 BISECTION_STEPS = 45  # reduce the interval of length 2 ln(100) to thirteen digits
-
-
-def compute_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return int64 counts [classes, classes] with a row for each label and a column for each predicted class."""
-    classes = logits.shape[1]
-    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
 def precision_recall_f1(confusion_matrix: Tensor) -> tuple[list[float | None], ...]:

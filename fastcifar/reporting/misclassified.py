@@ -11,9 +11,9 @@ from rich.console import Console
 
 from fastcifar.errors import CheckpointError, NonFiniteError
 from fastcifar.evaluation.load_run import load_model
-from fastcifar.evaluation.metrics import compute_confusion_matrix
 from fastcifar.format import format_percent
 from fastcifar.reporting.aggregate import RunGroup
+from fastcifar.training.evaluate import compute_confusion_matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,7 @@ class Scores:
     total: int
     ece: float  # expected calibration error (Guo et al. 2017) in ECE_BINS bins of equal width
     per_class: list[float | None]  # accuracy; None for a class without images
+    confusion: list[list[int]]  # see `compute_confusion_matrix`
 
 
 def evaluate(model: nn.Module, forward: Forward, split: Split, device: torch.device, tta: str = "none") -> Scores:
@@ -148,9 +149,9 @@ def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
     """Return the scores of logits [n, classes] for int64 labels [n], both on the host."""
     correct = logits.argmax(1) == labels
     num_correct = int(correct.sum())
-    class_totals = torch.bincount(labels, minlength=logits.shape[1]).tolist()
+    confusion = compute_confusion_matrix(logits, labels)
     _, confidences, correct_per_bin = _sum_by_bin(logits, correct)
-    class_correct = torch.bincount(labels[correct], minlength=logits.shape[1]).tolist()
+    class_correct, class_totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
     return Scores(
         accuracy=num_correct / len(labels),
         loss=F.cross_entropy(logits.double(), labels).item(),
@@ -158,7 +159,14 @@ def compute_scores(logits: Tensor, labels: Tensor) -> Scores:
         total=len(labels),
         ece=(confidences - correct_per_bin).abs().sum().item() / len(labels),
         per_class=[right / total if total else None for right, total in zip(class_correct, class_totals, strict=True)],
+        confusion=confusion.tolist(),
     )
+
+
+def compute_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return int64 counts [classes, classes] with a row for each label and a column for each predicted class."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
 class CalibrationBin(NamedTuple):

@@ -168,7 +168,10 @@ def _disk_errors(target: object, remedy: str = "free some space") -> Iterator[No
 
 
 def _write_json(path: Path, document: BaseModel) -> None:
-    write_atomically(path, (json.dumps(document.model_dump(), indent=1) + "\n").encode())
+    text = json.dumps(document.model_dump(), indent=1) + "\n"
+    # a list of integers on one line; strings contain no line breaks
+    text = re.sub(r"\[\n[\d,\s]+\]", lambda match: "[" + " ".join(match[0].split()).strip("[ ]") + "]", text)
+    write_atomically(path, text.encode())
 
 
 def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:

@@ -53,6 +53,7 @@ class RunSummary(BaseModel):
     total: int
     ece: float  # expected calibration error
     per_class: dict[str, Fraction | None]
+    confusion: list[list[int]] = []  # a row for each label and a column for each predicted class
     official_data: bool
     images_per_s: float  # in training, without setup, compilation and evaluation
     seconds: dict[str, Seconds]  # of "setup", "compile", "train", "eval" and "total"
@@ -105,6 +106,7 @@ def summarize_run(
         total=scores.total,
         ece=scores.ece,
         per_class=dict(zip(trainer.data.classes, scores.per_class, strict=True)),
+        confusion=scores.confusion,
         official_data=trainer.data.is_official,
         images_per_s=progress.images / clock.seconds["train"],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},

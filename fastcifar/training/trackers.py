@@ -127,7 +127,8 @@ def open_tensorboard(folder: Path, _: set[int]) -> TrackerSession:
 
     def finish(summary: RunSummary) -> None:
         log(_summary_metrics(summary), summary.epochs - 1, None)
-        writer.add_text("summary", f"```\n{json.dumps(summary.model_dump(), indent=1)}\n```", summary.epochs - 1)
+        text = json.dumps(summary.model_dump(exclude={"confusion"}), indent=1)
+        writer.add_text("summary", f"```\n{text}\n```", summary.epochs - 1)
         writer.file_writer.add_summary(end)
         writer.flush()
 
@@ -205,7 +206,7 @@ def open_wandb(folder: Path, epochs: set[int]) -> TrackerSession:
 
     return TrackerSession(
         log,
-        lambda summary: run.summary.update(summary.model_dump(exclude={"config"}, exclude_none=True)),
+        lambda summary: run.summary.update(summary.model_dump(exclude={"config", "confusion"}, exclude_none=True)),
         close,
         set(range(run.starting_step)),
     )

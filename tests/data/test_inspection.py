@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fastcifar.data.mixers import MIXERS
 from fastcifar.data.policies import STANDARD_SPACE
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.recipe import Recipe
+from fastcifar.training.build import build_trainer
+from fastcifar.training.resolve import resolve
 
 
 @pytest.fixture
@@ -159,6 +162,47 @@ def test_show_mixes_the_images_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
             plotted = after.images[:, 1 + epoch][order]
             assert np.abs(plotted - mixed.numpy()).max() <= 0.5
             assert not np.array_equal(plotted, before[order])
+
+
+@pytest.mark.parametrize("mixer", ["", ",mixup:0.5", ",cutmix", ",ricap"])
+def test_first_batch_is_the_one_that_the_loader_gives(tiny: Callable[..., Recipe], mixer: str) -> None:
+    trainer = build_trainer(resolve(tiny(augment=f"crop:4:zero,flip,cutout:8{mixer}", seed=3)))
+    images, labels, *mixer_params = next(iter(trainer.batches(0)))
+    first_labels, stages = inspection.first_batch_stages(trainer.recipe, trainer.train_split)
+    assert first_labels.tolist() == labels.tolist()
+    assert torch.equal(stages["augmented"], images)
+    train = trainer.train_split
+    originals = stages["original"].numpy()
+    indices = np.concatenate([(train.images == image).all((1, 2, 3)).nonzero()[0] for image in originals])
+    assert train.labels[indices].tolist() == labels.tolist()
+    name = mixer.strip(",").partition(":")[0]
+    assert list(stages) == ["original", "augmented", *([name] if name else [])]
+    if mixer:
+        mixed, _ = MIXERS[name].apply(images, *mixer_params)
+        assert torch.equal(stages[name], mixed.float().round().to(torch.uint8))
+
+
+def test_first_batch_is_plotted_in_grids_of_eight_images(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[list[plotting.ImageGrid], str]] = []
+    monkeypatch.setattr(plotting, "plot_image_grids", lambda _, grids, title: calls.append((grids, title)))
+    train = cifar.load_dataset("synthetic:100").train
+    classes = [f"class {label}" for label in range(10)]
+    for batch_size, augment, num_rows, columns in (
+        (50, "flip,mixup", [8, 8, 8], ["original", "augmented", "mixup"]),
+        (11, "none", [8, 3], ["original"]),
+    ):
+        recipe = tiny(batch_size=batch_size, augment=augment)
+        inspection.plot_first_batch(tmp_path / "a.png", recipe, train, classes)
+        grids, title = calls.pop()
+        assert title == f"first batch of the run: {augment}"
+        assert [len(grid.images) for grid in grids] == num_rows
+        assert all(grid.column_labels == columns and grid.images.shape[1] == len(columns) for grid in grids)
+        labels, stages = inspection.first_batch_stages(recipe, train)
+        assert [name for grid in grids for name in grid.row_labels] == [classes[label] for label in labels[:24]]
+        last_stage = np.concatenate([grid.images[:, -1] for grid in grids]).transpose(0, 3, 1, 2)
+        assert np.array_equal(last_stage, stages[columns[-1]][:24].numpy())
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "flip,flip", "crop,flip,cutout,trivialaugment,mixup"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as torchmetrics
 
 from fastcifar.evaluation import metrics
-from fastcifar.training.evaluate import compute_scores, reliability_bins
+from fastcifar.training.evaluate import compute_confusion_matrix, compute_scores, reliability_bins
 
 CLASSES = 10
 
@@ -27,7 +27,7 @@ def random_logits(count: int = 10_000, scale: float = 2.0) -> tuple[Tensor, Tens
 def test_metrics_match_torchmetrics() -> None:
     logits, labels = random_logits()
     probabilities = logits.double().softmax(1)
-    counts = metrics.compute_confusion_matrix(logits, labels)
+    counts = compute_confusion_matrix(logits, labels)
     assert torch.equal(counts, torchmetrics.multiclass_confusion_matrix(probabilities, labels, CLASSES))
     precision, recall, f1 = metrics.precision_recall_f1(counts)
     for actual, function in (
@@ -53,7 +53,7 @@ def test_metrics_match_torchmetrics() -> None:
 
 def test_undefined_per_class_metrics_are_none() -> None:
     logits = torch.tensor([[2.0, 1, 0], [2, 1, 0]])
-    counts = metrics.compute_confusion_matrix(logits, torch.tensor([0, 1]))
+    counts = compute_confusion_matrix(logits, torch.tensor([0, 1]))
     expected = ([0.5, None, None], [1.0, 0.0, None], [2 / 3, 0.0, None])
     assert metrics.precision_recall_f1(counts) == expected
 

@@ -46,7 +46,7 @@ def kill_and_resume(folder: Path, variant: str, run_s: float, rng: random.Random
     kills: list[dict[str, Any]] = []
     num_kills = rng.randint(1, MAX_KILLS)
     while True:
-        process = train(log, *VARIANTS[variant], "--out", str(folder), "--resume", "auto")
+        process = train(log, *VARIANTS[variant], "--out", str(folder), "--resume", "auto", "--no-plots")
         name, after_s = rng.choice(list(SIGNALS)), rng.uniform(0, run_s)
         process.join(after_s if len(kills) < num_kills else 300)
         if process.exitcode is None:

@@ -34,7 +34,7 @@ from fastcifar.training.run_dir import Clock
 from tests.faults import children
 
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
-PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--json")
+PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--no-plots", "--json")
 REAL = pytest.param(
     os.environ.get("FASTCIFAR_DATA"),
     marks=pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="FASTCIFAR_DATA is not set"),

@@ -128,8 +128,10 @@ def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
         f"stopped by {signal.Signals(number).name} after step {step}; continue with: fastcifar train --resume {out}\n"
     )
     assert message in log.read_text()
+    assert not (out / "plots").exists()
     assert wait_for_exit(uninterrupted) == 0
     assert wait_for_exit(children.train(log, "--resume", str(out))) == 0
+    assert (out / "plots" / "confusion.png").is_file()
     assert_equal_runs(out, tmp_path / "uninterrupted")
 
 

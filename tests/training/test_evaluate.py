@@ -35,6 +35,7 @@ def test_scores_equal_hand_computed_values() -> None:
     assert (scores.correct, scores.total, scores.accuracy) == (1, 3, 1 / 3)
     assert scores.loss == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.3)) / 3, rel=1e-6)
     assert scores.per_class == [0.5, 0.0, None]
+    assert scores.confusion == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     # three bins of one image each: |0.8 - 1|, |0.6 - 0|, |0.7 - 0|
     assert scores.ece == pytest.approx((0.2 + 0.6 + 0.7) / 3, rel=1e-6)
     # two images in one bin: |0.9 - 0.5|
