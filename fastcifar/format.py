@@ -116,6 +116,12 @@ def one_line(text: object) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 
+def shorten(text: str, length: int = 40) -> str:
+    """Return `text` with an ellipsis in place of its middle if it is longer than `length` characters."""
+    tail = length // 3
+    return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
+
+
 def add_wrap_points(text: str) -> str:
     """Insert a space after each comma of a list such as `crop:4:zero,flip`, so that a table can wrap the text."""
     return re.sub(r",(?=[a-z])", ", ", text)
@@ -147,8 +153,8 @@ class NumericTable:
     """A table of text columns `names`, right-aligned columns `numbers`, and a column of texts or paths on the right.
 
     Columns of numbers without a value are left out. If the table is wider than the terminal, the numbers after the
-    first `num_required` are left out, the last ones first, and a line below names them; then the widest text column is
-    wrapped between words. Nothing is cut, and paths are not wrapped: the terminal wraps a line that is too wide.
+    first `num_required` are left out, the last ones first, and a line below names them; then the widest text columns
+    are wrapped between words. Nothing is cut, and paths are not wrapped: the terminal wraps a line that is too wide.
     """
 
     def __init__(
@@ -173,11 +179,22 @@ class NumericTable:
         """Add a row with a cell for each column."""
         self.rows.append(cells)
 
+    @property
+    def column_widths(self) -> dict[int, int]:
+        """The width of the longest text in each column that has a value."""
+        columns = enumerate(zip(self.headings, *self.rows, strict=True))
+        has_value = {i: cells for i, cells in columns if i not in self.number_columns or {*cells[1:]} - {"", MISSING}}
+        return {i: max(map(len, cells)) for i, cells in has_value.items()}
+
+    @property
+    def width(self) -> int:
+        """The width with all columns that have a value."""
+        widths = self.column_widths.values()
+        return sum(widths) + len(COLUMN_GAP) * (len(widths) - 1)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = list(zip(self.headings, *self.rows, strict=True))
-        is_empty = [i in self.number_columns and {*cells[1:]} <= {"", MISSING} for i, cells in enumerate(columns)]
-        shown = [i for i in range(len(columns)) if not is_empty[i]]
-        widths = [max(map(len, cells)) for cells in columns]
+        widths = self.column_widths
+        shown = list(widths)
 
         def excess(longest_text: int) -> int:
             needed = [widths[i] if i in self.number_columns else min(widths[i], longest_text) for i in shown]
@@ -190,7 +207,9 @@ class NumericTable:
                 omitted.insert(0, self.headings[i])
         wrapped = [i for i in shown if i not in (*self.number_columns, self.path_column)]
         widest = max(wrapped, key=widths.__getitem__)
-        widths[widest] -= max(0, min(excess(sys.maxsize), widths[widest] - MIN_TEXT_WIDTH))
+        while excess(sys.maxsize) > 0 and widths[widest] > MIN_TEXT_WIDTH:
+            widths[widest] -= 1
+            widest = max(wrapped, key=widths.__getitem__)
         if self.title:
             yield whole_line(self.title, "italic")
         for row in (self.headings, *self.rows):

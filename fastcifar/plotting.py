@@ -20,7 +20,7 @@ import numpy as np
 from fastcifar.device import import_optional
 from fastcifar.errors import DiskError, UsageError
 from fastcifar.files import write_atomically
-from fastcifar.format import format_count, format_short_number
+from fastcifar.format import format_count, format_short_number, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,8 @@ def plot_image_grids(path: Path, grids: Sequence[ImageGrid], title: str = "") ->
         for axis, grid in zip(axes, grids, strict=False):
             axis.set_anchor("N")
             axis.imshow(tile_images(grid.images), interpolation="nearest")
-            axis.set_title(_wrap_label(grid.title.replace(",", ", ")), loc="center")
+            title = "\n".join(textwrap.wrap(grid.title.replace(",", ", "), MAX_TITLE_WIDTH))
+            axis.set_title(_escape_formula(title), loc="center")
             rows, columns, height, width, _ = grid.images.shape
             axis.set_xticks(np.arange(columns) * (width + IMAGE_GAP) + (width - 1) / 2, grid.column_labels)
             axis.set_yticks(np.arange(rows) * (height + IMAGE_GAP) + (height - 1) / 2, grid.row_labels)
@@ -188,10 +189,11 @@ def plot_fraction_heatmap(path: Path, title: str, rows: Mapping[str, Mapping[str
     low, high = np.nanmin(percentages), np.nanmax(percentages)
     shades = (percentages - low) / (high - low or 1)
     class_inches = 0.6 if len(classes) <= MAX_ANNOTATED_CLASSES else 0.12
-    with _figure(path, 2.6 + class_inches * len(classes), 1.3 + 0.32 * len(rows)) as figure:
+    with _figure(path, max(2.6 + class_inches * len(classes), 5), 1.3 + 0.32 * len(rows)) as figure:
         axis = figure.subplots()
-        axis.set_title(title)
-        _draw_matrix(axis, shades, np.char.mod("%.1f", percentages), [_wrap_label(name) for name in rows], classes)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+        names = [_escape_formula(shorten(name)) for name in rows]
+        _draw_matrix(axis, shades, np.char.mod("%.1f", percentages), names, classes)
 
 
 def _draw_matrix(
@@ -238,7 +240,7 @@ def plot_line_chart(path: Path, title: str, caption: str, lines: Sequence[LineSe
                 x, y = line.x[line.marked_index], line.y[line.marked_index]
                 axis.plot(x, y, "o", color=line.color, markersize=6, markeredgecolor="white")
         for name, color in dict.fromkeys((line.name, line.color) for line in lines):
-            axis.plot([], [], color=color, linewidth=2, label=_wrap_label(name))
+            axis.plot([], [], color=color, linewidth=2, label=_escape_formula(shorten(name)))
         figure.legend(loc="outside right upper")
         axis.set(title=title, xlabel=f"epoch   ({caption})" if caption else "epoch")
         axis.locator_params(axis="x", integer=True)
@@ -264,9 +266,14 @@ def create_plots_dir(path: Path) -> None:
         raise DiskError(f"cannot create the folder {path}: {error.strerror}", "choose another folder") from None
 
 
-def _wrap_label(text: str, characters: int = 34) -> str:
+def _wrap_label(text: str, characters: int) -> str:
     """Wrap a text into lines of `characters`, with dollar signs escaped so that they start no formula."""
-    return "\n".join(textwrap.wrap(text, characters)).replace("$", r"\$")
+    return _escape_formula("\n".join(textwrap.wrap(text, characters)))
+
+
+def _escape_formula(text: str) -> str:
+    """Escape dollar signs, so that they start no formula."""
+    return text.replace("$", r"\$")
 
 
 @contextmanager

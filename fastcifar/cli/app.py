@@ -270,7 +270,7 @@ def compare(
 
 @command(app, fields=("data", "device", "precision"))
 def report(
-    runs: list[Path] = argument(..., "RUN|SWEEP...", "run or sweep folders"),
+    runs: list[Path] = argument(..., "RUN|SWEEP|DIR...", "runs, sweeps, or folders that contain some at any depth"),
     format: str = option("terminal", "NAME", "output format: terminal, markdown, csv or latex"),
     sort: str | None = option(None, "COLUMN", "heading of the column to sort by, numbers in descending order"),
     validation: bool = switch("--validation", "add the accuracy on the validation split to the table"),

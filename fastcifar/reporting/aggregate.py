@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcifar.format import format_options
+from fastcifar.format import format_options, one_line
 from fastcifar.recipe import OUTPUT_OPTIONS
 from fastcifar.reporting.records import RunRecord
 from fastcifar.training.summary import RunSummary
@@ -55,7 +55,7 @@ class MetricCurve(NamedTuple):
 class RunGroup:
     """Runs that differ only by the seed, one row of a report. Only `finished_runs` are averaged."""
 
-    name: str  # unique within the report
+    name: str  # unique within a report
     records: list[RunRecord]
 
     @cached_property
@@ -149,30 +149,61 @@ class RunGroup:
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """Group the records by `group_key`. Equal names of groups are extended by the options that differ, or a number."""
+    """Group the records by `group_key`, and name each group.
+
+    The name of trials of a sweep is their label, and that of a single run its folder. Other runs are named by what
+    differs between the groups. Equal names are extended by what differs between their groups, or numbered.
+    """
     records_by_key: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         records_by_key[record.group_key].append(record)
-    groups = [RunGroup(members[0].name, members) for members in records_by_key.values()]
+    groups = [RunGroup(members[0].label, members) for members in records_by_key.values()]
+    unlabeled = [group for group in groups if not group.name]
+    differences = dict(zip(map(id, unlabeled), describe_differences(unlabeled), strict=True))
     groups_by_name: dict[str, list[RunGroup]] = defaultdict(list)
     for group in groups:
-        groups_by_name[group.name].append(group)
-    options_by_name = {name: varying_options(members) for name, members in groups_by_name.items()}
-    names = []
-    for group in groups:
-        options = {
-            name: value for name in options_by_name[group.name] if (value := group.options.get(name)) is not None
-        }
-        names.append(" ".join(filter(None, (group.name, format_options(options, separator=" ")))))
-    totals, counts = Counter(names), Counter[str]()
-    for index, name in enumerate(names):
-        counts[name] += 1
-        groups[index] = RunGroup(f"{name} ({counts[name]})" if totals[name] > 1 else name, groups[index].records)
-    return groups
+        first = group.records[0]
+        name = group.name or (one_line(first.folder.resolve().name) if len(group.records) == 1 else "")
+        name = name or differences[id(group)] or first.recipe or first.options.get("arch", "")
+        groups_by_name[name].append(group)
+    names: dict[int, str] = {}
+    for name, equal in groups_by_name.items():
+        extended = [f"{name} {text}".strip() for text in describe_differences(equal)]
+        totals, counts = Counter(extended), Counter[str]()
+        for group, text in zip(equal, extended, strict=True):
+            counts[text] += 1
+            names[id(group)] = f"{text} ({counts[text]})" if totals[text] > 1 else text
+    return [RunGroup(names[id(group)], group.records) for group in groups]
+
+
+def describe_differences(groups: Sequence[RunGroup]) -> list[str]:
+    """Return short texts such as `se68 lr=0.1` that tell the groups apart if their options differ."""
+    options = {
+        name: [format_options({name: group.options[name]}) if name in group.options else "" for group in groups]
+        for name in varying_options(groups)
+    }
+    shortest_first = sorted(options, key=lambda name: max(map(len, options[name])))
+    candidates = [
+        [str(group.options.get("arch", "")) for group in groups],
+        [group.records[0].recipe for group in groups],
+        *(options[name] for name in shortest_first if name != "arch"),
+    ]
+    chosen: list[tuple[str, ...]] = [() for _ in groups]
+    for texts in candidates:
+        extended = [(*words, text) for words, text in zip(chosen, texts, strict=True)]
+        if len(set(extended)) > len(set(chosen)):
+            chosen = extended
+    return [" ".join(filter(None, words)) for words in chosen]
 
 
 def varying_options(groups: Sequence[RunGroup]) -> list[str]:
-    """Return the names of the options that differ between groups, without the seed and the output options."""
-    names = dict.fromkeys(name for group in groups for name in group.options if name not in ("seed", *OUTPUT_OPTIONS))
-    values = {name: {json.dumps(group.options.get(name), sort_keys=True) for group in groups} for name in names}
-    return [name for name in names if len(values[name]) > 1]
+    """Return the names of the options that differ between groups, without the seed and the output options.
+
+    A group without an option, such as a damaged run, does not differ in this option.
+    """
+    values: dict[str, set[str]] = defaultdict(set)
+    for group in groups:
+        for name, value in group.options.items():
+            if name not in ("seed", *OUTPUT_OPTIONS):
+                values[name].add(json.dumps(value, sort_keys=True))
+    return [name for name, texts in values.items() if len(texts) > 1]

@@ -56,7 +56,7 @@ class RunRecord:
 
     folder: Path
     group_key: str  # equal for runs that differ only by the seed
-    name: str  # a readable form of `group_key`
+    label: str = ""  # of a trial of a sweep
     options: dict[str, Any] = field(default_factory=dict)  # of a trial without a run folder, only those that vary
     seed: int | None = None
     state: Literal["done", "unfinished", "failed", "pruned", "damaged"] = "done"
@@ -64,6 +64,12 @@ class RunRecord:
     summary: RunSummary | None = None
     metric_rows: list[dict[str, float | None]] = field(default_factory=list)  # one per epoch; None if not measured
     environment: RunEnvironment = field(default_factory=RunEnvironment)
+
+    @property
+    def recipe(self) -> str:
+        """The name of a shipped recipe or recipe file; "" for a run without one."""
+        name = one_line(self.environment.recipe)
+        return "" if name == CUSTOM_RECIPE_NAME else name
 
     @property
     def device(self) -> str:
@@ -93,22 +99,27 @@ def find_runs_and_sweeps(folder: Path) -> Iterator[Path]:
 
 
 def read_records(paths: Iterable[Path]) -> list[RunRecord]:
-    """Return the records of the run folders and sweeps in `paths`, each run once. At least one must be readable."""
+    """Return the records of the runs and sweeps in `paths` or at any depth below them, each run once.
+
+    Raises `CheckpointError` if a path contains no run or sweep, or if none of them is readable.
+    """
     record_by_folder: dict[Path, RunRecord] = {}
     for path in paths:
-        if os.path.isfile(path / TRIALS_FILE):  # unlike `Path.is_file`, this accepts any name
-            for trial in read_trial_log(path / TRIALS_FILE)[0].values():
-                record = _read_trial(path, trial)
-                record_by_folder[record.folder.resolve()] = record
-        elif any(os.path.isfile(path / name) for name in (RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)):
-            record_by_folder.setdefault(path.resolve(), read_run_record(path))
-        else:
-            is_folder = os.path.isdir(path)
-            problem = f"{path} is neither a run folder nor a sweep" if is_folder else f"there is no folder {path}"
-            raise CheckpointError(problem, f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}")
+        run_files = (TRIALS_FILE, RECIPE_FILE, SUMMARY_FILE, METRICS_FILE)
+        is_run_or_sweep = any(os.path.isfile(path / name) for name in run_files)  # unlike `Path.is_file`, for any name
+        folders = [path] if is_run_or_sweep else list(find_runs_and_sweeps(path))
+        if not folders:
+            problem = f"there is no run or sweep in {path}" if os.path.isdir(path) else f"there is no folder {path}"
+            remedy = f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}, or a folder that such folders are in"
+            raise CheckpointError(problem, remedy)
+        for folder in folders:
+            if os.path.isfile(folder / TRIALS_FILE):
+                record_by_folder |= {record.folder.resolve(): record for record in _read_sweep(folder)}
+            else:
+                record_by_folder.setdefault(folder.resolve(), read_run_record(folder))
     records = list(record_by_folder.values())
     if all(record.state == "damaged" for record in records):
-        reasons = "; ".join(f"{record.folder}: {record.reason}" for record in records) or "there are no trials"
+        reasons = "; ".join(f"{record.folder}: {record.reason}" for record in records)
         raise CheckpointError(f"nothing to report: {reasons}")
     for record in records:
         if record.state == "done" and not record.metric_rows:
@@ -136,18 +147,16 @@ def read_run_record(folder: Path) -> RunRecord:
         reason = one_line(": ".join(filter(None, (SUMMARY_FILE, ".".join(map(str, first["loc"])), first["msg"]))))
         state = "damaged"
     environment = read_environment(folder)
-    record = RunRecord(folder, str(folder), folder.name, summary=summary, metric_rows=rows, environment=environment)
+    record = RunRecord(folder, str(folder), summary=summary, metric_rows=rows, environment=environment)
     try:
         options = read_recipe_options(folder)
     except UsageError as error:
         return replace(record, state="damaged", reason=one_line(error))
     if state == "unfinished" and not summary:
         reason = f"after {len(rows)} of {options['epochs']} epochs: still training or interrupted"
-    recipe = one_line(environment.recipe)
     shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
-    name = options["arch"] if recipe in ("", CUSTOM_RECIPE_NAME) else recipe
-    record = replace(record, group_key=json.dumps(shared, sort_keys=True), name=name, options=options)
-    return replace(record, seed=options["seed"], state=state, reason=reason)
+    key = json.dumps(shared, sort_keys=True)
+    return replace(record, group_key=key, options=options, seed=options["seed"], state=state, reason=reason)
 
 
 def read_recipe_options(folder: Path) -> dict[str, Any]:
@@ -155,6 +164,8 @@ def read_recipe_options(folder: Path) -> dict[str, Any]:
     if not os.path.isfile(folder / RECIPE_FILE):
         raise UsageError(f"no {RECIPE_FILE}")
     values = load_saved_recipe(folder)
+    if not values.keys() & Recipe.model_fields:
+        raise UsageError(f"{RECIPE_FILE} contains no option of a run")
     recipe = Recipe(**{name: value for name, value in values.items() if name in Recipe.model_fields})
     return {**json.loads(json.dumps(values, default=str)), **recipe.model_dump(mode="json")}
 
@@ -185,6 +196,16 @@ def read_trial_log(path: Path) -> tuple[dict[str, TrialLogEntry], int]:
     return trials, num_bytes
 
 
+def _read_sweep(folder: Path) -> list[RunRecord]:
+    """Return the records of the trials of a sweep; a damaged record of `folder` if there is no valid trial."""
+    try:
+        trials = read_trial_log(folder / TRIALS_FILE)[0]
+    except CheckpointError as error:
+        return [RunRecord(folder, str(folder), state="damaged", reason=one_line(error))]
+    empty = RunRecord(folder, str(folder), state="damaged", reason=f"{TRIALS_FILE} contains no valid trial")
+    return [_read_trial(folder, trial) for trial in trials.values()] or [empty]
+
+
 def _read_trial(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
     folder = sweep_folder / trial.folder
     if os.path.isdir(folder):
@@ -193,7 +214,8 @@ def _read_trial(sweep_folder: Path, trial: TrialLogEntry) -> RunRecord:
         is_running = trial.state == "running"
         reason = "still training or interrupted" if is_running else "its run folder is missing"
         state = "unfinished" if is_running else "damaged"
-        record = RunRecord(folder, "", "", upgrade_options(trial.knobs), trial.seed, state, reason)
+        options = upgrade_options(trial.knobs)
+        record = RunRecord(folder, "", options=options, seed=trial.seed, state=state, reason=reason)
     if trial.state in ("failed", "pruned"):
         record = replace(record, state=trial.state, reason=one_line(trial.reason or "no reason recorded"))
-    return replace(record, group_key=f"sweep {sweep_folder.resolve()} {trial.label}", name=one_line(trial.label))
+    return replace(record, group_key=f"sweep {sweep_folder.resolve()} {trial.label}", label=one_line(trial.label))

@@ -24,16 +24,18 @@ from fastcifar._version import __version__
 from fastcifar.device import DALI_PACKAGES, import_optional
 from fastcifar.errors import DiskError, UsageError, lookup
 from fastcifar.files import write_atomically
-from fastcifar.format import add_wrap_points, format_count, one_line
+from fastcifar.format import add_wrap_points, format_count, one_line, shorten
 from fastcifar.plotting import LineSeries
 from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.records import RunRecord, read_records
-from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
+from fastcifar.reporting.table import MAX_OPTION_COLUMNS, STD_COLUMNS, TABLE_FORMATS, ReportTable, build_report_table
 
 if TYPE_CHECKING:
     from fastcifar.reporting.misclassified import Misclassified
 
 MAX_LABELED_ITEMS = 15  # maximum number of epochs or classes that are labeled individually
+MAX_PLOTTED_ROWS = 20  # rows of the table that charts and heatmaps show
+MAX_LISTED_CLASSES = 10  # on a page, of more than `MAX_LABELED_ITEMS` classes
 REPORTED_PACKAGES = ("torch", *DALI_PACKAGES, "fastcifar")  # packages whose versions affect results most
 
 PlotlyObject = dict[str, Any]  # a figure, trace or layout in the JSON format of plotly.js
@@ -153,19 +155,25 @@ def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
     return lines
 
 
+def describe_plotted_rows(table: ReportTable) -> str:
+    """Return a note for the titles of charts that do not show all rows of the table; "" if they do."""
+    return f" (first {MAX_PLOTTED_ROWS} of {len(table.rows)} rows)" if len(table.rows) > MAX_PLOTTED_ROWS else ""
+
+
 def write_report_plots(
     folder: Path, table: ReportTable, misclassified_by_group: dict[str, Misclassified]
 ) -> list[Path]:
     """Write charts, the accuracy of each class and misclassified images as PNG files; return their paths."""
-    files, groups = [], table.rows
+    files, groups = [], table.rows[:MAX_PLOTTED_ROWS]
+    note = describe_plotted_rows(table)
     for name, chart in CHARTS.items():
         if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
-            plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
-    if per_class := table.class_accuracies:
+            plotting.plot_line_chart(files[-1], chart.title + note, chart.line_style_note(groups), lines)
+    if per_class := dict(itertools.islice(table.class_accuracies.items(), MAX_PLOTTED_ROWS)):
         files.append(folder / "classes.png")
-        plotting.plot_fraction_heatmap(files[-1], "test accuracy of each class, %", per_class)
-    for number, group in enumerate(groups, start=1):
+        plotting.plot_fraction_heatmap(files[-1], f"test accuracy of each class, %{note}", per_class)
+    for number, group in enumerate(table.rows, start=1):
         if (misclassified := misclassified_by_group.get(group.name)) is None:
             continue
         safe_name = re.sub(r"[^A-Za-z0-9.=-]+", "-", group.name)[:60].strip("-")
@@ -183,16 +191,16 @@ def write_html_report(
 ) -> None:
     """Write the page to `path`; `misclassified_by_group` maps group names."""
     groups = table.rows
-    figures = {name: figure for name in CHARTS if (figure := plotly_chart(name, groups))["data"]}
+    plotted = groups[:MAX_PLOTTED_ROWS]
+    figures = {name: figure for name in CHARTS if (figure := plotly_chart(name, plotted))["data"]}
     confusions = map(plotly_confusion_matrix, misclassified_by_group.values())
-    rows = []  # for each group: heading -> displayed text, and value to sort by or None if it is not a number
-    for group in groups:
-        values, texts = table.row_values(group), table.row_texts(group)
-        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-        sort_values = {heading: numbers.get(heading.removesuffix(" %")) for heading in texts}
-        rows.append({name: (add_wrap_points(text), sort_values[name]) for name, text in texts.items()})
+    rows = []  # for each group: column -> displayed text, and value to sort by or None if it is not a number
+    for group, texts in zip(groups, table.display_rows(MAX_OPTION_COLUMNS), strict=True):
+        numbers = {name: value for name, value in table.row_values(group).items() if type(value) in (int, float)}
+        rows.append({name: (add_wrap_points(text), numbers.get(name)) for name, text in texts.items()})
     per_class = table.class_accuracies
     class_accuracies = [accuracy for accuracies in per_class.values() for accuracy in accuracies.values()]
+    class_names = list(dict.fromkeys(name for accuracies in per_class.values() for name in accuracies))
     jinja = import_optional("jinja2")
     source = (resources.files("fastcifar.reporting") / "page.html").read_text(encoding="utf-8")
     template = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(source)
@@ -202,13 +210,20 @@ def write_html_report(
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         num_runs=sum(len(group.records) for group in groups),
         num_averaged=sum(len(group.finished_runs) for group in groups),
+        caption=add_wrap_points(table.caption()),
         table=rows,
+        headings={name: f"{name} %" if name in STD_COLUMNS else name for name in rows[0]},
         numeric={heading for row in rows for heading, (_, value) in row.items() if value is not None},
         excluded_runs=table.describe_excluded_runs(),
         figures=figures | {f"confusion-{index}": figure for index, figure in enumerate(confusions)},
-        charts={name: (CHARTS[name].title, CHARTS[name].line_style_note(groups)) for name in figures},
+        charts={
+            name: (CHARTS[name].title + describe_plotted_rows(table), CHARTS[name].line_style_note(plotted))
+            for name in figures
+        },
         per_class=per_class,
-        class_names=dict.fromkeys(name for accuracies in per_class.values() for name in accuracies),
+        class_names=class_names,
+        lists_classes=len(class_names) > MAX_LABELED_ITEMS,
+        list_classes=list_lowest_classes,
         lowest_accuracy=min(class_accuracies, default=0),
         highest_accuracy=max(class_accuracies, default=1),
         misclassified_by_group=misclassified_by_group,
@@ -220,6 +235,12 @@ def write_html_report(
         write_atomically(path, content.encode())
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}", "write --html to another folder") from None
+
+
+def list_lowest_classes(accuracies: Mapping[str, float]) -> str:
+    """Return the classes with the lowest accuracies in percent: `cat 51.0, dog 62.5`."""
+    lowest = sorted(accuracies.items(), key=lambda item: item[1])[:MAX_LISTED_CLASSES]
+    return ", ".join(f"{name} {100 * accuracy:.1f}" for name, accuracy in lowest)
 
 
 def plotly_chart(name: str, groups: Sequence[RunGroup]) -> PlotlyObject:
@@ -236,9 +257,9 @@ def plotly_chart(name: str, groups: Sequence[RunGroup]) -> PlotlyObject:
 
 def _line_traces(line: LineSeries, is_in_legend: bool) -> list[PlotlyObject]:
     """Return traces of the line and, if `line` has them, of the standard deviation (a band) and the marked point."""
-    name = escape(line.name)  # plotly interprets some HTML in names
-    hover_text = f"{name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}<extra></extra>"
-    shared = {"type": "scatter", "legendgroup": name, "name": name}
+    name, full_name = escape(shorten(line.name)), escape(line.name)  # plotly interprets some HTML in names
+    hover_text = f"{full_name}{f', {line.variant}' if line.variant else ''}: %{{y:.6~g}} at epoch %{{x}}<extra></extra>"
+    shared = {"type": "scatter", "legendgroup": full_name, "name": name}
     traces = []
     if line.std:
         lower, upper = np.subtract(line.y, line.std).tolist(), np.add(line.y, line.std).tolist()

@@ -169,7 +169,8 @@ def select_for_removal(
         ranked.sort(key=lambda entry: entry["val_acc"] or 0, reverse=True)
         selected = [entry for entry in runs if only_unfinished and entry["state"] in ("interrupted", "damaged")]
         selected += ranked[keep_best:] if keep_best is not None else []
-        entries = [entry for entry in runs if entry in selected]
+        names = {entry["name"] for entry in selected}
+        entries = [entry for entry in runs if entry["name"] in names]
     for entry in entries:
         _require_removable(Path(entry["name"]))
         if entry["state"] == "running":

@@ -21,7 +21,7 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import group_runs
 from fastcifar.reporting.misclassified import find_misclassified
 from fastcifar.reporting.records import read_records
-from fastcifar.reporting.report import build_report
+from fastcifar.reporting.report import MAX_PLOTTED_ROWS, build_report
 from fastcifar.reporting.table import build_report_table
 from fastcifar.training.train import train
 from tests.reporting.run_folders import write_run, write_trials
@@ -98,10 +98,13 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path
     assert len(text) < 6e6
     page = Page(text)
     table = build_report_table(group_runs(read_records([sweep])))
-    expected = [list(table.row_texts(table.rows[0])), *(list(table.row_texts(group).values()) for group in table.rows)]
+    headings = ["name", "accuracy %", "n", "lr", "time", "notes"]
+    expected = [headings, *(list(row.values()) for row in table.display_rows())]
     assert json.dumps(page.tables["results"]).replace(", ", ",") == json.dumps(expected).replace(", ", ",")
     assert page.tables["excluded"][1][3] == INJECTION
-    assert page.tables["classes"][1:] == [[name, "82.5", "92.5"] for name in ("cat", "dog")]
+    assert page.tables["classes"] == [
+        ["name", "cat", "dog"], ["plain", "82.5", "82.5"], [INJECTION, "92.5", "92.5"]
+    ]  # fmt: skip
     assert page.tables["environments"][1] == ["a device", "torch 2.11.0, fastcifar 0.1", "4"]
 
     assert "<script>window.injected" not in text
@@ -123,6 +126,26 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path
     (best,) = (trace for trace in figures["loss"]["data"] if trace["mode"] == "markers" and trace["name"] == "plain")
     assert best["x"] == [2]
     assert not any("<" in trace["name"] for trace in figures["accuracy"]["data"])
+
+
+def test_page_of_many_classes_and_long_names_is_narrow(tmp_path: Path, plotly: Any) -> None:
+    """Of 100 classes, the page names the lowest ones; options that differ share a column; legends are short."""
+    for index in range(25):
+        options: dict[str, Any] = {"epochs": 1 + index, "lr": 0.1 + index, "weight_decay": index / 1e4}
+        options |= {"width": 1 + index / 2, "label_smoothing": index / 100}
+        folder = write_run(tmp_path / "runs" / f"{index}-{'x' * 100}", (0.5,), **options)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["per_class"] = {f"class {number}": number / 100 for number in range(100)}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    build_report([tmp_path / "runs"], html=tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.tables["results"][0] == ["name", "accuracy %", "n", "time", "options"]
+    assert page.tables["results"][1][-1] == "epochs=1; lr=0.1; weight_decay=0; width=1; label_smoothing=0"
+    assert page.tables["classes"][0] == ["name", "classes with the lowest accuracies"]
+    assert page.tables["classes"][1][1].startswith("class 0 0.0, class 1 1.0, class 2 2.0")
+    traces = json.loads(page.code[2])["accuracy"]["data"]
+    assert max(len(trace["name"]) for trace in traces) == 40
+    assert len({trace["legendgroup"] for trace in traces}) == MAX_PLOTTED_ROWS == 20
 
 
 def test_misclassified_images_agree_with_the_summaries(

@@ -17,11 +17,10 @@ from rich.console import Console
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.reporting.aggregate import MeanStd, group_runs
 from fastcifar.reporting.records import read_records
-from fastcifar.reporting.report import build_report
 from fastcifar.reporting.runs import list_runs
 from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
 from fastcifar.sweep.trial_log import TrialLog
-from tests.reporting.run_folders import run_fastcifar, write_run, write_trials
+from tests.reporting.run_folders import write_run, write_trials
 from tests.training.summaries import summary_document
 
 ACCURACIES = {"val_acc": 0.5, "test_acc": 0.5}
@@ -63,15 +62,20 @@ def test_mean_and_std_of_finished_runs_match_numpy(folders: list[Path]) -> None:
     tests, vals, times = [0.9151, 0.9204, 0.9302], [0.7, 0.9, 0.75], [100, 110, 120]
     assert (first["accuracy"], first["std"]) == pytest.approx((np.mean(tests), np.std(tests, ddof=1)), rel=1e-12)
     assert (first["validation"], first["validation std"]) == pytest.approx((np.mean(vals), np.std(vals, ddof=1)))
-    assert (first["n"], first["time"], first["of"]) == (3, pytest.approx(np.mean(times)), "test, last")
+    assert (first["n"], first["time"]) == (3, pytest.approx(np.mean(times)))
+    assert (first["split"], first["weights"]) == ("test", "last")
     assert first["notes"] == "1 unfinished"
     assert (low["accuracy"], low["std"], low["n"], low["lr"]) == (0.3, None, 1, 0.01)
-    assert (first["blocks"], first["batch"], first["clip_grad"]) == (None, 128, "value:0.1")
+    assert (first["arch"], first["batch_size"], first["clip_grad"]) == ("se68", 128, "value:0.1")
     assert first["params"] == 4_697_742
-    texts = [table.row_texts(row) for row in table.rows]
-    assert [text["accuracy %"] for text in texts] == ["92.19 ± 0.77", "30.00"]
-    assert [text["time"] for text in texts] == ["0:01:50", "2:01:40"]
-    assert [text["row"] for text in texts] == ["baseline lr=0.1", "baseline lr=0.01"]
+    first_row = {"name": "lr=0.1", "accuracy": "92.19 ± 0.77", "n": "3", "validation": "78.33 ± 10.41"}
+    assert table.display_rows() == [
+        first_row | {"lr": "0.1", "time": "0:01:50", "notes": "1 unfinished"},
+        {"name": "low", "accuracy": "30.00", "n": "1", "validation": "20.00"}
+        | {"lr": "0.01", "time": "2:01:40", "notes": ""},
+    ]
+    constants = {"arch": "se68", "epochs": "4", "batch_size": "128", "params": "4,697,742", "split": "test"}
+    assert table.constants.items() >= constants.items()
     assert [(run["seed"], run["state"]) for run in table.describe_excluded_runs()] == [("3", "unfinished")]
     assert "after 1 of 4 epochs" in table.describe_excluded_runs()[0]["reason"]
 
@@ -93,7 +97,9 @@ def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) ->
     tested = write_run(tmp_path / "a", (0.5, 0.4), 0.45, seed=0, eval_weights="best")
     untested = write_run(tmp_path / "b", (0.6, 0.3), None, seed=1, eval_weights="best")
     table = table_of(tested, untested)
-    assert table.row_values(table.rows[0])["of"] == "validation, best"
+    values = table.row_values(table.rows[0])
+    assert (values["split"], values["weights"]) == ("validation", "best")
+    assert table.caption().startswith("Validation accuracy in % with the best weights: mean ± sample")
     assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
 
 
@@ -135,6 +141,56 @@ def test_last_entries_of_a_sweep_count_and_other_trials_are_listed(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        ([{"arch": "se68"}, {"arch": "se55"}], ["se68", "se55"]),
+        ([{"lr": 0.1}, {"lr": 0.05}], ["lr=0.1", "lr=0.05"]),
+        (
+            [{"arch": "se68"}, {"arch": "se55"}, {"arch": "se55", "lr": 0.2}],
+            ["se68 lr=0.1", "se55 lr=0.1", "se55 lr=0.2"],
+        ),
+        ([{"augment": "flip", "lr": 0.1}, {"augment": "crop:4:zero,flip", "lr": 0.2}], ["lr=0.1", "lr=0.2"]),
+        ([{"name": "quick"}, {"name": "custom", "lr": 0.2}], ["quick", ""]),
+        ([{"name": "quick"}], ["quick"]),
+        ([{"name": "custom"}], ["se68"]),
+    ],
+)
+def test_groups_are_named_by_what_differs(tmp_path: Path, runs: list[dict[str, Any]], names: list[str]) -> None:
+    options = [{**run, "seed": seed} for run in runs for seed in (0, 1)]
+    folders = [write_run(tmp_path / f"run{index}", (0.5,), **run) for index, run in enumerate(options)]
+    assert [group.name for group in group_runs(read_records(folders))] == [name or "se68" for name in names]
+
+
+def test_single_runs_have_the_names_of_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, (0.5,), lr=lr) for name, lr in (("a/run", 0.1), ("b/run", 0.2), ("c", 0.3))]
+    folders.append(write_run(tmp_path / "d", (0.5,), lr=0.3, seed=1))
+    assert [group.name for group in group_runs(read_records(folders))] == ["run lr=0.1", "run lr=0.2", "lr=0.3"]
+
+
+def test_folders_are_searched_for_runs_and_sweeps(tmp_path: Path) -> None:
+    """Folders that are damaged or that another program wrote are reported as damaged."""
+    write_run(tmp_path / "runs" / "2026" / "good", (0.5,), 0.9)
+    write_run(tmp_path / "runs" / "broken", (0.5,), lr=0.2)
+    (tmp_path / "runs" / "broken" / "summary.json").write_text("[" * 10_000)
+    other = write_run(tmp_path / "runs" / "other", (0.5,))
+    (other / "recipe.toml").write_text('[project]\nname = "other"\n')
+    (tmp_path / "runs" / "photos").mkdir()
+    for name, content in (("sweep", ""), ("empty", None)):
+        folder = sweep(tmp_path / "runs" / name) if name == "sweep" else write_trials(tmp_path / "runs" / name, [])
+        (folder / "sweep.toml").write_text(content or "")
+    with pytest.warns(UserWarning, match="invalid lines skipped: 1"):
+        table = table_of(tmp_path / "runs")
+    assert {row.name for row in table.rows} == {"good", "broken", "other", "empty", "fast"}
+    reasons = {Path(run["folder"]).name: run["reason"] for run in table.describe_excluded_runs()}
+    assert reasons["broken"].startswith("summary.json: Invalid JSON")
+    assert reasons["other"] == "recipe.toml contains no option of a run"
+    assert reasons["empty"] == "trials.jsonl contains no valid trial"
+    assert table.varying_options == ["epochs", "lr"]  # damaged runs have no options
+    assert [row["Name"] for row in markdown_rows(table)] == ["good", "fast"]
+    assert all(str(TABLE_FORMATS[name](table)) for name in TABLE_FORMATS)
+
+
 def test_rows_with_equal_labels_and_options_are_numbered(tmp_path: Path) -> None:
     folders = [write_trials(tmp_path / name, [{"trial": "t", "label": "fast", "state": "done"}]) for name in "abc"]
     for folder, lr in zip(folders, (0.1, 0.1, 0.2), strict=True):
@@ -168,38 +224,73 @@ def test_formats_contain_all_values(tmp_path: Path, folders: list[Path]) -> None
         values = table.row_values(row)
         for name in ("accuracy", "std", "time", "lr"):
             assert cells[name] == ("" if values[name] is None else repr(values[name])), name
-        assert cells["row"] == row.name
+        assert cells["name"] == row.name
     assert csv_rows[2]["not in the means"].startswith("seed 2 failed: the loss is not finite; seed 3 pruned: below")
 
-    expected = [list(table.row_texts(row).values()) for row in table.rows]
-    lines = [line for line in str(TABLE_FORMATS["markdown"](table)).splitlines() if line.startswith("|")]
-    cells = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines if not line.startswith("|-")]
-    plain = [[re.sub(r"\\([\\|*<`\[\]])", r"\1", cell) for cell in row] for row in cells]
-    assert plain[0] == list(table.row_texts(table.rows[0]))
-    assert plain[1:4] == expected
-    assert [row[:3] for row in plain[5:]] == [[r["row"], r["seed"], r["state"]] for r in table.describe_excluded_runs()]
+    assert [list(row.values()) for row in markdown_rows(table)] == [list(row.values()) for row in table.display_rows()]
+    excluded = markdown_rows(table, "Not in the means:")
+    assert [list(row.values()) for row in excluded] == [list(run.values()) for run in table.describe_excluded_runs()]
 
     text = str(TABLE_FORMATS["latex"](table))
-    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
+    comments, body = text.split("\\begin{table}\n")
+    assert all(line.startswith("% ") for line in comments.splitlines())
+    assert "unfinished" in comments
+    assert "unfinished" not in body
+    heading, rows = body.split("\\toprule\n")[1].split("\\bottomrule")[0].split("\\midrule\n")
+    assert heading == "Name & Accuracy (\\%) & $n$ & Epochs & Learning rate & Time \\\\\n"
+    assert "architecture se68, batch size 128, optimizer lookahead:sgd" in body.split("\\caption{")[1].splitlines()[0]
     characters = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"$\pm$": "±",
              r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|"}  # fmt: skip
     escape = re.compile("|".join([*map(re.escape, characters), r"\\[&%$#_{}]"]))
-    for line, texts in zip(body.splitlines(), expected, strict=True):
+    for line, row in zip(rows.splitlines(), table.display_rows(), strict=True):
         assert not re.search(r"[%$#_{}~^\\<>|]", escape.sub("", line.removesuffix(r" \\"))), "not escaped"
         cells = [escape.sub(lambda match: characters.get(match[0], match[0][-1]), cell)
                  for cell in re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))]  # fmt: skip
+        texts = [cell for name, cell in row.items() if name != "notes"]
         assert [cell.replace(", ", ",") for cell in cells] == [cell.replace(", ", ",") for cell in texts]
 
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(TABLE_FORMATS["terminal"](table_of(*folders, sort="accuracy")))
-    for words in ("92.19 ± 0.77", "30.00", "optimizer: lookahead:sgd", "unfinished", "2:01:40", "baseline lr=0.01"):
-        assert words in console.export_text(clear=False), words
+
+def markdown_rows(table: ReportTable, heading: str = "") -> list[dict[str, str]]:
+    """Parse the first table below `heading` in the report in Markdown."""
+    text = str(TABLE_FORMATS["markdown"](table))
+    text = text[text.index(heading) :]
+    lines = re.search(r"(^\|.*\n?)+", text, re.MULTILINE)
+    assert lines
+    header, _, *rows = [
+        [re.sub(r"\\([\\|*_<`\[\]])", r"\1", cell) for cell in re.split(r"(?<!\\) \| ", line[2:-2])]
+        for line in lines[0].splitlines()
+    ]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_terminal_table_fits_80_columns(tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options that differ have columns, or are listed below the results if they do not fit beside them."""
+
+    def printed(*paths: Path, **options: Any) -> str:
+        console = Console(width=80, file=io.StringIO())
+        console.print(TABLE_FORMATS["terminal"](table_of(*paths, **options)), crop=False)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    monkeypatch.setenv("COLUMNS", "80")
+    killed = folders[-1].rename(tmp_path / f"killed-{'x' * 100}")
+    text = printed(*folders[:-1], killed, sort="accuracy")
+    assert "\nname      accuracy %  n    lr     time  notes\n" in text
+    assert "\nlr=0.1  92.19 ± 0.77  3   0.1  0:01:50  1 unfinished\nlow            30.00  1  0.01  2:01:40\n" in text
+    assert "optimizer lookahead:sgd" in text
+    assert f"\nlr=0.1, seed 3: unfinished, after 1 of 4 epochs: still training or interrupted\n  {killed}\n" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if str(killed) not in line)
+    other = write_run(tmp_path / "other-run", (0.5,), augment="flip", ema_decay=0.5, label_smoothing=0.1, lr=0.2)
+    text = printed(*folders[:4], other)
+    assert re.search(r"\nother-run +50.00 +1 +0:01:00\n", text)
+    assert re.search(r"\nname +options that differ\n", text)
+    assert "lr=0.2; augment=flip; label_smoothing=0.1; ema_decay=0.5" in " ".join(text.split())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_rows_are_sorted_by_a_column(folders: list[Path]) -> None:
-    for sort, lrs in (("time", (0.01, 0.1)), ("accuracy", (0.1, 0.01)), ("row", (0.01, 0.1))):
+    for sort, names in (("time", ["low", "lr=0.1"]), ("accuracy", ["lr=0.1", "low"]), ("name", ["low", "lr=0.1"])):
         for paths in (folders, folders[::-1]):
-            assert [row.name for row in table_of(*paths, sort=sort).rows] == [f"baseline lr={lr}" for lr in lrs]
+            assert [row.name for row in table_of(*paths, sort=sort).rows] == names
     with pytest.raises(UsageError, match="did you mean 'accuracy'"):
         table_of(*folders, sort="acuracy")
 
@@ -254,29 +345,3 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
             pytest.raises(CheckpointError, match="nothing to report"),
         ):
             read_records([write_trials(tmp_path / "sweep", trials)])
-
-
-def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: list[Path]) -> None:
-    (folders[1] / "summary.json").write_text("{")
-    process = run_fastcifar("report", *(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
-    assert (process.returncode, process.stdout.count("\n")) == (0, 1), process.stderr
-    document = json.loads(process.stdout)
-    assert [(row["row"], row["n"]) for row in document["rows"]] == [("baseline lr=0.1", 2), ("baseline lr=0.01", 1)]
-    assert {run["state"] for run in document["rows"][0]["runs"]} == {"done", "damaged", "unfinished"}
-    for arguments, code, words in (
-        (("s1",), 4, "nothing to report: s1: summary.json: Invalid JSON"),
-        (("s0", "--format", "markdwon"), 2, "did you mean 'markdown'?"),
-    ):
-        process = run_fastcifar("report", *arguments, cwd=tmp_path)
-        assert (process.returncode, process.stdout, process.stderr.count("\n")) == (code, "", 1), process.stderr
-        assert words in process.stderr
-
-
-def test_plots_and_json_document(tmp_path: Path, folders: list[Path]) -> None:
-    document, _ = build_report(folders, "csv", plots=tmp_path / "plots")
-    names = ("accuracy.png", "loss.png", "throughput.png", "classes.png")
-    assert document["written"] == [str(tmp_path / "plots" / name) for name in names]
-    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in document["written"])
-    assert [run["seed"] for run in json.loads(json.dumps(document))["rows"][0]["runs"]] == [0, 1, 2, 3]
-    with pytest.raises(UsageError, match="--html FILE or --plots DIR"):
-        build_report(folders, num_misclassified=3)
