@@ -54,7 +54,7 @@ def train(
             autotune(trainer)
             trainer.warm_up_loader()
         run = resume_point.open_run_on_all_ranks(trainer, clock, callbacks)
-        print_lines(console, [f"run: {run.folder}, {trainer.recipe.epochs} epochs, {trainer.planned_steps:,} steps"])
+        print_lines(console, [f"run: {run.folder} (epochs: {trainer.recipe.epochs}, steps: {trainer.planned_steps:,})"])
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
