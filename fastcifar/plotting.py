@@ -77,8 +77,7 @@ def plot_image_grids(path: Path, grids: Sequence[ImageGrid], title: str = "") ->
         for axis, grid in zip(axes, grids, strict=False):
             axis.set_anchor("N")
             axis.imshow(tile_images(grid.images), interpolation="nearest")
-            title = "\n".join(textwrap.wrap(grid.title.replace(",", ", "), MAX_TITLE_WIDTH))
-            axis.set_title(_escape_formula(title), loc="center")
+            axis.set_title(_wrap_label(grid.title.replace(",", ", ")), loc="center")
             rows, columns, height, width, _ = grid.images.shape
             axis.set_xticks(np.arange(columns) * (width + IMAGE_GAP) + (width - 1) / 2, grid.column_labels)
             axis.set_yticks(np.arange(rows) * (height + IMAGE_GAP) + (height - 1) / 2, grid.row_labels)
@@ -266,7 +265,7 @@ def create_plots_dir(path: Path) -> None:
         raise DiskError(f"cannot create the folder {path}: {error.strerror}", "choose another folder") from None
 
 
-def _wrap_label(text: str, characters: int) -> str:
+def _wrap_label(text: str, characters: int = 34) -> str:
     """Wrap a text into lines of `characters`, with dollar signs escaped so that they start no formula."""
     return _escape_formula("\n".join(textwrap.wrap(text, characters)))
 
