@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -62,7 +63,20 @@ class Interrupted(UserError):
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Print a warning in one line, without its position in the source. This replaces `warnings.showwarning`."""
     kind = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"fastcifar: warning: {kind}{message}", file=sys.stderr)
+    print(f"fastcifar: warning: {kind}{escape(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def escape(text: str, kept: str = "") -> str:
+    r"""Return `text` with escapes, such as `\x1b`, for characters that are neither printable, spaces nor in `kept`.
+
+    A name of a file, or a text in it, could otherwise control the terminal, or begin a new line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in kept or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
+        for char in text
+    )
 
 
 def first_message_line(error: BaseException, default: str = "") -> str:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.text import Text
+
+from fastcifar.errors import escape
 
 MISSING = "-"  # the text of a value that was not measured
 COLUMN_GAP = "  "
@@ -112,8 +115,8 @@ def option_flag(name: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return `text` on one line, with printable characters only and single spaces."""
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    """Return `text` on one line, with single spaces and other characters escaped (see `escape`)."""
+    return escape(" ".join(str(text).split()))
 
 
 def shorten(text: str, length: int = 40) -> str:
@@ -145,7 +148,7 @@ class KeyValueTable:
         if self.title:
             yield whole_line(self.title, "italic")
         for name, value in self.rows.items():
-            lines = [part for line in value.splitlines() for part in _wrap(line, options.max_width - indent)]
+            lines = [part for line in value.split("\n") for part in _wrap(escape(line), options.max_width - indent)]
             yield whole_line("").append(f"{name:<{indent}}", "bold").append(f"\n{' ' * indent}".join(lines))
 
 
@@ -168,7 +171,7 @@ class NumericTable:
         path: str | None = None,
     ) -> None:
         names, numbers = list(names), list(numbers)
-        self.headings = [*names, *numbers, *filter(None, (description, path))]
+        self.headings = [*map(escape, names), *numbers, *filter(None, (description, path))]
         self.number_columns = range(len(names), len(names) + len(numbers))
         self.optional_columns = list(self.number_columns[len(numbers) if num_required is None else num_required :])
         self.path_column = len(self.headings) - 1 if path else None
@@ -177,7 +180,7 @@ class NumericTable:
 
     def add_row(self, *cells: str) -> None:
         """Add a row with a cell for each column."""
-        self.rows.append(cells)
+        self.rows.append(tuple(map(escape, cells)))
 
     @property
     def column_widths(self) -> dict[int, int]:
@@ -230,3 +233,17 @@ class NumericTable:
 def _wrap(text: str, width: int) -> list[str]:
     """Split a text between words into lines of `width`; [""] for an empty text. A longer word is not split."""
     return textwrap.wrap(text, max(width, MIN_TEXT_WIDTH), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+class DataConsole(Console):
+    """A console that shows data as it is: without markup and emoji codes, and with control characters escaped."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape(text, kept="\n"), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else escape(text, kept="\n"), style, control)

@@ -64,7 +64,7 @@ from fastcifar.format import (
         (format_timestamp(1_795_238_422.9, for_file_name=True), "20261121T052022Z"),
         (option_flag("save_every_epochs"), "--save-every-epochs"),
         (add_wrap_points("crop:4:zero,flip,1,2"), "crop:4:zero, flip,1,2"),
-        (one_line("  a\n\tb\x00\u202ec\x1b[1m "), "a b c [1m"),
+        (one_line("  a\n\tb\x00\u202ec\x1b[1m "), r"a b\x00\u202ec\x1b[1m"),
     ],
 )
 def test_formatted_text(text: str, expected: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -15,15 +14,16 @@ from rich.console import Console, Group
 from fastcifar._version import __version__
 from fastcifar.cli import tables
 from fastcifar.cli.exit import (
-    BROKEN_PIPE_EXIT_CODE,
     SIGINT_EXIT_CODE,
-    SIGTERM_EXIT_CODE,
+    handle_signals,
+    prepare_streams,
     print_error,
     report_error,
+    stdout_errors,
 )
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
 from fastcifar.errors import DeviceError, print_warning
-from fastcifar.format import KeyValueTable
+from fastcifar.format import DataConsole, KeyValueTable
 from fastcifar.recipe import Recipe, section_fields
 
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
@@ -53,7 +53,7 @@ def root_command(version: bool = switch("--version", "print the version and exit
         raise typer.Exit
 
 
-@command(app, fields=Recipe.model_fields)
+@command(app, fields=Recipe.model_fields, needs_output=False)
 def train(
     console: Console,
     recipe: str | None = RECIPE,
@@ -210,7 +210,7 @@ def bench(
     return Output(result, bench_table, last_lines=lines)
 
 
-@command(app, fields=Recipe.model_fields)
+@command(app, fields=Recipe.model_fields, needs_output=False)
 def speedrun(
     console: Console,
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
@@ -228,7 +228,9 @@ def speedrun(
     return Output(run_speedrun(target, recipe, n, eval_split, append, console, **options), speedrun_table)
 
 
-@command(app, fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")])
+@command(
+    app, fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")], needs_output=False
+)
 def sweep(
     console: Console,
     source: str = argument(..., "FILE|NAME", "sweep file, name of a shipped sweep, or folder of a sweep"),
@@ -284,7 +286,9 @@ def report(
     """Report runs and sweeps: mean and standard deviation over seeds, curves, and unfinished runs."""
     from fastcifar.reporting.report import build_report
 
-    result, text = build_report(runs, format, sort, validation, plots, html, mistakes, Console(stderr=True), **options)
+    result, text = build_report(
+        runs, format, sort, validation, plots, html, mistakes, DataConsole(stderr=True), **options
+    )
     return Output(result, lambda _: text)
 
 
@@ -371,16 +375,16 @@ def doctor(
 def main() -> NoReturn:
     """Run the command in sys.argv and exit with its code; print user errors in one line, others with a traceback."""
     warnings.showwarning = print_warning
-    # `sys.exit` runs all `finally` blocks; training has its own handler, with the same exit code
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print_error("stopped by SIGTERM", SIGTERM_EXIT_CODE)))
+    prepare_streams()
+    handle_signals()
     try:
         code = app(standalone_mode=False)
+        with stdout_errors():  # what --help and --version print
+            pass
         if code == SIGINT_EXIT_CODE:  # Typer returns this code for a KeyboardInterrupt
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         sys.exit(print_error("stopped by SIGINT", SIGINT_EXIT_CODE))
-    except BrokenPipeError:
-        sys.exit(BROKEN_PIPE_EXIT_CODE)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -6,14 +6,17 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import typer
 from pydantic_core import to_jsonable_python
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from fastcifar.cli.completion import TABLES, complete_from_tables, complete_recipe, complete_run
-from fastcifar.format import add_wrap_points, format_option_value, option_flag
+from fastcifar.cli.exit import optional_output, stdout_errors
+from fastcifar.errors import escape
+from fastcifar.format import DataConsole, add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_STARTS, Recipe, section_fields
 
 METAVARS = {dict: "KEY=VALUE", int: "INT", float: "FLOAT", str: "TEXT"}
@@ -54,34 +57,40 @@ class Output(NamedTuple):
 
 
 def command(
-    app: typer.Typer, name: str | None = None, fields: Iterable[str] = ()
+    app: typer.Typer, name: str | None = None, fields: Iterable[str] = (), needs_output: bool = True
 ) -> Callable[[Callable[..., Output]], Callable[..., int]]:
     """Return a decorator that adds a function to `app` as a command, by default with the name of the function.
 
     The options of the command are the parameters of the function, the recipe fields `fields` in place of `**options`,
     --json and --debug. The values of recipe fields are checked before the function runs, and so before it imports
-    torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout.
+    torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout. Without
+    `needs_output`, the command goes on if stdout or stderr is closed or full.
     """
     recipe_fields = list(fields)
 
     def decorate(function: Callable[..., Output]) -> Callable[..., int]:
         signature = inspect.signature(function, eval_str=True)
 
-        def run(as_json: bool, debug: bool, **arguments: Any) -> int:
+        def run(**arguments: Any) -> int:
+            with nullcontext() if needs_output else optional_output():
+                return run_and_print(**arguments)
+
+        def run_and_print(as_json: bool, debug: bool, **arguments: Any) -> int:
             given = {name: arguments[name] for name in recipe_fields if arguments[name] is not None}
             Recipe.check_options(given)
-            console = Console(stderr=as_json)
+            console = DataConsole(stderr=as_json)
             if "console" in signature.parameters:
                 arguments["console"] = console
             output = function(**arguments)
-            if as_json:
-                if not console.quiet:
-                    print(json.dumps(to_jsonable_python(output.document)))
-            elif output.format_document:
-                text = output.format_document(output.document)
-                print(text) if isinstance(text, str) else console.print(text, crop=False)
-            for line in output.last_lines:
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with stdout_errors():
+                if as_json:
+                    if not console.quiet:
+                        print(json.dumps(to_jsonable_python(output.document, inf_nan_mode="null")))
+                elif output.format_document:
+                    text = output.format_document(output.document)
+                    print(escape(text, kept="\n\t")) if isinstance(text, str) else console.print(text, crop=False)
+                for line in output.last_lines:
+                    console.print(line, highlight=False, soft_wrap=True)
             return output.exit_code
 
         parameters = [

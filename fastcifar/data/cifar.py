@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import platformdirs
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastcifar.data import class_folders
@@ -41,6 +40,7 @@ from fastcifar.data.cifar_files import (
 from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError, UsageError, lookup
 from fastcifar.files import lock_folder
+from fastcifar.format import DataConsole
 
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
 TIMEOUT_S = 30.0  # longest wait for the server, in seconds; a download as a whole may take longer
@@ -203,7 +203,7 @@ def _download_from(url: str, part: Path, start: int) -> None:
         length = response.headers.get("Content-Length", "")
         total = done + int(length) if length.isdecimal() else None
         columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        progress = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        progress = Progress(*columns, console=DataConsole(stderr=True), disable=not sys.stderr.isatty())
         with part.open("ab" if resumes else "wb") as file, progress:
             task = progress.add_task(part.stem, completed=done, total=total)
             while True:

@@ -28,6 +28,7 @@ from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
 from fastcifar.recipe import Recipe, section_fields
+from fastcifar.training import compilation
 from fastcifar.training.checkpoint_reader import safetensors_metadata
 from fastcifar.training.step import scale_and_shift
 from fastcifar.training.summary import RunSummary, read_summary
@@ -154,6 +155,7 @@ def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path, metadata: Me
 
 
 def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
+    compilation.enable_compile_cache()
     torch._inductor.aoti_compile_and_package(_export_program(deployed, images), package_path=str(path))
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import errno
 import logging
 import os
+import pickle
+import shutil
+import stat
 import tempfile
 import types
 import warnings
@@ -16,6 +21,8 @@ import platformdirs
 import torch
 
 from fastcifar.device import ExecutionPlan, allow_tf32
+from fastcifar.errors import first_message_line
+from fastcifar.format import one_line
 
 INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
@@ -28,6 +35,10 @@ IGNORED_WARNINGS = {
 # Loggers of torch that warn on every machine with a CUDA compiler and no GPU, and on every small GPU
 SILENCED_LOGGERS = ("torch.utils.cpp_extension", "torch._inductor.utils")
 
+# Errors of a program or a description of one that was truncated or overwritten
+DAMAGED_CACHE_ERRORS = (ImportError, OSError, EOFError, SyntaxError, pickle.UnpicklingError)
+_cache_was_rebuilt = False
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -38,6 +49,7 @@ def configure_process(execution: ExecutionPlan) -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch._inductor.codecache").addFilter(CACHE_MESSAGES)  # adding it again has no effect
     if execution.device == "cuda":
         allow_tf32(execution.precision == "tf32")
     else:
@@ -54,22 +66,84 @@ def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P
     return torch.compile(function_copy, fullgraph=True, dynamic=False, mode="default" if mode == "auto" else mode)
 
 
-def enable_compile_cache() -> Path | None:
-    """Set and return torch.compile's cache folder: `TORCHINDUCTOR_CACHE_DIR` or a folder in the user's cache folder.
+def enable_compile_cache() -> Path:
+    """Set and return torch.compile's cache folder, which contains programs: no other user may write to it.
 
-    If it cannot be created or written to, unset the variable and return None: torch then uses a temporary folder.
+    It is that of `TORCHINDUCTOR_CACHE_DIR`, else a folder in the user's cache folder, else a new temporary folder,
+    which is removed when the process exits. A requested folder that cannot be used causes a warning.
     """
-    user_folder = Path(platformdirs.user_cache_dir("fastcifar")) / "compiled"
-    folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE) or user_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError:
-        os.environ.pop(INDUCTOR_CACHE_DIR_VARIABLE, None)
-        return None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports much that only compiling needs
+
+    requested = os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE)
+    if requested and os.path.abspath(requested) == default_cache_dir():
+        requested = None  # torch has set it, to a folder that another user can have created
+    folder = Path(requested or Path(platformdirs.user_cache_dir("fastcifar")) / "compiled")
+    if problem := _make_private_folder(folder, is_requested=bool(requested)):
+        temporary = Path(tempfile.mkdtemp(prefix="fastcifar-compiled-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        if requested:
+            message = f"{INDUCTOR_CACHE_DIR_VARIABLE}={folder} is not used: {problem}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+        folder = temporary
     os.environ[INDUCTOR_CACHE_DIR_VARIABLE] = str(folder)
     return folder
+
+
+def _make_private_folder(folder: Path, is_requested: bool) -> str:
+    """Create `folder` with mode 0700; return why it cannot be used, or ""."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+            return "it belongs to another user"
+        if not is_requested:
+            folder.chmod(0o700)
+        elif hasattr(os, "geteuid") and status.st_mode & stat.S_IWOTH:
+            return "other users can write to it"
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return str(error.strerror)
+
+
+def rebuild_damaged_cache(error: BaseException) -> bool:
+    """Return whether `error` may be the result of a damaged cache, which is then removed, with a warning.
+
+    This is done once in a process, and not if the cache is empty.
+    """
+    global _cache_was_rebuilt
+    cause: BaseException | None = error
+    while cause and (not isinstance(cause, DAMAGED_CACHE_ERRORS) or getattr(cause, "errno", None) == errno.ENOSPC):
+        cause = cause.__cause__ or cause.__context__
+    folder = Path(os.environ.get(INDUCTOR_CACHE_DIR_VARIABLE, ""))
+    if cause is None or _cache_was_rebuilt or not folder.is_absolute() or not any(folder.glob("*")):
+        return False
+    from torch._inductor.utils import clear_caches
+
+    _cache_was_rebuilt = True
+    reason = one_line(first_message_line(cause, type(cause).__name__))
+    warnings.warn(f"the compile cache {folder} is damaged ({reason}); it is rebuilt", UserWarning, stacklevel=2)
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
+    torch.compiler.reset()
+    clear_caches()
+    return True
+
+
+class _CacheMessages(logging.Filter):
+    """Reports in one line, once, that torch builds damaged entries of the cache again, instead of with tracebacks."""
+
+    is_reported = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "unable to load compiled graph" not in str(record.msg):
+            return True
+        record.msg, record.args, record.exc_info = "a damaged entry of the compile cache is rebuilt", (), None
+        self.is_reported, was_reported = True, self.is_reported
+        return not was_reported
+
+
+CACHE_MESSAGES = _CacheMessages()
 
 
 def keep_freed_memory() -> bool:

@@ -25,6 +25,7 @@ from fastcifar.errors import DeviceError, UserError, first_message_line
 from fastcifar.files import write_atomically
 from fastcifar.format import format_timestamp, one_line, option_flag
 from fastcifar.recipe import Recipe
+from fastcifar.training import compilation
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 
 T = TypeVar("T")
@@ -70,7 +71,12 @@ def run_stage(option: str, function: Callable[[], T], device: torch.device, worl
     """
     result, failure = None, None
     try:
-        result = function()
+        try:
+            result = function()
+        except Exception as error:
+            if option != "compile" or not compilation.rebuild_damaged_cache(error):
+                raise
+            result = function()
     except Exception as error:
         failure = _describe_failure(option, error, device, world)
     # outside of the `except` block, so that the error and what it refers to, such as the autograd graph, can be freed

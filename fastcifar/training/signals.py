@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that the training loop checks between steps, synchronized over all ranks."""
+"""SIGHUP, SIGINT and SIGTERM as a flag that the training loop checks between steps, synchronized over all ranks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange receive
 
 
 class SignalHandler:
-    """Context manager that records SIGINT and SIGTERM for the training loop; a second SIGINT stops immediately."""
+    """Context manager that records signals for the training loop; a second SIGINT stops immediately.
 
-    EXIT_CODES: ClassVar = {"SIGINT": 130, "SIGTERM": 143}
+    SIGHUP, which a terminal sends when it is closed, is not recorded if it is ignored, as under nohup.
+    """
+
+    EXIT_CODES: ClassVar = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
     def __init__(self) -> None:
         self.received_signal = self.agreed_signal = ""  # the signal this process got, and the one that stops all ranks
@@ -27,7 +30,9 @@ class SignalHandler:
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for name in self.EXIT_CODES:
-                number = signal.Signals[name]
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
                 self._previous_handlers[number] = signal.signal(number, self._handle_signal)
         return self
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import inspect
-import os
 import platform
 import re
 import subprocess
@@ -14,13 +13,10 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
-import platformdirs
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import choose_execution
@@ -308,36 +304,6 @@ def test_steps_in_a_cuda_graph_equal_eager_steps(
     atol = 1e-4 if optimizer == "muon" else 1e-5  # Muon computes in bf16
     for tensor, expected in zip(trainer.state_tensors(), reference.state_tensors(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=atol)
-
-
-def test_compiled_code_is_reused_from_the_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
-    monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, raising=False)
-    assert compilation.enable_compile_cache() == tmp_path / "compiled"
-    cache_hits = []
-    for _ in range(2):
-        torch._dynamo.reset()  # as in a new process
-        counters.clear()
-        compile_function(lambda x: torch.softmax(x * 3, 1))(torch.ones(5, 7))
-        cache_hits.append(counters["inductor"]["fxgraph_cache_hit"])
-    assert cache_hits == [0, 1]
-    assert any((tmp_path / "compiled").rglob("*.so"))
-
-
-def test_compile_cache_follows_the_environment_or_falls_back_to_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "custom"))
-    assert compilation.enable_compile_cache() == tmp_path / "custom"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, str(tmp_path / "file" / "below"))
-    assert compilation.enable_compile_cache() is None
-    assert compilation.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
-    monkeypatch.setenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, "/proc/self")  # exists, and no file can be created
-    assert compilation.enable_compile_cache() is None
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path / "file"))
-    assert compilation.enable_compile_cache() is None
-    assert compilation.INDUCTOR_CACHE_DIR_VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "lion"])
