@@ -170,7 +170,7 @@ def measure_point(
     The benchmark `loader`, for example, does not depend on the architecture, so it has a row for the first one only.
     """
     started = time.perf_counter()
-    trainer = build_trainer(resolved)
+    trainer = build_trainer(resolved, use_val_folder=False)
     setup_s = time.perf_counter() - started
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines(), "compiling and warming up ..."])
     trainer.model.train()

@@ -83,7 +83,9 @@ def speedrun(
     if earlier:
         earlier.require_compatible(settings, collect_timing_environment(resolved.execution), seeds)
     started = time.perf_counter()
-    trainer = build_trainer(with_seed(resolved, first_seed))
+    trainer = build_trainer(with_seed(resolved, first_seed), use_val_folder=resolved.recipe.val_size != 0)
+    if settings.on == "test":
+        trainer.data.require_test_set()
     print_lines(console, [*trainer.summary_lines(), *trainer.execution.format_lines()])
     recipe = SpeedrunRecipe(**dict(settings), about=count_run_costs(trainer))
     trainer.optimize()
@@ -218,7 +220,7 @@ def train_without_evaluation(trainer: Trainer) -> None:
 def reset_trainer(trainer: Trainer, seed: int) -> float:
     """Load the initial state for `seed` into the compiled `trainer`; return the seconds, excluding the preparation."""
     started = time.perf_counter()
-    new_trainer = build_trainer(with_seed(trainer.resolved, seed))
+    new_trainer = build_trainer(with_seed(trainer.resolved, seed), trainer.data)
     trainer.resolved, trainer.loader, trainer.schedule = new_trainer.resolved, new_trainer.loader, new_trainer.schedule
     trainer.prepare_s = new_trainer.prepare_s
     trainer.load_state_dict(new_trainer.state_dict())

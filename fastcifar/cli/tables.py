@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 
 from fastcifar.format import (
+    MISSING,
     KeyValueTable,
     NumericTable,
     format_decimal,
@@ -28,21 +29,25 @@ if TYPE_CHECKING:  # these modules import torch
     from fastcifar.training.summary import RunSummary
 
 MAX_CLASS_ROWS = 10
+NO_TEST_SET = "none, because the data set has no test set"
 
 
 def summary_table(summary: RunSummary) -> KeyValueTable:
     """Return a table of the main results of a run."""
-    _, lowest_class = min((value, name) for name, value in summary.per_class.items() if value is not None)
+    class_accs = [(accuracy, name) for name, accuracy in summary.per_class.items() if accuracy is not None]
+    lowest_acc, lowest_class = min(class_accs, default=(None, MISSING))
     rows = {
         "run": summary.run,
         "network": f"{summary.arch}, {summary.params:,} parameters, {summary.macs / 1e6:,.2f} M MACs",
         "test accuracy": f"{format_percent(summary.test_acc)}  ({summary.correct:,} of {summary.total:,}, "
-        f"weights {summary.eval_weights})",
+        f"weights {summary.eval_weights})"
+        if summary.test_acc is not None
+        else NO_TEST_SET,
         "  moving average of weights": format_percent(summary.test_acc_ema),
         **_tta_row(summary.config["tta"], summary.test_acc_tta),
-        "test loss, calibration error": f"{summary.test_loss:.4f}, {summary.ece:.4f}",
+        "test loss, calibration error": f"{format_decimal(summary.test_loss, 4)}, {format_decimal(summary.ece, 4)}",
         "validation accuracy": f"{format_percent(summary.val_acc)}, best {format_percent(summary.best_val_acc)}",
-        "lowest class accuracy": f"{lowest_class}, {format_percent(summary.per_class[lowest_class])}",
+        "lowest class accuracy": f"{lowest_class}, {format_percent(lowest_acc)}",
         "epochs, steps": f"{summary.epochs}, {summary.steps:,}  (stopped by {summary.stop_reason})",
         "images/s in training": format_short_number(summary.images_per_s),
         "seconds": _phase_seconds(summary.seconds),
@@ -93,8 +98,8 @@ def dry_run_table(result: DryRunEstimate) -> KeyValueTable:
 def scores_table(scores: EvalResult) -> Group:
     """Return tables of the scores of a network, of its classes (the ten worst if there are more) and corruptions."""
     calibrated = scores["temperature_missing"] or (
-        f"{scores['loss_scaled']:.4f}, {scores['ece_scaled']:.4f}  (logits divided by {scores['temperature']:.3f}, "
-        "fitted on the validation split)"
+        f"{format_decimal(scores['loss_scaled'], 4)}, {format_decimal(scores['ece_scaled'], 4)}  (logits divided by "
+        f"{scores['temperature']:.3f}, fitted on the validation split)"
     )
     rows = {
         "checkpoint": scores["checkpoint"],
@@ -102,9 +107,10 @@ def scores_table(scores: EvalResult) -> Group:
             scores["test_acc"], scores["correct"], scores["total"], scores["test_acc_interval"]
         ),
         **_tta_row(scores["tta"], scores["test_acc_tta"]),
-        "test loss, calibration error": f"{scores['test_loss']:.4f}, {scores['ece']:.4f}",
+        "test loss, calibration error": f"{format_decimal(scores['test_loss'], 4)}, {format_decimal(scores['ece'], 4)}",
         "  after temperature scaling": calibrated,
-        "Brier score": f"{scores['brier']:.4f}",
+        "Brier score": format_decimal(scores["brier"], 4),
+        "validation accuracy": format_percent(scores["val_acc"]),
         **({"plots": scores["plots"]} if scores["plots"] else {}),
         "measured with": f"{scores['arch']}, weights {scores['eval_weights']}, normalization {scores['normalize']}, "
         f"{scores['precision']} on {scores['device']}",
@@ -112,7 +118,9 @@ def scores_table(scores: EvalResult) -> Group:
     if shifted := scores["shifted"]:
         accuracy = _format_accuracy(shifted["acc"], shifted["correct"], shifted["total"], shifted["acc_interval"])
         rows[shifted["name"]] = f"{accuracy}, loss {shifted['loss']:.4f}, calibration error {shifted['ece']:.4f}"
-    metrics = [scores["precision_per_class"], scores["recall_per_class"], scores["f1_per_class"]]
+    if scores["test_acc"] is None:
+        return Group(KeyValueTable(rows))
+    metrics = scores["precision_per_class"], scores["recall_per_class"], scores["f1_per_class"]
     names, heading = scores["classes"], "class"
     if len(names) > MAX_CLASS_ROWS:
         names = sorted(names, key=lambda name: metrics[2][name] or 0)[:MAX_CLASS_ROWS]
@@ -129,7 +137,11 @@ def scores_table(scores: EvalResult) -> Group:
     return Group(KeyValueTable(rows), "", classes, "", corrupted)
 
 
-def _format_accuracy(accuracy: float, correct: int, total: int, interval: tuple[float, float]) -> str:
+def _format_accuracy(
+    accuracy: float | None, correct: int | None, total: int | None, interval: tuple[float, float] | None
+) -> str:
+    if interval is None:
+        return NO_TEST_SET
     low, high = map(format_percent, interval)
     return f"{format_percent(accuracy)}  ({correct:,} of {total:,}; 95 % interval {low} to {high})"
 
@@ -161,20 +173,21 @@ def predictions_table(result: PredictResult) -> KeyValueTable:
 def dataset_table(result: DatasetDescription) -> Group:
     """Return tables of a data set and its number of images per class."""
     splits = result["splits"]
+    names = {"train": "training images", "val": "validation images", "test": "test images"}
     shapes = {name: " x ".join(map(str, split["shape"])) for name, split in splits.items()}
     rows = {
         "data set": f"{result['dataset']}, {result['kind']}",
         "source": result["source"],
         "official files": "yes, by the MD5 of every file" if result["official"] else "no",
-        "training images": f"{shapes['train']}, {splits['train']['dtype']}",
-        "test images": f"{shapes['test']}, {splits['test']['dtype']}",
+        **{names[name]: f"{shapes[name]}, {split['dtype']}" for name, split in splits.items()},
         "mean of training images": ", ".join(f"{value:.8f}" for value in result["mean"]),
         "std of training images": ", ".join(f"{value:.8f}" for value in result["std"]),
         "cache": result["cache"] or "none, the images are kept in memory",
     }
-    classes = NumericTable(["class"], splits)
-    for class_name in splits["train"]["per_class"]:
-        classes.add_row(class_name, *(f"{split['per_class'][class_name]:,}" for split in splits.values()))
+    classes = NumericTable(["label", "class"], splits)
+    for label, class_name in enumerate(result["classes"]):
+        counts = (f"{split['per_class'][class_name]:,}" for split in splits.values())
+        classes.add_row(str(label), class_name, *counts)
     return Group(KeyValueTable(rows), "", classes)
 
 

@@ -2,77 +2,59 @@
 
 from __future__ import annotations
 
-import gzip
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import shutil
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from fastcifar.data import class_folders
+from fastcifar.data.archives import iter_folder_files, iter_tar_files
 from fastcifar.data.cifar_files import (
     DATASETS,
-    IMAGE_BYTES,
     Dataset,
     DatasetSpec,
-    FileLayout,
-    MemberFile,
     SourceContents,
     Split,
-    file_error,
     read_official_files,
 )
 from fastcifar.data.safe_pickle import is_html_page
-from fastcifar.errors import DataError, DiskError, UsageError, lookup
+from fastcifar.errors import DataError, DiskError, lookup
 from fastcifar.files import lock_folder
 from fastcifar.format import DataConsole
 
+DATA_VARIABLE = "FASTCIFAR_DATA"  # environment variable with the default of --data
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
 TIMEOUT_S = 30.0  # longest wait for the server, in seconds; a download as a whole may take longer
 _CHUNK_BYTES = 2**18
 _MAX_BYTES = 2**30  # a larger download is aborted; the largest official archive has 170 MB
 
 
-def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return sorted int64 indices `(train, val)` into `labels` int64 [n]: a stratified split fixed by `seed`."""
-    n = len(labels)
-    if not 0 <= val_size < max(n, 1):
-        problem = f"--val-size {val_size} is out of range for {n:,} training images"
-        raise UsageError(problem, f"choose 0 to {max(n - 1, 0):,}")
-    if seed < 0:
-        raise UsageError(f"--val-seed {seed} is negative", "choose 0 or more")
-    classes, counts = np.unique(labels, return_counts=True)
-    quota, remainder = np.divmod(val_size * counts, max(n, 1))
-    quota[np.argsort(-remainder, kind="stable")[: val_size - quota.sum()]] += 1
-    # NumPy guarantees the same `random_raw` in all versions, but not the same `Generator.permutation`.
-    order = np.argsort(np.random.Philox(key=seed).random_raw(n), kind="stable")
-    in_val = np.zeros(n, bool)
-    for label, size in zip(classes, quota, strict=True):
-        in_val[order[labels[order] == label][:size]] = True
-    return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
+# An entry of the cache is a folder `<cache>/<dataset>-<key>/` with two .npy files for each split and meta.json. A
+# complete entry is moved to its final name by one rename, so any number of processes may write and read simultaneously.
+CACHE_FORMAT_VERSION = 2  # increase it when the meaning of the files changes; older entries are then ignored
 
 
-# An entry of the cache is a folder `<cache>/<dataset>-<key>/` with four .npy files and meta.json. A complete entry is
-# moved to its final name by one rename, so any number of processes may write and read at the same time.
-CACHE_FORMAT_VERSION = 1  # increase it when the meaning of the files changes; older entries are then ignored
-
-# The kind of a source in words, its path, the files that identify its cache entry, and its reader
-_DataSource = tuple[str, Path, list[Path], Callable[[], SourceContents]]
+class _DataSource(NamedTuple):
+    kind: str  # in words
+    path: Path
+    files: list[Path]  # they identify the cache entry
+    read: Callable[[], SourceContents]
+    note: str = ""  # for the user
 
 
 def load_dataset(
@@ -82,73 +64,93 @@ def load_dataset(
     cache_dir: Path | None = None,
     download: bool = True,
     refresh_cache: bool = False,
+    val_seed: int = 0,
 ) -> Dataset:
     """Load the data set `data`: official files, class folders of images, a folder of one of these, or "synthetic[:N]".
 
     Official files are a folder or .tar.gz of the Python or binary version. If `data` is None, use the environment
     variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's), then, if `download`, download the
     official archive. The decoded arrays are stored in the cache folder and memory-mapped. `refresh_cache` reads and
-    checks the source even if a cache entry exists. All remarks are issued as one `UserWarning`. Raises `DataError` if
-    the data is missing, damaged or malicious.
+    checks the source even if a cache entry exists. `val_seed` splits class folders that are not in `train/`. All
+    remarks are issued as one `UserWarning`. Raises `DataError` if the data is missing, damaged or malicious.
     """
     spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
-    data = data or os.environ.get("FASTCIFAR_DATA")
+    data = data or os.environ.get(DATA_VARIABLE)
     if data and data.split(":")[0] == "synthetic":
         return class_folders.make_synthetic_dataset(data, dataset, spec)
     try:
         if data:
-            source = _identify_source(Path(data).expanduser(), dataset, spec)
+            source = _identify_source(Path(data).expanduser(), dataset, spec, val_seed)
         else:
             source = _detect_source(folder, spec) if folder.is_dir() else None
             if source is None and not download:
                 raise DataError(f"{dataset} is not in {folder}", DATA_REMEDY)
             archive = folder / spec.python.archive_name
-            source = source or _identify_source(download_file(spec.url, spec.archive_md5, archive), dataset, spec)
+            source = source or _identify_source(download_file(spec.url, spec.archive_md5, archive), dataset, spec, 0)
         contents, cache_note = load_or_cache(folder, dataset, source, refresh_cache)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
-    notes = [note for note in (contents.note, cache_note) if note]
+    notes = [note for note in (source.note, contents.note, cache_note) if note]
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
     splits, classes, is_official, _ = contents
-    return Dataset(dataset, splits["train"], splits["test"], classes, str(source[1]), is_official, source[0])
+    train = splits["train"]
+    test = splits.get("test") or Split(train.images[:0], train.labels[:0])
+    kind, path = source.kind, str(source.path)
+    return Dataset(dataset, train, test, classes, path, is_official, kind, splits.get("val"))
 
 
-def _identify_source(path: Path, dataset: str, spec: DatasetSpec) -> _DataSource:
+def absolute_data_path(data: str | None) -> str | None:
+    """Return `data` as an absolute path, if it is a path."""
+    return data if data is None or data.split(":")[0] == "synthetic" else os.path.abspath(os.path.expanduser(data))
+
+
+def saved_data_path(data: Any) -> Any:
+    """Return the `data` of a saved recipe, or the environment variable, which overrides a path."""
+    is_path = isinstance(data, str) and data.split(":")[0] != "synthetic"
+    return absolute_data_path(os.environ.get(DATA_VARIABLE) or data) if is_path else data
+
+
+def _identify_source(path: Path, dataset: str, spec: DatasetSpec, val_seed: int) -> _DataSource:
     """Recognize the source at `path` by its contents. Raises `DataError` that lists the supported layouts."""
     if not path.exists():
         raise DataError(f"no such file or folder: {path}", DATA_REMEDY)
-    source = _detect_source(path, spec)
+    source = _detect_source(path, spec) or _detect_flat_folders(path, spec, val_seed)
     if source is not None:
         return source
     for name, other_spec in DATASETS.items():
         if name != dataset and _detect_source(path, other_spec) is not None:
             raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
     folders = f"{spec.python.folder}/, {spec.binary.folder}/, the files of these folders"
-    others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png"
+    others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png, <class>/*.png"
     raise DataError(f"{path} contains no {dataset}; expected one of {folders}, {others}", DATA_REMEDY)
 
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     if path.is_file():
         read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
-        return "archive", path.resolve(), [path], read
+        return _DataSource("archive", path.resolve(), [path], read)
     for version, layout in (("Python", spec.python), ("binary", spec.binary)):
         for folder in (path, path / layout.folder):
             files = [folder / name for name in layout.file_names]
             if any(file.is_file() for file in files):
                 members = iter_folder_files(folder, spec, layout)
                 read = partial(read_official_files, spec, members, folder)
-                return f"folder of the {version} version", folder.resolve(), files, read
+                return _DataSource(f"folder of the {version} version", folder.resolve(), files, read)
     for layout in (spec.python, spec.binary):
         if (path / layout.archive_name).is_file():
             return _detect_source(path / layout.archive_name, spec)
     if (path / "train").is_dir():
-        files = class_folders.list_image_files(path)
-        read = partial(class_folders.read_class_folders, path, spec.class_names)
-        return "class folders of images", path.resolve(), files, read
+        found = class_folders.list_split_folders(path, spec.class_names)
+        return _DataSource("class folders of images", path.resolve(), found.all_files, found.read, found.note)
     return None
+
+
+def _detect_flat_folders(path: Path, spec: DatasetSpec, val_seed: int) -> _DataSource | None:
+    found = class_folders.list_flat_folders(path, spec.class_names, val_seed) if path.is_dir() else None
+    kind = f"class folders of images, split 80/10/10 by --val-seed {val_seed}"
+    return found and _DataSource(kind, path.resolve(), found.all_files, found.read, found.note)
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
@@ -224,89 +226,20 @@ def _download_from(url: str, part: Path, start: int) -> None:
         raise DataError(problem, f"run again to resume, or {DATA_REMEDY}")
 
 
-def _max_member_bytes(spec: DatasetSpec, layout: FileLayout, name: str) -> int:
-    num_images = next((batch.num_images for batch in layout.batches if batch.name == name), 0)
-    # Pickle protocol 0 writes a byte as up to four characters; the rest is for file name and labels of an image.
-    bytes_per_image = IMAGE_BYTES + spec.label_bytes if layout is spec.binary else 4 * IMAGE_BYTES + 512
-    return num_images * bytes_per_image + 2**20
-
-
-def iter_folder_files(folder: Path, spec: DatasetSpec, layout: FileLayout) -> Iterator[MemberFile]:
-    """Yield the files of `layout` that are in `folder`. Raises `DataError` if one is too large."""
-    for name in layout.file_names:
-        path, limit = folder / name, _max_member_bytes(spec, layout, name)
-        if path.is_file():
-            size = path.stat().st_size
-            if size > limit:
-                raise file_error(f"{path} has {size:,} bytes, expected at most {limit:,}")
-            yield layout, name, path.read_bytes()
-
-
-class _SizeLimitedStream:
-    """A stream that raises `DataError` after `limit` bytes, since gzip can expand a file a thousandfold."""
-
-    def __init__(self, stream: Any, limit: int, path: Path) -> None:
-        self.stream, self.remaining, self.limit, self.path = stream, limit, limit, path
-
-    def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        self.remaining -= len(data)
-        if self.remaining < 0:
-            raise file_error(f"{self.path} unpacks to more than {self.limit:,} bytes, expected a CIFAR archive")
-        return data
-
-
-def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
-    """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has no layout."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    if head[:2] != b"\x1f\x8b":
-        kind = "an HTML page" if is_html_page(head) else "another kind of file" if head else "an empty file"
-        raise file_error(f"{path} is {kind} (it starts with {head[:16]!r}), expected a .tar.gz")
-    layouts = (spec.python, spec.binary)
-    expected = {f"{layout.folder}/{name}": (layout, name) for layout in layouts for name in layout.file_names}
-    archive_layout: FileLayout | None = None
-    limit = 2 * sum(batch.num_images * (IMAGE_BYTES + 100) for batch in spec.python.batches) + 2**22
-    other_members: list[str] = []
-    try:
-        with gzip.open(path) as decompressed:
-            stream = _SizeLimitedStream(decompressed, limit, path)
-            with tarfile.open(fileobj=stream, mode="r|") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
-                for member in archive:
-                    layout, name = expected.get(member.name.removeprefix("./"), (None, ""))
-                    if layout is None or archive_layout not in (None, layout):
-                        other_members += [member.name[:80]] if len(other_members) < 3 else []
-                        continue
-                    archive_layout = layout
-                    reader = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-                    if reader is None or member.size > _max_member_bytes(spec, layout, name):
-                        problem = f"is not a regular file of the expected size ({member.size:,} bytes)"
-                        raise file_error(f"{path}: {member.name} {problem}")
-                    yield layout, name, reader.read()
-            while stream.read(2**20):  # read to the end, where gzip verifies its checksum
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise file_error(f"{path} is truncated or damaged ({error}), expected a complete .tar.gz") from None
-    if archive_layout is None:
-        content = ", ".join(other_members) or "no files"
-        raise file_error(f"{path} contains {content}, expected {spec.python.folder}/ or {spec.binary.folder}/")
-
-
 def load_or_cache(cache_dir: Path, dataset: str, source: _DataSource, refresh: bool) -> tuple[SourceContents, str]:
     """Return the contents of `source` from its cache entry (written first if not intact), and a note for the user."""
-    _, path, files, read_source = source
-    digest = hashlib.sha256(f"{CACHE_FORMAT_VERSION}\n{path}\n".encode())
-    for file in files:
-        try:
-            stat = file.stat()
-            digest.update(f"{file.parent.name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{file.name}\n".encode())  # missing
+    digest = hashlib.sha256(os.fsencode(f"{CACHE_FORMAT_VERSION}\n{source.kind}\n{source.path}\n"))
+    for file in source.files:
+        key: tuple[Any, ...] = file.parts[-3:]  # with the split and the class
+        with contextlib.suppress(OSError):  # a missing file
+            stat = file.stat()  # a file that replaces another one has another inode or another time of change
+            key += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update(os.fsencode(f"{key}\n"))
     entry = cache_dir / f"{dataset}-{digest.hexdigest()[:16]}"
     cached = _load_entry(entry)
     if cached is not None and not refresh:
         return cached, ""
-    contents = read_source()
+    contents = source.read()
     if cached is not None:
         pairs = zip(_named_arrays(cached).values(), _named_arrays(contents).values(), strict=True)
         if cached[1:] == contents[1:] and all(np.array_equal(a, b) for a, b in pairs):
@@ -331,9 +264,10 @@ def _load_entry(entry: Path) -> SourceContents | None:
                 return None
             arrays[name] = array
         # Labels are small, so they are copied, which makes them writable.
-        pairs = ((split, arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test"))
-        splits = {split: Split(images, np.array(labels)) for split, images, labels in pairs}
-        return SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
+        names = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
+        splits = {name: Split(arrays[f"{name}_images"], np.array(arrays[f"{name}_labels"])) for name in names}
+        contents = SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
+        return contents if "train" in splits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 

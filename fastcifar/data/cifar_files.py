@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data set, whether every file is official, and the kind of its source in words."""
+    """The splits of a data set, whether every file is official, and the kind of its source in words.
+
+    `test` is empty if there is no test set. `val` is the data set's own validation split; None if it has none, so that
+    one is taken from `train`.
+    """
 
     name: str
     train: Split
@@ -35,6 +40,29 @@ class Dataset:
     source: str
     is_official: bool
     source_type: str = ""
+    val: Split | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images and labels for training and validation, in their order; it identifies a run's data."""
+        digest = hashlib.sha256()
+        for split in (self.train, *([self.val] if self.val else [])):
+            digest.update(b"%d images" % len(split.labels))
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(split.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def all_splits(self) -> dict[str, Split]:
+        """The splits by name: "train", and "val" and "test" if the data set has them."""
+        splits = {"train": self.train, "val": self.val, "test": self.test if len(self.test.labels) else None}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def require_test_set(self) -> Split:
+        """Return the test set. Raises `DataError` if the data set has none."""
+        if not len(self.test.labels):
+            raise DataError(f"{self.source} has no test set", "add a folder test/, or give another --data")
+        return self.test
 
 
 @dataclass(frozen=True)

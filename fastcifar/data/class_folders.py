@@ -2,86 +2,130 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import struct
-from collections.abc import Iterator
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastcifar.data.cifar_files import Dataset, DatasetSpec, SourceContents, Split
+from fastcifar.data.image_files import (
+    IMAGE_SUFFIXES,
+    LeftOut,
+    count_file,
+    decode_image,
+    describe_left_out,
+    is_hidden,
+    list_images,
+)
+from fastcifar.data.splits import stratified_split
 from fastcifar.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"})
-# What Pillow raises for damaged files
-_DECODING_ERRORS = (OSError, SyntaxError, EOFError, struct.error, ValueError, TypeError, LookupError, OverflowError)
+SPLIT_FOLDERS = ("train", "val", "test")
 _LAYOUT_REMEDY = "arrange them as train/<class>/*.png and test/<class>/*.png, 32x32 pixels"
 
 
-def _split_folders(path: Path) -> dict[str, Path]:
-    """Return the folder of each split; the test set is `val`, as in ImageNet, if `val` exists and `test` does not."""
-    test = "val" if (path / "val").is_dir() and not (path / "test").is_dir() else "test"
-    return {"train": path / "train", "test": path / test}
+@dataclass(frozen=True)
+class ClassFolders:
+    """The image files of class folders: by split, the files of each class, in the order of `classes`."""
+
+    classes: tuple[str, ...]
+    files: dict[str, list[list[Path]]]
+    note: str  # what is left out, for the user; "" if nothing is
+
+    @property
+    def all_files(self) -> list[Path]:
+        """All files in the order in which they are read."""
+        return [file for by_class in self.files.values() for files in by_class for file in files]
+
+    def read(self) -> SourceContents:
+        """Decode all images. Raises `DataError` if one is not a 32x32 image."""
+        splits = {}
+        for split, files in self.files.items():
+            labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])
+            images = np.empty((len(labels), 3, 32, 32), np.uint8)
+            for index, file in enumerate(itertools.chain(*files)):
+                images[index] = decode_image(file)
+            splits[split] = Split(images, labels)
+        return SourceContents(splits, self.classes)
 
 
-def list_image_files(path: Path) -> list[Path]:
-    """Return all image files in the train and test folders of `path`, sorted by class and name."""
-    folders = _split_folders(path).values()
-    return [file for folder in folders for name in _list_classes(folder) for file in _list_images(folder / name)]
+def list_split_folders(path: Path, class_names: tuple[str, ...]) -> ClassFolders:
+    """List the images in `train/<class>/` and, if they exist, in `val/<class>/` and `test/<class>/`.
+
+    Raises `DataError` if these do not have the same two or more classes, or if a class has no images.
+    """
+    left_out = LeftOut()
+    folders = {split: path / split for split in SPLIT_FOLDERS if (path / split).is_dir()}
+    _list_subfolders(path, left_out, f"not in {', '.join(f'{split}/' for split in folders)}", folders)
+    names = {split: _list_subfolders(folder, left_out, "not in a class folder") for split, folder in folders.items()}
+    train = names["train"]
+    for split, split_names in names.items():
+        if len(train) < 2 or split_names != train:
+            unmatched = sorted(set(train) ^ set(split_names))[:5]
+            details = f" (only in one of them: {', '.join(unmatched)})" if unmatched else ""
+            counts = f"{len(train)} training classes and {len(split_names)} {split} classes{details}"
+            raise DataError(f"{path} has {counts}, expected the same two or more in both", _LAYOUT_REMEDY)
+    classes = class_names if sorted(class_names) == sorted(train) else tuple(train)
+    files = {split: [_list_class(folder / name, left_out) for name in classes] for split, folder in folders.items()}
+    return ClassFolders(classes, files, describe_left_out(path, left_out))
 
 
-def _list_classes(folder: Path) -> list[str]:
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> ClassFolders | None:
+    """List the images in `<class>/`, a tenth for validation and a tenth for testing; None without two class folders.
+
+    `seed` selects the images of each split, stratified by class.
+    """
+    left_out = LeftOut()
+    names = _list_subfolders(path, left_out, "not in a class folder")
+    with_images = [name for name in names if any(map(_has_image_suffix, (path / name).iterdir()))]
+    if len(with_images) < 2 or not set(SPLIT_FOLDERS).isdisjoint(names):
+        return None
+    classes = class_names if sorted(class_names) == sorted(names) else tuple(names)
+    by_class = [_list_class(path / name, left_out) for name in classes]
+    files = list(itertools.chain(*by_class))
+    labels = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in by_class])
+    size = min(len(files) // 10, (len(files) - len(classes)) // 2)
+    kept, test = stratified_split(labels, size, seed)
+    train, val = (kept[indices] for indices in stratified_split(labels[kept], size, seed))
+    by_split: dict[str, list[list[Path]]] = {split: [[] for _ in classes] for split in SPLIT_FOLDERS}
+    for split, indices in zip(SPLIT_FOLDERS, (train, val, test), strict=True):
+        for index in indices:
+            by_split[split][labels[index]].append(files[index])
+    return ClassFolders(classes, by_split, describe_left_out(path, left_out))
 
 
-def _list_images(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(file for file in files if not file.name.startswith("."))
+def _has_image_suffix(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)
 
 
-def read_class_folders(path: Path, class_names: tuple[str, ...]) -> SourceContents:
-    """Read both splits; classes are in the order of `class_names` if the folders have these names, else sorted."""
-    folders = _split_folders(path)
-    train, test = (_list_classes(folder) for folder in folders.values())
-    if len(train) < 2 or test != train:
-        unmatched = sorted(set(train) ^ set(test))[:5]
-        details = f" (only in one of them: {', '.join(unmatched)})" if unmatched else ""
-        counts = f"{len(train)} training classes and {len(test)} test classes{details}"
-        raise DataError(f"{path} has {counts}, expected the same two or more in both", _LAYOUT_REMEDY)
-    classes = class_names if sorted(class_names) == train else tuple(train)
-    splits = {}
-    for split, folder in folders.items():
-        files = [_list_images(folder / name) for name in classes]
-        if [] in files:
-            empty, suffixes = folder / classes[files.index([])], ", ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError(f"{empty} contains no images, expected {suffixes}", _LAYOUT_REMEDY)
-        labels = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in files])
-        images = np.empty((len(labels), 3, 32, 32), np.uint8)
-        for index, file in enumerate(itertools.chain(*files)):
-            images[index] = decode_image(file).transpose(2, 0, 1)
-        splits[split] = Split(images, labels)
-    return SourceContents(splits, classes)
+def _list_subfolders(
+    folder: Path, left_out: LeftOut, reason: str, expected: dict[str, Path] | None = None
+) -> list[str]:
+    """Return the names of the visible folders in `folder`, or of those in `expected`; count all else in `left_out`."""
+    names = []
+    for entry in folder.iterdir():
+        if is_hidden(entry.name):
+            count_file(entry, "hidden", left_out)
+        elif entry.is_dir() and (expected is None or entry.name in expected):
+            names.append(entry.name)
+        else:
+            count_file(entry, reason, left_out)
+    return sorted(names, key=natural_order)
 
 
-@contextlib.contextmanager
-def open_image(file: Path) -> Iterator[Image.Image]:
-    """Open an image file and read only its header. Raise `DataError` if that or decoding in the `with` block fails."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is not a readable image ({error})", "replace or remove it") from None
+def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Return a sort key that compares numbers in names by value: 2 before 10, class2 before class10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)], name
 
 
-def decode_image(file: Path) -> np.ndarray:
-    """Return a 32x32 image file as uint8 [32, 32, 3] RGB. Raises `DataError` if it is anything else."""
-    with open_image(file) as image:
-        if image.size != (32, 32):
-            raise DataError(f"{file} is {image.width}x{image.height}, expected 32x32", _LAYOUT_REMEDY)
-        return np.asarray(image.convert("RGB"))
+def _list_class(folder: Path, left_out: LeftOut) -> list[Path]:
+    images = list_images(folder, left_out)
+    if not images:
+        raise DataError(f"{folder} contains no images, expected {', '.join(sorted(IMAGE_SUFFIXES))}", _LAYOUT_REMEDY)
+    return images
 
 
 def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:

@@ -34,14 +34,18 @@ class SplitDescription(TypedDict):
 
 
 class DatasetDescription(TypedDict):
-    """The document of `data verify`. `cache` is the folder of the cache entry, None if the images are in memory."""
+    """The document of `data verify`. `cache` is the folder of the cache entry, None if the images are in memory.
+
+    A label is the index of a class in `classes`.
+    """
 
     dataset: str
     kind: str
     source: str
     official: bool
     classes: list[str]
-    splits: dict[str, SplitDescription]
+    splits: dict[str, SplitDescription]  # "train", and "val" and "test" if the data set has them
+    digest: str  # SHA-256 of the images and labels for training and validation
     mean: ChannelValues
     std: ChannelValues
     cache: str | None
@@ -59,11 +63,11 @@ class GridsDescription(TypedDict):
 
 def verify_dataset(recipe: Recipe) -> DatasetDescription:
     """Read and check the files of the recipe's data set, even if they are cached, and return their description."""
-    data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True)
+    data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True, val_seed=recipe.val_seed)
     images = data.train.images
     mean, std = channel_mean_std(images)
     splits: dict[str, SplitDescription] = {}
-    for name, split in (("train", data.train), ("test", data.test)):
+    for name, split in data.all_splits.items():
         counts = np.bincount(split.labels, minlength=len(data.classes)).tolist()
         per_class = dict(zip(data.classes, counts, strict=True))
         splits[name] = {"shape": list(split.images.shape), "dtype": str(split.images.dtype), "per_class": per_class}
@@ -74,6 +78,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
         "official": data.is_official,
         "classes": list(data.classes),
         "splits": splits,
+        "digest": data.digest,
         "mean": mean,
         "std": std,
         # Only arrays from the cache are memory-mapped.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from fastcifar.data import cifar
-from fastcifar.data.class_folders import IMAGE_SUFFIXES, open_image
+from fastcifar.data.image_files import IMAGE_SUFFIXES, LeftOut, decode_image, describe_left_out, list_images
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError, first_message_line
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
-MAX_PIXELS = 100_000_000  # limit per image file, checked in its header before decoding
 _EXPECTED_SHAPES = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
 _PICKLE_REMEDY = f"give a pickle of {{'data': {_EXPECTED_SHAPES}, 'ids': N unique integers}}"
 _INPUT_REMEDY = (
@@ -37,17 +36,18 @@ class InputImages:
     labels: np.ndarray | None = None
 
 
-def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") -> InputImages:
+def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10", val_seed: int = 0) -> InputImages:
     """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
 
     Files named .pkl, .pickle or without a suffix are pickles with images and ids. Images in a folder and its subfolders
     are sorted by path; ids are the paths without suffix. The id of a single image is its stem; other ids are indices.
+    A `UserWarning` counts the files of a folder that are left out.
     """
     if source.startswith("data:"):
         if source not in ("data:test", "data:train"):
             raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
-        contents = cifar.load_dataset(data, dataset)
-        split = contents.test if source == "data:test" else contents.train
+        contents = cifar.load_dataset(data, dataset, val_seed=val_seed)
+        split = contents.require_test_set() if source == "data:test" else contents.train
         ids = list(range(len(split.labels)))
         return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
     path = Path(source).expanduser()
@@ -58,7 +58,7 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10") 
             raise DataError(f"no such file or folder: {path}", _INPUT_REMEDY)
         suffix = path.suffix.lower()
         if suffix in IMAGE_SUFFIXES:
-            return InputImages(_read_image(path)[None], [path.stem], source, "image")
+            return InputImages(decode_image(path, resize=True)[None], [path.stem], source, "image")
         if suffix == ".npy":
             return _read_npy(path)
         if suffix in PICKLE_SUFFIXES:
@@ -129,8 +129,10 @@ def _read_npy(path: Path) -> InputImages:
 
 
 def _read_image_folder(folder: Path) -> InputImages:
-    candidates = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    files = sorted(file for file in candidates if not file.name.startswith("."))
+    left_out = LeftOut()
+    files = list_images(folder, left_out)
+    if note := describe_left_out(folder, left_out):
+        warnings.warn(note, UserWarning, stacklevel=3)
     if not files:
         remedy = "for a data set, give --data PATH and the input data:test"
         raise DataError(f"{folder} contains no images", f"{_INPUT_REMEDY}; {remedy}")
@@ -138,18 +140,5 @@ def _read_image_folder(folder: Path) -> InputImages:
     _require_unique(ids, folder)
     images = np.empty((len(files), 3, 32, 32), np.uint8)
     for index, file in enumerate(files):
-        images[index] = _read_image(file)
+        images[index] = decode_image(file, resize=True)
     return InputImages(images, ids, str(folder), "folder of images")
-
-
-def _read_image(file: Path) -> np.ndarray:
-    """Read an image file as uint8 [3,32,32] RGB: rotate by its EXIF tag, crop the central square, resize (bicubic)."""
-    with open_image(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width}x{image.height}"
-            raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    side = min(upright.size)
-    left, top = (upright.width - side) / 2, (upright.height - side) / 2
-    square = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(square).transpose(2, 0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data.cifar import DATASETS, Split
+from fastcifar.data.cifar import DATASETS, Dataset, Split
 from fastcifar.data.normalization import normalization_name
 from fastcifar.errors import DataError
 from fastcifar.evaluation import metrics
@@ -24,6 +24,7 @@ from fastcifar.files import open_regular_file
 from fastcifar.training.evaluate import VIEWS, compute_confusion_matrix, compute_scores, reliability_bins
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined
+PER_CLASS_METRICS = ("per_class", "precision_per_class", "recall_per_class", "f1_per_class")
 CIFAR10_1_VERSIONS = ("cifar10.1_v6", "cifar10.1_v4")  # v6 first: it is class-balanced and recommended by its authors
 CORRUPTION_SEED = 0  # fixed, so that all runs are compared on the same images
 CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CIFAR-10.1/tree/master/datasets"
@@ -50,21 +51,24 @@ class CorruptionsResult(TypedDict):
 
 
 class LogitMetrics(TypedDict):
-    """The metrics that follow from the logits and labels of the test set. Accuracies are fractions, losses in nats."""
+    """The metrics that follow from the logits and labels of the test set. Accuracies are fractions, losses in nats.
 
-    test_acc: float
-    test_acc_interval: tuple[float, float]  # 95 % confidence interval
-    test_loss: float
-    correct: int
-    total: int
-    ece: float
+    Without a test set they are None or empty.
+    """
+
+    test_acc: float | None
+    test_acc_interval: tuple[float, float] | None  # 95 % confidence interval
+    test_loss: float | None
+    correct: int | None
+    total: int | None
+    ece: float | None
     per_class: PerClass  # accuracy
     precision_per_class: PerClass
     recall_per_class: PerClass
     f1_per_class: PerClass
     confusion: list[list[int]]  # a row for each label and a column for each predicted class
     classes: list[str]
-    brier: float
+    brier: float | None
     reliability: list[dict[str, float | None]]  # the bins of the calibration error `ece`
     temperature: float | None
     loss_scaled: float | None  # after temperature scaling
@@ -74,6 +78,7 @@ class LogitMetrics(TypedDict):
 class EvalResult(LogitMetrics):
     """The document of `fastcifar eval --json`."""
 
+    val_acc: float | None  # None without the run's validation split
     test_acc_tta: float | None  # with the test-time augmentation `tta`
     tta: str
     temperature_missing: str | None  # the reason why there is no temperature
@@ -100,32 +105,37 @@ def evaluate_run(
     console: Console | None = None,
     **overrides: Any,
 ) -> EvalResult:
-    """Evaluate the network of `run` on the test set.
+    """Evaluate the network of `run` on the test set, if there is one, and on the validation split of the run.
 
     The plots reliability.png and confusion.png are written to `plots_dir`. The network is also evaluated on
     CIFAR-10.1 if its folder `shifted_dir` is given, and on corrupted images if requested. See also `load_model`.
     """
     loaded = load_model(run, eval_weights, arch, **overrides)
     data, tta, classes = loaded.load_dataset(), loaded.recipe.tta, loaded.classes
+    if plots_dir is not None or with_corruptions:
+        data.require_test_set()
     if plots_dir is not None:
         plotting.create_plots_dir(plots_dir)
     shifted = load_cifar10_1(shifted_dir, classes) if shifted_dir else None
-    validation, temperature_missing = loaded.validation_split(data.train)
+    validation, temperature_missing = loaded.validation_split(data)
     num_passes = 1 + len(VIEWS[tta]) * (tta != "none") + len(CORRUPTIONS) * len(SEVERITIES) * with_corruptions
     extra_sets = [validation, shifted[1]] if shifted else [validation]
     loaded.compile_for(num_passes * len(data.test.labels) + sum(len(split.labels) for split in extra_sets), console)
-    logits, labels = loaded.predict_logits(data.test), torch.from_numpy(data.test.labels)
-    temperature = None
+    labels, validation_labels = torch.from_numpy(data.test.labels), torch.from_numpy(validation.labels)
+    logits = loaded.predict_logits(data.test) if len(labels) else torch.empty(0, len(classes))
+    temperature = val_acc = None
     if not temperature_missing:
         validation_logits = loaded.predict_logits(validation)
-        temperature = metrics.fit_temperature(validation_logits, torch.from_numpy(validation.labels))
+        val_acc = compute_scores(validation_logits, validation_labels).accuracy
+        temperature = metrics.fit_temperature(validation_logits, validation_labels)
         low, high = metrics.TEMPERATURE_RANGE
         temperature_missing = f"no temperature from {low:g} to {high:g} minimizes the loss on the validation split"
     if plots_dir is not None:
         _save_plots(plots_dir, logits, labels, classes, temperature)
     return {
         **_compute_metrics(logits, labels, classes, temperature),
-        "test_acc_tta": loaded.evaluate(data.test, tta).accuracy if tta != "none" else None,
+        "val_acc": val_acc,
+        "test_acc_tta": loaded.evaluate(data.test, tta).accuracy if tta != "none" and len(labels) else None,
         "tta": tta,
         "temperature_missing": None if temperature else temperature_missing,
         "shifted": _evaluate_shifted(loaded, *shifted) if shifted else None,
@@ -145,6 +155,10 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
     def by_class(values: list[float | None]) -> PerClass:
         return dict(zip(classes, values, strict=True))
 
+    if not len(labels):
+        empty = {**{name: {} for name in PER_CLASS_METRICS}, "confusion": [], "reliability": []}
+        found = {"classes": classes, "temperature": temperature}
+        return cast(LogitMetrics, {**dict.fromkeys(LogitMetrics.__annotations__), **empty, **found})
     scores = compute_scores(logits, labels)
     scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
     confusion_matrix = compute_confusion_matrix(logits, labels)

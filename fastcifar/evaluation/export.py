@@ -260,8 +260,9 @@ def _write_and_verify(
 
 
 def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
-    """Return the first test images in the input format of `deployed`."""
-    images = torch.from_numpy(np.array(data.test.images[:NUM_VERIFICATION_IMAGES]))
+    """Return the first test images, or training images if there is no test set, in the input format of `deployed`."""
+    split = data.all_splits.get("test", data.train)
+    images = torch.from_numpy(np.array(split.images[:NUM_VERIFICATION_IMAGES]))
     if deployed.input_type == "uint8":
         return images.permute(0, 2, 3, 1).contiguous()
     return images * deployed.scale + deployed.shift
@@ -281,7 +282,7 @@ def _write_model_card(
             f"output: {deployed.output_type}, float32 [n, {len(loaded.classes)}], in the order "
             f"{', '.join(loaded.classes)}",
             f"normalization: `{normalization_name(recipe)}`, mean {mean}, std {std} of pixels in [0, 1]",
-            f"verification against the float32 network on {result['images']} test images: maximum absolute "
+            f"verification against the float32 network on {result['images']} images: maximum absolute "
             f"difference {result['difference']:.2g}",
             f"weights: {loaded.weights}, from `{loaded.checkpoint_path.name}`; exported by fastcifar {__version__}",
         ],
@@ -290,7 +291,7 @@ def _write_model_card(
             *(
                 f"{name}: {len(split.labels):,} images, MD5 of the pixels `{_md5(split.images)}`, MD5 of the labels "
                 f"`{_md5(split.labels)}`"
-                for name, split in (("train", data.train), ("test", data.test))
+                for name, split in data.all_splits.items()
             ),
             *(
                 [f"validation split: {recipe.val_size:,} of the training images, `val_seed` {recipe.val_seed}"]
@@ -353,6 +354,8 @@ def _find_results(loaded: LoadedRun, run_dir: Path) -> tuple[RunSummary | None, 
     trained = loaded.recipe.model_copy(update={"normalize": summary.config["normalize"]})
     if normalization_mean_std(trained) != normalization_mean_std(loaded.recipe):
         return None, f"not evaluated with this normalization, only with `{normalization_name(trained)}`"
+    if summary.test_acc is None:
+        return None, "not evaluated on a test set, because the data set of the run has none"
     return summary, ""
 
 

@@ -48,10 +48,11 @@ class LoadedRun:
     forward: Forward  # uint8 images [b,3,32,32] -> float32 logits [b,classes]
     checkpoint_path: Path
     weights: str  # "last", "best", "ema" or "published"
+    data_digest: str | None = None  # of the data that the run was trained on; None if the checkpoint lacks it
 
     def load_dataset(self) -> Dataset:
-        """Load the data set of the recipe."""
-        data = cifar.load_dataset(self.recipe.data, self.recipe.dataset)
+        """Load the data set of the recipe. Raises `DataError` if its classes, in their order, are not the network's."""
+        data = cifar.load_dataset(self.recipe.data, self.recipe.dataset, val_seed=self.recipe.val_seed)
         if self.weights == "published" and self.classes == DATASETS["cifar100"].default_class_names:
             self.classes = list(data.classes)[: len(self.classes)]  # the checkpoint does not name them
         if list(data.classes) != self.classes:
@@ -59,17 +60,27 @@ class LoadedRun:
             raise DataError(problem, "give --data for the data set the run was trained on")
         return data
 
-    def validation_split(self, train: Split) -> tuple[Split, str]:
+    def is_trained_on(self, data: Dataset) -> bool:
+        """Return whether `data` has the images and labels of the run in their order, as far as the run records them."""
+        return self.data_digest in (None, data.digest)
+
+    def validation_split(self, data: Dataset) -> tuple[Split, str]:
         """Return the validation split of the run and "", or an empty split and the reason why there is none."""
-        recipe, reason = self.recipe, ""
+        recipe, train, reason = self.recipe, data.train, ""
         if self.weights == "published":
             reason = "the checkpoint does not record a validation split"
         elif recipe.val_size == 0:
             reason = "the run had no validation split"
+        elif not self.is_trained_on(data):
+            reason = f"the run was trained on other images or labels than those of {data.source}, or in another order"
+        elif recipe.val_size is not None and data.val is not None:
+            reason = f"{data.source} has its own validation split, which the run did not use"
         elif recipe.val_size is not None and recipe.val_size >= len(train.labels):
             sizes = f"{recipe.val_size:,} images, but this data set has only {len(train.labels):,} training images"
             reason = f"the run's validation split has {sizes}"
-        return split_validation(train, 0 if reason else recipe.val_size, recipe.val_seed)[1], reason
+        if reason:
+            return Split(train.images[:0], train.labels[:0]), reason
+        return split_validation(data, recipe.val_size, recipe.val_seed)[1], ""
 
     def compile_for(self, num_images: int, console: Console | None = None) -> None:
         """Compile `forward` and capture it in a CUDA graph if requested, or if that saves time for `num_images`."""
@@ -117,7 +128,8 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     lookup(EVAL_WEIGHTS, eval_weights, "weights")
     Recipe(**overrides)  # first without the checkpoint, so that the error does not name it
     try:
-        recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, **overrides})
+        data = cifar.saved_data_path(saved["recipe"].get("data"))
+        recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, "data": data, **overrides})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lookup(evaluate.VIEWS, recipe.tta, "test-time augmentation")
@@ -135,4 +147,5 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     mean, std = normalization_mean_std(recipe)
     forward = build_forward(to_channels_last(model, device).eval(), mean, std, execution.precision, device)
     weights = eval_weights if "format" in saved else "published"
-    return LoadedRun(recipe, execution, device, saved["classes"], model, forward, path, weights)
+    digest = saved.get("data_digest")
+    return LoadedRun(recipe, execution, device, saved["classes"], model, forward, path, weights, digest)

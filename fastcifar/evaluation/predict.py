@@ -86,7 +86,7 @@ def predict_to_file(
     format.check(out, classes)
     if plot_path is not None:
         plotting.require_png(plot_path)
-    inputs = read_inputs(source, recipe.data, recipe.dataset)
+    inputs = read_inputs(source, recipe.data, recipe.dataset, recipe.val_seed)
     splits = [_calibration_split(member) if format.is_calibrated else None for member in members]
     for member in members:
         member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]), console)
@@ -132,10 +132,12 @@ def _predict_logits(
 
 
 def _calibration_split(member: LoadedRun) -> Split:
-    """Return the validation split of a run. Raises `UsageError` if it has none."""
-    split, reason = member.validation_split(member.load_dataset().train)
+    """Return the validation split of a run. Raises `UsageError` if it has none, `CheckpointError` with other data."""
+    data = member.load_dataset()
+    split, reason = member.validation_split(data)
     if reason:
-        raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
+        error_type = UsageError if member.is_trained_on(data) else CheckpointError
+        raise error_type(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
     return split
 
 

@@ -155,9 +155,10 @@ def _compare_accuracy(a: RunRecord, b: RunRecord, name: str) -> AccuracyComparis
 def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
     """Return an accuracy of the summary, or of the last epoch if there is none, and the number of its images."""
     if name == "test_acc":
-        return (run.summary.test_acc, run.summary.total) if run.summary else (None, 0)
+        return (run.summary.test_acc, run.summary.total or 0) if run.summary else (None, 0)
     accuracy = run.summary.val_acc if run.summary else _last_value([row["val_acc"] for row in run.metric_rows])
-    return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), run.options["val_size"] or 0
+    num_images = run.options["val_size"] or (run.summary and run.summary.val_total) or 0
+    return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), num_images
 
 
 def run_comparison_table(comparison: RunComparison) -> Group:

@@ -51,7 +51,7 @@ def find_misclassified(group: RunGroup, count: int, console: Console | None = No
         if classes not in (None, loaded.classes):
             problem = f"{record.folder} has other classes than {group.finished_runs[0].folder}"
             raise CheckpointError(problem, "report them separately")
-        classes, test = loaded.classes, loaded.load_dataset().test
+        classes, test = loaded.classes, loaded.load_dataset().require_test_set()
         loaded.compile_for(len(test.labels))
         try:
             logits = loaded.predict_logits(test)

@@ -13,7 +13,9 @@ from fastcifar.data import cifar
 from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.data.normalization import mean_color
+from fastcifar.data.splits import stratified_split
 from fastcifar.device import enable_deterministic_algorithms
+from fastcifar.errors import UsageError
 from fastcifar.recipe import default_val_size
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
@@ -27,8 +29,11 @@ from fastcifar.training.trainer import Trainer
 NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is initialized
 
 
-def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
-    """Return the trainer of a resolved recipe. By default, `data` is the recipe's data set, downloaded if needed."""
+def build_trainer(resolved: Resolved, data: Dataset | None = None, use_val_folder: bool = True) -> Trainer:
+    """Return the trainer of a resolved recipe. By default, `data` is the recipe's data set, downloaded if needed.
+
+    Without `use_val_folder`, the data set's own validation split is ignored and `val_size` applies to all data sets.
+    """
     recipe, execution, world = resolved.recipe, resolved.execution, get_world()
     device = torch.device(execution.device)
     if recipe.deterministic:
@@ -36,15 +41,20 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None) -> Trainer:
     else:
         torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
     compilation.configure_process(execution)
-    data = data or cifar.load_dataset(recipe.data, recipe.dataset)
+    data = data or cifar.load_dataset(recipe.data, recipe.dataset, val_seed=recipe.val_seed)
+    data = data if use_val_folder else replace(data, val=None)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
     if not world.is_main_process:
         seed_all(recipe.seed + world.rank)  # and different random numbers on each rank afterwards
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
-    train_split, val_split = split_validation(data.train, recipe.val_size, recipe.val_seed)
-    resolved = replace(resolved, recipe=recipe.model_copy(update={"val_size": len(val_split.labels)}))
+    train_split, val_split = split_validation(data, recipe.val_size, recipe.val_seed)
+    recorded = {
+        "data": cifar.absolute_data_path(recipe.data),
+        "val_size": len(val_split.labels) if data.val is None else None,
+    }
+    resolved = replace(resolved, recipe=recipe.model_copy(update=recorded))
     start_time = time.perf_counter()
     loader = build_loader(resolved, train_split, world)
     if initialize := getattr(model, "init_whitening", None):
@@ -79,16 +89,23 @@ def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
-def split_validation(train: Split, val_size: int | None, val_seed: int) -> tuple[Split, Split]:
-    """Split `train` into training images and `val_size` validation images, stratified by class.
+def split_validation(data: Dataset, val_size: int | None, val_seed: int) -> tuple[Split, Split]:
+    """Return the training images and the validation images: the data set's own, or `val_size` of `data.train`.
 
-    The same `val_seed` selects the same images. If `val_size` is None, `default_val_size` determines it.
+    The latter are stratified by class, and the same `val_seed` selects the same images. If `val_size` is None,
+    `default_val_size` determines it. Raises `UsageError` if it is given and the data set has its own validation split.
     """
+    train = data.train
+    if data.val is not None:
+        if val_size is not None:
+            own = f"{data.source} has its own validation split of {len(data.val.labels):,} images"
+            raise UsageError(f"--val-size {val_size}: {own}", "leave --val-size out")
+        return train, data.val
     if val_size is None:
         val_size = default_val_size(len(train.labels))
     if val_size == 0:
         return train, Split(train.images[:0], train.labels[:0])
-    indices = cifar.stratified_split(train.labels, val_size, val_seed)
+    indices = stratified_split(train.labels, val_size, val_seed)
     train_split, val_split = (Split(train.images[index], train.labels[index]) for index in indices)
     return train_split, val_split
 

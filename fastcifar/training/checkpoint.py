@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class ModelCheckpoint(TypedDict):
 
     recipe: dict[str, Any]
     classes: list[str]
+    data_digest: NotRequired[str]  # `Dataset.digest`; earlier versions did not save it
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
 

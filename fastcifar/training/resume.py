@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from fastcifar.data import cifar
 from fastcifar.errors import (
     CheckpointError,
     DiskError,
@@ -37,6 +39,7 @@ from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgr
 from fastcifar.training.trainer import Trainer
 
 MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run
+DATA_REMEDY = "give the --data that the run was trained on"
 RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -48,7 +51,7 @@ RESUMABLE_OPTIONS: dict[str, str] = {
     "max_steps": "the steps before the run was resumed count too",
     "max_params": "the network does not change, it is only checked against the new limit",
     "eval_weights": "other weights of the run are evaluated on the test set",
-    "data": "it must hold the same training images; only their number and the classes are checked",
+    "data": "it must hold the same images for training and validation, with the same labels and in the same order",
     "out": "",
     "resume": "",
     "save_every_epochs": "",
@@ -273,7 +276,9 @@ def merge_resumed_recipe(
     if recipe.val_size is None and was_default:
         requested.pop("val_size", None)  # a run records the size that was the default for its data set
     original = {**Recipe().model_dump(mode="json"), **saved}
-    saved = {**original, "max_steps": None}
+    saved = {**original, "max_steps": None, "data": cifar.saved_data_path(original["data"])}
+    if "data" in requested:
+        requested["data"] = cifar.absolute_data_path(requested["data"])
     if saved["time_budget"] is not None:
         if requested.get("time_budget") == saved["time_budget"]:
             requested = {name: value for name, value in requested.items() if name not in TIME_BUDGET_OPTIONS}
@@ -324,13 +329,26 @@ def require_resumable_state(state: TrainingCheckpoint, source: Path) -> Training
 
 def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
     """Load a checkpoint into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
-    num_images, classes = len(trainer.train_split.labels), list(trainer.data.classes)
-    if (num_images, classes) != (state["samples"], state["classes"]):
+    num_images, classes, remedy = len(trainer.train_split.labels), list(trainer.data.classes), DATA_REMEDY
+    if (num_images, len(classes)) != (state["samples"], len(state["classes"])):
         raise CheckpointError(
             f"the checkpoint was trained on {state['samples']:,} images of {len(state['classes'])} classes, "
             f"not on {num_images:,} images of {len(classes)} classes",
-            "give the --data that the run was trained on",
+            remedy,
         )
+    if classes != state["classes"]:
+        raise CheckpointError(
+            f"the checkpoint was trained on other classes than those of {trainer.data.source}", remedy
+        )
+    if "data_digest" not in state:
+        warnings.warn(
+            "the checkpoint does not identify its training images: only their number is checked", stacklevel=2
+        )
+    elif state["data_digest"] != trainer.data.digest:
+        problem = (
+            f"the checkpoint was trained on other images or labels, or in another order, than {trainer.data.source}"
+        )
+        raise CheckpointError(problem, remedy)
     try:
         trainer.load_state_dict(state)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:

@@ -45,16 +45,18 @@ class RunSummary(BaseModel):
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
+    val_total: int | None = None  # number of validation images
     test_acc: Fraction | None  # with the weights that `eval_weights` selects: correct / total
     test_acc_ema: Fraction | None  # of the moving average of the weights
     test_acc_tta: Fraction | None  # with test-time augmentation
-    test_loss: float  # mean cross-entropy in nats
-    correct: int
-    total: int
-    ece: float  # expected calibration error
-    per_class: dict[str, Fraction | None]
+    test_loss: float | None  # mean cross-entropy in nats
+    correct: int | None
+    total: int | None
+    ece: float | None  # expected calibration error
+    per_class: dict[str, Fraction | None]  # empty if there is no test set
     confusion: list[list[int]] = []  # a row for each label and a column for each predicted class
     official_data: bool
+    data_digest: str | None = None  # `Dataset.digest`
     images_per_s: float  # in training, without setup, compilation and evaluation
     seconds: dict[str, Seconds]  # of "setup", "compile", "train", "eval" and "total"
     peak_memory_bytes: int | None
@@ -71,7 +73,7 @@ def read_summary(folder: Path) -> RunSummary | None:
 
 
 def summarize_run(
-    trainer: Trainer, run: Run, clock: Clock, scores: Scores, ema_acc: float | None, tta_acc: float | None
+    trainer: Trainer, run: Run, clock: Clock, scores: Scores | None, ema_acc: float | None, tta_acc: float | None
 ) -> RunSummary:
     """Return the summary of a run. `scores`, `ema_acc` and `tta_acc` are the results of `Trainer.test`."""
     from fastcifar.models import count_macs, count_parameters  # imports torch, which readers of summaries do not need
@@ -98,16 +100,18 @@ def summarize_run(
         eval_weights=recipe.eval_weights,
         val_acc=progress.val_acc,
         best_val_acc=progress.best,
-        test_acc=scores.accuracy,
+        val_total=len(trainer.val_split.labels),
+        test_acc=scores and scores.accuracy,
         test_acc_ema=ema_acc,
         test_acc_tta=tta_acc,
-        test_loss=scores.loss,
-        correct=scores.correct,
-        total=scores.total,
-        ece=scores.ece,
-        per_class=dict(zip(trainer.data.classes, scores.per_class, strict=True)),
-        confusion=scores.confusion,
+        test_loss=scores and scores.loss,
+        correct=scores and scores.correct,
+        total=scores and scores.total,
+        ece=scores and scores.ece,
+        per_class=dict(zip(trainer.data.classes, scores.per_class, strict=True)) if scores else {},
+        confusion=scores.confusion if scores else [],
         official_data=trainer.data.is_official,
+        data_digest=trainer.data.digest,
         images_per_s=progress.images / clock.seconds["train"],
         seconds={phase: round(value, 3) for phase, value in seconds.items()},
         peak_memory_bytes=peak_memory_bytes(trainer.device),

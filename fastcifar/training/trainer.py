@@ -101,10 +101,12 @@ class Trainer:
 
     def summary_lines(self) -> list[str]:
         official = "" if self.data.is_official else ", not the official files"
+        num_test_images = len(self.data.test.labels)
+        test = f"{num_test_images:,} test images" if num_test_images else "no test images, so test_acc will be null"
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
             f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} training, "
-            f"{len(self.val_split.labels):,} validation, {len(self.data.test.labels):,} test images",
+            f"{len(self.val_split.labels):,} validation, {test}",
             f"network: {self.recipe.arch}, {count_parameters(self.model):,} parameters",
             f"recipe: {format_options(self.recipe.non_default_options()) or 'defaults'}",
             *([f"optimizer: {scheduled} {self.recipe.schedule}"] if self.optimizer.spec.self_scheduled else []),
@@ -307,16 +309,22 @@ class Trainer:
     def _evaluate(self, split: Split, tta: str = "none") -> Scores:
         return evaluate(self.model, self.eval_forward, split, self.device, tta)
 
-    def test(self, best_checkpoint: Path) -> tuple[Scores, float | None, float | None]:
-        """Return the test scores and the accuracies of the EMA and with TTA; leave the `eval_weights` in the model."""
+    def test(self, best_checkpoint: Path) -> tuple[Scores | None, float | None, float | None]:
+        """Return the test scores and the accuracies of the EMA and with TTA; leave the `eval_weights` in the model.
+
+        All three are None if the data set has no test set.
+        """
         weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
+        has_test_set = len(self.data.test.labels) > 0
         if self.ema:
             with self.ema.averaged_weights():
-                averaged_scores = self._evaluate(self.data.test)
+                averaged_scores = self._evaluate(self.data.test) if has_test_set else None
             if weights == "ema":
                 self.ema.copy_to_model()
         if weights == "best":
             checkpoint.load_weights(self.model, checkpoint.load_checkpoint(best_checkpoint)["model"], best_checkpoint)
+        if not has_test_set:
+            return None, None, None
         scores = averaged_scores if weights == "ema" and averaged_scores else self._evaluate(self.data.test)
         tta_acc = self._evaluate(self.data.test, tta).accuracy if tta != "none" else None
         return scores, averaged_scores.accuracy if averaged_scores else None, tta_acc
@@ -326,6 +334,7 @@ class Trainer:
         state = {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
+            "data_digest": self.data.digest,
             "samples": len(self.train_split.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,

@@ -154,9 +154,12 @@ def test_images_of_a_folder_are_sorted_by_path(tmp_path: Path) -> None:
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_bytes(b"not an image")
-    inputs = read_inputs(str(tmp_path))
+    with pytest.warns(UserWarning, match=r"left out 1 .txt \(format not supported\); 1 .png \(hidden\)"):
+        inputs = read_inputs(str(tmp_path))
     assert inputs.ids == ["a", "b/10", "b/2"]
     assert np.array_equal(inputs.images, IMAGES[[0, 2, 1]])  # 32x32: not resampled
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / ".hidden.png").unlink()
     (tmp_path / "a.png").write_bytes((tmp_path / "b" / "2.png").read_bytes())
     with pytest.raises(DataError, match="duplicate id 'a'"):
         read_inputs(str(tmp_path))

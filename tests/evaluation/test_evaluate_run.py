@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastcifar.cli.tables import scores_table
-from fastcifar.data import cifar
+from fastcifar.data import cifar, splits
 from fastcifar.data.cifar import Split
 from fastcifar.errors import CheckpointError, DataError, DeviceError, DiskError
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
@@ -109,7 +109,9 @@ def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pyte
     assert scores["recall_per_class"] == scores["per_class"]
     assert np.trace(scores["confusion"]) == scores["correct"]
     assert np.sum(scores["confusion"]) == scores["total"]
+    assert scores["test_acc_interval"]
     low, high = scores["test_acc_interval"]
+    assert scores["test_acc"]
     assert low < scores["test_acc"] < high
     # The shifted set is the test set in the layout of CIFAR-10.1, and one corruption is the identity.
     shifted, corrupted = scores["shifted"], scores["corruptions"]
@@ -134,7 +136,7 @@ def test_temperature_is_fitted_on_the_validation_split(tiny: Callable[..., Recip
     assert without["temperature_missing"] == "the run had no validation split"
     assert without["shifted"] is without["corruptions"] is without["plots"] is None
     data = cifar.load_dataset("synthetic:200")
-    _, validation_indices = cifar.stratified_split(data.train.labels, 40, 0)
+    _, validation_indices = splits.stratified_split(data.train.labels, 40, 0)
     loaded = load_model(with_split["checkpoint"])
     split = Split(data.train.images[validation_indices], np.arange(40))
     logits = loaded.predict_logits(split).double()

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.data import cifar, cifar_files, class_folders
+from fastcifar.data import archives, cifar_files, image_files
 from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
@@ -173,9 +173,9 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "binary batch": ([bytes([3, *([7] * 3072)]) * NUM_IMAGES, bytes(3073 * NUM_IMAGES)], batch_reader(SPEC.binary)),
     "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
                                "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
-                file_reader("a.tar.gz", lambda path: list(cifar.iter_tar_files(path, SPEC)))),
-    "image": ([encoded_image(image_format) for image_format in ("PNG", "BMP", "JPEG", "GIF", "TIFF")],
-              file_reader("a.png", class_folders.decode_image)),
+                file_reader("a.tar.gz", lambda path: list(archives.iter_tar_files(path, SPEC)))),
+    "image": ([encoded_image(image_format) for image_format in ("PNG", "BMP", "JPEG", "PPM", "WEBP")],
+              file_reader("a.png", image_files.decode_image)),
     "checkpoint": (torch_files(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
                    file_reader("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],

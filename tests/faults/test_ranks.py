@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fastcifar.data import cifar
+from fastcifar.data import cifar, splits
 from fastcifar.data.augment import parse_augment
 from fastcifar.data.cifar_files import Split
 from fastcifar.data.loaders import TensorLoader
@@ -90,7 +90,7 @@ def reference_state_dict(recipe: Recipe) -> dict[str, torch.Tensor]:
     It uses neither `distributed` nor `step` of fastcifar.
     """
     dataset = cifar.load_dataset(recipe.data)
-    index, _ = cifar.stratified_split(dataset.train.labels, recipe.val_size or 0, recipe.val_seed)
+    index, _ = splits.stratified_split(dataset.train.labels, recipe.val_size or 0, recipe.val_seed)
     split = Split(dataset.train.images[index], dataset.train.labels[index])
     torch.manual_seed(recipe.seed)
     network = {"blocks": recipe.blocks, "channels": recipe.channels, "se": recipe.se}

@@ -157,7 +157,7 @@ def test_misclassified_images_agree_with_the_summaries(
     misclassified = find_misclassified(group, 4)
     assert misclassified.num_models == 2
     assert misclassified.confusion_matrix.sum() == summaries[0].total
-    assert misclassified.confusion_matrix.trace() == np.mean([summary.correct for summary in summaries])
+    assert misclassified.confusion_matrix.trace() == np.mean([summary.correct or 0 for summary in summaries])
     assert all(misclassified.predictions != misclassified.labels)
     assert list(misclassified.confidences) == sorted(misclassified.confidences, reverse=True)
 

@@ -58,6 +58,8 @@ def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Reci
     assert (summary.epochs, summary.steps, summary.stop_reason, summary.complete) == (8, 80, "epochs", True)
     assert summary.test_acc is not None
     assert summary.test_acc > 0.3
+    assert summary.correct
+    assert summary.total
     assert summary.test_acc == summary.correct / summary.total
     assert summary.test_acc_ema is not None
     rows = read_metrics(summary.run)
