@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data.cifar import DATASETS, Dataset, Split
+from fastcifar.data.cifar import DATASETS, Split
 from fastcifar.data.normalization import normalization_name
 from fastcifar.errors import DataError
 from fastcifar.evaluation import metrics

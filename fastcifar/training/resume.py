@@ -345,9 +345,8 @@ def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
             "the checkpoint does not identify its training images: only their number is checked", stacklevel=2
         )
     elif state["data_digest"] != trainer.data.digest:
-        problem = (
-            f"the checkpoint was trained on other images or labels, or in another order, than {trainer.data.source}"
-        )
+        source = trainer.data.source
+        problem = f"the checkpoint was trained on other images or labels than those of {source}, or in another order"
         raise CheckpointError(problem, remedy)
     try:
         trainer.load_state_dict(state)

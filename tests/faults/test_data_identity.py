@@ -22,6 +22,7 @@ from fastcifar.errors import CheckpointError, DataError, UsageError
 from fastcifar.evaluation.evaluate_run import evaluate_run
 from fastcifar.evaluation.export import export_model
 from fastcifar.evaluation.predict import predict_to_file
+from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import compare_paths
 from fastcifar.reporting.report import build_report
@@ -35,6 +36,7 @@ from tests.faults.runs import last
 
 MakeRecipe = Callable[..., Recipe]
 NAMES = ("cat", "dog")
+CALIBRATED = PredictionFormat(with_probabilities=True, is_calibrated=True)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +147,9 @@ def test_fault27_resume_and_validation_need_the_same_images(
     else:
         assert (there["val_acc"], there["temperature"], there["loss_scaled"]) == (None, None, None)
         assert "other images or labels" in str(there["temperature_missing"])
-        with pytest.raises(CheckpointError, match=r"other images or labels, or in another order, than .*other; give"):
+        with pytest.raises(
+            CheckpointError, match=r"other images or labels than those of .*other, or in another order; give"
+        ):
             train(resumed)
         assert last(run)["step"] == before
         assert train(Recipe(resume=run, max_steps=4)).steps == before + 2
