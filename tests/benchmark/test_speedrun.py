@@ -150,10 +150,10 @@ def test_seed_added_by_another_process_during_startup_is_not_repeated(
     speedrun(recipe_name=recipe_file(), out=str(folder))
     build_trainer = speedrun_module.build_trainer
 
-    def append_then_build(*arguments: Any) -> Any:
+    def append_then_build(*arguments: Any, **options: Any) -> Any:
         monkeypatch.setattr(speedrun_module, "build_trainer", build_trainer)
         speedrun(append=folder)
-        return build_trainer(*arguments)
+        return build_trainer(*arguments, **options)
 
     monkeypatch.setattr(speedrun_module, "build_trainer", append_then_build)
     with pytest.raises(UsageError, match="already has a trial with seed 1; start at --seed 2"):

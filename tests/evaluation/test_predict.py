@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastcifar.cli.tables import predictions_table
-from fastcifar.data import cifar, normalization
+from fastcifar.data import cifar, normalization, splits
 from fastcifar.data.cifar import Split
 from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
@@ -176,7 +176,7 @@ def test_calibrated_probabilities_are_those_at_the_temperature_of_each_run(
     trained = [train(tiny(seed=seed, out=str(tmp_path / f"run{seed}"))) for seed in (0, 1)]
     runs = [f"{summary.run}/checkpoints/last.pt" for summary in trained]
     data = cifar.load_dataset("synthetic:200")
-    _, indices = cifar.stratified_split(data.train.labels, 40, 0)
+    _, indices = splits.stratified_split(data.train.labels, 40, 0)
     labels = torch.from_numpy(data.train.labels[indices])
 
     def two_view_logits(run: str, images: np.ndarray) -> Tensor:
