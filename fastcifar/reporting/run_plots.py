@@ -34,7 +34,7 @@ def plot_finished_run(summary: RunSummary) -> list[str]:
 
 
 def write_run_plots(summary: RunSummary) -> list[Path]:
-    """Plot the curves of a run, its confusion matrix on the test set and its first batch; return the PNG files.
+    """Plot the curves of a run, its confusion matrix if there is a test set, and its first batch; return the PNG files.
 
     The test set is not evaluated again: the confusion matrix is that of `summary`.
     """
@@ -45,14 +45,15 @@ def write_run_plots(summary: RunSummary) -> list[Path]:
         if lines := chart_lines(chart, groups):
             files.append(folder / f"{name}.png")
             plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
-    files.append(folder / "confusion.png")
-    score = f"{format_percent(summary.test_acc)}, {summary.correct:,} of {summary.total:,} images"
-    title = f"test set, weights {summary.eval_weights}: {score}"
-    plotting.plot_confusion_matrix(files[-1], np.array(summary.confusion), list(summary.per_class), title)
+    if summary.test_acc is not None:
+        files.append(folder / "confusion.png")
+        score = f"{format_percent(summary.test_acc)}, {summary.correct:,} of {summary.total:,} images"
+        title = f"test set, weights {summary.eval_weights}: {score}"
+        plotting.plot_confusion_matrix(files[-1], np.array(summary.confusion), list(summary.per_class), title)
     recipe = Recipe(**summary.config)
     with warnings.catch_warnings(action="ignore"):  # the run has shown the warnings about the data set
-        data = cifar.load_dataset(recipe.data, recipe.dataset)
+        data = cifar.load_dataset(recipe.data, recipe.dataset, val_seed=recipe.val_seed)
     files.append(folder / "batch.png")
-    train_split, _ = split_validation(data.train, recipe.val_size, recipe.val_seed)
+    train_split, _ = split_validation(data, recipe.val_size, recipe.val_seed)
     plot_first_batch(files[-1], recipe, train_split, data.classes)
     return files

@@ -28,6 +28,7 @@ from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import compare_paths
 from fastcifar.reporting.report import build_report
+from fastcifar.reporting.run_plots import write_run_plots
 from fastcifar.reporting.runs import list_runs
 from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
@@ -277,6 +278,9 @@ def test_fault29_without_a_test_set_all_results_are_null(
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(summary_table(summary), scores_table(evaluate_run(str(run))))
     assert console.export_text().count("none, because the data set has no test set") == 2
+    assert summary.confusion == []
+    plots = sorted(file.stem for file in write_run_plots(summary))
+    assert plots == ["accuracy", "batch", "loss", "throughput"]
     scores = evaluate_run(str(run))
     assert (scores["test_acc"], scores["confusion"], scores["per_class"], scores["total"]) == (None, [], {}, None)
     assert scores["val_acc"] is not None
