@@ -36,6 +36,7 @@ def summary_table(summary: RunSummary) -> KeyValueTable:
     """Return a table of the main results of a run."""
     class_accs = [(accuracy, name) for name, accuracy in summary.per_class.items() if accuracy is not None]
     lowest_acc, lowest_class = min(class_accs, default=(None, MISSING))
+    stopped = "" if summary.stop_reason == "epochs" else f"  (stopped by {summary.stop_reason})"
     rows = {
         "run": summary.run,
         "network": f"{summary.arch}, {summary.params:,} parameters, {summary.macs / 1e6:,.2f} M MACs",
@@ -43,12 +44,16 @@ def summary_table(summary: RunSummary) -> KeyValueTable:
         f"weights {summary.eval_weights})"
         if summary.test_acc is not None
         else NO_TEST_SET,
-        "  moving average of weights": format_percent(summary.test_acc_ema),
+        **(
+            {}
+            if summary.test_acc_ema is None
+            else {"  moving average of weights": format_percent(summary.test_acc_ema)}
+        ),
         **_tta_row(summary.config["tta"], summary.test_acc_tta),
         "test loss, calibration error": f"{format_decimal(summary.test_loss, 4)}, {format_decimal(summary.ece, 4)}",
         "validation accuracy": f"{format_percent(summary.val_acc)}, best {format_percent(summary.best_val_acc)}",
         "lowest class accuracy": f"{lowest_class}, {format_percent(lowest_acc)}",
-        "epochs, steps": f"{summary.epochs}, {summary.steps:,}  (stopped by {summary.stop_reason})",
+        "epochs, steps": f"{summary.epochs}, {summary.steps:,}{stopped}",
         "images/s in training": format_short_number(summary.images_per_s),
         "seconds": _phase_seconds(summary.seconds),
         "peak memory": format_memory(summary.peak_memory_bytes),
@@ -62,11 +67,10 @@ def next_commands(summary: RunSummary) -> list[str]:
     resume = f"fastcifar train --resume {run}" + (f" --epochs {2 * summary.epochs}" if summary.complete else "")
     commands = {
         "compare with other runs": f"fastcifar report {run} RUN ...",
-        "predict, as for Kaggle": f"fastcifar predict {run} INPUT --out submission.csv",
+        "predict labels, for example of a Kaggle pickle": f"fastcifar predict {run} INPUT --out submission.csv",
         "train longer" if summary.complete else "continue": resume,
     }
-    width = max(map(len, commands))
-    return ["next:", *(f"  {purpose:<{width}}  {command}" for purpose, command in commands.items())]
+    return ["next:", *(f"  {purpose}:\n    {command}" for purpose, command in commands.items())]
 
 
 def export_table(result: ExportResult) -> KeyValueTable:
