@@ -21,7 +21,7 @@ from fastcifar.errors import escape
 
 MISSING = "-"  # the text of a value that was not measured
 COLUMN_GAP = "  "
-MIN_TEXT_WIDTH, MAX_TEXT_WIDTH = 16, 40  # characters: texts are wrapped to no less, numbers left out for no more
+MIN_TEXT_WIDTH, MAX_TEXT_WIDTH = 16, 48  # characters: texts are wrapped to no less, numbers left out for no more
 
 
 def format_percent(fraction: float | None, digits: int = 2) -> str:
