@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fastcifar.data import cifar
 from fastcifar.data.batch_loader import BatchSlicing
+from fastcifar.data.cifar import Dataset
 from fastcifar.errors import DiskError, UsageError, UserError
 from fastcifar.files import load_toml, lock_folder, read_regular_file, write_atomically
 from fastcifar.recipe import Recipe, default_val_size
@@ -111,7 +112,7 @@ def plan_sweep(
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     planned_trials = list(study.boundary_trials()) if study else trials
     recipes = {(trial.recipe.data, trial.recipe.dataset): trial.recipe for trial in planned_trials}
-    images = {source: count_training_images(recipe) for source, recipe in recipes.items()}
+    data = {source: load_dataset_if_present(recipe) for source, recipe in recipes.items()}
     trial_log = TrialLog(folder)
     planned = [
         PlannedTrial(
@@ -121,7 +122,7 @@ def plan_sweep(
             knobs=trial.options,
             state=trial_log.trial_state(trial.key),
             epochs=trial.recipe.epochs,
-            steps=count_training_steps(trial.recipe, images[trial.recipe.data, trial.recipe.dataset]),
+            steps=count_training_steps(trial.recipe, data[trial.recipe.data, trial.recipe.dataset]),
         )
         for trial in planned_trials
     ]
@@ -156,21 +157,22 @@ def describe_duplicate_recipes(trials: Sequence[SweepTrial]) -> list[str]:
     return [f"{' and '.join(equal)} have identical recipes" for equal in labels.values() if len(equal) > 1]
 
 
-def count_training_images(recipe: Recipe) -> int | None:
-    """Return the number of training images before the validation split, or None if the data set is not on disk."""
+def load_dataset_if_present(recipe: Recipe) -> Dataset | None:
+    """Return the data set of a recipe, or None if it is not on disk."""
     try:
-        return len(cifar.load_dataset(recipe.data, recipe.dataset, download=False).train.labels)
+        return cifar.load_dataset(recipe.data, recipe.dataset, download=False, val_seed=recipe.val_seed)
     except UserError:
         return None
 
 
-def count_training_steps(recipe: Recipe, images: int | None) -> int | None:
-    """Return the training steps of a run, or None if `images` is unknown or does not fit the recipe."""
-    if images is None:
+def count_training_steps(recipe: Recipe, data: Dataset | None) -> int | None:
+    """Return the training steps of a run, or None if `data` is unknown or does not fit the recipe."""
+    if data is None:
         return None
+    images = len(data.train.labels)
     val_size = default_val_size(images) if recipe.val_size is None else recipe.val_size
     try:
-        slicing = BatchSlicing(images - val_size, recipe.batch_size, recipe.drop_last)
+        slicing = BatchSlicing(images - (val_size if data.val is None else 0), recipe.batch_size, recipe.drop_last)
     except UserError:
         return None
     steps = recipe.epochs * slicing.steps_per_epoch
