@@ -40,6 +40,7 @@ PUBLISHED_NAMES = {
     "clip_grad": "gradient clipping",
 }
 NUMBER_COLUMNS = (*STD_COLUMNS, "n", "params", "time")  # aligned on the right
+REQUIRED_COLUMNS = ("accuracy", "n", "validation", "split", "weights")  # the first columns, shown on any terminal
 EXCLUDED_HEADING = "not in the means"
 MAX_OPTION_COLUMNS = 4  # if more options differ, one column lists them
 LATEX_ESCAPES = str.maketrans(
@@ -79,11 +80,11 @@ class ReportTable:
             values["validation std"] = validation.std if validation else None
         return {
             **values,
+            "split": group.accuracy_split or None,
+            "weights": "/".join(sorted({summary.eval_weights for summary in group.summaries})) or None,
             **{name: group.options.get(name) for name in dict.fromkeys((*REPORTED_OPTIONS, *self.varying_options))},
             "params": group.summaries[0].params if group.summaries else None,
             "time": group.total_seconds.mean if group.total_seconds else None,
-            "split": group.accuracy_split or None,
-            "weights": "/".join(sorted({summary.eval_weights for summary in group.summaries})) or None,
             "notes": ", ".join([*group.notes, *(f"{count} {state}" for state, count in excluded.items())]),
         }
 
@@ -205,7 +206,8 @@ def _terminal_table(rows: Sequence[dict[str, str]]) -> NumericTable:
     has_notes = "notes" in rows[0]
     numbers = [name for name in rows[0] if name not in ("name", "notes")]
     headings = [f"{name} %" if name in STD_COLUMNS else name for name in numbers]
-    table = NumericTable(["name"], headings, num_required=2, description="notes" if has_notes else None)
+    num_required = sum(name in REQUIRED_COLUMNS for name in numbers)
+    table = NumericTable(["name"], headings, num_required=num_required, description="notes" if has_notes else None)
     for row in rows:
         table.add_row(row["name"], *(row[name] for name in numbers), *([row["notes"]] if has_notes else []))
     return table

@@ -103,6 +103,18 @@ def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) ->
     assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
 
 
+def test_split_and_weights_that_differ_are_shown_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """Otherwise a validation accuracy could be taken for a test accuracy."""
+    write_run(tmp_path / "runs" / "tested", (0.5,), 0.45, steps=7, stop_reason="max_steps", lr=0.2)
+    write_run(tmp_path / "runs" / "untested", (0.6,), None, eval_weights="best")
+    console = Console(width=40, file=io.StringIO())
+    console.print(TABLE_FORMATS["terminal"](table_of(tmp_path / "runs")), crop=False)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["name", "accuracy", "%", "n", "split", "weights", "notes"] in lines
+    assert ["tested", "45.00", "1", "test", "last", "stopped", "at", "7"] in lines
+    assert ["untested", "60.00", "1", "validation", "best"] in lines
+
+
 def test_notes_name_obstacles_to_a_comparison(tmp_path: Path) -> None:
     options: dict[str, Any] = {"seed": 0, "max_steps": 7, "steps": 7, "stop_reason": "max_steps"}
     first = write_run(tmp_path / "a", (0.5,), **options)
