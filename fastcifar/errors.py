@@ -21,7 +21,7 @@ class UserError(Exception):
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem, self.remedy = problem, remedy
-        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        super().__init__(escape(f"{problem}; {remedy}" if remedy else problem))
 
 
 class UsageError(UserError, exit_code=2):

@@ -125,6 +125,11 @@ def shorten(text: str, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[: length - tail - 1]}…{text[-tail:]}"
 
 
+def csv_cell(value: Any) -> Any:
+    """Return a cell of a CSV file; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def add_wrap_points(text: str) -> str:
     """Insert a space after each comma of a list such as `crop:4:zero,flip`, so that a table can wrap the text."""
     return re.sub(r",(?=[a-z])", ", ", text)

@@ -35,7 +35,7 @@ def upgrade_options(values: dict[str, Any]) -> dict[str, Any]:
             upgraded["bias_decay"] = value == "all"
         elif name == "save_every":  # "500s": every 500 steps, not at the end of epochs; "2e": every 2 epochs
             text = str(value)
-            count = int(text[:-1]) if text[:-1].isdigit() else 1
+            count = int(text[:-1]) if re.fullmatch("[0-9]{1,9}", text[:-1]) else 1
             in_steps = {"save_every_epochs": 0, "save_every_steps": count}
             upgraded |= in_steps if text.endswith("s") else {"save_every_epochs": count}
         else:

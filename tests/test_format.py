@@ -17,6 +17,7 @@ from fastcifar.format import (
     KeyValueTable,
     NumericTable,
     add_wrap_points,
+    csv_cell,
     format_count,
     format_decimal,
     format_differences,
@@ -69,6 +70,18 @@ from fastcifar.format import (
 )
 def test_formatted_text(text: str, expected: str) -> None:
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("=1+1", "'=1+1"), ("+1", "'+1"), ("-1", "'-1"), ("@a", "'@a"), ("\t=1", "'\t=1"), ("\r=1", "'\r=1"),
+        (-1, -1), (-0.5, -0.5), (None, None), ("a=1", "a=1"), ("", ""), ("'=1", "'=1"),
+    ],
+)  # fmt: skip
+def test_fault43_texts_that_a_spreadsheet_would_execute_are_neutralized(cell: object, expected: object) -> None:
+    assert csv_cell(cell) == expected
+    assert type(csv_cell(cell)) is type(expected)
 
 
 def test_missing_values_are_dashes() -> None:

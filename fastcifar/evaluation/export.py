@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -14,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastcifar._version import __version__
@@ -42,6 +44,8 @@ INPUT_DESCRIPTIONS = {
 }
 OUTPUT_TYPES = ("probabilities", "logits")
 BATCH_DIMENSION = {0: torch.export.Dim("batch", min=1)}
+
+DISK_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 TensorFunction = Callable[[Tensor], Tensor]
 Metadata = dict[str, str]  # see `build_metadata`
@@ -151,7 +155,9 @@ def _export_program(deployed: DeployedModel, images: Tensor) -> torch.export.Exp
 
 
 def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
-    torch.export.save(_export_program(deployed, images), path)
+    buffer = io.BytesIO()  # torch's errors of writing to a file do not say what failed
+    torch.export.save(_export_program(deployed, images), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
@@ -160,12 +166,13 @@ def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path, metadata: M
 
 
 def _write_safetensors(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
-    save_file({key: value.contiguous() for key, value in deployed.network.state_dict().items()}, path, metadata)
+    weights = {key: value.contiguous() for key, value in deployed.network.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(weights, metadata))
 
 
 def _load_safetensors(path: Path, deployed: DeployedModel) -> TensorFunction:
     model = copy.deepcopy(deployed)
-    model.network.load_state_dict(load_file(path), strict=True)
+    model.network.load_state_dict(safetensors.torch.load_file(path), strict=True)
     return model
 
 
@@ -245,6 +252,8 @@ def _write_and_verify(
         except Exception as error:  # the errors of exporters, compilers and runtimes have no common base class
             if as_memory_error(error):
                 raise
+            if isinstance(cause := error.__cause__ or error.__context__, OSError) and cause.errno in DISK_ERRNOS:
+                raise cause from None
             problem = f"cannot export {out}: {type(error).__name__}: {first_message_line(error)}"
             remedy = "choose another --format, or check the compiler with `fastcifar doctor`"
             raise UserError(problem, remedy) from error

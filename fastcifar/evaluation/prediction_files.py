@@ -15,6 +15,7 @@ import numpy as np
 
 from fastcifar.errors import DataError, DiskError, UsageError
 from fastcifar.files import read_regular_file, write_atomically
+from fastcifar.format import csv_cell
 
 PredictionColumns = Mapping[str, Sequence[Any]]  # column name -> values; all columns have the same length
 
@@ -44,8 +45,8 @@ class PredictionComparison(TypedDict):
 def _to_csv(columns: PredictionColumns) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerow(map(csv_cell, columns))
+    writer.writerows(map(csv_cell, row) for row in zip(*columns.values(), strict=True))
     return text.getvalue()
 
 
@@ -118,7 +119,8 @@ KAGGLE_SUBMISSION = PredictionFormat()
 
 def write_predictions(out: Path, columns: PredictionColumns) -> None:
     """Write a prediction file in the format of the suffix of `out`, atomically."""
-    content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode()
+    # names of files that are not UTF-8 contain characters that cannot be encoded
+    content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode(errors="backslashreplace")
     try:
         write_atomically(out, content)
     except OSError as error:

@@ -31,7 +31,7 @@ FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 TrialState = Literal["running", "done", "failed", "pruned"]
 
 
-class TrialLogEntry(BaseModel, frozen=True):
+class TrialLogEntry(BaseModel, frozen=True, allow_inf_nan=False):
     """A line of trials.jsonl in a sweep folder."""
 
     schema_version: Literal[1] = 1

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.prompt import Confirm
@@ -78,7 +78,12 @@ def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> lis
     lookup({name: None for name in ListingEntry.__annotations__ if name != "trials"}, sort_by, "column")
     folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
     entries = [describe_run_or_sweep(path) for path in folders]
-    return sorted(entries, key=lambda entry: (entry.get(sort_by) is not None, entry.get(sort_by) or 0), reverse=reverse)
+
+    def key(entry: ListingEntry) -> tuple[bool, Any]:
+        value = entry.get(sort_by)
+        return value is not None, 0 if value is None else value
+
+    return sorted(entries, key=key, reverse=reverse)
 
 
 def describe_run_or_sweep(folder: Path) -> ListingEntry:

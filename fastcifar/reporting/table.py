@@ -19,6 +19,7 @@ from fastcifar.format import (
     MISSING,
     NumericTable,
     add_wrap_points,
+    csv_cell,
     format_count,
     format_duration,
     format_mean_std,
@@ -262,7 +263,8 @@ def render_csv(table: ReportTable) -> str:
         cells = table.row_values(group)
         cells |= {name: format_option_value(value) for name, value in cells.items() if isinstance(value, list | dict)}
         excluded = (f"seed {format_option_value(run.seed)} {run.state}: {run.reason}" for run in group.excluded_runs)
-        writer.writerow({**cells, EXCLUDED_HEADING: "; ".join(excluded)})
+        cells |= {EXCLUDED_HEADING: "; ".join(excluded)}
+        writer.writerow({name: csv_cell(value) for name, value in cells.items()})
     return text.getvalue().rstrip("\n")
 
 

@@ -187,7 +187,7 @@ def reliability_bins(logits: Tensor, correct: Tensor) -> list[CalibrationBin]:
 
 def _sum_by_bin(logits: Tensor, correct: Tensor) -> list[Tensor]:
     """Return, as float64 [bins], the number of images, the sum of confidences and the number correct in each bin."""
-    confidence = logits.double().softmax(1).amax(1)
+    confidence = logits.double().softmax(1).amax(1).nan_to_num()  # the caller reports a loss that is NaN
     index = (confidence * ECE_BINS).ceil().clamp(1, ECE_BINS).long() - 1
     zeros = torch.zeros(ECE_BINS, dtype=torch.float64)
     return [zeros.index_add(0, index, value) for value in (torch.ones_like(confidence), confidence, correct.double())]

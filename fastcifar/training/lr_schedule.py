@@ -142,7 +142,16 @@ def parse_schedule(recipe: Recipe) -> ScheduleSpec:
             problem = f"--schedule {recipe.schedule!r}: {text!r} is not {kind} from {low:g} to {high:g}"
             raise UsageError(problem, f"use a value such as {name}:{spec.arg:g}")
         spec = replace(spec, arg=arg)
-    if recipe.warmup_epochs >= (recipe.schedule_epochs or recipe.epochs):
+    length = recipe.schedule_epochs or recipe.epochs
+    if recipe.warmup_epochs and spec.lr_fraction(0, spec.arg) < 1:
+        low, high = spec.arg_bounds or (0, 1)
+        fraction = min(max(recipe.warmup_epochs / length, low), high)
+        problem = f"--schedule {recipe.schedule} rises by itself and does not need --warmup-epochs"
+        remedy = (
+            f"set --warmup-epochs 0 and --schedule {name}:{fraction:.4g} to rise for {recipe.warmup_epochs:g} epochs"
+        )
+        raise UsageError(problem, remedy)
+    if recipe.warmup_epochs >= length:
         raise UsageError(f"--warmup-epochs {recipe.warmup_epochs:g} is not shorter than the schedule", "reduce it")
     if spec.uses_val_loss and recipe.val_size == 0:
         raise UsageError(f"--schedule {recipe.schedule} needs a validation split", "set --val-size")

@@ -150,13 +150,19 @@ class Run:
 
     def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
         """Write summary.json and weights.safetensors (the evaluated weights), and log the summary in the trackers."""
-        with _disk_errors(self.folder):
+        path = self.folder / "weights.safetensors"
+        with _disk_errors(path):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             metadata = safetensors_metadata(summary.config, list(summary.per_class))
-            write_atomically(self.folder / "weights.safetensors", safetensors.torch.save(contiguous, metadata))
-            _write_json(self.folder / "summary.json", summary)
+            write_atomically(path, safetensors.torch.save(contiguous, metadata))
+        path = self.folder / "summary.json"
+        with _disk_errors(path):
+            _write_json(path, summary)
         for tracker in self.trackers:
             tracker.finish(summary)
+            if tracker.disk_error:
+                path.unlink()  # so that the run can be resumed
+                raise DiskError(tracker.disk_error, f"free disk space, and continue with --resume {self.folder}")
 
 
 @contextmanager

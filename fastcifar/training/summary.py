@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
 
 
 class RunSummary(BaseModel):
     """The content of summary.json. Accuracies are fractions; a value that was not measured is None."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     run: str  # folder of the run
     arch: str
-    params: int = Field(ge=0)
-    macs: int = Field(ge=0)
+    params: Count
+    macs: Count
     recipe: str  # name
     config: Annotated[dict[str, Any], AfterValidator(upgrade_options)]  # options of the recipe
-    seed: int
-    epochs: int = Field(ge=0)
-    steps: int = Field(ge=0)
-    images_trained: int = Field(ge=0)  # in all epochs
+    seed: Count
+    epochs: Count
+    steps: Count
+    images_trained: Count  # in all epochs
     device: str
     loader: str
     compiled: bool
@@ -45,21 +46,21 @@ class RunSummary(BaseModel):
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
-    val_total: int | None = None  # number of validation images
+    val_total: Count | None = None  # number of validation images
     test_acc: Fraction | None  # with the weights that `eval_weights` selects: correct / total
     test_acc_ema: Fraction | None  # of the moving average of the weights
     test_acc_tta: Fraction | None  # with test-time augmentation
     test_loss: float | None  # mean cross-entropy in nats
-    correct: int | None
-    total: int | None
+    correct: Count | None
+    total: Count | None
     ece: float | None  # expected calibration error
     per_class: dict[str, Fraction | None]  # empty if there is no test set
-    confusion: list[list[int]] = []  # a row for each label and a column for each predicted class
+    confusion: list[list[Count]] = []  # a row for each label and a column for each predicted class
     official_data: bool
     data_digest: str | None = None  # `Dataset.digest`
     images_per_s: float  # in training, without setup, compilation and evaluation
     seconds: dict[str, Seconds]  # of "setup", "compile", "train", "eval" and "total"
-    peak_memory_bytes: int | None
+    peak_memory_bytes: Count | None
     stop_reason: str
     complete: bool  # trained for all epochs, or stopped by `patience`
 

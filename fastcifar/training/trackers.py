@@ -58,6 +58,7 @@ class Tracker:
         self.name, self.folder = name, folder
         self.session: TrackerSession | None = None
         self.has_failed = False
+        self.disk_error = ""  # of the last attempt, if the disk was full
         self.reopen(epochs_done)
 
     def __call__(self, row: EpochRow) -> None:
@@ -70,6 +71,7 @@ class Tracker:
         """Synchronize the tracker with the rows of the first `epochs_done` epochs in events.jsonl."""
         rows = [json.loads(line) for line in read_event_lines(self.folder / "events.jsonl", epochs_done)]
         self.close("FAILED")
+        self.disk_error = ""
         with self._errors_as_warning():
             self.session = TRACKERS[self.name].open(self.folder, {row["epoch"] for row in rows})
         logged_epochs = self.session.logged_epochs if self.session else set()
@@ -97,6 +99,8 @@ class Tracker:
             yield
         except Exception as error:  # the libraries raise many types for database, disk and server errors
             self.session = None
+            if "disk is full" in str(error) or "No space left on device" in str(error):  # SQLite's and the system's
+                self.disk_error = f"cannot write the data of {self.name} of {self.folder}: {_describe_error(error)}"
             if not self.has_failed:
                 warnings.warn(
                     f"{self.name} failed ({_describe_error(error)}); training continues, and missing rows are "

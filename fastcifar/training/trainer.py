@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import Loader
 from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
+from fastcifar.errors import NonFiniteError
 from fastcifar.format import format_options
 from fastcifar.models import count_parameters
 from fastcifar.recipe import Recipe
@@ -296,18 +298,33 @@ class Trainer:
         return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
     def validate(self) -> ValidationMetrics:
-        """Evaluate on the validation split, if there is one, on rank 0, and return the metrics on all ranks."""
+        """Evaluate on the validation split, if there is one, on rank 0, and return the metrics on all ranks.
+
+        Raises `NonFiniteError` on all ranks if a loss is not finite.
+        """
         metrics: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
+        error = None
         if len(self.val_split.labels) and self.world.is_main_process:
-            scores = self._evaluate(self.val_split)
-            metrics["val_loss"], metrics["val_acc"] = scores.loss, scores.accuracy
-            if self.ema:
-                with self.ema.averaged_weights():
-                    metrics["ema_val_acc"] = self._evaluate(self.val_split).accuracy
-        return self.world.broadcast_object(metrics)
+            try:
+                scores = self._evaluate(self.val_split)
+                metrics["val_loss"], metrics["val_acc"] = scores.loss, scores.accuracy
+                if self.ema:
+                    with self.ema.averaged_weights():
+                        metrics["ema_val_acc"] = self._evaluate(self.val_split).accuracy
+            except NonFiniteError as non_finite:
+                error = non_finite
+        metrics, error = self.world.broadcast_object((metrics, error))
+        if error:
+            raise error
+        return metrics
 
     def _evaluate(self, split: Split, tta: str = "none") -> Scores:
-        return evaluate(self.model, self.eval_forward, split, self.device, tta)
+        scores = evaluate(self.model, self.eval_forward, split, self.device, tta)
+        if not math.isfinite(scores.loss):
+            name = "validation" if split is self.val_split else "test"
+            problem = f"the loss on the {name} images was not finite after step {self.progress.step}"
+            raise NonFiniteError(problem, "use a smaller --lr, --precision fp32, or --on-nan rollback")
+        return scores
 
     def test(self, best_checkpoint: Path) -> tuple[Scores | None, float | None, float | None]:
         """Return the test scores and the accuracies of the EMA and with TTA; leave the `eval_weights` in the model.

@@ -22,6 +22,23 @@ CLASSES = ["airplane", "cat", "dog, small"]
 PROBABILITIES = np.array([[0.2, 0.5, 0.3], [0.1234567, 0.0, 0.8765433]])
 
 
+def test_fault43_fault31_ids_are_neutralized_and_written_in_every_format(tmp_path: Path) -> None:
+    ids = ["=1+1", "+a", "-b", "@c", "\t=d", "a\nb", "caf\udce9", "~", "plain", "x" * 500]
+    columns = {"ID": ids, "=x": [-1.5, *range(9)]}
+    write_predictions(tmp_path / "a.csv", columns)
+    write_predictions(tmp_path / "a.jsonl", columns)
+    with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["ID", "'=x"]
+    assert [row[0] for row in rows] == [
+        "'=1+1", "'+a", "'-b", "'@c", "'\t=d", "a\nb", r"caf\udce9", "~", "plain", "x" * 500
+    ]  # fmt: skip
+    assert rows[0][1] == "-1.5"
+    assert list(read_predictions(tmp_path / "a.csv")) == [row[0] for row in rows]
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["ID"] for line in lines] == ids
+
+
 def test_columns() -> None:
     assert PredictionFormat().build_columns([9, 4], PROBABILITIES, CLASSES) == {"ID": [9, 4], "Labels": [1, 2]}
     all_columns = PredictionFormat(use_class_names=True, top_k=2, with_probabilities=True)

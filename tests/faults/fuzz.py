@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import pickle
 import random
 import resource
@@ -33,7 +34,7 @@ from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
-from fastcifar.reporting import aggregate, records
+from fastcifar.reporting import aggregate, records, runs
 from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 from fastcifar.training import checkpoint, metrics_file
 from fastcifar.training.environment import read_environment
@@ -72,6 +73,35 @@ def mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
         else:
             blob = blob[:position] + rng.randbytes(min(size, 16)) + blob[position + size :]
     return blob[: rng.randrange(len(blob) + 1)] if rng.random() < 0.1 else blob
+
+
+# Values of other types than a document should have, and those that cannot be written again
+ODD_VALUES = [math.nan, math.inf, 10**400, -1, 2.5, 1e308, True, None, "", "\ud800", "[/x]", "\x1b[1m", "a\nb", [], {},
+              [{}], {"a": [1, "b"]}, "\x00", "x" * 500, "=1+1", "../..", [[1, 2], 3]]  # fmt: skip
+MAX_NESTING = 20_000
+
+
+def mutate_types(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """Return a random seed that is JSON, with one to three values removed or replaced by others; else `mutate`."""
+    try:
+        document = json.loads(rng.choice(seeds).splitlines()[0])
+    except (ValueError, IndexError):
+        return mutate(rng, seeds)
+    for _ in range(rng.randint(1, 3)):
+        container = document
+        while isinstance(container, dict | list) and container:
+            key = rng.choice(list(container)) if isinstance(container, dict) else rng.randrange(len(container))
+            child = container[key]
+            if not (isinstance(child, dict | list) and child) or rng.random() < 0.3:
+                if rng.random() < 0.2:
+                    del container[key]
+                else:
+                    container[key] = rng.choice([*ODD_VALUES, "NESTED"])
+                break
+            container = child
+    nested = rng.choice(["[", '{"a":']) * MAX_NESTING
+    text = json.dumps(rng.choice([document] * 8 + [[document], 3, None]))
+    return text.replace('"NESTED"', nested).encode() + b"\n"
 
 
 def small_dataset_spec() -> DatasetSpec:
@@ -146,6 +176,7 @@ def report_reader(name: str) -> Callable[[Path, bytes], Any]:
         for file, content in REPORT_FILES.items():
             parent = folder if file == "trials.jsonl" else run_folder
             (parent / file).write_bytes(blob if file == name else content)
+        json.dumps([runs.list_runs(folder), runs.list_runs(folder / "runs")])
         table = build_report_table(aggregate.group_runs(records.read_records([folder])))
         return [write(table) for write in TABLE_FORMATS.values()]
 
@@ -239,7 +270,7 @@ def main() -> None:
     def inputs(name: str) -> Iterator[bytes]:
         deadline = time.monotonic() + arguments.seconds / len(READERS)
         while time.monotonic() < deadline:
-            yield mutate(rng, READERS[name][0])
+            yield rng.choice([mutate, mutate_types])(rng, READERS[name][0])
 
     trials = []
     for name in READERS:

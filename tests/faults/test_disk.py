@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastcifar import files
 from fastcifar.device import as_memory_error
 from fastcifar.errors import DiskError
+from fastcifar.evaluation import export
 from fastcifar.recipe import Recipe
-from fastcifar.training import build, trainer
+from fastcifar.training import build, trackers, trainer
 from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from tests.faults.runs import contents, last
@@ -100,6 +103,63 @@ def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_pat
     assert not list((tmp_path / "run").rglob("*.tmp"))
     train(Recipe(resume=str(tmp_path / "run"), epochs=3))
     assert last(tmp_path / "run")["step"] == step + 5
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "summary.json"])
+def test_fault41_full_disk_in_the_last_write_and_the_run_is_finished_later(
+    name: str, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_durably = files._write_durably
+
+    def write(path: Path, content: Any) -> None:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_durably(path, content)
+
+    monkeypatch.setattr(files, "_write_durably", write)
+    with pytest.raises(DiskError, match=rf"cannot write \S+{re.escape(name)}: No space left on device") as caught:
+        train(tiny())
+    assert caught.value.exit_code == 7
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    monkeypatch.undo()
+    summary = train(Recipe(resume=str(tmp_path / "run")))
+    assert (summary.complete, summary.steps) == (True, 10)
+    assert (tmp_path / "run" / "weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "pt2", "onnx"])
+def test_fault41_full_disk_in_export(format: str, tiny: MakeRecipe, tmp_path: Path) -> None:
+    train(tiny(max_steps=2))
+    before = contents(tmp_path)
+    out = tmp_path / f"model.{format}"
+    with file_size_limit(5000), pytest.raises(DiskError, match=rf"cannot write {out}: File too large; ") as caught:
+        export.export_model(str(tmp_path / "run"), format, out)
+    assert caught.value.exit_code == 7
+    assert contents(tmp_path) == before
+
+
+def test_fault41_full_disk_in_the_database_of_mlflow_at_the_end(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any tracker can be replaced by one whose last writes fail; `is_full` says when."""
+    is_full = [True]
+
+    def finish(_: Any) -> None:
+        if is_full[0]:
+            raise RuntimeError("(sqlite3.OperationalError) database or disk is full")
+
+    session = trackers.TrackerSession(lambda *_: None, finish, lambda _: None, set())
+    spec = trackers.TRACKERS["mlflow"]._replace(open=lambda *_: session, require_usable=lambda _: None)
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", spec)
+    with (
+        pytest.warns(UserWarning, match="mlflow failed"),
+        pytest.raises(DiskError, match=r"mlflow .*run.*disk is full") as caught,
+    ):
+        train(tiny(track="mlflow"))
+    assert (caught.value.exit_code, (tmp_path / "run" / "summary.json").exists()) == (7, False)
+    is_full[0] = False
+    assert train(Recipe(resume=str(tmp_path / "run"))).complete
 
 
 def test_fault07_estimated_checkpoint_size_is_close(tiny: MakeRecipe, tmp_path: Path) -> None:

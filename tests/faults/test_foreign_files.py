@@ -437,3 +437,64 @@ def test_fault37_commands_end_at_once(tmp_path: Path) -> None:
     ):
         result = run_fastcifar(*arguments, cwd=tmp_path)
         assert (result.returncode, result.stderr.count("\n")) == (code, 1), (arguments, result.stderr)
+
+
+# changes of a finished run's summary.json that make it damaged
+DAMAGED_SUMMARIES: dict[str, dict[str, Any]] = {
+    "infinite epochs": {"epochs": float("inf")},
+    "huge total": {"total": 10**400},
+    "huge macs": {"macs": 10**400},
+    "nan": {"test_loss": float("nan")},
+    "surrogate": {"recipe": "\ud800"},
+    "negative": {"seed": -1},
+    "containers": {"per_class": [1], "seconds": []},
+    "nested confusion": {"confusion": [[[1]]]},
+}
+DAMAGED_TEXTS = {
+    "list": "[1, 2]",
+    "nested lists": "[" * 20_000,
+    "nested dicts": '{"a":' * 20_000,
+    "huge exponent": '{"epochs": 1e999}',
+    "not UTF-8": "\udcff",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED_SUMMARIES, *DAMAGED_TEXTS])
+def test_fault38_a_damaged_summary_is_listed_and_the_other_runs_as_they_are(name: str, tmp_path: Path) -> None:
+    good, bad = (write_run(tmp_path / folder, [0.5], 0.25, seed=seed) for folder, seed in (("good", 1), ("bad", 2)))
+    file = bad / "summary.json"
+    text = DAMAGED_TEXTS.get(name) or json.dumps(json.loads(file.read_text()) | DAMAGED_SUMMARIES.get(name, {}))
+    file.write_bytes(text.encode(errors="surrogateescape") if name != "empty" else b"")
+    assert {entry["name"]: entry["state"] for entry in runs.list_runs(tmp_path)} == {
+        str(good): "finished", str(bad): "damaged"
+    }  # fmt: skip
+    states = {record.folder: record.state for record in records.read_records([good, bad])}
+    assert states == {good: "done", bad: "damaged"}
+    with pytest.raises(UserError, match=r"bad: summary\.json"):
+        compare.compare_paths(good, bad)
+
+
+@pytest.mark.parametrize("file", ["recipe.toml", "env.json", "metrics.csv", "events.jsonl"])
+@pytest.mark.parametrize(
+    "text", [*DAMAGED_TEXTS.values(), "a = " + "[" * 20_000, "epochs = nan", "save_every = '\u00b2e'"]
+)
+def test_fault38_other_damaged_documents_of_a_run(file: str, text: str, tmp_path: Path) -> None:
+    good, bad = (write_run(tmp_path / folder, [0.5], 0.25) for folder in ("good", "bad"))
+    (bad / file).write_bytes(text.encode(errors="surrogateescape"))
+    states = {entry["name"]: entry["state"] for entry in runs.list_runs(tmp_path)}
+    assert states[str(good)] == "finished"
+    assert states[str(bad)] in ("finished", "damaged")
+    assert len(records.read_records([good, bad])) == 2
+    assert isinstance(in_time(lambda: train(Recipe(resume=str(bad), epochs=1))), UserError)
+
+
+@pytest.mark.parametrize("sort", ["arch", "recipe", "date", "seconds", "val_acc"])
+def test_fault38_a_listing_is_sorted_with_values_of_strangers(sort: str, tmp_path: Path) -> None:
+    for name, changes in (("a", {"arch": ""}), ("b", {}), ("c", {"arch": "x"})):
+        write_run(tmp_path / name, [0.5], environment={"started": "9" * 400, "recipe": name and "[/x]"})
+        recipe = (tmp_path / name / "recipe.toml").read_text()
+        (tmp_path / name / "recipe.toml").write_text(recipe.replace('"se68"', json.dumps(changes.get("arch", "se68"))))
+    os.utime(tmp_path / "b" / "recipe.toml", (0, 2**40))
+    (tmp_path / "b" / "env.json").write_text("{}")
+    assert len(runs.list_runs(tmp_path, sort)) == 3

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from tests.faults.fuzz import READERS, fuzz_reader, mutate
+from tests.faults.fuzz import READERS, fuzz_reader, mutate, mutate_types
 
 OPTIONS = sorted(Recipe.model_fields)
 VALUES = st.one_of(
@@ -34,6 +34,13 @@ def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, t
     assert fuzz_reader(name, iter(seeds))["read"] == len(seeds)
     rng = random.Random(name)
     assert fuzz_reader(name, (mutate(rng, seeds) for _ in range(250)))["inputs"] == 250
+
+
+@pytest.mark.parametrize("name", ["manifest", "env.json", "events.jsonl", "summary.json of a report",
+                                  "trials.jsonl of a report"])  # fmt: skip
+def test_fault38_documents_of_other_types_are_rejected_or_read(name: str) -> None:
+    rng = random.Random(name)
+    assert fuzz_reader(name, (mutate_types(rng, READERS[name][0]) for _ in range(250)))["inputs"] == 250
 
 
 @settings(max_examples=300, deadline=None)

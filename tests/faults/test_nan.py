@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import trainer as trainer_module
 from fastcifar.training.build import build_trainer
+from fastcifar.training.evaluate import evaluate
 from fastcifar.training.resolve import resolve
 from fastcifar.training.step import loss_and_correct
 from fastcifar.training.train import train
@@ -174,6 +176,86 @@ def test_fault14_rollback_is_reproducible_and_survives_an_interruption(
     uninterrupted, resumed = (last(tmp_path / name) for name in ("run", "again"))
     assert uninterrupted["rollbacks"] == resumed["rollbacks"] == 2
     assert summary(tmp_path / "run")["steps"] == summary(tmp_path / "again")["steps"] == 15
+
+
+class BadEvaluation:
+    """Replaces `evaluate`: the losses of the calls with these numbers (from 1) are not finite."""
+
+    def __init__(self, calls: set[int], value: float = math.nan) -> None:
+        self.calls, self.value, self.count = calls, value, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.count += 1
+        scores = evaluate(*args)
+        return replace(scores, loss=self.value) if self.count in self.calls else scores
+
+
+# what is not finite -> calls of `evaluate`: validation of the weights and of their average, epoch by epoch, then tests
+BAD_EVALUATIONS = {"validation": ({3}, math.nan), "infinite": ({3}, math.inf), "average": ({4}, math.nan)}
+
+
+@pytest.mark.parametrize("name", BAD_EVALUATIONS)
+def test_fault42_a_loss_that_is_not_finite_in_the_validation_ends_or_rolls_back_the_run(
+    name: str, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, value = BAD_EVALUATIONS[name]
+    monkeypatch.setattr(trainer_module, "evaluate", BadEvaluation(calls, value))
+    with pytest.raises(
+        NonFiniteError, match="the loss on the validation images was not finite after step 10; "
+    ) as caught:
+        train(tiny(epochs=3, ema_decay=0.9))
+    assert caught.value.exit_code == 5
+    assert (last(tmp_path / "run")["step"], len(rows(tmp_path / "run"))) == (5, 1)
+    monkeypatch.setattr(trainer_module, "evaluate", BadEvaluation(calls, value))
+    assert train(tiny(epochs=3, ema_decay=0.9, on_nan="rollback", out=str(tmp_path / "back"))).complete
+    assert last(tmp_path / "back")["rollbacks"] == 1
+    assert len(rows(tmp_path / "back")) == 3
+    for file in (tmp_path / "back").glob("*.json*"):
+        assert "NaN" not in file.read_text()
+        assert "Infinity" not in file.read_text()
+
+
+def test_fault42_a_test_loss_that_is_not_finite_is_an_error(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "evaluate", BadEvaluation({3}))
+    with pytest.raises(NonFiniteError, match="the loss on the test images was not finite after step 10; "):
+        train(tiny())
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.undo()
+    assert train(Recipe(resume=str(tmp_path / "run"))).complete
+
+
+@pytest.mark.parametrize("part", ["running_mean", "running_var", "average"])
+@pytest.mark.parametrize("val_size", [0, 40])
+def test_fault42_a_buffer_that_is_not_finite(
+    part: str, val_size: int, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only running statistics, or the average of the weights, become NaN in step 8, without a NaN in the loss."""
+    built: list[Trainer] = []
+
+    def build(*args: Any) -> Trainer:
+        built.append(build_trainer(*args))
+        return built[-1]
+
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer, batch: Any) -> None:
+        train_step(trainer, batch)
+        if trainer.progress.step == 8 and not trainer.progress.rollbacks:
+            assert trainer.ema
+            tensors = trainer.ema.average if part == "average" else dict(trainer.model.named_buffers())
+            next(value for key, value in tensors.items() if part == "average" or key.endswith(part)).fill_(math.nan)
+
+    monkeypatch.setattr("fastcifar.training.train.build_trainer", build)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    options = {"epochs": 3, "ema_decay": 0.9, "val_size": val_size, "batch_size": 32 if val_size else 40}
+    with pytest.raises(NonFiniteError) as caught:
+        train(tiny(**options))
+    assert caught.value.exit_code == 5
+    assert last(tmp_path / "run")["step"] == 5
+    assert train(tiny(**options, on_nan="rollback", out=str(tmp_path / "back"))).complete
+    assert last(tmp_path / "back")["rollbacks"] == 1
 
 
 def test_fault14_at_most_three_rollbacks(

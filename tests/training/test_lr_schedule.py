@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
-from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule
+from fastcifar.training.lr_schedule import SCHEDULES, LRSchedule, parse_schedule
 from tests.training.optimizer_helpers import build_schedule
 
 STEPS = 40  # 10 epochs of 4 steps
@@ -143,3 +143,35 @@ def test_schedules_that_do_not_fit_the_recipe_are_rejected() -> None:
         schedule("cosine", epochs=2, warmup_epochs=2)
     with pytest.raises(UsageError, match="--val-size"):
         schedule("plateau", val_size=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule_text", "warmup", "remedy"),
+    [
+        ("one_cycle", 2, "one_cycle:0.2 to rise for 2 epochs"),
+        ("one_cycle:0.5", 1, "one_cycle:0.1 to rise for 1 epochs"),
+        ("triangular", 2.5, "triangular:0.25 to rise for 2.5 epochs"),
+        ("triangular:0.9", 20, "triangular:0.999 to rise for 20 epochs"),
+    ],
+)
+def test_fault45_no_warmup_before_a_schedule_that_rises(schedule_text: str, warmup: float, remedy: str) -> None:
+    message = (
+        f"--schedule {schedule_text} rises by itself and does not need --warmup-epochs; set --warmup-epochs 0 and "
+    )
+    with pytest.raises(UsageError) as caught:
+        parse_schedule(Recipe(schedule=schedule_text, epochs=10, warmup_epochs=warmup))
+    assert str(caught.value) == f"{message}--schedule {remedy}"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fault45_other_schedules_have_a_warmup(name: str) -> None:
+    """The rate rises to its peak once: a schedule either starts at the peak, or refuses a warm-up."""
+    recipe = Recipe(schedule=name, epochs=10, warmup_epochs=2)
+    if name in ("one_cycle", "triangular"):
+        with pytest.raises(UsageError, match="rises by itself"):
+            parse_schedule(recipe)
+    else:
+        rates = [LRSchedule(recipe, parse_schedule(recipe), 5).lr_at(step) for step in range(11)]
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[10] == pytest.approx(0.1)
