@@ -148,12 +148,12 @@ class Run:
     def checkpoint_path(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.pt"
 
-    def finish(self, summary: RunSummary, weights: dict[str, Tensor]) -> None:
+    def finish(self, summary: RunSummary, weights: dict[str, Tensor], classes: Sequence[str]) -> None:
         """Write summary.json and weights.safetensors (the evaluated weights), and log the summary in the trackers."""
         path = self.folder / "weights.safetensors"
         with _disk_errors(path):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-            metadata = safetensors_metadata(summary.config, list(summary.per_class))
+            metadata = safetensors_metadata(summary.config, classes)
             write_atomically(path, safetensors.torch.save(contiguous, metadata))
         path = self.folder / "summary.json"
         with _disk_errors(path):

@@ -65,7 +65,7 @@ def train(
             with clock.phase("eval"):
                 test_scores = trainer.test(run.checkpoint_path("best"))
             summary = summarize_run(trainer, run, clock, *test_scores)
-            run.finish(summary, trainer.model.state_dict())
+            run.finish(summary, trainer.model.state_dict(), trainer.data.classes)
         return world.broadcast_object(summary)
 
 

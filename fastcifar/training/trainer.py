@@ -298,10 +298,7 @@ class Trainer:
         return [*self.model.state_dict().values(), *(tensor for part in parts for tensor in part.state_tensors())]
 
     def validate(self) -> ValidationMetrics:
-        """Evaluate on the validation split, if there is one, on rank 0, and return the metrics on all ranks.
-
-        Raises `NonFiniteError` on all ranks if a loss is not finite.
-        """
+        """Evaluate on the validation split on rank 0; return the metrics, or raise `NonFiniteError`, on all ranks."""
         metrics: ValidationMetrics = {"val_loss": None, "val_acc": None, "ema_val_acc": None}
         error = None
         if len(self.val_split.labels) and self.world.is_main_process:
