@@ -16,7 +16,7 @@ from fastcifar.errors import DataError
 IMAGE_SIZE = (32, 32)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"})
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # of these suffixes; Pillow reads other formats by other programs
-MAX_PIXELS = 25_000_000  # checked in the header; decoding takes 4 to 16 bytes per pixel
+MAX_DECODED_BYTES = 2**28  # of an image; checked in its header, before decoding
 MAX_FILE_BYTES = 2**27
 BACKGROUND = (255, 255, 255)  # color behind transparent pixels
 HIDDEN_NAMES = frozenset({"__MACOSX"})  # besides names that start with a dot
@@ -102,7 +102,7 @@ def decode_image(file: Path, resize: bool = False) -> np.ndarray:
                 image.load()
                 return _to_rgb_array(image)
     except _SIZE_ERRORS:
-        raise DataError(f"{file} has more than {MAX_PIXELS:,} pixels", "make it smaller") from None
+        raise DataError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels", "make it smaller") from None
     except _DECODING_ERRORS as error:
         formats = f"its content is not {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
         reason = formats if isinstance(error, UnidentifiedImageError) else error
@@ -114,9 +114,12 @@ def _check_header(image: Image.Image, file: Path, resize: bool) -> None:
     size = f"{image.width}x{image.height}"
     if not resize and image.size != IMAGE_SIZE:
         raise DataError(f"{file} is {size}, expected 32x32", "resize the images of the data set to 32x32 pixels")
-    if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{file} has {size} pixels, expected at most {MAX_PIXELS:,}", "make it smaller")
-    if "transparency" in image.info and ";16" in str(getattr(image, "tile", "")):
+    has_color_key = "transparency" in image.info
+    # Pillow decodes WebP in several buffers, and copies an image to change its mode or to resize it with transparency.
+    bytes_per_pixel = 16 if image.format == "WEBP" else 4 if image.mode == "RGB" and not has_color_key else 12
+    if image.width * image.height > (max_pixels := MAX_DECODED_BYTES // bytes_per_pixel):
+        raise DataError(f"{file} has {size} pixels, expected at most {max_pixels:,}", "make it smaller")
+    if has_color_key and ";16" in str(getattr(image, "tile", "")):
         raise ValueError("a transparent color of 16 bits cannot be compared with pixels of 8 bits")
 
 

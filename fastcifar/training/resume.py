@@ -39,7 +39,6 @@ from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgr
 from fastcifar.training.trainer import Trainer
 
 MAX_ROLLBACKS = 3  # after this many rollbacks, the next NaN or Inf ends the run
-DATA_REMEDY = "give the --data that the run was trained on"
 RESUME_REMEDY = "give --resume a run folder, a .pt file or auto"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -88,6 +87,11 @@ class ResumePoint:
                 tracker.close(status)
         if self.lock:
             self.lock.release()
+
+    def require_same_data(self, trainer: Trainer) -> None:
+        """Raise `CheckpointError` if the run to be resumed was trained on other data than that of `trainer`."""
+        if self.state:
+            require_same_data(trainer, self.state)
 
     def open_run_on_all_ranks(self, trainer: Trainer, clock: Clock, callbacks: EpochCallbacks = ()) -> Run:
         """Load the checkpoint into `trainer` and `clock`, then create or reopen the run folder on rank 0.
@@ -327,27 +331,28 @@ def require_resumable_state(state: TrainingCheckpoint, source: Path) -> Training
     return state
 
 
-def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
-    """Load a checkpoint into `trainer`. Raises `CheckpointError` if it does not fit the data or network."""
-    num_images, classes, remedy = len(trainer.train_split.labels), list(trainer.data.classes), DATA_REMEDY
+def require_same_data(trainer: Trainer, state: TrainingCheckpoint) -> None:
+    """Raise `CheckpointError` unless `trainer` has the images and labels, in their order, of the run in `state`."""
+    num_images, classes, source = len(trainer.train_split.labels), list(trainer.data.classes), trainer.data.source
+    problem = ""
     if (num_images, len(classes)) != (state["samples"], len(state["classes"])):
-        raise CheckpointError(
-            f"the checkpoint was trained on {state['samples']:,} images of {len(state['classes'])} classes, "
-            f"not on {num_images:,} images of {len(classes)} classes",
-            remedy,
+        problem = (
+            f"{state['samples']:,} images of {len(state['classes'])} classes, "
+            f"not on {num_images:,} images of {len(classes)} classes"
         )
-    if classes != state["classes"]:
-        raise CheckpointError(
-            f"the checkpoint was trained on other classes than those of {trainer.data.source}", remedy
-        )
-    if "data_digest" not in state:
-        warnings.warn(
-            "the checkpoint does not identify its training images: only their number is checked", stacklevel=2
-        )
+    elif classes != state["classes"]:
+        problem = f"other classes than those of {source}"
+    elif "data_digest" not in state:
+        warnings.warn("the checkpoint does not identify its images: only their number is checked", stacklevel=2)
     elif state["data_digest"] != trainer.data.digest:
-        source = trainer.data.source
-        problem = f"the checkpoint was trained on other images or labels than those of {source}, or in another order"
-        raise CheckpointError(problem, remedy)
+        problem = f"other images or labels than those of {source}, or in another order"
+    if problem:
+        remedy = "give the --data that the run was trained on"
+        raise CheckpointError(f"the checkpoint was trained on {problem}", remedy)
+
+
+def load_trainer_state(trainer: Trainer, state: TrainingCheckpoint) -> None:
+    """Load a checkpoint into `trainer`. Raises `CheckpointError` if it does not fit the network."""
     try:
         trainer.load_state_dict(state)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:

@@ -47,6 +47,7 @@ def train(
         with clock.phase("setup"):
             trainer = build_trainer(resolve(resume_point.recipe))
         print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
+        resume_point.require_same_data(trainer)
         with clock.phase("compile"), show_compilation(console, trainer.execution.compile):
             trainer.optimize(start_loader=False)
             if resume_point.is_new:

@@ -212,7 +212,14 @@ TOO_LARGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a declared size of 90 gigapixels": ("a.ppm", lambda path: path.write_bytes(b"P6 300000 300000 255\n"), "refused"),
     "a file of 10 gigabytes": (
         "a.bmp", lambda path: (Image.new("L", (32, 32)).save(path), os.truncate(path, 10**10)), "refused"),
-    "24 megapixels with alpha": ("a.png", lambda path: Image.new("RGBA", (6000, 4000)).save(path), "read"),
+    "24 megapixels with alpha": ("a.png", lambda path: Image.new("RGBA", (6000, 4000)).save(path), "refused"),
+    "21 megapixels with alpha": ("a.png", lambda path: Image.new("RGBA", (6000, 3500)).save(path), "read"),
+    "21 megapixels with a transparent color": (
+        "a.png", lambda path: Image.new("RGB", (6000, 3500)).save(path, transparency=(1, 2, 3)), "read"),
+    "21 megapixels of 16 bits": ("a.png", lambda path: Image.new("I;16", (6000, 3500)).save(path), "read"),
+    "24 megapixels of WebP": ("a.webp", lambda path: Image.new("RGB", (6000, 4000)).save(path, method=0), "refused"),
+    "16 megapixels of WebP": ("a.webp", lambda path: Image.new("RGB", (4000, 4000)).save(path, method=0), "read"),
+    "60 megapixels of JPEG": ("a.jpg", lambda path: Image.new("RGB", (10000, 6000)).save(path), "read"),
 }  # fmt: skip
 
 

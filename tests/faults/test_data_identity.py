@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastcifar.benchmark.speedrun import speedrun
 from fastcifar.cli.tables import scores_table, summary_table
 from fastcifar.data import cifar
 from fastcifar.errors import CheckpointError, DataError, UsageError
@@ -30,6 +31,7 @@ from fastcifar.reporting.compare import compare_paths
 from fastcifar.reporting.report import build_report
 from fastcifar.reporting.run_plots import write_run_plots
 from fastcifar.reporting.runs import list_runs
+from fastcifar.sweep.sweep import count_training_steps
 from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
 from fastcifar.training.summary import read_summary
@@ -187,7 +189,7 @@ def test_fault27_a_checkpoint_without_a_digest_goes_on_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluate_run(str(old))["temperature_missing"] == evaluate_run(run)["temperature_missing"]
-    with pytest.warns(UserWarning, match="does not identify its training images") as caught:
+    with pytest.warns(UserWarning, match="does not identify its images") as caught:
         train(Recipe(resume=str(old), out=str(tmp_path / "resumed"), max_steps=4))
     assert len(caught) == 1
 
@@ -308,3 +310,19 @@ def test_fault29_the_number_of_test_images_is_said_in_one_line(tiny: MakeRecipe,
     trainer = build_trainer(resolve(tiny(data=str(root), val_size=None)))
     [line] = [line for line in trainer.summary_lines() if line.startswith("data:")]
     assert line.endswith("40 training, 12 validation, no test images, so test_acc will be null")
+
+
+def test_fault29_speedrun_and_bench_and_the_plan_of_a_sweep_with_a_validation_split_of_its_own(
+    tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    root = write_noise(tmp_path / "data", NAMES, {"train": 20, "val": 6})
+    recipe = tiny(data=str(root), val_size=None, epochs=1, out=None)
+    recipe_file = tmp_path / "small.toml"
+    recipe_file.write_text(recipe.to_toml())
+    with pytest.raises(DataError, match="has no test set"):
+        speedrun(recipe_name=str(recipe_file), out=str(tmp_path / "a"))
+    result = speedrun(recipe_name=str(recipe_file), eval_split="val", out=str(tmp_path / "b"), tta="none")
+    assert result.n == 1
+    trainer = build_trainer(resolve(recipe.model_copy(update={"val_size": 0})), use_val_folder=False)
+    assert (len(trainer.train_split.labels), len(trainer.val_split.labels)) == (40, 0)
+    assert count_training_steps(recipe, trainer.data) == trainer.loader.steps_per_epoch
