@@ -136,9 +136,9 @@ def runs_table(entries: Sequence[ListingEntry]) -> NumericTable:
     numbers = ("val %", "test %", "epochs", "time", "MB", "date", "arch", "recipe")
     table = NumericTable(["state"], numbers, num_required=3, path="folder")
     for entry in entries:
-        failed = entry.get("trials", {}).get("failed")
+        failed = entry.get("trials", {}).get("failed") if entry["state"] == "finished" else None
         table.add_row(
-            entry["state"] + (f", {failed} failed" if failed else ""),
+            f"{failed} failed" if failed else entry["state"],
             *(format_decimal(accuracy, 2, 100) for accuracy in (entry["val_acc"], entry["test_acc"])),
             format_count(entry["epochs"]),
             format_duration(entry["seconds"]),
