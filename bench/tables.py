@@ -228,6 +228,22 @@ def faults() -> str:
     return table(heading, rows)
 
 
+def kernels() -> str:
+    """Return the table of the compiled kernels: one row for each compute capability."""
+    heading = (
+        "| compute capability | kernels | with all block sizes | most registers | most shared memory (bytes) "
+        "| kernels that spill registers | result folder |"
+    )
+    rows = [
+        f"| {row['capability']} | {row['kernels']:,} | {row['compiled']:,} | {row['registers']} "
+        f"| {row['shared_bytes']:,} | {row['spilling']} | `{folder.name}` |"
+        for folder, summary, _ in recorded("rows")
+        for row in summary["rows"]
+        if row["workload"] == "all"
+    ]
+    return table(heading, rows)
+
+
 def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """Yield (folder, summary, environment) of every result whose summary has the key `key`, oldest first."""
     for path in sorted(RESULTS.glob("*/summary.json")):
@@ -246,6 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speedruns": speedruns,
     "pairs": pairs,
     "faults": faults,
+    "kernels": kernels,
 }
 
 
