@@ -239,7 +239,7 @@ def kernels() -> str:
         f"| {row['shared_bytes']:,} | {row['spilling']} | `{folder.name}` |"
         for folder, summary, _ in recorded("rows")
         for row in summary["rows"]
-        if row["workload"] == "all"
+        if row.get("workload") == "all"
     ]
     return table(heading, rows)
 
