@@ -86,6 +86,8 @@ def ray_executor(options: ExecutorOptions) -> Executor:
 
     A task whose worker process dies is retried; it resumes if it can read its run folder.
     """
+    if options.address == "local":  # otherwise, Ray listens on all interfaces, and runs the code that it receives
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported, on every system
     ray = import_optional("ray", f"{extra_remedy('ray')}, or use --executor processes")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     cores = options.jobs and options.jobs * (options.cpus or 1)

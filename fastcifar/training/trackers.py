@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, first_message_line, lookup
-from fastcifar.files import load_toml, lock_folder, read_json_object
+from fastcifar.files import load_toml, lock_folder, read_json_object, write_atomically
 from fastcifar.recipe import Recipe
 from fastcifar.training.metrics_file import METRICS_COLUMNS, EpochRow, read_event_lines
 from fastcifar.training.summary import RunSummary
 
 MLFLOW_DATABASE, MLFLOW_ARTIFACTS, MLFLOW_RUN_ID_FILE = "mlflow.db", "mlflow-artifacts", "mlflow.json"
 MLFLOW_EXPERIMENT = "fastcifar"
+MLFLOW_FOLDER_TAG = "fastcifar.folder"
 MLFLOW_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shows metric curves in MLflow's UI
 WANDB_FOLDER, WANDB_RUN_ID_FILE, WANDB_PROJECT = "wandb", "wandb.json", "fastcifar"
 # Environment variables that are set unless the user has set them: no output, no error reports, and time limits in
@@ -150,9 +151,9 @@ def open_mlflow(folder: Path, epochs: set[int]) -> TrackerSession:
 
     run_id = _find_resumable_mlflow_run(client, folder, epochs)
     if run_id is None:
-        tags = {"fastcifar.folder": str(folder.resolve())}
+        tags = {MLFLOW_FOLDER_TAG: str(folder.resolve())}
         run_id = client.create_run(experiment, run_name=folder.name, tags=tags).info.run_id
-        (folder / MLFLOW_RUN_ID_FILE).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
+        write_atomically(folder / MLFLOW_RUN_ID_FILE, (json.dumps({"run_id": run_id}) + "\n").encode())
     client.update_run(run_id, status="RUNNING")
     options = {name: str(value) for name, value in _read_options(folder).items()}
     logged_options = client.get_run(run_id).data.params  # fixed: changes of a resumed run become tags
@@ -198,7 +199,7 @@ def open_wandb(folder: Path, epochs: set[int]) -> TrackerSession:
         run.finish(exit_code=1)
         run = _start_wandb_run(folder, None)
     content = json.dumps({"run_id": run.id, "url": run.url})
-    (folder / WANDB_RUN_ID_FILE).write_text(content + "\n", encoding="utf-8")
+    write_atomically(folder / WANDB_RUN_ID_FILE, f"{content}\n".encode())
     for stale_folder in stale_folders:
         shutil.rmtree(stale_folder, ignore_errors=True)
 
@@ -294,16 +295,24 @@ def _connect_mlflow(runs_folder: Path) -> tuple[Any, str]:
 
 
 def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> str | None:
-    """Return the ID of the MLflow run of `folder`, or None. A run with an epoch not in `epochs` is deleted."""
+    """Return the ID of the MLflow run of `folder`, or None. A run with an epoch not in `epochs` is deleted.
+
+    The file with the ID, perhaps of a stranger, cannot choose the run of another folder.
+    """
     from mlflow.exceptions import MlflowException
 
-    try:
-        run_id = json.loads((folder / MLFLOW_RUN_ID_FILE).read_text(encoding="utf-8"))["run_id"]
-        is_active = client.get_run(run_id).info.lifecycle_stage == "active"
-    except (FileNotFoundError, json.JSONDecodeError):  # missing, or truncated by a killed process
+    run_id = read_json_object(folder / MLFLOW_RUN_ID_FILE).get("run_id")
+    if not isinstance(run_id, str):  # the file is missing, or was truncated by a killed process
         return None
+    try:
+        run = client.get_run(run_id)
+        is_own = run.data.tags.get(MLFLOW_FOLDER_TAG) == str(folder.resolve())
+        is_active = is_own and run.info.lifecycle_stage == "active"
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a busy database may contain the run
+        if error.error_code not in (
+            "RESOURCE_DOES_NOT_EXIST",
+            "INVALID_PARAMETER_VALUE",
+        ):  # a busy database may contain the run
             raise
         return None
     if is_active and _logged_epochs(client, run_id) <= epochs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +174,40 @@ def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatc
     (tmp_path / "full" / "runs").write_text("a file instead of a folder")
     with pytest.raises(DiskError, match=r"cannot write .*full/runs"):  # fault07
         run_sweep(source, tmp_path / "full", "remote")
+
+
+LISTEN = """
+import glob, os, sys
+from fastcifar.sweep.executors import ExecutorOptions, ray_executor
+ray_executor(ExecutorOptions(jobs=1, address="local"))
+import ray
+pids = {}
+for path in glob.glob("/proc/[0-9]*/fd/*"):
+    try:
+        pids[os.readlink(path)] = int(path.split("/")[2])
+    except OSError:
+        continue
+def parents(pid):
+    while pid > 1:
+        yield pid
+        pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+    for line in open(table).readlines()[1:]:
+        columns = line.split()
+        pid = pids.get(f"socket:[{columns[9]}]")
+        if columns[3] == "0A" and pid and os.getpid() in parents(pid):
+            print("listens", columns[1].split(":")[0])
+ray.shutdown()
+"""
+
+
+def test_fault35_a_local_ray_cluster_listens_on_loopback_only() -> None:
+    """/proc/net prints addresses as words in the order of bytes of the machine: 127.0.0.1, also as IPv6."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    run = subprocess.run([sys.executable, "-c", LISTEN], capture_output=True, text=True, timeout=120, check=False)
+    addresses = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("listens")]
+    assert len(addresses) >= 2, run.stderr
+    assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
 def test_fault24_killed_ray_worker_is_retried(tmp_path: Path) -> None:

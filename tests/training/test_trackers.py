@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,22 @@ def test_busy_database_does_not_start_another_mlflow_run(tmp_path: Path, monkeyp
     error = missing_error
     assert trackers._find_resumable_mlflow_run(Client(), tmp_path, set()) is None
     assert requested_ids == ["one", "one"]
+
+
+@pytest.mark.parametrize("tags", [{}, {"fastcifar.folder": "/another"}])
+def test_fault36_a_file_with_the_id_of_another_mlflow_run_does_not_change_that_run(
+    tags: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("mlflow.exceptions")
+    (tmp_path / "mlflow.json").write_text('{"run_id": "one"}')
+    client = SimpleNamespace(
+        get_run=lambda _: SimpleNamespace(
+            data=SimpleNamespace(tags=tags), info=SimpleNamespace(lifecycle_stage="active")
+        ),
+        get_metric_history=lambda *_: pytest.fail("it uses the run"),
+        delete_run=lambda _: pytest.fail("it deletes the run"),
+    )
+    assert trackers._find_resumable_mlflow_run(client, tmp_path, set()) is None
 
 
 def read_wandb(folder: Path) -> tuple[list[Any], Points]:
