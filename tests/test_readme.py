@@ -140,7 +140,7 @@ def test_optimizers_and_schedules_are_those_of_the_tables() -> None:
 def test_exit_codes_are_those_of_the_package() -> None:
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)]
     of_errors = {1, *(kind.exit_code for kind in errors.UserError.__subclasses__())}
-    assert listed == sorted({0, 130, 141, 143} | of_errors)  # 128 + the number of SIGINT, SIGPIPE and SIGTERM
+    assert listed == sorted({0, 129, 130, 141, 143} | of_errors)  # 128 + the number of SIGHUP, SIGINT, SIGPIPE, SIGTERM
 
 
 def test_every_folder_is_in_the_code_layout() -> None:

@@ -16,6 +16,6 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("number", [*range(1, 27), 27, 28, 29, 30, 32, 33, 47, 48])
+@pytest.mark.parametrize("number", [*range(1, 51)])
 def test_fault_has_a_test(number: int) -> None:
     assert any(f"fault{number:02d}" in name for name in NAMES)
