@@ -215,6 +215,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             if name not in type(self).model_fields:
                 remedy = renaming_remedy(name, format_name=str) or suggest_name(name, type(self).model_fields)
                 raise UsageError(f"unknown recipe key {name!r}", remedy)
+            if isinstance(options[name], str) and not options[name].isascii():
+                try:
+                    options[name].encode()
+                except UnicodeEncodeError:  # TOML and JSON cannot contain it
+                    problem = f"{option_flag(name)} {options[name]} is not UTF-8"
+                    raise UsageError(problem, "use a name in UTF-8") from None
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -52,6 +52,13 @@ VALUES = st.builds(
 )
 
 
+@pytest.mark.parametrize("name", ["out", "data", "resume"])
+def test_fault31_a_path_that_is_not_utf8_is_refused(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe(**{name: "caf\udce9"})
+    assert str(caught.value) == rf"--{name} caf\udce9 is not UTF-8; use a name in UTF-8"
+
+
 @pytest.mark.parametrize(
     ("source", "options", "expected", "message"),
     [
