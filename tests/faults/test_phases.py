@@ -17,6 +17,7 @@ from fastcifar.training import checkpoint
 from tests.faults import children
 from tests.faults.children import TINY, wait_for, wait_for_exit
 from tests.faults.runs import assert_equal_runs, rows
+from tests.sweep.sweeps import assert_equal_sweeps, write_sweep_file
 
 # phase -> module, attribute in it, and the number of the call in which the process is killed
 PHASES = {
@@ -33,9 +34,18 @@ PHASES = {
 }
 
 
-def train_and_kill(output: Path, phase: str, *arguments: str) -> None:
-    """Run `fastcifar train`; send SIGKILL to this process in the call that PHASES names."""
-    module_name, attribute, call = PHASES[phase]
+# the same for the log of the trials of a sweep: the second entry says that a trial is done, the third begins the next
+SWEEP_PHASES = {
+    **{f"{phase} of a trial": PHASES[phase] for phase in ("setup", "best checkpoint", "row", "summary", "finish")},
+    "first entry of the log": ("fastcifar.sweep.trial_log", "TrialLog.log_state", 1),
+    "entry of a finished trial": ("fastcifar.sweep.trial_log", "TrialLog.log_state", 2),
+    "entry of the next trial": ("fastcifar.sweep.trial_log", "TrialLog.log_state", 3),
+}
+
+
+def run_and_kill(output: Path, phase: tuple[str, str, int], *arguments: str) -> None:
+    """Run a command; send SIGKILL to this process in the call that `phase` names."""
+    module_name, attribute, call = phase
     owner: Any = importlib.import_module(module_name)
     *classes, name = attribute.split(".")
     for part in classes:
@@ -49,7 +59,7 @@ def train_and_kill(output: Path, phase: str, *arguments: str) -> None:
         return original(*args, **options)
 
     setattr(owner, name, kill_at_call)
-    children.fastcifar(output, 0.0, "train", *TINY, *arguments)
+    children.fastcifar(output, 0.0, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,8 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fault50_a_run_killed_in_a_phase_is_resumed_and_equal(phase: str, tmp_path: Path, full_run: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
     arguments = ("--epochs", "2", "--out", str(out), "--resume", "auto")
-    assert wait_for_exit(children.start(train_and_kill, log, phase, *arguments), 60) == -signal.SIGKILL
+    process = children.start(run_and_kill, log, PHASES[phase], "train", *TINY, *arguments)
+    assert wait_for_exit(process, 60) == -signal.SIGKILL
     for path in out.glob("checkpoints/*.pt"):
         assert checkpoint.load_checkpoint(path)["step"] % 5 == 0
     if (out / "recipe.toml").exists():
@@ -73,6 +84,30 @@ def test_fault50_a_run_killed_in_a_phase_is_resumed_and_equal(phase: str, tmp_pa
     assert wait_for_exit(children.train(log, *arguments), 60) == 0, log.read_text()
     assert_equal_runs(out, full_run)
     assert not list(out.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def full_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted sweep of two trials; its sweep file is beside it."""
+    folder = tmp_path_factory.mktemp("full_sweep")
+    source = write_sweep_file(folder, "[grid]\nlr = [0.1, 0.02]\n")
+    command = ("sweep", source, "--seeds", "1", "--out", str(folder / "sweep"))
+    assert wait_for_exit(children.start(children.fastcifar, folder / "log", 0.0, *command), 60) == 0
+    return folder / "sweep"
+
+
+@pytest.mark.parametrize("phase", SWEEP_PHASES)
+def test_fault50_a_sweep_killed_in_a_phase_of_a_trial_is_continued_and_equal(
+    phase: str, tmp_path: Path, full_sweep: Path
+) -> None:
+    log, out = tmp_path / "log", tmp_path / "sweep"
+    command = ("sweep", str(full_sweep.parent / "tiny.toml"), "--seeds", "1", "--out", str(out))
+    process = children.start(run_and_kill, log, SWEEP_PHASES[phase], *command)
+    assert wait_for_exit(process, 60) == -signal.SIGKILL
+    if (out / "trials.jsonl").exists():
+        assert runs.list_runs(tmp_path)[0]["kind"] == "sweep"
+    assert wait_for_exit(children.start(children.fastcifar, log, 0.0, *command), 60) == 0, log.read_text()
+    assert_equal_sweeps(out, full_sweep)
 
 
 @pytest.mark.parametrize("stops", [1, 3])

@@ -159,6 +159,50 @@ def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path:
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
 
+# rank that is killed, module and attribute in whose call it is killed, and the number of the call
+RANK_PHASES = {
+    "setup of rank 1": (1, "fastcifar.training.train", "build_trainer", 1),
+    "second checkpoint of rank 0": (0, "fastcifar.training.checkpoint", "_write_manifest", 3),
+}
+KILL_AT_CALL = """
+import importlib, os, signal
+from fastcifar.cli.app import main
+rank, module, name, call = {phase!r}
+module, calls = importlib.import_module(module), []
+function = getattr(module, name)
+def kill_at_call(*args, **options):
+    calls.append(1)
+    if len(calls) == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **options)
+if os.environ["RANK"] == str(rank):
+    setattr(module, name, kill_at_call)
+main()
+"""
+
+
+@pytest.mark.parametrize("name", RANK_PHASES)
+def test_fault50_a_rank_killed_in_a_phase_ends_all_and_the_run_is_resumed(name: str, tmp_path: Path) -> None:
+    out, script = tmp_path / "run", tmp_path / "child.py"
+    script.write_text(KILL_AT_CALL.format(phase=RANK_PHASES[name]))
+    arguments = ["train", *SMALL, *PLAIN, "--data", "synthetic:200", "--val-size", "40", "--batch-size", "40"]
+    arguments += ["--epochs", "3", "--resume", "auto", "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = time.monotonic()
+    code, _, errors = wait(subprocess.Popen([*command, str(script), *arguments], start_new_session=True, **options))
+    assert code != 0
+    assert time.monotonic() - started < 120, errors
+    for path in out.glob("checkpoints/*.pt"):
+        assert checkpoint.load_checkpoint(path)["step"] % 4 == 0
+    code, printed, errors = wait(
+        subprocess.Popen([*command, "-m", "fastcifar", *arguments], start_new_session=True, **options)
+    )
+    assert code == 0, errors
+    summary = json.loads(printed.strip().splitlines()[-1])
+    assert (summary["steps"], summary["complete"]) == (12, True)
+
+
 def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions(tmp_path: Path) -> None:
     """Rank 0 has a full share of the last batch of 28 images, and the others do not.
 
