@@ -248,15 +248,17 @@ def count_run_costs(trainer: Trainer) -> RunCosts:
 def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
     """Return the operations of convolutions and matrix products in the training on `num_images` images.
 
-    A multiply-accumulate is two operations. The model runs on the meta device at each image size of the recipe.
+    A multiply-accumulate is two operations. The model runs at each image size of the recipe, on the meta device if it
+    supports that.
     """
     recipe = resolved.recipe
-    with torch.device("meta"):
-        model = model_from_recipe(recipe.model_copy(update={"fused_ops": False}), num_classes)  # same operation count
+    unfused = recipe.model_copy(update={"fused_ops": False})  # the same number of operations
+    model = model_from_recipe(unfused, num_classes, for_inspection=True)
+    device = next(model.parameters()).device
     image_sizes = [resolved.image_size_at(epoch) for epoch in range(recipe.epochs)]
     flops_per_image: dict[int, float] = {}
     for size in dict.fromkeys(image_sizes):
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(FLOP_COUNT_IMAGES, 3, size, size, device="meta")).sum().backward()
+            model(torch.empty(FLOP_COUNT_IMAGES, 3, size, size, device=device)).sum().backward()
         flops_per_image[size] = counter.get_total_flops() / FLOP_COUNT_IMAGES
     return round(sum(flops_per_image[size] for size in image_sizes) * num_images / len(image_sizes))

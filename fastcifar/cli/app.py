@@ -21,7 +21,7 @@ from fastcifar.cli.exit import (
     report_error,
     stdout_errors,
 )
-from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, option, switch
+from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, import_torch, option, switch
 from fastcifar.errors import DeviceError, print_warning
 from fastcifar.format import DataConsole, KeyValueTable
 from fastcifar.recipe import Recipe, section_fields
@@ -39,12 +39,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 
 
-def import_torch(console: Console) -> None:
-    """Import torch, which takes some seconds, and say so on a terminal."""
-    with console.status("importing PyTorch ..."):
-        import torch  # noqa: F401
-
-
 @app.callback(invoke_without_command=True)
 def root_command(version: bool = switch("--version", "print the version and exit", "-V")) -> None:
     """Train image classifiers on CIFAR fast, under a parameter budget, and report the results honestly."""
@@ -53,7 +47,7 @@ def root_command(version: bool = switch("--version", "print the version and exit
         raise typer.Exit
 
 
-@command(app, fields=Recipe.model_fields, needs_output=False)
+@command(app, fields=Recipe.model_fields, needs_output=False, builds_networks=True)
 def train(
     console: Console,
     recipe: str | None = RECIPE,
@@ -86,7 +80,7 @@ def train(
     return Output(summary, tables.summary_table, last_lines=lines)
 
 
-@command(app, "eval", fields=EVALUATION_FIELDS)
+@command(app, "eval", fields=EVALUATION_FIELDS, builds_networks=True)
 def evaluate(
     console: Console,
     run: str = RUN,
@@ -106,7 +100,7 @@ def evaluate(
     return Output(scores, tables.scores_table)
 
 
-@command(app, fields=EVALUATION_FIELDS)
+@command(app, fields=EVALUATION_FIELDS, builds_networks=True)
 def predict(
     console: Console,
     run: str = RUN,
@@ -136,7 +130,7 @@ def predict(
     return Output(result, tables.predictions_table)
 
 
-@command(app, fields=MODEL_FIELDS)
+@command(app, fields=MODEL_FIELDS, builds_networks=True)
 def export(
     run: str = RUN,
     format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
@@ -152,7 +146,7 @@ def export(
     return Output(export_model(run, format, out, inputs, outputs, arch=arch, **options), tables.export_table)
 
 
-@command(app, fields=section_fields("network"))
+@command(app, fields=section_fields("network"), builds_networks=True)
 def models(
     name: str | None = argument(None, "NAME", "architecture whose layers are listed"),
     budget: float | None = option(None, "PARAMS", "parameter budget; the largest --width within it is computed"),
@@ -171,7 +165,9 @@ def models(
 
 
 @command(
-    app, fields=(*section_fields("network"), "data", "dataset", "augment", "batch_size", *section_fields("execution"))
+    app,
+    fields=(*section_fields("network"), "data", "dataset", "augment", "batch_size", *section_fields("execution")),
+    builds_networks=True,
 )
 def bench(
     console: Console,
@@ -210,7 +206,7 @@ def bench(
     return Output(result, bench_table, last_lines=lines)
 
 
-@command(app, fields=Recipe.model_fields, needs_output=False)
+@command(app, fields=Recipe.model_fields, needs_output=False, builds_networks=True)
 def speedrun(
     console: Console,
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
@@ -229,7 +225,10 @@ def speedrun(
 
 
 @command(
-    app, fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")], needs_output=False
+    app,
+    fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")],
+    needs_output=False,
+    builds_networks=True,
 )
 def sweep(
     console: Console,
@@ -270,7 +269,7 @@ def compare(
     return Output(document, lambda _: table)
 
 
-@command(app, fields=("data", "device", "precision"))
+@command(app, fields=("data", "device", "precision"), builds_networks=True)
 def report(
     runs: list[Path] = argument(..., "RUN|SWEEP|DIR...", "runs, sweeps, or folders that contain some at any depth"),
     format: str = option("terminal", "NAME", "output format: terminal, markdown, csv or latex"),

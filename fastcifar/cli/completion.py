@@ -6,6 +6,8 @@ import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import typer
+
 from fastcifar.recipes import shipped_recipes
 
 PACKAGE = Path(__file__).parents[1]
@@ -42,6 +44,31 @@ def complete_from_tables(name: str) -> Callable[[str], list[str]]:
         return [f"{done}{comma}{key}" for key in names if key.startswith(start)]
 
     return complete
+
+
+def complete_arch(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the architectures that begin with `incomplete`, with those in the files of --import, which are not run."""
+    own = (name for source in ctx.params.get("imports") or () for name in networks_in_file(Path(source)))
+    return [*complete_from_tables("arch")(incomplete), *_matching(own, incomplete)]
+
+
+def networks_in_file(path: Path) -> list[str]:
+    """Return the functions and classes of a Python file with a parameter `num_classes`, and what it adds to MODELS."""
+    try:
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    names = []
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            functions = [node for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)]
+            arguments = [
+                item.arg for function in functions for item in (*function.args.args, *function.args.kwonlyargs)
+            ]
+            names += [statement.name] * ("num_classes" in arguments)
+        elif isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]).startswith("MODELS["):
+            names += [node.value for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Constant)]
+    return names
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import typer
 from pydantic_core import to_jsonable_python
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
-from fastcifar.cli.completion import TABLES, complete_from_tables, complete_recipe, complete_run
+from fastcifar.cli.completion import TABLES, complete_arch, complete_from_tables, complete_recipe, complete_run
 from fastcifar.cli.exit import optional_output, stdout_errors
-from fastcifar.errors import escape
+from fastcifar.errors import UsageError, escape
 from fastcifar.format import DataConsole, add_wrap_points, format_option_value, option_flag
 from fastcifar.recipe import SECTION_STARTS, Recipe, section_fields
 
@@ -42,6 +42,14 @@ RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file", a
 CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
 JSON = switch("--json", "print one JSON document as the last line of stdout")
 DEBUG = switch("--debug", "print the traceback of an error")
+IMPORTS = inspect.Parameter(
+    "imports",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=option(
+        None, "FILE.py|MODULE", "Python file or module with further architectures; may be repeated", "--import"
+    ),
+    annotation=list[str] | None,
+)
 
 
 class Output(NamedTuple):
@@ -56,15 +64,43 @@ class Output(NamedTuple):
     last_lines: Sequence[str] = ()
 
 
+def import_torch(console: Console) -> None:
+    """Import torch, which takes some seconds, and say so on a terminal."""
+    with console.status("importing PyTorch ..."):
+        import torch  # noqa: F401
+
+
+def import_networks(console: Console, imports: Sequence[str] | None, arguments: dict[str, Any]) -> None:
+    """Import the files and modules of --import, and those of architectures MODULE:NAME in the `arguments`."""
+    names = ",".join(arguments.get(name) or "" for name in ("name", "arch", "archs")).split(",")
+    modules = [name.rpartition(":")[0] for name in names if ":" in name]
+    if not (imports or modules):
+        return
+    import_torch(console)
+    from fastcifar.models.imports import IMPORTED, import_models
+
+    for source in imports or ():
+        import_models(source)
+    for module in modules:
+        if module.endswith(".py"):
+            raise UsageError(f"--arch: {module} is a file, not a module", f"use --import {module} --arch NAME")
+        if module not in IMPORTED:
+            import_models(module)
+
+
 def command(
-    app: typer.Typer, name: str | None = None, fields: Iterable[str] = (), needs_output: bool = True
+    app: typer.Typer,
+    name: str | None = None,
+    fields: Iterable[str] = (),
+    needs_output: bool = True,
+    builds_networks: bool = False,
 ) -> Callable[[Callable[..., Output]], Callable[..., int]]:
     """Return a decorator that adds a function to `app` as a command, by default with the name of the function.
 
     The options of the command are the parameters of the function, the recipe fields `fields` in place of `**options`,
     --json and --debug. The values of recipe fields are checked before the function runs, and so before it imports
     torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout. Without
-    `needs_output`, the command goes on if stdout or stderr is closed or full.
+    `needs_output`, the command goes on if stdout or stderr is closed or full. With `builds_networks`, it has --import.
     """
     recipe_fields = list(fields)
 
@@ -79,6 +115,8 @@ def command(
             given = {name: arguments[name] for name in recipe_fields if arguments[name] is not None}
             Recipe.check_options(given)
             console = DataConsole(stderr=as_json)
+            if builds_networks:
+                import_networks(console, arguments.pop("imports"), arguments)
             if "console" in signature.parameters:
                 arguments["console"] = console
             output = function(**arguments)
@@ -97,6 +135,7 @@ def command(
             *(p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD and p.name != "console"),
             inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=JSON, annotation=bool),
             inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=DEBUG, annotation=bool),
+            *([IMPORTS] if builds_networks else []),
             *map(_option_parameter, recipe_fields),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -121,7 +160,9 @@ def _option_parameter(name: str) -> inspect.Parameter:
     elif field.default is not None and field.default is not False and field.default != {}:
         help_text += f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
     value_type: Any = list[str] if name == "optimizer_arg" else str
-    if name in TABLES:
+    if name == "arch":
+        details["autocompletion"] = complete_arch
+    elif name in TABLES:
         details["autocompletion"] = complete_from_tables(name)
     elif name == "resume":
         details["autocompletion"] = complete_run

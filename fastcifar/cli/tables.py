@@ -63,11 +63,16 @@ def summary_table(summary: RunSummary) -> KeyValueTable:
 
 def next_commands(summary: RunSummary) -> list[str]:
     """Return lines with the commands that a user may want to run after `fastcifar train`."""
-    run = shlex.quote(summary.run)
-    resume = f"fastcifar train --resume {run}" + (f" --epochs {2 * summary.epochs}" if summary.complete else "")
+    from fastcifar.models.imports import import_options
+
+    run, imports = shlex.quote(summary.run), import_options()
+    predict = f"fastcifar predict {run} INPUT --out submission.csv{imports}"
+    resume = f"fastcifar train --resume {run}{imports}" + (
+        f" --epochs {2 * summary.epochs}" if summary.complete else ""
+    )
     commands = {
         "compare with other runs": f"fastcifar report {run} RUN ...",
-        "predict labels, for example of a Kaggle pickle": f"fastcifar predict {run} INPUT --out submission.csv",
+        "predict labels, for example of a Kaggle pickle": predict,
         "train longer" if summary.complete else "continue": resume,
     }
     return ["next:", *(f"  {purpose}:\n    {command}" for purpose, command in commands.items())]

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastcifar.errors import UsageError, lookup
+from fastcifar.errors import UsageError, UserError, suggest_name
 from fastcifar.format import option_flag
 from fastcifar.models.coconut import BottleneckResNet
 from fastcifar.models.convnets import AirbenchNet, SmallConvNet
-from fastcifar.models.count import count_macs, count_parameters
+from fastcifar.models.count import CIFAR_SHAPE, count_macs, count_parameters
+from fastcifar.models.imports import IMPORTED, describe_error
 from fastcifar.models.resnet import SEResNet, enable_fused_ops
 from fastcifar.recipe import Recipe, section_fields
 
@@ -58,7 +60,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 
-# name -> description in `fastcifar models`
+# built-in architecture -> description in `fastcifar models`
 DESCRIPTIONS = {
     "resnet": "an SE-ResNet from --blocks, --channels, --se and other options",
     "se68": "the default: 4, 4, 3 blocks, one SE layer after the stem",
@@ -93,10 +95,10 @@ def model_options(recipe: Recipe) -> dict[str, Any]:
 def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
     """Return the architecture `arch`, newly initialized on the default device, in training mode.
 
-    `overrides` that are None leave the architecture's own values; `Recipe` checks the range of every number. An entry
-    of `MODELS` without a `num_classes` parameter is called without it.
+    `overrides` that are None leave the architecture's own values; `Recipe` checks the range of every number. A function
+    or class without a `num_classes` parameter is called without it.
     """
-    builder = lookup(MODELS, arch, "architecture")
+    builder = find_architecture(arch)
     arguments = {name: value for name, value in overrides.items() if value is not None}
     parameters = inspect.signature(builder).parameters
     accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -107,6 +109,92 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
     if "num_classes" in parameters or accepts_any:
         arguments["num_classes"] = num_classes
     return builder(**arguments)
+
+
+def find_architecture(arch: str) -> Callable[..., nn.Module]:
+    """Return the entry `arch` of `MODELS`, or the function or class `NAME` or `MODULE:NAME` of an imported module."""
+    found = _candidates(arch)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    module = arch.rpartition(":")[0]
+    if found:
+        named = " and ".join("a built-in one" if item == arch else item for item in found)
+        raise UsageError(f"--arch {arch} is ambiguous: {named}", f"use --arch {list(found)[-1]}, or rename one")
+    if module and module not in IMPORTED:
+        raise UsageError(f"unknown architecture {arch!r}", f"give --import {module}")
+    suggestion = suggest_name(arch, architecture_names())
+    if IMPORTED:
+        sources = " or ".join(origin.source for origin, _ in IMPORTED.values())
+        raise UsageError(f"there is no architecture {arch!r}, neither built in nor in {sources}", suggestion)
+    own = "give --import FILE.py for a network of your own"
+    remedy = f"{suggestion} (or {own})" if suggestion.startswith("did") else f"{own}, or {suggestion}"
+    raise UsageError(f"unknown architecture {arch!r}", remedy)
+
+
+def architecture_names() -> list[str]:
+    """Return the names in `MODELS`, and those of the functions and classes in imported modules with `num_classes`."""
+    names = list(MODELS)
+    for module_name, (_, module) in IMPORTED.items():
+        for name, value in vars(module).items():
+            is_defined_there = callable(value) and getattr(value, "__module__", None) == module.__name__
+            if is_defined_there and name[0] != "_" and "num_classes" in inspect.signature(value).parameters:
+                names.append(name if len(_candidates(name)) == 1 else f"{module_name}:{name}")
+    return list(dict.fromkeys(names))
+
+
+def _candidates(arch: str) -> dict[str, Any]:
+    """Return everything that `arch` may refer to. A name that a module has added to `MODELS` refers to that entry."""
+    if arch in MODELS and arch not in DESCRIPTIONS:
+        return {arch: MODELS[arch]}
+    module_name, _, attribute = arch.rpartition(":")
+    modules = {name: module for name, (_, module) in IMPORTED.items() if module_name in ("", name)}
+    named: dict[str, Any] = {
+        f"{name}:{attribute}": getattr(module, attribute, None) for name, module in modules.items()
+    }
+    found = {name: value for name, value in named.items() if callable(value)}
+    return {arch: MODELS[arch], **found} if arch in MODELS else found
+
+
+def build_for_inspection(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
+    """Return a network that takes no memory, on the meta device; one that is not built in is checked.
+
+    If it does not support the meta device, it is on the CPU. Raises `UsageError` if it cannot be built, fails in a
+    forward pass or does not return logits of `num_classes` classes, in training or in evaluation mode.
+    """
+    if arch in DESCRIPTIONS:
+        with torch.device("meta"):
+            return build_model(arch, num_classes, **overrides)
+    task, failure = "", None
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+                task = "cannot be built"
+                model = build_model(arch, num_classes, **overrides)
+                if not isinstance(model, nn.Module):
+                    raise UsageError(
+                        f"architecture {arch} is a {type(model).__name__}", "it should return an nn.Module"
+                    )
+                task = "fails in a forward pass of 32x32 images"
+                for mode in (False, True):
+                    _check_logits(arch, model.train(mode)(torch.zeros(2, *CIFAR_SHAPE)), num_classes)
+                return model
+        except UserError:
+            raise
+        except Exception as error:
+            failure = error
+    assert failure is not None
+    raise UsageError(f"architecture {arch} {task}: {describe_error(failure)}", "correct its code") from failure
+
+
+def _check_logits(arch: str, output: Any, num_classes: int) -> None:
+    if not isinstance(output, Tensor):
+        returned = f"a {type(output).__name__}"
+    elif output.shape != (2, num_classes) or not output.is_floating_point():
+        returned = f"{str(output.dtype).removeprefix('torch.')} of shape {list(output.shape)}"
+    else:
+        return
+    remedy = f"it should return logits of shape [n, {num_classes}], where {num_classes} is its argument num_classes"
+    raise UsageError(f"architecture {arch} returns {returned} for 2 images", remedy)
 
 
 def check_param_budget(arch: str, model: nn.Module, max_params: int) -> None:

@@ -1,17 +1,22 @@
-"""Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic, observed on the meta device."""
+"""Parameters, multiply-accumulates (MACs), layers, convolutions and memory traffic, observed on the meta device.
+
+A network that does not support it, because its forward pass reads values, is observed on the CPU instead.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import Counter
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ImageShape = tuple[int, int, int]  # [C, H, W]
+T = TypeVar("T")
 
 CIFAR_SHAPE: ImageShape = (3, 32, 32)
 CONV_OP = "aten.convolution.default"
@@ -45,7 +50,10 @@ def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[Layer
 
     A layer is a module that has parameters of its own, or has no children and is not `nn.Identity`.
     """
-    model = _meta_copy(model)
+    return _observe(model, lambda copied, device: _layer_rows(copied, torch.zeros(1, *shape, device=device)))
+
+
+def _layer_rows(model: nn.Module, images: Tensor) -> list[LayerRow]:
     rows: list[LayerRow] = []
     counted: set[nn.Parameter] = set()
 
@@ -69,8 +77,8 @@ def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[Layer
         is_leaf = not list(module.children()) and not isinstance(module, nn.Identity)
         if is_leaf or list(module.parameters(recurse=False)):
             module.register_forward_hook(lambda module, _inputs, output, name=name: add_row(name, module, output))
-    with torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"))
+    with torch.no_grad(), images.device:
+        model(images)
     for name, module in model.named_modules():
         if any(p.requires_grad and p not in counted for p in module.parameters(recurse=False)):
             add_row(name, module, None)
@@ -119,9 +127,9 @@ class TrainingCalls(NamedTuple):
 def count_training_calls(model: nn.Module, device_type: str, dtype: torch.dtype) -> TrainingCalls:
     """Count the calls in a forward pass of `model` under autocast on `device_type` to `dtype` (none for float32).
 
-    The counts are empty if the forward pass raises a RuntimeError on the meta device.
+    The counts are empty if the forward pass fails on the meta device.
     """
-    meta_model = _meta_copy(model)
+    meta_model = _eval_copy(model, "meta")
     calls: Counter[str] = Counter()
     norms: dict[str, Any] = {}
     for (name, module), original in zip(meta_model.named_modules(), model.modules(), strict=True):
@@ -136,7 +144,7 @@ def count_training_calls(model: nn.Module, device_type: str, dtype: torch.dtype)
     try:
         with torch.no_grad(), torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
             meta_model(torch.empty(2, *CIFAR_SHAPE, device="meta"))
-    except RuntimeError:
+    except Exception:
         return TrainingCalls(Counter(), {})
     increments = {name: int(norm.num_batches_tracked) for name, norm in norms.items()}
     return TrainingCalls(calls, {name: count for name, count in increments.items() if count})
@@ -163,20 +171,36 @@ def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: 
 
 def _record_operations(model: nn.Module) -> list[tuple[str, tuple[Any, ...], Any]]:
     """Return the name, the arguments and the result of every operation on one 32x32 image."""
-    operations: list[tuple[str, tuple[Any, ...], Any]] = []
 
     class Recorder(TorchDispatchMode):
+        operations: list[tuple[str, tuple[Any, ...], Any]]
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            operations.append((str(func), args, result))
+            self.operations.append((str(func), args, result))
             return result
 
-    model = _meta_copy(model)
-    with torch.no_grad(), Recorder():
-        model(torch.empty(1, *CIFAR_SHAPE, device="meta"))
-    return operations
+    def record(model: nn.Module, device: str) -> list[tuple[str, tuple[Any, ...], Any]]:
+        recorder = Recorder()
+        recorder.operations = []
+        with torch.no_grad(), torch.device(device), recorder:
+            model(torch.zeros(1, *CIFAR_SHAPE))
+        return recorder.operations
+
+    return _observe(model, record)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode on the meta device, without the wrapper of `torch.compile`."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta", torch.float32).eval()
+def _observe(model: nn.Module, observe: Callable[[nn.Module, str], T]) -> T:
+    """Return `observe(copy, device)` of a copy on the meta device, or if that fails of one on the CPU."""
+    try:
+        return observe(_eval_copy(model, "meta"), "meta")
+    except Exception:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return observe(_eval_copy(model, "cpu"), "cpu")
+
+
+def _eval_copy(model: nn.Module, device: str) -> nn.Module:
+    """Return a float32 copy in evaluation mode on `device`, without the wrapper of `torch.compile`."""
+    return copy.deepcopy(getattr(model, "_orig_mod", model)).to(device, torch.float32).eval()

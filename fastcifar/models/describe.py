@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import torch
 from torch import nn
 
 from fastcifar.errors import UsageError
-from fastcifar.models import DESCRIPTIONS, MODELS, build_model, model_options
+from fastcifar.models import DESCRIPTIONS, architecture_names, build_for_inspection, model_options
 from fastcifar.models.count import LayerRow, count_macs, count_parameters, layer_table
 from fastcifar.recipe import Recipe
 
@@ -26,7 +25,7 @@ class NetworkSize(TypedDict):
 
 
 class Architecture(NetworkSize):
-    """An entry of `MODELS`, and whether it has at most the parameters that `--max-params` allows by default."""
+    """An architecture, and whether it has at most the parameters that `--max-params` allows by default."""
 
     description: str
     within_budget: bool
@@ -46,18 +45,18 @@ class FittedWidth(NetworkSize):
 
 
 def describe_architectures() -> list[Architecture]:
-    """Return the size of every entry of `MODELS` with its default options, and its description if it has one."""
+    """Return the size of every architecture with its default options, and its description."""
     budget = Recipe.model_fields["max_params"].default
-    sizes = [_network_size(name, _build_on_meta_device(name)) for name in MODELS]
+    sizes = [_network_size(name, build_for_inspection(name)) for name in architecture_names()]
     return [
-        {**size, "description": DESCRIPTIONS.get(size["name"], ""), "within_budget": size["params"] <= budget}
+        {**size, "description": DESCRIPTIONS.get(size["name"], "-"), "within_budget": size["params"] <= budget}
         for size in sizes
     ]
 
 
 def describe_layers(recipe: Recipe) -> NetworkLayers:
     """Return the size and the layers of the recipe's network."""
-    model = _build_on_meta_device(recipe.arch, **model_options(recipe))
+    model = build_for_inspection(recipe.arch, **model_options(recipe))
     return {**_network_size(recipe.arch, model), "layers": layer_table(model)}
 
 
@@ -69,7 +68,7 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
     arch, options = recipe.arch, model_options(recipe)
 
     def count(width: float) -> int:
-        return count_parameters(_build_on_meta_device(arch, **{**options, "width": width}))
+        return count_parameters(build_for_inspection(arch, **{**options, "width": width}))
 
     low, high = MIN_WIDTH, 1.0  # `low` is within the budget, and after the first loop `high` is over it
     if count(low) > budget:
@@ -86,13 +85,8 @@ def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
     truncated = (math.floor(low * 10**decimals) / 10**decimals for decimals in range(16))
     width = next((width for width in truncated if width > 0 and count(width) == count(low)), low)
-    model = _build_on_meta_device(arch, **{**options, "width": width})
+    model = build_for_inspection(arch, **{**options, "width": width})
     return {**_network_size(arch, model), "width": width, "budget": budget}
-
-
-def _build_on_meta_device(arch: str, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        return build_model(arch, **options)
 
 
 def _network_size(name: str, model: nn.Module) -> NetworkSize:

@@ -28,6 +28,7 @@ from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial
 
 if TYPE_CHECKING:
+    from fastcifar.models.imports import ModelSource
     from fastcifar.reporting.records import TrialState
     from fastcifar.training.summary import RunSummary
 
@@ -129,11 +130,13 @@ def build_executor(executor: str, options: ExecutorOptions) -> Executor:
     return factory(options)
 
 
-def run_trial(trial: SweepTrial) -> TrialEvent:
+def run_trial(trial: SweepTrial, sources: Sequence[ModelSource] = ()) -> TrialEvent:
     """Run one trial from the start or from its checkpoint, or only return its result if its run is finished.
 
-    An error, except `Interrupted`, becomes the reason of a failed trial.
+    `sources`: what another process has imported, and this one has to import first. An error, except `Interrupted`,
+    becomes the reason of a failed trial.
     """
+    from fastcifar.models.imports import import_models
     from fastcifar.sweep.study import optuna_epoch_callback
     from fastcifar.training.summary import read_summary
     from fastcifar.training.train import train
@@ -141,6 +144,8 @@ def run_trial(trial: SweepTrial) -> TrialEvent:
     folder = Path(str(trial.recipe.out))
     deadline = time.monotonic() + CHECKPOINT_TIMEOUT_S
     try:
+        for source in sources:
+            import_models(*source)
         while is_locked(folder) and time.monotonic() < deadline:
             time.sleep(0.2)  # the trial process of a killed sweep may still be writing its checkpoint
         callbacks = [optuna_epoch_callback(trial.trial_ref, trial.recipe.epochs)] if trial.trial_ref else []
@@ -179,6 +184,8 @@ def _run_in_processes(trials: Iterator[SweepTrial], slots: Sequence[dict[str, st
     """
     import torch
 
+    from fastcifar.models.imports import imported_sources
+
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     server: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
@@ -190,7 +197,7 @@ def _run_in_processes(trials: Iterator[SweepTrial], slots: Sequence[dict[str, st
             while free_slots and (trial := next(trials, None)):
                 slot = free_slots.pop(0)
                 receiver, sender = server.Pipe(duplex=False)
-                process = server.Process(target=_child_main, args=(trial, slot, threads, sender))
+                process = server.Process(target=_child_main, args=(trial, imported_sources(), slot, threads, sender))
                 process.start()
                 sender.close()
                 running[receiver] = (trial, process, slot)
@@ -217,7 +224,9 @@ def _run_in_processes(trials: Iterator[SweepTrial], slots: Sequence[dict[str, st
             process.join(CHECKPOINT_TIMEOUT_S)
 
 
-def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: Connection) -> None:
+def _child_main(
+    trial: SweepTrial, sources: Sequence[ModelSource], slot: dict[str, str], threads: int, sender: Connection
+) -> None:
     """Run a trial in a child process, which terminates when its parent does."""
     import torch
 
@@ -232,13 +241,15 @@ def _child_main(trial: SweepTrial, slot: dict[str, str], threads: int, sender: C
     warnings.showwarning = print_warning
     threading.Thread(target=terminate_with_parent, daemon=True).start()
     try:
-        sender.send(run_trial(trial))
+        sender.send(run_trial(trial, sources))
     except Interrupted as error:
         sender.send(TrialEvent(trial, "failed", str(error)))
 
 
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:
     """Run as many concurrent tasks as fit, at most `jobs`. The cluster size is read again whenever a task ends."""
+    from fastcifar.models.imports import imported_sources
+
     task = ray.remote(max_retries=RAY_MAX_RETRIES, retry_exceptions=[Interrupted])(_ray_task)
     pending: dict[Any, SweepTrial] = {}
     try:
@@ -251,7 +262,7 @@ def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions
             while len(pending) < max_tasks and (trial := next(trials, None)):
                 out = str(Path(str(trial.recipe.out)).absolute())  # a worker may have another working directory
                 remote_trial = replace(trial, recipe=trial.recipe.model_copy(update={"out": out}))
-                arguments = (remote_trial, options.cpus or 1, socket.gethostname())
+                arguments = (remote_trial, imported_sources(), options.cpus or 1, socket.gethostname())
                 pending[task.options(**resources).remote(*arguments)] = trial
                 yield TrialEvent(trial, "running")
             if not pending:
@@ -282,12 +293,12 @@ def _resources_per_task(cluster: dict[str, float], options: ExecutorOptions) -> 
     return resources, min(max_tasks, options.jobs or max_tasks)
 
 
-def _ray_task(trial: SweepTrial, threads: int, driver_host: str) -> TrialEvent:
+def _ray_task(trial: SweepTrial, sources: Sequence[ModelSource], threads: int, driver_host: str) -> TrialEvent:
     """Run a trial on a worker; on another machine, return the files of its run folder."""
     import torch
 
     torch.set_num_threads(threads)
-    event = run_trial(trial)
+    event = run_trial(trial, sources)
     if socket.gethostname() == driver_host:
         return event
     folder = Path(str(trial.recipe.out))

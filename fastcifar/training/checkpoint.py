@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data.cifar import DATASETS
-from fastcifar.errors import CheckpointError, DiskError, NonFiniteError
+from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 from fastcifar.files import read_json_object, read_regular_file, write_atomically
-from fastcifar.models import MODELS, build_model
+from fastcifar.models import architecture_names, build_for_inspection, find_architecture
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.checkpoint_reader import parse_checkpoint
 from fastcifar.training.lr_schedule import ScheduleState
@@ -143,7 +143,7 @@ def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
             state["classes"] = DATASETS[dataset if dataset in DATASETS else "cifar10"].default_class_names
         return cast(ModelCheckpoint, state)
     weights, ema = find_weights(state, path)
-    matches = matching_architectures(weights, MODELS if arch is None else [arch])
+    matches = matching_architectures(weights, None if arch is None else [arch])
     if arch is None:
         names = list(dict.fromkeys(name for name, _ in matches))
         remedy = f"set --arch {' or '.join(names)}" if names else "set --arch, although no architecture matches"
@@ -187,16 +187,19 @@ def _remove_common_prefix(weights: Any) -> Any:
     return weights
 
 
-def matching_architectures(weights: dict[str, Tensor], archs: Iterable[str] = MODELS) -> list[tuple[str, str]]:
+def matching_architectures(weights: dict[str, Tensor], archs: Iterable[str] | None = None) -> list[tuple[str, str]]:
     """Return those of `archs`, each with the data set of its number of classes, of the keys and shapes of `weights`.
 
-    Wrapper prefixes and the counters of BatchNorm are ignored.
+    By default, all are tried. Wrapper prefixes and the counters of BatchNorm are ignored.
     """
     shapes = {strip_wrapper_prefixes(key): value.shape for key, value in weights.items()}
     matches = []
-    for arch, dataset in itertools.product(archs, DATASETS):
-        with torch.device("meta"):
-            state = build_model(arch, DATASETS[dataset].num_classes).state_dict()
+    for arch, dataset in itertools.product(architecture_names() if archs is None else archs, DATASETS):
+        find_architecture(arch)
+        try:
+            state = build_for_inspection(arch, DATASETS[dataset].num_classes).state_dict()
+        except UsageError:  # a network with a fixed number of classes does not match the other data set
+            continue
         if _without_counters(shapes) == _without_counters({key: value.shape for key, value in state.items()}):
             matches.append((arch, dataset))
     return matches

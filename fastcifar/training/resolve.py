@@ -13,7 +13,14 @@ from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import UsageError, lookup
-from fastcifar.models import build_model, check_param_budget, count_macs, enable_fused_ops, model_options
+from fastcifar.models import (
+    build_for_inspection,
+    build_model,
+    check_param_budget,
+    count_macs,
+    enable_fused_ops,
+    model_options,
+)
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import get_world
@@ -105,15 +112,15 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set
 
 def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...]) -> None:
     """Raise `UsageError` if the network cannot be built, is too large or refuses an image size."""
-    with torch.device("meta"):
-        model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes)
-        for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
-            try:
-                count_macs(model, (3, size, size))
-            except RuntimeError:
-                problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
-                raise UsageError(problem, "leave that size out") from None
-        build_param_groups(model, recipe)
+    model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes, for_inspection=True)
+    for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
+        try:
+            count_macs(model, (3, size, size))
+        except Exception:
+            problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
+            raise UsageError(problem, "leave that size out") from None
+    if not build_param_groups(model, recipe):
+        raise UsageError(f"architecture {recipe.arch} has no trainable parameters", "choose another network")
 
 
 def check_optimizer(recipe: Recipe, optimizer: OptimizerSpec) -> None:
@@ -123,9 +130,10 @@ def check_optimizer(recipe: Recipe, optimizer: OptimizerSpec) -> None:
         OptimizerWrapper(nn.Sequential(*layers).to(memory_format=torch.channels_last), recipe, optimizer)  # type: ignore[call-overload]
 
 
-def model_from_recipe(recipe: Recipe, num_classes: int) -> nn.Module:
-    """Return the network of a recipe."""
-    model = build_model(recipe.arch, num_classes, **model_options(recipe))
+def model_from_recipe(recipe: Recipe, num_classes: int, for_inspection: bool = False) -> nn.Module:
+    """Return the network of a recipe, or the result of `build_for_inspection`."""
+    build = build_for_inspection if for_inspection else build_model
+    model = build(recipe.arch, num_classes, **model_options(recipe))
     check_param_budget(recipe.arch, model, recipe.max_params)
     if recipe.fused_ops:
         enable_fused_ops(model)
@@ -137,8 +145,7 @@ def require_fitting_network(recipe: Recipe, weights: dict[str, Tensor], num_clas
 
     Raises `CheckpointError`, or `UsageError` if the network has more than `max_params` parameters.
     """
-    with torch.device("meta"):
-        checkpoint.check_weights(model_from_recipe(recipe, num_classes), weights, source)
+    checkpoint.check_weights(model_from_recipe(recipe, num_classes, for_inspection=True), weights, source)
 
 
 def any_machine(recipe: Recipe) -> ExecutionPlan:

@@ -97,7 +97,7 @@ class Run:
         The rows of the first `epochs_done` epochs are copied from the run folder `source`.
         """
         label = re.sub(r"[^\w.+-]", "_", name)[:50]  # the name may be from env.json of a stranger's run
-        default_name = f"{recipe.arch}-{label}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
+        default_name = f"{recipe.arch.replace(':', '.')}-{label}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
         with _disk_errors(f"the run folder {path}", "give a writable folder with --out"):
             folder, lock = _create_unique_folder(path)

@@ -30,6 +30,9 @@ IMPORTED_TABLES = {
 }
 
 
+OWN_NETWORK = Path(__file__).parents[2] / "examples" / "own_network.py"
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_names_are_those_of_the_tables(name: str) -> None:
     assert complete_from_tables(name)("") == list(IMPORTED_TABLES[name])
@@ -54,11 +57,16 @@ def test_recipes_and_runs_are_completed(tmp_path: Path, monkeypatch: pytest.Monk
         ("train --arch se68", ["se68", "se68_block", "se68_none"]),
         ("train --recipe speed", ["speed94", "speed95", "speed96"]),
         ("train --precision bf", ["bf16"]),
+        (f"train --import {OWN_NETWORK} --arch plain", ["plain_cnn"]),
     ],
 )
 def test_a_shell_gets_the_completions_without_torch(words: str, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    environment = {"_FASTCIFAR_COMPLETE": "complete_bash", "COMP_WORDS": f"fastcifar {words}", "COMP_CWORD": "3"}
+    environment = {
+        "_FASTCIFAR_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"fastcifar {words}",
+        "COMP_CWORD": f"{len(words.split())}",
+    }
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     program = "import sys; sys.argv = ['fastcifar']; from fastcifar.cli.app import app; app(prog_name='fastcifar')"
     run = subprocess.run(
