@@ -159,7 +159,7 @@ def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatc
             for trial in trials:
                 recipe = trial.recipe.model_copy(update={"out": str(tmp_path / "remote" / trial.key)})
                 yield TrialEvent(trial, "running")
-                yield replace(executors._ray_task(replace(trial, recipe=recipe), 1, "another host"), trial=trial)
+                yield replace(executors._ray_task(replace(trial, recipe=recipe), [], 1, "another host"), trial=trial)
 
         return run
 
