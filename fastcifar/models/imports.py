@@ -70,6 +70,11 @@ def import_options() -> str:
     )
 
 
+def resume_arguments(folder: Path) -> str:
+    """Return what follows `fastcifar train --resume` to resume the run in `folder`."""
+    return shlex.quote(str(folder)) + import_options()
+
+
 def describe_error(error: BaseException, *files: str) -> str:
     """Return the type and the message of `error` in one line, with its last line in `files` and imported modules."""
     files = (*files, *(module.__file__ or "" for _, module in IMPORTED.values()))

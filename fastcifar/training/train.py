@@ -6,14 +6,13 @@ steps; in a single process, the latter does not wait for the GPU.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.console import Console
 
 from fastcifar.device import choose_execution
 from fastcifar.errors import Interrupted, NonFiniteError
-from fastcifar.models.imports import import_options
+from fastcifar.models.imports import resume_arguments
 from fastcifar.recipe import Recipe
 from fastcifar.training import resume
 from fastcifar.training.build import build_trainer
@@ -60,8 +59,8 @@ def train(
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
-            name, options = signals.agreed_signal, shlex.quote(str(run.folder)) + import_options()
-            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, options)
+            name = signals.agreed_signal
+            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, resume_arguments(run.folder))
         summary = None
         if world.is_main_process:
             with clock.phase("eval"):
