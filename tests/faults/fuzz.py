@@ -9,6 +9,7 @@ tests run each reader on a few hundred inputs.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import io
 import json
@@ -96,7 +97,7 @@ def mutate_types(rng: random.Random, seeds: list[bytes]) -> bytes:
                 if rng.random() < 0.2:
                     del container[key]
                 else:
-                    container[key] = rng.choice([*ODD_VALUES, "NESTED"])
+                    container[key] = copy.deepcopy(rng.choice([*ODD_VALUES, "NESTED"]))
                 break
             container = child
     nested = rng.choice(["[", '{"a":']) * MAX_NESTING
