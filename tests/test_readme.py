@@ -23,7 +23,7 @@ from fastcifar.sweep.executors import EXECUTORS
 from fastcifar.sweep.sweep_spec import expand_trials, read_sweep_spec, shipped_sweeps
 from fastcifar.training.lr_schedule import SCHEDULES
 from fastcifar.training.optimizers import OPTIMIZERS, SELF_SCHEDULED_OPTIMIZERS
-from tests.documentation import DOCUMENTATION, ROOT, section
+from tests.documentation import DOCUMENTATION, PAGES, ROOT, section
 
 PACKAGE = ROOT / "fastcifar"
 CODE_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENTATION, re.DOTALL | re.MULTILINE)
@@ -184,3 +184,10 @@ def test_changelog_lists_the_renamed_options() -> None:
 
 def test_citation_has_the_version_of_the_package() -> None:
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_readme_is_short_and_its_links_exist() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 200
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
