@@ -160,7 +160,7 @@ def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
 ) -> None:
     original_load_dataset = cifar.load_dataset
 
-    def load_dataset(data: str | None, dataset: str, *, download: bool = True) -> cifar.Dataset:
+    def load_dataset(data: str | None, dataset: str, *, download: bool = True, val_seed: int = 0) -> cifar.Dataset:
         if data is None:
             assert not download
             raise DataError("cifar10 is not in the cache", "give --data")

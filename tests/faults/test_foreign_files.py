@@ -392,7 +392,7 @@ def test_fault37_special_files_in_a_run_folder_do_not_block(kind: str, name: str
     assert [entry["state"] for entry in entries if entry["name"] == str(good)] == ["finished"]
     assert len(in_time(lambda: records.read_records([good, bad]))) == 2 or name == "recipe.toml"
     in_time(lambda: compare.compare_paths(good, bad))
-    error = in_time(lambda: train(Recipe(resume=str(bad), out=str(bad), device="cpu")))
+    error = in_time(lambda: train(Recipe(resume=str(bad), out=str(bad), device="cpu", data="nowhere")))
     assert isinstance(error, UserError)
 
 
@@ -486,7 +486,7 @@ def test_fault38_other_damaged_documents_of_a_run(file: str, text: str, tmp_path
     assert states[str(good)] == "finished"
     assert states[str(bad)] in ("finished", "damaged")
     assert len(records.read_records([good, bad])) == 2
-    assert isinstance(in_time(lambda: train(Recipe(resume=str(bad), epochs=1))), UserError)
+    assert isinstance(in_time(lambda: train(Recipe(resume=str(bad), epochs=1, data="nowhere"))), UserError)
 
 
 @pytest.mark.parametrize("sort", ["arch", "recipe", "date", "seconds", "val_acc"])
