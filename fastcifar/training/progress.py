@@ -95,10 +95,15 @@ class TrainingDisplay:
             "left",
             console=console,
             expand=True,
+            transient=True,
             disable=not (console and console.is_terminal),
         )
         self.task = self.bar.add_task(
-            "train", total=trainer.planned_steps, completed=self.steps_done, epoch=f"0/{self.epochs}", state=""
+            "train",
+            total=trainer.planned_steps,
+            completed=self.steps_done,
+            epoch=f"{trainer.progress.epoch + 1}/{self.epochs}",
+            state="",
         )
 
     def __enter__(self) -> TrainingDisplay:
