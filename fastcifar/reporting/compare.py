@@ -176,7 +176,7 @@ def run_comparison_table(comparison: RunComparison) -> Group:
     first, accuracy = comparison["first_difference"], comparison["accuracy"]
     curve_note = f"do not differ in the {comparison['equal_epochs']} common epochs"
     if first:
-        curve_note = f"first differ in epoch {first['epoch']}: {', '.join(first['columns'])}"
+        curve_note = f"first differ in epoch {first['epoch'] + 1}: {', '.join(first['columns'])}"
     accuracy_note = "accuracy: not measured in both runs"
     if accuracy:
         n = " and ".join(f"{size:,}" for size in dict.fromkeys(accuracy["n"]))
