@@ -53,7 +53,7 @@ def train(
     recipe: str | None = RECIPE,
     dry_run: bool = switch("--dry-run", "run a few steps and estimate the time and memory of the whole run"),
     print_config: bool = switch("--print-config", "print all options of the run as a recipe file, and exit"),
-    plots: bool = option(True, None, "plot the results and the first batch of a finished run", "--plots/--no-plots"),
+    plots: bool = option(True, "", "plot the results and the first batch of a finished run", "--plots/--no-plots"),
     **options: Any,
 ) -> Output:
     """Train a network, evaluate it once on the test set, and save both in a run folder.

@@ -34,7 +34,7 @@ def option(default: Any, metavar: str | None, help_text: str, *flags: str, **set
 
 def switch(flag: str, help_text: str, *further_flags: str) -> Any:
     """Return the declaration of an option without a value, by default off."""
-    return typer.Option(False, flag, *further_flags, help=help_text)
+    return typer.Option(False, flag, *further_flags, metavar="", help=help_text)  # newer versions of Typer show <bool>
 
 
 RUN = argument(..., "RUN|CKPT", "run folder or checkpoint file", autocompletion=complete_run)
@@ -169,7 +169,7 @@ def _option_parameter(name: str) -> inspect.Parameter:
     elif choices:
         details["autocompletion"] = lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
     if bool in types:
-        value_type = bool
+        value_type, details["metavar"] = bool, ""
         flag += "" if field.default is False else f"/--no-{flag[2:]}"
     else:
         named = (METAVARS[item] for item in [*map(typing.get_origin, types), *types] if item in METAVARS)
