@@ -44,7 +44,9 @@ class PredictionComparison(TypedDict):
 
 def _to_csv(columns: PredictionColumns) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # with rows that end in "\n", the csv module does not quote a carriage return, which ends a row for its reader
+    has_return = any("\r" in cell for values in columns.values() for cell in values if isinstance(cell, str))
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL)
     writer.writerow(map(csv_cell, columns))
     writer.writerows(map(csv_cell, row) for row in zip(*columns.values(), strict=True))
     return text.getvalue()

@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from fastcifar.data import archives, cifar_files, image_files
 from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
+from fastcifar.format import format_toml_value
 from fastcifar.recipe import Recipe
 from fastcifar.reporting import aggregate, records, runs
 from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
@@ -82,11 +84,54 @@ ODD_VALUES = [math.nan, math.inf, 10**400, -1, 2.5, 1e308, True, None, "", "\ud8
 MAX_NESTING = 20_000
 
 
+def parse_json_line(blob: bytes) -> tuple[Any, Callable[[Any], bytes]]:
+    nested = random.Random(len(blob)).choice(["[", '{"a":']) * MAX_NESTING
+    return json.loads(blob.splitlines()[0]), (
+        lambda document: json.dumps(document).replace('"NESTED"', nested).encode() + b"\n"
+    )
+
+
+def parse_toml(blob: bytes) -> tuple[Any, Callable[[Any], bytes]]:
+    def to_toml(document: Any) -> bytes:
+        values = document.items() if isinstance(document, dict) else [("values", document)]
+        text = "".join(f"{name} = {format_toml_value(value)}\n" for name, value in values)
+        text = text.replace("NaN", "nan").replace("Infinity", "inf").replace('"NESTED"', "[" * MAX_NESTING)
+        return text.encode(errors="surrogatepass")
+
+    return tomllib.loads(blob.decode()), to_toml
+
+
+def parse_csv(blob: bytes) -> tuple[Any, Callable[[Any], bytes]]:
+    def to_csv(document: Any) -> bytes:
+        rows = [row if isinstance(row, list) else [row] for row in document] if isinstance(document, list) else []
+        return "".join(",".join(map(str, row)) + "\n" for row in rows).encode(errors="surrogatepass")
+
+    return [row.split(",") for row in blob.decode().splitlines()], to_csv
+
+
+def parse_checkpoint(blob: bytes) -> tuple[Any, Callable[[Any], bytes]]:
+    def to_checkpoint(document: Any) -> bytes:
+        file = io.BytesIO()
+        torch.save(document, file)
+        return file.getvalue()
+
+    return torch.load(io.BytesIO(blob), weights_only=False), to_checkpoint
+
+
+# readers of valid documents; each returns the document and the function that writes it
+DOCUMENT_PARSERS = (parse_json_line, parse_toml, parse_checkpoint, parse_csv)
+
+
 def mutate_types(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """Return a random seed that is JSON, with one to three values removed or replaced by others; else `mutate`."""
-    try:
-        document = json.loads(rng.choice(seeds).splitlines()[0])
-    except (ValueError, IndexError):
+    """Return a random seed that is a document, with up to three values removed or of other types; else `mutate`."""
+    blob = rng.choice(seeds)
+    for parse in DOCUMENT_PARSERS:
+        try:
+            document, write = parse(blob)
+            break
+        except Exception:
+            continue
+    else:
         return mutate(rng, seeds)
     for _ in range(rng.randint(1, 3)):
         container = document
@@ -100,9 +145,7 @@ def mutate_types(rng: random.Random, seeds: list[bytes]) -> bytes:
                     container[key] = copy.deepcopy(rng.choice([*ODD_VALUES, "NESTED"]))
                 break
             container = child
-    nested = rng.choice(["[", '{"a":']) * MAX_NESTING
-    text = json.dumps(rng.choice([document] * 8 + [[document], 3, None]))
-    return text.replace('"NESTED"', nested).encode() + b"\n"
+    return write(rng.choice([document] * 8 + [[document], 3, None]))
 
 
 def small_dataset_spec() -> DatasetSpec:
@@ -162,10 +205,20 @@ def file_reader(name: str, read: Callable[[Path], Any]) -> Callable[[Path, bytes
     return reader
 
 
-def encoded_image(image_format: str) -> bytes:
+def encoded_image(image_format: str, mode: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), (1, 2, 3)).save(file, image_format)
+    Image.linear_gradient("L").resize((32, 32)).convert(mode).save(file, image_format)
     return file.getvalue()
+
+
+# format -> the modes in which Pillow writes it
+IMAGE_MODES = {
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+    "BMP": ("RGB", "L", "P", "1"),
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PPM": ("RGB", "L", "1"),
+    "WEBP": ("RGB", "RGBA"),
+}
 
 
 def report_reader(name: str) -> Callable[[Path, bytes], Any]:
@@ -206,7 +259,7 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
     "archive": ([tar_archive({"data_batch_1": pickled_batch(2),
                                "batches.meta": pickle.dumps({b"label_names": [b"x"]}, 2)})],
                 file_reader("a.tar.gz", lambda path: list(archives.iter_tar_files(path, SPEC)))),
-    "image": ([encoded_image(image_format) for image_format in ("PNG", "BMP", "JPEG", "PPM", "WEBP")],
+    "image": ([encoded_image(name, mode) for name, modes in IMAGE_MODES.items() for mode in modes],
               file_reader("a.png", image_files.decode_image)),
     "checkpoint": (torch_files(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
                    file_reader("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),

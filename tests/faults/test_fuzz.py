@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 import string
 from pathlib import Path
@@ -10,10 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
 
+from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.errors import UsageError
+from fastcifar.evaluation.prediction_files import read_predictions, write_predictions
 from fastcifar.recipe import Recipe
+from fastcifar.reporting import aggregate, records, runs
+from fastcifar.reporting.table import TABLE_FORMATS, build_report_table
 from tests.faults.fuzz import READERS, fuzz_reader, mutate, mutate_types
+from tests.reporting.run_folders import write_run
 
 OPTIONS = sorted(Recipe.model_fields)
 VALUES = st.one_of(
@@ -36,8 +45,8 @@ def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, t
     assert fuzz_reader(name, (mutate(rng, seeds) for _ in range(250)))["inputs"] == 250
 
 
-@pytest.mark.parametrize("name", ["manifest", "env.json", "events.jsonl", "summary.json of a report",
-                                  "trials.jsonl of a report"])  # fmt: skip
+@pytest.mark.parametrize("name", ["manifest", "env.json", "metrics.csv", "events.jsonl", "recipe file", "checkpoint",
+                                  *(name for name in READERS if name.endswith("of a report"))])  # fmt: skip
 def test_fault38_documents_of_other_types_are_rejected_or_read(name: str) -> None:
     rng = random.Random(name)
     assert fuzz_reader(name, (mutate_types(rng, READERS[name][0]) for _ in range(250)))["inputs"] == 250
@@ -64,3 +73,49 @@ def test_any_text_survives_a_recipe_file_round_trip(
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.make(str(path)) == recipe
+
+
+# names of files of at most 200 bytes: any characters, some that terminals, markup, CSV, URIs and shells interpret
+NAMES = st.text(
+    st.one_of(
+        st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]),
+        st.sampled_from("\n\x1b[]%?#~=+-@;,'\" "),
+    ),
+    min_size=1,
+    max_size=40,
+).filter(lambda name: name not in (".", "..") and len(name.encode()) <= 200)
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.lists(NAMES, min_size=2, max_size=2, unique=True))
+def test_fault31_runs_of_any_name_are_listed_and_reported(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    for name in names:
+        write_run(folder / "all" / name, [0.5])
+    entries = runs.list_runs(folder)
+    assert sorted(entry["name"] for entry in entries) == sorted(str(folder / "all" / name) for name in names)
+    table = build_report_table(aggregate.group_runs(records.read_records([folder])))
+    for render in TABLE_FORMATS.values():
+        console = Console(record=True, width=80, file=io.StringIO())
+        console.print(render(table), markup=False)
+        assert "\x1b" not in console.export_text()
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.lists(NAMES.filter(lambda name: not name.startswith(".")), min_size=1, max_size=4, unique=True))
+def test_fault31_images_of_any_name_are_predicted_under_their_name(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (32, 32)).save(folder / "images" / f"{name}.png")
+    inputs = read_inputs(str(folder / "images"))
+    assert sorted(map(str, inputs.ids)) == sorted(names)
+    for file in ("a.csv", "a.jsonl"):
+        write_predictions(folder / file, {"ID": inputs.ids, "Labels": [3] * len(names)})
+    lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["ID"] for line in lines] == inputs.ids
+    assert len(read_predictions(folder / "a.csv")) == len(names)
