@@ -27,7 +27,7 @@ def argument(default: Any, metavar: str, help_text: str, **settings: Any) -> Any
     return typer.Argument(default, metavar=metavar, help=help_text, **settings)
 
 
-def option(default: Any, metavar: str | None, help_text: str, *flags: str, **settings: Any) -> Any:
+def option(default: Any, metavar: str, help_text: str, *flags: str, **settings: Any) -> Any:
     """Return the declaration of an option with a value; its flag is the name of the parameter unless given."""
     return typer.Option(default, *flags, metavar=metavar, help=help_text, **settings)
 
