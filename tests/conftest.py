@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fastcifar.recipe import Recipe
 
 # A shell makes background processes ignore SIGINT, which the processes that tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Every run of the tests tries the same examples, so that a change fails only for what it changed; scripts/fuzz_readers
+# tries new ones. A time limit per example would fail on a busy machine.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

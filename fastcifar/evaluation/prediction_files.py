@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def _to_csv(columns: PredictionColumns) -> str:
 
 def _to_jsonl(columns: PredictionColumns) -> str:
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # JSON permits these characters in strings, but many readers end a line at them, `str.splitlines` too
+    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 PREDICTION_SERIALIZERS: dict[str, Callable[[PredictionColumns], str]] = {".csv": _to_csv, ".jsonl": _to_jsonl}

@@ -82,7 +82,7 @@ values = st.recursive(scalars, lambda inner: st.one_of(st.lists(inner), st.lists
 valid_dicts = st.dictionaries(st.one_of(st.text(), st.integers(-(2**63), 2**63)), values, max_size=6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(valid_dicts, st.integers(0, 5))
 def test_plain_values_are_read_as_by_pickle(value: dict, protocol: int):
     assert equal(load(pickle.dumps(value, protocol)), value)
@@ -220,20 +220,20 @@ def assert_only_data_error(content: bytes) -> None:
     assert time.perf_counter() - start < 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_data_errors_only(content: bytes):
     assert_only_data_error(content)
     assert_only_data_error(b"\x80\x02" + content + b".")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(sorted(safe_pickle.OPCODES)), max_size=60), st.binary(max_size=8))
 def test_random_programs_raise_data_errors_only(codes: list[int], rest: bytes):
     assert_only_data_error(bytes(codes) + rest + b".")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.sampled_from(VALIDS), st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), min_size=1, max_size=4)
 )

@@ -11,7 +11,7 @@ from fastcifar.data.splits import stratified_split
 from fastcifar.errors import UsageError
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.data(), st.integers(0, 2**63))
 def test_fault47_split_is_exact_stratified_and_deterministic(labels: list[int], data: st.DataObject, seed: int) -> None:
     array = np.array(labels, np.int64)

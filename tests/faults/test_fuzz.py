@@ -52,7 +52,7 @@ def test_fault38_documents_of_other_types_are_rejected_or_read(name: str) -> Non
     assert fuzz_reader(name, (mutate_types(rng, READERS[name][0]) for _ in range(250)))["inputs"] == 250
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*OPTIONS, "lrr", "batchsize"]), VALUES, max_size=4))
 def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(values: dict[str, Any]) -> None:
     message, recipe = "", None
@@ -64,7 +64,7 @@ def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(va
     assert recipe is None or Recipe(**recipe.model_dump(mode="json")) == recipe
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=30), key=st.sampled_from(["data", "out", "resume", "loader"]))
 def test_any_text_survives_a_recipe_file_round_trip(
     tmp_path_factory: pytest.TempPathFactory, text: str, key: str
@@ -86,7 +86,7 @@ NAMES = st.text(
 ).filter(lambda name: name not in (".", "..") and len(name.encode()) <= 200)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(names=st.lists(NAMES, min_size=2, max_size=2, unique=True))
 def test_fault31_runs_of_any_name_are_listed_and_reported(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
@@ -103,7 +103,7 @@ def test_fault31_runs_of_any_name_are_listed_and_reported(
         assert "\x1b" not in console.export_text()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(names=st.lists(NAMES.filter(lambda name: not name.startswith(".")), min_size=1, max_size=4, unique=True))
 def test_fault31_images_of_any_name_are_predicted_under_their_name(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
