@@ -1,10 +1,10 @@
-"""Fixtures and hooks of all tests: the GPU marker, a recipe that trains in a second, and the number of threads."""
+"""Fixtures and hooks of all tests: which are skipped, which share a process, and a recipe that trains in a second."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,33 @@ settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Skip the GPU tests if there is no GPU, and run the tests that share a fixture of their file in one process."""
     import torch
 
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and none is visible")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        fixtures = [fixture for group in item._fixtureinfo.name2fixturedefs.values() for fixture in group]
+        if any(fixture.scope == "module" for fixture in fixtures) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Use one thread in tests and the processes they start, except in tests/data, whose kernels are compiled for two.
+@pytest.fixture(scope="session", autouse=True)
+def process_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Use one thread in tests and in the processes they start, and one compile cache, which is empty at first.
 
     Networks this small are not faster with two threads, and many times slower if another process uses a core.
     """
     import torch
 
-    num_threads, omp_num_threads = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    if request.path.parent.name != "data":
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(num_threads)
-    os.environ.pop("OMP_NUM_THREADS", None)
-    if omp_num_threads is not None:
-        os.environ["OMP_NUM_THREADS"] = omp_num_threads
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers share
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
 
 
 @pytest.fixture

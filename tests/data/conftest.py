@@ -4,11 +4,12 @@ import dataclasses
 import hashlib
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastcifar.data import cifar_files
 from fastcifar.data.cifar_files import DATASETS, BatchFile, DatasetSpec, FileLayout, Split
@@ -100,6 +101,15 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
     spec = dataclasses.replace(spec, python=python, binary=with_md5s(spec.binary, tiny.binary), split_digests=digests)
     monkeypatch.setitem(DATASETS, "cifar10", spec)
     return tiny
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Use two threads, for which torch.compile generates other kernels than for one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

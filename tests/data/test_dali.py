@@ -131,6 +131,7 @@ def test_epochs_in_any_order_and_batches_are_not_overwritten(device: str) -> Non
     assert count_differences(iter(kept), expected.batches(5)) == 0
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_remaining_augmentations_are_compiled_once() -> None:
     spec = "flip,crop:4:reflect"

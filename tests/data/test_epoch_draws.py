@@ -151,6 +151,7 @@ def test_changing_a_batch_does_not_change_later_epochs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch, tensors, strict=True))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_number_of_images_per_chunk_does_not_change_the_batches(

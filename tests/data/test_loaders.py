@@ -67,6 +67,7 @@ def test_evaluation_batches_are_the_data_in_order(batch_size: int) -> None:
     assert np.array_equal(labels.numpy(), LABELS)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
     from torch._inductor import metrics

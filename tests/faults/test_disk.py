@@ -25,6 +25,7 @@ from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from tests.faults.runs import contents, last
 
+pytestmark = pytest.mark.xdist_group("processes")
 MakeRecipe = Callable[..., Recipe]
 NOBODY_UID = 65534
 

@@ -19,6 +19,8 @@ from tests.faults.children import TINY, wait_for, wait_for_exit
 from tests.faults.runs import assert_equal_runs, rows
 from tests.sweep.sweeps import assert_equal_sweeps, write_sweep_file
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 # phase -> module, attribute in it, and the number of the call in which the process is killed
 PHASES = {
     "setup": ("fastcifar.training.train", "build_trainer", 1),

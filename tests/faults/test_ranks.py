@@ -33,6 +33,7 @@ from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
 from tests.faults import children
 
+pytestmark = pytest.mark.xdist_group("processes")
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--no-compile", "--no-plots", "--json")
 REAL = pytest.param(

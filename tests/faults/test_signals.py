@@ -24,6 +24,7 @@ from tests.faults import children
 from tests.faults.children import save, save_and_kill, start, wait_for, wait_for_exit
 from tests.faults.runs import assert_equal_runs, last, rows
 
+pytestmark = pytest.mark.xdist_group("processes")
 ENDINGS = (".pt", ".previous.pt")
 
 

@@ -6,7 +6,6 @@ Keys and forward passes are written out in `reference.py`, independently of `fas
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,6 @@ def shallow(arch: str, **options: Any) -> nn.Module:
     parameters = inspect.signature(MODELS[arch]).parameters
     blocks = {"blocks": (2,) + (1,) * (len(parameters["blocks"].default) - 1)} if "blocks" in parameters else {}
     return small(arch, **blocks, **options)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # For networks this small, waiting for a second thread takes longer than it saves.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_published_shapes() -> None:

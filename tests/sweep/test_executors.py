@@ -24,6 +24,7 @@ from tests.faults import children
 from tests.faults.runs import rows
 from tests.sweep.sweeps import assert_equal_sweeps, read_log_lines, trial_accuracies, trial_states, write_sweep_file
 
+pytestmark = pytest.mark.xdist_group("processes")
 TWO_LRS = "[grid]\nlr = [0.1, 0.02]\n"
 
 
