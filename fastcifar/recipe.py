@@ -97,6 +97,11 @@ def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
         raise ValueError(f"should be {grammar}")
 
 
+def _check_resize(size: int) -> None:
+    if size != 32:
+        raise ValueError("should be 32, because the networks take images of 32x32 pixels")
+
+
 def default_val_size(num_images: int) -> int:
     """Return the size of the validation split of `num_images` training images if `--val-size` is not given."""
     return min(DEFAULT_VAL_SIZE, max(num_images // 10, 1))
@@ -107,6 +112,7 @@ PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], 
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
 Blocks = Annotated[PositiveIntegers, _validate_by(_check_num_blocks)]
 ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
+ResizeSize = Annotated[int, _validate_by(_check_resize)]
 ClipGradText = Annotated[str, _validate_by(parse_clip_grad)]
 ScheduleText = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
 AugmentText = Annotated[
@@ -140,9 +146,14 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     # data
     data: str | None = _option(
-        None, "data set: a folder, .tar.gz file or class folders, by default downloaded; synthetic[:N]: N random images"
+        None,
+        "data set: a folder, .tar.gz file, class folders of images or .npz file, by default downloaded; "
+        "synthetic[:N]: N random images",
     )
     dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "name of the data set")
+    resize: ResizeSize | None = _option(
+        None, "size to which own images are resized, 32: the largest centered square of each, with antialiasing"
+    )
     val_size: int | None = _option(
         None, "size of the validation split in images, by default 5000 or a tenth of fewer than 50,000; 0: none", ge=0
     )

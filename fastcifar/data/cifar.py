@@ -22,7 +22,7 @@ import numpy as np
 import platformdirs
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from fastcifar.data import class_folders
+from fastcifar.data import arrays, class_folders
 from fastcifar.data.archives import iter_folder_files, iter_tar_files
 from fastcifar.data.cifar_files import (
     DATASETS,
@@ -36,6 +36,7 @@ from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError, lookup
 from fastcifar.files import lock_folder
 from fastcifar.format import DataConsole
+from fastcifar.recipe import Recipe
 
 DATA_VARIABLE = "FASTCIFAR_DATA"  # environment variable with the default of --data
 DATA_REMEDY = "give --data PATH, set FASTCIFAR_DATA, or try --data synthetic"
@@ -55,6 +56,7 @@ class _DataSource(NamedTuple):
     files: list[Path]  # they identify the cache entry
     read: Callable[[], SourceContents]
     note: str = ""  # for the user
+    own_images: bool = False
 
 
 def load_dataset(
@@ -65,14 +67,16 @@ def load_dataset(
     download: bool = True,
     refresh_cache: bool = False,
     val_seed: int = 0,
+    resize: int | None = None,
 ) -> Dataset:
-    """Load the data set `data`: official files, class folders of images, a folder of one of these, or "synthetic[:N]".
+    """Load the data set `data`: official files, class folders, a folder of one of these, .npz, or "synthetic[:N]".
 
     Official files are a folder or .tar.gz of the Python or binary version. If `data` is None, use the environment
     variable FASTCIFAR_DATA, then the cache folder (`cache_dir`, or the user's), then, if `download`, download the
     official archive. The decoded arrays are stored in the cache folder and memory-mapped. `refresh_cache` reads and
-    checks the source even if a cache entry exists. `val_seed` splits class folders that are not in `train/`. All
-    remarks are issued as one `UserWarning`. Raises `DataError` if the data is missing, damaged or malicious.
+    checks the source even if a cache entry exists. Own images may have any size with `resize=32`, and are split by
+    `val_seed` if the source has no splits. All remarks are issued as one `UserWarning`. Raises `DataError` if the data
+    is missing, damaged or malicious.
     """
     spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
@@ -81,24 +85,20 @@ def load_dataset(
         return class_folders.make_synthetic_dataset(data, dataset, spec)
     try:
         if data:
-            source = _identify_source(Path(data).expanduser(), dataset, spec, val_seed)
+            source = _identify_source(Path(data).expanduser(), dataset, spec, val_seed, resize)
         else:
             source = _detect_source(folder, spec) if folder.is_dir() else None
             if source is None and not download:
                 raise DataError(f"{dataset} is not in {folder}", DATA_REMEDY)
             archive = folder / spec.python.archive_name
-            source = source or _identify_source(download_file(spec.url, spec.archive_md5, archive), dataset, spec, 0)
+            source = source or _identify_source(download_file(spec.url, spec.archive_md5, archive), dataset, spec)
         contents, cache_note = load_or_cache(folder, dataset, source, refresh_cache)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or data}: {error.strerror or error}", DATA_REMEDY) from None
     notes = [note for note in (source.note, contents.note, cache_note) if note]
     if notes:
         warnings.warn("; ".join(notes), UserWarning, stacklevel=2)
-    splits, classes, is_official, _ = contents
-    train = splits["train"]
-    test = splits.get("test") or Split(train.images[:0], train.labels[:0])
-    kind, path = source.kind, str(source.path)
-    return Dataset(dataset, train, test, classes, path, is_official, kind, splits.get("val"))
+    return contents.to_dataset(dataset, str(source.path), source.kind, source.own_images)
 
 
 def absolute_data_path(data: str | None) -> str | None:
@@ -112,23 +112,31 @@ def saved_data_path(data: Any) -> Any:
     return absolute_data_path(os.environ.get(DATA_VARIABLE) or data) if is_path else data
 
 
-def _identify_source(path: Path, dataset: str, spec: DatasetSpec, val_seed: int) -> _DataSource:
+def load_recipe_dataset(recipe: Recipe, **options: Any) -> Dataset:
+    """Load the data set of a recipe; `options` are further arguments of `load_dataset`."""
+    return load_dataset(recipe.data, recipe.dataset, val_seed=recipe.val_seed, resize=recipe.resize, **options)
+
+
+def _identify_source(
+    path: Path, dataset: str, spec: DatasetSpec, val_seed: int = 0, resize: int | None = None
+) -> _DataSource:
     """Recognize the source at `path` by its contents. Raises `DataError` that lists the supported layouts."""
     if not path.exists():
         raise DataError(f"no such file or folder: {path}", DATA_REMEDY)
-    source = _detect_source(path, spec) or _detect_flat_folders(path, spec, val_seed)
+    source = _detect_source(path, spec) or _detect_own_images(path, spec, val_seed, resize)
     if source is not None:
         return source
     for name, other_spec in DATASETS.items():
         if name != dataset and _detect_source(path, other_spec) is not None:
             raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
     folders = f"{spec.python.folder}/, {spec.binary.folder}/, the files of these folders"
-    others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png, <class>/*.png"
+    others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png, <class>/*.png, *.npz"
     raise DataError(f"{path} contains no {dataset}; expected one of {folders}, {others}", DATA_REMEDY)
 
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
-    if path.is_file():
+    """Recognize official files."""
+    if path.is_file() and path.suffix != ".npz":
         read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
         return _DataSource("archive", path.resolve(), [path], read)
     for version, layout in (("Python", spec.python), ("binary", spec.binary)):
@@ -141,16 +149,26 @@ def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     for layout in (spec.python, spec.binary):
         if (path / layout.archive_name).is_file():
             return _detect_source(path / layout.archive_name, spec)
-    if (path / "train").is_dir():
-        found = class_folders.list_split_folders(path, spec.class_names)
-        return _DataSource("class folders of images", path.resolve(), found.all_files, found.read, found.note)
     return None
 
 
-def _detect_flat_folders(path: Path, spec: DatasetSpec, val_seed: int) -> _DataSource | None:
-    found = class_folders.list_flat_folders(path, spec.class_names, val_seed) if path.is_dir() else None
-    kind = f"class folders of images, split 80/10/10 by --val-seed {val_seed}"
-    return found and _DataSource(kind, path.resolve(), found.all_files, found.read, found.note)
+def _detect_own_images(path: Path, spec: DatasetSpec, val_seed: int, resize: int | None) -> _DataSource | None:
+    """Recognize class folders and .npz files."""
+    resized = ", resized to 32x32" if resize else ""
+    split = f", split 80/10/10 by --val-seed {val_seed}"
+    if path.is_file():
+        split = split if "images" in arrays.list_npz(path) else ""
+        read = partial(arrays.read_npz, path, resize, val_seed)
+        return _DataSource(f".npz file{resized}{split}", path.resolve(), [path], read, own_images=True)
+    if (path / "train").is_dir():
+        found, split = class_folders.list_split_folders(path, spec.class_names), ""
+    else:
+        found = class_folders.list_flat_folders(path, spec.class_names, val_seed)
+    if found is None:
+        return None
+    read = partial(found.read, resize=bool(resize))
+    kind = f"class folders of images{resized}{split}"
+    return _DataSource(kind, path.resolve(), found.all_files, read, found.note, own_images=True)
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
@@ -256,16 +274,16 @@ def _load_entry(entry: Path) -> SourceContents | None:
     """Return the contents of an entry, its images memory-mapped read-only; None if anything is missing or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        arrays = {}
+        loaded = {}
         for name, (size, shape, dtype) in meta["arrays"].items():
             path = entry / f"{name}.npy"
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if path.stat().st_size != size or list(array.shape) != shape or array.dtype != dtype:
                 return None
-            arrays[name] = array
+            loaded[name] = array
         # Labels are small, so they are copied, which makes them writable.
-        names = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
-        splits = {name: Split(arrays[f"{name}_images"], np.array(arrays[f"{name}_labels"])) for name in names}
+        names = [name.removesuffix("_images") for name in loaded if name.endswith("_images")]
+        splits = {name: Split(loaded[f"{name}_images"], np.array(loaded[f"{name}_labels"])) for name in names}
         contents = SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
         return contents if "train" in splits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):

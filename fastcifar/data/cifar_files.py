@@ -41,6 +41,7 @@ class Dataset:
     is_official: bool
     source_type: str = ""
     val: Split | None = None
+    own_images: bool = False  # neither in the format of the official files nor synthetic
 
     @functools.cached_property
     def digest(self) -> str:
@@ -184,6 +185,12 @@ class SourceContents(NamedTuple):
     classes: tuple[str, ...]
     is_official: bool = False
     note: str = ""
+
+    def to_dataset(self, name: str, source: str, source_type: str, own_images: bool) -> Dataset:
+        """Return the data set of these splits; an empty one replaces a missing training or test set."""
+        empty = Split(np.empty((0, 3, 32, 32), np.uint8), np.empty(0, np.int64))
+        train, test, val = self.splits.get("train", empty), self.splits.get("test", empty), self.splits.get("val")
+        return Dataset(name, train, test, self.classes, source, self.is_official, source_type, val, own_images)
 
 
 def file_error(problem: str) -> DataError:

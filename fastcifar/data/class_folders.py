@@ -19,7 +19,7 @@ from fastcifar.data.image_files import (
     is_hidden,
     list_images,
 )
-from fastcifar.data.splits import stratified_split
+from fastcifar.data.splits import split_80_10_10
 from fastcifar.errors import DataError, UsageError
 
 SPLIT_FOLDERS = ("train", "val", "test")
@@ -39,14 +39,14 @@ class ClassFolders:
         """All files in the order in which they are read."""
         return [file for by_class in self.files.values() for files in by_class for file in files]
 
-    def read(self) -> SourceContents:
-        """Decode all images. Raises `DataError` if one is not a 32x32 image."""
+    def read(self, resize: bool = False) -> SourceContents:
+        """Decode all images. Raises `DataError` if one is not an image, or not of 32x32 pixels without `resize`."""
         splits = {}
         for split, files in self.files.items():
             labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])
             images = np.empty((len(labels), 3, 32, 32), np.uint8)
             for index, file in enumerate(itertools.chain(*files)):
-                images[index] = decode_image(file)
+                images[index] = decode_image(file, resize)
             splits[split] = Split(images, labels)
         return SourceContents(splits, self.classes)
 
@@ -86,11 +86,8 @@ def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> Cl
     by_class = [_list_class(path / name, left_out) for name in classes]
     files = list(itertools.chain(*by_class))
     labels = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in by_class])
-    size = min(len(files) // 10, (len(files) - len(classes)) // 2)
-    kept, test = stratified_split(labels, size, seed)
-    train, val = (kept[indices] for indices in stratified_split(labels[kept], size, seed))
     by_split: dict[str, list[list[Path]]] = {split: [[] for _ in classes] for split in SPLIT_FOLDERS}
-    for split, indices in zip(SPLIT_FOLDERS, (train, val, test), strict=True):
+    for split, indices in zip(SPLIT_FOLDERS, split_80_10_10(labels, seed), strict=True):
         for index in indices:
             by_split[split][labels[index]].append(files[index])
     return ClassFolders(classes, by_split, describe_left_out(path, left_out))

@@ -16,6 +16,7 @@ from fastcifar.errors import DataError
 IMAGE_SIZE = (32, 32)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"})
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")  # of these suffixes; Pillow reads other formats by other programs
+RESIZE_REMEDY = "give --resize 32, which resizes the largest centered square of each image to 32x32"
 MAX_DECODED_BYTES = 2**28  # of an image; checked in its header, before decoding
 MAX_FILE_BYTES = 2**27
 BACKGROUND = (255, 255, 255)  # color behind transparent pixels
@@ -113,7 +114,7 @@ def _check_header(image: Image.Image, file: Path, resize: bool) -> None:
     """Raise `DataError` or `ValueError` if the image must not be decoded."""
     size = f"{image.width}x{image.height}"
     if not resize and image.size != IMAGE_SIZE:
-        raise DataError(f"{file} is {size}, expected 32x32", "resize the images of the data set to 32x32 pixels")
+        raise DataError(f"{file} is {size}, expected 32x32", RESIZE_REMEDY)
     has_color_key = "transparency" in image.info
     # Pillow decodes WebP in several buffers, and copies an image to change its mode or to resize it with transparency.
     bytes_per_pixel = 16 if image.format == "WEBP" else 4 if image.mode == "RGB" and not has_color_key else 12
@@ -125,17 +126,22 @@ def _check_header(image: Image.Image, file: Path, resize: bool) -> None:
 
 def _to_rgb_array(image: Image.Image) -> np.ndarray:
     """Return the central square of a loaded image, upright, as uint8 [3, 32, 32]. Raises `ValueError`."""
-    square = _to_eight_bits(image)
-    if square.size != IMAGE_SIZE:
-        side = min(square.size)
-        left, top = (square.width - side) / 2, (square.height - side) / 2
-        box = (left, top, left + side, top + side)
-        square = square.resize(IMAGE_SIZE, Image.Resampling.BICUBIC, box=box)  # with premultiplied alpha
+    square = resize_square(_to_eight_bits(image))
     upright = ImageOps.exif_transpose(square)  # after resizing, because it copies the image
     if upright.mode != "RGB":
         background = Image.new("RGBA", IMAGE_SIZE, BACKGROUND)
         upright = Image.alpha_composite(background, upright.convert("RGBA")).convert("RGB")
     return np.asarray(upright).transpose(2, 0, 1)
+
+
+def resize_square(image: Image.Image) -> Image.Image:
+    """Return the largest centered square of `image`, resized to 32x32 with antialiasing if it has another size."""
+    if image.size == IMAGE_SIZE:
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize(IMAGE_SIZE, Image.Resampling.BICUBIC, box=box)  # with premultiplied alpha
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -63,7 +63,7 @@ class GridsDescription(TypedDict):
 
 def verify_dataset(recipe: Recipe) -> DatasetDescription:
     """Read and check the files of the recipe's data set, even if they are cached, and return their description."""
-    data = cifar.load_dataset(recipe.data, recipe.dataset, refresh_cache=True, val_seed=recipe.val_seed)
+    data = cifar.load_recipe_dataset(recipe, refresh_cache=True)
     images = data.train.images
     mean, std = channel_mean_std(images)
     splits: dict[str, SplitDescription] = {}
@@ -92,7 +92,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     plotting.require_png(out)
     if not 1 <= count <= MAX_GRID_IMAGES:
         raise UsageError(f"--count {count} is out of range", f"choose 1 to {MAX_GRID_IMAGES}")
-    data = cifar.load_dataset(recipe.data, recipe.dataset)
+    data = cifar.load_recipe_dataset(recipe)
     indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
     indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
     images = torch.from_numpy(data.train.images[indices])

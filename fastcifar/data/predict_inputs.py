@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from fastcifar.data import cifar
+from fastcifar.data.arrays import LAYOUTS, open_npy, to_planar
 from fastcifar.data.image_files import IMAGE_SUFFIXES, LeftOut, decode_image, describe_left_out, list_images
 from fastcifar.data.safe_pickle import load_pickle
-from fastcifar.errors import DataError, first_message_line
+from fastcifar.errors import DataError
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
-_EXPECTED_SHAPES = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
-_PICKLE_REMEDY = f"give a pickle of {{'data': {_EXPECTED_SHAPES}, 'ids': N unique integers}}"
+_PICKLE_REMEDY = f"give a pickle of {{'data': {LAYOUTS}, 'ids': N unique integers}}"
 _INPUT_REMEDY = (
     "give a pickle, a .npy file, an image, a folder of images, or data:test; images end in "
     f"{', '.join(sorted(IMAGE_SUFFIXES))}"
@@ -60,29 +60,13 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10", 
         if suffix in IMAGE_SUFFIXES:
             return InputImages(decode_image(path, resize=True)[None], [path.stem], source, "image")
         if suffix == ".npy":
-            return _read_npy(path)
+            images, layout = to_planar(open_npy(path, f"save {LAYOUTS}"), str(path), _PICKLE_REMEDY)
+            return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
         if suffix in PICKLE_SUFFIXES:
             return _read_input_pickle(path)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}", "check the path") from None
     raise DataError(f"{path} is not a supported kind of input", _INPUT_REMEDY)
-
-
-def to_planar(array: Any, source_name: str) -> tuple[np.ndarray, str]:
-    """Return `array`, uint8 in one of the three layouts, as a view of shape [n,3,32,32], and the name of its layout."""
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{source_name} is of type {type(array).__name__}, expected an array", _PICKLE_REMEDY)
-    if array.dtype != np.uint8:
-        raise DataError(f"{source_name} is {array.dtype}, expected uint8 pixels of 0 to 255", _PICKLE_REMEDY)
-    if not array.size:
-        raise DataError(f"{source_name} of shape {array.shape} contains no images", _PICKLE_REMEDY)
-    if array.shape[1:] == (3072,):
-        return array.reshape(-1, 3, 32, 32), "planar (N, 3072)"
-    if array.shape[1:] == (3, 32, 32):
-        return array, "channel first (N, 3, 32, 32)"
-    if array.shape[1:] == (32, 32, 3):
-        return array.transpose(0, 3, 1, 2), "channel last (N, 32, 32, 3)"
-    raise DataError(f"{source_name} has the shape {array.shape}, expected {_EXPECTED_SHAPES}", _PICKLE_REMEDY)
 
 
 def _read_input_pickle(path: Path) -> InputImages:
@@ -99,7 +83,7 @@ def _read_input_pickle(path: Path) -> InputImages:
             keys = ", ".join(sorted(repr(key) for key in content)[:6]) or "none"
             raise DataError(f"{path} has no key {name!r}; its keys: {keys}", _PICKLE_REMEDY)
         values.append(content[matching[0]])
-    images, layout = to_planar(values[0], f"{path}: data")
+    images, layout = to_planar(values[0], f"{path}: data", _PICKLE_REMEDY)
     ids = values[1]
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
@@ -115,17 +99,6 @@ def _require_unique(ids: Any, path: Path) -> None:
     value, count = Counter(ids).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path}: duplicate id {value!r}", "give every image a unique id")
-
-
-def _read_npy(path: Path) -> InputImages:
-    try:
-        # With a memory map, NumPy checks the shape in the header against the size of the file and allocates nothing.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        problem = f"{path} is not a .npy file that can be read safely: {first_message_line(error)}"
-        raise DataError(problem, f"save {_EXPECTED_SHAPES}") from None
-    images, layout = to_planar(array, str(path))
-    return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
 
 
 def _read_image_folder(folder: Path) -> InputImages:

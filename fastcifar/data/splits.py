@@ -30,3 +30,14 @@ def stratified_split(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.n
     for label, size in zip(classes, quota, strict=True):
         in_val[order[labels[order] == label][:size]] = True
     return np.flatnonzero(~in_val).astype(np.int64), np.flatnonzero(in_val).astype(np.int64)
+
+
+def split_80_10_10(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return indices `(train, val, test)` into `labels` int64 [n]: stratified splits of 80, 10 and 10 %.
+
+    They are fixed by `seed`, and at least one image of every class stays in `train`.
+    """
+    size = min(len(labels) // 10, (len(labels) - len(np.unique(labels))) // 2)
+    kept, test = stratified_split(labels, size, seed)
+    train, val = (kept[indices] for indices in stratified_split(labels[kept], size, seed))
+    return train, val, test

@@ -52,7 +52,7 @@ class LoadedRun:
 
     def load_dataset(self) -> Dataset:
         """Load the data set of the recipe. Raises `DataError` if its classes, in their order, are not the network's."""
-        data = cifar.load_dataset(self.recipe.data, self.recipe.dataset, val_seed=self.recipe.val_seed)
+        data = cifar.load_recipe_dataset(self.recipe)
         if self.weights == "published" and self.classes == DATASETS["cifar100"].default_class_names:
             self.classes = list(data.classes)[: len(self.classes)]  # the checkpoint does not name them
         if list(data.classes) != self.classes:

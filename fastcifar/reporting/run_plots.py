@@ -52,7 +52,7 @@ def write_run_plots(summary: RunSummary) -> list[Path]:
         plotting.plot_confusion_matrix(files[-1], np.array(summary.confusion), list(summary.per_class), title)
     recipe = Recipe(**summary.config)
     with warnings.catch_warnings(action="ignore"):  # the run has shown the warnings about the data set
-        data = cifar.load_dataset(recipe.data, recipe.dataset, val_seed=recipe.val_seed)
+        data = cifar.load_recipe_dataset(recipe)
     files.append(folder / "batch.png")
     train_split, _ = split_validation(data, recipe.val_size, recipe.val_seed)
     plot_first_batch(files[-1], recipe, train_split, data.classes)

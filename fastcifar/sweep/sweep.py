@@ -160,7 +160,7 @@ def describe_duplicate_recipes(trials: Sequence[SweepTrial]) -> list[str]:
 def load_dataset_if_present(recipe: Recipe) -> Dataset | None:
     """Return the data set of a recipe, or None if it is not on disk."""
     try:
-        return cifar.load_dataset(recipe.data, recipe.dataset, download=False, val_seed=recipe.val_seed)
+        return cifar.load_recipe_dataset(recipe, download=False)
     except UserError:
         return None
 

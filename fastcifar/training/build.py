@@ -41,7 +41,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None, use_val_folde
     else:
         torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
     compilation.configure_process(execution)
-    data = data or cifar.load_dataset(recipe.data, recipe.dataset, val_seed=recipe.val_seed)
+    data = data or cifar.load_recipe_dataset(recipe)
     data = data if use_val_folder else replace(data, val=None)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)

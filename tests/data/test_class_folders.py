@@ -294,5 +294,5 @@ def test_names_that_are_not_utf8_and_links(load: Callable[..., Dataset], tmp_pat
 def test_errors_name_the_file_and_give_a_remedy(load: Callable[..., Dataset], tmp_path: Path) -> None:
     root = write_class_folders(tmp_path / "a", CAT_DOG, {"train": 2, "test": 1})
     Image.new("RGB", (64, 64)).save(root / "train" / "cat" / "0.png")
-    with pytest.raises(DataError, match=re.escape("train/cat/0.png is 64x64, expected 32x32; resize the images")):
+    with pytest.raises(DataError, match=re.escape("train/cat/0.png is 64x64, expected 32x32; give --resize 32")):
         load(root)

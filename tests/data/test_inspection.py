@@ -64,7 +64,7 @@ def test_mean_and_std_of_many_images_are_exact() -> None:
 def test_fault11_verify_reads_the_files_even_if_they_are_cached(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = cifar.load_dataset(str(folders))
 
-    def fail(file: Path) -> np.ndarray:
+    def fail(file: Path, resize: bool) -> np.ndarray:
         raise DataError(f"{file} is damaged")
 
     monkeypatch.setattr(class_folders, "decode_image", fail)
