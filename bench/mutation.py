@@ -90,7 +90,8 @@ def draw_sample(modules: list[str], count: int, seed: int) -> list[Mutant]:
     with use_db(":memory:", WorkDB.Mode.create) as database:
         init([ROOT / "fastcifar" / module for module in modules], database, {})
         specs = [item.mutations[0] for item in database.work_items]
-    ignored = {spec.module_path: list(annotation_positions(spec.module_path)) for spec in specs}
+    paths = {spec.module_path for spec in specs}
+    ignored = {path: list(annotation_positions(path)) for path in paths}
     specs = [spec for spec in specs if not any(a <= spec.start_pos < b for a, b in ignored[spec.module_path])]
     specs.sort(key=lambda spec: (spec.module_path, spec.start_pos, spec.operator_name, spec.occurrence))
     places = [list(group) for _, group in groupby(specs, key=lambda spec: (spec.module_path, spec.start_pos))]
