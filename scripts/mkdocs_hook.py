@@ -1,0 +1,33 @@
+"""Hook of mkdocs: include the pages of the root folder in the site, and adapt links between them and docs/."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT_PAGES = {"README.md": "index.md", "LOG.md": "log.md", "CONTRIBUTING.md": "contributing.md"}
+ROOT_PAGES["CHANGELOG.md"] = "changelog.md"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the root folder."""
+    root = Path(config.config_file_path).parent
+    for name, page in ROOT_PAGES.items():
+        text = (root / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=adapt_links(text.replace("](docs/", "]("))))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Adapt the links of a page of docs/."""
+    return adapt_links(markdown)
+
+
+def adapt_links(text: str) -> str:
+    """Return `text` with links to the pages of the root folder replaced by links within the site."""
+    for name, page in ROOT_PAGES.items():
+        text = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({page}", text)
+    return text
