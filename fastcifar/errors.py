@@ -55,9 +55,9 @@ class DeviceError(UserError, exit_code=8):
 class Interrupted(UserError):
     """A run that was stopped by a signal; its checkpoint has been written."""
 
-    def __init__(self, signal: str, exit_code: int, step: int, run: str) -> None:
+    def __init__(self, signal: str, exit_code: int, step: int, resume_command: str) -> None:
         self.exit_code = exit_code
-        super().__init__(f"stopped by {signal} after step {step}", f"continue with: fastcifar train --resume {run}")
+        super().__init__(f"stopped by {signal} after step {step}", f"continue with: {resume_command}")
 
 
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

@@ -30,7 +30,7 @@ def test_layers_import_only_from_the_layers_below() -> None:
 def test_the_layer_contract_finds_an_upward_import(tmp_path: Path) -> None:
     (tmp_path / "fastcifar").symlink_to(PACKAGE)
     contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    swapped = contract.replace('    "cli",\n    "sweep",\n', '    "sweep",\n    "cli",\n')
+    swapped = contract.replace('    "cli",\n    "api",\n    "sweep",\n', '    "sweep",\n    "api",\n    "cli",\n')
     assert swapped != contract
     (tmp_path / "pyproject.toml").write_text(swapped)
     run = lint_imports("--no-cache", cwd=tmp_path)

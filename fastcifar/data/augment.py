@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor, c
 from fastcifar.data.mixers import MIXERS, MixerSpec
 from fastcifar.data.policies import MIN_ERASE_AREA, NUM_LEVELS, STANDARD_SPACE, WIDE_SPACE, Policy, uniform_policy
 from fastcifar.errors import UsageError, lookup
+from fastcifar.python_objects import active_objects, object_name
 
 Number = int | float
 ParamArrays = dict[str, np.ndarray]
@@ -33,6 +34,7 @@ class AugmentOp:
     value: Number | None
     variant: str
     policy: Policy | None = None
+    function: Callable[[Any], Any] | None = None  # of `transform` and `batch_transform`, which are given from Python
 
     @property
     def number(self) -> Number:
@@ -45,6 +47,7 @@ class AugmentOp:
 
 
 AugmentOps = tuple[AugmentOp, ...]  # a parsed augmentation list
+PYTHON_OPS = ("transform", "batch_transform")  # fields of `PythonObjects`; the variant is the name of the object
 
 
 class DrawContext(NamedTuple):
@@ -213,6 +216,12 @@ def _parse_item(item: str) -> AugmentOp:
     name, *fields = item.split(":")
     if not name:
         raise UsageError("an empty item in the augmentation list", "separate items by single commas: crop:4:zero,flip")
+    if name in PYTHON_OPS:
+        function, expected = getattr(active_objects(), name), ":".join(fields)
+        if function is None or object_name(function) != expected:
+            other = "" if function is None else f", not {object_name(function)}"
+            raise UsageError(f"augmentation {item!r} is given from Python", f"give {expected} as {name}={other}")
+        return AugmentOp(name, None, expected, function=function)
     if name == "none":
         raise UsageError("'none' together with other augmentations", "write 'none' alone, or remove it")
     spec: AugmentSpec | MixerSpec = lookup({**AUGMENTS, **MIXERS}, name, "augmentation")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.data import transforms
 from fastcifar.data.augment import (
     AugmentOps,
     AugmentParams,
@@ -186,12 +187,18 @@ class Loader(abc.ABC):
         self.slicing = BatchSlicing(self.num_samples, batch_size, drop_last, rank, world_size)
         self.steps_per_epoch = self.slicing.steps_per_epoch
         self.batch_size = batch_size
-        self._ops, self._fill_color, self._seed = split_mixer(augment)[0], fill_color, seed
+        ops = split_mixer(augment)[0]
+        self._ops = tuple(op for op in ops if op.name != "batch_transform")
+        self._batch_transform = next((op for op in ops if op.name == "batch_transform"), None)
+        self._fill_color, self._seed = fill_color, seed
         self._compile, self._workers = compile, workers
         self._device = torch.device(device)
         local_size = self.slicing.local_batch_size
         self._chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
         self._chunk_size = self._chunk_steps * local_size
+        for op in ops:
+            if op.function:
+                transforms.check_transform(op, images[:2], self._device, self.uses_workers)
         select = self._prepare(images)
         draw = partial(
             draw_inputs,
@@ -222,7 +229,11 @@ class Loader(abc.ABC):
                 # A short last batch is computed at full size, so that one static shape is enough, and sliced here.
                 first_image = (step - chunk_start) * self.slicing.local_batch_size
                 end = first_image + self.slicing.local_count(step)
-                yield tuple(tensor[first_image:end] for tensor in tensors)
+                batch = tuple(tensor[first_image:end] for tensor in tensors)
+                if self._batch_transform:
+                    seed_key = (self._seed, epoch, self.slicing.rank, step)
+                    batch = (transforms.transform_batch(self._batch_transform, batch[0], seed_key), *batch[1:])
+                yield batch
                 if step == start_step:
                     self._epochs.start(epoch + 1)
 

@@ -36,6 +36,7 @@ from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError, lookup
 from fastcifar.files import lock_folder
 from fastcifar.format import DataConsole
+from fastcifar.python_objects import PYTHON_DATA, active_objects
 from fastcifar.recipe import Recipe
 
 DATA_VARIABLE = "FASTCIFAR_DATA"  # environment variable with the default of --data
@@ -81,6 +82,10 @@ def load_dataset(
     spec = lookup(DATASETS, dataset, "data set")
     folder = cache_dir if cache_dir is not None else Path(platformdirs.user_cache_dir("fastcifar"))
     data = data or os.environ.get(DATA_VARIABLE)
+    if data == PYTHON_DATA:
+        if (given := active_objects().data) is None:
+            raise DataError("the data set was given from Python", "give it again as data=, or its files by --data")
+        return given
     if data and data.split(":")[0] == "synthetic":
         return class_folders.make_synthetic_dataset(data, dataset, spec)
     try:
@@ -103,12 +108,17 @@ def load_dataset(
 
 def absolute_data_path(data: str | None) -> str | None:
     """Return `data` as an absolute path, if it is a path."""
-    return data if data is None or data.split(":")[0] == "synthetic" else os.path.abspath(os.path.expanduser(data))
+    return os.path.abspath(os.path.expanduser(data)) if data is not None and is_data_path(data) else data
+
+
+def is_data_path(data: str) -> bool:
+    """Return whether `data` is a path, not synthetic images or a data set given from Python."""
+    return data.split(":")[0] != "synthetic" and data != PYTHON_DATA
 
 
 def saved_data_path(data: Any) -> Any:
     """Return the `data` of a saved recipe, or the environment variable, which overrides a path."""
-    is_path = isinstance(data, str) and data.split(":")[0] != "synthetic"
+    is_path = isinstance(data, str) and is_data_path(data)
     return absolute_data_path(os.environ.get(DATA_VARIABLE) or data) if is_path else data
 
 

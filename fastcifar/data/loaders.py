@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, ParamArrays, parse_augment, split_mixer
+from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, ParamArrays
 from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
-from fastcifar.data.cifar_files import Split
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.epoch_draws import upload_array
 from fastcifar.data.image_ops import CIFAR_IMAGE_SIZE, FILL_COLORS, FillColor
 from fastcifar.data.policies import ERASE_ASPECT_RANGE, ERASE_PROBABILITY, MIN_ERASE_AREA
+from fastcifar.data.transforms import seeded_generators, to_uint8_tensor
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError
 
@@ -160,23 +160,22 @@ class _TransformedImages(Dataset[Tensor]):
 
     def __getitems__(self, step: tuple[int, ...]) -> list[Tensor]:
         number, *indices = step
-        state = np.random.SeedSequence([*self.seed_key, number]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):  # without workers, the network shares this generator
-            torch.default_generator.manual_seed(int(state[0]))
+        with seeded_generators((*self.seed_key, number)):  # without workers, the network shares the generators
             return [self.transform(Image.fromarray(self.pixels[index])) for index in indices]
 
 
 def build_transform(ops: AugmentOps, fill_color: FillColor) -> Transform:
     """Return the transform of `ops`, PIL image -> uint8 [3,32,32]. Raises `UsageError` if an op has no equivalent."""
     for op in ops:
-        if (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
+        if not op.function and (op.name, op.variant) not in TORCHVISION_TRANSFORMS:
             variants = [variant for name, variant in TORCHVISION_TRANSFORMS if name == op.name]
             alternative = f", or {op.name} with {' or '.join(variants)}" if variants else ""
             problem = f"--loader torchvision does not support {op}"
             raise UsageError(problem, f"use --loader tensor{alternative}")
     v2 = import_optional("torchvision.transforms.v2", TORCHVISION_REMEDY)
-    transforms = [TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops]
-    return v2.Compose([*transforms, v2.PILToTensor()])
+    transforms = [op.function or TORCHVISION_TRANSFORMS[op.name, op.variant](v2, op, fill_color) for op in ops]
+    to_tensor = to_uint8_tensor if any(op.function for op in ops) else v2.PILToTensor()
+    return v2.Compose([*transforms, to_tensor])
 
 
 LOADERS: dict[str, type[Loader]] = {
@@ -184,32 +183,6 @@ LOADERS: dict[str, type[Loader]] = {
     "dali": DaliLoader,
     "torchvision": TorchvisionLoader,  # the baseline for comparisons
 }
-
-
-def batches(
-    split: Split,
-    *,
-    batch_size: int = 128,
-    augment: str = "crop:4:zero,flip",
-    seed: int = 0,
-    epochs: int = 1,
-    device: torch.device | str = "cpu",
-    compile: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the augmented batches of `TensorLoader` for `epochs` epochs over `split`, for a custom training loop.
-
-    Batches are images uint8 channels_last [b,3,32,32] and labels int64 [b]. `compile` pays off after a few hundred
-    batches. Raises `UsageError` if `augment` is invalid or contains a mixer, or if `batch_size` is too large.
-    """
-    ops, mixer = split_mixer(parse_augment(augment))
-    if mixer:
-        raise UsageError(f"batches(): {mixer.name} is applied in the training step", "remove it, or use train()")
-    loader = TensorLoader(
-        split.images, split.labels, batch_size=batch_size, augment=ops, seed=seed, device=device, compile=compile
-    )
-    for epoch in range(epochs):
-        for images, labels in loader.batches(epoch):  # noqa: UP028  # without a mixer, a batch is a pair
-            yield images, labels
 
 
 def eval_batches(

@@ -19,7 +19,7 @@ from fastcifar.data.normalization import normalization_name
 from fastcifar.errors import DataError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.files import open_regular_file
 from fastcifar.training.evaluate import VIEWS, compute_confusion_matrix, compute_scores, reliability_bins
 
@@ -95,7 +95,7 @@ class EvalResult(LogitMetrics):
 
 
 def evaluate_run(
-    run: str,
+    run: str | LoadedModel,
     eval_weights: str | None = None,
     arch: str | None = None,
     *,
@@ -110,7 +110,7 @@ def evaluate_run(
     The plots reliability.png and confusion.png are written to `plots_dir`. The network is also evaluated on
     CIFAR-10.1 if its folder `shifted_dir` is given, and on corrupted images if requested. See also `load_model`.
     """
-    loaded = load_model(run, eval_weights, arch, **overrides)
+    loaded = run if isinstance(run, LoadedModel) else load_model(run, eval_weights, arch, **overrides)
     data, tta, classes = loaded.load_dataset(), loaded.recipe.tta, loaded.classes
     if plots_dir is not None or with_corruptions:
         data.require_test_set()
@@ -223,7 +223,7 @@ def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
     return versions[0], Split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
 
 
-def _evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResult:
+def _evaluate_shifted(loaded: LoadedModel, name: str, split: Split) -> ShiftedResult:
     scores = loaded.evaluate(split)
     return {
         "name": name,
@@ -236,7 +236,7 @@ def _evaluate_shifted(loaded: LoadedRun, name: str, split: Split) -> ShiftedResu
     }
 
 
-def _evaluate_corruptions(loaded: LoadedRun, split: Split, console: Console | None) -> CorruptionsResult:
+def _evaluate_corruptions(loaded: LoadedModel, split: Split, console: Console | None) -> CorruptionsResult:
     def accuracy(corruption: Corruption, severity: int) -> float:
         generator = torch.Generator(loaded.device).manual_seed(CORRUPTION_SEED)
 

@@ -25,7 +25,7 @@ from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import DiskError, UserError, first_message_line, lookup
-from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
@@ -112,7 +112,7 @@ class ExportFormat:
     load: Callable[[Path, DeployedModel], TensorFunction]
 
 
-def build_metadata(deployed: DeployedModel, loaded: LoadedRun, run: str) -> Metadata:
+def build_metadata(deployed: DeployedModel, loaded: LoadedModel, run: str) -> Metadata:
     """Return what a program needs to use the exported network; lists are in JSON.
 
     The `mean` and `std` are those of pixels in [0, 1]; with the input type "uint8", the network itself uses them.
@@ -278,7 +278,7 @@ def example_inputs(deployed: DeployedModel, data: Dataset) -> Tensor:
 
 
 def _write_model_card(
-    result: ExportResult, format: str, deployed: DeployedModel, loaded: LoadedRun, data: Dataset, run_dir: Path
+    result: ExportResult, format: str, deployed: DeployedModel, loaded: LoadedModel, data: Dataset, run_dir: Path
 ) -> None:
     recipe = loaded.recipe
     mean, std = ("(" + ", ".join(f"{x:.4f}" for x in values) + ")" for values in normalization_mean_std(recipe))
@@ -323,7 +323,7 @@ def _write_model_card(
     write_atomically(Path(result["card"]), (_card_head(format, loaded, data, run_dir) + text[1:]).encode())
 
 
-def _card_head(format: str, loaded: LoadedRun, data: Dataset, run_dir: Path) -> str:
+def _card_head(format: str, loaded: LoadedModel, data: Dataset, run_dir: Path) -> str:
     """Return the YAML head of a model card. The accuracy is that of the run on the test set, if there is one."""
     summary, _ = _find_results(loaded, run_dir)
     has_classes_of_cifar = DATASETS[data.name].class_names in (None, tuple(data.classes))
@@ -342,7 +342,7 @@ def _md5(array: np.ndarray) -> str:
     return hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()
 
 
-def _training_section(loaded: LoadedRun) -> list[str]:
+def _training_section(loaded: LoadedModel) -> list[str]:
     if loaded.weights == "published":
         return ["trained by the project that published the weights; the checkpoint does not describe the training"]
     # These describe the machines of the run and of the export rather than the training recipe.
@@ -355,7 +355,7 @@ def _training_section(loaded: LoadedRun) -> list[str]:
     ]
 
 
-def _find_results(loaded: LoadedRun, run_dir: Path) -> tuple[RunSummary | None, str]:
+def _find_results(loaded: LoadedModel, run_dir: Path) -> tuple[RunSummary | None, str]:
     """Return the summary of a run with the test results of these weights, or None and the reason why there is none."""
     summary = read_summary(run_dir)
     if not summary or summary.eval_weights != loaded.weights:
@@ -368,7 +368,7 @@ def _find_results(loaded: LoadedRun, run_dir: Path) -> tuple[RunSummary | None, 
     return summary, ""
 
 
-def _results_section(loaded: LoadedRun, run_dir: Path) -> list[str]:
+def _results_section(loaded: LoadedModel, run_dir: Path) -> list[str]:
     summary, reason = _find_results(loaded, run_dir)
     if not summary:
         return [f"{reason}; see `fastcifar eval`"]

@@ -37,7 +37,7 @@ RESET_ON_LOAD = {
 
 
 @dataclass
-class LoadedRun:
+class LoadedModel:
     """A trained network with its weights, on its device."""
 
     recipe: Recipe
@@ -110,7 +110,7 @@ class LoadedRun:
         return evaluate.compute_scores(self.predict_logits(split, tta), torch.from_numpy(split.labels))
 
 
-def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedRun:
+def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedModel:
     """Load the network of `run`: a run folder, or a checkpoint file of this or another project.
 
     `eval_weights` is "last", "best" or "ema", by default the recipe's; `arch` is the architecture of a checkpoint that
@@ -148,4 +148,4 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     forward = build_forward(to_channels_last(model, device).eval(), mean, std, execution.precision, device)
     weights = eval_weights if "format" in saved else "published"
     digest = saved.get("data_digest")
-    return LoadedRun(recipe, execution, device, saved["classes"], model, forward, path, weights, digest)
+    return LoadedModel(recipe, execution, device, saved["classes"], model, forward, path, weights, digest)

@@ -17,7 +17,7 @@ from fastcifar import plotting
 from fastcifar.data.cifar import Split
 from fastcifar.data.predict_inputs import InputImages, read_inputs
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.evaluation.load_run import LoadedRun, load_model
+from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.evaluation.metrics import TEMPERATURE_RANGE, fit_temperature
 from fastcifar.evaluation.prediction_files import KAGGLE_SUBMISSION, PredictionFormat, write_predictions
 from fastcifar.format import format_percent
@@ -93,7 +93,7 @@ def predict_to_file(
     temperatures = [_fit_temperature(*pair, console) for pair in zip(members, splits, strict=True)]
     predict_start_time = time.perf_counter()
     logits = [
-        _predict_logits(member, inputs.images, console).double() / (temperature or 1)
+        predict_images(member, inputs.images, console).double() / (temperature or 1)
         for member, temperature in zip(members, temperatures, strict=True)
     ]
     probabilities = torch.stack(logits).mean(0).softmax(1).numpy()
@@ -117,8 +117,8 @@ def predict_to_file(
     }
 
 
-def _predict_logits(
-    member: LoadedRun, images: np.ndarray, console: Console | None, description: str = "predict"
+def predict_images(
+    member: LoadedModel, images: np.ndarray, console: Console | None, description: str = "predict"
 ) -> Tensor:
     """Return the float32 logits [n, classes] of one member on the CPU, with a progress bar on a terminal."""
     starts = range(0, len(images), IMAGES_PER_CHUNK)
@@ -131,7 +131,7 @@ def _predict_logits(
     return torch.cat(chunks)
 
 
-def _calibration_split(member: LoadedRun) -> Split:
+def _calibration_split(member: LoadedModel) -> Split:
     """Return the validation split of a run. Raises `UsageError` if it has none, `CheckpointError` with other data."""
     data = member.load_dataset()
     split, reason = member.validation_split(data)
@@ -141,14 +141,14 @@ def _calibration_split(member: LoadedRun) -> Split:
     return split
 
 
-def _fit_temperature(member: LoadedRun, split: Split | None, console: Console | None) -> float | None:
+def _fit_temperature(member: LoadedModel, split: Split | None, console: Console | None) -> float | None:
     """Fit the temperature of the logits that `member` predicts, with its test-time augmentation; None without a split.
 
     It is fitted for every prediction and not saved by the run, since it depends on the weights and the augmentation.
     """
     if split is None:
         return None
-    logits = _predict_logits(member, split.images, console, "calibrate")
+    logits = predict_images(member, split.images, console, "calibrate")
     if temperature := fit_temperature(logits, torch.from_numpy(split.labels)):
         return temperature
     low, high = TEMPERATURE_RANGE
@@ -156,7 +156,7 @@ def _fit_temperature(member: LoadedRun, split: Split | None, console: Console | 
     raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
 
 
-def _describe_member(member: LoadedRun, temperature: float | None) -> EnsembleMember:
+def _describe_member(member: LoadedModel, temperature: float | None) -> EnsembleMember:
     return {
         "checkpoint": str(member.checkpoint_path),
         "eval_weights": member.weights,

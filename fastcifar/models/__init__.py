@@ -5,6 +5,7 @@ An entry takes `num_classes` and some of `MODEL_OPTIONS` by keyword and returns 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from fastcifar.models.convnets import AirbenchNet, SmallConvNet
 from fastcifar.models.count import CIFAR_SHAPE, count_macs, count_parameters
 from fastcifar.models.imports import IMPORTED, describe_error
 from fastcifar.models.resnet import SEResNet, enable_fused_ops
+from fastcifar.python_objects import active_objects
 from fastcifar.recipe import Recipe, section_fields
 
 __all__ = ["MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops"]
@@ -112,7 +114,12 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
 
 
 def find_architecture(arch: str) -> Callable[..., nn.Module]:
-    """Return the entry `arch` of `MODELS`, or the function or class `NAME` or `MODULE:NAME` of an imported module."""
+    """Return the entry `arch` of `MODELS`, or the function or class `NAME` or `MODULE:NAME` of an imported module.
+
+    Where a network is given from Python, `arch` is its name in the recipe.
+    """
+    if (given := active_objects().model) is not None:
+        return (lambda: given) if isinstance(given, nn.Module) else given
     found = _candidates(arch)
     if len(found) == 1:
         return next(iter(found.values()))
@@ -126,7 +133,7 @@ def find_architecture(arch: str) -> Callable[..., nn.Module]:
     if IMPORTED:
         sources = " or ".join(origin.source for origin, _ in IMPORTED.values())
         raise UsageError(f"there is no architecture {arch!r}, neither built in nor in {sources}", suggestion)
-    own = "give --import FILE.py for a network of your own"
+    own = "give --import FILE.py for a network of your own, in Python model="
     remedy = f"{suggestion} (or {own})" if suggestion.startswith("did") else f"{own}, or {suggestion}"
     raise UsageError(f"unknown architecture {arch!r}", remedy)
 
@@ -155,13 +162,18 @@ def _candidates(arch: str) -> dict[str, Any]:
     return {arch: MODELS[arch], **found} if arch in MODELS else found
 
 
+def is_built_in(arch: str) -> bool:
+    """Return whether `arch` names an architecture of fastcifar."""
+    return arch in DESCRIPTIONS and active_objects().model is None
+
+
 def build_for_inspection(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module:
     """Return a network that takes no memory, on the meta device; one that is not built in is checked.
 
     If it does not support the meta device, it is on the CPU. Raises `UsageError` if it cannot be built, fails in a
     forward pass or does not return logits of `num_classes` classes, in training or in evaluation mode.
     """
-    if arch in DESCRIPTIONS:
+    if is_built_in(arch):
         with torch.device("meta"):
             return build_model(arch, num_classes, **overrides)
     task, failure = "", None
@@ -174,6 +186,7 @@ def build_for_inspection(arch: str, num_classes: int = 10, **overrides: Any) -> 
                     raise UsageError(
                         f"architecture {arch} is a {type(model).__name__}", "it should return an nn.Module"
                     )
+                model = copy.deepcopy(model).to(device)  # a module given from Python must not change
                 task = "fails in a forward pass of 32x32 images"
                 for mode in (False, True):
                     _check_logits(arch, model.train(mode)(torch.zeros(2, *CIFAR_SHAPE)), num_classes)
@@ -193,7 +206,7 @@ def _check_logits(arch: str, output: Any, num_classes: int) -> None:
         returned = f"{str(output.dtype).removeprefix('torch.')} of shape {list(output.shape)}"
     else:
         return
-    remedy = f"it should return logits of shape [n, {num_classes}], where {num_classes} is its argument num_classes"
+    remedy = f"it should return logits of shape [n, {num_classes}], where {num_classes} is the number of classes"
     raise UsageError(f"architecture {arch} returns {returned} for 2 images", remedy)
 
 

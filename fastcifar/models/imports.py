@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from fastcifar.errors import UsageError, first_message_line
+from fastcifar.python_objects import active_objects
 
 
 class ModelSource(NamedTuple):
@@ -70,9 +71,11 @@ def import_options() -> str:
     )
 
 
-def resume_arguments(folder: Path) -> str:
-    """Return what follows `fastcifar train --resume` to resume the run in `folder`."""
-    return shlex.quote(str(folder)) + import_options()
+def resume_command(folder: Path) -> str:
+    """Return the command, or the call in Python, that resumes the run in `folder`."""
+    if arguments := active_objects().arguments:
+        return f"train(Recipe(resume={str(folder)!r}){arguments})"
+    return f"fastcifar train --resume {shlex.quote(str(folder))}{import_options()}"
 
 
 def describe_error(error: BaseException, *files: str) -> str:

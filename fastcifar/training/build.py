@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +17,13 @@ from fastcifar.data.normalization import mean_color
 from fastcifar.data.splits import stratified_split
 from fastcifar.device import enable_deterministic_algorithms
 from fastcifar.errors import UsageError
+from fastcifar.models import is_built_in
 from fastcifar.recipe import default_val_size
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
-from fastcifar.training.resolve import Resolved, model_from_recipe
+from fastcifar.training.resolve import Resolved, check_network, model_from_recipe
 from fastcifar.training.rng_state import seed_all
 from fastcifar.training.step import Ema, Meter, build_forward, scale_and_shift
 from fastcifar.training.trainer import Trainer
@@ -29,7 +31,15 @@ from fastcifar.training.trainer import Trainer
 NUM_WHITENING_IMAGES = 5000  # training images from which a whitening layer is initialized
 
 
-def build_trainer(resolved: Resolved, data: Dataset | None = None, use_val_folder: bool = True) -> Trainer:
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def build_trainer(
+    resolved: Resolved,
+    data: Dataset | None = None,
+    use_val_folder: bool = True,
+    trainer_class: type[AnyTrainer] = Trainer,
+) -> AnyTrainer:
     """Return the trainer of a resolved recipe. By default, `data` is the recipe's data set, downloaded if needed.
 
     Without `use_val_folder`, the data set's own validation split is ignored and `val_size` applies to all data sets.
@@ -43,6 +53,8 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None, use_val_folde
     compilation.configure_process(execution)
     data = data or cifar.load_recipe_dataset(recipe)
     data = data if use_val_folder else replace(data, val=None)
+    if not is_built_in(recipe.arch):
+        check_network(recipe, resolved.image_sizes, len(data.classes))  # `resolve` does not know the number of classes
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
     if not world.is_main_process:
@@ -63,7 +75,7 @@ def build_trainer(resolved: Resolved, data: Dataset | None = None, use_val_folde
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # wait for the uploads
     prepare_s = time.perf_counter() - start_time
-    return Trainer(
+    return trainer_class(
         resolved=resolved,
         device=device,
         data=data,

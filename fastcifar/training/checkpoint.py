@@ -25,6 +25,7 @@ from fastcifar.data.cifar import DATASETS
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 from fastcifar.files import read_json_object, read_regular_file, write_atomically
 from fastcifar.models import architecture_names, build_for_inspection, find_architecture
+from fastcifar.python_objects import active_objects, object_name
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.checkpoint_reader import parse_checkpoint
 from fastcifar.training.lr_schedule import ScheduleState
@@ -143,6 +144,8 @@ def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
             state["classes"] = DATASETS[dataset if dataset in DATASETS else "cifar10"].default_class_names
         return cast(ModelCheckpoint, state)
     weights, ema = find_weights(state, path)
+    if arch is None and active_objects().model is not None:
+        arch = object_name(active_objects().model)
     matches = matching_architectures(weights, None if arch is None else [arch])
     if arch is None:
         names = list(dict.fromkeys(name for name, _ in matches))

@@ -22,7 +22,7 @@ class ValidationMetrics(TypedDict):
     ema_val_acc: float | None
 
 
-class EpochRow(TypedDict):
+class EpochMetrics(TypedDict):
     """The metrics of an epoch. Accuracies are fractions; validation metrics that were not computed are None."""
 
     epoch: int  # from 0
@@ -33,6 +33,11 @@ class EpochRow(TypedDict):
     val_loss: float | None
     val_acc: float | None
     ema_val_acc: float | None
+
+
+class EpochRow(EpochMetrics):
+    """A row of metrics.csv: the metrics of an epoch and its speed."""
+
     images_per_s: float
     seconds: float  # since the start of the run
     time: NotRequired[float]  # seconds since 1970, in events.jsonl only

@@ -21,6 +21,7 @@ from fastcifar.models import (
     enable_fused_ops,
     model_options,
 )
+from fastcifar.python_objects import active_objects
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
 from fastcifar.training import checkpoint, trackers
 from fastcifar.training.distributed import get_world
@@ -89,9 +90,11 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set
     image_sizes = tuple(parse_image_sizes(recipe.image_size))
     checked = set() if checked is None else checked
     for options, check in (
-        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes)),
+        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes, DATASETS[recipe.dataset].num_classes)),
         (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
     ):
+        if options is NETWORK_CHECK_OPTIONS and isinstance(active_objects().model, nn.Module):
+            continue  # its number of classes is fixed, and that of the data set is not known yet
         if (key := recipe.model_dump_json(include=options)) not in checked:
             check()
             checked.add(key)
@@ -110,9 +113,9 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set
     )
 
 
-def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...]) -> None:
-    """Raise `UsageError` if the network cannot be built, is too large or refuses an image size."""
-    model = model_from_recipe(recipe, DATASETS[recipe.dataset].num_classes, for_inspection=True)
+def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...], num_classes: int) -> None:
+    """Raise `UsageError` if the network cannot be built, is too large or refuses an image size or `num_classes`."""
+    model = model_from_recipe(recipe, num_classes, for_inspection=True)
     for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
         try:
             count_macs(model, (3, size, size))

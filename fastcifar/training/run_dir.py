@@ -32,7 +32,7 @@ from fastcifar.training.summary import RunSummary
 from fastcifar.training.trackers import Tracker
 
 # Called with the row of metrics of each epoch. If it returns a string, training stops with the string as the reason.
-EpochCallback = Callable[[EpochRow], str | None]
+EpochCallback = Callable[[EpochRow], object]
 EpochCallbacks = Sequence[EpochCallback]
 
 
@@ -143,7 +143,8 @@ class Run:
     def log_epoch(self, row: EpochRow) -> str:
         """Call every callback with the row of an epoch and return the first stop reason, or ""."""
         with _disk_errors(self.folder):
-            return next(filter(None, [callback(row) for callback in self.callbacks]), "")
+            returned = [callback(row) for callback in self.callbacks]
+            return next((reason for reason in returned if isinstance(reason, str) and reason), "")
 
     def checkpoint_path(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.pt"

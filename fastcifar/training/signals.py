@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
+from fastcifar.errors import Interrupted
+from fastcifar.models.imports import resume_command
 from fastcifar.training.distributed import World
 
 SIGNAL_SYNC_EVERY_STEPS = 10  # interval at which several ranks exchange received signals
@@ -44,6 +47,10 @@ class SignalHandler:
         if self.received_signal == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received_signal = signal.Signals(number).name
+
+    def interruption(self, step: int, folder: Path) -> Interrupted:
+        """Return the error that ends the run in `folder`, whose checkpoint is that of `step`."""
+        return Interrupted(self.agreed_signal, self.EXIT_CODES[self.agreed_signal], step, resume_command(folder))
 
     def sync_signal(self, world: World, step: int = 0) -> str:
         """Return the signal that ends the run after `step`, or "". Ranks agree every SIGNAL_SYNC_EVERY_STEPS steps."""

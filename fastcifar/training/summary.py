@@ -13,7 +13,9 @@ from fastcifar.renamed import upgrade_options
 
 if TYPE_CHECKING:
     from fastcifar.training.evaluate import Scores
+    from fastcifar.training.metrics_file import EpochMetrics, ValidationMetrics
     from fastcifar.training.run_dir import Clock, Run
+    from fastcifar.training.step import Metrics
     from fastcifar.training.trainer import Trainer
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -71,6 +73,18 @@ def read_summary(folder: Path) -> RunSummary | None:
         return RunSummary.model_validate_json(read_regular_file(folder / "summary.json"))
     except (OSError, ValidationError):
         return None
+
+
+def summarize_epoch(trainer: Trainer, metrics: Metrics, validation: ValidationMetrics) -> EpochMetrics:
+    """Return the metrics of the current epoch, of which `metrics` are those of its steps."""
+    return {
+        "epoch": trainer.progress.epoch,
+        "step": trainer.progress.step,
+        "lr": trainer.schedule.lr_at(trainer.progress.step - 1),
+        "train_loss": metrics.loss,
+        "train_acc": metrics.accuracy,
+        **validation,
+    }
 
 
 def summarize_run(

@@ -11,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastcifar.device import choose_execution
-from fastcifar.errors import Interrupted, NonFiniteError
-from fastcifar.models.imports import resume_arguments
+from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import resume
 from fastcifar.training.build import build_trainer
@@ -24,7 +23,7 @@ from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run
 from fastcifar.training.signals import SignalHandler
 from fastcifar.training.step import Metrics
-from fastcifar.training.summary import RunSummary, summarize_run
+from fastcifar.training.summary import RunSummary, summarize_epoch, summarize_run
 from fastcifar.training.trainer import Trainer
 
 DISPLAY_EVERY_STEPS = 10
@@ -38,6 +37,13 @@ def train(
     `recipe_name`: name or file of the recipe, for tables. `console`: where progress is shown, if anywhere. `callbacks`:
     called with each epoch's row of metrics; if one returns a string, the run ends. Raises a `UserError` (errors.py).
     """
+    return train_network(recipe, recipe_name, console, callbacks)[0]
+
+
+def train_network(
+    recipe: Recipe, recipe_name: str | None = None, console: Console | None = None, callbacks: EpochCallbacks = ()
+) -> tuple[RunSummary, Trainer]:
+    """Train like `train`; return the trainer too, with the network, on rank 0 with the weights that were tested."""
     clock, recipe_name = Clock(), Path(recipe_name).stem if recipe_name else "custom"
     with (
         process_group(choose_execution(recipe).device) as world,
@@ -59,15 +65,14 @@ def train(
         with TrainingDisplay(console, trainer) as display, SignalHandler() as signals:
             run_epochs(trainer, run, clock, display, signals)
         if signals.agreed_signal:
-            name = signals.agreed_signal
-            raise Interrupted(name, signals.EXIT_CODES[name], trainer.progress.step, resume_arguments(run.folder))
+            raise signals.interruption(trainer.progress.step, run.folder)
         summary = None
         if world.is_main_process:
             with clock.phase("eval"):
                 test_scores = trainer.test(run.checkpoint_path("best"))
             summary = summarize_run(trainer, run, clock, *test_scores)
             run.finish(summary, trainer.model.state_dict(), trainer.data.classes)
-        return world.broadcast_object(summary)
+        return world.broadcast_object(summary), trainer
 
 
 def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
@@ -109,12 +114,7 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
     with clock.phase("eval"):
         validation = trainer.validate()
     row: EpochRow = {
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "lr": trainer.schedule.lr_at(progress.step - 1),
-        "train_loss": metrics.loss,
-        "train_acc": metrics.accuracy,
-        **validation,
+        **summarize_epoch(trainer, metrics, validation),
         "images_per_s": metrics.images / clock.epoch_train_s(),
         "seconds": clock.total_s(),
     }

@@ -28,7 +28,7 @@ from fastcifar.data.cifar import Split
 from fastcifar.device import choose_execution
 from fastcifar.errors import CheckpointError, DataError, DiskError, NonFiniteError, UsageError, UserError
 from fastcifar.evaluation import load_run
-from fastcifar.evaluation.load_run import LoadedRun
+from fastcifar.evaluation.load_run import LoadedModel
 from fastcifar.evaluation.predict import predict_to_file
 from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.models import build_model
@@ -233,12 +233,12 @@ def test_fault46_images_of_a_memory_mapped_file_are_never_in_memory_together(
     images = np.lib.format.open_memmap(tmp_path / "many.npy", "w+", np.uint8, (count, 3072))  # a sparse file
     images.flush()
 
-    def read_pixels(member: LoadedRun, split: Split, tta: str) -> Tensor:
+    def read_pixels(member: LoadedModel, split: Split, tta: str) -> Tensor:
         logits = torch.zeros(len(split.labels), 10)
         logits[:, 3] = 1 + torch.from_numpy(split.images.sum((1, 2, 3), dtype=np.int64))
         return logits
 
-    monkeypatch.setattr(LoadedRun, "predict_logits", read_pixels)
+    monkeypatch.setattr(LoadedModel, "predict_logits", read_pixels)
     tracemalloc.start()
     try:
         result = predict_to_file(runs[0], str(tmp_path / "many.npy"), tmp_path / "many.csv", compile=False)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+from fastcifar import batches
 from fastcifar.benchmark.bench import bench
 from fastcifar.data.cifar_files import Split
-from fastcifar.data.loaders import batches
 from fastcifar.data.mixers import MIXERS
 from fastcifar.errors import UsageError
 from fastcifar.recipe import Recipe
