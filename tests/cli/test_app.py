@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,17 +13,10 @@ import pytest
 
 from fastcifar.format import option_flag
 from fastcifar.recipe import Recipe
+from tests.faults.children import run_fastcifar as fastcifar
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
         "--batch-size", "32", "--epochs", "1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
-
-
-def fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastcifar", *arguments]
-    plain = {key: value for key, value in os.environ.items() if key not in ("FASTCIFAR_DATA", "FORCE_COLOR")}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env={**plain, **environment}
-    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ FOLDER/NAME.json is the result of case NAME. Kernels compute nothing, so tensors
 from __future__ import annotations
 
 import faulthandler
+import gc
+import importlib
 import json
 import os
 import sys
@@ -190,6 +192,9 @@ def main() -> None:
     faulthandler.enable()  # a function that is not replaced may end the process
     os.environ.pop("LD_PRELOAD")  # not for the processes that the package starts
     replace_cudnn()
+    importlib.import_module("torch._dynamo")  # here, because its import takes longer than most cases
+    gc.collect()
+    gc.freeze()  # the cases collect garbage before every capture
     folder, *names = sys.argv[1:]
     for name in names:
         case_folder = Path(folder) / name

@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +47,13 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 400) -> None:
         time.sleep(0.005)
 
 
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     """Run the command line with stdout and stderr in the file `output`; each training step takes `pause_s` longer."""
     import torch
@@ -69,6 +79,33 @@ def fastcifar(output: Path, pause_s: float, *arguments: str) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def run_fastcifar(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a separate process and wait for it.
+
+    A fork of the server takes a tenth of the time of `python -m fastcifar`, which imports torch. The variables
+    FASTCIFAR_DATA and FORCE_COLOR are not set, and those of `environment` are.
+    """
+    plain = {key: value for key, value in os.environ.items() if key not in ("FASTCIFAR_DATA", "FORCE_COLOR")}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = start(run_in_child, files, cwd or Path.cwd(), {**plain, **environment}, arguments)
+        code = wait_for_exit(process)
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+
+def run_in_child(files: list[Path], cwd: Path, environment: dict[str, str], arguments: tuple[str, ...]) -> None:
+    """Run the command line in this process, in the folder `cwd`, with stdout and stderr in `files`."""
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    from fastcifar.cli import app
+
+    sys.argv = ["fastcifar", *arguments]
+    app.main()
 
 
 def train(output: Path, *arguments: str, pause_s: float = 0.0) -> Any:

@@ -30,8 +30,9 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting import compare, records, runs
 from fastcifar.training import checkpoint
 from fastcifar.training.train import train
+from tests.faults.children import run_fastcifar
 from tests.faults.runs import contents
-from tests.reporting.run_folders import run_fastcifar, write_run
+from tests.reporting.run_folders import write_run
 
 MakeRecipe = Callable[..., Recipe]
 SMALL = "synthetic:100"  # 20 test images

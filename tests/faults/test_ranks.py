@@ -1,4 +1,4 @@
-"""Two processes started by torchrun: training equals a single process, and a killed process loses no progress."""
+"""Two processes, also started by torchrun: training equals a single process, and a killed process loses no progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -43,17 +42,35 @@ REAL = pytest.param(
 )
 
 
-def torchrun(*arguments: str, max_file_bytes: int = resource.RLIM_INFINITY) -> subprocess.Popen[str]:
-    """Start `fastcifar train` with two processes in a new session; their files are at most `max_file_bytes` long."""
-
-    def limit_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    """Start torchrun with two processes, which run `arguments`, in a new session."""
     return subprocess.Popen(
-        [*command, "-m", "fastcifar", "train", *SMALL, *PLAIN, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=limit_files,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def train_in_two_processes(
+    folder: Path, *arguments: str, max_file_bytes: int = resource.RLIM_INFINITY
+) -> tuple[list[int], str, str]:
+    """Run `fastcifar train` as two ranks, without torchrun; return the exit codes, and what both print.
+
+    Their files are at most `max_file_bytes` long.
+    """
+    folder.mkdir()
+    port = children.free_port()
+    files = [[folder / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(2)]
+    ranks = [children.start(train_rank, rank, port, files[rank], max_file_bytes, arguments) for rank in range(2)]
+    codes = [children.wait_for_exit(rank) for rank in ranks]
+    out, errors = ("".join(file.read_text() for file in stream) for stream in zip(*files, strict=True))
+    return codes, out, errors
+
+
+def train_rank(rank: int, port: int, files: list[Path], max_file_bytes: int, arguments: tuple[str, ...]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in values.items()}}
+    children.run_in_child(files, Path.cwd(), environment, ("train", *SMALL, *PLAIN, *arguments))
 
 
 def wait(process: subprocess.Popen[str], timeout_s: float = 400) -> tuple[int, str, str]:
@@ -72,8 +89,8 @@ def test_fault20_two_processes_equal_one_process_that_averages_gradients(data: s
     out = tmp_path / "run"
     arguments = ["--data", data, "--val-size", "68", "--batch-size", "48", "--max-steps", "10", "--lr", "1e-3"]
     arguments += ["--optimizer", "sgd", "--schedule", "constant", "--augment", "crop:4:zero,flip", "--out", str(out)]
-    code, printed, errors = wait(torchrun(*arguments))
-    assert code == 0, errors
+    codes, printed, errors = train_in_two_processes(tmp_path / "ranks", *arguments)
+    assert codes == [0, 0], errors
     lines = printed.strip().splitlines()
     assert len(lines) == 1, "only the main process may print"
     assert json.loads(lines[0])["steps"] == 10
@@ -132,10 +149,10 @@ def batches(split: Split, recipe: Recipe, count: int, rank: int, world_size: int
 
 def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "40", "--lr", "0.01"]
+    arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "10", "--lr", "0.01"]
     arguments += ["--dropout", "0.1", "--save-every-steps", "7", "--save-every-epochs", "0"]
     resume_arguments = ["--resume", "auto", "--out", str(out)]
-    process = torchrun(*arguments, *resume_arguments)
+    process = torchrun("-m", "fastcifar", "train", *SMALL, *PLAIN, *arguments, *resume_arguments)
     last = out / "checkpoints" / "last.pt"
     deadline = time.monotonic() + 90
     while not last.is_file() and time.monotonic() < deadline:
@@ -146,16 +163,16 @@ def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path:
     assert code != 0
     assert time.monotonic() - kill_time < 60, errors
     step = checkpoint.load_checkpoint(last)["step"]
-    assert 0 < step < 400
-    code, printed, errors = wait(torchrun(*arguments, *resume_arguments))
-    assert code == 0, errors
+    assert 0 < step < 100
+    codes, printed, errors = train_in_two_processes(tmp_path / "resumed", *arguments, *resume_arguments)
+    assert codes == [0, 0], errors
     assert f"step {step}" in errors
     summary = json.loads(printed.strip().splitlines()[-1])
-    assert summary["steps"] == 400
+    assert summary["steps"] == 100
     assert summary["complete"]
     uninterrupted = tmp_path / "uninterrupted"
-    code, _, errors = wait(torchrun(*arguments, "--out", str(uninterrupted)))
-    assert code == 0, errors
+    codes, _, errors = train_in_two_processes(tmp_path / "ranks", *arguments, "--out", str(uninterrupted))
+    assert codes == [0, 0], errors
     resumed, expected = (load_file(folder / "weights.safetensors") for folder in (out, uninterrupted))
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
@@ -186,20 +203,16 @@ main()
 def test_fault50_a_rank_killed_in_a_phase_ends_all_and_the_run_is_resumed(name: str, tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "child.py"
     script.write_text(KILL_AT_CALL.format(phase=RANK_PHASES[name]))
-    arguments = ["train", *SMALL, *PLAIN, "--data", "synthetic:200", "--val-size", "40", "--batch-size", "40"]
+    arguments = ["--data", "synthetic:200", "--val-size", "40", "--batch-size", "40"]
     arguments += ["--epochs", "3", "--resume", "auto", "--out", str(out)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = time.monotonic()
-    code, _, errors = wait(subprocess.Popen([*command, str(script), *arguments], start_new_session=True, **options))
+    code, _, errors = wait(torchrun(str(script), "train", *SMALL, *PLAIN, *arguments))
     assert code != 0
     assert time.monotonic() - started < 120, errors
     for path in out.glob("checkpoints/*.pt"):
         assert checkpoint.load_checkpoint(path)["step"] % 4 == 0
-    code, printed, errors = wait(
-        subprocess.Popen([*command, "-m", "fastcifar", *arguments], start_new_session=True, **options)
-    )
-    assert code == 0, errors
+    codes, printed, errors = train_in_two_processes(tmp_path / "ranks", *arguments)
+    assert codes == [0, 0], errors
     summary = json.loads(printed.strip().splitlines()[-1])
     assert (summary["steps"], summary["complete"]) == (12, True)
 
@@ -209,9 +222,7 @@ def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions
 
     Functions are called where a GPU would capture and replay them, so their collective operations must agree.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = children.free_port()
     weights = []
     for captured in (False, True):
         folder = tmp_path / str(captured)
@@ -227,8 +238,8 @@ def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions
 def test_fault07_all_processes_report_that_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
     arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "400"]
     arguments += ["--save-every-steps", "7", "--out", str(tmp_path / "run")]
-    code, _, errors = wait(torchrun(*arguments, max_file_bytes=30_000))
-    assert code != 0
+    codes, _, errors = train_in_two_processes(tmp_path / "ranks", *arguments, max_file_bytes=30_000)
+    assert 0 not in codes
     assert errors.count("last.pt") == 2, errors
     assert errors.count("File too large") == 2
     assert "another process of this run failed" not in errors

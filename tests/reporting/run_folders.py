@@ -1,11 +1,9 @@
-"""Write run folders and sweeps like those of training, with contents that the test chooses, and run commands."""
+"""Write run folders and sweeps like those of training, with contents that the test chooses."""
 
 from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,6 @@ from fastcifar.training.metrics_file import METRICS_COLUMNS
 from tests.training.summaries import summary_document
 
 CLASSES = ("cat", "dog")
-
-
-def run_fastcifar(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in the folder `cwd`, without a terminal."""
-    command = [sys.executable, "-m", "fastcifar", *arguments]
-    return subprocess.run(command, input="", capture_output=True, text=True, timeout=100, check=False, cwd=cwd)
 
 
 def write_run(

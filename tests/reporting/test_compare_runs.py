@@ -13,7 +13,8 @@ from fastcifar.errors import DataError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.compare import compare_paths
 from fastcifar.training.train import train
-from tests.reporting.run_folders import run_fastcifar, write_run
+from tests.faults.children import run_fastcifar
+from tests.reporting.run_folders import write_run
 
 
 def make_run(folder: Path, val_acc: list[float], test_acc: float | None = None, **options: Any) -> Path:

@@ -16,7 +16,8 @@ from fastcifar.errors import UsageError
 from fastcifar.plotting import LineSeries
 from fastcifar.reporting.report import build_report
 from fastcifar.reporting.runs import select_for_removal
-from tests.reporting.run_folders import run_fastcifar, write_run
+from tests.faults.children import run_fastcifar
+from tests.reporting.run_folders import write_run
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from fastcifar.files import lock_folder
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.runs import folder_size_bytes, list_runs, remove_runs, runs_table, select_for_removal
 from fastcifar.training.train import train
-from tests.reporting.run_folders import run_fastcifar, write_run, write_trials
+from tests.faults.children import run_fastcifar
+from tests.reporting.run_folders import write_run, write_trials
 
 STARTED = "2026-11-0{}T10:00:00Z"
 

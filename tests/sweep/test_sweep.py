@@ -20,7 +20,6 @@ from fastcifar.errors import DeviceError, UsageError
 from fastcifar.files import lock_folder
 from fastcifar.sweep.sweep import plan_sweep, run_sweep
 from fastcifar.training import resolve
-from tests.cli.test_app import fastcifar
 from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, read_log_lines, trial_states, write_sweep_file
 
@@ -195,7 +194,7 @@ def test_fault23_sweep_folder_is_locked(tmp_path: Path) -> None:
 
 def test_command_prints_one_json_document_and_exits_with_1_if_a_trial_failed(tmp_path: Path) -> None:
     write_sweep_file(tmp_path, "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n")
-    run = fastcifar("sweep", "tiny.toml", "--max-steps", "2", "--seeds", "1", "--json", cwd=tmp_path)
+    run = children.run_fastcifar("sweep", "tiny.toml", "--max-steps", "2", "--seeds", "1", "--json", cwd=tmp_path)
     assert run.returncode == 1
     assert run.stdout.count("\n") == 1
     document = json.loads(run.stdout)

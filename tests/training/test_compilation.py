@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,12 +12,17 @@ import platformdirs
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from fastcifar.training import compilation
+from fastcifar.device import ExecutionPlan
+from fastcifar.errors import print_warning
+from fastcifar.training import compilation, fallback
 from fastcifar.training.compilation import compile_function
+from tests.faults import children
 
 
+@inductor_config.patch({"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False})  # which take longer to compile
 def test_compiled_code_is_reused_from_the_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
     monkeypatch.delenv(compilation.INDUCTOR_CACHE_DIR_VARIABLE, raising=False)
@@ -88,31 +91,29 @@ def test_fault34_a_user_cache_of_another_user_is_not_used(tmp_path: Path, monkey
     assert compilation.enable_compile_cache().name.startswith("fastcifar-compiled-")
 
 
-COMPILE = """
-import sys, torch, warnings
-from fastcifar.device import ExecutionPlan
-from fastcifar.errors import print_warning
-from fastcifar.training import compilation, fallback
-torch.set_num_threads(1)
-warnings.showwarning = print_warning
-compilation.configure_process(ExecutionPlan("cpu", "fp32", "tensor", True, False))
-function = compilation.compile_function(lambda x: x.cos() * 2 + 1)
-result = fallback.run_stage("compile", lambda: function(torch.ones(5, 7)), torch.device("cpu"))
-assert torch.equal(result, torch.ones(5, 7).cos() * 2 + 1)
-"""
+def compile_in_process(output: Path, cache: Path) -> None:
+    """Compile a function with the cache folder `cache`, and write stderr to `output`."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ[compilation.INDUCTOR_CACHE_DIR_VARIABLE] = str(cache)
+    inductor_config.cpp_cache_precompile_headers = False
+    inductor_config.cpp.vec_isa_ok = False  # otherwise torch first compiles tests of the instruction sets
+    warnings.showwarning = print_warning
+    compilation.configure_process(ExecutionPlan("cpu", "fp32", "tensor", True, False))
+    function = compilation.compile_function(lambda x: x.cos() * 2 + 1)
+    result = fallback.run_stage("compile", lambda: function(torch.ones(5, 7)), torch.device("cpu"))
+    assert torch.equal(result, torch.ones(5, 7).cos() * 2 + 1)
 
 
 def test_fault34_a_damaged_entry_is_rebuilt_with_one_line(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+    cache, output = tmp_path / "cache", tmp_path / "stderr"
 
     def compile_in_new_process() -> list[str]:
         """Return the lines of stderr about the cache; there is no traceback."""
-        environment = os.environ | {compilation.INDUCTOR_CACHE_DIR_VARIABLE: str(cache)}
-        run = subprocess.run(
-            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
-        )
-        assert "Traceback" not in run.stderr
-        return [line for line in run.stderr.splitlines() if "compile cache" in line]
+        output.unlink(missing_ok=True)
+        assert children.wait_for_exit(children.start(compile_in_process, output, cache)) == 0
+        errors = output.read_text()
+        assert "Traceback" not in errors
+        return [line for line in errors.splitlines() if "compile cache" in line]
 
     assert compile_in_new_process() == []
     for pattern, message in (("*.so", f"the compile cache {cache} is damaged"), ("fxgraph/*/*/*", "a damaged entry")):

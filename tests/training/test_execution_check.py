@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastcifar import device
 from fastcifar.errors import DeviceError
 from fastcifar.training import compilation, execution_check
 from fastcifar.training.execution_check import TOLERANCES, Training, check_execution, check_tables
+from tests.cli.test_exit import run_main
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "precision": "fp32", "loader": "torchvision", "workers": 0}
 
@@ -123,10 +123,13 @@ def test_tolerances_find_a_wrong_learning_rate(precision: str) -> None:
     assert difference > TOLERANCES[precision][1]
 
 
-def test_command_prints_progress_and_one_document() -> None:
-    command = [sys.executable, "-m", "fastcifar", "doctor", "--check", "--no-compile", "--device", "cpu", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "eager: training ..." in run.stderr
-    (line,) = run.stdout.splitlines()
+def test_command_prints_progress_and_one_document(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "probe_import", lambda _: "works")
+    arguments = ["doctor", "--check", "--no-compile", "--device", "cpu", "--json"]
+    assert run_main(arguments, monkeypatch) == 0
+    printed = capfd.readouterr()
+    assert "eager: training ..." in printed.err
+    (line,) = printed.out.splitlines()
     assert json.loads(line)["check"]["verdict"].startswith("eager steps work")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import platformdirs
 import pytest
 import torch
 
+from fastcifar import device
 from fastcifar.benchmark.bench import bench
 from fastcifar.data import batch_loader
 from fastcifar.device import ExecutionPlan, choose_execution
@@ -26,6 +25,7 @@ from fastcifar.training import compilation, cuda_graph, evaluate, fallback
 from fastcifar.training.fallback import ExecutionError, run_stage, run_with_fallback
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
+from tests.faults import children
 from tests.training.optimizer_helpers import make_trainer
 
 CPU = torch.device("cpu")
@@ -285,42 +285,39 @@ def test_benchmark_of_a_mode_that_fails_is_an_error(
         bench(tiny(compile=None), "infer", trials=1, trial_s=0.01)
 
 
-RANKS_SCRIPT = """
-import os, sys
-import torch
-from fastcifar import device
-from fastcifar.cli import app
-from fastcifar.training import cuda_graph
+def train_rank(rank: int, port: int, option: str, folder: Path) -> None:
+    """Train as one of two ranks, of which rank 1 fails to compile or to capture."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
 
-def fail(*_):
-    raise RuntimeError("planted in rank 1")
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("planted in rank 1")
 
-option = sys.argv.pop(1)
-device.AUTOMATIC_CHOICES["compile"] = device.AUTOMATIC_CHOICES["cuda_graph"] = lambda _: (True, "test")
-fails = os.environ["RANK"] == "1"
-torch.compile = lambda function, **_: fail if fails and option == "compile" else function
-cuda_graph.capture_cuda_graph = lambda work: fail() if fails and option == "cuda_graph" else work
-app.main()
-"""
+    device.AUTOMATIC_CHOICES["compile"] = device.AUTOMATIC_CHOICES["cuda_graph"] = lambda _: (True, "test")
+    fails: Any = rank == 1 and option
+    torch.compile = lambda function, **_: fail if fails == "compile" else function
+    cuda_graph.capture_cuda_graph = lambda work: fail() if fails == "cuda_graph" else work
+    arguments = ["--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--device", "cpu", "--precision", "fp32"]
+    arguments += ["--data", "synthetic:300", "--val-size", "44", "--batch-size", "64", "--augment", "flip", "--json"]
+    arguments += ["--epochs", "2", "--out", str(folder / "run")]
+    children.fastcifar(folder / f"{rank}.log", 0.0, "train", *arguments)
 
 
 @pytest.mark.parametrize("option", ["compile", "cuda_graph"])
 def test_all_ranks_switch_off_an_option_that_fails_on_one_of_them(option: str, tmp_path: Path) -> None:
     """Otherwise the ranks would wait for each other forever: the step exchanges gradients. Rank 0 warns."""
-    script = tmp_path / "script.py"
-    script.write_text(RANKS_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command += [option, "train", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--device", "cpu"]
-    command += ["--precision", "fp32", "--data", "synthetic:300", "--val-size", "44", "--batch-size", "64", "--json"]
-    command += ["--augment", "flip", "--epochs", "2", "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert run.returncode == 0, run.stderr
-    summary = json.loads(run.stdout.splitlines()[-1])
+    port = children.free_port()
+    ranks = [children.start(train_rank, rank, port, option, tmp_path) for rank in range(2)]
+    codes = [children.wait_for_exit(rank) for rank in ranks]
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert codes == [0, 0], logs
+    (document,) = [line for log in logs for line in log.splitlines() if line.startswith("{")]
+    summary = json.loads(document)
     assert summary["compiled"] == (option != "compile")
     assert summary["cuda_graph"] == (option != "cuda_graph")
     assert summary["complete"]
-    (line,) = [line for line in run.stderr.splitlines() if "warning" in line and "fastcifar" in line]
+    (line,) = [line for log in logs for line in log.splitlines() if "warning" in line and "fastcifar" in line]
     assert "failed (RuntimeError: planted in rank 1); continuing with" in line
     (report,) = (tmp_path / "state").rglob("*.txt")
     assert "rank 1 of 2: " in report.read_text()
