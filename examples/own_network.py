@@ -1,8 +1,8 @@
-"""Two networks of your own, for every command of fastcifar.
+"""Two networks of your own, in Python and for every command of fastcifar.
 
 An architecture is a function or class that takes `num_classes` and returns a module: float images [n, 3, 32, 32],
-normalized, to logits [n, num_classes]. A recipe and a checkpoint record only its name, so each command that builds the
-network gets `--import` again:
+normalized, to logits [n, num_classes]. A recipe and a checkpoint record only its name, so `load_run` gets the network
+again, and each command that builds it gets `--import` again:
 
     fastcifar models --import examples/own_network.py --arch plain_cnn
     fastcifar train --import examples/own_network.py --arch plain_cnn --width 0.5 --epochs 10 --out runs/own
@@ -14,10 +14,11 @@ network gets `--import` again:
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
-from fastcifar import MODELS
+from fastcifar import MODELS, Recipe, load_run, train
 
 
 def plain_cnn(num_classes: int, width: float = 1.0, dropout: float = 0.0) -> nn.Module:
@@ -48,3 +49,16 @@ class PatchMixer(nn.Module):
 
 # An entry of MODELS gives a network a name of its own: --arch tiny_mixer
 MODELS["tiny_mixer"] = lambda num_classes: PatchMixer(num_classes, dim=16)
+
+
+def main(**options: Any) -> None:
+    """Train a network and load it again. `options`: fields of `Recipe`."""
+    recipe = Recipe.make("quick", **options)
+    result = train(recipe, model=PatchMixer)  # or model=PatchMixer(10, dim=32), a module, which is trained in place
+    print(f"{result.summary.params:,} parameters, test accuracy {result.summary.test_acc:.4f}")
+    run = load_run(result.folder, model=PatchMixer)
+    print("predicted classes of the test images:", run.predict("data:test").labels[:10])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The programs and the notebook in examples/ run on tiny data."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY: dict[str, Any] = {
+    "arch": "resnet", "blocks": (1, 1), "channels": (4, 8), "augment": "crop:4:zero,flip", "epochs": 1,
+    "batch_size": 50, "device": "cpu", "compile": False, "precision": "fp32", "workers": 0,
+}  # fmt: skip
+OWN_NETWORK = {name: value for name, value in TINY.items() if name not in ("arch", "blocks", "channels")}
+# example -> its options, and words of its output
+PROGRAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "own_network.py": ({**OWN_NETWORK, "data": "synthetic:200"}, ["12,362 parameters, test accuracy 0."]),
+    "own_loop.py": ({**TINY, "data": "synthetic:200"}, ["epoch 1: loss ", "test accuracy 0."]),
+    "own_augmentation.py": ({**TINY, "data": "synthetic:200"}, [
+        "augment: crop:4:zero,flip:0.5:random,batch_transform:random_gray\n",
+        "augment: transform:Compose,batch_transform:random_gray\n",
+        "a batch: torch.uint8 [10, 3, 32, 32]",
+    ]),
+    "own_data.py": (TINY, ["test accuracy of 30 images:", "per class: {'red': ", "new images: ['"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_program(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, words = PROGRAMS[name]
+    runpy.run_path(str(EXAMPLES / name))["main"](**options)
+    shown = capsys.readouterr().out
+    for word in words:
+        assert word in shown
+
+
+def test_plain_pytorch_learns_from_the_batches() -> None:
+    torch.manual_seed(0)
+    program = runpy.run_path(str(EXAMPLES / "own_loop.py"))
+    network = program["plain_pytorch"]()
+    images, labels = next(iter(program["batches"]("synthetic:1000", augment="none")))
+    assert (network(images.float() / 127.5 - 1).argmax(1) == labels).float().mean() > 0.5
