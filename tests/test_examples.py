@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
+
+from fastcifar import load_dataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY: dict[str, Any] = {
@@ -46,3 +51,27 @@ def test_plain_pytorch_learns_from_the_batches() -> None:
     network = program["plain_pytorch"]()
     images, labels = next(iter(program["batches"]("synthetic:1000", augment="none")))
     assert (network(images.float() / 127.5 - 1).argmax(1) == labels).float().mean() > 0.5
+
+
+def cell_texts(notebook: Any) -> list[str]:
+    """The text that each code cell has printed."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return ["".join(output["text"] for output in cell.outputs) for cell in cells]
+
+
+def test_the_contest_from_data_to_submission(tmp_path: Path) -> None:
+    stored = nbformat.read(EXAMPLES / "contest.ipynb", 4)
+    notebook = nbformat.read(EXAMPLES / "contest.ipynb", 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown, printed_before = cell_texts(notebook), cell_texts(stored)
+    numbers = re.compile(r"[\d.]+|'\w+'")  # losses, accuracies and the least accurate classes depend on the machine
+    assert [numbers.sub("", text) for text in shown] == [numbers.sub("", text) for text in printed_before]
+    assert shown[2:4] == printed_before[2:4]  # parameters and operations do not
+    assert "resnet18         11,173,962 parameters     555 M MACs  too large\n" in shown[2]
+    rows = (tmp_path / "contest" / "submission.csv").read_text().splitlines()
+    assert (rows[0], len(rows)) == ("ID,Labels", 201)
+    correct = [int(label) for label in load_dataset("synthetic:1000").test.labels]
+    assert sum(int(row.split(",")[1]) == label for row, label in zip(rows[1:], correct, strict=True)) > 100
