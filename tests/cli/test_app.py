@@ -19,6 +19,7 @@ TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--bl
         "--batch-size", "32", "--epochs", "1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "arguments",
     ["--help", "train --help", "models --help", "data show --help", "sweep --help", "--version", "-V", "train --lrr"],
@@ -36,12 +37,14 @@ def test_fault25_help_version_and_unknown_options_import_no_heavy_module(argumen
     assert run.returncode == (2 if "--lrr" in arguments else 0), run.stderr
 
 
+@pytest.mark.medium
 def test_train_help_lists_every_option() -> None:
     text = fastcifar("train", "--help", COLUMNS="200").stdout
     for flag in (*map(option_flag, Recipe.model_fields), "--no-compile", "--no-cuda-graph"):
         assert flag in text, flag
 
 
+@pytest.mark.medium
 def test_print_config_prints_a_recipe_file(tmp_path: Path) -> None:
     options = ("--recipe", "quick", "--epochs", "6", "--lr", "0.1")
     text = fastcifar("train", *options, "--print-config", cwd=tmp_path).stdout
@@ -50,6 +53,7 @@ def test_print_config_prints_a_recipe_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
 
 
+@pytest.mark.medium
 def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -73,6 +77,7 @@ def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     assert not (tmp_path / "b.csv").exists()
 
 
+@pytest.mark.medium
 def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("lr = 0.05\nclip_grad = 'none'\n")
     tracked = ("--track", "tensorboard") if importlib.util.find_spec("tensorboard") else ()
@@ -91,6 +96,7 @@ def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     assert "\r" not in run.stdout
 
 
+@pytest.mark.medium
 def test_fault22_models_lists_networks_and_layers_and_fits_the_width_to_a_budget() -> None:
     networks = {network["name"]: network for network in json.loads(fastcifar("models", "--json").stdout)}
     assert (networks["se68"]["params"], networks["coconut_se"]["params"]) == (4_697_742, 4_973_226)
@@ -103,12 +109,14 @@ def test_fault22_models_lists_networks_and_layers_and_fits_the_width_to_a_budget
     assert json.loads(fastcifar("models", "--json", "--arch", "resnet", "--se", "block").stdout)["params"] == 4733610
 
 
+@pytest.mark.slow
 def test_doctor_reports_the_execution_that_train_chooses() -> None:
     result = json.loads(fastcifar("doctor", "--device", "cpu", "--json").stdout)
     assert result["imports"].keys() == {"torchvision", "nvidia.dali", "pytorch_optimizer", "matplotlib"}
     assert "device: cpu (requested)" in result["chosen"]
 
 
+@pytest.mark.medium
 def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
     chart = ("--chart", "a.png")
@@ -128,6 +136,7 @@ def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     assert [(row["what"], row["ratio"], row["overlap"]) for row in comparison["rows"]] == [("loader", 1.0, True)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -153,6 +162,7 @@ def test_fault15_fault17_invalid_options_are_refused_in_one_line_and_nothing_is_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -171,6 +181,7 @@ def test_other_commands_refuse_invalid_input_in_one_line(tmp_path: Path, argumen
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+@pytest.mark.medium
 def test_data_verify_and_show(tmp_path: Path) -> None:
     result = json.loads(fastcifar("data", "verify", "--data", "synthetic:100", "--json", cwd=tmp_path).stdout)
     assert (result["kind"], result["splits"]["train"]["shape"]) == ("synthetic images", [100, 3, 32, 32])
@@ -181,6 +192,7 @@ def test_data_verify_and_show(tmp_path: Path) -> None:
     assert (plot.returncode, plot.stdout) == (0, "wrote a.png\n"), plot.stderr
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_outside_of_training_is_reported_in_one_line(name: str, exit_code: int) -> None:
     code = (
@@ -192,6 +204,7 @@ def test_a_signal_outside_of_training_is_reported_in_one_line(name: str, exit_co
     assert (run.returncode, run.stdout, run.stderr) == (exit_code, "", f"fastcifar: stopped by {name}\n")
 
 
+@pytest.mark.medium
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--arch", "se86", "--debug", cwd=tmp_path)
     assert (run.returncode, "Traceback" in run.stderr, "did you mean 'se68'?" in run.stderr) == (1, True, True)

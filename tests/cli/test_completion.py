@@ -51,6 +51,7 @@ def test_recipes_and_runs_are_completed(tmp_path: Path, monkeypatch: pytest.Monk
     assert complete_run("runs/se") == ["runs/se55-quick-s0-20260102T000000Z", "runs/se68-quick-s0-20260101T000000Z"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -31,6 +31,7 @@ def run_shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
@@ -59,11 +60,12 @@ def test_fault40_commands_that_print_end_with_141_or_7(tmp_path: Path, command: 
     assert result.stderr.count("\n") == bool(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirection", ["| true", "> /dev/full", "2> /dev/full > /dev/full", ">&- 2>&-", "--json 2>&- | true"]
 )
 def test_fault40_training_goes_on_without_output(tmp_path: Path, redirection: str) -> None:
-    result = run_shell(f"fastcifar train {' '.join(TINY)} --epochs 2 --out run {redirection}", tmp_path)
+    result = run_shell(f"fastcifar train {' '.join(TINY)} --plots --epochs 2 --out run {redirection}", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(rows(tmp_path / "run")) == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["complete"]
@@ -77,6 +79,7 @@ def hang_up(output: Path, ignored: bool, *arguments: str) -> None:
     children.fastcifar(output, 0.05, "train", *TINY, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_fault40_sighup_saves_a_checkpoint_unless_it_is_ignored(tmp_path: Path, ignored: bool) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
@@ -92,6 +95,7 @@ def test_fault40_sighup_saves_a_checkpoint_unless_it_is_ignored(tmp_path: Path, 
     assert_equal_runs(out, tmp_path / "full")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("ignored", [False, True])
 def test_fault40_sighup_outside_of_training(tmp_path: Path, ignored: bool) -> None:
     code = (
@@ -145,6 +149,7 @@ def test_fault39_one_line_has_single_spaces() -> None:
     assert one_line("  a\n\tb\x00 \x1b[1m ") == "a b\\x00 \\x1b[1m"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", [text for text in SHOWN if text not in ("~",)])
 def test_fault31_fault39_names_in_run_folders_are_shown_by_every_command(
     text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -190,6 +195,7 @@ def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 LONG = "x" * 500
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "arguments",
     [

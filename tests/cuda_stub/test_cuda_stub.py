@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 1800
 
 MISSING_REQUIREMENT = find_missing_requirement()
-pytestmark = pytest.mark.skipif(MISSING_REQUIREMENT is not None, reason=str(MISSING_REQUIREMENT))
+pytestmark = [
+    pytest.mark.slow,  # the first test runs all cases
+    pytest.mark.skipif(MISSING_REQUIREMENT is not None, reason=str(MISSING_REQUIREMENT)),
+]
 
 MISSING_TO_COMPILE = find_missing_compile_requirement()
 COMPILED = ("compiled", "kernel loaded in the capture")  # the case and the fault with compiled kernels

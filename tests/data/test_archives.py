@@ -83,6 +83,7 @@ def _negative_size(name: str) -> bytes:
     return bytes(block)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", BOMBS)
 def test_fault33_an_archive_is_read_in_little_memory(tmp_path: Path, kind: str) -> None:
     blocks, message = BOMBS[kind]

@@ -166,6 +166,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_fault10_a_damaged_npz_file_is_refused_before_memory_is_allocated(tmp_path: Path, kind: str) -> None:
     content, message = DAMAGED[kind]

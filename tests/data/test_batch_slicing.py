@@ -11,6 +11,7 @@ from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.errors import UsageError
 
 
+@pytest.mark.medium
 @given(
     num_samples=st.integers(1, 60), local_size=st.integers(1, 9), world_size=st.integers(1, 5), drop=st.booleans(),
     chunk_steps=st.integers(1, 4), alignment=st.sampled_from([1, 4]),

@@ -471,6 +471,7 @@ def test_old_temporary_folders_are_removed(tiny_cifar, cache: Path):
     assert list_entries(cache) == sorted([name, recent.name])
 
 
+@pytest.mark.medium
 def test_concurrent_processes_share_one_entry(tmp_path: Path, cache: Path):
     write_pngs(tmp_path / "a", ("ant", "zebra"))
     code = "import sys; from fastcifar.data import cifar; from pathlib import Path;"

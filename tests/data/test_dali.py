@@ -131,6 +131,7 @@ def test_epochs_in_any_order_and_batches_are_not_overwritten(device: str) -> Non
     assert count_differences(iter(kept), expected.batches(5)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_remaining_augmentations_are_compiled_once() -> None:
@@ -207,6 +208,7 @@ def test_fault18_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 8
 
 
+@pytest.mark.medium
 def test_dali_is_not_imported_before_a_loader_is_created() -> None:
     code = (
         "import sys, numpy as np; from fastcifar.data.loaders import LOADERS; assert 'nvidia.dali' not in sys.modules;"
@@ -217,12 +219,14 @@ def test_dali_is_not_imported_before_a_loader_is_created() -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "left open\n", "")
 
 
+@pytest.mark.medium
 def test_a_run_equals_a_run_with_the_tensor_loader(tiny: Callable[..., Recipe]) -> None:
     expected, summary = train(tiny()), train(tiny(loader="dali"))
     assert (expected.loader, summary.loader) == ("tensor", "dali")
     assert (summary.test_loss, summary.val_acc) == (expected.test_loss, expected.val_acc)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("with_autotuning", [False, True])
 def test_a_run_builds_one_pipeline_after_the_step_is_optimized(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, with_autotuning: bool

@@ -75,6 +75,7 @@ def test_an_error_in_the_thread_is_raised_where_the_epoch_is_used(monkeypatch: p
     assert unhandled == []
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
 def test_a_forked_process_draws_an_epoch_whose_thread_it_does_not_have() -> None:
     program = """
@@ -101,6 +102,7 @@ sys.exit(status or cache.get(1) - 1)
     assert (run.returncode, run.stderr) == (0, "")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("leave", "returncode"), [("", 0), ("raise KeyboardInterrupt", -2)])
 def test_the_interpreter_ends_while_an_epoch_is_drawn(leave: str, returncode: int) -> None:
     program = f"""
@@ -151,6 +153,7 @@ def test_changing_a_batch_does_not_change_later_epochs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch, tensors, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])

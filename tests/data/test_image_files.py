@@ -223,6 +223,7 @@ TOO_LARGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", TOO_LARGE)
 def test_fault33_large_images_are_refused_before_they_are_decoded(tmp_path: Path, kind: str) -> None:
     name, write, outcome = TOO_LARGE[kind]

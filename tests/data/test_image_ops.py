@@ -136,6 +136,7 @@ def test_each_image_has_its_own_operations() -> None:
     assert torch.equal(rows, images.permute(0, 2, 3, 1).reshape(-1, 32, 96).int()), "the input was changed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_compiled_equals_eager_and_steps_are_separate_kernels() -> None:

@@ -95,6 +95,7 @@ def capture_grids(
     return result, calls[0]
 
 
+@pytest.mark.medium
 def test_show_has_a_grid_for_each_augmentation_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result, grids = capture_grids(monkeypatch, tmp_path, augment="crop:3:zero,flip:1,cutout:6:zero")
     train = cifar.load_dataset("synthetic:100").train
@@ -205,6 +206,7 @@ def test_first_batch_is_plotted_in_grids_of_eight_images(
         assert np.array_equal(last_stage, stages[columns[-1]][:24].numpy())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("augment", ["none", "flip", "flip,flip", "crop,flip,cutout,trivialaugment,mixup"])
 def test_show_writes_a_png_and_overwrites_it(tmp_path: Path, augment: str) -> None:
     file = tmp_path / "a.png"

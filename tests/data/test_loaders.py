@@ -67,6 +67,7 @@ def test_evaluation_batches_are_the_data_in_order(batch_size: int) -> None:
     assert np.array_equal(labels.numpy(), LABELS)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
 def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
@@ -88,6 +89,7 @@ def test_compiled_is_one_kernel_equal_to_eager_and_never_recompiles() -> None:
         assert equal(concatenate(other_seed.batches(0)), concatenate(make_loader(30, LONG_SPEC, seed=5).batches(0)))
 
 
+@pytest.mark.medium
 def test_many_configurations_in_one_process_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_compile = torch.compile
 

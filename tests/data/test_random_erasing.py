@@ -20,6 +20,7 @@ def torchvision_boxes(max_area: float) -> np.ndarray:
     return np.array([[p["i"], p["j"], p["h"] * (p["v"] is not None), p["w"] * (p["v"] is not None)] for p in params])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("max_area", [0.02, 0.1, 0.33, 1.0])
 def test_boxes_have_the_distribution_of_torchvision(max_area: float) -> None:
     params = draw_erasing_params(max_area, N, np.random.Generator(np.random.Philox(0)))

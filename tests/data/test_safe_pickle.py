@@ -82,6 +82,7 @@ values = st.recursive(scalars, lambda inner: st.one_of(st.lists(inner), st.lists
 valid_dicts = st.dictionaries(st.one_of(st.text(), st.integers(-(2**63), 2**63)), values, max_size=6)
 
 
+@pytest.mark.medium
 @settings(max_examples=80)
 @given(valid_dicts, st.integers(0, 5))
 def test_plain_values_are_read_as_by_pickle(value: dict, protocol: int):
@@ -182,6 +183,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BOMBS)
 def test_fault10_decompression_bombs_are_refused_without_allocating(name: str):
     # tracemalloc counts requested memory, used or not, and the peak includes memory that is freed again.
@@ -227,12 +229,14 @@ def test_random_bytes_raise_data_errors_only(content: bytes):
     assert_only_data_error(b"\x80\x02" + content + b".")
 
 
+@pytest.mark.medium
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(sorted(safe_pickle.OPCODES)), max_size=60), st.binary(max_size=8))
 def test_random_programs_raise_data_errors_only(codes: list[int], rest: bytes):
     assert_only_data_error(bytes(codes) + rest + b".")
 
 
+@pytest.mark.medium
 @settings(max_examples=400)
 @given(
     st.sampled_from(VALIDS), st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), min_size=1, max_size=4)

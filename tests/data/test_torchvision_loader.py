@@ -90,6 +90,7 @@ def test_every_augmentation_has_a_counterpart_or_is_refused_with_a_remedy(name: 
             build_transform(ops, FILL)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spec", ["crop:4:zero,flip,rotate:5,autoaugment:cifar10", "crop:4:zero,flip,rotate:10,jitter:0.2"]
 )
@@ -146,6 +147,7 @@ def test_fault24_a_worker_that_dies_ends_the_run(
     assert capsys.readouterr().err.endswith("use fewer --workers, or --loader tensor\n")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_augmentation_a_run_equals_one_with_the_tensor_loader(
     tiny: Callable[..., Recipe], workers: int
@@ -163,6 +165,7 @@ def test_fault18_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
 
 
+@pytest.mark.slow
 def test_fault18_a_broken_torchvision_affects_its_loader_only(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(

@@ -20,7 +20,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo", "fastcifar.training.train", "fastcifar.cli.tables"])
 
 TINY = ("--data", "synthetic:200", "--val-size", "40", "--arch", "resnet", "--blocks", "1,1", "--channels", "8,16",
-        "--batch-size", "32", "--dropout", "0.1", "--no-compile", "--precision", "fp32", "--device", "cpu")  # fmt: skip
+        "--batch-size", "32", "--dropout", "0.1", "--no-compile", "--precision", "fp32", "--device", "cpu",
+        "--no-plots")  # fmt: skip
 
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:

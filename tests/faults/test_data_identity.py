@@ -131,6 +131,7 @@ CHANGES: dict[Callable[[Path], None], bool] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_fault27_resume_and_validation_need_the_same_images(
@@ -178,6 +179,7 @@ def test_fault27_the_digest_is_in_checkpoint_and_summary(stop_early: Callable[..
     assert len(digest) == 64
 
 
+@pytest.mark.medium
 def test_fault27_a_checkpoint_without_a_digest_goes_on_with_one_warning(
     stop_early: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_fault27_a_checkpoint_without_a_digest_goes_on_with_one_warning(
     assert len(caught) == 1
 
 
+@pytest.mark.medium
 def test_fault27_a_validation_split_of_its_own_is_part_of_the_run(
     stop_early: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -210,6 +213,7 @@ def test_fault27_a_validation_split_of_its_own_is_part_of_the_run(
 LOCATIONS: dict[str, dict[str, Any]] = {"kept path": {}, "environment variable": {}, "option": {"data": "moved"}}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_fault48_a_relative_path_is_kept_absolute(
     stop_early: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
@@ -236,6 +240,7 @@ def test_fault48_a_relative_path_is_kept_absolute(
     assert last(run)["recipe"]["data"] == str(kept)
 
 
+@pytest.mark.medium
 def test_fault48_the_environment_variable_overrides_paths_only(
     tiny: MakeRecipe, stop_early: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +268,7 @@ def test_fault48_absolute_paths(
     assert cifar.absolute_data_path(data) == wanted
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "options", [{}, {"ema_decay": 0.5, "eval_weights": "ema"}, {"tta": "flip", "eval_weights": "best"}]
 )

@@ -87,6 +87,7 @@ def test_fault07_insufficient_disk_space_is_detected_before_training(
         train(tiny())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.9])
 def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_path: Path, fraction: float) -> None:
     train(tiny())
@@ -106,6 +107,7 @@ def test_fault07_failed_write_keeps_the_old_checkpoint(tiny: MakeRecipe, tmp_pat
     assert last(tmp_path / "run")["step"] == step + 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["weights.safetensors", "summary.json"])
 def test_fault41_full_disk_in_the_last_write_and_the_run_is_finished_later(
     name: str, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +131,7 @@ def test_fault41_full_disk_in_the_last_write_and_the_run_is_finished_later(
     assert (tmp_path / "run" / "weights.safetensors").is_file()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("format", ["safetensors", "pt2", "onnx"])
 def test_fault41_full_disk_in_export(format: str, tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(max_steps=2))
@@ -140,6 +143,7 @@ def test_fault41_full_disk_in_export(format: str, tiny: MakeRecipe, tmp_path: Pa
     assert contents(tmp_path) == before
 
 
+@pytest.mark.medium
 def test_fault41_full_disk_in_the_database_of_mlflow_at_the_end(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +167,7 @@ def test_fault41_full_disk_in_the_database_of_mlflow_at_the_end(
     assert train(Recipe(resume=str(tmp_path / "run"))).complete
 
 
+@pytest.mark.medium
 def test_fault07_estimated_checkpoint_size_is_close(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny(ema_decay=0.9, width=4)
     train(recipe.model_copy(update={"epochs": 1}))

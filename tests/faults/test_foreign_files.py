@@ -84,6 +84,7 @@ def _with_attributes(weights: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
     return ordered
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fault49_layouts_of_other_projects_load(layout: str, tmp_path: Path) -> None:
     model, file = network(), tmp_path / "other.pth"
@@ -222,6 +223,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BOMBS)
 def test_fault36_bombs_are_refused_without_memory(name: str, tmp_path: Path) -> None:
     build, message = BOMBS[name]
@@ -290,6 +292,7 @@ def test_fault38_parts_of_other_types_in_a_checkpoint_are_refused(part: str, tin
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.medium
 def test_fault36_a_checkpoint_does_not_choose_where_a_resumed_run_writes_and_tracks(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +316,7 @@ def test_fault36_a_checkpoint_does_not_choose_where_a_resumed_run_writes_and_tra
     assert not list((tmp_path / "here").rglob("tensorboard"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.csv", "summary.json", "weights.safetensors", "recipe.toml"])
 def test_fault36_links_in_a_run_folder_do_not_choose_what_is_overwritten(
     name: str, tiny: MakeRecipe, tmp_path: Path
@@ -427,6 +431,7 @@ def test_fault37_a_file_that_is_replaced_by_a_fifo_while_it_is_opened(
         open_regular_file(tmp_path / "file")
 
 
+@pytest.mark.medium
 def test_fault37_commands_end_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.pkl")
     write_run(tmp_path / "runs" / "good", [0.5])

@@ -37,6 +37,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", READERS)
 def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, tmp_path: Path) -> None:
     seeds = READERS[name][0]
@@ -45,6 +46,7 @@ def test_fault08_fault09_fault10_damaged_files_are_rejected_or_read(name: str, t
     assert fuzz_reader(name, (mutate(rng, seeds) for _ in range(250)))["inputs"] == 250
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["manifest", "env.json", "metrics.csv", "events.jsonl", "recipe file", "checkpoint",
                                   *(name for name in READERS if name.endswith("of a report"))])  # fmt: skip
 def test_fault38_documents_of_other_types_are_rejected_or_read(name: str) -> None:
@@ -52,6 +54,7 @@ def test_fault38_documents_of_other_types_are_rejected_or_read(name: str) -> Non
     assert fuzz_reader(name, (mutate_types(rng, READERS[name][0]) for _ in range(250)))["inputs"] == 250
 
 
+@pytest.mark.medium
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*OPTIONS, "lrr", "batchsize"]), VALUES, max_size=4))
 def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(values: dict[str, Any]) -> None:
@@ -64,6 +67,7 @@ def test_fault15_arbitrary_recipe_values_are_accepted_or_rejected_in_one_line(va
     assert recipe is None or Recipe(**recipe.model_dump(mode="json")) == recipe
 
 
+@pytest.mark.medium
 @settings(max_examples=100)
 @given(text=st.text(max_size=30), key=st.sampled_from(["data", "out", "resume", "loader"]))
 def test_any_text_survives_a_recipe_file_round_trip(
@@ -86,6 +90,7 @@ NAMES = st.text(
 ).filter(lambda name: name not in (".", "..") and len(name.encode()) <= 200)
 
 
+@pytest.mark.medium
 @settings(max_examples=40)
 @given(names=st.lists(NAMES, min_size=2, max_size=2, unique=True))
 def test_fault31_runs_of_any_name_are_listed_and_reported(

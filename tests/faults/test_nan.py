@@ -75,6 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[NanInjector], NanInjec
     return patch_training
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fault14_non_finite_step_changes_neither_weights_nor_checkpoint(
@@ -106,6 +107,7 @@ def test_fault14_non_finite_step_changes_neither_weights_nor_checkpoint(
     assert len(rows(tmp_path / "run")) == 1
 
 
+@pytest.mark.medium
 def test_fault14_fp16_gradient_overflow_is_no_error_but_a_non_finite_loss_is(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:
@@ -140,6 +142,7 @@ def test_fault14_steps_do_not_synchronize_with_the_host(
     assert trainer.meter.compute().all_finite
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("nan_step", "epoch"), [(3, 0), (8, 1)])
 def test_fault14_rollback_restores_the_checkpoint_and_halves_the_learning_rate(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector], nan_step: int, epoch: int
@@ -153,6 +156,7 @@ def test_fault14_rollback_restores_the_checkpoint_and_halves_the_learning_rate(
     assert last(tmp_path / "run")["rollbacks"] == last(tmp_path / "run")["schedule"]["halvings"] == 1
 
 
+@pytest.mark.medium
 def test_fault14_rollback_after_a_save_of_the_same_nan(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:
@@ -163,6 +167,7 @@ def test_fault14_rollback_after_a_save_of_the_same_nan(
     assert last(tmp_path / "run")["step"] == 10
 
 
+@pytest.mark.medium
 def test_fault14_rollback_is_reproducible_and_survives_an_interruption(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:
@@ -194,6 +199,7 @@ class BadEvaluation:
 BAD_EVALUATIONS = {"validation": ({3}, math.nan), "infinite": ({3}, math.inf), "average": ({4}, math.nan)}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BAD_EVALUATIONS)
 def test_fault42_a_loss_that_is_not_finite_in_the_validation_ends_or_rolls_back_the_run(
     name: str, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +221,7 @@ def test_fault42_a_loss_that_is_not_finite_in_the_validation_ends_or_rolls_back_
         assert "Infinity" not in file.read_text()
 
 
+@pytest.mark.medium
 def test_fault42_a_test_loss_that_is_not_finite_is_an_error(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +233,7 @@ def test_fault42_a_test_loss_that_is_not_finite_is_an_error(
     assert train(Recipe(resume=str(tmp_path / "run"))).complete
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("part", ["running_mean", "running_var", "average"])
 @pytest.mark.parametrize("val_size", [0, 40])
 def test_fault42_a_buffer_that_is_not_finite(
@@ -258,6 +266,7 @@ def test_fault42_a_buffer_that_is_not_finite(
     assert last(tmp_path / "back")["rollbacks"] == 1
 
 
+@pytest.mark.medium
 def test_fault14_at_most_three_rollbacks(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:

@@ -83,6 +83,7 @@ def wait(process: subprocess.Popen[str], timeout_s: float = 400) -> tuple[int, s
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["synthetic:500", REAL])
 def test_fault20_two_processes_equal_one_process_that_averages_gradients(data: str, tmp_path: Path) -> None:
     """Compare the weights after ten float32 steps within 1e-6; the running statistics are those of rank 0."""
@@ -147,6 +148,7 @@ def batches(split: Split, recipe: Recipe, count: int, rank: int, world_size: int
     return itertools.islice(all_batches, count)
 
 
+@pytest.mark.slow
 def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "10", "--lr", "0.01"]
@@ -199,6 +201,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANK_PHASES)
 def test_fault50_a_rank_killed_in_a_phase_ends_all_and_the_run_is_resumed(name: str, tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "child.py"
@@ -217,6 +220,7 @@ def test_fault50_a_rank_killed_in_a_phase_ends_all_and_the_run_is_resumed(name: 
     assert (summary["steps"], summary["complete"]) == (12, True)
 
 
+@pytest.mark.medium
 def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions(tmp_path: Path) -> None:
     """Rank 0 has a full share of the last batch of 28 images, and the others do not.
 
@@ -235,6 +239,7 @@ def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions
             assert torch.equal(state[key], expected), key
 
 
+@pytest.mark.medium
 def test_fault07_all_processes_report_that_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
     arguments = ["--data", "synthetic:500", "--val-size", "0", "--batch-size", "50", "--epochs", "400"]
     arguments += ["--save-every-steps", "7", "--out", str(tmp_path / "run")]

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 ENDINGS = (".pt", ".previous.pt")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("in_thread", [False, True], ids=["last", "best and last in a thread"])
 def test_fault04_kill_at_twenty_points_of_a_checkpoint_write(tmp_path: Path, in_thread: bool) -> None:
     num_calls = [0]
@@ -86,6 +87,7 @@ class HeldSave:
         self.save_checkpoint(*args, **options)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("options", "step"), [({}, 6), ({"save_every_steps": 2}, 3)], ids=str)
 def test_fault05_signal_during_a_save(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], step: int
@@ -110,13 +112,14 @@ def test_fault07_the_save_after_a_signal_fails(
     assert last(tmp_path / "run")["step"] == 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
     tmp_path: Path, number: int, code: int
 ) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
     uninterrupted = children.train(log, "--epochs", "3", "--out", str(tmp_path / "uninterrupted"))
-    interrupted = children.train(log, "--epochs", "3", "--out", str(out), pause_s=0.05)
+    interrupted = children.train(log, "--epochs", "3", "--out", str(out), "--plots", pause_s=0.05)
     wait_for(lambda: (out / "metrics.csv").exists() and len(rows(out)) == 1)
     time.sleep(0.1)
     os.kill(interrupted.pid, number)
@@ -131,11 +134,12 @@ def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
     assert message in log.read_text()
     assert not (out / "plots").exists()
     assert wait_for_exit(uninterrupted) == 0
-    assert wait_for_exit(children.train(log, "--resume", str(out))) == 0
+    assert wait_for_exit(children.train(log, "--resume", str(out), "--plots")) == 0
     assert (out / "plots" / "confusion.png").is_file()
     assert_equal_runs(out, tmp_path / "uninterrupted")
 
 
+@pytest.mark.medium
 def test_fault06_second_sigint_stops_immediately_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
     process = children.train(
@@ -156,6 +160,7 @@ def test_fault06_second_sigint_stops_immediately_and_keeps_the_checkpoint(tmp_pa
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.medium
 def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [children.train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.01) for _ in range(2)]
@@ -170,6 +175,7 @@ def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> No
     assert len(rows(tmp_path / "run")) == 3
 
 
+@pytest.mark.medium
 def test_fault21_deterministic_runs_in_separate_processes_are_equal(
     tmp_path: Path, tiny: Callable[..., Recipe]
 ) -> None:

@@ -28,6 +28,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return [*paths, write_run(tmp_path / "killed", (0.1,), seed=3, epochs=4, finished=False)]
 
 
+@pytest.mark.medium
 def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: list[Path]) -> None:
     (folders[1] / "summary.json").write_text("{")
     process = run_fastcifar("report", *(folder.name for folder in folders), "--json", "--sort", "n", cwd=tmp_path)
@@ -44,6 +45,7 @@ def test_report_command_prints_a_document_or_an_error(tmp_path: Path, folders: l
         assert words in process.stderr
 
 
+@pytest.mark.medium
 def test_fault46_reports_of_many_runs_take_little_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls grow with the number of runs, charts show 20 rows, and neither torch nor matplotlib is imported."""
     for index in range(40):
@@ -101,6 +103,7 @@ def test_legend_has_one_short_line_for_each_run(tmp_path: Path, monkeypatch: pyt
     assert width > 0.5  # the legend leaves half of the width to the chart
 
 
+@pytest.mark.medium
 def test_plots_and_json_document(tmp_path: Path, folders: list[Path]) -> None:
     document, _ = build_report(folders, "csv", plots=tmp_path / "plots")
     names = ("accuracy.png", "loss.png", "throughput.png", "classes.png")

@@ -216,6 +216,7 @@ def test_only_checkpoints_are_removed(runs: Path, tmp_path: Path) -> None:
     assert not select_for_removal([runs / "stopped"], only_checkpoints=True)
 
 
+@pytest.mark.medium
 def test_runs_commands_on_a_trained_run(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     summary = train(tiny(out=str(tmp_path / "runs" / "real")), "quick")
 

@@ -24,6 +24,7 @@ from tests.faults import children
 from tests.sweep.sweeps import assert_equal_sweeps, read_log_lines, trial_states, write_sweep_file
 
 
+@pytest.mark.slow
 def test_fault01_killed_sweep_is_resumed_without_repeating_runs(tmp_path: Path) -> None:
     source, killed, uninterrupted = write_sweep_file(tmp_path), tmp_path / "killed", tmp_path / "uninterrupted"
     process = children.start(children.fastcifar, tmp_path / "log", 0.02, "sweep", source, "--out", str(killed))
@@ -59,6 +60,7 @@ def test_fault01_killed_sweep_is_resumed_without_repeating_runs(tmp_path: Path) 
     assert len(read_log_lines(uninterrupted)) == length
 
 
+@pytest.mark.medium
 def test_fault05_interrupted_sweep_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     source, stopped = write_sweep_file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "stopped"
     process = children.start(children.fastcifar, tmp_path / "log", 0.1, "sweep", source, "--out", str(stopped))
@@ -73,6 +75,7 @@ def test_fault05_interrupted_sweep_is_resumed_by_the_same_command(tmp_path: Path
     assert_equal_sweeps(stopped, tmp_path / "uninterrupted")
 
 
+@pytest.mark.medium
 def test_failed_trial_has_a_reason_and_is_rerun_on_request_only(tmp_path: Path) -> None:
     axes = "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n"
     source, folder = write_sweep_file(tmp_path, axes), tmp_path / "out"
@@ -89,6 +92,7 @@ def test_failed_trial_has_a_reason_and_is_rerun_on_request_only(tmp_path: Path) 
     assert [line["state"] for line in read_log_lines(folder)[4:]] == ["running", "failed"]
 
 
+@pytest.mark.medium
 def test_unexpected_error_fails_only_its_trial_and_its_traceback_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +115,7 @@ def test_unexpected_error_fails_only_its_trial_and_its_traceback_is_saved(
     assert "in fail_first_call" in (tmp_path / "out" / document.trials[0].folder / "error.txt").read_text()
 
 
+@pytest.mark.medium
 def test_changed_sweep_file_adds_trials_and_keeps_finished_ones(tmp_path: Path) -> None:
     folder, console = tmp_path / "out", Console(record=True, width=200)
     first = run_sweep(write_sweep_file(tmp_path, "[grid]\nlr = [0.1, 0.02]\n"), folder, seeds="1")
@@ -126,6 +131,7 @@ def test_changed_sweep_file_adds_trials_and_keeps_finished_ones(tmp_path: Path) 
     assert third == first
 
 
+@pytest.mark.medium
 def test_labels_with_identical_recipes_are_reported(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     axes = "[[list]]\nlabel='a'\n[[list]]\nrecipe='row3'\nlabel='b'\n"
@@ -133,6 +139,7 @@ def test_labels_with_identical_recipes_are_reported(tmp_path: Path) -> None:
     assert "a and b have identical recipes" in console.export_text()
 
 
+@pytest.mark.medium
 def test_plan_counts_steps_and_writes_nothing(tmp_path: Path) -> None:
     source = write_sweep_file(tmp_path)
     document = plan_sweep(source, tmp_path / "out")
@@ -192,6 +199,7 @@ def test_fault23_sweep_folder_is_locked(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.medium
 def test_command_prints_one_json_document_and_exits_with_1_if_a_trial_failed(tmp_path: Path) -> None:
     write_sweep_file(tmp_path, "[[list]]\nlabel='good'\n[[list]]\nlabel='bad'\nbatch_size=400\n")
     run = children.run_fastcifar("sweep", "tiny.toml", "--max-steps", "2", "--seeds", "1", "--json", cwd=tmp_path)
@@ -203,6 +211,7 @@ def test_command_prints_one_json_document_and_exits_with_1_if_a_trial_failed(tmp
     assert "1 of 2  good, seed 0: done, val" in run.stderr
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -219,6 +228,7 @@ def test_command_that_runs_no_trial(tmp_path: Path, arguments: tuple[str, ...], 
     assert not out.exists()
 
 
+@pytest.mark.medium
 def test_live_table_shows_progress(tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as screen:
         terminal = Console(force_terminal=True, width=100, file=screen)

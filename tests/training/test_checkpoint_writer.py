@@ -90,6 +90,7 @@ def test_a_copy_keeps_the_storages_that_parts_of_the_state_share() -> None:
     assert copied["ema"]["num_batches"] is copied["model"]["num_batches"]
 
 
+@pytest.mark.medium
 def test_saved_state_is_that_of_the_call_although_training_goes_on(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +151,7 @@ def test_fault14_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, state: 
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.medium
 def test_an_improving_epoch_writes_its_checkpoint_once(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +267,7 @@ def test_fault07_an_error_of_the_thread_ends_the_run_within_an_epoch(
         assert last(tmp_path / "run")["step"] == saved_step
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("failing", [2, 3])
 def test_fault14_rollback_after_a_save_that_is_not_finite(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int

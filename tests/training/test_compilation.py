@@ -22,6 +22,7 @@ from fastcifar.training.compilation import compile_function
 from tests.faults import children
 
 
+@pytest.mark.medium
 @inductor_config.patch({"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False})  # which take longer to compile
 def test_compiled_code_is_reused_from_the_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))
@@ -104,6 +105,7 @@ def compile_in_process(output: Path, cache: Path) -> None:
     assert torch.equal(result, torch.ones(5, 7).cos() * 2 + 1)
 
 
+@pytest.mark.slow
 def test_fault34_a_damaged_entry_is_rebuilt_with_one_line(tmp_path: Path) -> None:
     cache, output = tmp_path / "cache", tmp_path / "stderr"
 

@@ -57,6 +57,7 @@ def use_optimized_step(trainer: Trainer, **execution: bool) -> None:
     trainer.step = trainer.build_train_step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_compiled_steps_from_the_same_state_equal_eager_steps(tiny: Callable[..., Recipe], activation: str) -> None:
     """Weights agree within 1e-5 relative: each tensor for a smooth activation, all tensors together for ReLU.
@@ -83,6 +84,7 @@ def test_compiled_steps_from_the_same_state_equal_eager_steps(tiny: Callable[...
                 assert (weight - expected).norm() <= 1e-5 * expected.norm() + 1e-7
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("option", ["compile", "cuda_graph"])
 @pytest.mark.parametrize(
     "values",
@@ -155,6 +157,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "_clean_up_failed_capture", lambda graph, pool, _: failed.update({pool: graph}))
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("fake_graphs")
 def test_capture_disables_garbage_collection_and_graphs_can_be_reset() -> None:
     gc_enabled = []
@@ -167,6 +170,7 @@ def test_capture_disables_garbage_collection_and_graphs_can_be_reset() -> None:
         replay()
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("fake_graphs")
 def test_all_graphs_share_a_memory_pool_that_lives_as_long_as_one_of_them() -> None:
     def capture() -> FakeGraph:
@@ -203,6 +207,7 @@ def test_fault17_optimizers_that_cannot_be_captured_update_outside_the_graph(
     assert resolve(tiny(optimizer="rmsprop"), execution).execution == execution
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "values",
     [
@@ -243,6 +248,7 @@ def test_captured_step_rejects_inputs_of_other_shapes_or_dtypes(monkeypatch: pyt
         captured(images, labels.int())
 
 
+@pytest.mark.medium
 def test_freed_memory_is_kept_with_glibc() -> None:
     code = "from fastcifar.training.compilation import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -306,6 +312,7 @@ def test_steps_in_a_cuda_graph_equal_eager_steps(
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "lion"])
 def test_replay_of_several_steps_equals_single_steps(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, optimizer: str
@@ -325,6 +332,7 @@ def test_replay_of_several_steps_equals_single_steps(
     assert single.meter.compute() == several.meter.compute()
 
 
+@pytest.mark.medium
 def test_compiled_global_max_pool_has_the_eager_gradient_in_bf16() -> None:
     """The compiled gradient of `amax` would be 0 / 0: the recomputed activation differs from its saved maximum."""
     images = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -32,6 +32,7 @@ def test_dry_run_writes_nothing_and_its_times_add_up(tiny: Callable[..., Recipe]
     assert json.dumps(estimate)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "options",
     [
@@ -76,6 +77,7 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
         fit_epochs_to_time_budget(trainer, elapsed_s=50.0)
 
 
+@pytest.mark.medium
 def test_run_with_a_time_budget_is_complete(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     summary = train(tiny(time_budget=0.75, epochs=200))

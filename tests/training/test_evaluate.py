@@ -119,6 +119,7 @@ def test_unknown_tta_is_rejected(tiny: Callable[..., Recipe]) -> None:
         make_trainer(tiny(tta="6veiw"))
 
 
+@pytest.mark.medium
 def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe]) -> None:
     plain, with_tta = train(tiny()), train(tiny(tta="10crop", ema_decay=0.5, eval_weights="ema"))
     assert plain.test_acc_tta is None
@@ -131,6 +132,7 @@ def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe
     assert with_tta.test_acc_tta == correct.double().mean().item()
 
 
+@pytest.mark.medium
 def test_compiled_evaluation_equals_eager_evaluation_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
     trainer = make_trainer(tiny(dropout=0.5))
     trainer.model.train()

@@ -20,7 +20,10 @@ from fastcifar.training import compilation, execution_check
 from fastcifar.training.execution_check import TOLERANCES, Training, check_execution, check_tables
 from tests.cli.test_exit import run_main
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "precision": "fp32", "loader": "torchvision", "workers": 0}
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "precision": "fp32", "loader": "torchvision", "workers": 0,
+    "data": "synthetic:340", "val_size": 60, "batch_size": 64,  # less than a user's check, with a short last batch
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,7 @@ def fail(_: Tensor) -> Tensor:
     raise RuntimeError("no compiler")
 
 
+@pytest.mark.medium
 def test_modes_that_agree() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     check = check_execution(OPTIONS, console)
@@ -61,12 +65,14 @@ def test_modes_that_agree() -> None:
     assert "compiled: compiling the step ..." in printed
 
 
+@pytest.mark.medium
 def test_only_eager_mode() -> None:
     check = check_execution({**OPTIONS, "compile": False})
     assert check.verdict == "eager steps work; no compilation (requested); no CUDA graph (CUDA only)"
     assert check.works
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("factor", [1.05, 0.0])
 def test_modes_that_differ(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Each loss is off by five percent, or the weights are not updated."""
@@ -77,6 +83,7 @@ def test_modes_that_differ(monkeypatch: pytest.MonkeyPatch, factor: float) -> No
     assert check.verdict == "compiled steps differ from eager steps: train with --no-compile, and please report this"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("requested", "verdict"),
     [
@@ -94,6 +101,7 @@ def test_mode_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reques
     assert "traceback 1" in next(tmp_path.iterdir()).read_text()
 
 
+@pytest.mark.medium
 def test_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_compiler(monkeypatch, lambda loss: loss * torch.nan)
     check = check_execution(OPTIONS)
@@ -102,6 +110,7 @@ def test_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(check.model_dump(), allow_nan=False)
 
 
+@pytest.mark.medium
 def test_interruption_and_invalid_options_are_not_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: Tensor) -> Tensor:
         raise KeyboardInterrupt
@@ -123,6 +132,7 @@ def test_tolerances_find_a_wrong_learning_rate(precision: str) -> None:
     assert difference > TOLERANCES[precision][1]
 
 
+@pytest.mark.medium
 def test_command_prints_progress_and_one_document(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def read_report(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.medium
 def test_training_continues_in_eager_mode_if_compilation_fails(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, log_folder: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_training_continues_in_eager_mode_if_compilation_fails(
     assert (summary.test_loss, summary.val_acc) == (reference.test_loss, reference.val_acc)
 
 
+@pytest.mark.medium
 def test_report_holds_what_a_bug_report_needs_and_no_paths_of_the_user(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, log_folder: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_report_holds_what_a_bug_report_needs_and_no_paths_of_the_user(
     assert str(tmp_path) not in text
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("failing", ["capture", "compile", "both"])
 def test_failed_option_is_switched_off_and_the_other_one_is_kept(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, failing: str, log_folder: Path
@@ -227,6 +230,7 @@ def test_other_errors_are_not_caught(tiny: Callable[..., Recipe], monkeypatch: p
         trainer.optimize()
 
 
+@pytest.mark.medium
 def test_warning_if_the_report_cannot_be_written(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, log_folder: Path
 ) -> None:
@@ -236,6 +240,7 @@ def test_warning_if_the_report_cannot_be_written(
         make_trainer(tiny(compile=None)).optimize()
 
 
+@pytest.mark.medium
 def test_failed_autotuning_falls_back_to_the_default_mode(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, log_folder: Path
 ) -> None:
@@ -261,6 +266,7 @@ def test_failed_autotuning_falls_back_to_the_default_mode(
     assert modes == ["auto"]
 
 
+@pytest.mark.medium
 def test_evaluation_falls_back_too(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     summary = train(tiny())
     loaded = load_model(summary.run)
@@ -304,6 +310,7 @@ def train_rank(rank: int, port: int, option: str, folder: Path) -> None:
     children.fastcifar(folder / f"{rank}.log", 0.0, "train", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["compile", "cuda_graph"])
 def test_all_ranks_switch_off_an_option_that_fails_on_one_of_them(option: str, tmp_path: Path) -> None:
     """Otherwise the ranks would wait for each other forever: the step exchanges gradients. Rank 0 warns."""

@@ -44,6 +44,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "changes",
     [
@@ -79,6 +80,7 @@ def test_an_evaluation_reads_nothing_on_the_host_before_its_result(tiny: Callabl
     assert not reads.operations
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("arch", MODELS)
 def test_no_architecture_reads_a_tensor_on_the_host(arch: str) -> None:
     """Tensors on the meta device have no values, so that torch raises an error if one is read."""

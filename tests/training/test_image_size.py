@@ -76,6 +76,7 @@ def test_resized_images_equal_pillow_resize(size: int) -> None:
         torch.testing.assert_close(actual, torch.tensor(np.asarray(expected)), atol=1e-3, rtol=0)
 
 
+@pytest.mark.medium
 def test_each_epoch_runs_the_step_of_its_image_size_and_short_batches_run_uncompiled(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def test_each_epoch_runs_the_step_of_its_image_size_and_short_batches_run_uncomp
     assert trainer.meter.compute().all_finite
 
 
+@pytest.mark.medium
 def test_compiled_loss_of_resized_images_equals_eager_one() -> None:
     weight = torch.randn(10, 3 * 24 * 24) / 255
     function = loss_and_correct(lambda images: images.flatten(1) @ weight.T, 0.1, image_size=24)

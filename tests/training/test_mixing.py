@@ -70,6 +70,7 @@ def test_mixing_before_normalization_equals_mixing_after(name: str) -> None:
     torch.testing.assert_close(normalize(apply(images, mixer_params)[0]), apply(normalize(images), mixer_params)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_compiled_loss_and_gradient_equal_eager_ones(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -89,6 +90,7 @@ def test_compiled_loss_and_gradient_equal_eager_ones(name: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_training_with_a_mixer_learns_and_evaluates_unmixed_images(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(augment="flip,cutmix", batch_size=24, epochs=8)  # 160 images: the last batch has 16
     summary = train(recipe)

@@ -105,6 +105,7 @@ MUON_DEFAULTS = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "rest_lr": 1
 AIRBENCH94_MUON = {"nesterov": False, "ns_steps": 3, "momentum": 0.6, "rest_lr": 0.2, "rest_momentum": 0.85}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("opt", [{}, AIRBENCH94_MUON, {"linear": True}, {"weight_norm": True}], ids=str)
 def test_muon_equals_a_reference_implementation(opt: dict) -> None:
     """The reference updates one weight at a time, without batches, views or foreach; both use bf16 Newton-Schulz."""

@@ -269,6 +269,7 @@ def test_fault18_built_in_optimizers_work_without_pytorch_optimizer(monkeypatch:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.medium
 def test_every_class_of_pytorch_optimizer_trains_or_is_rejected() -> None:
     supported = []
     for name in pytorch_optimizer.get_supported_optimizers():

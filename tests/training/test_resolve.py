@@ -101,6 +101,7 @@ def test_random_state_is_left_as_it_is(tiny: Callable[..., Recipe], optimizer: s
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.medium
 def test_recipe_strings_are_parsed_in_two_files_only() -> None:
     """The functions that parse a recipe's strings are called by resolve.py, and by commands that train nothing."""
     parsers = {
@@ -122,6 +123,7 @@ def test_recipe_strings_are_parsed_in_two_files_only() -> None:
             assert not calls & parsers, path
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "options",
     [
@@ -169,6 +171,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.mark.medium
 def test_train_speedrun_bench_and_dry_run_take_the_same_step(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

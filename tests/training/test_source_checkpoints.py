@@ -64,6 +64,7 @@ def reference_loss(arch: str, state: dict[str, Tensor], mean_std: tuple[tuple[fl
         return F.cross_entropy(FORWARDS[arch](Weights(state), images).double(), torch.from_numpy(test.labels)).item()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arch", "mean_std", "prefix"),
     [
@@ -129,6 +130,7 @@ class MaliciousObject:
         return os.system, ("touch sentinel",)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "acc",
     [
@@ -159,6 +161,7 @@ def test_fault09_only_numbers_are_accepted_beside_the_weights(
     assert not (tmp_path / "sentinel").exists()
 
 
+@pytest.mark.slow
 def test_error_without_arch_names_matching_architectures(tmp_path: Path) -> None:
     with torch.device("meta"):
         states = {arch: build_model(arch).state_dict() for arch in MODELS}
@@ -188,6 +191,7 @@ def test_mismatched_files_are_rejected(tmp_path: Path) -> None:
             evaluate_run(save_file(tmp_path, **content), arch="se68", data=SMALL)
 
 
+@pytest.mark.medium
 def test_fault22_parameter_limit_applies_to_published_checkpoints(tmp_path: Path) -> None:
     file = save_file(tmp_path, net=random_state_dict("coconut_over"), acc=1.0, epoch=1)
     with pytest.raises(UsageError, match="--max-params 5237546"):

@@ -62,6 +62,7 @@ def test_meter_averages_over_images_not_batches() -> None:
     assert meter.compute_delayed().images == 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_steps_reduce_the_loss_and_keep_fp32_weights(
     tiny: Callable[..., Recipe], precision: str

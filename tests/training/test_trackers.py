@@ -91,6 +91,7 @@ def count_scalars(folder: Path) -> Counter[tuple[str, int]]:
     )
 
 
+@pytest.mark.medium
 def test_tensorboard_contains_every_metric_of_an_interrupted_run(
     tiny: MakeRecipe, tmp_path: Path, train_interrupted: Callable[[Recipe, int], None]
 ) -> None:
@@ -107,6 +108,7 @@ def test_tensorboard_contains_every_metric_of_an_interrupted_run(
     assert_same_rows(run, read_tensorboard(run), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_mlflow_contains_every_metric_of_an_interrupted_run(
     tiny: MakeRecipe, tmp_path: Path, train_interrupted: Callable[[Recipe, int], None]
@@ -233,6 +235,7 @@ def wandb_without_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline", "wandb_without_key")
 def test_wandb_contains_every_metric_of_an_interrupted_run(
     tiny: MakeRecipe,
@@ -266,6 +269,7 @@ def test_wandb_contains_every_metric_of_an_interrupted_run(
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("wandb_without_key")
 def test_wandb_without_an_answer_of_the_server_records_offline(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,6 +283,7 @@ def test_wandb_without_an_answer_of_the_server_records_offline(
     assert_same_rows(tmp_path / "run", read_wandb(tmp_path / "run")[1], float)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("wandb_without_key")
 def test_disabled_wandb_writes_nothing(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -339,6 +344,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+@pytest.mark.medium
 def test_failing_tracker_warns_once_and_logs_missing_rows_later(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +380,7 @@ def test_rows_removed_by_a_rollback_are_removed_from_the_tracker(tiny: MakeRecip
     assert set(count_scalars(run.folder).values()) == {1}
 
 
+@pytest.mark.medium
 def test_tracker_enabled_later_logs_earlier_rows(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=1))
     train(tiny(epochs=2, resume=str(tmp_path / "run"), track="tensorboard"))

@@ -46,6 +46,7 @@ def read_metrics(run: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.medium
 def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(epochs=8, ema_decay=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
     folder = Path(summary.run)
@@ -70,12 +71,14 @@ def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Reci
     assert all(torch.equal(value, weights[key]) for key, value in load_file(folder / "weights.safetensors").items())
 
 
+@pytest.mark.medium
 def test_fault21_equal_seeds_give_equal_runs_and_other_seeds_do_not(tiny: Callable[..., Recipe]) -> None:
     first, second, other = (train(tiny(seed=seed, dropout=0.1)).run for seed in (3, 3, 4))
     assert_equal_runs(first, second)
     assert not torch.equal(*(last(run)["model"]["linear.weight"] for run in (first, other)))
 
 
+@pytest.mark.medium
 def test_without_a_validation_split_all_images_train_and_no_epoch_is_best(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(val_size=0))
     assert summary.steps == 2 * 7
@@ -83,6 +86,7 @@ def test_without_a_validation_split_all_images_train_and_no_epoch_is_best(tiny: 
     assert not (Path(summary.run) / "checkpoints" / "best.pt").exists()
 
 
+@pytest.mark.medium
 def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     patch_validation(monkeypatch, accuracies=(0.2, 0.9, 0.3))
     summary = train(tiny(epochs=3, eval_weights="best"))
@@ -93,12 +97,14 @@ def test_best_weights_are_those_of_the_best_epoch(tiny: Callable[..., Recipe], m
     assert all(torch.equal(value, best["model"][key]) for key, value in evaluated.items())
 
 
+@pytest.mark.medium
 def test_early_stopping_waits_for_patience(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     patch_validation(monkeypatch, accuracies=(0.2, 0.5, 0.5, 0.4, 0.6, 0.7))
     summary = train(tiny(epochs=6, patience=2))
     assert (summary.epochs, summary.stop_reason, summary.complete) == (4, "patience", True)
 
 
+@pytest.mark.medium
 def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,12 +115,14 @@ def test_plateau_schedule_lowers_the_learning_rate_of_later_epochs(
     assert last(summary.run)["schedule"] == {"best": 0.5, "waited": 0, "factor": 0.1, "halvings": 0}
 
 
+@pytest.mark.medium
 def test_max_steps_ends_the_run_as_incomplete(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(max_steps=7))
     assert (summary.steps, summary.stop_reason, summary.complete) == (7, "max_steps", False)
     assert summary.test_acc is not None
 
 
+@pytest.mark.medium
 def test_eval_weights_ema_evaluates_the_averaged_weights(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(eval_weights="ema", ema_decay=0.5))
     assert summary.test_acc == summary.test_acc_ema
@@ -124,6 +132,7 @@ def test_eval_weights_ema_evaluates_the_averaged_weights(tiny: Callable[..., Rec
     assert all(torch.equal(value, saved["ema"][key]) for key, value in evaluated.items())
 
 
+@pytest.mark.medium
 def test_test_set_is_evaluated_once(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcifar.training import trainer
 
@@ -142,6 +151,7 @@ def test_test_set_is_evaluated_once(tiny: Callable[..., Recipe], monkeypatch: py
     assert evaluated_sizes == [30, 30, 30, 40]
 
 
+@pytest.mark.medium
 def test_fault14_a_diverging_run_raises_non_finite_error(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(NonFiniteError) as caught:
         train(tiny(lr=100.0, clip_grad="none", epochs=60, augment="none", weight_decay=10.0))
@@ -181,6 +191,7 @@ def test_loss_of_an_untrained_network_is_that_of_chance(tiny: Callable[..., Reci
     assert summary.test_loss == pytest.approx(math.log(10), abs=0.5)
 
 
+@pytest.mark.medium
 def test_a_callback_can_stop_a_run_that_is_resumed_later(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     train(tiny(epochs=4))
     epochs: list[int] = []
