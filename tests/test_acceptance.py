@@ -25,6 +25,7 @@ def run_acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_exits_with_a_message_of_one_line(tmp_path: Path) -> None:
     run = run_acceptance("conv", "--out", str(tmp_path / "results"))
@@ -32,6 +33,7 @@ def test_without_a_gpu_it_exits_with_a_message_of_one_line(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_parts_run_on_a_cpu_and_write_results_and_an_archive(tmp_path: Path) -> None:
     out = tmp_path / "results"
     run = run_acceptance("profile", "train", "--device", "cpu", "--quick", "--out", str(out))
@@ -208,6 +210,7 @@ def test_kernel_times_are_summed_by_name_and_sorted() -> None:
     assert second.split() == ["25.0", "%", "0.100", "ms", "1", "short"]
 
 
+@pytest.mark.medium
 def test_different_forms_of_the_step_fail_the_equality_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled form is replaced by an eager one, first with the same and then with another weight decay."""
     equality = importlib.import_module("equality")

@@ -38,6 +38,7 @@ def test_the_layer_contract_finds_an_upward_import(tmp_path: Path) -> None:
     assert "fastcifar.cli is not allowed to import fastcifar.sweep" in run.stdout
 
 
+@pytest.mark.medium
 def test_no_import_bypasses_the_contracts() -> None:
     """importlib hides an import from the contracts; only the lazy public names of the package use it on itself."""
     for path in FILES:

@@ -57,6 +57,7 @@ def test_the_table_has_a_row_for_each_loader(tmp_path: Path, monkeypatch: pytest
     assert "| 400, 100, 300 | 30.0 x torchvision |" in lines[2]
 
 
+@pytest.mark.medium
 def test_loaders_are_measured_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     loaders = script("loaders")
     split = cifar.load_dataset("synthetic:400", "cifar10").train

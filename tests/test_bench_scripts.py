@@ -124,6 +124,7 @@ def test_peers_are_compared_by_round_and_all_trials_are_kept() -> None:
     assert summary["loops"]["source_loop"]["times_source_loop"]["median"] == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["source_loop", "eager_bf16", "airbench_style", "ours"])
 def test_a_loop_trains_one_step_per_iteration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = script("loops")
@@ -191,6 +192,7 @@ def test_seconds_with_compilation_are_reported_separately(tmp_path: Path, monkey
     assert "| - | 9.0 | - | a CPU |" in tables.airbench()
 
 
+@pytest.mark.medium
 def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speedruns = script("speedruns")
     port = tmp_path / "port.py"
@@ -262,6 +264,7 @@ def test_loops_are_recorded_if_a_published_script_ends_early_and_missing_scripts
     assert tuple(json.loads((folder / "summary.json").read_text())["loops"]) == PEERS
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_published_scripts_need_cuda(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]

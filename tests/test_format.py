@@ -122,6 +122,7 @@ def test_formatted_option_values(value: Any, expected: str) -> None:
     assert format_option_value(value, "unset") == (expected if value != {} else "unset")
 
 
+@pytest.mark.medium
 @given(st.floats(allow_nan=False))
 def test_different_numbers_have_different_texts(value: float) -> None:
     assert float(format_option_value(value)) == value

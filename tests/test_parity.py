@@ -76,6 +76,7 @@ def test_residual_networks_equal_timm(se: str) -> None:
     torch.testing.assert_close(model.eval()(images), reference.eval()(images))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("arch", MODELS)
 def test_macs_equal_the_operation_counter_of_torch(arch: str) -> None:
     model = on_meta(arch)

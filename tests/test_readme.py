@@ -80,6 +80,7 @@ def test_code_blocks_contain_command_lines() -> None:
         parse_command_line("fastcifar predict runs/a images")
 
 
+@pytest.mark.medium
 def test_flags_of_inline_code_exist() -> None:
     root: Any = typer.main.get_command(app)
     flags = command_flags(root).union({"--install-completion"}, *map(command_flags, all_commands().values()))

@@ -86,6 +86,7 @@ def test_a_recipe_is_scaled_to_another_number_of_epochs(
     assert message in text if message else text == ""
 
 
+@pytest.mark.medium
 @given(VALUES)
 def test_toml_round_trip(values: dict) -> None:
     recipe = Recipe(**{key: value for key, value in values.items() if value is not None})

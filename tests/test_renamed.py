@@ -80,6 +80,7 @@ def test_the_table_holds_these_names_and_no_others() -> None:
     assert not RENAMED.keys() & Recipe.model_fields.keys()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("command", [("train",), ("eval", "run"), ("sweep", "lr"), ("speedrun",)])
 @pytest.mark.parametrize("old_name", [*RENAMED, "on"])
 def test_old_names_are_refused_on_the_command_line(
@@ -166,6 +167,7 @@ def tiny_with_renamed_options(tiny: Callable[..., Recipe]) -> Callable[..., Reci
     return lambda **changes: tiny(**{**OPTIONS, **changes})
 
 
+@pytest.mark.medium
 def test_a_finished_run_of_an_earlier_version_is_listed_reported_and_evaluated(
     tiny_with_renamed_options: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_finished_run_of_an_earlier_version_is_listed_reported_and_evaluated(
     assert (listed(tmp_path), build_report([run])[0], evaluated(run)) == expected
 
 
+@pytest.mark.medium
 def test_a_stopped_run_of_an_earlier_version_is_resumed_to_bit_identical_weights(
     tiny_with_renamed_options: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -192,6 +195,7 @@ def test_a_stopped_run_of_an_earlier_version_is_resumed_to_bit_identical_weights
     assert "normalise" not in (stopped / "recipe.toml").read_text()
 
 
+@pytest.mark.medium
 def test_a_sweep_of_an_earlier_version_is_reported_and_not_continued(
     tiny_with_renamed_options: Callable[..., Recipe], tmp_path: Path
 ) -> None:

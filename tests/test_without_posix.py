@@ -105,6 +105,7 @@ run_command("runs", "ls", ".", "--json")
 """
 
 
+@pytest.mark.slow
 def test_a_run_without_posix_equals_a_run_with_it(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     child = tmp_path / "child"
     child.mkdir()
@@ -143,10 +144,12 @@ def posix_names(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.medium
 def test_posix_names_are_used_only_in_guarded_files() -> None:
     assert {path for path in PACKAGE.rglob("*.py") if posix_names(path)} == GUARDED_FILES
 
 
+@pytest.mark.medium
 def test_sweep_trials_run_in_spawned_processes_without_fork(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
