@@ -72,6 +72,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("phase", PHASES)
 def test_fault50_a_run_killed_in_a_phase_is_resumed_and_equal(phase: str, tmp_path: Path, full_run: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
@@ -98,6 +99,7 @@ def full_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "sweep"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("phase", SWEEP_PHASES)
 def test_fault50_a_sweep_killed_in_a_phase_of_a_trial_is_continued_and_equal(
     phase: str, tmp_path: Path, full_sweep: Path
@@ -112,6 +114,7 @@ def test_fault50_a_sweep_killed_in_a_phase_of_a_trial_is_continued_and_equal(
     assert_equal_sweeps(out, full_sweep)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stops", [1, 3])
 def test_fault50_a_run_that_is_stopped_and_continued_is_equal(stops: int, tmp_path: Path, full_run: Path) -> None:
     out = tmp_path / "run"
@@ -140,6 +143,7 @@ def export_and_kill(folder: Path, out: Path, where: str) -> None:
     export.export_model(str(folder), "safetensors", out)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("where", ["_batch_sizes", "_write_model_card"])
 def test_fault50_a_killed_export_leaves_a_valid_file_or_none(where: str, tmp_path: Path, full_run: Path) -> None:
     from fastcifar.evaluation.load_run import load_model

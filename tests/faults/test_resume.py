@@ -76,6 +76,7 @@ WHITENING = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "values",
     [
@@ -100,6 +101,7 @@ def test_fault01_fault02_run_stopped_four_times_equals_an_uninterrupted_run(
     assert best[0]["step"] == best[1]["step"]
 
 
+@pytest.mark.medium
 def test_fault03_resuming_with_the_dali_loader(
     tiny: MakeRecipe, tmp_path: Path, train_until: Callable[[Recipe, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def restore_determinism_settings() -> Iterator[None]:
     cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("restore_determinism_settings")
 def test_fault21_deterministic_option_gives_equal_runs(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,6 +138,7 @@ def test_fault21_deterministic_option_gives_equal_runs(
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
 
 
+@pytest.mark.medium
 @pytest.mark.gpu
 @pytest.mark.usefixtures("restore_determinism_settings")
 @pytest.mark.parametrize("values", [{}, {"precision": "fp16", "optimizer": "adamw", "ema_decay": 0.9, "lr": 0.01}])
@@ -165,6 +169,7 @@ def test_fault01_all_random_generators_are_seeded_and_saved() -> None:
     assert draw_numbers() != first
 
 
+@pytest.mark.medium
 def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=3, eval_weights="best"))
     values = {"epochs": 3, "eval_weights": "best", "out": str(tmp_path / "cut")}
@@ -175,6 +180,7 @@ def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: 
     assert_equal_runs(tmp_path / "cut", tmp_path / "run")
 
 
+@pytest.mark.medium
 def test_fault01_new_run_reuses_an_incomplete_run_folder_only(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny())
     incomplete, unrelated = tmp_path / "incomplete", tmp_path / "unrelated"
@@ -189,6 +195,7 @@ def test_fault01_new_run_reuses_an_incomplete_run_folder_only(tiny: MakeRecipe, 
     assert len(list(unrelated.iterdir())) == 1
 
 
+@pytest.mark.medium
 def test_fault01_fault08_damaged_run_is_resumed_from_the_previous_checkpoint_or_the_first_step(
     tiny: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -209,6 +216,7 @@ def test_fault01_fault08_damaged_run_is_resumed_from_the_previous_checkpoint_or_
     assert_equal_runs(damaged, tmp_path / "run")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("file", ["best.pt", "copy.pt"])
 def test_fault01_resuming_from_a_checkpoint_file_in_a_new_folder(tiny: MakeRecipe, tmp_path: Path, file: str) -> None:
     train(tiny(epochs=3, save_every_epochs=1))
@@ -221,6 +229,7 @@ def test_fault01_resuming_from_a_checkpoint_file_in_a_new_folder(tiny: MakeRecip
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("source", "out", "run_name"), [("", "fork", "fork"), ("checkpoints/last.pt", None, "cut-2")])
 def test_fault01_run_continues_in_another_folder_and_is_unchanged(
     tiny: MakeRecipe, tmp_path: Path, source: str, out: str | None, run_name: str
@@ -235,6 +244,7 @@ def test_fault01_run_continues_in_another_folder_and_is_unchanged(
     assert contents(stopped_run) == before
 
 
+@pytest.mark.medium
 def test_fault16_different_options_are_rejected_and_listed(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(max_steps=3))
     different = {"channels": (8, 32), "optimizer": "adamw", "batch_size": 16, "lr": 0.2}
@@ -250,6 +260,7 @@ def test_fault16_different_options_are_rejected_and_listed(tiny: MakeRecipe, tmp
         resume.require_resumable_state(cast(TrainingCheckpoint, {"model": {}, "recipe": {}}), tmp_path)
 
 
+@pytest.mark.medium
 def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(epochs=4, out=str(tmp_path / "four")))
     train(tiny())
@@ -272,6 +283,7 @@ def test_fault16_more_epochs_use_the_new_schedule_from_the_current_step(tiny: Ma
         train(Recipe(resume=str(tmp_path / "run"), epochs=3))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
@@ -309,6 +321,7 @@ def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) ->
     }
 
 
+@pytest.mark.medium
 def test_resume_auto_uses_the_newest_unfinished_run_of_the_recipe(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +351,7 @@ def test_resume_auto_uses_the_newest_unfinished_run_of_the_recipe(
         assert "starting a new run" in resume_point.messages[0]
 
 
+@pytest.mark.medium
 def test_fault23_run_that_is_being_trained_is_not_resumed(tiny: MakeRecipe, tmp_path: Path) -> None:
     train(tiny(max_steps=3))
     with lock_folder(tmp_path / "run"):
@@ -349,6 +363,7 @@ def test_fault23_run_that_is_being_trained_is_not_resumed(tiny: MakeRecipe, tmp_
     assert len(json.loads((tmp_path / "run" / "env.json").read_text())["resumed"]) == 1
 
 
+@pytest.mark.medium
 def test_time_budget_is_applied_once(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcifar.training import dry_run
     from fastcifar.training.dry_run import StepTiming

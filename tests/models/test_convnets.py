@@ -26,6 +26,7 @@ def smooth_images(count: int) -> Tensor:
     return F.avg_pool2d(noise, 3, 1, 1) * 2 + noise[:, :1] * 0.3
 
 
+@pytest.mark.medium
 def test_the_stem_whitens_the_images() -> None:
     model, images = tiny(), smooth_images(1100)
     model.init_whitening(images)
@@ -54,6 +55,7 @@ def test_whitening_is_deterministic() -> None:
     assert changed == ["whiten.weight"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["speed94", "speed95", "speed96"])
 def test_batch_norm_has_the_momentum_of_airbench_and_the_eps_of_torch(name: str) -> None:
     norms = [module for module in on_meta(name).modules() if isinstance(module, nn.BatchNorm2d)]

@@ -18,6 +18,7 @@ from tests.models.networks import on_meta
 SE68 = {"name": "se68", "params": 4_697_742, "macs": 798_690_304}
 
 
+@pytest.mark.medium
 def test_all_architectures_are_described_in_order() -> None:
     architectures = describe_architectures()
     assert [row["name"] for row in architectures] == list(MODELS)
@@ -42,6 +43,7 @@ def test_layers_are_those_of_the_recipe() -> None:
     assert table.title == f"se68: {network['params']:,} parameters, {network['macs'] / 1e6:,.2f} M MACs"
 
 
+@pytest.mark.medium
 def test_fitted_width_replaces_that_of_the_recipe_and_keeps_the_other_options() -> None:
     result = fit_width_to_budget(Recipe(width=3.0, blocks=(2, 2, 2)), 1_000_000)
     assert (result["name"], result["budget"]) == ("se68", 1_000_000)
@@ -55,6 +57,7 @@ def test_fitted_width_replaces_that_of_the_recipe_and_keeps_the_other_options() 
     assert fit_width_to_budget(Recipe(arch="se55"), 4_994_877)["width"] < 1.0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("budget", [1_000_000, 5_000_000])
 @pytest.mark.parametrize(
     ("arch", "channels"),

@@ -92,6 +92,7 @@ def test_norm_relu_equals_float64(gated: bool, added: bool, uses: int) -> None:
     assert max(rounded.values()) < BIT, rounded
 
 
+@pytest.mark.slow
 def test_norm_relu_compiles_as_one_graph() -> None:
     fused_ops.allow_in_compiled_graphs()
     found = distances(True, True, 2, torch.float32, compile_function(fused_ops.norm_relu))
@@ -141,6 +142,7 @@ def compare_networks(se: str, device: str, faster: Callable[[Callable], Callable
         assert max(apart.values()) < limit, (precision, apart)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("se", ["none", "stem", "block"])
 def test_a_fused_network_computes_the_same(se: str) -> None:
     compare_networks(se, "cpu", lambda forward: forward)
@@ -220,6 +222,7 @@ def test_kernels_on_a_gpu() -> None:
     check_kernel_errors(compare_kernels("cuda"))
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_operators_in_pytorch() -> None:
     """Compare in float32 up to rounding and in bf16 up to one bit: the interpreter truncates where a GPU rounds."""
     pytest.importorskip("triton", reason="Triton is not installed")

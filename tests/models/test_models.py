@@ -102,6 +102,7 @@ def test_dropout_acts_in_train_mode_only_and_the_gate_keeps_a_hidden_channel() -
     assert torch.equal(model(images), model(images))
 
 
+@pytest.mark.medium
 def test_res512d_has_one_dropout_before_the_linear_layer() -> None:
     model = on_meta("res512d")
     assert [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)] == ["dropout"]

@@ -74,6 +74,7 @@ def test_macs_by_hand_and_for_other_shapes() -> None:
     assert count_macs(on_meta("se68_none"), (3, 64, 64)) - 2560 == 4 * (count_macs(on_meta("se68_none")) - 2560)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("arch", MODELS)
 def test_layers_and_convolution_calls_add_up(arch: str) -> None:
     model = on_meta(arch)

@@ -78,6 +78,7 @@ def test_forward_keeps_channels_last_and_gradients_are_finite(arch: str) -> None
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("arch", MODELS)
 def test_the_forward_pass_is_one_graph(arch: str) -> None:
     model, images = shallow(arch).eval(), torch.randn(2, 3, 32, 32)

@@ -49,6 +49,7 @@ def running_trial(folder: Path) -> tuple[str, int] | None:
     return None
 
 
+@pytest.mark.slow
 def test_processes_equal_one_process(tmp_path: Path) -> None:
     source = write_sweep_file(tmp_path, TWO_LRS)
     run_sweep(source, tmp_path / "one")
@@ -62,6 +63,7 @@ def test_processes_equal_one_process(tmp_path: Path) -> None:
     assert document.counts["done"] == 4
 
 
+@pytest.mark.slow
 def test_fault24_killed_trial_process_fails_only_its_trial_and_trials_end_with_the_sweep(tmp_path: Path) -> None:
     source, folder = write_sweep_file(tmp_path, TWO_LRS, epochs=9), tmp_path / "out"
     arguments = ("sweep", source, "--out", str(folder), "--executor", "processes", "--jobs", "2", "--cpus", "1")
@@ -154,6 +156,7 @@ def test_fault07_failure_reason_if_the_traceback_cannot_be_written(tmp_path: Pat
     assert executors._failure_reason(RuntimeError("a bug\nin two lines"), tmp_path) == "RuntimeError: a bug"
 
 
+@pytest.mark.medium
 def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def remote_executor(options: ExecutorOptions) -> Executor:
         def run(trials: Iterator[SweepTrial]) -> TrialEvents:
@@ -202,6 +205,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_fault35_a_local_ray_cluster_listens_on_loopback_only() -> None:
     """/proc/net prints addresses as words in the order of bytes of the machine: 127.0.0.1, also as IPv6."""
     pytest.importorskip("ray", reason="Ray is not installed")
@@ -211,9 +215,10 @@ def test_fault35_a_local_ray_cluster_listens_on_loopback_only() -> None:
     assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
+@pytest.mark.slow
 def test_fault24_killed_ray_worker_is_retried(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    source, folder = write_sweep_file(tmp_path, TWO_LRS, epochs=40), tmp_path / "ray"
+    source, folder = write_sweep_file(tmp_path, TWO_LRS, epochs=12), tmp_path / "ray"
     arguments = ("sweep", source, "--out", str(folder), "--executor", "ray", "--address", "local", "--jobs", "2")
     process = children.start(children.fastcifar, tmp_path / "log", 0, *arguments)
     # a long timeout, because Ray starts slowly on a busy machine

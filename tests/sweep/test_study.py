@@ -44,6 +44,7 @@ def val_accuracies(run: Path) -> list[float]:
         return [float(row["val_acc"]) for row in csv.DictReader(rows)]
 
 
+@pytest.mark.medium
 def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
     for pruner, expected in (("median:2", "pruned"), ("none", "done")):
         (folder := tmp_path / expected).mkdir()
@@ -72,6 +73,7 @@ def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
         assert optuna_trials(folder)[3].value == pytest.approx(val_accuracies(folder / document.trials[-1].folder)[-1])
 
 
+@pytest.mark.slow
 def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     ends = "0.005, 0.5"  # accuracies differ in this range, so that the next point depends on them
     source, killed = write_study_file(tmp_path, 4, ends=ends), tmp_path / "killed"
@@ -91,6 +93,7 @@ def test_fault01_resumed_study_equals_an_uninterrupted_one(tmp_path: Path) -> No
     assert run_sweep(write_study_file(tmp_path, 5, ends=ends), killed).counts["done"] == 5
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     document = run_sweep(
         write_study_file(tmp_path, 3, "asha:2"), tmp_path / "out", "processes", ExecutorOptions(jobs=2, cpus=1)
@@ -101,6 +104,7 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
         assert list(trial.intermediate_values.values()) == pytest.approx(val_accuracies(tmp_path / "out" / row.folder))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -120,6 +124,7 @@ def test_fault15_invalid_studies_are_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.medium
 def test_options_that_a_study_does_not_support_are_refused(tmp_path: Path) -> None:
     source, out = write_study_file(tmp_path), tmp_path / "out"
     assert plan_sweep(source, out).steps == 4 * 2 * 5
