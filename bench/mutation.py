@@ -20,8 +20,8 @@ import ast
 import json
 import os
 import random
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -33,6 +33,7 @@ from typing import Any
 import results_folder
 from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec
 
@@ -128,19 +129,19 @@ def annotation_positions(path: Path) -> Iterator[tuple[tuple[int, int], tuple[in
                 yield start, (annotation.end_lineno, annotation.end_col_offset)
 
 
-def command_of(module: str) -> list[str]:
+def command_of(module: str) -> str:
     """Return the command that tests a module."""
     tests = [f"tests/{name}" for name in TESTS_OF_MODULE[module]]
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", f"not {NEEDS_COMPILER}"]
-    return [sys.executable, "-m", "pytest", *options, *tests]
+    return shlex.join([sys.executable, "-m", "pytest", *options, *tests])
 
 
 def require_passing_tests(modules: set[str]) -> None:
     """Raise SystemExit if the tests of a module fail without a mutation, so that they would find every mutant."""
     for module in sorted(modules):
-        finished = subprocess.run(command_of(module), capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise SystemExit(f"the tests of {module} fail without a mutation:\n{finished.stdout[-2000:]}")
+        outcome, output = run_tests(command_of(module), TIMEOUT_S)
+        if outcome != "survived":
+            raise SystemExit(f"the tests of {module} fail without a mutation:\n{output[-2000:]}")
 
 
 def try_mutant(mutant: Mutant) -> None:
@@ -152,7 +153,7 @@ def try_mutant(mutant: Mutant) -> None:
         start_pos=tuple(mutant["start"]),
         end_pos=tuple(mutant["end"]),
     )
-    result = mutate_and_test([spec], " ".join(command_of(mutant["module"])), TIMEOUT_S)
+    result = mutate_and_test([spec], command_of(mutant["module"]), TIMEOUT_S)
     if result.test_outcome is None or result.diff is None:
         raise SystemExit(f"cosmic-ray could not apply {mutant}: {result.output}")
     mutant["outcome"] = "survived" if result.test_outcome == "survived" else "found"
