@@ -161,6 +161,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(path: Path) -> None:
         checkpoint.load_checkpoint(path.with_name("none.pt"))
 
 
+def test_fault10_a_file_of_more_than_2_gib_is_refused_before_it_is_read(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**31 + 1)  # takes no space on the disk
+    with pytest.raises(CheckpointError, match=r"2,147,483,649 bytes are more than 2,147,483,648"):
+        checkpoint.read_checkpoint(path)
+
+
 def test_fault14_nonfinite_weights_are_not_saved(path: Path) -> None:
     checkpoint.save_checkpoint(path, make_state(1.0))
     with pytest.raises(NonFiniteError, match="weight is not finite"):
