@@ -6,6 +6,7 @@ A run records only the names of such objects (see `python_objects`), so whatever
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.arrays import to_planar
 from fastcifar.data.augment import AugmentOp, parse_augment, split_mixer
+from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.loaders import LOADERS
 from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.data.python_data import Data, Images, to_dataset, training_split
@@ -132,7 +134,8 @@ class Trainer(trainer.Trainer):
     ) -> Trainer:
         """Build everything a run needs. For the arguments, see `train`.
 
-        Call `optimize()` to compile the training step and, on CUDA, to capture it in a graph.
+        Call `optimize()` to compile the training step and, on CUDA, to capture it in a graph. Options about the run
+        folder, resuming, trackers and the end of the run (`patience`, `max_steps`, `time_budget`) are ignored.
         """
         recipe, objects = _name_objects(recipe, PythonObjects(model, data, transform, batch_transform))
         with use_objects(objects):
@@ -207,6 +210,8 @@ class LoadedRun:
         self._path, self._objects, self._options = str(path), objects, options
         with use_objects(objects):
             self._loaded = load_model(self._path, **options)
+            if objects.data:
+                self._loaded.load_dataset()  # so that one that cannot be used is refused here
         self.recipe, self.classes = self._loaded.recipe, self._loaded.classes
         self.model, self.device, self.forward = self._loaded.model, self._loaded.device, self._loaded.forward
 
@@ -265,8 +270,8 @@ def load_run(path: str | Path, *, model: Model | None = None, data: Data | None 
 
     `model`, `data`: as for `train`. A network or data set that was given to `train` must be given again; the weights
     are loaded into an `nn.Module` in place. `options`: those of `fastcifar eval`, such as `eval_weights="best"`,
-    `tta="flip"` or `device="cpu"`. Raises `CheckpointError` if the weights do not fit the network; the methods that use
-    the data set raise `DataError` if its classes are others than those of the run.
+    `tta="flip"` or `device="cpu"`. Raises `CheckpointError` if the weights do not fit the network, and `DataError` if
+    the classes of `data` are others than those of the run.
     """
     recipe, objects = _name_objects(Recipe(), PythonObjects(model, data))
     return LoadedRun(path, objects, {**options, "data": recipe.data})
@@ -314,7 +319,7 @@ def batches(
 
 
 def _name_objects(recipe: Recipe | str, given: PythonObjects) -> tuple[Recipe, PythonObjects]:
-    """Return the recipe with the names of the objects `given`, and these with a `Dataset` as `data`."""
+    """Return the recipe with the names of the objects `given`, and these with a function as `data`."""
     recipe = Recipe.make(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise UsageError(f"the recipe is of type {type(recipe).__name__}", "give a Recipe or the name of one")
@@ -328,7 +333,10 @@ def _name_objects(recipe: Recipe | str, given: PythonObjects) -> tuple[Recipe, P
         changes["data"], given = str(given.data), replace(given, data=None)
     elif given.data is not None:
         changes["data"] = PYTHON_DATA
-        given = replace(given, data=to_dataset(given.data, recipe.dataset, recipe.resize, recipe.val_seed))
+        if isinstance(given.data, Dataset) and given.data.name in DATASETS:
+            changes["dataset"] = given.data.name
+        # called with the options of the recipe that a run has recorded, if it is resumed or loaded
+        given = replace(given, data=functools.cache(functools.partial(to_dataset, given.data)))
     if recipe.resume is None:  # a resumed run has the names in its own recipe
         if given.model is not None:
             changes["arch"] = _network_name(recipe, given.model)

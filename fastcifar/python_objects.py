@@ -21,7 +21,7 @@ class PythonObjects:
     """The objects given from Python; None: the recipe names a built-in one."""
 
     model: Any = None  # an nn.Module, or a function or class that returns one
-    data: Any = None  # a `Dataset`
+    data: Any = None  # a function of the options `dataset`, `resize` and `val_seed` that returns a `Dataset`
     transform: Any = None  # of one image
     batch_transform: Any = None  # of a batch of images
 

@@ -294,7 +294,7 @@ def test_a_loaded_run_needs_its_network_and_data(run: Result, data: Dataset) -> 
     with pytest.raises(UserError, match="the data set was given from Python; give it again as data="):
         loaded.evaluate()
     with pytest.raises(UserError, match=r"the classes of .* are not those that"):
-        load_run(run.folder, model=Net, data=replace(data, classes=data.classes[::-1])).evaluate()
+        load_run(run.folder, model=Net, data=replace(data, classes=data.classes[::-1]))
     reversed_data = replace(data, train=Split(data.train.images[::-1], data.train.labels[::-1]))
     scores = load_run(run.folder, model=Net, data=reversed_data).evaluate()
     assert (scores["test_acc"], scores["val_acc"]) == (run.summary.test_acc, None)
@@ -349,6 +349,22 @@ def test_every_form_of_data_is_the_same_data_set(form: str, recipe: Recipe, data
     assert [len(split.labels) for split in unnamed.data.all_splits.values()] == [160, 20, 20]
     (first, _), (expected, _) = (next(batches(item, batch_size=50)) for item in (train_form, "synthetic:200"))
     assert torch.equal(first, expected)
+
+
+def test_a_pair_is_split_in_the_same_way_when_it_is_given_again(recipe: Recipe, data: Dataset) -> None:
+    recipe = recipe.model_copy(update={"val_size": None, "val_seed": 3, "resize": 32, "max_steps": 2})
+    images = np.array([np.asarray(Image.fromarray(i.transpose(1, 2, 0)).resize((40, 36))) for i in data.train.images])
+    pair = (images, data.train.labels)
+    result = train(recipe, model=Net, data=pair, progress=False)
+    scores = load_run(result.folder, model=Net, data=pair).evaluate()
+    assert (scores["test_loss"], scores["val_acc"]) == (result.summary.test_loss, result.summary.val_acc)
+    again = train(Recipe(resume=str(result.folder)), model=Net, data=pair, progress=False)
+    assert again.summary.data_digest == result.summary.data_digest
+
+
+def test_a_data_set_names_its_options(recipe: Recipe, data: Dataset) -> None:
+    trainer = Trainer.from_recipe(recipe, model=Net, data=load_dataset("synthetic:500", "cifar100"))
+    assert (trainer.recipe.dataset, len(trainer.data.classes)) == ("cifar100", 100)
 
 
 def test_a_network_for_the_number_of_classes_of_the_data(recipe: Recipe, data: Dataset, tmp_path: Path) -> None:
@@ -418,6 +434,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other outputs": ({"model": linear(7)}, r"Sequential returns float32 of shape \[2, 7\] .* \[n, 10\], where 10 is"),
     "other outputs of a class": ({"model": lambda num_classes: linear(7)}, r"lambda returns float32 of shape \[2, 7\]"),
     "no logits": ({"model": nn.Identity()}, r"Identity returns float32 of shape \[2, 3, 32, 32\]"),
+    "lazy layers": ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(10))}, "has lazy layers; give layers"),
     "no parameters": ({"model": linear(10).requires_grad_(False)}, "Sequential has no trainable parameters"),
     "a large network": ({"model": Net, "max_params": 10}, "Net has 2,7.. parameters, .* over the budget of 10"),
     "an unknown option": ({"model": linear(10), "width": 2.0}, "architecture Sequential has no option --width"),

@@ -85,7 +85,7 @@ def load_dataset(
     if data == PYTHON_DATA:
         if (given := active_objects().data) is None:
             raise DataError("the data set was given from Python", "give it again as data=, or its files by --data")
-        return given
+        return given(dataset, resize, val_seed)
     if data and data.split(":")[0] == "synthetic":
         return class_folders.make_synthetic_dataset(data, dataset, spec)
     try:

@@ -27,7 +27,7 @@ REMEDY = "give a path, a pair (images, labels), a data set, or a dict of these w
 def to_dataset(data: Any, name: str = "cifar10", resize: int | None = None, val_seed: int = 0) -> Dataset:
     """Return the data set of `data`, which is no path. Raises `DataError` for other types, shapes, dtypes or labels.
 
-    `name`, `resize`, `val_seed`: the options `dataset`, `resize` and `val_seed` of a recipe.
+    `name`, `resize`, `val_seed`: the options `dataset`, `resize` and `val_seed` of the recipe.
     """
     if isinstance(data, Dataset):
         return replace(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastcifar.errors import UsageError, UserError, suggest_name
 from fastcifar.format import option_flag
@@ -186,6 +187,8 @@ def build_for_inspection(arch: str, num_classes: int = 10, **overrides: Any) -> 
                     raise UsageError(
                         f"architecture {arch} is a {type(model).__name__}", "it should return an nn.Module"
                     )
+                if any(map(is_lazy, model.parameters())):
+                    raise UsageError(f"architecture {arch} has lazy layers", "give layers their sizes, as in nn.Linear")
                 model = copy.deepcopy(model).to(device)  # a module given from Python must not change
                 task = "fails in a forward pass of 32x32 images"
                 for mode in (False, True):
