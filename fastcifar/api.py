@@ -281,7 +281,7 @@ def batches(
     data: Data,
     *,
     batch_size: int = 128,
-    augment: str | None = None,
+    augment: str | Sequence[str] | None = None,
     transform: ImageTransform | None = None,
     batch_transform: BatchTransform | None = None,
     seed: int = 0,
@@ -289,18 +289,21 @@ def batches(
     device: torch.device | str = "cpu",
     compile: bool = False,
     workers: int = 2,
+    resize: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return augmented batches of training images for `epochs` epochs, for a training loop without `Trainer`.
 
     Batches are images, uint8 channels_last [b, 3, 32, 32], and labels, int64 [b]. `data`: as for `train`, or a `Split`;
     all images of a pair, and the training images of others. `augment`: a list of augmentations, by default
     "crop:4:zero,flip"; or `transform`, of a PIL image, in `workers` processes. `batch_transform` follows either.
-    `compile` pays off after a few hundred batches. Raises a `UserError` for invalid arguments.
+    `compile` pays off after a few hundred batches. `resize=32` resizes images of another size. Raises a `UserError` for
+    invalid arguments.
     """
     if augment is not None and transform is not None:
         raise UsageError("batches(): both augment= and transform= are given", "give one of them")
-    split = training_split(data)
-    ops, mixer = split_mixer(parse_augment("none" if transform else augment or DEFAULT_AUGMENT))
+    split = training_split(data, resize)
+    items = [augment or DEFAULT_AUGMENT] if isinstance(augment, str | None) else augment
+    ops, mixer = split_mixer(parse_augment("none" if transform else ",".join(items)))
     if mixer:
         raise UsageError(f"batches(): {mixer.name} is applied in the training step", "remove it, or use train()")
     functions = {"transform": transform, "batch_transform": batch_transform}

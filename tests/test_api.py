@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,11 @@ from torchvision.transforms import v2
 from fastcifar import Dataset, LoadedRun, Recipe, Result, Split, Trainer, batches, load_dataset, load_run, train
 from fastcifar.cli.app import app
 from fastcifar.errors import CheckpointError, Interrupted, UserError
+from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODELS
 from fastcifar.training.train import train as train_by_name
+
+pytestmark = pytest.mark.medium
 
 Tiny = Callable[..., Recipe]
 
@@ -220,18 +224,19 @@ def test_a_callback_ends_a_run_by_a_string_only(recipe: Recipe, data: Dataset) -
     assert (result.summary.epochs, result.summary.stop_reason, result.summary.complete) == (1, "enough", False)
 
 
-def test_progress_shows_what_the_command_shows(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = recipe.model_copy(update={"data": "synthetic:200", "arch": "speed94", "epochs": 1})
+def test_progress_shows_what_the_command_shows(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny(epochs=1)
     train(recipe, progress=False)
     assert capsys.readouterr().out == ""
     train(recipe)
-    shown = capsys.readouterr().out
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.non_default_options().items()]
-    flags = [flag.replace("--compile=False", "--no-compile") for flag in options]
-    assert app(["train", *flags, "--no-plots"], standalone_mode=False) == 0
-    lines = [line.split("images/s")[0][:50] for line in capsys.readouterr().out.splitlines()]
-    assert [line[:50] for line in shown.splitlines() if not line.startswith(("run:", "recipe:"))] == [
-        line for line in lines[: len(shown.splitlines())] if not line.startswith(("run:", "recipe:"))
+    shown = capsys.readouterr().out.splitlines()
+    options = {name: value for name, value in recipe.non_default_options().items() if name != "compile"}
+    flags = [f"{option_flag(name)}={format_option_value(value)}" for name, value in options.items()]
+    assert app(["train", *flags, "--no-compile", "--no-plots"], standalone_mode=False) == 0
+    by_command = capsys.readouterr().out.splitlines()[: len(shown)]
+    # but for the number of the run folder and, at the end of a row, the speed
+    assert [re.sub(r"/run-\d|[\d,.]+ +\d+$", "", line) for line in shown] == [
+        re.sub(r"/run-\d|[\d,.]+ +\d+$", "", line) for line in by_command
     ]
 
 
@@ -394,6 +399,11 @@ def test_batches_with_transforms(data: Dataset) -> None:
         assert torch.equal(images, 255 - other_images)
         assert torch.equal(labels, other_labels)
         assert other_images.is_contiguous(memory_format=torch.channels_last)
+    listed = batches(data, **{**options, "augment": ["crop:2:zero", "flip"]})
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(
+        listed, batches(data, **{**options, "augment": "crop:2:zero,flip"}), strict=True))  # fmt: skip
+    large = (np.full((50, 40, 48, 3), 7, np.uint8), np.arange(50) % 2)
+    assert next(batches(large, batch_size=50, augment="none", resize=32))[0].unique().tolist() == [7]
     del options["augment"]
     flipped = list(batches(data, **options, transform=v2.RandomHorizontalFlip(1.0), workers=0))
     assert all(torch.equal(a, b.flip(3)) for (a, _), (b, _) in zip(plain, flipped, strict=True))

@@ -22,6 +22,7 @@ TINY: dict[str, Any] = {
 OWN_NETWORK = {name: value for name, value in TINY.items() if name not in ("arch", "blocks", "channels")}
 # example -> its options, and words of its output
 PROGRAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "fine_tuning.py": ({**TINY, "data": "synthetic:200"}, ["by options: ", "as a module: "]),
     "own_network.py": ({**OWN_NETWORK, "data": "synthetic:200"}, ["12,362 parameters, test accuracy 0."]),
     "own_loop.py": ({**TINY, "data": "synthetic:200"}, ["epoch 1: loss ", "test accuracy 0."]),
     "own_augmentation.py": ({**TINY, "data": "synthetic:200"}, [
@@ -33,6 +34,7 @@ PROGRAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_program(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -45,6 +47,7 @@ def test_program(
         assert word in shown
 
 
+@pytest.mark.medium
 def test_plain_pytorch_learns_from_the_batches() -> None:
     torch.manual_seed(0)
     program = runpy.run_path(str(EXAMPLES / "own_loop.py"))
@@ -59,6 +62,7 @@ def cell_texts(notebook: Any) -> list[str]:
     return ["".join(output["text"] for output in cell.outputs) for cell in cells]
 
 
+@pytest.mark.slow
 def test_the_contest_from_data_to_submission(tmp_path: Path) -> None:
     stored = nbformat.read(EXAMPLES / "contest.ipynb", 4)
     notebook = nbformat.read(EXAMPLES / "contest.ipynb", 4)

@@ -49,13 +49,13 @@ def to_dataset(data: Any, name: str = "cifar10", resize: int | None = None, val_
     return contents.to_dataset(name, "arrays from Python", "arrays", own_images=True)
 
 
-def training_split(data: Any) -> Split:
+def training_split(data: Any, resize: int | None = None) -> Split:
     """Return the training images of `data`, or all images if it is a pair or a data set of PyTorch."""
     if isinstance(data, str | Path):
-        return cifar.load_dataset(str(data)).train
+        return cifar.load_dataset(str(data), resize=resize).train
     if isinstance(data, Split):
         return _check_split(data, "data=")
-    return to_dataset(data if isinstance(data, Dataset | Mapping) else {"train": data}).train
+    return to_dataset(data if isinstance(data, Dataset | Mapping) else {"train": data}, resize=resize).train
 
 
 def _to_pair(value: Any, name: str) -> tuple[Any, Any]:
