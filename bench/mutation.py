@@ -41,15 +41,15 @@ from fastcifar.device import collect_environment
 
 ROOT = Path(__file__).parents[1]
 TESTS_OF_MODULE: dict[str, list[str]] = {  # in fastcifar/ and tests/
-    "data/augment.py": ["data/test_augment.py", "data/test_random_erasing.py"],
-    "data/image_ops.py": ["data/test_image_ops.py"],
-    "data/policies.py": ["data/test_policies.py"],
+    "data/augment.py": ["data/test_augment.py", "data/test_random_erasing.py", "data/test_mixers.py"],
+    "data/image_ops.py": ["data/test_image_ops.py", "data/test_augment.py", "data/test_policies.py"],
+    "data/policies.py": ["data/test_policies.py", "data/test_random_erasing.py"],
     "data/mixers.py": ["data/test_mixers.py", "training/test_mixing.py"],
     "training/lr_schedule.py": ["training/test_lr_schedule.py"],
     "training/optimizers.py": ["training/test_optimizers.py", "training/test_param_groups.py"],
     "training/optimizer_classes.py": ["training/test_optimizer_classes.py", "training/test_optimizers.py"],
-    "training/step.py": ["training/test_step.py"],  # contains the moving average of the weights
-    "training/checkpoint.py": ["training/test_checkpoint.py"],
+    "training/step.py": ["training/test_step.py", "training/test_mixing.py"],  # contains the moving average of weights
+    "training/checkpoint.py": ["training/test_checkpoint.py", "training/test_source_checkpoints.py"],
     "training/checkpoint_writer.py": ["training/test_checkpoint_writer.py"],
     "training/evaluate.py": ["training/test_evaluate.py"],
     "evaluation/metrics.py": ["evaluation/test_metrics.py"],

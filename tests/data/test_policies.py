@@ -189,6 +189,13 @@ def write_policy(folder: Path, text: str) -> str:
     return f"autoaugment:{folder / 'custom.toml'}"
 
 
+def test_level_0_of_a_policy_file_is_the_smallest_magnitude(tmp_path: Path) -> None:
+    write_policy(tmp_path, 'policy = [[["Color", 1, 0]], [["Rotate", 1, 0]]]')
+    (op,) = parse_augment(f"autoaugment:{tmp_path / 'custom.toml'}")
+    assert op.policy is not None
+    assert (op.policy.magnitudes("Color"), set(op.policy.magnitudes("Rotate"))) == ((0.0,), {0.0})
+
+
 def test_custom_policy_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sub_policies = [

@@ -262,6 +262,18 @@ def test_severities_of_motion_blur(monkeypatch: pytest.MonkeyPatch) -> None:
         assert int((row > 0).sum()) == len(expected)
 
 
+@pytest.mark.parametrize(("uniform", "direction"), [(0, 1), (1, -1)])
+def test_angles_of_motion_blur_are_up_to_45_degrees(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, direction: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full((1, 1), uniform, dtype=torch.float64))
+    point = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    point[:, :, 16, 24] = 1
+    rows, columns = CORRUPTIONS["motion_blur"](point, 5, new_generator())[0, 0].nonzero().T.tolist()
+    assert sorted(24 - column for column in columns) == list(range(14))  # 18 steps of cos(45 degrees) = 0.71 pixels
+    assert [row - 16 for row in rows] == [direction * (24 - column) for column in columns]
+
+
 def test_severities_of_zoom_blur(monkeypatch: pytest.MonkeyPatch) -> None:
     # `c` of `zoom_blur` in make_cifar_c.py: np.arange from 1 to these factors, in steps of 0.01
     sizes: list[int] = []
