@@ -222,6 +222,8 @@ def test_the_message_of_an_interrupted_run_is_a_call(recipe: Recipe, data: Datas
 def test_a_callback_ends_a_run_by_a_string_only(recipe: Recipe, data: Dataset) -> None:
     result = train(recipe, model=Net, data=data, callbacks=[lambda row: 7, lambda row: "enough"], progress=False)
     assert (result.summary.epochs, result.summary.stop_reason, result.summary.complete) == (1, "enough", False)
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        train(recipe, model=Net, data=data, callbacks=[lambda row: Path("no-such-folder/rows").touch()], progress=False)
 
 
 def test_progress_shows_what_the_command_shows(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

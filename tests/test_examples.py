@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
 OWN_NETWORK = {name: value for name, value in TINY.items() if name not in ("arch", "blocks", "channels")}
 # example -> its options, and words of its output
 PROGRAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "fine_tuning.py": ({**TINY, "data": "synthetic:200"}, ["by options: ", "as a module: "]),
+    "fine_tuning.py": ({**OWN_NETWORK, "data": "synthetic:200"}, ["by options: ", "as a module: "]),
     "own_network.py": ({**OWN_NETWORK, "data": "synthetic:200"}, ["12,362 parameters, test accuracy 0."]),
     "own_loop.py": ({**TINY, "data": "synthetic:200"}, ["epoch 1: loss ", "test accuracy 0."]),
     "own_augmentation.py": ({**TINY, "data": "synthetic:200"}, [

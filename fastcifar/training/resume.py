@@ -109,7 +109,7 @@ class ResumePoint:
         if trainer.recipe.on_nan == "rollback" and self.run and not run.checkpoint_path("last").is_file():
             # a rollback within the first epoch needs a checkpoint
             checkpoint.save_checkpoint(run.checkpoint_path("last"), state)
-        return replace(run, folder=folder, callbacks=(*run.callbacks, *(callbacks if self.run else ())))
+        return replace(run, folder=folder, user_callbacks=tuple(callbacks) if self.run else ())
 
     def _open_run(self, trainer: Trainer) -> Run:
         epochs_done, names = trainer.progress.epoch, trainer.resolved.trackers

@@ -86,6 +86,7 @@ class Run:
     recipe_name: str
     lock: FolderLock | None = None
     callbacks: tuple[EpochCallback, ...] = ()
+    user_callbacks: tuple[EpochCallback, ...] = ()  # given to `train`; whatever they raise ends the run
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @classmethod
@@ -144,7 +145,8 @@ class Run:
         """Call every callback with the row of an epoch and return the first stop reason, or ""."""
         with _disk_errors(self.folder):
             returned = [callback(row) for callback in self.callbacks]
-            return next((reason for reason in returned if isinstance(reason, str) and reason), "")
+        returned += [callback(row) for callback in self.user_callbacks]
+        return next((reason for reason in returned if isinstance(reason, str) and reason), "")
 
     def checkpoint_path(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.pt"
