@@ -6,7 +6,6 @@ not of building and compiling the trainer. On a CPU, the weights are bit-identic
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmark.bench import synchronize
@@ -31,9 +29,10 @@ from fastcifar.benchmark.speedrun_results import (
 from fastcifar.device import ExecutionPlan, collect_environment, process_times
 from fastcifar.errors import UsageError, lookup
 from fastcifar.format import format_percent, format_timestamp, option_flag
-from fastcifar.models import count_macs, count_parameters
+from fastcifar.models import count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.checkpoint import state_dict_sha256
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
 from fastcifar.training.progress import print_lines, print_scaling
@@ -45,7 +44,7 @@ TARGET_RECIPES = {"94": "speed94", "95": "speed95", "96": "speed96"}
 EVAL_SPLITS = {"test": "the test set, once per run", "val": "the validation split, for tuning a recipe"}
 PER_RUN_OPTIONS = ("seed", "out")  # may differ between the runs of a result folder
 # options that a speedrun refuses, because they would change where the timed training starts or ends
-FORBIDDEN_OPTIONS = ("patience", "time_budget", "max_steps", "resume")
+FORBIDDEN_OPTIONS = ("init", "patience", "time_budget", "max_steps", "resume")
 FLOP_COUNT_IMAGES = 8  # batch size of the passes whose operations are counted
 
 
@@ -228,21 +227,12 @@ def reset_trainer(trainer: Trainer, seed: int) -> float:
     return time.perf_counter() - started - trainer.prepare_s
 
 
-def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the names and values (parameters and buffers) of a state dict."""
-    digest = hashlib.sha256()
-    for name, value in state_dict.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def count_run_costs(trainer: Trainer) -> RunCosts:
     """Count the costs of a run; each training image counts once per epoch."""
     slicing, epochs = trainer.loader.slicing, trainer.recipe.epochs
     images = epochs * min(slicing.num_samples, slicing.steps_per_epoch * slicing.batch_size)
     flops = count_flops(trainer.resolved, len(trainer.data.classes), images)
-    return RunCosts(params=count_parameters(trainer.model), macs=count_macs(trainer.model), images=images, flops=flops)
+    return RunCosts(params=trainer.num_params, macs=count_macs(trainer.model), images=images, flops=flops)
 
 
 def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:

@@ -164,7 +164,7 @@ def _option_parameter(name: str) -> inspect.Parameter:
         details["autocompletion"] = complete_arch
     elif name in TABLES:
         details["autocompletion"] = complete_from_tables(name)
-    elif name == "resume":
+    elif name in ("init", "resume"):
         details["autocompletion"] = complete_run
     elif choices:
         details["autocompletion"] = lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]

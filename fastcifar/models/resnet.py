@@ -79,7 +79,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor | TensorPair) -> Tensor | TensorPair:
         x, shortcut_input = x if isinstance(x, tuple) else (x, x)
-        if self.uses_fused_ops and self.training:
+        if self.uses_fused_ops and self.bn1.training and self.bn2.training:
             out, _ = norm_relu(self.pointwise1(self.conv1(x)), self.bn1)
             out = self.pointwise2(self.conv2(out))
             return norm_relu(out, self.bn2, tuple(self.seblock.parameters()), self.shortcut(shortcut_input))
@@ -145,7 +145,7 @@ class SEResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images)
-        fused = self.uses_fused_ops and self.training
+        fused = self.uses_fused_ops and self.bn1.training
         x = norm_relu(x, self.bn1) if fused else self.seblock(self.activation(self.bn1(x)))
         x = self.residual_layers(x)
         x = x[0] if isinstance(x, tuple) else x

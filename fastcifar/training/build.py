@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -17,10 +18,11 @@ from fastcifar.data.normalization import mean_color
 from fastcifar.data.splits import stratified_split
 from fastcifar.device import enable_deterministic_algorithms
 from fastcifar.errors import UsageError
-from fastcifar.models import is_built_in
+from fastcifar.models import count_parameters, is_built_in
 from fastcifar.recipe import default_val_size
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
+from fastcifar.training.fine_tuning import LoadedInit, absolute_init_path, freeze, load_init
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.resolve import Resolved, check_network, model_from_recipe
@@ -53,23 +55,19 @@ def build_trainer(
     compilation.configure_process(execution)
     data = data or cifar.load_recipe_dataset(recipe)
     data = data if use_val_folder else replace(data, val=None)
-    if not is_built_in(recipe.arch):
-        check_network(recipe, resolved.image_sizes, len(data.classes))  # `resolve` does not know the number of classes
-    seed_all(recipe.seed)  # the same initial weights on every rank
-    model = to_channels_last(model_from_recipe(recipe, len(data.classes)), device)
-    if not world.is_main_process:
-        seed_all(recipe.seed + world.rank)  # and different random numbers on each rank afterwards
+    model, num_params, init = _build_network(resolved, data.classes, device, world)
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)
     train_split, val_split = split_validation(data, recipe.val_size, recipe.val_seed)
     recorded = {
         "data": cifar.absolute_data_path(recipe.data),
+        "init": absolute_init_path(recipe.init),
         "val_size": len(val_split.labels) if data.val is None else None,
     }
     resolved = replace(resolved, recipe=recipe.model_copy(update=recorded))
     start_time = time.perf_counter()
     loader = build_loader(resolved, train_split, world)
-    if initialize := getattr(model, "init_whitening", None):
+    if (initialize := getattr(model, "init_whitening", None)) and not init.sha256:
         scale, shift = (tensor.to(device) for tensor in scale_and_shift(resolved.mean, resolved.std))
         initialize(torch.tensor(train_split.images[:NUM_WHITENING_IMAGES]).to(device) * scale + shift)
     if device.type == "cuda":
@@ -92,8 +90,27 @@ def build_trainer(
         clip_gradients=build_grad_clipper(resolved.clip_grad, optimizer.parameters),
         scaler=torch.amp.GradScaler(device.type, enabled=execution.precision == "fp16"),
         build_loader=partial(build_loader, split=train_split, world=world),
+        num_params=num_params,
+        init=init,
         prepare_s=prepare_s,
     )
+
+
+def _build_network(
+    resolved: Resolved, classes: Sequence[str], device: torch.device, world: World
+) -> tuple[nn.Module, int, LoadedInit]:
+    """Return the network with `--init` and `--freeze`, and its number of parameters without `--freeze`."""
+    recipe, num_classes = resolved.recipe, len(classes)
+    if not is_built_in(recipe.arch):  # `resolve` does not know the number of classes
+        check_network(recipe, resolved.image_sizes, num_classes, resolved.is_resumed)
+    seed_all(recipe.seed)  # the same initial weights on every rank
+    model = to_channels_last(model_from_recipe(recipe, num_classes), device)
+    num_params = count_parameters(model)
+    init = LoadedInit() if resolved.is_resumed else load_init(model, recipe, classes, world)
+    freeze(model, recipe)
+    if not world.is_main_process:
+        seed_all(recipe.seed + world.rank)  # and different random numbers on each rank afterwards
+    return model, num_params, init
 
 
 def to_channels_last(model: nn.Module, device: torch.device) -> nn.Module:

@@ -47,6 +47,7 @@ class ModelCheckpoint(TypedDict):
     recipe: dict[str, Any]
     classes: list[str]
     data_digest: NotRequired[str]  # `Dataset.digest`; earlier versions did not save it
+    init_sha256: NotRequired[str | None]  # `state_dict_sha256` of the weights of `--init`; as above
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
 
@@ -116,7 +117,7 @@ def load_checkpoint(path: Path, allow_foreign: bool = False) -> TrainingCheckpoi
     The caller checks whether the result contains training state. `allow_foreign`: see `read_checkpoint`.
     """
     if not os.path.lexists(path):
-        raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder or a .pt file")
+        raise CheckpointError(f"checkpoint {path} does not exist", "specify a run folder, .pt or .safetensors file")
     try:
         state = read_checkpoint(path, allow_foreign)
     except CheckpointError as error:
@@ -135,7 +136,7 @@ def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
     weights of another project, which do not name their architecture.
     """
     state = cast(dict[str, Any], load_checkpoint(path, allow_foreign=True))
-    if _is_fastcifar_checkpoint(state):
+    if is_fastcifar_checkpoint(state):
         saved_arch = state["recipe"].get("arch", "")
         if arch not in (None, saved_arch):
             raise CheckpointError(f"{path} contains {saved_arch}, not {arch}", "remove --arch")
@@ -226,9 +227,9 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     if valid_digests and hashlib.sha256(content).hexdigest() not in valid_digests:
         raise CheckpointError(f"{path} is damaged: the SHA-256 of its {len(content):,} bytes is not in {MANIFEST_NAME}")
     state = parse_checkpoint(content, path)
-    if not (allow_foreign or _is_fastcifar_checkpoint(state)):
+    if not (allow_foreign or is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} has no model and recipe", "specify a fastcifar run folder or checkpoint")
-    if _is_fastcifar_checkpoint(state):
+    if is_fastcifar_checkpoint(state):
         is_list_of_names = isinstance(state.get("classes", []), list) and all(
             isinstance(name, str) for name in state.get("classes", [])
         )
@@ -239,7 +240,8 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     return state
 
 
-def _is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
+def is_fastcifar_checkpoint(state: dict[str, Any]) -> bool:
+    """Return whether fastcifar wrote the file with the content `state`."""
     return {"model", "recipe"} <= state.keys() and isinstance(state["recipe"], dict)
 
 
@@ -259,22 +261,28 @@ def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
     return path / "checkpoints" / f"{which}.pt" if os.path.isdir(path) else path
 
 
-def check_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+def check_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: object, ignored: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Return `weights` by the keys of `model`, which may be on the meta device; messages call the file `source`.
 
-    The key prefixes of DataParallel and torch.compile are removed. If no counter of batches is saved, those of `model`
-    are returned. Raises `CheckpointError`, which names the keys, if keys are missing or unexpected or shapes differ.
+    The key prefixes of DataParallel and torch.compile are removed, and so are the keys `ignored`. If no counter of
+    batches is saved, those of `model` are returned. Raises `CheckpointError`, which names the keys, if keys are missing
+    or unexpected or shapes differ.
     """
     weights = {strip_wrapper_prefixes(key): value for key, value in weights.items()}
-    expected = model.state_dict()
+    expected, weights = ({k: v for k, v in part.items() if k not in ignored} for part in (model.state_dict(), weights))
     if len(_without_counters(weights)) == len(weights):
         weights = {**{key: expected[key] for key in expected.keys() - _without_counters(expected).keys()}, **weights}
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     mismatched = sorted(key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape)
-    for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", mismatched)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CheckpointError(f"{source} {problem} {', '.join(keys[:3])}{more}", "check the architecture")
+    problems = [
+        f"{problem} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", mismatched))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{source} {', '.join(problems)}", "check the architecture")
     return weights
 
 
@@ -286,3 +294,12 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: object) -
 def strip_wrapper_prefixes(key: str) -> str:
     """Return `key` without the prefixes that DataParallel and torch.compile add."""
     return re.sub(r"^(_orig_mod\.|module\.)+", "", key)
+
+
+def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names and values (parameters and buffers) of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from fastcifar.data.cifar import Split
 from fastcifar.device import peak_memory_bytes
 from fastcifar.errors import UsageError
-from fastcifar.models import count_macs, count_parameters
+from fastcifar.models import count_macs
 from fastcifar.recipe import Recipe
 from fastcifar.training import trackers
 from fastcifar.training.build import build_trainer
@@ -154,7 +154,7 @@ def dry_run(recipe: Recipe) -> DryRunEstimate:
     return {
         "dry_run": True,
         "arch": recipe.arch,
-        "params": count_parameters(trainer.model),
+        "params": trainer.num_params,
         "macs": count_macs(trainer.model),
         "epochs": trainer.recipe.epochs,
         "steps": trainer.planned_steps,

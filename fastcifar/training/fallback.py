@@ -34,7 +34,7 @@ FAILURES = {
     "compile": "torch.compile failed",
     "cuda_graph": "the capture of a CUDA graph failed",
 }  # option -> what failed
-PRIVATE_OPTIONS = ("data", "out", "resume")  # paths, which a report does not contain
+PRIVATE_OPTIONS = ("data", "init", "out", "resume")  # paths, which a report does not contain
 MAX_REASON_LENGTH = 200
 
 

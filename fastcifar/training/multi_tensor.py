@@ -21,6 +21,9 @@ class _CastWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(casts, weights)
+        ctx.mark_non_differentiable(
+            *(cast for cast, weight in zip(casts, weights, strict=True) if not weight.requires_grad)
+        )
         return tuple(casts)
 
     @staticmethod

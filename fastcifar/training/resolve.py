@@ -23,7 +23,7 @@ from fastcifar.models import (
 )
 from fastcifar.python_objects import active_objects
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
-from fastcifar.training import checkpoint, trackers
+from fastcifar.training import checkpoint, fine_tuning, trackers
 from fastcifar.training.distributed import get_world
 from fastcifar.training.evaluate import VIEWS
 from fastcifar.training.lr_schedule import ScheduleSpec, parse_schedule
@@ -38,6 +38,7 @@ from fastcifar.training.rng_state import preserve_state
 # The options on which `check_network` and `check_optimizer` depend. Any positive learning rate and any weight decay are
 # valid for an optimizer that has it, so these are left out.
 NETWORK_CHECK_OPTIONS = {*section_fields("network"), "dataset", "fused_ops", "image_size", "head_lr_mult"}
+NETWORK_CHECK_OPTIONS |= {"init", "freeze"}
 OPTIMIZER_CHECK_OPTIONS = {"optimizer", "optimizer_arg", "bias_lr_mult", "head_lr_mult", "bias_decay"}
 
 
@@ -56,6 +57,7 @@ class Resolved:
     schedule: ScheduleSpec
     clip_grad: tuple[str, float] | None
     trackers: tuple[str, ...]
+    is_resumed: bool = False  # the initial weights are those of a checkpoint of the run, whatever `--init` is
 
     @property
     def augment_ops(self) -> tuple[AugmentOp, ...]:
@@ -70,8 +72,10 @@ class Resolved:
         raise AssertionError(self.image_sizes)  # the last stage has no number of epochs
 
 
-def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set[str] | None = None) -> Resolved:
-    """Parse the options of `recipe`; nothing is read or written, and the random state is left as it is.
+def resolve(
+    recipe: Recipe, execution: ExecutionPlan | None = None, checked: set[str] | None = None, is_resumed: bool = False
+) -> Resolved:
+    """Parse the options of `recipe`; nothing is written or read, except `--init`. The random state is left as it is.
 
     `execution` is `choose_execution(recipe)` by default. `checked`: the options of networks and optimizers that earlier
     calls have built, to which this call adds; they are not built again. Raises `UsageError` for invalid options or a
@@ -88,9 +92,9 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set
     mean, std = normalization_mean_std(recipe)
     optimizer = parse_optimizer(recipe)
     image_sizes = tuple(parse_image_sizes(recipe.image_size))
-    checked = set() if checked is None else checked
+    checked, num_classes = set() if checked is None else checked, DATASETS[recipe.dataset].num_classes
     for options, check in (
-        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes, DATASETS[recipe.dataset].num_classes)),
+        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes, num_classes, is_resumed)),
         (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
     ):
         if options is NETWORK_CHECK_OPTIONS and isinstance(active_objects().model, nn.Module):
@@ -110,11 +114,18 @@ def resolve(recipe: Recipe, execution: ExecutionPlan | None = None, checked: set
         schedule=parse_schedule(recipe),
         clip_grad=parse_clip_grad(recipe.clip_grad),
         trackers=tuple(trackers.parse_tracker_names(recipe.track)),
+        is_resumed=is_resumed,
     )
 
 
-def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...], num_classes: int) -> None:
-    """Raise `UsageError` if the network cannot be built, is too large or refuses an image size or `num_classes`."""
+def check_network(
+    recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...], num_classes: int, is_resumed: bool
+) -> None:
+    """Raise `UsageError` if the network cannot be built, is too large or refuses an image size or `num_classes`.
+
+    `--freeze` is checked too, and `--init`, unless the run is resumed. Raises `CheckpointError` if the latter does not
+    fit.
+    """
     model = model_from_recipe(recipe, num_classes, for_inspection=True)
     for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
         try:
@@ -122,6 +133,11 @@ def check_network(recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...
         except Exception:
             problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
             raise UsageError(problem, "leave that size out") from None
+    if recipe.init != "none" and not is_resumed and get_world().is_main_process:
+        fine_tuning.read_initial_weights(recipe).check_fit(
+            model, recipe, fine_tuning.find_head(recipe, model, num_classes)
+        )
+    fine_tuning.freeze(model, recipe)
     if not build_param_groups(model, recipe):
         raise UsageError(f"architecture {recipe.arch} has no trainable parameters", "choose another network")
 

@@ -34,6 +34,7 @@ from fastcifar.training import checkpoint, trackers
 from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import World
 from fastcifar.training.environment import read_environment
+from fastcifar.training.fine_tuning import absolute_init_path
 from fastcifar.training.resolve import require_fitting_network
 from fastcifar.training.run_dir import Clock, EpochCallbacks, Run, TrainingProgress
 from fastcifar.training.trainer import Trainer
@@ -126,7 +127,7 @@ class ResumePoint:
             if not run.checkpoint_path("best").is_file():
                 trainer.progress.best = None
         self.run = run
-        free_bytes, num_bytes = shutil.disk_usage(run.folder).free, trainer.checkpoint_bytes()
+        free_bytes, num_bytes = shutil.disk_usage(run.folder).free, sum(t.nbytes for t in trainer.state_tensors())
         if free_bytes < num_bytes:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free_bytes:,} are free in {run.folder}"
             raise DiskError(problem, "free some space, or give --out on another disk")
@@ -283,6 +284,8 @@ def merge_resumed_recipe(
     saved = {**original, "max_steps": None, "data": cifar.saved_data_path(original["data"])}
     if "data" in requested:
         requested["data"] = cifar.absolute_data_path(requested["data"])
+    if "init" in requested:
+        requested["init"] = absolute_init_path(requested["init"])
     if saved["time_budget"] is not None:
         if requested.get("time_budget") == saved["time_budget"]:
             requested = {name: value for name, value in requested.items() if name not in TIME_BUDGET_OPTIONS}
@@ -321,7 +324,7 @@ def require_resumable_state(state: TrainingCheckpoint, source: Path) -> Training
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
         raise CheckpointError(
             f"{source} holds weights but no training state, so it cannot be resumed",
-            "evaluate it with `fastcifar eval`",
+            "start another run from them with --init, or evaluate them with `fastcifar eval`",
         )
     try:
         _SavedProgress.model_validate(state, strict=True)

@@ -32,6 +32,8 @@ class RunSummary(BaseModel):
     run: str  # folder of the run
     arch: str
     params: Count
+    trained_params: Count | None = None  # without those that `--freeze` selects
+    init_sha256: str | None = None  # `state_dict_sha256` of the weights that `--init` selects
     macs: Count
     recipe: str  # name
     config: Annotated[dict[str, Any], AfterValidator(upgrade_options)]  # options of the recipe
@@ -98,7 +100,9 @@ def summarize_run(
     return RunSummary(
         run=str(run.folder),
         arch=recipe.arch,
-        params=count_parameters(trainer.model),
+        params=trainer.num_params,
+        trained_params=count_parameters(trainer.model),
+        init_sha256=trainer.init.sha256,
         macs=count_macs(trainer.model),
         recipe=run.recipe_name,
         config=recipe.model_dump(mode="json"),

@@ -51,7 +51,7 @@ def train_network(
     ):
         show_preparation(console)
         with clock.phase("setup"):
-            trainer = build_trainer(resolve(resume_point.recipe))
+            trainer = build_trainer(resolve(resume_point.recipe, is_resumed=resume_point.state is not None))
         print_lines(console, [*resume_point.messages, *trainer.summary_lines(), *trainer.execution.format_lines()])
         resume_point.require_same_data(trainer)
         with clock.phase("compile"), show_compilation(console, trainer.execution.compile):

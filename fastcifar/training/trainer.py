@@ -28,6 +28,7 @@ from fastcifar.training.checkpoint import TrainingCheckpoint
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.evaluate import MIN_IMAGES_TO_COMPILE, VIEWS, Scores, evaluate, optimize_forward
 from fastcifar.training.fallback import run_stage, run_with_fallback
+from fastcifar.training.fine_tuning import LoadedInit
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.metrics_file import ValidationMetrics
 from fastcifar.training.multi_tensor import share_kernels_between_layers
@@ -73,6 +74,8 @@ class Trainer:
     clip_gradients: Callable[[], object]
     scaler: torch.amp.GradScaler
     build_loader: Callable[[Resolved], Loader]  # builds `loader` again for another execution plan
+    num_params: int  # `count_parameters` without `--freeze`
+    init: LoadedInit
     prepare_s: float = 0.0  # seconds spent to build the loader and to initialize a whitening layer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     step: TrainStep = field(init=False)  # forward, backward and update of one batch; eager until `optimize`
@@ -103,13 +106,14 @@ class Trainer:
 
     def summary_lines(self) -> list[str]:
         official = "" if self.data.is_official else ", not the official files"
-        num_test_images = len(self.data.test.labels)
-        test = f"{num_test_images:,} test images" if num_test_images else "no test images, so test_acc will be null"
+        test = f"{n:,} test images" if (n := len(self.data.test.labels)) else "no test images, so test_acc will be null"
+        trained = f", {count_parameters(self.model):,} of them trained" if self.recipe.freeze != "none" else ""
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
             f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} training, "
             f"{len(self.val_split.labels):,} validation, {test}",
-            f"network: {self.recipe.arch}, {count_parameters(self.model):,} parameters",
+            f"network: {self.recipe.arch}, {self.num_params:,} parameters{trained}",
+            *self.init.lines,
             f"recipe: {format_options(self.recipe.non_default_options()) or 'defaults'}",
             *([f"optimizer: {scheduled} {self.recipe.schedule}"] if self.optimizer.spec.self_scheduled else []),
         ]
@@ -349,6 +353,7 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": list(self.data.classes),
             "data_digest": self.data.digest,
+            "init_sha256": self.init.sha256,
             "samples": len(self.train_split.labels),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(self.model) if self.ema else None,
@@ -384,8 +389,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:
-            numbers = {key: torch.as_tensor(value).item() for key, value in state["scaler"].items()}
-            self.scaler.load_state_dict(numbers)
+            self.scaler.load_state_dict({key: torch.as_tensor(value).item() for key, value in state["scaler"].items()})
         self.meter.load_sums(state["meter"])
         rng_states = state["random"]
         if len(rng_states) != self.world.world_size:
@@ -393,6 +397,4 @@ class Trainer:
             warnings.warn(f"{problem}: random numbers and the statistics of BatchNorm will differ", stacklevel=2)
         restore_rng_state(rng_states[self.world.rank % len(rng_states)], self.device)
         self.progress = TrainingProgress.from_checkpoint(state)
-
-    def checkpoint_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.state_tensors())
+        self.init = LoadedInit(state.get("init_sha256"))

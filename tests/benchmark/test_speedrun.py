@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from fastcifar.benchmark import speedrun as speedrun_module
-from fastcifar.benchmark.speedrun import count_flops, speedrun, state_dict_sha256
+from fastcifar.benchmark.speedrun import count_flops, speedrun
 from fastcifar.benchmark.speedrun_results import (
     RunCosts,
     SampleStatistics,
@@ -30,6 +30,7 @@ from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.build import build_trainer
+from fastcifar.training.checkpoint import state_dict_sha256
 from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 

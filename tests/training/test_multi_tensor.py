@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcifar.models import build_model, enable_fused_ops
 from fastcifar.models.count import count_training_calls
+from fastcifar.recipe import Recipe
+from fastcifar.training.fine_tuning import freeze
 from fastcifar.training.multi_tensor import share_kernels_between_layers
 from fastcifar.training.step import DTYPES, LossAndCorrect, build_forward, loss_and_correct
 
@@ -148,6 +150,19 @@ def test_there_is_one_operation_for_all_layers() -> None:
     assert counts[1]["add_ of a counter"] == 0
     assert counts[0]["_to_copy"] - counts[1]["_to_copy"] == 2 * num_layers
     assert counts[1] - counts[0] == {"_foreach_copy_": 2, "_foreach_add_": 1, "empty_like": 2 * num_layers}
+
+
+def test_no_gradient_is_computed_for_frozen_layers() -> None:
+    model = make_network("resnet")
+    freeze(model, Recipe(arch="resnet", blocks=(1, 1), channels=(8, 16), freeze="conv1,bn1,residual_layers.0"))
+    plain = make_loss_function(model, "bf16")
+    for function in (plain, share_kernels_between_layers(plain, model, torch.bfloat16, CPU)):
+        with OperationCounter() as counter:
+            function(*random_batch())[0].backward()
+        names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+        assert len(names) == 10
+        assert counter.counts["convolution_backward"] == 5  # two of the block, two of its SE and its shortcut
+        assert counter.counts["native_batch_norm_backward"] == 3
 
 
 @pytest.mark.parametrize("fails", [False, True])
