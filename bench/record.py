@@ -56,7 +56,7 @@ def summarize(label: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 def without_paths(trial: dict[str, Any]) -> dict[str, Any]:
     """Return the summary of a run without the paths of the run folder and the data set."""
-    config = {key: value for key, value in trial["config"].items() if key not in ("data", "out")}
+    config = {key: value for key, value in trial["config"].items() if key not in ("data", "init", "out")}
     return {**{key: value for key, value in trial.items() if key != "run"}, "config": config}
 
 

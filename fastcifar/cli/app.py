@@ -28,6 +28,7 @@ from fastcifar.recipe import Recipe, section_fields
 
 MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
 DIAGNOSTICS_NAME_WIDTH = len("import pytorch_optimizer")  # the longest name that `doctor` prints
+BENCH_FIELDS = ("data", "dataset", "augment", "batch_size", "freeze")
 EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
 app = typer.Typer(
@@ -166,7 +167,7 @@ def models(
 
 @command(
     app,
-    fields=(*section_fields("network"), "data", "dataset", "augment", "batch_size", *section_fields("execution")),
+    fields=(*section_fields("network"), *BENCH_FIELDS, *section_fields("execution")),
     builds_networks=True,
 )
 def bench(
