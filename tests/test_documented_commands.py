@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fastcifar.cli.app import app
 from fastcifar.device import AUTOMATIC_CHOICES
 from fastcifar.models import build_model
+from tests.data.image_folders import write_noise
 from tests.documentation import PAGES, ROOT
 
 BLOCK = re.compile(r"^(?:<!-- not run: (.+?) -->\n)?```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -69,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "photos").mkdir()
     for index, image in enumerate(images):
         Image.fromarray(image).resize((60, 40)).save(folder / "photos" / f"{index}.png")
+    write_noise(folder / "my_images", ("cat", "horse", "truck"), {"train": 20, "test": 4})
     kaggle = {b"data": images.transpose(0, 3, 1, 2).reshape(4, -1), b"ids": np.arange(4)}
     (folder / "cifar_test_nolabel.pkl").write_bytes(pickle.dumps(kaggle))
     with pytest.MonkeyPatch.context() as patch:
