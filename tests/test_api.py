@@ -137,6 +137,7 @@ def test_a_module_is_trained_in_place_from_its_weights(recipe: Recipe, data: Dat
     assert all(np.array_equal(value, weights_of(other)[name]) for name, value in weights_of(network).items())
 
 
+@pytest.mark.medium
 def test_a_loop_of_ones_own_computes_what_train_computes(recipe: Recipe, data: Dataset, tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"ema_decay": 0.9, "schedule": "plateau:1", "tta": "flip"})
     rows: list[Any] = []
@@ -181,6 +182,7 @@ def test_checkpoints_that_do_not_fit_a_loop_are_refused(recipe: Recipe, data: Da
         best.test()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("own", [{"batch_transform": add_noise}, {"transform": rotate}], ids=["batch", "image"])
 def test_a_resumed_run_needs_the_same_objects_and_is_identical(
     own: dict[str, Any], recipe: Recipe, data: Dataset, tmp_path: Path
@@ -226,6 +228,7 @@ def test_a_callback_ends_a_run_by_a_string_only(recipe: Recipe, data: Dataset) -
         train(recipe, model=Net, data=data, callbacks=[lambda row: Path("no-such-folder/rows").touch()], progress=False)
 
 
+@pytest.mark.medium
 def test_progress_shows_what_the_command_shows(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny(epochs=1)
     train(recipe, progress=False)
@@ -247,6 +250,7 @@ def run(recipe: Recipe, data: Dataset) -> Result:
     return train(recipe, model=Net, data=data, progress=False)
 
 
+@pytest.mark.medium
 def test_a_loaded_run_evaluates_predicts_and_exports(run: Result, data: Dataset, tmp_path: Path) -> None:
     network = Net(10)
     loaded = load_run(run.folder, model=network, data=data, tta="flip")
@@ -374,6 +378,7 @@ def test_a_data_set_names_its_options(recipe: Recipe, data: Dataset) -> None:
     assert (trainer.recipe.dataset, len(trainer.data.classes)) == ("cifar100", 100)
 
 
+@pytest.mark.medium
 def test_a_network_for_the_number_of_classes_of_the_data(recipe: Recipe, data: Dataset, tmp_path: Path) -> None:
     three = Split(data.train.images, data.train.labels % 3)
     splits = {"train": three, "test": three, "classes": ["cat", "dog", "ship"]}
@@ -392,6 +397,7 @@ def test_a_network_for_the_number_of_classes_of_the_data(recipe: Recipe, data: D
         train(folders, model=Net(10), data=tmp_path / "folders", progress=False)
 
 
+@pytest.mark.medium
 def test_batches_with_transforms(data: Dataset) -> None:
     options: dict[str, Any] = {"batch_size": 50, "augment": "none", "epochs": 2}
     plain = list(batches(data, **options))

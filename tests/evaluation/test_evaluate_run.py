@@ -42,6 +42,7 @@ def save_cifar10_1(folder: Path, images: np.ndarray, labels: np.ndarray, version
     return folder
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("eval_weights", ["last", "best", "ema"])
 def test_evaluation_reproduces_the_test_results_of_training(tiny: Callable[..., Recipe], eval_weights: str) -> None:
     summary = train(tiny(eval_weights=eval_weights, ema_decay=0.8, epochs=3))
@@ -51,6 +52,7 @@ def test_evaluation_reproduces_the_test_results_of_training(tiny: Callable[..., 
     assert scores["per_class"] == summary.per_class
 
 
+@pytest.mark.medium
 def test_eval_weights_select_the_checkpoint(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter((0.9, 0.1, 0.2))
     monkeypatch.setattr(
@@ -87,6 +89,7 @@ def test_mismatching_data_and_checkpoints_are_refused(tiny: Callable[..., Recipe
         evaluate_run(save_changed(recipe={**saved["recipe"], "arhc": "resnet"}))
 
 
+@pytest.mark.medium
 def test_a_run_in_tf32_is_evaluated_in_fp32_where_tf32_is_not_available(run: str) -> None:
     saved = checkpoint.load_checkpoint(Path(run) / "checkpoints" / "last.pt")
     file = Path(run) / "tf32.pt"
@@ -97,6 +100,7 @@ def test_a_run_in_tf32_is_evaluated_in_fp32_where_tf32_is_not_available(run: str
         evaluate_run(str(file), precision="tf32")
 
 
+@pytest.mark.medium
 def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corruptions = {"identity": lambda images, severity, generator: images, "noise": CORRUPTIONS["gaussian_noise"]}
     monkeypatch.setattr("fastcifar.evaluation.evaluate_run.CORRUPTIONS", corruptions)
@@ -129,6 +133,7 @@ def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pyte
     assert all(word in text for word in ("F1", "cifar10.1_v6", "noise", "Brier", CLASSES[9]))
 
 
+@pytest.mark.medium
 def test_temperature_is_fitted_on_the_validation_split(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     with_split = evaluate_run(train(tiny()).run)
     without = evaluate_run(train(tiny(val_size=0, out=str(tmp_path / "all"))).run)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._inductor import config
+from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from fastcifar._version import __version__
@@ -37,10 +38,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(train(recipe).run)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("format", "output_type"),
-    [*((name, kind) for name in EXPORT_FORMATS if name != "aoti" for kind in export.OUTPUT_TYPES), ("aoti", "logits")],
+    [
+        *((name, kind) for name in EXPORT_FORMATS if name != "aoti" for kind in export.OUTPUT_TYPES),
+        pytest.param("aoti", "logits", marks=pytest.mark.slow),
+    ],
 )
+@inductor_config.patch({"aot_inductor.precompile_headers": False})  # which are used only once
 def test_exported_file_reproduces_the_outputs(run: Path, tmp_path: Path, format: str, output_type: str) -> None:
     """Compare the file with the forward pass of training, on a batch size that the export did not verify."""
     out = tmp_path / "file.bin"
@@ -62,6 +68,7 @@ def test_exported_file_reproduces_the_outputs(run: Path, tmp_path: Path, format:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.bin", "file.bin.md"]
 
 
+@pytest.mark.medium
 def test_normalized_input_gives_the_same_outputs(run: Path, tmp_path: Path) -> None:
     export_model(str(run), "pt2", tmp_path / "a.pt2", input_type="normalized", output_type="logits")
     loaded = load_model(str(run), device="cpu", precision="fp32")
@@ -72,6 +79,7 @@ def test_normalized_input_gives_the_same_outputs(run: Path, tmp_path: Path) -> N
         assert torch.allclose(function((images / 255 - mean) / std), loaded.forward(images), atol=1e-4)
 
 
+@pytest.mark.medium
 def test_file_with_different_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pt2 = EXPORT_FORMATS["pt2"]
 
@@ -85,6 +93,7 @@ def test_file_with_different_outputs_is_not_kept(run: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.medium
 def test_failed_export_is_reported_in_one_line(run: Path, tmp_path: Path) -> None:
     no_compiler = config.patch("cpp.cxx", (None, "/nowhere/g++"))
     with (
@@ -170,6 +179,7 @@ def test_model_card_names_cifar_only_if_the_images_are_those_of_cifar(
     assert head["model-index"][0]["results"][0]["dataset"]["type"] == (dataset or "class folders of images")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("input_type", "expected"),
     [
@@ -192,6 +202,7 @@ def test_onnx_file_contains_the_classes_and_the_normalization(
     assert json.loads(metadata["std"]) == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
 
 
+@pytest.mark.medium
 def test_published_weights_are_exported_and_mismatches_refused(tmp_path: Path) -> None:
     state_dict = build_model("coconut_sep").state_dict()
     file = tmp_path / "ckpt.pth"

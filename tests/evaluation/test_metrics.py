@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics.functional import classification as torchmetrics
 
 from fastcifar.evaluation import metrics
 from fastcifar.training.evaluate import compute_confusion_matrix, compute_scores, reliability_bins
@@ -24,7 +23,10 @@ def random_logits(count: int = 10_000, scale: float = 2.0) -> tuple[Tensor, Tens
     return logits, labels
 
 
+@pytest.mark.medium
 def test_metrics_match_torchmetrics() -> None:
+    from torchmetrics.functional import classification as torchmetrics  # which imports much more than torch
+
     logits, labels = random_logits()
     probabilities = logits.double().softmax(1)
     counts = compute_confusion_matrix(logits, labels)

@@ -101,6 +101,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
     assert not list(tmp_path.glob("out/.*")), "a temporary file remains"
 
 
+@pytest.mark.medium
 def test_fault12_the_same_images_in_every_layout_have_the_same_labels(
     runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_fault13_csv_is_a_kaggle_submission(runs: list[str], images: np.ndarray,
     assert {line.split(",")[1] for line in out.read_text().split("\n")[1:-1]} <= set(cifar.load_dataset(DATA).classes)
 
 
+@pytest.mark.medium
 def test_logits_are_averaged_over_views_and_members(runs: list[str], images: np.ndarray, out: Path) -> None:
     out = out.with_suffix(".jsonl")
     flipped = np.ascontiguousarray(images[..., ::-1])
@@ -169,6 +171,7 @@ def test_logits_are_averaged_over_views_and_members(runs: list[str], images: np.
         assert [row[classes[row[f"top_{rank}"]]] for rank in (1, 2, 3)] == pytest.approx(best.values.tolist())
 
 
+@pytest.mark.medium
 def test_calibrated_probabilities_are_those_at_the_temperature_of_each_run(
     tiny: Callable[..., Recipe], tmp_path: Path, out: Path
 ) -> None:
@@ -226,6 +229,7 @@ def test_calibration_without_probabilities_or_a_validation_split_is_refused(
     assert not list(out.parent.iterdir())
 
 
+@pytest.mark.medium
 def test_fault46_images_of_a_memory_mapped_file_are_never_in_memory_together(
     runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +253,7 @@ def test_fault46_images_of_a_memory_mapped_file_are_never_in_memory_together(
     assert peak < images.nbytes / 2, f"{peak:,} bytes"
 
 
+@pytest.mark.medium
 def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(9):
@@ -304,6 +309,7 @@ def test_non_finite_logits_and_members_with_other_classes_are_refused(
     assert not list(out.parent.iterdir())
 
 
+@pytest.mark.medium
 def test_published_weights(tmp_path: Path, out: Path) -> None:
     torch.manual_seed(0)
     state = {f"module.{key}": value for key, value in build_model("se55").state_dict().items()}
