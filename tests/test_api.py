@@ -26,8 +26,6 @@ from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODELS
 from fastcifar.training.train import train as train_by_name
 
-pytestmark = pytest.mark.medium
-
 Tiny = Callable[..., Recipe]
 
 

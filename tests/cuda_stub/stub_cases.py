@@ -122,6 +122,10 @@ CASES: dict[str, Case] = {
     "image sizes": Case({"image_size": "24:1,32"}),
     # Images are augmented on the CPU; a batch is a copy from pinned memory and a change of the memory format.
     "torchvision": Case({"loader": "torchvision", "workers": 0}, launches={"first batch": 3, "next batch": 2}),
+    # Random numbers, and their exclusive or with the images; the seed of the generator is that of each batch.
+    "transform of batches": Case(
+        {"augment": "flip,batch_transform:add_noise"}, "noise", launches={"first batch": 39, "next batch": 2}
+    ),
     # One compiled kernel gathers and augments a chunk; its result is copied.
     "compiled": Case({"compile": True, "se": "none"}, launches={"first batch": 5}),
     # torch fills new memory first, so that a read of it would be noticed.

@@ -28,6 +28,7 @@ from stub_faults import FAULTS, replace
 from stub_recording import EVALUATION, Recording
 
 from fastcifar.data.loaders import TensorLoader
+from fastcifar.python_objects import PythonObjects, use_objects
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, evaluate
 from fastcifar.training.build import build_trainer
@@ -73,8 +74,19 @@ def time_two_seeds(recording: Recording, recipe: Recipe, folder: Path) -> None:
     speedrun(recipe_name=str(file), n=2, eval_split="val", out=str(folder / "trials"))
 
 
+def add_noise(images: torch.Tensor) -> torch.Tensor:
+    return images ^ torch.randint(0, 2, images.shape, dtype=torch.uint8, device=images.device)
+
+
+def train_with_noise(recording: Recording, recipe: Recipe, folder: Path) -> None:
+    """The steps with a transform of batches from Python, which draws random numbers on the device."""
+    with use_objects(PythonObjects(batch_transform=add_noise)):
+        train_and_evaluate(recording, recipe, folder)
+
+
 SCENARIOS = {
     "steps": train_and_evaluate,
+    "noise": train_with_noise,
     "resume": train_and_resume,
     "checkpoints": train_with_checkpoints,
     "speedrun": time_two_seeds,
