@@ -153,7 +153,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         "data set: a folder, .tar.gz file, class folders of images or .npz file, by default downloaded; "
         "synthetic[:N]: N random images",
     )
-    dataset: Literal["cifar10", "cifar100"] = _option("cifar10", "name of the data set")
+    dataset: Literal["cifar10", "cifar100", "cifar100-coarse"] = _option(
+        "cifar10", "official data set; cifar100-coarse: CIFAR-100 with the labels of its 20 superclasses"
+    )
     resize: ResizeSize | None = _option(
         None, "size to which own images are resized, 32: the largest centered square of each, with antialiasing"
     )
@@ -163,7 +165,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
         "auto",
-        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (by --dataset; coconut_*: kuangliu)",
+        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (computed from own images, else by "
+        "--dataset; coconut_*: kuangliu)",
     )
     augment: AugmentText = _option(
         "crop:4:zero,flip,rotate:5,autoaugment:cifar10", "augmentations in order, NAME[:VALUE[:VARIANT]],..., or none"

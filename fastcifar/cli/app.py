@@ -26,9 +26,10 @@ from fastcifar.errors import DeviceError, print_warning
 from fastcifar.format import DataConsole, KeyValueTable
 from fastcifar.recipe import Recipe, section_fields
 
-MODEL_FIELDS = ("eval_weights", "data", "normalize", "max_params")
+DATA_FIELDS = ("data", "dataset", "resize")
+MODEL_FIELDS = ("eval_weights", "data", "resize", "normalize", "max_params")
 DIAGNOSTICS_NAME_WIDTH = len("import pytorch_optimizer")  # the longest name that `doctor` prints
-BENCH_FIELDS = ("data", "dataset", "augment", "batch_size", "freeze")
+BENCH_FIELDS = (*DATA_FIELDS, "augment", "batch_size", "freeze")
 EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
 app = typer.Typer(
@@ -89,15 +90,17 @@ def evaluate(
     plots: Path | None = option(None, "DIR", "folder to write reliability.png and confusion.png to"),
     shifted: Path | None = option(None, "DIR", "folder of the .npy files of CIFAR-10.1, evaluated in addition"),
     corruptions: bool = switch("--corruptions", "evaluate on corrupted test images in addition"),
+    corrupted: Path | None = option(
+        None, "DIR", "folder of the .npy files of CIFAR-10-C or CIFAR-100-C, evaluated in addition"
+    ),
     **options: Any,
 ) -> Output:
     """Evaluate a run, a checkpoint, or the published weights of another project on the test set."""
     import_torch(console)
     from fastcifar.evaluation.evaluate_run import evaluate_run
 
-    scores = evaluate_run(
-        run, arch=arch, plots_dir=plots, shifted_dir=shifted, with_corruptions=corruptions, console=console, **options
-    )
+    folders = {"plots_dir": plots, "shifted_dir": shifted, "corrupted_dir": corrupted}
+    scores = evaluate_run(run, arch=arch, with_corruptions=corruptions, console=console, **folders, **options)
     return Output(scores, tables.scores_table)
 
 
@@ -323,7 +326,7 @@ def runs_rm(
     return Output(rows, lambda rows: f"removed {len(rows)}")
 
 
-@command(data_app, "verify", fields=("data", "dataset"))
+@command(data_app, "verify", fields=DATA_FIELDS)
 def data_verify(**options: Any) -> Output:
     """Verify every file of a data set, and report its source, images and classes."""
     from fastcifar.data.inspection import verify_dataset
@@ -331,7 +334,7 @@ def data_verify(**options: Any) -> Output:
     return Output(verify_dataset(Recipe.make(**options)), tables.dataset_table)
 
 
-@command(data_app, "show", fields=("augment", "data", "dataset", "seed"))
+@command(data_app, "show", fields=("augment", *DATA_FIELDS, "seed"))
 def data_show(
     out: Path = option(..., "FILE.png", "image file to write; an existing one is overwritten"),
     count: int = option(8, "INT", "number of images"),

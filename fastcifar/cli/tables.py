@@ -21,7 +21,7 @@ from fastcifar.recipe import Recipe
 
 if TYPE_CHECKING:  # these modules import torch
     from fastcifar.data.inspection import DatasetDescription
-    from fastcifar.evaluation.evaluate_run import EvalResult
+    from fastcifar.evaluation.evaluate_run import CorruptionsResult, EvalResult
     from fastcifar.evaluation.export import ExportResult
     from fastcifar.evaluation.predict import PredictResult
     from fastcifar.models.describe import Architecture, FittedWidth, NetworkLayers
@@ -137,13 +137,22 @@ def scores_table(scores: EvalResult) -> Group:
     classes = NumericTable([heading], ("precision", "recall", "F1"))
     for name in names:
         classes.add_row(name, *(format_percent(metric[name]) for metric in metrics))
-    if not (corruptions := scores["corruptions"]):
-        return Group(KeyValueTable(rows), "", classes)
-    corrupted = NumericTable(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"))
-    for name, accuracies in corruptions["acc"].items():
-        corrupted.add_row(name, *map(format_percent, accuracies), format_percent(sum(accuracies) / len(accuracies)))
-    corrupted.add_row("mean", "", "", "", "", "", format_percent(corruptions["mean_acc"]))
-    return Group(KeyValueTable(rows), "", classes, "", corrupted)
+    corrupted = [corruptions_table(result) for result in (scores["corruptions"], scores["corrupted"]) if result]
+    return Group(KeyValueTable(rows), "", classes, *(part for table in corrupted for part in ("", table)))
+
+
+def corruptions_table(result: CorruptionsResult) -> NumericTable:
+    """Return a table of the accuracies on corrupted images; an asterisk marks those that are not in the mean."""
+    from fastcifar.evaluation.published_test_sets import EXTRA_CORRUPTIONS  # imports torch
+
+    title = None if result["source"] == "computed" else result["source"]
+    table = NumericTable(["accuracy at severity"], ("1", "2", "3", "4", "5", "mean"), title)
+    for name, accuracies in result["acc"].items():
+        mark = "*" if title and name in EXTRA_CORRUPTIONS else ""
+        mean = format_percent(sum(accuracies) / len(accuracies))
+        table.add_row(f"{name}{mark}", *map(format_percent, accuracies), mean)
+    table.add_row("mean without *" if title else "mean", "", "", "", "", "", format_percent(result["mean_acc"]))
+    return table
 
 
 def _format_accuracy(
@@ -183,14 +192,15 @@ def dataset_table(result: DatasetDescription) -> Group:
     """Return tables of a data set and its number of images per class."""
     splits = result["splits"]
     names = {"train": "training images", "val": "validation images", "test": "test images"}
+    first = names[next(iter(splits))]
     shapes = {name: " x ".join(map(str, split["shape"])) for name, split in splits.items()}
     rows = {
-        "data set": f"{result['dataset']}, {result['kind']}",
+        "data set": result["title"] if result["title"] == result["kind"] else f"{result['title']}, {result['kind']}",
         "source": result["source"],
         "official files": "yes, by the MD5 of every file" if result["official"] else "no",
         **{names[name]: f"{shapes[name]}, {split['dtype']}" for name, split in splits.items()},
-        "mean of training images": ", ".join(f"{value:.8f}" for value in result["mean"]),
-        "std of training images": ", ".join(f"{value:.8f}" for value in result["std"]),
+        f"mean of {first}": ", ".join(f"{value:.8f}" for value in result["mean"]),
+        f"std of {first}": ", ".join(f"{value:.8f}" for value in result["std"]),
         "cache": result["cache"] or "none, the images are kept in memory",
     }
     classes = NumericTable(["label", "class"], splits)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fastcifar.data.cifar_files import IMAGE_BYTES, DatasetSpec, FileLayout, MemberFile, file_error
 from fastcifar.data.safe_pickle import is_html_page
+from fastcifar.errors import DataError
 
+UNPACK_REMEDY = "unpack class folders of images, and give --data FOLDER"
 MAX_TAR_MEMBERS = 1000  # the official archives have 9
 # Types of members that describe the next one, such as its long name
 EXTENDED_TAR_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
@@ -52,6 +54,8 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
     """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has no layout."""
     with path.open("rb") as file:
         head = file.read(512)
+    if head[:2] == b"PK":
+        raise DataError(f"{path} is a .zip archive, expected a folder or a .tar.gz", UNPACK_REMEDY)
     if head[:2] != b"\x1f\x8b":
         kind = "an HTML page" if is_html_page(head) else "another kind of file" if head else "an empty file"
         raise file_error(f"{path} is {kind} (it starts with {head[:16]!r}), expected a .tar.gz")
@@ -82,7 +86,8 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
         raise file_error(f"{path} is truncated or damaged ({error}), expected a complete .tar.gz") from None
     if archive_layout is None:
         content = ", ".join(other_members) or "no files"
-        raise file_error(f"{path} contains {content}, expected {spec.python.folder}/ or {spec.binary.folder}/")
+        expected = f"expected {spec.python.folder}/ or {spec.binary.folder}/"
+        raise DataError(f"{path} contains {content}, {expected}", UNPACK_REMEDY)
 
 
 def _iter_tar_headers(stream: _SizeLimitedStream, path: Path) -> Iterator[tarfile.TarInfo]:

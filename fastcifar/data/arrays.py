@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastcifar.data.cifar_files import Dataset, SourceContents, Split
+from fastcifar.data.cifar_files import SourceContents, Split
 from fastcifar.data.image_files import RESIZE_REMEDY, resize_square
 from fastcifar.data.splits import split_80_10_10
 from fastcifar.errors import DataError, UserError, first_message_line
@@ -24,6 +24,7 @@ LAYOUTS = "uint8 of shape (N, 3072) planar, (N, 32, 32, 3) or (N, 3, 32, 32)"
 ARRAYS_REMEDY = f"give images as {LAYOUTS}, and labels as N integers from 0 on"
 NPZ_REMEDY = "save arrays by np.savez(FILE, train_images=..., train_labels=..., test_images=..., test_labels=...)"
 CLASSES_REMEDY = "give two or more different names of classes in the order of the labels"
+CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CIFAR-10.1/tree/master/datasets"
 MAX_CLASSES = 2**16
 SPLITS = ("train", "val", "test")
 KERAS_KEYS = {
@@ -37,42 +38,13 @@ KERAS_KEYS = {
 KEYS = ("images", "labels", *(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")), "classes")
 
 
-def dataset_from_arrays(
-    images: Any,
-    labels: Any,
-    *,
-    val_images: Any = None,
-    val_labels: Any = None,
-    test_images: Any = None,
-    test_labels: Any = None,
-    classes: Sequence[str] | None = None,
-    resize: int | None = None,
-    val_seed: int = 0,
-    source: str = "arrays",
-) -> Dataset:
-    """Return a data set of arrays: NumPy arrays, tensors on the CPU, or anything else that NumPy converts.
-
-    Images are uint8 [n, 32, 32, 3] or [n, 3, 32, 32]; with `resize=32` of any size, also gray ([n, h, w]). Labels are
-    integers [n] from 0 to the number of classes - 1. Without validation and test images, `images` are split 80/10/10
-    by `val_seed`; without validation images, a run takes its validation split from `images`. `classes`: names in the
-    order of the labels, by default the numbers. `source`: in messages. Raises `DataError` for anything else.
-    """
-    prefix = "" if val_images is None and test_images is None else "train_"
-    arrays = {
-        f"{prefix}images": images,
-        f"{prefix}labels": labels,
-        "val_images": val_images,
-        "val_labels": val_labels,
-        "test_images": test_images,
-        "test_labels": test_labels,
-        "classes": classes,
-    }
-    given = {key: value for key, value in arrays.items() if value is not None}
-    return parse_arrays(given, source, resize, val_seed).to_dataset("arrays", source, "arrays", own_images=True)
-
-
 def parse_arrays(arrays: Mapping[str, Any], source: str, resize: int | None, val_seed: int) -> SourceContents:
-    """Check arrays with the keys `KEYS`; return the splits and classes. Raises `DataError` that names the array."""
+    """Check arrays with the keys `KEYS`, and return the splits and classes. Raises `DataError` that names the array.
+
+    An array is a NumPy array, a tensor on the CPU, or anything else that NumPy converts. Images are uint8 in a layout
+    of `to_planar`, and labels are integers from 0 to the number of classes - 1. `images` and `labels` alone are split
+    80/10/10 by `val_seed`. `classes` are names in the order of the labels, by default the numbers.
+    """
     splits = {}
     for split in ("", *SPLITS):
         images_key, labels_key = (f"{split}_{kind}" if split else kind for kind in ("images", "labels"))
@@ -82,7 +54,7 @@ def parse_arrays(arrays: Mapping[str, Any], source: str, resize: int | None, val
         if images_key in arrays:
             name = f"{source}: {images_key}"
             images, _ = to_planar(_to_array(arrays[images_key], name), name, ARRAYS_REMEDY, resize)
-            labels = _check_labels(arrays[labels_key], len(images), f"{source}: {labels_key}")
+            labels = check_labels(arrays[labels_key], len(images), f"{source}: {labels_key}")
             splits[split] = Split(np.ascontiguousarray(images), labels)
     if not splits or ("" in splits and len(splits) > 1):
         keys = ", ".join(key for key in KEYS if key in arrays) or "none"
@@ -109,10 +81,10 @@ def _to_array(value: Any, name: str) -> np.ndarray:
         raise DataError(f"{name}: {first_message_line(error, type(error).__name__)}", ARRAYS_REMEDY) from None
 
 
-def _check_labels(values: Any, num_images: int, name: str) -> np.ndarray:
+def check_labels(values: Any, num_images: int, name: str) -> np.ndarray:
     """Return labels as int64 [num_images]; a second dimension of size 1 is dropped."""
     labels = _to_array(values, name)
-    if labels.dtype.kind not in "iu" or labels.shape not in ((num_images,), (num_images, 1)):
+    if labels.dtype.kind not in "iu" or not labels.size or labels.shape not in ((num_images,), (num_images, 1)):
         actual = f"{labels.dtype} {list(labels.shape)}"
         raise DataError(f"{name} is {actual}, expected {num_images:,} integers", ARRAYS_REMEDY)
     low, high = int(labels.min()), int(labels.max())
@@ -230,3 +202,11 @@ def open_npy(path: Path, remedy: str) -> np.ndarray:
     if array is None:
         raise DataError(f"no such file: {path}", remedy)
     return array
+
+
+def read_npy_pair(path: Path, classes: Sequence[str]) -> SourceContents:
+    """Read a test set in the format of CIFAR-10.1: `NAME_data.npy`, and `NAME_labels.npy` in the same folder."""
+    images = open_npy(path, CIFAR10_1_REMEDY)
+    labels = open_npy(path.with_name(f"{path.name.removesuffix('_data.npy')}_labels.npy"), CIFAR10_1_REMEDY)
+    arrays = {"test_images": images, "test_labels": labels, "classes": classes}
+    return parse_arrays(arrays, str(path), None, 0)

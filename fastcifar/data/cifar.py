@@ -139,6 +139,9 @@ def _identify_source(
     for name, other_spec in DATASETS.items():
         if name != dataset and _detect_source(path, other_spec) is not None:
             raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
+    if path.is_dir() and any(path.glob("*.npy")):
+        remedy = "give eval --corrupted FOLDER for CIFAR-10-C, and eval --data NAME_data.npy for CIFAR-10.1"
+        raise DataError(f"{path} contains .npy files, which are no training images", remedy)
     folders = f"{spec.python.folder}/, {spec.binary.folder}/, the files of these folders"
     others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png, <class>/*.png, *.npz"
     raise DataError(f"{path} contains no {dataset}; expected one of {folders}, {others}", DATA_REMEDY)
@@ -146,7 +149,7 @@ def _identify_source(
 
 def _detect_source(path: Path, spec: DatasetSpec) -> _DataSource | None:
     """Recognize official files."""
-    if path.is_file() and path.suffix != ".npz":
+    if path.is_file() and path.suffix not in (".npz", ".npy"):
         read = partial(read_official_files, spec, iter_tar_files(path, spec), path)
         return _DataSource("archive", path.resolve(), [path], read)
     for version, layout in (("Python", spec.python), ("binary", spec.binary)):
@@ -166,6 +169,12 @@ def _detect_own_images(path: Path, spec: DatasetSpec, val_seed: int, resize: int
     """Recognize class folders and .npz files."""
     resized = ", resized to 32x32" if resize else ""
     split = f", split 80/10/10 by --val-seed {val_seed}"
+    if path.suffix == ".npy":
+        if not path.name.endswith("_data.npy"):
+            raise DataError(f"{path} is not NAME_data.npy", "for CIFAR-10-C, give eval --corrupted FOLDER")
+        files = [path, path.with_name(path.name.replace("_data.npy", "_labels.npy"))]
+        read = partial(arrays.read_npy_pair, path, spec.default_class_names)
+        return _DataSource("test set of .npy files", path.resolve(), files, read)
     if path.is_file():
         split = split if "images" in arrays.list_npz(path) else ""
         read = partial(arrays.read_npz, path, resize, val_seed)
@@ -295,7 +304,7 @@ def _load_entry(entry: Path) -> SourceContents | None:
         names = [name.removesuffix("_images") for name in loaded if name.endswith("_images")]
         splits = {name: Split(loaded[f"{name}_images"], np.array(loaded[f"{name}_labels"])) for name in names}
         contents = SourceContents(splits, tuple(map(str, meta["classes"])), bool(meta["official"]), str(meta["note"]))
-        return contents if "train" in splits else None
+        return contents if splits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 

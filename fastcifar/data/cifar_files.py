@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
 
 IMAGE_BYTES = 3 * 32 * 32
+MAX_LISTED_CLASSES = 10  # in a line about the training images
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,37 @@ class Dataset:
         return digest.hexdigest()
 
     @property
+    def title(self) -> str:
+        """The name of the data set, or the kind of the source of own images."""
+        return self.source_type if self.own_images else self.name
+
+    @property
     def all_splits(self) -> dict[str, Split]:
-        """The splits by name: "train", and "val" and "test" if the data set has them."""
-        splits = {"train": self.train, "val": self.val, "test": self.test if len(self.test.labels) else None}
-        return {name: split for name, split in splits.items() if split is not None}
+        """Those of the splits "train", "val" and "test" that the data set has."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None and len(split.labels)}
+
+    def format_lines(self, train: Split, val: Split) -> list[str]:
+        """Return lines for the user about the images and classes of a run with these training and validation images."""
+        source = self.source if self.is_official or self.own_images else f"{self.source}, not the official files"
+        sizes = f"{len(train.labels):,} training, {len(val.labels):,} validation"
+        num_test_images = len(self.test.labels)
+        test = f"{num_test_images:,} test images" if num_test_images else "no test images, so test_acc will be null"
+        classes = [f"{label} {name} ({n:,})" for label, (name, n) in enumerate(self.count_by_class(train).items())]
+        classes[0] = f"{classes[0][:-1]} images)"
+        if len(classes) > MAX_LISTED_CLASSES:
+            classes[MAX_LISTED_CLASSES // 2 : -1] = ["..."]
+        return [f"data: {self.title} from {source}: {sizes}, {test}", f"classes: {', '.join(classes)}"]
+
+    def count_by_class(self, split: Split) -> dict[str, int]:
+        """Return the number of images of each class in `split`, by the name of the class, in the order of labels."""
+        counts = np.bincount(split.labels, minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
+
+    def require_training_images(self) -> None:
+        """Raise `DataError` if the data set has only a test set."""
+        if not len(self.train.labels):
+            raise DataError(f"{self.source} has no training images", "evaluate a run on it with eval RUN --data")
 
     def require_test_set(self) -> Split:
         """Return the test set. Raises `DataError` if the data set has none."""
@@ -101,12 +129,13 @@ class DatasetSpec:
     archive_md5: str
     label_key: str  # key of the labels in a pickled batch
     class_names_key: str  # key of the class names in the pickled meta file
-    label_bytes: int  # number of label bytes in a binary record; the last of them is the label
+    label_bytes: int  # number of label bytes in a binary record
     python: FileLayout
     binary: FileLayout
     class_names: tuple[str, ...] = ()  # class order for class folders; empty for alphabetical order
     split_digests: dict[str, str] = field(default_factory=dict)  # `split_digest` of each official split
     reordered_md5s: dict[str, str] = field(default_factory=dict)  # files with the official images in another order
+    label_index: int = -1  # of the label among the label bytes
 
     @property
     def default_class_names(self) -> list[str]:
@@ -173,6 +202,14 @@ DATASETS: dict[str, DatasetSpec] = {
         binary=FileLayout("cifar-100-binary", "cifar-100-binary.tar.gz", _CIFAR100_BINARY, "fine_label_names.txt"),
     ),
 }  # fmt: skip
+DATASETS["cifar100-coarse"] = replace(
+    DATASETS["cifar100"],
+    num_classes=20,
+    label_key="coarse_labels",
+    class_names_key="coarse_label_names",
+    label_index=0,
+    binary=replace(DATASETS["cifar100"].binary, meta_file="coarse_label_names.txt"),
+)
 
 # A file read from a folder or an archive: its layout, its name, its bytes.
 MemberFile = tuple[FileLayout, str, bytes]
@@ -248,7 +285,7 @@ def parse_batch(
             expected = f"{batch.num_images * record_bytes:,} ({batch.num_images:,} records of {record_bytes:,})"
             raise file_error(f"{file} has {len(content):,} bytes, expected {expected}")
         records = np.frombuffer(content, np.uint8).reshape(batch.num_images, record_bytes)
-        pixels, labels = records[:, spec.label_bytes :], records[:, spec.label_bytes - 1]
+        pixels, labels = records[:, spec.label_bytes :], records[:, : spec.label_bytes][:, spec.label_index]
     else:
         entries = _load_text_keys(content, file)
         if not {"data", spec.label_key} <= entries.keys():

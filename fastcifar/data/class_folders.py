@@ -23,7 +23,7 @@ from fastcifar.data.splits import split_80_10_10
 from fastcifar.errors import DataError, UsageError
 
 SPLIT_FOLDERS = ("train", "val", "test")
-_LAYOUT_REMEDY = "arrange them as train/<class>/*.png and test/<class>/*.png, 32x32 pixels"
+_LAYOUT_REMEDY = "arrange them as <class>/*.png, or train/<class>/*.png and test/<class>/*.png"
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,15 @@ def list_split_folders(path: Path, class_names: tuple[str, ...]) -> ClassFolders
 
 
 def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> ClassFolders | None:
-    """List the images in `<class>/`, a tenth for validation and a tenth for testing; None without two class folders.
+    """List the images in `<class>/`, a tenth for validation and a tenth for testing; None without class folders.
 
-    `seed` selects the images of each split, stratified by class.
+    `seed` selects the images of each split, stratified by class. Raises `DataError` if there is one class.
     """
     left_out = LeftOut()
     names = _list_subfolders(path, left_out, "not in a class folder")
     with_images = [name for name in names if any(map(_has_image_suffix, (path / name).iterdir()))]
+    if len(with_images) == 1 and set(SPLIT_FOLDERS).isdisjoint(names):
+        raise DataError(f"{path} has images of one class, {with_images[0]}, expected two or more", _LAYOUT_REMEDY)
     if len(with_images) < 2 or not set(SPLIT_FOLDERS).isdisjoint(names):
         return None
     classes = class_names if sorted(class_names) == sorted(names) else tuple(names)

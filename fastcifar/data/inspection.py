@@ -15,7 +15,13 @@ from fastcifar.data import augment, cifar
 from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.normalization import ChannelValues, channel_mean_std, mean_color, normalization_mean_std
+from fastcifar.data.normalization import (
+    ChannelValues,
+    channel_mean_std,
+    mean_color,
+    normalization_mean_std,
+    with_own_normalization,
+)
 from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
@@ -40,13 +46,14 @@ class DatasetDescription(TypedDict):
     """
 
     dataset: str
+    title: str  # the name, or the kind for own images
     kind: str
     source: str
     official: bool
     classes: list[str]
     splits: dict[str, SplitDescription]  # "train", and "val" and "test" if the data set has them
     digest: str  # SHA-256 of the images and labels for training and validation
-    mean: ChannelValues
+    mean: ChannelValues  # of the training images, or of those of a test set alone
     std: ChannelValues
     cache: str | None
 
@@ -64,15 +71,15 @@ class GridsDescription(TypedDict):
 def verify_dataset(recipe: Recipe) -> DatasetDescription:
     """Read and check the files of the recipe's data set, even if they are cached, and return their description."""
     data = cifar.load_recipe_dataset(recipe, refresh_cache=True)
-    images = data.train.images
+    images = data.all_splits.get("train", data.test).images
     mean, std = channel_mean_std(images)
     splits: dict[str, SplitDescription] = {}
     for name, split in data.all_splits.items():
-        counts = np.bincount(split.labels, minlength=len(data.classes)).tolist()
-        per_class = dict(zip(data.classes, counts, strict=True))
-        splits[name] = {"shape": list(split.images.shape), "dtype": str(split.images.dtype), "per_class": per_class}
+        shape, dtype, per_class = list(split.images.shape), str(split.images.dtype), data.count_by_class(split)
+        splits[name] = {"shape": shape, "dtype": dtype, "per_class": per_class}
     return {
         "dataset": data.name,
+        "title": data.title,
         "kind": data.source_type,
         "source": data.source,
         "official": data.is_official,
@@ -93,6 +100,8 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     if not 1 <= count <= MAX_GRID_IMAGES:
         raise UsageError(f"--count {count} is out of range", f"choose 1 to {MAX_GRID_IMAGES}")
     data = cifar.load_recipe_dataset(recipe)
+    data.require_training_images()
+    recipe = with_own_normalization(recipe, data)
     indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
     indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
     images = torch.from_numpy(data.train.images[indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastcifar.data.cifar_files import Dataset
 from fastcifar.errors import UsageError, lookup
 from fastcifar.recipe import Recipe
 
@@ -45,17 +46,30 @@ def channel_mean_std(images: np.ndarray) -> tuple[ChannelValues, ChannelValues]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def with_own_normalization(recipe: Recipe, data: Dataset) -> Recipe:
+    """Return `recipe` with the "MEAN:STD" of all training images for `auto`, if they are own images.
+
+    Both have eight decimals, which are what the run uses. A channel with a single value has the standard deviation 1.
+    """
+    if recipe.normalize != "auto" or not data.own_images:
+        return recipe
+    mean, std = channel_mean_std(data.train.images)
+    values = [round(value, 8) for value in mean], [round(value, 8) or 1.0 for value in std]
+    return recipe.model_copy(update={"normalize": ":".join(",".join(map(str, numbers)) for numbers in values)})
+
+
 def normalization_mean_std(recipe: Recipe) -> tuple[ChannelValues, ChannelValues]:
     """Return the mean and standard deviation of each channel that a recipe uses, for pixels in [0, 1]."""
     return parse_normalization(normalization_name(recipe))
 
 
 def normalization_name(recipe: Recipe) -> str:
-    """Return the name or "MEAN:STD" that a recipe uses; `auto` is the data set's own normalization."""
+    """Return the name or "MEAN:STD" that a recipe uses; `auto` is that of the CIFAR data set."""
     if recipe.normalize != "auto":
         return recipe.normalize
     # Coconut networks were published with "kuangliu".
-    return "kuangliu" if recipe.dataset == "cifar10" and recipe.arch.startswith("coconut") else recipe.dataset
+    is_coconut = recipe.dataset == "cifar10" and recipe.arch.startswith("coconut")
+    return "kuangliu" if is_coconut else recipe.dataset.removesuffix("-coarse")
 
 
 def mean_color(mean: ChannelValues) -> tuple[int, int, int]:

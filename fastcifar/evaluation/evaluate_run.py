@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -14,20 +14,22 @@ from rich.progress import track
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data.cifar import DATASETS, Split
+from fastcifar.data.cifar import Split
 from fastcifar.data.normalization import normalization_name
-from fastcifar.errors import DataError
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from fastcifar.evaluation.load_run import LoadedModel, load_model
-from fastcifar.files import open_regular_file
+from fastcifar.evaluation.published_test_sets import (
+    BENCHMARK_CORRUPTIONS,
+    CorruptedImages,
+    load_cifar10_1,
+    open_corrupted,
+)
 from fastcifar.training.evaluate import VIEWS, compute_confusion_matrix, compute_scores, reliability_bins
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined
 PER_CLASS_METRICS = ("per_class", "precision_per_class", "recall_per_class", "f1_per_class")
-CIFAR10_1_VERSIONS = ("cifar10.1_v6", "cifar10.1_v4")  # v6 first: it is class-balanced and recommended by its authors
 CORRUPTION_SEED = 0  # fixed, so that all runs are compared on the same images
-CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CIFAR-10.1/tree/master/datasets"
 
 
 class ShiftedResult(TypedDict):
@@ -45,9 +47,10 @@ class ShiftedResult(TypedDict):
 class CorruptionsResult(TypedDict):
     """The accuracies on corrupted test images."""
 
-    mean_acc: float  # not the mean corruption error, which is relative to a reference network
+    source: str  # folder of the official files, or "computed"
+    mean_acc: float  # of the benchmark; not the mean corruption error, which is relative to a reference network
     acc: dict[str, list[float]]  # of each corruption by severity
-    seed: int
+    seed: int | None  # of the random numbers of computed corruptions
 
 
 class LogitMetrics(TypedDict):
@@ -83,7 +86,8 @@ class EvalResult(LogitMetrics):
     tta: str
     temperature_missing: str | None  # the reason why there is no temperature
     shifted: ShiftedResult | None
-    corruptions: CorruptionsResult | None
+    corruptions: CorruptionsResult | None  # computed here
+    corrupted: CorruptionsResult | None  # official files
     plots: str | None
     arch: str
     eval_weights: str
@@ -102,13 +106,15 @@ def evaluate_run(
     plots_dir: Path | None = None,
     shifted_dir: Path | None = None,
     with_corruptions: bool = False,
+    corrupted_dir: Path | None = None,
     console: Console | None = None,
     **overrides: Any,
 ) -> EvalResult:
     """Evaluate the network of `run` on the test set, if there is one, and on the validation split of the run.
 
     The plots reliability.png and confusion.png are written to `plots_dir`. The network is also evaluated on
-    CIFAR-10.1 if its folder `shifted_dir` is given, and on corrupted images if requested. See also `load_model`.
+    CIFAR-10.1 if its folder `shifted_dir` is given, on CIFAR-10-C or CIFAR-100-C in `corrupted_dir`, and on corrupted
+    test images if requested. See also `load_model`.
     """
     loaded = run if isinstance(run, LoadedModel) else load_model(run, eval_weights, arch, **overrides)
     data, tta, classes = loaded.load_dataset(), loaded.recipe.tta, loaded.classes
@@ -117,10 +123,12 @@ def evaluate_run(
     if plots_dir is not None:
         plotting.create_plots_dir(plots_dir)
     shifted = load_cifar10_1(shifted_dir, classes) if shifted_dir else None
+    corrupted = open_corrupted(corrupted_dir, classes, loaded.recipe.dataset) if corrupted_dir else None
     validation, temperature_missing = loaded.validation_split(data)
     num_passes = 1 + len(VIEWS[tta]) * (tta != "none") + len(CORRUPTIONS) * len(SEVERITIES) * with_corruptions
     extra_sets = [validation, shifted[1]] if shifted else [validation]
-    loaded.compile_for(num_passes * len(data.test.labels) + sum(len(split.labels) for split in extra_sets), console)
+    num_images = sum(len(split.labels) for split in extra_sets) + (corrupted.num_images if corrupted else 0)
+    loaded.compile_for(num_passes * len(data.test.labels) + num_images, console)
     labels, validation_labels = torch.from_numpy(data.test.labels), torch.from_numpy(validation.labels)
     logits = loaded.predict_logits(data.test) if len(labels) else torch.empty(0, len(classes))
     temperature = val_acc = None
@@ -140,6 +148,7 @@ def evaluate_run(
         "temperature_missing": None if temperature else temperature_missing,
         "shifted": _evaluate_shifted(loaded, *shifted) if shifted else None,
         "corruptions": _evaluate_corruptions(loaded, data.test, console) if with_corruptions else None,
+        "corrupted": _evaluate_corrupted(loaded, corrupted, console) if corrupted else None,
         "plots": str(plots_dir) if plots_dir else None,
         "arch": loaded.recipe.arch,
         "eval_weights": loaded.weights,
@@ -195,34 +204,6 @@ def _save_plots(folder: Path, logits: Tensor, labels: Tensor, classes: list[str]
     plotting.plot_confusion_matrix(folder / "confusion.png", confusion_matrix, classes)
 
 
-def load_cifar10_1(folder: Path, classes: list[str]) -> tuple[str, Split]:
-    """Return the version name and the images of CIFAR-10.1 (Recht et al. 2018) in `folder`, preferring v6 over v4."""
-    if tuple(classes) != DATASETS["cifar10"].class_names:
-        raise DataError("CIFAR-10.1 has the classes of CIFAR-10, but the run has other classes", "omit --shifted")
-    versions = [version for version in CIFAR10_1_VERSIONS if os.path.isfile(folder / f"{version}_data.npy")]
-    if not versions:
-        raise DataError(f"no {CIFAR10_1_VERSIONS[0]}_data.npy in {folder}", CIFAR10_1_REMEDY)
-    arrays = []
-    images_path, labels_path = paths = [folder / f"{versions[0]}_{content}.npy" for content in ("data", "labels")]
-    for path in paths:
-        try:
-            with open_regular_file(path) as file:
-                arrays.append(np.lib.format.read_array(file, allow_pickle=False))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}", CIFAR10_1_REMEDY) from None
-    images, labels = arrays
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
-        actual = f"{images.dtype} {list(images.shape)}"
-        raise DataError(f"{images_path} is {actual}, expected uint8 [n, 32, 32, 3]", CIFAR10_1_REMEDY)
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        expected = f"expected {len(images):,} integers"
-        raise DataError(f"{labels_path} is {labels.dtype} {list(labels.shape)}, {expected}", CIFAR10_1_REMEDY)
-    if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-        actual = f"labels from {labels.min()} to {labels.max()}"
-        raise DataError(f"{labels_path} contains {actual}, expected 0 to 9", CIFAR10_1_REMEDY)
-    return versions[0], Split(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64))
-
-
 def _evaluate_shifted(loaded: LoadedModel, name: str, split: Split) -> ShiftedResult:
     scores = loaded.evaluate(split)
     return {
@@ -245,10 +226,26 @@ def _evaluate_corruptions(loaded: LoadedModel, split: Split, console: Console | 
 
         return replace(loaded, forward=forward).evaluate(split).accuracy
 
+    accuracies = {
+        name: [accuracy(CORRUPTIONS[name], severity) for severity in SEVERITIES]
+        for name in _track_corruptions(CORRUPTIONS, console)
+    }
+    mean_acc = float(np.mean(list(accuracies.values())))
+    return {"source": "computed", "mean_acc": mean_acc, "acc": accuracies, "seed": CORRUPTION_SEED}
+
+
+def _evaluate_corrupted(loaded: LoadedModel, files: CorruptedImages, console: Console | None) -> CorruptionsResult:
+    accuracies = {
+        name: [loaded.evaluate(files.split(name, severity)).accuracy for severity in SEVERITIES]
+        for name in _track_corruptions(files.images, console)
+    }
+    mean_acc = float(np.mean([accuracies[name] for name in BENCHMARK_CORRUPTIONS]))
+    return {"source": files.folder, "mean_acc": mean_acc, "acc": accuracies, "seed": None}
+
+
+def _track_corruptions(names: Iterable[str], console: Console | None) -> Iterable[str]:
     no_progress_bar = console is None or not console.is_terminal
-    names = track(CORRUPTIONS, "corruptions", console=console, disable=no_progress_bar, transient=True)
-    accuracies = {name: [accuracy(CORRUPTIONS[name], severity) for severity in SEVERITIES] for name in names}
-    return {"mean_acc": float(np.mean(list(accuracies.values()))), "acc": accuracies, "seed": CORRUPTION_SEED}
+    return track(list(names), "corruptions", console=console, disable=no_progress_bar, transient=True)
 
 
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:

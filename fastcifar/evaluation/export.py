@@ -64,7 +64,7 @@ MODEL_INDEX = """model-index:
 - name: {arch}
   results:
   - task: {{type: image-classification, name: Image Classification}}
-    dataset: {{type: {dataset}, name: {dataset}, split: test}}
+    dataset: {{type: "{dataset}", name: "{dataset}", split: test}}
     metrics:
     - {{type: accuracy, name: Test accuracy, value: {accuracy}}}
 """
@@ -283,7 +283,7 @@ def _write_model_card(
     recipe = loaded.recipe
     mean, std = ("(" + ", ".join(f"{x:.4f}" for x in values) + ")" for values in normalization_mean_std(recipe))
     sections = {
-        f"{recipe.arch} on {recipe.dataset}": [
+        f"{recipe.arch} on {data.title}": [
             f"file: `{Path(result['file']).name}` ({format}), {result['bytes']:,} bytes, SHA-256 `{result['sha256']}`",
             f"network: {count_parameters(loaded.model):,} trainable parameters, "
             f"{count_macs(loaded.model) / 1e6:.2f} M multiply-accumulates per image (convolutions and linear layers)",
@@ -296,7 +296,9 @@ def _write_model_card(
             f"weights: {loaded.weights}, from `{loaded.checkpoint_path.name}`; exported by fastcifar {__version__}",
         ],
         "Data": [
-            f"{data.name}, {'' if data.is_official else 'not '}the official files: {data.source_type}",
+            data.title
+            if data.own_images
+            else f"{data.name}, {'' if data.is_official else 'not '}the official files: {data.source_type}",
             *(
                 f"{name}: {len(split.labels):,} images, MD5 of the pixels `{_md5(split.images)}`, MD5 of the labels "
                 f"`{_md5(split.labels)}`"
@@ -313,8 +315,8 @@ def _write_model_card(
         "Limitations": [
             "The model predicts one of these classes for every image. Images are 32 x 32 pixels; a larger image has "
             "to be resized, and then differs from the training images.",
-            "The model was trained on photographs like those of CIFAR. It is less accurate on noisy or blurred "
-            "images, images of other cameras, and drawings.",
+            "The model is less accurate on images that differ from the training images: noisy or blurred ones, images "
+            "of other cameras, and drawings.",
             "This is one run with one seed; the accuracy of other seeds differs by a few tenths of a percent.",
         ],
     }

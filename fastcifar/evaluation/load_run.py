@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,12 @@ class LoadedModel:
     def load_dataset(self) -> Dataset:
         """Load the data set of the recipe. Raises `DataError` if its classes, in their order, are not the network's."""
         data = cifar.load_recipe_dataset(self.recipe)
-        if self.weights == "published" and self.classes == DATASETS["cifar100"].default_class_names:
+        spec = DATASETS[self.recipe.dataset]
+        if self.weights == "published" and not spec.class_names and self.classes == spec.default_class_names:
             self.classes = list(data.classes)[: len(self.classes)]  # the checkpoint does not name them
         if list(data.classes) != self.classes:
-            problem = f"the classes of {data.source} are not those that {self.checkpoint_path} was trained on"
+            expected = f"those that {self.checkpoint_path} was trained on ({_list_names(self.classes)})"
+            problem = f"the classes of {data.source} ({_list_names(data.classes)}) are not {expected}"
             raise DataError(problem, "give --data for the data set the run was trained on")
         return data
 
@@ -73,7 +76,7 @@ class LoadedModel:
             reason = "the checkpoint does not record a validation split"
         elif recipe.val_size == 0:
             reason = "the run had no validation split"
-        elif not self.is_trained_on(data):
+        elif not len(train.labels) or not self.is_trained_on(data):
             reason = f"the run was trained on other images or labels than those of {data.source}, or in another order"
         elif recipe.val_size is not None and data.val is not None:
             reason = f"{data.source} has its own validation split, which the run did not use"
@@ -112,6 +115,10 @@ class LoadedModel:
         return evaluate.compute_scores(self.predict_logits(split, tta), torch.from_numpy(split.labels))
 
 
+def _list_names(names: Sequence[str], count: int = 10) -> str:
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
+
+
 def load_model(run: str, eval_weights: str | None = None, arch: str | None = None, **overrides: Any) -> LoadedModel:
     """Load the network of `run`: a run folder, or a checkpoint file of this or another project.
 
@@ -126,6 +133,8 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     if eval_weights == "best":
         path = checkpoint.resolve_checkpoint_path(run, "best")
         saved = checkpoint.load_any_checkpoint(path, arch)
+    if overrides.get("normalize") == "auto" and "format" in saved:
+        overrides["normalize"] = None  # a run records what it was trained with
     overrides = {name: value for name, value in overrides.items() if value is not None}
     lookup(EVAL_WEIGHTS, eval_weights, "weights")
     Recipe(**overrides)  # first without the checkpoint, so that the error does not name it

@@ -25,7 +25,7 @@ from fastcifar.training.distributed import World, get_world
 from fastcifar.training.fine_tuning import LoadedInit, absolute_init_path, freeze, load_init
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
-from fastcifar.training.resolve import Resolved, check_network, model_from_recipe
+from fastcifar.training.resolve import Resolved, check_network, model_from_recipe, resolve_for_data
 from fastcifar.training.rng_state import seed_all
 from fastcifar.training.step import Ema, Meter, build_forward, scale_and_shift
 from fastcifar.training.trainer import Trainer
@@ -55,6 +55,8 @@ def build_trainer(
     compilation.configure_process(execution)
     data = data or cifar.load_recipe_dataset(recipe)
     data = data if use_val_folder else replace(data, val=None)
+    resolved = resolve_for_data(resolved, data)
+    recipe = resolved.recipe
     model, num_params, init = _build_network(resolved, data.classes, device, world)
     optimizer = OptimizerWrapper(model, recipe, resolved.optimizer)
     forward = build_forward(model, resolved.mean, resolved.std, execution.precision, device)

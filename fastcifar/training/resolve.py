@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE, AugmentOp, parse_augment, split_mixer
-from fastcifar.data.cifar import DATASETS
+from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.loaders import LOADERS
-from fastcifar.data.normalization import normalization_mean_std
+from fastcifar.data.normalization import normalization_mean_std, with_own_normalization
 from fastcifar.device import ExecutionPlan, choose_execution
 from fastcifar.errors import UsageError, lookup
 from fastcifar.models import (
@@ -116,6 +116,20 @@ def resolve(
         trackers=tuple(trackers.parse_tracker_names(recipe.track)),
         is_resumed=is_resumed,
     )
+
+
+def resolve_for_data(resolved: Resolved, data: Dataset) -> Resolved:
+    """Return `resolved` with the normalization that `auto` is for own images, whose values its recipe then records.
+
+    A resumed run keeps its normalization, also if an earlier version trained it with that of CIFAR. Raises `DataError`
+    without training images.
+    """
+    data.require_training_images()
+    if resolved.is_resumed:
+        return resolved
+    recipe = with_own_normalization(resolved.recipe, data)
+    mean, std = normalization_mean_std(recipe)
+    return replace(resolved, recipe=recipe, mean=mean, std=std)
 
 
 def check_network(

@@ -280,6 +280,8 @@ def merge_resumed_recipe(
     was_default = val_size is None or num_images is None or val_size == default_val_size(num_images + val_size)
     if recipe.val_size is None and was_default:
         requested.pop("val_size", None)  # a run records the size that was the default for its data set
+    if recipe.normalize == "auto" and ":" in str(saved.get("normalize")):
+        requested.pop("normalize", None)  # a run records the values that were computed from its images
     original = {**Recipe().model_dump(mode="json"), **saved}
     saved = {**original, "max_steps": None, "data": cifar.saved_data_path(original["data"])}
     if "data" in requested:

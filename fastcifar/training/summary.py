@@ -58,6 +58,7 @@ class RunSummary(BaseModel):
     correct: Count | None
     total: Count | None
     ece: float | None  # expected calibration error
+    classes: dict[str, Count] = {}  # number of training images of each class, in the order of the labels
     per_class: dict[str, Fraction | None]  # empty if there is no test set
     confusion: list[list[Count]] = []  # a row for each label and a column for each predicted class
     official_data: bool
@@ -127,6 +128,7 @@ def summarize_run(
         correct=scores and scores.correct,
         total=scores and scores.total,
         ece=scores and scores.ece,
+        classes=trainer.data.count_by_class(trainer.train_split),
         per_class=dict(zip(trainer.data.classes, scores.per_class, strict=True)) if scores else {},
         confusion=scores.confusion if scores else [],
         official_data=trainer.data.is_official,

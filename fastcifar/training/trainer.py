@@ -105,13 +105,10 @@ class Trainer:
         return min(self.total_steps, self.recipe.max_steps or self.total_steps)
 
     def summary_lines(self) -> list[str]:
-        official = "" if self.data.is_official else ", not the official files"
-        test = f"{n:,} test images" if (n := len(self.data.test.labels)) else "no test images, so test_acc will be null"
         trained = f", {count_parameters(self.model):,} of them trained" if self.recipe.freeze != "none" else ""
         scheduled = f"{self.optimizer.spec.name} schedules its learning rate itself, in addition to --schedule"
         return [
-            f"data: {self.data.name} from {self.data.source}{official}: {len(self.train_split.labels):,} training, "
-            f"{len(self.val_split.labels):,} validation, {test}",
+            *self.data.format_lines(self.train_split, self.val_split),
             f"network: {self.recipe.arch}, {self.num_params:,} parameters{trained}",
             *self.init.lines,
             f"recipe: {format_options(self.recipe.non_default_options()) or 'defaults'}",

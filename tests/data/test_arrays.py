@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastcifar.data import cifar
-from fastcifar.data.arrays import dataset_from_arrays, open_npy
+from fastcifar.data.arrays import open_npy
+from fastcifar.data.python_data import to_dataset
 from fastcifar.errors import DataError
 
 RNG = np.random.default_rng(5)
@@ -73,18 +73,8 @@ def test_images_and_labels_alone_are_split_80_10_10_by_the_seed(tmp_path: Path) 
     assert [np.bincount(split.labels).tolist() for split in data.all_splits.values()] == [[8] * 3, [1] * 3, [1] * 3]
     assert len(np.unique(np.concatenate([split.images for split in data.all_splits.values()]), axis=0)) == 30
     assert data.digest == same.digest != other.digest
-    assert dataset_from_arrays(IMAGES, LABELS, source=data.source).digest == data.digest
+    assert to_dataset((IMAGES, LABELS)).digest == data.digest
     assert data.classes == ("0", "1", "2")
-
-
-def test_arrays_from_python_may_be_tensors_and_lists() -> None:
-    labels = [int(label) for label in LABELS]
-    data = dataset_from_arrays(
-        torch.from_numpy(IMAGES), labels, test_images=IMAGES[:3], test_labels=torch.arange(3), classes=("a", "b", "c")
-    )
-    assert (len(data.train.labels), data.val, len(data.test.labels)) == (30, None, 3)
-    assert np.array_equal(data.train.images, IMAGES)
-    assert data.train.images.flags.c_contiguous
 
 
 def test_resize_treats_arrays_as_image_files_are_treated(tmp_path: Path) -> None:
@@ -98,8 +88,7 @@ def test_resize_treats_arrays_as_image_files_are_treated(tmp_path: Path) -> None
     data = load(tmp_path / "a.npz", resize=32)
     assert data.source_type == ".npz file, resized to 32x32"
     assert np.array_equal(data.train.images[[0, 2, 1, 3]], files.train.images)
-    first = dataset_from_arrays(images.transpose(0, 3, 1, 2), [0, 1, 0, 1], resize=32, test_images=images[:2],
-                                test_labels=[0, 1])  # fmt: skip
+    first = to_dataset({"train": (images.transpose(0, 3, 1, 2), [0, 1, 0, 1])}, resize=32)
     assert np.array_equal(first.train.images, data.train.images)
     square = Image.fromarray(images[0]).resize((32, 32), Image.Resampling.BICUBIC, box=(12, 0, 52, 40))
     assert np.array_equal(data.train.images[0].transpose(1, 2, 0), np.asarray(square))

@@ -238,7 +238,7 @@ def test_fault11_invalid_archives_are_refused(tiny_cifar, cache: Path, tmp_path:
     cases = {
         b"": "an empty file",
         b"<html>not found</html>": "an HTML page",
-        b"PK\x03\x04": "another kind of file",
+        b"PK\x03\x04": "is a .zip archive, .*; unpack class folders",
         valid[: len(valid) // 2]: "truncated or damaged",
         valid[:-4]: "truncated or damaged",
         valid[:-8] + b"\0\0\0\0" + valid[-4:]: "truncated or damaged",
@@ -296,8 +296,13 @@ def test_errors_for_wrong_paths_give_a_remedy(tiny_cifar, cache: Path, tmp_path:
         cifar.load_dataset(str(tiny_cifar.root), "cifar-10", cache_dir=cache)
 
 
-def test_cifar100_uses_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path):
-    spec = cifar.DATASETS["cifar100"]
+@pytest.mark.parametrize(
+    ("dataset", "kind", "num_classes"), [("cifar100", "fine", 100), ("cifar100-coarse", "coarse", 20)]
+)
+def test_cifar100_has_fine_and_coarse_labels(
+    monkeypatch, cache: Path, tmp_path: Path, dataset: str, kind: str, num_classes: int
+):
+    spec = cifar.DATASETS[dataset]
     sizes = {"train": 200, "test": 100}
     layouts = {
         version: dataclasses.replace(
@@ -306,14 +311,14 @@ def test_cifar100_uses_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path)
         )
         for version in ("python", "binary")
     }
-    monkeypatch.setitem(cifar.DATASETS, "cifar100", dataclasses.replace(spec, **layouts))
-    names = [f"fine_{k:02d}" for k in range(100)]
+    monkeypatch.setitem(cifar.DATASETS, dataset, dataclasses.replace(spec, **layouts))
+    names = {"fine": [f"fine_{k:02d}" for k in range(100)], "coarse": [f"coarse_{k:02d}" for k in range(20)]}
     rng = np.random.default_rng(0)
     for version, layout in layouts.items():
         folder = tmp_path / layout.folder
         folder.mkdir()
         for batch in layout.batches:
-            fine, coarse = np.arange(batch.num_images) % 100, np.arange(batch.num_images) % 20
+            fine, coarse = np.arange(batch.num_images) % 100, (np.arange(batch.num_images) + 3) % 20
             data = rng.integers(0, 256, (batch.num_images, 3072), dtype=np.uint8)
             if version == "python":
                 content = {b"data": data, b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist()}
@@ -321,13 +326,15 @@ def test_cifar100_uses_the_fine_labels(monkeypatch, cache: Path, tmp_path: Path)
             else:
                 (folder / batch.name).write_bytes(np.column_stack([coarse, fine, data]).astype(np.uint8).tobytes())
         if version == "python":
-            (folder / layout.meta_file).write_bytes(pickle.dumps({b"fine_label_names": names}, 2))
+            meta = {f"{name}_label_names".encode(): values for name, values in names.items()}
+            (folder / "meta").write_bytes(pickle.dumps(meta, 2))
         else:
-            (folder / layout.meta_file).write_text("\n".join(names))
+            for name, values in names.items():
+                (folder / f"{name}_label_names.txt").write_text("\n".join(values))
         with pytest.warns(UserWarning, match="not the official data set"):
-            loaded = cifar.load_dataset(str(folder), "cifar100", cache_dir=cache)
-        assert loaded.classes == tuple(names)
-        assert loaded.train.labels.tolist() == [k % 100 for k in range(200)]
+            loaded = cifar.load_dataset(str(folder), dataset, cache_dir=cache)
+        assert loaded.classes == tuple(names[kind])
+        assert loaded.train.labels.tolist() == [(k + 3 * (kind == "coarse")) % num_classes for k in range(200)]
 
 
 def write_pngs(root: Path, names: tuple[str, ...], splits: tuple[str, ...] = ("train", "test")) -> np.ndarray:

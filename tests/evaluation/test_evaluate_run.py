@@ -20,8 +20,9 @@ from fastcifar.data import cifar, splits
 from fastcifar.data.cifar import Split
 from fastcifar.errors import CheckpointError, DataError, DeviceError, DiskError
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from fastcifar.evaluation.evaluate_run import apply_corruption, evaluate_run, load_cifar10_1
+from fastcifar.evaluation.evaluate_run import apply_corruption, evaluate_run
 from fastcifar.evaluation.load_run import load_model
+from fastcifar.evaluation.published_test_sets import load_cifar10_1
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.train import train
@@ -139,7 +140,7 @@ def test_temperature_is_fitted_on_the_validation_split(tiny: Callable[..., Recip
     without = evaluate_run(train(tiny(val_size=0, out=str(tmp_path / "all"))).run)
     assert without["temperature"] is without["ece_scaled"] is without["loss_scaled"] is None
     assert without["temperature_missing"] == "the run had no validation split"
-    assert without["shifted"] is without["corruptions"] is without["plots"] is None
+    assert without["shifted"] is without["corruptions"] is without["corrupted"] is without["plots"] is None
     data = cifar.load_dataset("synthetic:200")
     _, validation_indices = splits.stratified_split(data.train.labels, 40, 0)
     loaded = load_model(with_split["checkpoint"])
@@ -161,20 +162,20 @@ def test_invalid_cifar10_1_files_are_refused(tmp_path: Path) -> None:
     assert (name, split.images.shape, split.labels.dtype) == ("cifar10.1_v4", (20, 3, 32, 32), np.int64)
     for folder, bad_images, bad_labels, message in (
         ("floats", images.astype(np.float32), labels, "expected uint8"),
-        ("planar", images.transpose(0, 3, 1, 2), labels, "expected uint8"),
-        ("none", images[:0], labels[:0], "expected uint8"),
+        ("28x28", images[:, :28, :28], labels, "images of 28x28 pixels"),
+        ("none", images[:0], labels[:0], "contains no images"),
         ("fewer", images, labels[:19], "expected 20 integers"),
         ("fractions", images, labels / 2, "expected 20 integers"),
-        ("eleven", images, labels + 1, "labels from 1 to 10"),
-        ("below", images, labels - 1, "labels from -1 to 8"),
-        ("objects", images, np.array([{}] * 20), "cannot read"),
+        ("eleven", images, labels + 1, "labels of 11 classes and 10 names"),
+        ("below", images, labels - 1, "the label -1"),
+        ("objects", images, np.array([{}] * 20), "can be read safely"),
     ):
         with pytest.raises(DataError, match=message):
             load_cifar10_1(save_cifar10_1(tmp_path / folder, bad_images, bad_labels), CLASSES)
     with pytest.raises(DataError, match=r"no cifar10.1_v6_data.npy"):
         load_cifar10_1(tmp_path, CLASSES)
     (tmp_path / "good" / "cifar10.1_v4_labels.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="can be read safely"):
         load_cifar10_1(tmp_path / "good", CLASSES)
     with pytest.raises(DataError, match="the run has other classes"):
         load_cifar10_1(tmp_path / "good", CLASSES[::-1])

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastcifar.data import archives, cifar_files, image_files
+from fastcifar.data import archives, arrays, cifar_files, image_files
 from fastcifar.data.cifar_files import DATASETS, DatasetSpec, FileLayout
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import UserError
@@ -211,6 +211,12 @@ def encoded_image(image_format: str, mode: str) -> bytes:
     return file.getvalue()
 
 
+def numpy_file(save: Callable[..., None], *args: Any, **arrays: Any) -> bytes:
+    file = io.BytesIO()
+    save(file, *args, **arrays)
+    return file.getvalue()
+
+
 # format -> the modes in which Pillow writes it
 IMAGE_MODES = {
     "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
@@ -237,6 +243,7 @@ def report_reader(name: str) -> Callable[[Path, bytes], Any]:
     return reader
 
 
+PIXELS = np.arange(6 * 3072, dtype=np.uint32).astype(np.uint8).reshape(6, 32, 32, 3)
 STATE = {"recipe": {"arch": "x"}, "model": {"weight": torch.arange(6.0)}, "step": 3, "more": [None, True, (1, "a")]}
 CSV = (
     ",".join(metrics_file.METRICS_COLUMNS)
@@ -261,6 +268,12 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], Any]]] = {
                 file_reader("a.tar.gz", lambda path: list(archives.iter_tar_files(path, SPEC)))),
     "image": ([encoded_image(name, mode) for name, modes in IMAGE_MODES.items() for mode in modes],
               file_reader("a.png", image_files.decode_image)),
+    ".npz": ([numpy_file(save, train_images=PIXELS, train_labels=np.arange(6) % 2, classes=["cat", "dog"])
+              for save in (np.savez, np.savez_compressed)]
+             + [numpy_file(np.savez, images=PIXELS[:, :20, :24], labels=np.arange(6) % 2)],
+             file_reader("a.npz", lambda path: arrays.read_npz(path, 32, 0))),
+    ".npy": ([numpy_file(np.save, PIXELS), numpy_file(np.save, PIXELS.reshape(6, 3072))],
+             file_reader("a.npy", lambda path: arrays.to_planar(arrays.open_npy(path, ""), "a.npy", ""))),
     "checkpoint": (torch_files(STATE, {"net": STATE["model"], "acc": np.float64(91.2), "epoch": 7}),
                    file_reader("a.pt", lambda path: checkpoint.read_checkpoint(path, allow_foreign=True))),
     "manifest": ([json.dumps({"last.pt": {"bytes": 3, "sha256": "ab"}}).encode()],
