@@ -52,6 +52,7 @@ def write_corrupted(folder: Path, images: np.ndarray, labels: np.ndarray) -> Pat
     return folder
 
 
+@pytest.mark.medium
 def test_corrupted_images_of_every_file_and_severity_are_evaluated(run: str, tmp_path: Path) -> None:
     test = cifar.load_dataset("synthetic:200").test
     folder = write_corrupted(tmp_path / "c", test.images, test.labels)
@@ -124,6 +125,7 @@ def test_cifar100_c_is_for_runs_with_100_classes(tmp_path: Path) -> None:
         open_corrupted(folder, names[:20], "cifar100-coarse")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("version", "label_type"), [("v4", np.int64), ("v6", np.int32)])
 def test_cifar10_1_can_take_the_place_of_the_test_set(run: str, tmp_path: Path, version: str, label_type: Any) -> None:
     test = cifar.load_dataset("synthetic:200").test

@@ -54,6 +54,7 @@ def make(tiny: MakeRecipe, photos: Path) -> MakeRecipe:
     return lambda **changes: tiny(**{"data": str(photos), "resize": 32, "val_size": None, "batch_size": 16, **changes})
 
 
+@pytest.mark.medium
 def test_own_images_are_normalized_by_their_own_mean_and_std(make: MakeRecipe) -> None:
     trainer = build_trainer(resolve(make()))
     pixels = trainer.data.train.images.astype(np.float64) / 255
@@ -86,6 +87,7 @@ def test_a_channel_with_a_single_value_is_not_scaled(make: MakeRecipe, tmp_path:
     assert (trainer.resolved.mean[1], trainer.resolved.std[1]) == (0.2, 1.0)
 
 
+@pytest.mark.medium
 def test_the_run_keeps_classes_and_normalization_and_is_used_without_the_images(
     make: MakeRecipe, photos: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_the_run_keeps_classes_and_normalization_and_is_used_without_the_images(
     assert list(result["counts"]) == ["cat", "dog"]
 
 
+@pytest.mark.medium
 def test_a_resumed_run_keeps_its_normalization(make: MakeRecipe, tmp_path: Path) -> None:
     whole = train(make(epochs=2))
     for number, resume in enumerate(("auto", "run")):
@@ -130,6 +133,7 @@ def test_a_resumed_run_keeps_its_normalization(make: MakeRecipe, tmp_path: Path)
         train(Recipe.make(resume=whole.run, normalize="cifar10", epochs=3))
 
 
+@pytest.mark.medium
 def test_a_run_of_an_earlier_version_keeps_the_normalization_of_cifar(make: MakeRecipe, tmp_path: Path) -> None:
     named = train(make(normalize="cifar10", out=str(tmp_path / "named")))
     early = train(make(normalize="cifar10", max_steps=4, out=str(tmp_path / "early")))
@@ -149,6 +153,7 @@ def test_fault15_resize_is_to_32_only(size: Any) -> None:
         Recipe(resize=size)
 
 
+@pytest.mark.medium
 def test_many_classes_are_shortened(make: MakeRecipe) -> None:
     trainer = build_trainer(resolve(make(data="synthetic:1000", dataset="cifar100", resize=None, val_size=100)))
     assert trainer.summary_lines()[1] == (
