@@ -25,7 +25,7 @@ def run_acceptance(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_exits_with_a_message_of_one_line(tmp_path: Path) -> None:
     run = run_acceptance("conv", "--out", str(tmp_path / "results"))

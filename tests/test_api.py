@@ -226,7 +226,7 @@ def test_a_callback_ends_a_run_by_a_string_only(recipe: Recipe, data: Dataset) -
         train(recipe, model=Net, data=data, callbacks=[lambda row: Path("no-such-folder/rows").touch()], progress=False)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_progress_shows_what_the_command_shows(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny(epochs=1)
     train(recipe, progress=False)

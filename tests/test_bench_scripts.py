@@ -192,7 +192,7 @@ def test_seconds_with_compilation_are_reported_separately(tmp_path: Path, monkey
     assert "| - | 9.0 | - | a CPU |" in tables.airbench()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speedruns = script("speedruns")
     port = tmp_path / "port.py"
@@ -264,7 +264,7 @@ def test_loops_are_recorded_if_a_published_script_ends_early_and_missing_scripts
     assert tuple(json.loads((folder / "summary.json").read_text())["loops"]) == PEERS
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_published_scripts_need_cuda(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "peers" / "airbench.py"), str(tmp_path)]

@@ -74,7 +74,7 @@ def test_tf32_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch) -> Non
         device.choose_execution(Recipe(precision="tf32"))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_tf32_is_allowed_with_precision_tf32_only() -> None:
     """Several runs of a process may have different precisions; no setting is deprecated or contradicts another."""
     code = """

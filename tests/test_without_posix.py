@@ -149,7 +149,7 @@ def test_posix_names_are_used_only_in_guarded_files() -> None:
     assert {path for path in PACKAGE.rglob("*.py") if posix_names(path)} == GUARDED_FILES
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_sweep_trials_run_in_spawned_processes_without_fork(
     tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def fixed_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workloads.INFERENCE_BATCH_SIZES, "cpu", (1, 16))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("what", BENCHMARKS)
 def test_result_row_keys(tiny: Callable[..., Recipe], what: str) -> None:
     result = bench(tiny(), what, trials=3, trial_s=TRIAL_S)
@@ -66,6 +67,7 @@ def test_result_row_keys(tiny: Callable[..., Recipe], what: str) -> None:
             assert row["mbu"] == pytest.approx(row["bytes_per_image"] * row["images_per_s"] / 10e9)
 
 
+@pytest.mark.medium
 def test_default_benchmarks(tiny: Callable[..., Recipe]) -> None:
     rows = bench(tiny(), trials=1, trial_s=TRIAL_S).results
     assert [row.what for row in rows] == ["loader", "step", "train"]
@@ -82,6 +84,7 @@ def test_result_is_the_median_of_all_trials(tiny: Callable[..., Recipe], monkeyp
     assert (row.images_per_s, row.cpu_us_per_image) == (100.0, 20_000.0)
 
 
+@pytest.mark.medium
 def test_grid_measures_all_combinations_without_duplicates(
     tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +163,7 @@ def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
 ) -> None:
     original_load_dataset = cifar.load_dataset
 
-    def load_dataset(data: str | None, dataset: str, *, download: bool = True, val_seed: int = 0) -> cifar.Dataset:
+    def load_dataset(data: str | None, dataset: str, *, download: bool = True, **_: Any) -> cifar.Dataset:
         if data is None:
             assert not download
             raise DataError("cifar10 is not in the cache", "give --data")
@@ -186,6 +189,7 @@ def test_trace_is_written(tiny: Callable[..., Recipe], tmp_path: Path, capfd: py
     assert any("convolution" in event.get("name", "") for event in events)
 
 
+@pytest.mark.medium
 def test_trace_is_written_if_the_last_case_was_measured_before(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     """The loader does not depend on the architecture, so the second point of the grid has no case."""
     grid = {"arch": ["se55", "se68"]}

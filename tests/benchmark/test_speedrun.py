@@ -50,6 +50,7 @@ def recipe_file(tiny: MakeRecipe, tmp_path: Path) -> MakeFile:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -74,6 +75,7 @@ def test_each_run_equals_train(tiny: MakeRecipe, recipe_file: MakeFile, tmp_path
         assert state["step"] == trial["steps"]
 
 
+@pytest.mark.medium
 def test_result_folder_summary_and_table(recipe_file: MakeFile, tmp_path: Path) -> None:
     folder = tmp_path / "timed"
     console = Console(record=True, width=200)
@@ -95,6 +97,7 @@ def test_result_folder_summary_and_table(recipe_file: MakeFile, tmp_path: Path) 
     assert "small on the test set: 2 runs" in speedrun_table(summary).renderables[0]  # type: ignore[operator]
 
 
+@pytest.mark.medium
 def test_a_recipe_scaled_to_other_epochs_is_announced(recipe_file: MakeFile, tmp_path: Path) -> None:
     console = Console(record=True, width=500)
     name = recipe_file(warmup_epochs=0.5)
@@ -105,6 +108,7 @@ def test_a_recipe_scaled_to_other_epochs_is_announced(recipe_file: MakeFile, tmp
     assert "scaled from" not in console.export_text()
 
 
+@pytest.mark.slow
 def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_path: Path) -> None:
     folder, name = tmp_path / "timed", recipe_file()
     first = speedrun(recipe_name=name, seed=3, out=str(folder))
@@ -144,6 +148,7 @@ def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_
         speedrun(append=tmp_path)
 
 
+@pytest.mark.medium
 def test_seed_added_by_another_process_during_startup_is_not_repeated(
     recipe_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +167,7 @@ def test_seed_added_by_another_process_during_startup_is_not_repeated(
     assert speedrun(append=folder).seeds == [0, 1, 2], "the lock must have been released"
 
 
+@pytest.mark.medium
 def test_completed_trials_survive_a_kill_and_can_be_appended_to(
     recipe_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +185,7 @@ def test_completed_trials_survive_a_kill_and_can_be_appended_to(
     assert speedrun(recipe_name=name, n=2, eval_split="val", out=str(tmp_path / "uninterrupted")).acc == result.acc
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("fault", ["evaluation", "training"])
 def test_invalid_trial_is_kept_and_counts_as_a_miss(
     recipe_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -53,7 +53,7 @@ def test_print_config_prints_a_recipe_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     run = fastcifar("train", *TINY, "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -77,7 +77,7 @@ def test_train_eval_predict_and_compare(tmp_path: Path) -> None:
     assert not (tmp_path / "b.csv").exists()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("lr = 0.05\nclip_grad = 'none'\n")
     tracked = ("--track", "tensorboard") if importlib.util.find_spec("tensorboard") else ()
@@ -96,7 +96,7 @@ def test_train_prints_a_table_and_progress_lines(tmp_path: Path) -> None:
     assert "\r" not in run.stdout
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_fault22_models_lists_networks_and_layers_and_fits_the_width_to_a_budget() -> None:
     networks = {network["name"]: network for network in json.loads(fastcifar("models", "--json").stdout)}
     assert (networks["se68"]["params"], networks["coconut_se"]["params"]) == (4_697_742, 4_973_226)
@@ -116,7 +116,7 @@ def test_doctor_reports_the_execution_that_train_chooses() -> None:
     assert "device: cpu (requested)" in result["chosen"]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_bench_prints_one_json_document(tmp_path: Path) -> None:
     tiny = [argument for argument in TINY if argument not in ("--val-size", "40", "--epochs", "1")]
     chart = ("--chart", "a.png")

@@ -216,7 +216,7 @@ def test_fault18_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 8
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_dali_is_not_imported_before_a_loader_is_created() -> None:
     code = (
         "import sys, numpy as np; from fastcifar.data.loaders import LOADERS; assert 'nvidia.dali' not in sys.modules;"

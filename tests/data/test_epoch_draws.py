@@ -75,7 +75,7 @@ def test_an_error_in_the_thread_is_raised_where_the_epoch_is_used(monkeypatch: p
     assert unhandled == []
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
 def test_a_forked_process_draws_an_epoch_whose_thread_it_does_not_have() -> None:
     program = """
@@ -102,7 +102,7 @@ sys.exit(status or cache.get(1) - 1)
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(("leave", "returncode"), [("", 0), ("raise KeyboardInterrupt", -2)])
 def test_the_interpreter_ends_while_an_epoch_is_drawn(leave: str, returncode: int) -> None:
     program = f"""

@@ -82,7 +82,7 @@ values = st.recursive(scalars, lambda inner: st.one_of(st.lists(inner), st.lists
 valid_dicts = st.dictionaries(st.one_of(st.text(), st.integers(-(2**63), 2**63)), values, max_size=6)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(valid_dicts, st.integers(0, 5))
 def test_plain_values_are_read_as_by_pickle(value: dict, protocol: int):

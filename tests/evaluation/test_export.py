@@ -93,7 +93,7 @@ def test_file_with_different_outputs_is_not_kept(run: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_failed_export_is_reported_in_one_line(run: Path, tmp_path: Path) -> None:
     no_compiler = config.patch("cpp.cxx", (None, "/nowhere/g++"))
     with (
@@ -179,7 +179,7 @@ def test_model_card_names_cifar_only_if_the_images_are_those_of_cifar(
     assert head["model-index"][0]["results"][0]["dataset"]["type"] == (dataset or "class folders of images")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("input_type", "expected"),
     [

@@ -107,7 +107,7 @@ def test_fault14_non_finite_step_changes_neither_weights_nor_checkpoint(
     assert len(rows(tmp_path / "run")) == 1
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_fault14_fp16_gradient_overflow_is_no_error_but_a_non_finite_loss_is(
     tiny: MakeRecipe, tmp_path: Path, install: Callable[[NanInjector], NanInjector]
 ) -> None:

@@ -72,7 +72,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_fault50_a_run_killed_in_a_phase_is_resumed_and_equal(phase: str, tmp_path: Path, full_run: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "run"
@@ -99,7 +99,7 @@ def full_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "sweep"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", SWEEP_PHASES)
 def test_fault50_a_sweep_killed_in_a_phase_of_a_trial_is_continued_and_equal(
     phase: str, tmp_path: Path, full_sweep: Path

@@ -220,7 +220,7 @@ def test_fault50_a_rank_killed_in_a_phase_ends_all_and_the_run_is_resumed(name: 
     assert (summary["steps"], summary["complete"]) == (12, True)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_ranks_with_unequal_shares_of_a_short_last_batch_call_the_same_functions(tmp_path: Path) -> None:
     """Rank 0 has a full share of the last batch of 28 images, and the others do not.
 

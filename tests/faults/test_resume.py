@@ -76,7 +76,7 @@ WHITENING = {
 }  # fmt: skip
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -321,7 +321,7 @@ def test_fault16_resumable_options_exist_and_are_documented(tiny: MakeRecipe) ->
     }
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_resume_auto_uses_the_newest_unfinished_run_of_the_recipe(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

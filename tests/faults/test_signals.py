@@ -28,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 ENDINGS = (".pt", ".previous.pt")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("in_thread", [False, True], ids=["last", "best and last in a thread"])
 def test_fault04_kill_at_twenty_points_of_a_checkpoint_write(tmp_path: Path, in_thread: bool) -> None:
     num_calls = [0]
@@ -112,7 +112,7 @@ def test_fault07_the_save_after_a_signal_fails(
     assert last(tmp_path / "run")["step"] == 5
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_fault05_fault06_signal_saves_a_checkpoint_and_the_resumed_run_is_equal(
     tmp_path: Path, number: int, code: int
@@ -160,7 +160,7 @@ def test_fault06_second_sigint_stops_immediately_and_keeps_the_checkpoint(tmp_pa
     assert not list(out.rglob("*.tmp"))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [children.train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.01) for _ in range(2)]
@@ -175,7 +175,7 @@ def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> No
     assert len(rows(tmp_path / "run")) == 3
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_fault21_deterministic_runs_in_separate_processes_are_equal(
     tmp_path: Path, tiny: Callable[..., Recipe]
 ) -> None:

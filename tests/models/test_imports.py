@@ -105,7 +105,7 @@ def command(*arguments: str) -> int | None:
     return app(arguments, standalone_mode=False)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_example_through_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(EXAMPLE, tmp_path / "my_net.py")
     own = ("--import", "my_net.py")
@@ -126,7 +126,7 @@ def test_example_through_every_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "run" / "plain_cnn.onnx").is_file()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_example_is_listed_and_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("models", "--import", str(EXAMPLE), "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -139,7 +139,7 @@ def test_example_is_listed_and_described(tmp_path: Path, capsys: pytest.CaptureF
         command("train", "--arch", "plain_cnn", "--import", str(EXAMPLE), "--max-params", "100", *TINY)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_sweep_in_processes_and_on_ray_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "".join(f"{name} = {value}\n" for name, value in {
         "arch": '"mine"', "data": '"synthetic:200"', "val_size": 40, "augment": '"flip"', "epochs": 1,

@@ -73,7 +73,7 @@ def test_damaged_runs_and_different_kinds_are_refused(tmp_path: Path) -> None:
         compare_paths(a, b)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_compare_command_on_trained_runs(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         train(tiny(out=str(tmp_path / name), seed=seed))

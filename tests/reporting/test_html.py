@@ -90,6 +90,7 @@ def sweep(tmp_path: Path) -> Path:
     return write_trials(folder, trials)
 
 
+@pytest.mark.medium
 def test_page_is_complete_escaped_and_self_contained(tmp_path: Path, sweep: Path, plotly: Any) -> None:
     path = tmp_path / "page.html"
     document, _ = build_report([sweep], html=path)
@@ -148,6 +149,7 @@ def test_page_of_many_classes_and_long_names_is_narrow(tmp_path: Path, plotly: A
     assert len({trace["legendgroup"] for trace in traces}) == MAX_PLOTTED_ROWS == 20
 
 
+@pytest.mark.medium
 def test_misclassified_images_agree_with_the_summaries(
     tmp_path: Path, tiny: Callable[..., Recipe], plotly: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

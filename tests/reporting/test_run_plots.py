@@ -31,6 +31,7 @@ def summary(tiny: Callable[..., Recipe]) -> RunSummary:
     return train(tiny(augment="crop:4:zero,flip,cutmix:1.0"))
 
 
+@pytest.mark.medium
 def test_plots_of_a_run(summary: RunSummary, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = evaluate_run(summary.run)["confusion"]
     monkeypatch.setattr(evaluate, "predict_logits", lambda *_: pytest.fail("a second evaluation"))
@@ -52,10 +53,12 @@ def test_plots_of_a_run(summary: RunSummary, monkeypatch: pytest.MonkeyPatch) ->
     assert plotted == [(expected, list(summary.per_class), f"test set, weights last: {accuracy}")]
 
 
+@pytest.mark.medium
 def test_run_without_validation_split_or_augmentation_has_plots(tiny: Callable[..., Recipe]) -> None:
     assert len(write_run_plots(train(tiny(val_size=0, augment="none", epochs=1)))) == len(NAMES)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -83,6 +86,7 @@ def test_fault18_errors_of_plots_cause_one_warning(
     assert "\n" not in str(caught[0].message)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("arguments", "rank", "is_stopped", "is_plotted"),
     [

@@ -156,7 +156,7 @@ def test_fault07_failure_reason_if_the_traceback_cannot_be_written(tmp_path: Pat
     assert executors._failure_reason(RuntimeError("a bug\nin two lines"), tmp_path) == "RuntimeError: a bug"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_files_of_a_run_on_another_machine_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def remote_executor(options: ExecutorOptions) -> Executor:
         def run(trials: Iterator[SweepTrial]) -> TrialEvents:

@@ -44,7 +44,7 @@ def val_accuracies(run: Path) -> list[float]:
         return [float(row["val_acc"]) for row in csv.DictReader(rows)]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_trials_are_pruned_by_the_pruner_only(tmp_path: Path) -> None:
     for pruner, expected in (("median:2", "pruned"), ("none", "done")):
         (folder := tmp_path / expected).mkdir()

@@ -60,7 +60,7 @@ def test_fault01_killed_sweep_is_resumed_without_repeating_runs(tmp_path: Path) 
     assert len(read_log_lines(uninterrupted)) == length
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_fault05_interrupted_sweep_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     source, stopped = write_sweep_file(tmp_path, "[grid]\nlr = [0.1]\n"), tmp_path / "stopped"
     process = children.start(children.fastcifar, tmp_path / "log", 0.1, "sweep", source, "--out", str(stopped))

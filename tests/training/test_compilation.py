@@ -22,7 +22,7 @@ from fastcifar.training.compilation import compile_function
 from tests.faults import children
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @inductor_config.patch({"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False})  # which take longer to compile
 def test_compiled_code_is_reused_from_the_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: str(tmp_path))

@@ -170,7 +170,7 @@ def test_capture_disables_garbage_collection_and_graphs_can_be_reset() -> None:
         replay()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_graphs")
 def test_all_graphs_share_a_memory_pool_that_lives_as_long_as_one_of_them() -> None:
     def capture() -> FakeGraph:
@@ -248,7 +248,7 @@ def test_captured_step_rejects_inputs_of_other_shapes_or_dtypes(monkeypatch: pyt
         captured(images, labels.int())
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_freed_memory_is_kept_with_glibc() -> None:
     code = "from fastcifar.training.compilation import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -332,7 +332,7 @@ def test_replay_of_several_steps_equals_single_steps(
     assert single.meter.compute() == several.meter.compute()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_compiled_global_max_pool_has_the_eager_gradient_in_bf16() -> None:
     """The compiled gradient of `amax` would be 0 / 0: the recomputed activation differs from its saved maximum."""
     images = torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()

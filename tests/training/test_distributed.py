@@ -26,7 +26,7 @@ def make_rank_trainer(recipe: Recipe, rank: int, monkeypatch: pytest.MonkeyPatch
     return make_trainer(recipe)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "counts"),
     [

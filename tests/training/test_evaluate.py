@@ -132,7 +132,7 @@ def test_summary_contains_the_tta_accuracy_if_enabled(tiny: Callable[..., Recipe
     assert with_tta.test_acc_tta == correct.double().mean().item()
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_compiled_evaluation_equals_eager_evaluation_and_changes_nothing(tiny: Callable[..., Recipe]) -> None:
     trainer = make_trainer(tiny(dropout=0.5))
     trainer.model.train()

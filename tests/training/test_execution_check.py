@@ -51,7 +51,7 @@ def fail(_: Tensor) -> Tensor:
     raise RuntimeError("no compiler")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_modes_that_agree() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     check = check_execution(OPTIONS, console)

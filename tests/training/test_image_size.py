@@ -111,7 +111,7 @@ def test_each_epoch_runs_the_step_of_its_image_size_and_short_batches_run_uncomp
     assert trainer.meter.compute().all_finite
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_compiled_loss_of_resized_images_equals_eager_one() -> None:
     weight = torch.randn(10, 3 * 24 * 24) / 255
     function = loss_and_correct(lambda images: images.flatten(1) @ weight.T, 0.1, image_size=24)

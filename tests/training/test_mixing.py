@@ -90,7 +90,7 @@ def test_compiled_loss_and_gradient_equal_eager_ones(name: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_training_with_a_mixer_learns_and_evaluates_unmixed_images(tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(augment="flip,cutmix", batch_size=24, epochs=8)  # 160 images: the last batch has 16
     summary = train(recipe)

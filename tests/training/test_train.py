@@ -46,7 +46,7 @@ def read_metrics(run: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_training_reduces_the_loss_and_writes_all_files(tiny: Callable[..., Recipe]) -> None:
     summary = train(tiny(epochs=8, ema_decay=0.9, data="synthetic:400", val_size=80, augment="none", optimizer="sgd"))
     folder = Path(summary.run)
