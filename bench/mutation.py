@@ -41,7 +41,12 @@ from fastcifar.device import collect_environment
 
 ROOT = Path(__file__).parents[1]
 TESTS_OF_MODULE: dict[str, list[str]] = {  # in fastcifar/ and tests/
-    "data/augment.py": ["data/test_augment.py", "data/test_random_erasing.py", "data/test_mixers.py"],
+    "data/augment.py": [
+        "data/test_augment.py",
+        "data/test_random_erasing.py",
+        "data/test_mixers.py",
+        "data/test_policies.py",
+    ],
     "data/image_ops.py": ["data/test_image_ops.py", "data/test_augment.py", "data/test_policies.py"],
     "data/policies.py": ["data/test_policies.py", "data/test_random_erasing.py"],
     "data/mixers.py": ["data/test_mixers.py", "training/test_mixing.py"],
@@ -58,6 +63,7 @@ TESTS_OF_MODULE: dict[str, list[str]] = {  # in fastcifar/ and tests/
 }
 NEEDS_COMPILER = "compiled"  # in the names of tests that compile, which are left out
 TIMEOUT_S = 300
+IDENTITY = ("module", "operator", "code", "column")  # of a mutant, also after the lines above it have changed
 Mutant = dict[str, Any]
 
 
@@ -66,9 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.survivors_of or arguments.out
     mutants = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     if arguments.survivors_of:
-        for mutant in mutants:
-            if is_survivor(mutant):
-                mutant["outcome"] = None
+        mutants = relocate_survivors(mutants)
     elif not mutants:
         mutants = draw_sample(arguments.module or list(TESTS_OF_MODULE), arguments.mutants, arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,27 +92,50 @@ def run(arguments: argparse.Namespace) -> None:
 
 def draw_sample(modules: list[str], count: int, seed: int) -> list[Mutant]:
     """Return one mutant for each of `count` random places in the modules, in random order."""
+    every = list_mutants(modules)
+    places = [list(group) for _, group in groupby(every, key=lambda mutant: (mutant["module"], mutant["start"]))]
+    rng = random.Random(seed)
+    return [rng.choice(group) for group in rng.sample(places, min(count, len(places)))]
+
+
+def relocate_survivors(mutants: list[Mutant]) -> list[Mutant]:
+    """Return the mutants with each survivor at its present place in the code, to try again; others are unchanged."""
+    candidates = list_mutants(sorted({mutant["module"] for mutant in mutants if is_survivor(mutant)}))
+    result = []
+    for mutant in mutants:
+        if is_survivor(mutant):
+            same = [other for other in candidates if all(other[key] == mutant[key] for key in IDENTITY)]
+            if not same:
+                print(f"the code of this mutant has changed, it is left out: {mutant['module']}: {mutant['code']}")
+                continue
+            mutant = min(same, key=lambda other: abs(other["line"] - mutant["line"]))
+        result.append(mutant)
+    return result
+
+
+def list_mutants(modules: list[str]) -> list[Mutant]:
+    """Return all mutants of the modules that cosmic-ray can make, except those of annotations, in order of place."""
     with use_db(":memory:", WorkDB.Mode.create) as database:
         init([ROOT / "fastcifar" / module for module in modules], database, {})
         specs = [item.mutations[0] for item in database.work_items]
     paths = {spec.module_path for spec in specs}
+    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in paths}
     ignored = {path: list(annotation_positions(path)) for path in paths}
     specs = [spec for spec in specs if not any(a <= spec.start_pos < b for a, b in ignored[spec.module_path])]
     specs.sort(key=lambda spec: (spec.module_path, spec.start_pos, spec.operator_name, spec.occurrence))
-    places = [list(group) for _, group in groupby(specs, key=lambda spec: (spec.module_path, spec.start_pos))]
-    rng = random.Random(seed)
-    sample = [rng.choice(group) for group in rng.sample(places, min(count, len(places)))]
     return [
         {
             "module": str(spec.module_path.relative_to(ROOT / "fastcifar")),
             "line": spec.start_pos[0],
+            "column": spec.start_pos[1],
+            "code": lines[spec.module_path][spec.start_pos[0] - 1],
             "operator": spec.operator_name,
             "occurrence": spec.occurrence,
             "start": spec.start_pos,
             "end": spec.end_pos,
             "outcome": None,
         }
-        for spec in sample
+        for spec in specs
     ]
 
 

@@ -19,6 +19,7 @@ from fastcifar.data.augment import (
     draw_epoch,
     format_augment,
     parse_augment,
+    split_mixer,
 )
 from fastcifar.errors import UsageError
 
@@ -179,6 +180,33 @@ def test_invalid_lists_raise_errors_with_a_remedy(spec: str, message: str) -> No
         parse_augment(spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "step"),
+    [
+        *[(f"crop:{{}}:{variant}", 1, 16, 1) for variant in ("zero", "reflect")],
+        *[(f"cutout:{{}}:{variant}", 1, 32, 1) for variant in ("mean", "zero")],
+        *[(f"erase:{{}}:{variant}", 0.02, 1, 0.001) for variant in ("gray", "mean", "zero")],
+        *[(f"randaugment:{{}}:{variant}", 0, 30, 1) for variant in (1, 2, 3)],
+        ("flip:{}:random", 0, 1, 0.001),
+        ("rotate:{}", 1, 180, 1),
+        ("jitter:{}", 0, 1, 0.001),
+        *[(f"{mixer}:{{}}", 0.01, 100, 0.001) for mixer in ("mixup", "cutmix", "ricap")],
+    ],
+)
+def test_smallest_and_largest_values(name: str, low: float, high: float, step: float) -> None:
+    assert len(parse_augment(name.format(low))) == len(parse_augment(name.format(high))) == 1
+    for value in (low - step, high + step):
+        with pytest.raises(UsageError, match="augmentation"):
+            parse_augment(name.format(value))
+
+
+def test_a_mixer_is_split_from_the_list() -> None:
+    assert split_mixer(()) == ((), None)
+    ops = parse_augment("crop:4:zero,flip,mixup:0.2")
+    assert split_mixer(ops) == (ops[:2], ops[2])
+    assert split_mixer(ops[:2]) == (ops[:2], None)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -49,6 +49,7 @@ def test_mixer_specs_are_complete_and_deterministic(name: str) -> None:
     assert len(first) == 1000
     assert np.array_equal(first, draw(f"crop,{name}", 1000))
     assert not np.array_equal(first, draw(f"crop,{name}", 1000, epoch=1))
+    assert np.array_equal(first, draw(f"crop:7,{name}", 1000)), "the value is that of the mixer"
     assert not np.array_equal(first, draw(name, 1000)), "the stream depends on the position in the list"
 
 

@@ -66,6 +66,8 @@ def test_operations_and_magnitudes_of_a_policy() -> None:
     )
     assert autoaugment.magnitudes("Equalize") == (0.0,)
     assert policy("randaugment:9:3").num_steps == 3
+    assert policy("randaugment:0").magnitudes("Rotate") == (0.0,)
+    assert policy("randaugment:30").magnitudes("Rotate") == (-30.0, 30.0)
     assert len(policy("trivialaugment").magnitudes("Posterize")) == 7
 
 
@@ -230,6 +232,9 @@ def test_custom_policy_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("policy = [[['Rotate', 0.5]]]", "level none of Rotate is out of range"),
         ("policy = [[['Invert', 0.5, 3]]]", "Invert has no magnitude, but the level is 3"),
         ("policy = [['Rotate', 0.5, 3]]", "sub-policy 1, step 1: 'Rotate' is not a step"),
+        ("policy = [[5]]", "sub-policy 1, step 1: 5 is not a step"),
+        ("policy = [[['Rotate']]]", r"sub-policy 1, step 1: \['Rotate'\] is not a step"),
+        ("policy = [[['Rotate', 0.5, 3, 1]]]", r"sub-policy 1, step 1: \['Rotate', 0.5, 3, 1\] is not a step"),
         ("policy = [[]]", "is not a list of 1 to 4 steps"),
         ("policy = []", "is not a policy"),
         ("polcy = 3", "is not a policy"),

@@ -103,7 +103,13 @@ def test_a_run_in_tf32_is_evaluated_in_fp32_where_tf32_is_not_available(run: str
 
 @pytest.mark.medium
 def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corruptions = {"identity": lambda images, severity, generator: images, "noise": CORRUPTIONS["gaussian_noise"]}
+    seeds = []
+
+    def remember_seed(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return images
+
+    corruptions = {"identity": remember_seed, "noise": CORRUPTIONS["gaussian_noise"]}
     monkeypatch.setattr("fastcifar.evaluation.evaluate_run.CORRUPTIONS", corruptions)
     test = cifar.load_dataset("synthetic:200").test
     folder = save_cifar10_1(tmp_path / "shifted", test.images.transpose(0, 2, 3, 1), test.labels.astype(np.int32))
@@ -124,6 +130,7 @@ def test_evaluation_with_all_options(run: str, tmp_path: Path, monkeypatch: pyte
     assert corrupted
     expected = ("cifar10.1_v6", scores["test_acc"], scores["test_loss"])
     assert (shifted["name"], shifted["acc"], shifted["loss"]) == expected
+    assert set(seeds) == {0} == {corrupted["seed"]}
     assert corrupted["acc"]["identity"] == [scores["test_acc"]] * len(SEVERITIES)
     assert corrupted["mean_acc"] == pytest.approx(np.mean(list(corrupted["acc"].values())))
     for name in ("reliability.png", "confusion.png"):

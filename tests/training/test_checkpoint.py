@@ -157,6 +157,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load_checkpoint(path)
+    for mixed in ({"a": 1}, {"a": torch.zeros(1), "b": 2}, {1: torch.zeros(1)}):
+        with pytest.raises(CheckpointError, match="contains no weights"):
+            checkpoint.find_weights(mixed, path)
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         checkpoint.load_checkpoint(path.with_name("none.pt"))
 

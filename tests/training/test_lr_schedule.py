@@ -117,6 +117,7 @@ def test_warm_up_increases_linearly_to_the_peak() -> None:
 def test_every_restart_begins_at_the_peak(cycles: int) -> None:
     lr_schedule = build_schedule(Recipe(lr=0.4, epochs=cycles, schedule=f"cosine_restarts:{cycles}"), 13)
     assert [lr_schedule.lr_at(13 * cycle) for cycle in range(cycles)] == pytest.approx([0.4] * cycles)
+    assert [lr_schedule.lr_at(13 * cycles + step) for step in (0, 1, 13 * cycles)] == [0, 0, 0]  # the end
 
 
 @pytest.mark.parametrize(

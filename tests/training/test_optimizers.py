@@ -186,10 +186,12 @@ def test_resumed_training_equals_uninterrupted_training(values: dict) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
-def test_fault14_skipped_step_changes_nothing(name: str, first: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"), [*((name, {}) for name in ALL_OPTIMIZERS), ("muon", {"weight_norm": True})]
+)
+def test_fault14_skipped_step_changes_nothing(name: str, arguments: dict[str, Any], first: bool) -> None:
     model = network()
-    optimizer = build_optimizer(model, Recipe(optimizer=name, lr=0.01))
+    optimizer = build_optimizer(model, Recipe(optimizer=name, lr=0.01, optimizer_arg=arguments))
     if not first:
         advance([(model, optimizer)], 0)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

@@ -125,3 +125,16 @@ def test_ema_equals_its_formula_and_is_used_only_inside_the_context() -> None:
     for name, value in original.items():
         assert torch.equal(model.state_dict()[name], value)
     assert torch.equal(ema.state_dict(model)["1.num_batches_tracked"], original["1.num_batches_tracked"])
+
+
+def test_ema_continues_from_its_saved_state() -> None:
+    model = network()
+    ema, other = Ema(model, decay=0.9), Ema(network(), decay=0.9)
+    for _ in range(3):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(1)
+        ema.update()
+    other.load_state_dict(ema.state_dict(model), ema.num_updates)
+    for first, second in zip(ema.state_tensors(), other.state_tensors(), strict=True):
+        assert torch.equal(first, second)
