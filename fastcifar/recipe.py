@@ -97,8 +97,8 @@ def _check_spelling(text: str, grammar: str, max_parts: int) -> None:
         raise ValueError(f"should be {grammar}")
 
 
-def _check_resize(size: int) -> None:
-    if size != 32:
+def _check_resize(size: int | None) -> None:
+    if size not in (None, 32):
         raise ValueError("should be 32, because the networks take images of 32x32 pixels")
 
 
@@ -112,7 +112,7 @@ PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], 
 KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
 Blocks = Annotated[PositiveIntegers, _validate_by(_check_num_blocks)]
 ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
-ResizeSize = Annotated[int, _validate_by(_check_resize)]
+ResizeSize = Annotated[int | None, _validate_by(_check_resize)]
 ClipGradText = Annotated[str, _validate_by(parse_clip_grad)]
 ScheduleText = Annotated[str, _validate_by(lambda text: _check_spelling(text, "NAME or NAME:VALUE", 1))]
 AugmentText = Annotated[
@@ -156,7 +156,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     dataset: Literal["cifar10", "cifar100", "cifar100-coarse"] = _option(
         "cifar10", "official data set; cifar100-coarse: CIFAR-100 with the labels of its 20 superclasses"
     )
-    resize: ResizeSize | None = _option(
+    resize: ResizeSize = _option(
         None, "size to which own images are resized, 32: the largest centered square of each, with antialiasing"
     )
     val_size: int | None = _option(
