@@ -111,7 +111,7 @@ def describe(block: Block) -> Any:
     return pytest.param(block, id=name, marks=pytest.mark.slow if is_slow else pytest.mark.medium)
 
 
-@pytest.mark.parametrize("block", map(describe, BLOCKS))
+@pytest.mark.parametrize("block", [*map(describe, BLOCKS)])
 def test_block_runs(block: Block, folder: Path) -> None:
     if block.reason:
         pytest.skip(f"not run: {block.reason}")
