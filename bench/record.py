@@ -62,7 +62,7 @@ def without_paths(trial: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_options(trial: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a run, except seed and paths."""
-    return {key: value for key, value in trial["config"].items() if key not in ("seed", "data", "out")}
+    return {key: value for key, value in trial["config"].items() if key not in ("seed", "data", "init", "out")}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastcifar.data.cifar_files import Dataset
@@ -55,7 +57,12 @@ def with_own_normalization(recipe: Recipe, data: Dataset) -> Recipe:
         return recipe
     mean, std = channel_mean_std(data.train.images)
     values = [round(value, 8) for value in mean], [round(value, 8) or 1.0 for value in std]
-    return recipe.model_copy(update={"normalize": ":".join(",".join(map(str, numbers)) for numbers in values)})
+    return with_normalization(recipe, values)
+
+
+def with_normalization(recipe: Recipe, mean_std: Sequence[Sequence[float]]) -> Recipe:
+    """Return `recipe` with the "MEAN:STD" of these values."""
+    return recipe.model_copy(update={"normalize": ":".join(",".join(map(str, numbers)) for numbers in mean_std)})
 
 
 def normalization_mean_std(recipe: Recipe) -> tuple[ChannelValues, ChannelValues]:

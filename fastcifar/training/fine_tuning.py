@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcifar.data.normalization import normalization_mean_std, with_normalization
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODEL_OPTIONS, build_for_inspection, model_options
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.distributed import World
+from fastcifar.training.distributed import World, get_world
 
 
 class LoadedInit(NamedTuple):
@@ -99,6 +100,16 @@ def read_initial_weights(recipe: Recipe) -> InitialWeights:
     if invalid := [name for name, value in weights.items() if not torch.isfinite(value.double()).all()]:
         raise CheckpointError(f"--init {path}: {invalid[0]} contains NaN or infinity", "choose other weights")
     return InitialWeights(path, weights, saved.get("classes") if options else None, options)
+
+
+def with_initial_normalization(recipe: Recipe) -> Recipe:
+    """Return `recipe` with the normalization of its initial weights for `auto`, as far as their file records it."""
+    if recipe.normalize != "auto" or recipe.init == "none":
+        return recipe
+    world = get_world()
+    options = world.broadcast_object(read_initial_weights(recipe).options if world.is_main_process else None)
+    saved = {name: options[name] for name in ("arch", "dataset", "normalize") if name in options}
+    return with_normalization(recipe, normalization_mean_std(Recipe(**saved))) if saved else recipe
 
 
 def find_head(recipe: Recipe, model: nn.Module, num_classes: int) -> tuple[str, ...]:

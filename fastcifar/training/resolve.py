@@ -119,15 +119,15 @@ def resolve(
 
 
 def resolve_for_data(resolved: Resolved, data: Dataset) -> Resolved:
-    """Return `resolved` with the normalization that `auto` is for own images, whose values its recipe then records.
+    """Return `resolved` with the normalization that `auto` is, whose values its recipe then records.
 
-    A resumed run keeps its normalization, also if an earlier version trained it with that of CIFAR. Raises `DataError`
-    without training images.
+    It is that of the weights of `--init`, else that of own images. A resumed run keeps its normalization, also if an
+    earlier version trained it with that of CIFAR. Raises `DataError` without training images.
     """
     data.require_training_images()
     if resolved.is_resumed:
         return resolved
-    recipe = with_own_normalization(resolved.recipe, data)
+    recipe = with_own_normalization(fine_tuning.with_initial_normalization(resolved.recipe), data)
     mean, std = normalization_mean_std(recipe)
     return replace(resolved, recipe=recipe, mean=mean, std=std)
 

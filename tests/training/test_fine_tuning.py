@@ -105,6 +105,9 @@ def test_other_classes_of_the_same_number_get_a_new_head(tiny: MakeRecipe, sourc
     assert {name for name in HEAD if torch.equal(state[name], random[name])} == HEAD
     assert torch.equal(state["conv1.weight"], checkpoint.read_checkpoint(source)["model"]["conv1.weight"])
     assert "10 other classes" in fine_tuned.init.lines[1]
+    # the normalization is that of the initial weights, not that of the images
+    assert fine_tuned.resolved.mean == (0.49139968, 0.48215841, 0.44653091)
+    assert make_trainer(tiny(init=str(source), normalize="cifar100", **values)).resolved.mean[0] == 0.50707516
 
 
 @pytest.mark.parametrize("eval_weights", ["last", "best", "ema"])
