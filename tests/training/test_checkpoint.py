@@ -157,6 +157,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load_checkpoint(path)
+    mixed: Any
     for mixed in ({"a": 1}, {"a": torch.zeros(1), "b": 2}, {1: torch.zeros(1)}):
         with pytest.raises(CheckpointError, match="contains no weights"):
             checkpoint.find_weights(mixed, path)
@@ -193,6 +194,19 @@ def test_weights_load_strictly_without_wrapper_prefixes() -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load_weights(model, wrong_weights, "file")
+
+
+def test_weights_of_old_versions_of_torch_have_no_batch_counters(path: Path) -> None:
+    model, source = (nn.ModuleList(nn.BatchNorm2d(2) for _ in range(2)) for _ in range(2))
+    nn.init.constant_(source.state_dict()["1.weight"], 3)
+    weights = source.state_dict()
+    del weights["0.num_batches_tracked"]
+    with pytest.raises(CheckpointError, match=r"lacks 0\.num_batches_tracked"):
+        checkpoint.load_weights(model, weights, path)
+    del weights["1.num_batches_tracked"]
+    checkpoint.load_weights(model, weights, path)
+    assert torch.equal(model.state_dict()["1.weight"], torch.full((2,), 3.0))
+    assert model.state_dict()["0.num_batches_tracked"] == 0
 
 
 def test_resolve_checkpoint_path(tmp_path: Path) -> None:
