@@ -112,6 +112,7 @@ CASES: dict[str, Case] = {
     "fp16, ranger": Case({"precision": "fp16", "optimizer": "ranger"}, launches=LOOKAHEAD, lookahead_updates=1),
     "fp16, muon": Case({"precision": "fp16", "optimizer": "muon"}),
     "average": Case({"ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2),
+    "frozen layers": Case({"freeze": "conv1,bn1", "ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2),
     # A replay sets the seed and the offset of the random numbers.
     "dropout": Case({"dropout": 0.3}, launches={"step": 4}),
     "clip by norm": Case({"clip_grad": "norm:1"}),
