@@ -1,4 +1,4 @@
-"""Hook of mkdocs: include the pages of the root folder in the site, and adapt links between them and docs/."""
+"""Hook of mkdocs: include the pages of the root folder and the examples in the site, and adapt the links to them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ ROOT_PAGES["CHANGELOG.md"] = "changelog.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root folder."""
+    """Add the pages of the root folder, and the example programs as files to download."""
     root = Path(config.config_file_path).parent
     for name, page in ROOT_PAGES.items():
         text = (root / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=adapt_links(text.replace("](docs/", "]("))))
+    for path in (root / "examples").iterdir():
+        if path.is_file():
+            files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
     return files
 
 
@@ -30,4 +33,4 @@ def adapt_links(text: str) -> str:
     """Return `text` with links to the pages of the root folder replaced by links within the site."""
     for name, page in ROOT_PAGES.items():
         text = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({page}", text)
-    return text
+    return text.replace("](../examples/", "](examples/")
