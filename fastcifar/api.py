@@ -236,7 +236,7 @@ class LoadedRun:
         recipe = self.recipe
         if isinstance(images, str | Path):
             with use_objects(self._objects):
-                inputs = read_inputs(str(images), recipe.data, recipe.dataset, recipe.val_seed)
+                inputs = read_inputs(str(images), recipe)
             pixels, ids = inputs.images, inputs.ids
         else:
             remedy = "give uint8 [n, 32, 32, 3] or [n, 3, 32, 32]"

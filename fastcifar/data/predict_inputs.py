@@ -15,6 +15,7 @@ from fastcifar.data.arrays import LAYOUTS, open_npy, to_planar
 from fastcifar.data.image_files import IMAGE_SUFFIXES, LeftOut, decode_image, describe_left_out, list_images
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
+from fastcifar.recipe import Recipe
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
@@ -36,17 +37,19 @@ class InputImages:
     labels: np.ndarray | None = None
 
 
-def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10", val_seed: int = 0) -> InputImages:
-    """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set `data`.
+def read_inputs(source: str, recipe: Recipe | None = None) -> InputImages:
+    """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set of `recipe`.
 
     Files named .pkl, .pickle or without a suffix are pickles with images and ids. Images in a folder and its subfolders
     are sorted by path; ids are the paths without suffix. The id of a single image is its stem; other ids are indices.
-    A `UserWarning` counts the files of a folder that are left out.
+    Image files are resized; arrays in a .npy file are resized if `recipe` has `resize`. A `UserWarning` counts the
+    files of a folder that are left out.
     """
+    recipe = recipe or Recipe()
     if source.startswith("data:"):
         if source not in ("data:test", "data:train"):
             raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
-        contents = cifar.load_dataset(data, dataset, val_seed=val_seed)
+        contents = cifar.load_recipe_dataset(recipe)
         split = contents.require_test_set() if source == "data:test" else contents.train
         ids = list(range(len(split.labels)))
         return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
@@ -60,7 +63,7 @@ def read_inputs(source: str, data: str | None = None, dataset: str = "cifar10", 
         if suffix in IMAGE_SUFFIXES:
             return InputImages(decode_image(path, resize=True)[None], [path.stem], source, "image")
         if suffix == ".npy":
-            images, layout = to_planar(open_npy(path, f"save {LAYOUTS}"), str(path), _PICKLE_REMEDY)
+            images, layout = to_planar(open_npy(path, f"save {LAYOUTS}"), str(path), _PICKLE_REMEDY, recipe.resize)
             return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
         if suffix in PICKLE_SUFFIXES:
             return _read_input_pickle(path)

@@ -86,7 +86,7 @@ def predict_to_file(
     format.check(out, classes)
     if plot_path is not None:
         plotting.require_png(plot_path)
-    inputs = read_inputs(source, recipe.data, recipe.dataset, recipe.val_seed)
+    inputs = read_inputs(source, recipe)
     splits = [_calibration_split(member) if format.is_calibrated else None for member in members]
     for member in members:
         member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]), console)

@@ -16,6 +16,7 @@ from PIL import Image
 from fastcifar.data import cifar
 from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.errors import DataError
+from fastcifar.recipe import Recipe
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (12, 3, 32, 32), np.uint8)
 IDS = [7, 3, 11, 0, 2, 900, 5, 4, 1, 12, 13, 14]
@@ -175,7 +176,7 @@ def test_photographs_are_rotated_upright(tmp_path: Path) -> None:
 def test_images_of_the_data_set_have_labels() -> None:
     data = cifar.load_dataset("synthetic:100")
     for name, split in (("data:test", data.test), ("data:train", data.train)):
-        inputs = read_inputs(name, "synthetic:100")
+        inputs = read_inputs(name, Recipe(data="synthetic:100"))
         assert np.array_equal(inputs.images, split.images)
         assert inputs.labels is not None
         assert np.array_equal(inputs.labels, split.labels)

@@ -111,6 +111,10 @@ def test_the_run_keeps_classes_and_normalization_and_is_used_without_the_images(
     assert f"# resnet on {kind}\n" in card
     weights = load_model(str(Path(summary.run) / "weights.safetensors"))
     assert normalization_mean_std(weights.recipe) == normalization_mean_std(Recipe(normalize=recipe["normalize"]))
+    from_data = predict_to_file(summary.run, "data:test", tmp_path / "test.csv")
+    assert (from_data["images"], sum(from_data["counts"].values())) == (7, 7)
+    np.save(tmp_path / "photos.npy", np.stack([np.asarray(Image.open(file)) for file in (photos / "cat").iterdir()]))
+    assert predict_to_file(summary.run, str(tmp_path / "photos.npy"), tmp_path / "npy.csv")["images"] == 40
     photo = photos / "dog" / "0.png"
     photo.rename(tmp_path / "photo.png")
     result = predict_to_file(summary.run, str(tmp_path / "photo.png"), tmp_path / "a.csv", data=str(tmp_path / "gone"))
