@@ -3,7 +3,7 @@
 On the command line:
 
     fastcifar train --recipe quick --out pretrained
-    fastcifar train --recipe quick --init pretrained --freeze conv1,bn1 --data photos --resize 32 --out tuned
+    fastcifar train --recipe quick --init pretrained --freeze stem --data photos --resize 32 --out tuned
 """
 
 from __future__ import annotations
