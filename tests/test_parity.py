@@ -170,6 +170,8 @@ def compare_steps(
 def test_official_files_are_those_of_torchvision(name: str, reference: type[datasets.CIFAR10]) -> None:
     spec = DATASETS[name]
     assert (spec.url, spec.archive_md5) == (reference.url, reference.tgz_md5)
+    names = "airplane automobile bird cat deer dog frog horse ship truck" if name == "cifar10" else ""
+    assert " ".join(spec.class_names) == names  # of batches.meta; CIFAR-100's are read from its file
     for split, files in (("train", reference.train_list), ("test", reference.test_list)):
         assert [[batch.name, batch.md5] for batch in spec.python.batches if batch.split == split] == files
     assert (spec.python.meta_file, spec.python.meta_md5) == (reference.meta["filename"], reference.meta["md5"])
