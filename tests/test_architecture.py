@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,11 @@ def test_no_file_contains_an_absolute_path() -> None:
         text = path.read_text(encoding="utf-8")
         for start in ("/home/", "/Users/", "/work/", "/tmp/"):
             assert start not in text, f"{path.name} contains {start}"
+
+
+def test_tests_of_a_group_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist marks the tests of a group in their ids; some versions of pytest ignore this."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("not distributed over several processes")
+    grouped = [item for item in request.session.items if item.get_closest_marker("xdist_group")]
+    assert all("@" in item.nodeid for item in grouped)
