@@ -43,6 +43,24 @@ def accuracy() -> str:
     return table(heading, rows)
 
 
+def headline() -> str:
+    """Return the short table of training results for the README, with links to the result folders."""
+    heading = (
+        "| recipe | device | test accuracy, mean ± std (n) | total time, min-max (s) | training PFLOP "
+        "| result folder |"
+    )
+    rows = []
+    for folder, summary, environment in recorded("test_acc"):
+        seconds = summary["seconds_total"]
+        rows.append(
+            f"| `{summary['recipe']}`, {summary['epochs']} epochs | {environment['device']}, {summary['precision']} "
+            f"| {mean_and_std(summary['test_acc'], 100, 2, ' %')} (n={summary['n']}) "
+            f"| {min(seconds):.0f}-{max(seconds):.0f} | {summary['train_flops'] / 1e15:.3f} "
+            f"| [files](bench/results/{folder.name}) |"
+        )
+    return table(heading, rows)
+
+
 def peers() -> str:
     """Return the table of training-loop comparisons: the median of each loop and its speedup over two others."""
     heading = (
@@ -254,6 +272,7 @@ def recorded(key: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "headline": headline,
     "peers": peers,
     "inference": inference,
     "loaders": loaders,

@@ -1,4 +1,7 @@
-"""Hook of mkdocs: include the pages of the root folder and the examples in the site, and adapt the links to them."""
+"""Hook of mkdocs: include the pages of the root folder, the examples and the summaries of recorded results in the site.
+
+The links to them are adapted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ ROOT_PAGES["CHANGELOG.md"] = "changelog.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root folder, and the example programs as files to download."""
+    """Add the pages of the root folder, and the example programs and the summaries of results as files."""
     root = Path(config.config_file_path).parent
     for name, page in ROOT_PAGES.items():
         text = (root / name).read_text(encoding="utf-8")
@@ -21,6 +24,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (root / "examples").iterdir():
         if path.is_file():
             files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
+    for path in (root / "bench" / "results").glob("*/summary.json"):
+        files.append(File.generated(config, f"results/{path.parent.name}/summary.json", abs_src_path=str(path)))
     return files
 
 
@@ -33,4 +38,5 @@ def adapt_links(text: str) -> str:
     """Return `text` with links to the pages of the root folder replaced by links within the site."""
     for name, page in ROOT_PAGES.items():
         text = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({page}", text)
+    text = re.sub(r"\]\((?:\.\./)?bench/results/([\w-]+)\)", r"](results/\1/summary.json)", text)
     return text.replace("](../examples/", "](examples/")
