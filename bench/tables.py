@@ -46,8 +46,7 @@ def accuracy() -> str:
 def headline() -> str:
     """Return the short table of training results for the README, with links to the result folders."""
     heading = (
-        "| recipe | device | test accuracy, mean ± std (n) | total time, min-max (s) | training PFLOP "
-        "| result folder |"
+        "| recipe | device | test accuracy, mean ± std (n) | total time, min-max (s) | training PFLOP | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("test_acc"):
