@@ -142,17 +142,21 @@ def whole_line(text: str, style: str = "") -> Text:
 
 @dataclass(frozen=True)
 class KeyValueTable:
-    """A table of two columns without a header, with the names in bold. Values are wrapped between words only."""
+    """A table of two columns without a header, with the names in bold. Values are wrapped between words only.
 
-    rows: Mapping[str, str]
+    Rows whose value is None are left out.
+    """
+
+    rows: Mapping[str, str | None]
     title: str | None = None
     name_width: int = 0  # minimum width of the first column, in characters
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        indent = max([self.name_width, *map(len, self.rows)]) + len(COLUMN_GAP)
+        rows = {name: value for name, value in self.rows.items() if value is not None}
+        indent = max([self.name_width, *map(len, rows)]) + len(COLUMN_GAP)
         if self.title:
             yield whole_line(self.title, "italic")
-        for name, value in self.rows.items():
+        for name, value in rows.items():
             lines = [part for line in value.split("\n") for part in _wrap(escape(line), options.max_width - indent)]
             yield whole_line("").append(f"{name:<{indent}}", "bold").append(f"\n{' ' * indent}".join(lines))
 

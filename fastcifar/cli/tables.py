@@ -37,19 +37,16 @@ def summary_table(summary: RunSummary) -> KeyValueTable:
     class_accs = [(accuracy, name) for name, accuracy in summary.per_class.items() if accuracy is not None]
     lowest_acc, lowest_class = min(class_accs, default=(None, MISSING))
     stopped = "" if summary.stop_reason == "epochs" else f"  (stopped by {summary.stop_reason})"
+    test_accuracy = NO_TEST_SET
+    if summary.test_acc is not None:
+        images = f"{summary.correct:,} of {summary.total:,}, weights {summary.eval_weights}"
+        test_accuracy = f"{format_percent(summary.test_acc)}  ({images})"
     rows = {
         "run": summary.run,
         "network": f"{summary.arch}, {summary.params:,} parameters, {summary.macs / 1e6:,.2f} M MACs",
-        "test accuracy": f"{format_percent(summary.test_acc)}  ({summary.correct:,} of {summary.total:,}, "
-        f"weights {summary.eval_weights})"
-        if summary.test_acc is not None
-        else NO_TEST_SET,
-        **(
-            {}
-            if summary.test_acc_ema is None
-            else {"  moving average of weights": format_percent(summary.test_acc_ema)}
-        ),
-        **_tta_row(summary.config["tta"], summary.test_acc_tta),
+        "test accuracy": test_accuracy,
+        "  moving average of weights": _percent_or_none(summary.test_acc_ema),
+        f"  with --tta {summary.config['tta']}": _percent_or_none(summary.test_acc_tta),
         "test loss, calibration error": f"{format_decimal(summary.test_loss, 4)}, {format_decimal(summary.ece, 4)}",
         "validation accuracy": f"{format_percent(summary.val_acc)}, best {format_percent(summary.best_val_acc)}",
         "lowest class accuracy": f"{lowest_class}, {format_percent(lowest_acc)}",
@@ -66,14 +63,11 @@ def next_commands(summary: RunSummary) -> list[str]:
     from fastcifar.models.imports import import_options
 
     run, imports = shlex.quote(summary.run), import_options()
-    predict = f"fastcifar predict {run} INPUT --out submission.csv{imports}"
-    resume = f"fastcifar train --resume {run}{imports}" + (
-        f" --epochs {2 * summary.epochs}" if summary.complete else ""
-    )
+    purpose, epochs = ("train longer", f" --epochs {2 * summary.epochs}") if summary.complete else ("continue", "")
     commands = {
         "compare with other runs": f"fastcifar report {run} RUN ...",
-        "predict labels, for example of a Kaggle pickle": predict,
-        "train longer" if summary.complete else "continue": resume,
+        "predict labels, for example of a Kaggle pickle": f"fastcifar predict {run} INPUT --out submission.csv{imports}",
+        purpose: f"fastcifar train --resume {run}{imports}{epochs}",
     }
     return ["next:", *(f"  {purpose}:\n    {command}" for purpose, command in commands.items())]
 
@@ -110,17 +104,17 @@ def scores_table(scores: EvalResult) -> Group:
         f"{format_decimal(scores['loss_scaled'], 4)}, {format_decimal(scores['ece_scaled'], 4)}  (logits divided by "
         f"{scores['temperature']:.3f}, fitted on the validation split)"
     )
-    rows = {
+    rows: dict[str, str | None] = {
         "checkpoint": scores["checkpoint"],
         "test accuracy": _format_accuracy(
             scores["test_acc"], scores["correct"], scores["total"], scores["test_acc_interval"]
         ),
-        **_tta_row(scores["tta"], scores["test_acc_tta"]),
+        f"  with --tta {scores['tta']}": _percent_or_none(scores["test_acc_tta"]),
         "test loss, calibration error": f"{format_decimal(scores['test_loss'], 4)}, {format_decimal(scores['ece'], 4)}",
         "  after temperature scaling": calibrated,
         "Brier score": format_decimal(scores["brier"], 4),
         "validation accuracy": format_percent(scores["val_acc"]),
-        **({"plots": scores["plots"]} if scores["plots"] else {}),
+        "plots": scores["plots"],
         "measured with": f"{scores['arch']}, weights {scores['eval_weights']}, normalization {scores['normalize']}, "
         f"{scores['precision']} on {scores['device']}",
     }
@@ -173,14 +167,14 @@ def predictions_table(result: PredictResult) -> KeyValueTable:
     speed, seconds = format_short_number(result["images_per_s"]), result["seconds"]
     counts = ", ".join(f"{name} {count:,}" for name, count in result["counts"].items() if count)
     divisors = ", ".join(f"{member['temperature']:.3f}" for member in members if member["temperature"])
-    temperatures = f"logits divided by {divisors}, fitted on the validation split"
+    temperatures = f"logits divided by {divisors}, fitted on the validation split" if divisors else None
     rows = {
         "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
         "networks": "\n".join(networks),
         "test-time augmentation": result["tta"],
         "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
         "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
-        **({"temperatures": temperatures} if first["temperature"] else {}),
+        "temperatures": temperatures,
         "predicted classes": counts,
         "mean confidence": format_percent(result["confidence"]),
         "files written": ", ".join(filter(None, (result["out"], result["show"]))),
@@ -240,8 +234,8 @@ def width_table(result: FittedWidth) -> KeyValueTable:
     return KeyValueTable(rows, title=result["name"])
 
 
-def _tta_row(tta: str, accuracy: float | None) -> dict[str, str]:
-    return {} if accuracy is None else {f"  with --tta {tta}": format_percent(accuracy)}
+def _percent_or_none(fraction: float | None) -> str | None:
+    return None if fraction is None else format_percent(fraction)
 
 
 def _phase_seconds(seconds: dict[str, float]) -> str:
