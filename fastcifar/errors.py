@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -58,6 +59,15 @@ class Interrupted(UserError):
     def __init__(self, signal: str, exit_code: int, step: int, resume_command: str) -> None:
         self.exit_code = exit_code
         super().__init__(f"stopped by {signal} after step {step}", f"continue with: {resume_command}")
+
+
+@contextmanager
+def disk_errors(task: str, remedy: str = "") -> Iterator[None]:
+    """Context that raises `DiskError` for an `OSError`: `cannot write a.csv: No space left on device`."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot {task}: {error.strerror or error}", remedy) from None
 
 
 def print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

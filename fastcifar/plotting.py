@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastcifar.device import import_optional
-from fastcifar.errors import DiskError, UsageError
+from fastcifar.errors import DiskError, UsageError, disk_errors
 from fastcifar.files import write_atomically
 from fastcifar.format import format_count, format_short_number, shorten
 
@@ -259,10 +259,8 @@ def require_png(path: Path) -> None:
 def create_plots_dir(path: Path) -> None:
     """Create the folder `path` for plots. Raises `UsageError` without matplotlib, and `DiskError` if creation fails."""
     import_optional("matplotlib.figure", MATPLOTLIB_REMEDY)
-    try:
+    with disk_errors(f"create the folder {path}", "choose another folder"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"cannot create the folder {path}: {error.strerror}", "choose another folder") from None
 
 
 def _wrap_label(text: str, characters: int = 34) -> str:
@@ -284,7 +282,5 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = library.Figure(figsize=(width, height), dpi=150, layout="constrained")
         yield figure
         figure.savefig(buffer, format="png")
-    try:
+    with disk_errors(f"write {path}", "choose an existing folder"):
         write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}", "choose an existing folder") from None

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rich.console import Group
 
 from fastcifar.device import Environment, result_folder_name
-from fastcifar.errors import DiskError, UsageError, first_message_line
+from fastcifar.errors import DiskError, UsageError, disk_errors, first_message_line
 from fastcifar.files import lock_folder, read_json_object, read_regular_file, write_atomically
 from fastcifar.format import KeyValueTable, NumericTable, format_decimal, format_differences, format_percent, whole_line
 from fastcifar.recipe import Recipe
@@ -262,10 +262,8 @@ class SpeedrunResults:
         self._write("trials.jsonl", "\n".join(trial.model_dump_json() for trial in self.trials))
 
     def _write(self, name: str, content: str) -> None:
-        try:
+        with disk_errors(f"write to {self.folder}", "free some space"):
             write_atomically(self.folder / name, f"{content}\n".encode() if content else b"")
-        except OSError as error:
-            raise DiskError(f"cannot write to {self.folder}: {error.strerror}", "free some space") from None
 
 
 def speedrun_table(summary: SpeedrunSummary) -> Group:

@@ -63,10 +63,11 @@ def next_commands(summary: RunSummary) -> list[str]:
     from fastcifar.models.imports import import_options
 
     run, imports = shlex.quote(summary.run), import_options()
+    predict = f"fastcifar predict {run} INPUT --out submission.csv{imports}"
     purpose, epochs = ("train longer", f" --epochs {2 * summary.epochs}") if summary.complete else ("continue", "")
     commands = {
         "compare with other runs": f"fastcifar report {run} RUN ...",
-        "predict labels, for example of a Kaggle pickle": f"fastcifar predict {run} INPUT --out submission.csv{imports}",
+        "predict labels, for example of a Kaggle pickle": predict,
         purpose: f"fastcifar train --resume {run}{imports}{epochs}",
     }
     return ["next:", *(f"  {purpose}:\n    {command}" for purpose, command in commands.items())]

@@ -22,7 +22,7 @@ from rich.console import Console, RenderableType
 from fastcifar import plotting
 from fastcifar._version import __version__
 from fastcifar.device import DALI_PACKAGES, import_optional
-from fastcifar.errors import DiskError, UsageError, lookup
+from fastcifar.errors import DiskError, UsageError, disk_errors, lookup
 from fastcifar.files import write_atomically
 from fastcifar.format import add_wrap_points, format_count, one_line, shorten
 from fastcifar.plotting import LineSeries
@@ -231,10 +231,8 @@ def write_html_report(
         environments=_count_environments(groups),
         plotly_js=import_optional("plotly.offline").get_plotlyjs(),
     )
-    try:
+    with disk_errors(f"write {path}", "write --html to another folder"):
         write_atomically(path, content.encode())
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}", "write --html to another folder") from None
 
 
 def list_lowest_classes(accuracies: Mapping[str, float]) -> str:

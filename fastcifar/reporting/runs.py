@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from rich.console import Console
 from rich.prompt import Confirm
 
-from fastcifar.errors import DiskError, UsageError, lookup
+from fastcifar.errors import UsageError, disk_errors, lookup
 from fastcifar.files import is_locked, lock_folder
 from fastcifar.format import (
     MISSING,
@@ -206,10 +206,8 @@ def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False)
             _require_removable(folder)
             # a sweep folder is removed last, because it can contain the lock files of its runs
             for path in _checkpoint_folders(folder) if only_checkpoints else [*runs_of_sweep.get(folder, []), folder]:
-                try:
+                with disk_errors(f"remove {path}"):
                     shutil.rmtree(path)
-                except OSError as error:
-                    raise DiskError(f"cannot remove {path}: {error.strerror}") from None
                 if path in locks:
                     locks[path].release()
 

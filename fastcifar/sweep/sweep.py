@@ -19,7 +19,7 @@ from rich.console import Console
 from fastcifar.data import cifar
 from fastcifar.data.batch_loader import BatchSlicing
 from fastcifar.data.cifar import Dataset
-from fastcifar.errors import DiskError, UsageError, UserError
+from fastcifar.errors import UsageError, UserError, disk_errors
 from fastcifar.files import load_toml, lock_folder, read_regular_file, write_atomically
 from fastcifar.recipe import Recipe, default_val_size
 from fastcifar.renamed import renamed_options
@@ -54,11 +54,8 @@ def run_sweep(
         raise UsageError("a [study] does not rerun failed trials", "leave --retry-failed out")
     print_lines(console, describe_duplicate_recipes(trials))
     run_trials = build_executor(executor, executor_options or ExecutorOptions())
-    try:
+    with disk_errors(f"create the sweep folder {folder}", "choose another --out DIR"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot create the sweep folder {folder}: {error.strerror}"
-        raise DiskError(problem, "choose another --out DIR") from None
     with lock_folder(folder):
         trial_log = TrialLog(folder)
         if study:
@@ -188,10 +185,8 @@ def _start_sweep(
     removed = trial_log.update_labels(trials)
     if os.path.isfile(spec_file) and read_regular_file(spec_file) != text.encode():
         lines.append(f"the sweep file has changed: {added} trials added, {removed} removed (their runs are kept)")
-    try:
+    with disk_errors(f"write {spec_file}", "choose another --out DIR"):
         write_atomically(spec_file, text.encode())
-    except OSError as error:
-        raise DiskError(f"cannot write {spec_file}: {error.strerror}", "choose another --out DIR") from None
     failed = "failed, to rerun" if retry_failed else "failed (--retry-failed reruns them)"
     words = {"waiting": "to start", "running": "to resume", "failed": failed}
     counts = Counter(trial_log.trial_state(trial.key) for trial in trials)
@@ -203,10 +198,8 @@ def _start_sweep(
 def _log_event(trial_log: TrialLog, folder: Path, event: TrialEvent) -> None:
     """Write an event to the trial log, and the files of a run on another machine to its run folder here."""
     run = folder / "runs" / event.trial.key
-    try:
+    with disk_errors(f"write {run}", "free some space and repeat the command"):
         for name, content in event.files.items():
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / name, content)
-    except OSError as error:
-        raise DiskError(f"cannot write {run}: {error.strerror}", "free some space and repeat the command") from None
     trial_log.log_state(event.trial, event.state, event.reason, event.summary)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from fastcifar.errors import DiskError
+from fastcifar.errors import disk_errors
 from fastcifar.reporting.records import TRIALS_FILE, TrialLogEntry, TrialState, read_trial_log
 from fastcifar.sweep.sweep_spec import SweepTrial
 from fastcifar.training.summary import RunSummary, read_summary
@@ -114,13 +114,10 @@ class TrialLog:
         return results
 
     def _append(self, entry: TrialLogEntry) -> None:
-        try:
-            with self.path.open("ab") as file:
-                file.truncate(self._complete_bytes)
-                file.write(entry.model_dump_json().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                self._complete_bytes = file.tell()
-        except OSError as error:
-            raise DiskError(f"cannot write {self.path}: {error.strerror}", "choose another --out DIR") from None
+        with disk_errors(f"write {self.path}", "choose another --out DIR"), self.path.open("ab") as file:
+            file.truncate(self._complete_bytes)
+            file.write(entry.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._complete_bytes = file.tell()
         self.entries[entry.trial] = entry

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from fastcifar.device import collect_environment
-from fastcifar.errors import DiskError, UsageError
+from fastcifar.errors import DiskError, UsageError, disk_errors
 from fastcifar.files import FolderLock, lock_folder, read_regular_file, write_atomically
 from fastcifar.format import format_timestamp
 from fastcifar.recipe import Recipe
@@ -100,7 +100,7 @@ class Run:
         label = re.sub(r"[^\w.+-]", "_", name)[:50]  # the name may be from env.json of a stranger's run
         default_name = f"{recipe.arch.replace(':', '.')}-{label}-s{recipe.seed}-{format_timestamp(for_file_name=True)}"
         path = Path(recipe.out) if recipe.out else Path("runs") / default_name
-        with _disk_errors(f"the run folder {path}", "give a writable folder with --out"):
+        with disk_errors(f"write the run folder {path}", "give a writable folder with --out"):
             folder, lock = _create_unique_folder(path)
             for file in METRICS_FILES:
                 if source and os.path.isfile(source / file):
@@ -119,7 +119,7 @@ class Run:
         for name in ("checkpoints", "tensorboard"):
             if os.path.islink(self.folder / name):
                 raise DiskError(f"{self.folder / name} is a symbolic link", "replace it by the folder it refers to")
-        with _disk_errors(f"the run folder {self.folder}", "give a writable folder with --out"):
+        with disk_errors(f"write the run folder {self.folder}", "give a writable folder with --out"):
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             temporary = (*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".*.tmp"))
             for stale in (*temporary, self.folder / "summary.json"):
@@ -135,7 +135,7 @@ class Run:
 
     def truncate_rows(self, epochs_done: int) -> None:
         """Remove the rows after the first `epochs_done` epochs from files and trackers."""
-        with _disk_errors(self.folder):
+        with disk_errors(f"write {self.folder}", "free some space"):
             for build in METRICS_FILES.values():
                 build(self.folder, epochs_done)
             for tracker in self.trackers:
@@ -143,7 +143,7 @@ class Run:
 
     def log_epoch(self, row: EpochRow) -> str:
         """Call every callback with the row of an epoch and return the first stop reason, or ""."""
-        with _disk_errors(self.folder):
+        with disk_errors(f"write {self.folder}", "free some space"):
             returned = [callback(row) for callback in self.callbacks]
         returned += [callback(row) for callback in self.user_callbacks]
         return next((reason for reason in returned if isinstance(reason, str) and reason), "")
@@ -154,26 +154,18 @@ class Run:
     def finish(self, summary: RunSummary, weights: dict[str, Tensor], classes: Sequence[str]) -> None:
         """Write summary.json and weights.safetensors (the evaluated weights), and log the summary in the trackers."""
         path = self.folder / "weights.safetensors"
-        with _disk_errors(path):
+        with disk_errors(f"write {path}", "free some space"):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             metadata = safetensors_metadata(summary.config, classes)
             write_atomically(path, safetensors.torch.save(contiguous, metadata))
         path = self.folder / "summary.json"
-        with _disk_errors(path):
+        with disk_errors(f"write {path}", "free some space"):
             _write_json(path, summary)
         for tracker in self.trackers:
             tracker.finish(summary)
             if tracker.disk_error:
                 path.unlink()  # so that the run can be resumed
                 raise DiskError(tracker.disk_error, f"free disk space, and continue with --resume {self.folder}")
-
-
-@contextmanager
-def _disk_errors(target: object, remedy: str = "free some space") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"cannot write {target}: {error.strerror}", remedy) from None
 
 
 def _write_json(path: Path, document: BaseModel) -> None:
