@@ -195,6 +195,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     freeze: FreezeText = _option(
         "none", "layers and parameters that are not trained, NAME,... as in `fastcifar models`, with wildcards, or none"
     )
+    whiten_bias_epochs: int | None = _option(
+        None, "epochs after which the bias of a whitening layer is not trained any more, by default all", ge=0
+    )
+    freeze_stem_epochs: int = _option(
+        0, "epochs at the end in which the first layers of the network are not trained; 0: none", ge=0
+    )
     patience: int = _option(0, "epochs without better validation accuracy before training stops; 0: no limit", ge=0)
 
     # run
@@ -258,6 +264,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         if self.epochs <= (early := sum(epochs or 0 for _, epochs in parse_image_sizes(self.image_size))):
             problem = f"--image-size {self.image_size}: the stages before the last take {early} epochs"
             raise ValueError(f"{problem}; set --epochs to more than {early}")
+        if self.freeze_stem_epochs >= self.epochs:
+            problem = f"--freeze-stem-epochs {self.freeze_stem_epochs} is not less than --epochs {self.epochs}"
+            raise ValueError(f"{problem}; use --freeze for layers that are never trained")
         return self
 
     @classmethod
@@ -304,9 +313,10 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return values, scaled, overrides
 
     def scale_to_epochs(self, epochs: int) -> Recipe:
-        """Return the recipe for another number of epochs, with the same proportions of warm-up, schedule and resizing.
+        """Return the recipe for another number of epochs, with the same proportions of all options in epochs.
 
-        The epochs of each image size are rounded down, so that no epoch of the last size is lost.
+        The epochs of each image size are rounded down, so that no epoch of the last size is lost, and so are those
+        without training of the stem. Those in which the bias of a whitening layer is trained are rounded up.
         """
         factor = epochs / self.epochs
         stages = [(size, count and math.floor(count * factor)) for size, count in parse_image_sizes(self.image_size)]
@@ -315,6 +325,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             "warmup_epochs": round(self.warmup_epochs * factor, 6),
             "schedule_epochs": self.schedule_epochs and self.schedule_epochs * factor,
             "image_size": ",".join(f"{size}:{count}" if count else f"{size}" for size, count in stages if count != 0),
+            "whiten_bias_epochs": self.whiten_bias_epochs and math.ceil(self.whiten_bias_epochs * factor),
+            "freeze_stem_epochs": math.floor(self.freeze_stem_epochs * factor),
         }
         return self.model_copy(update=changes)
 

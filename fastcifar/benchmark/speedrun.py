@@ -35,6 +35,7 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.checkpoint import state_dict_sha256
 from fastcifar.training.distributed import is_distributed_launch
 from fastcifar.training.evaluate import evaluate
+from fastcifar.training.phases import Phase, not_trained, untrained_parameters
 from fastcifar.training.progress import print_lines, print_scaling
 from fastcifar.training.resolve import Resolved, model_from_recipe, resolve
 from fastcifar.training.trainer import Trainer
@@ -238,17 +239,17 @@ def count_run_costs(trainer: Trainer) -> RunCosts:
 def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
     """Return the operations of convolutions and matrix products in the training on `num_images` images.
 
-    A multiply-accumulate is two operations. The model runs at each image size of the recipe, on the meta device if it
+    A multiply-accumulate is two operations. The model runs in each phase of the recipe, on the meta device if it
     supports that.
     """
     recipe = resolved.recipe
     unfused = recipe.model_copy(update={"fused_ops": False})  # the same number of operations
     model = model_from_recipe(unfused, num_classes, for_inspection=True)
     device = next(model.parameters()).device
-    image_sizes = [resolved.image_size_at(epoch) for epoch in range(recipe.epochs)]
-    flops_per_image: dict[int, float] = {}
-    for size in dict.fromkeys(image_sizes):
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(FLOP_COUNT_IMAGES, 3, size, size, device=device)).sum().backward()
-        flops_per_image[size] = counter.get_total_flops() / FLOP_COUNT_IMAGES
-    return round(sum(flops_per_image[size] for size in image_sizes) * num_images / len(image_sizes))
+    flops_per_image: dict[Phase, float] = {}
+    for phase in dict.fromkeys(resolved.phases):
+        images = torch.empty(FLOP_COUNT_IMAGES, 3, phase.image_size, phase.image_size, device=device)
+        with not_trained(untrained_parameters(model, phase)), FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+        flops_per_image[phase] = counter.get_total_flops() / FLOP_COUNT_IMAGES
+    return round(sum(flops_per_image[phase] for phase in resolved.phases) * num_images / recipe.epochs)

@@ -81,6 +81,8 @@ class BottleneckResNet(nn.Module):
     Source: ECE7123-DL-Project1. For 32x32 images the pooling equals the 4x4 average pooling of the published networks.
     """
 
+    stem_layers = ("conv1", "bn1", "conv2", "bn2")
+
     def __init__(
         self,
         num_classes: int = 10,

@@ -37,6 +37,39 @@ class ConvBlock(nn.Module):
         return self.activation(self.bn(self.pool(self.conv(x))))
 
 
+class PaddedConvBlock(ConvBlock):
+    """`ConvBlock` with pooling, [n, C_in, H, W] -> [n, C, H // 2, W // 2], with the same results at less cost.
+
+    The pooling drops the last row of a map of odd height and the last column of one of odd width. This block does not
+    compute them: it pads such a map only above and on the left.
+    """
+
+    def __init__(self, in_channels: int, channels: int, activation: Activation) -> None:
+        super().__init__(in_channels, channels, activation, pool=True)
+        self.conv.padding = (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return super().forward(F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2)))
+
+
+class CroppedConvBlock(ConvBlock):
+    """`PaddedConvBlock` without the last row and column of maps of odd size, in whose place the padding is.
+
+    The results differ at the lower and right border. On a CPU, it is faster, because it does not copy the map.
+    """
+
+    def __init__(self, in_channels: int, channels: int, activation: Activation) -> None:
+        super().__init__(in_channels, channels, activation, pool=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return super().forward(x[:, :, : height - height % 2, : width - width % 2])
+
+
+ODD_MAPS = {"pad": PaddedConvBlock, "crop": CroppedConvBlock}  # first block of a `ConvGroup`
+
+
 def global_max_pool(x: Tensor) -> Tensor:
     """Return the maximum of each channel, [n, C, H, W] -> [n, C]."""
     # Not `amax`: its backward pass compares the input with the maximum. When compiled, it recomputes a bf16 activation
@@ -46,6 +79,8 @@ def global_max_pool(x: Tensor) -> Tensor:
 
 class SmallConvNet(nn.Module):
     """Stem, stages of convolutions that pool once each, global max pooling, linear; [n, 3, H, W] -> [n, classes]."""
+
+    stem_layers = ("stem",)
 
     def __init__(
         self,
@@ -77,13 +112,20 @@ class SmallConvNet(nn.Module):
 
 
 class ConvGroup(nn.Module):
-    """conv, 2x2 max pooling, BN, act, depth - 1 times (conv, BN, act), [SE]; [n, C_in, H, W] -> [n, C, H/2, W/2]."""
+    """conv, 2x2 max pooling, BN, act, depth - 1 times (conv, BN, act), [SE]; [n, C_in, H, W] -> [n, C, H//2, W//2]."""
 
     def __init__(
-        self, in_channels: int, channels: int, depth: int, activation: Activation, se_reduction: int, residual: bool
+        self,
+        in_channels: int,
+        channels: int,
+        depth: int,
+        activation: Activation,
+        se_reduction: int,
+        residual: bool,
+        odd_maps: str,
     ) -> None:
         super().__init__()
-        first = ConvBlock(in_channels, channels, activation, pool=True)
+        first = ODD_MAPS[odd_maps](in_channels, channels, activation)
         rest = [ConvBlock(channels, channels, activation, pool=False) for _ in range(depth - 1)]
         for block in (first, *rest):
             nn.init.dirac_(block.conv.weight.data[: block.conv.in_channels])
@@ -100,7 +142,12 @@ class ConvGroup(nn.Module):
 
 
 class AirbenchNet(nn.Module):
-    """Whitening stem (not trained), groups, global max pooling, linear; [n, 3, H, W] -> [n, num_classes]."""
+    """Whitening layer, groups, global max pooling, linear; [n, 3, H, W] -> [n, num_classes].
+
+    Of the whitening layer, only the bias is trained.
+    """
+
+    stem_layers = ("whiten", "groups.0")  # those that `--freeze-stem-epochs` freezes
 
     def __init__(
         self,
@@ -113,6 +160,7 @@ class AirbenchNet(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
         residual: bool = False,
+        odd_maps: str = "pad",
     ) -> None:
         super().__init__()
         check_stages(blocks, channels, MAX_GROUPS)
@@ -124,7 +172,7 @@ class AirbenchNet(nn.Module):
         self.activation = act()
         self.groups = nn.Sequential()
         for depth, out_channels in zip(blocks, scale_channels(channels, width), strict=True):
-            self.groups.append(ConvGroup(in_channels, out_channels, depth, act, reduction, residual))
+            self.groups.append(ConvGroup(in_channels, out_channels, depth, act, reduction, residual, odd_maps))
             in_channels = out_channels
         self.dropout = dropout_layer(dropout)
         self.linear = nn.Linear(in_channels, num_classes, bias=False)

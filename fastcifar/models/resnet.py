@@ -95,6 +95,7 @@ class SEResNet(nn.Module):
     equals theirs (8x8 after three stages, 4x4 after four).
     """
 
+    stem_layers = ("conv1", "bn1", "seblock")
     uses_fused_ops = False  # set by `enable_fused_ops`
 
     def __init__(

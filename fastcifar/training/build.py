@@ -104,7 +104,7 @@ def _build_network(
     """Return the network with `--init` and `--freeze`, and its number of parameters without `--freeze`."""
     recipe, num_classes = resolved.recipe, len(classes)
     if not is_built_in(recipe.arch):  # `resolve` does not know the number of classes
-        check_network(recipe, resolved.image_sizes, num_classes, resolved.is_resumed)
+        check_network(recipe, resolved.phases, num_classes, resolved.is_resumed)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, num_classes), device)
     num_params = count_parameters(model)

@@ -52,7 +52,7 @@ class DryRunEstimate(TypedDict):
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds of a training step, averaged over the image sizes of all epochs, and of evaluating one image."""
+    """Seconds of a training step, averaged over all epochs, and of evaluating one image."""
 
     step_s: float
     eval_s_per_image: float
@@ -70,20 +70,20 @@ def measure_step_timing(trainer: Trainer) -> StepTiming:
     The loader is not used, because leaving an epoch early would stop the threads of DALI.
     """
     few = Split(trainer.train_split.images[:EVAL_BATCH_SIZE], trainer.train_split.labels[:EVAL_BATCH_SIZE])
-    sizes = [trainer.resolved.image_size_at(epoch) for epoch in range(trainer.recipe.epochs)]
+    phases = trainer.resolved.phases
     eval_s = []
     with trainer.preserve_state():
-        step_s = {size: _measure_step_s(trainer, sizes.index(size)) for size in dict.fromkeys(sizes)}
+        step_s = {phase: _measure_step_s(trainer, phases.index(phase)) for phase in dict.fromkeys(phases)}
         for _ in range(3):
             start = time.perf_counter()
             predict_logits(trainer.model, trainer.eval_forward, few, trainer.device)
             eval_s.append(time.perf_counter() - start)
-    mean_step_s = statistics.fmean(step_s[size] for size in sizes)
+    mean_step_s = statistics.fmean(step_s[phase] for phase in phases)
     return StepTiming(mean_step_s, statistics.median(eval_s[1:]) / len(few.labels))
 
 
 def _measure_step_s(trainer: Trainer, epoch: int) -> float:
-    """Return the median seconds of a full step at the image size of `epoch`."""
+    """Return the median seconds of a full step of `epoch`."""
     images, labels, *mixer_params = trainer.example_batch()
     images.copy_(torch.tensor(trainer.train_split.images[: len(images)]))
     labels.copy_(torch.tensor(trainer.train_split.labels[: len(labels)]))
@@ -129,9 +129,11 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
         problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
-    scaled = recipe.scale_to_epochs(epochs)
-    trainer.resolved = resolve(scaled, trainer.execution)
-    trainer.schedule = LRSchedule(scaled, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
+    compiled_phases = set(trainer.resolved.phases)
+    trainer.resolved = resolve(recipe.scale_to_epochs(epochs), trainer.execution)
+    trainer.schedule = LRSchedule(trainer.recipe, trainer.resolved.schedule, trainer.loader.steps_per_epoch)
+    if not compiled_phases.issuperset(trainer.resolved.phases):  # rounding has made another one
+        trainer.optimize(start_loader=False)
 
 
 def dry_run(recipe: Recipe) -> DryRunEstimate:

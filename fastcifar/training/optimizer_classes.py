@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcifar.device import has_native_bf16
+
 # The coefficients of Jordan's quintic polynomial maximize its slope at 0. They bring singular values close to 1, which
 # is enough (https://kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -115,8 +117,9 @@ class Muon(_CapturableOptimizer):
     """Muon (Jordan 2024) for convolutions: orthogonalized momentum for filters, SGD for all other parameters.
 
     Filters are the 4-dimensional weights, viewed as [out, in * height * width], and, with `linear`, the 2-dimensional
-    weights. As in airbench94_muon, SGD multiplies the learning rate by `rest_lr`, and `weight_norm` replaces the decay
-    of filters by rescaling them to the norm sqrt(out).
+    weights. They are orthogonalized in bf16 where the hardware supports it, otherwise in float32. As in
+    airbench94_muon, SGD multiplies the learning rate by `rest_lr`, and `weight_norm` replaces the decay of filters by
+    rescaling them to the norm sqrt(out).
     """
 
     def __init__(
@@ -144,6 +147,8 @@ class Muon(_CapturableOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **muon_defaults, **sgd_defaults})
         for weight in _all_params(self):
             self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+        is_bf16 = has_native_bf16(_all_params(self)[0].device.type)
+        self.matrix_dtype = torch.bfloat16 if is_bf16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's stubs: a loss
@@ -155,7 +160,7 @@ class Muon(_CapturableOptimizer):
             filters, directions = self._momentum_directions(filters, group["momentum"], group["nesterov"], keep)
             for matrices, matrix_directions in matrices_by_shape(filters, directions):
                 weights = torch.stack(matrices)
-                updates = orthogonalize(torch.stack(matrix_directions), group["ns_steps"])
+                updates = orthogonalize(torch.stack(matrix_directions), group["ns_steps"], self.matrix_dtype)
                 rows, columns = weights.shape[1:]
                 if group["weight_norm"]:
                     norms = weights.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -201,7 +206,7 @@ def radam_rectification(num_steps: Tensor, beta1: float, beta2: float, threshold
     return factor.float(), rectified
 
 
-def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Return matrices [n, rows, columns] with singular values of mostly 0.7 to 1.2, by `steps` Newton-Schulz steps."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     transpose = matrices.shape[1] > matrices.shape[2]  # so that the Gram matrix is the smaller one

@@ -160,14 +160,18 @@ class OptimizerWrapper:
         scaler.step(self.inner)
 
     def after_step(self, completed_steps: int, skip: Tensor | None = None) -> None:
-        """Update Lookahead's slow weights every k steps. For `skip`, see `step`; the host does not read it."""
+        """Update Lookahead's slow weights every k steps, except of parameters that require no gradient at present.
+
+        For `skip`, see `step`; the host does not read it.
+        """
         if not self.spec.lookahead or completed_steps % self.spec.lookahead["k"]:
             return
-        fast = [weight.detach() for weight in self.parameters]
+        pairs = zip(self.slow_weights, self.parameters, strict=True)
+        slow, fast = zip(*((slow, weight.detach()) for slow, weight in pairs if weight.requires_grad), strict=True)
         skip = torch.zeros_like(self.lr) if skip is None else skip
-        updated = torch._foreach_lerp(self.slow_weights, fast, float(self.spec.lookahead["alpha"]))
+        updated = torch._foreach_lerp(slow, fast, float(self.spec.lookahead["alpha"]))
         torch._foreach_mul_(updated, 1 - skip)
-        for weights in (self.slow_weights, fast):
+        for weights in (slow, fast):
             torch._foreach_mul_(weights, skip)
             torch._foreach_add_(weights, updated)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,12 +34,13 @@ from fastcifar.training.optimizers import (
     build_param_groups,
     parse_optimizer,
 )
+from fastcifar.training.phases import Phase, check_phases, list_phases
 from fastcifar.training.rng_state import preserve_state
 
 # The options on which `check_network` and `check_optimizer` depend. Any positive learning rate and any weight decay are
 # valid for an optimizer that has it, so these are left out.
 NETWORK_CHECK_OPTIONS = {*section_fields("network"), "dataset", "fused_ops", "image_size", "head_lr_mult"}
-NETWORK_CHECK_OPTIONS |= {"init", "freeze"}
+NETWORK_CHECK_OPTIONS |= {"init", "freeze", "whiten_bias_epochs", "freeze_stem_epochs"}
 OPTIMIZER_CHECK_OPTIONS = {"optimizer", "optimizer_arg", "bias_lr_mult", "head_lr_mult", "bias_decay"}
 
 
@@ -52,7 +54,7 @@ class Resolved:
     mixer: AugmentOp | None  # applied by the training step
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    image_sizes: tuple[tuple[int, int | None], ...]  # pixels and epochs of each stage; None: all other epochs
+    phases: tuple[Phase, ...]  # of each epoch
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
     clip_grad: tuple[str, float] | None
@@ -62,14 +64,6 @@ class Resolved:
     @property
     def augment_ops(self) -> tuple[AugmentOp, ...]:
         return (*self.pixel_ops, *([self.mixer] if self.mixer else []))
-
-    def image_size_at(self, epoch: int) -> int:
-        """Training image size in pixels in `epoch` (from 0)."""
-        for size, epochs in self.image_sizes:
-            if epochs is None or epoch < epochs:
-                return size
-            epoch -= epochs
-        raise AssertionError(self.image_sizes)  # the last stage has no number of epochs
 
 
 def resolve(
@@ -91,10 +85,10 @@ def resolve(
     lookup(LOADERS, execution.loader, "loader")
     mean, std = normalization_mean_std(recipe)
     optimizer = parse_optimizer(recipe)
-    image_sizes = tuple(parse_image_sizes(recipe.image_size))
+    phases = list_phases(recipe, parse_image_sizes(recipe.image_size))
     checked, num_classes = set() if checked is None else checked, DATASETS[recipe.dataset].num_classes
     for options, check in (
-        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, image_sizes, num_classes, is_resumed)),
+        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, phases, num_classes, is_resumed)),
         (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
     ):
         if options is NETWORK_CHECK_OPTIONS and isinstance(active_objects().model, nn.Module):
@@ -109,7 +103,7 @@ def resolve(
         mixer=mixer,
         mean=mean,
         std=std,
-        image_sizes=image_sizes,
+        phases=phases,
         optimizer=optimizer,
         schedule=parse_schedule(recipe),
         clip_grad=parse_clip_grad(recipe.clip_grad),
@@ -132,16 +126,14 @@ def resolve_for_data(resolved: Resolved, data: Dataset) -> Resolved:
     return replace(resolved, recipe=recipe, mean=mean, std=std)
 
 
-def check_network(
-    recipe: Recipe, image_sizes: tuple[tuple[int, int | None], ...], num_classes: int, is_resumed: bool
-) -> None:
+def check_network(recipe: Recipe, phases: Sequence[Phase], num_classes: int, is_resumed: bool) -> None:
     """Raise `UsageError` if the network cannot be built, is too large or refuses an image size or `num_classes`.
 
-    `--freeze` is checked too, and `--init`, unless the run is resumed. Raises `CheckpointError` if the latter does not
-    fit.
+    The options that freeze layers are checked too, and `--init`, unless the run is resumed. Raises `CheckpointError` if
+    the weights of the latter do not fit.
     """
     model = model_from_recipe(recipe, num_classes, for_inspection=True)
-    for size in {size for size, _ in image_sizes} - {CIFAR_IMAGE_SIZE}:
+    for size in {phase.image_size for phase in phases} - {CIFAR_IMAGE_SIZE}:
         try:
             count_macs(model, (3, size, size))
         except Exception:
@@ -152,6 +144,7 @@ def check_network(
             model, recipe, fine_tuning.find_head(recipe, model, num_classes)
         )
     fine_tuning.freeze(model, recipe)
+    check_phases(model, recipe)
     if not build_param_groups(model, recipe):
         raise UsageError(f"architecture {recipe.arch} has no trainable parameters", "choose another network")
 

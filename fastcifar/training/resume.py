@@ -64,7 +64,9 @@ RESUMABLE_OPTIONS: dict[str, str] = {
     ),
 }
 # `--time-budget` changes these options of a run, so its saved recipe differs from its command line.
-TIME_BUDGET_OPTIONS = ("epochs", "warmup_epochs", "schedule_epochs", "image_size")
+TIME_BUDGET_OPTIONS = (
+    "epochs", "warmup_epochs", "schedule_epochs", "image_size", "whiten_bias_epochs", "freeze_stem_epochs"
+)  # fmt: skip
 
 
 @dataclass

@@ -94,7 +94,7 @@ def summarize_run(
     trainer: Trainer, run: Run, clock: Clock, scores: Scores | None, ema_acc: float | None, tta_acc: float | None
 ) -> RunSummary:
     """Return the summary of a run. `scores`, `ema_acc` and `tta_acc` are the results of `Trainer.test`."""
-    from fastcifar.models import count_macs, count_parameters  # imports torch, which readers of summaries do not need
+    from fastcifar.models import count_macs  # imports torch, which readers of summaries do not need
 
     recipe, execution, progress = trainer.recipe, trainer.execution, trainer.progress
     seconds = {**clock.seconds, "total": clock.total_s()}
@@ -102,7 +102,7 @@ def summarize_run(
         run=str(run.folder),
         arch=recipe.arch,
         params=trainer.num_params,
-        trained_params=count_parameters(trainer.model),
+        trained_params=sum(parameter.numel() for parameter in trainer.optimizer.parameters),
         init_sha256=trainer.init.sha256,
         macs=count_macs(trainer.model),
         recipe=run.recipe_name,

@@ -33,6 +33,7 @@ from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.metrics_file import ValidationMetrics
 from fastcifar.training.multi_tensor import share_kernels_between_layers
 from fastcifar.training.optimizers import OptimizerWrapper
+from fastcifar.training.phases import DEFAULT_PHASE, Phase, not_trained, untrained_parameters
 from fastcifar.training.resolve import Resolved
 from fastcifar.training.rng_state import collect_rng_state, preserve_state, restore_rng_state
 from fastcifar.training.run_dir import Clock, TrainingProgress
@@ -78,6 +79,7 @@ class Trainer:
     init: LoadedInit
     prepare_s: float = 0.0  # seconds spent to build the loader and to initialize a whitening layer
     progress: TrainingProgress = field(default_factory=TrainingProgress)
+    untrained_parameters: dict[Phase, list[nn.Parameter]] = field(init=False)
     step: TrainStep = field(init=False)  # forward, backward and update of one batch; eager until `optimize`
 
     def __post_init__(self) -> None:
@@ -119,18 +121,19 @@ class Trainer:
         return self.loader.batches(epoch, start_step)
 
     def train_step(self, batch: Sequence[Tensor]) -> None:
-        self.optimizer.set_lr(self.schedule.lr_at(self.progress.step))
-        self.step(*batch)
-        self.progress.step += 1
-        self.progress.epoch_step += 1
-        self.optimizer.after_step(self.progress.step, self.meter.found_inf)
+        progress, phase = self.progress, self.resolved.phases[self.progress.epoch]
+        self.optimizer.set_lr(self.schedule.lr_at(progress.step))
+        with not_trained(self.untrained_parameters[phase]):
+            self.step(*batch)
+            progress.step, progress.epoch_step = progress.step + 1, progress.epoch_step + 1
+            self.optimizer.after_step(progress.step, self.meter.found_inf)
 
     def optimize(self, compile_mode: str = "auto", start_loader: bool = True) -> None:
         """Compile and capture the step and the evaluation without changing the run's state.
 
-        `compile_mode` is used if the recipe's `compile_mode` is "auto". Without `start_loader`, the caller calls
-        `warm_up_loader` after the last call of this method: the loader's threads could invalidate a capture.
-        If compilation or a capture fails, `execution` is changed as `run_with_fallback` describes.
+        `compile_mode` is used if that of the recipe is "auto". Without `start_loader`, the caller must then call
+        `warm_up_loader` after the last call: the loader's threads could invalidate a capture. `execution` is changed as
+        `run_with_fallback` describes if compilation or a capture fails.
         """
         run_with_fallback(self._optimize, self.execution, self.recipe, compile_mode, self.world)
         if start_loader:
@@ -197,25 +200,26 @@ class Trainer:
         return step
 
     def build_train_step(self, compile_mode: str = "auto", eager: bool = False) -> TrainStep:
-        """Return a step that calls a separate function for each image size and for a smaller last batch.
+        """Return a step that calls a separate function for each phase and for a smaller last batch.
 
         A last batch is smaller on all ranks or on none, although a rank's share of it may be as large as of the others:
         the ranks must build and call the same functions, because these contain collective operations.
         """
-        sizes = dict.fromkeys(size for size, _ in self.resolved.image_sizes)
+        phases = dict.fromkeys(self.resolved.phases)
+        self.untrained_parameters = {phase: untrained_parameters(self.model, phase) for phase in phases}
         slicing, last_step = self.loader.slicing, self.loader.steps_per_epoch - 1
         full_size, last_size = slicing.local_batch_size, slicing.local_count(last_step)
-        full = last = {size: self.build_step(self.build_loss_function(size)) for size in sizes}
+        full = last = {phase: self.build_step(self.build_loss_function(phase.image_size)) for phase in phases}
         if not eager:
-            full = {size: self.build_step_block(1, compile_mode, size) for size in sizes}
+            full = {phase: self.build_step_block(1, compile_mode, phase) for phase in phases}
         if not eager and slicing.has_short_step:
-            last = {size: self.build_step_block(1, image_size=size, batch_size=last_size) for size in sizes}
+            last = {phase: self.build_step_block(1, phase=phase, batch_size=last_size) for phase in phases}
         # the step that this rank cannot tell by the size of its share
         short_step = last_step if slicing.has_short_step and last_size == full_size else None
 
         def step(*batch: Tensor) -> None:
             is_full = len(batch[0]) == full_size and self.progress.epoch_step != short_step
-            (full if is_full else last)[self.resolved.image_size_at(self.progress.epoch)](*batch)
+            (full if is_full else last)[self.resolved.phases[self.progress.epoch]](*batch)
 
         return step
 
@@ -223,15 +227,15 @@ class Trainer:
         self,
         num_steps: int,
         compile_mode: str = "auto",
-        image_size: int = CIFAR_IMAGE_SIZE,
+        phase: Phase = DEFAULT_PHASE,
         batch_size: int | None = None,
     ) -> Callable[..., None]:
         """Return a function that takes the tensors of `num_steps` batches, full by default, and trains on each one."""
-        loss_function, example = self.build_loss_function(image_size), self.example_batch(batch_size) * num_steps
+        loss_function, example = self.build_loss_function(phase.image_size), self.example_batch(batch_size) * num_steps
         compile_mode = compile_mode if self.recipe.compile_mode == "auto" else self.recipe.compile_mode
         compiled = self.execution.compile and batch_size is None  # smaller batches are too rare to compile for
         self.model.train()
-        with self.preserve_state():
+        with self.preserve_state(), not_trained(untrained_parameters(self.model, phase)):
             if compiled:
                 loss_function = compilation.compile_function(loss_function, compile_mode)
             if compiled or self.execution.cuda_graph:
@@ -280,10 +284,9 @@ class Trainer:
 
     def build_eval_forward(self) -> Forward:
         """Return `forward` for evaluation, captured like the step, and compiled if enough images are evaluated."""
-        images = self.recipe.epochs * self.images_per_validation + self.images_per_test
-        compiled = self.execution.compile and images >= MIN_IMAGES_TO_COMPILE
-        use_cuda_graph, mode = self.execution.cuda_graph, self.recipe.compile_mode
-        return optimize_forward(self.model, self.forward, self.device, compiled, use_cuda_graph, mode, self.world)
+        images, execution = self.recipe.epochs * self.images_per_validation + self.images_per_test, self.execution
+        compiled, mode = execution.compile and images >= MIN_IMAGES_TO_COMPILE, self.recipe.compile_mode
+        return optimize_forward(self.model, self.forward, self.device, compiled, execution.cuda_graph, mode, self.world)
 
     @property
     def images_per_validation(self) -> int:
@@ -330,7 +333,7 @@ class Trainer:
         All three are None if the data set has no test set.
         """
         weights, tta, averaged_scores = self.recipe.eval_weights, self.recipe.tta, None
-        has_test_set = len(self.data.test.labels) > 0
+        has_test_set = bool(len(self.data.test.labels))
         if self.ema:
             with self.ema.averaged_weights():
                 averaged_scores = self._evaluate(self.data.test) if has_test_set else None

@@ -25,8 +25,8 @@ from tests.training.optimizer_helpers import make_trainer
 
 def test_image_size_of_each_epoch() -> None:
     resolved = resolve(Recipe.make(image_size="24:3,28:2,32", epochs=7))
-    assert [resolved.image_size_at(epoch) for epoch in range(8)] == [24, 24, 24, 28, 28, 32, 32, 32]
-    assert {resolve(Recipe()).image_size_at(epoch) for epoch in (0, 199, 1000)} == {32}
+    assert [phase.image_size for phase in resolved.phases] == [24, 24, 24, 28, 28, 32, 32]
+    assert {phase.image_size for phase in resolve(Recipe()).phases} == {32}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_dry_run_weights_the_step_time_of_each_image_size_by_its_epochs(
     trainer = make_trainer(tiny(image_size="24:3,32", epochs=4))
     step_s = {24: 1.0, 32: 5.0}
     monkeypatch.setattr(
-        dry_run, "_measure_step_s", lambda trainer, epoch: step_s[trainer.resolved.image_size_at(epoch)]
+        dry_run, "_measure_step_s", lambda trainer, epoch: step_s[trainer.resolved.phases[epoch].image_size]
     )
     assert measure_step_timing(trainer).step_s == 2.0
     assert trainer.progress.epoch == 0
@@ -156,5 +156,5 @@ def test_whitening_layer_is_initialized_from_the_first_training_images(tiny: Cal
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("speed")])
 def test_shipped_speed_recipes_resolve(name: str) -> None:
     recipe = Recipe.make(name)
-    assert resolve(recipe).image_size_at(recipe.epochs - 1) == 32
+    assert resolve(recipe).phases[-1].image_size == 32
     assert recipe.val_size != 0

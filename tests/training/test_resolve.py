@@ -86,7 +86,7 @@ def test_parsed_values_reach_the_trainer(tiny: Callable[..., Recipe]) -> None:
     assert [op.name for op in resolved.pixel_ops] == ["flip"]
     assert resolved.mixer is not None
     assert resolved.mixer.name == "cutmix"
-    assert [resolved.image_size_at(epoch) for epoch in range(5)] == [24, 28, 32, 32, 32]
+    assert [phase.image_size for phase in resolved.phases] == [24, 28, 32, 32]
     assert resolved.clip_grad == ("norm", 2.0)
     assert resolved.schedule.arg == 0.2
     trainer = build_trainer(resolved)
