@@ -37,7 +37,7 @@ def switch(flag: str, help_text: str, *further_flags: str) -> Any:
     return typer.Option(False, flag, *further_flags, metavar="", help=help_text)  # newer versions of Typer show <bool>
 
 
-RUN = argument(..., "RUN|CKPT", "run folder or checkpoint file", autocompletion=complete_run)
+RUN = argument(..., "RUN|CKPT", "run folder, checkpoint file or pretrained:NAME", autocompletion=complete_run)
 RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file", autocompletion=complete_recipe)
 CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
 JSON = switch("--json", "print one JSON document as the last line of stdout")

@@ -29,6 +29,7 @@ from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
+from fastcifar.pretrained import is_pretrained
 from fastcifar.recipe import Recipe, section_fields
 from fastcifar.training import compilation
 from fastcifar.training.checkpoint_reader import safetensors_metadata
@@ -129,7 +130,7 @@ def build_metadata(deployed: DeployedModel, loaded: LoadedModel, run: str) -> Me
         "std": json.dumps(std),
         "output": deployed.output_type,
         "weights": loaded.weights,
-        "run": Path(run).resolve().name,
+        "run": run if is_pretrained(run) else Path(run).resolve().name,
         "fastcifar_version": __version__,
     }
 
@@ -198,7 +199,8 @@ def export_model(
 ) -> ExportResult:
     """Export the network of `run` to `out`, verify its outputs, and write a model card beside it.
 
-    By default the file is named after the architecture, in the folder of the run. `format` is a name in
+    By default the file is named after the architecture, in the folder of the run, or in the current one for weights of
+    the package. `format` is a name in
     `EXPORT_FORMATS`. See `load_model` for the other arguments.
     Raises `UserError` if the export fails or its outputs differ from the network's.
     """
@@ -209,7 +211,7 @@ def export_model(
     loaded = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
     data = loaded.load_dataset()
     run_dir = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
-    out = out or run_dir / f"{loaded.recipe.arch.replace(':', '.')}{export_format.suffix}"
+    out = out or (Path() if is_pretrained(run) else run_dir) / f"{loaded.recipe.arch.replace(':', '.')}{export_format.suffix}"
     deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
     images, metadata = example_inputs(deployed, data), build_metadata(deployed, loaded, run)
     try:

@@ -25,6 +25,7 @@ from fastcifar.data.cifar import DATASETS
 from fastcifar.errors import CheckpointError, DiskError, NonFiniteError, UsageError
 from fastcifar.files import read_json_object, read_regular_file, write_atomically
 from fastcifar.models import architecture_names, build_for_inspection, find_architecture
+from fastcifar.pretrained import is_pretrained, pretrained_path
 from fastcifar.python_objects import active_objects, object_name
 from fastcifar.renamed import upgrade_options
 from fastcifar.training.checkpoint_reader import parse_checkpoint
@@ -256,7 +257,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def resolve_checkpoint_path(run_or_file: str, which: str = "last") -> Path:
-    """Return the path `run_or_file` or, if it is a folder, that of its checkpoint `which` ("last" or "best")."""
+    """Return the file of `pretrained:NAME`, the path `run_or_file` or, if it is a folder, that of a checkpoint in it.
+
+    `which` is "last" or "best". Raises `CheckpointError` for an unknown NAME.
+    """
+    if is_pretrained(run_or_file):
+        return pretrained_path(run_or_file)
     path = Path(run_or_file)
     return path / "checkpoints" / f"{which}.pt" if os.path.isdir(path) else path
 

@@ -17,6 +17,7 @@ from fastcifar.data.normalization import normalization_mean_std, with_normalizat
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODEL_OPTIONS, build_for_inspection, model_options
+from fastcifar.pretrained import is_pretrained
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.distributed import World, get_world
@@ -77,7 +78,7 @@ class InitialWeights:
 
 def absolute_init_path(init: str) -> str:
     """Return `--init` as an absolute path, if it is a path."""
-    return init if init == "none" else os.path.abspath(os.path.expanduser(init))
+    return init if init == "none" or is_pretrained(init) else os.path.abspath(os.path.expanduser(init))
 
 
 def read_initial_weights(recipe: Recipe) -> InitialWeights:

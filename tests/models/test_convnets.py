@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.errors import UsageError
 from fastcifar.models import build_model, count_parameters
-from fastcifar.models.convnets import AirbenchNet, ConvGroup
+from fastcifar.models.convnets import AirbenchNet, ConvBlock, ConvGroup, CroppedConvBlock, PaddedConvBlock
 from tests.models.networks import on_meta
 
 
@@ -67,8 +68,48 @@ def test_convolutions_are_initialized_to_the_identity() -> None:
     images = torch.randn(2, 24, 8, 8)
     conv = model.get_submodule("groups.0.first.conv")
     assert isinstance(conv, nn.Conv2d)
-    torch.testing.assert_close(conv(images)[:, :24], images)
+    torch.testing.assert_close(conv(images)[:, :24], images[:, :, 1:-1, 1:-1])
     assert conv.weight[24:].abs().max() > 0
+
+
+def first_blocks() -> tuple[ConvBlock, PaddedConvBlock, CroppedConvBlock]:
+    blocks = (ConvBlock(3, 5, nn.GELU, pool=True), PaddedConvBlock(3, 5, nn.GELU), CroppedConvBlock(3, 5, nn.GELU))
+    for block in blocks:
+        block.load_state_dict(blocks[0].state_dict())
+    return blocks
+
+
+@pytest.mark.parametrize("size", [(31, 31), (15, 7), (8, 8), (7, 8), (6, 5)])
+def test_rows_and_columns_that_the_pooling_drops_are_not_computed(size: tuple[int, int]) -> None:
+    images = torch.randn(4, 3, *size)
+    full, padded, cropped = first_blocks()
+    results = []
+    for block in (full, padded):
+        inputs = images.clone().requires_grad_()
+        output = block(inputs)
+        output.square().sum().backward()
+        results.append((output, inputs.grad, block.conv.weight.grad, block.bn.running_var))
+    assert results[0][0].shape == (4, 5, size[0] // 2, size[1] // 2)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    even = images[:, :, : size[0] // 2 * 2, : size[1] // 2 * 2]
+    torch.testing.assert_close(cropped(images), full(even))
+
+
+def test_operations_of_even_maps() -> None:
+    flops = []
+    for block in first_blocks():
+        with FlopCounterMode(display=False) as counter:
+            block(torch.randn(1, 3, 31, 31))
+        flops.append(counter.get_total_flops())
+    assert flops == [2 * side**2 * 3 * 5 * 9 for side in (31, 30, 30)]
+
+
+def test_odd_maps_of_a_network_are_padded_or_cropped() -> None:
+    blocks = {odd_maps: tiny(odd_maps=odd_maps).get_submodule("groups.1.first") for odd_maps in ("pad", "crop")}
+    assert isinstance(blocks["pad"], PaddedConvBlock)
+    assert isinstance(blocks["crop"], CroppedConvBlock)
+    assert isinstance(tiny().get_submodule("groups.0.first"), PaddedConvBlock)
 
 
 def test_frozen_parameters_are_not_counted() -> None:
@@ -93,7 +134,7 @@ def test_the_linear_layer_has_unit_standard_deviation_and_divides_by_its_feature
 
 @pytest.mark.parametrize(("depth", "residual", "added"), [(2, True, False), (3, False, False), (3, True, True)])
 def test_deep_groups_add_the_result_of_their_first_convolution(depth: int, residual: bool, added: bool) -> None:
-    group = ConvGroup(8, 16, depth, nn.ReLU, 0, residual).eval()
+    group = ConvGroup(8, 16, depth, nn.ReLU, 0, residual, "pad").eval()
     x = torch.randn(2, 8, 8, 8)
     first = group.first(x)
     torch.testing.assert_close(group(x), group.rest(first) + (first if added else 0))

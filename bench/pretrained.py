@@ -1,0 +1,97 @@
+"""Write the weights of a finished run as `pretrained:NAME` of the package, with a card of their origin and accuracy.
+
+    python bench/pretrained.py RUN NAME [--data PATH]
+
+Writes fastcifar/pretrained/NAME.safetensors and NAME.md. The weights are those that the run evaluated. Filters and
+matrices are rounded to half precision. The accuracies in the card are those of the rounded weights, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from fastcifar import pretrained
+from fastcifar.evaluation.load_run import LoadedModel, load_model
+from fastcifar.format import format_percent
+from fastcifar.models import count_parameters
+from fastcifar.training.checkpoint import state_dict_sha256
+from fastcifar.training.checkpoint_reader import safetensors_metadata
+from fastcifar.training.environment import read_environment
+from fastcifar.training.summary import read_summary
+
+CARD = """# pretrained:{name}
+
+`{arch}` on CIFAR-10: {params:,} trainable parameters, images of 32 x 32 pixels, classes {classes}.
+
+- test accuracy of these weights in float32: {plain}, with six views (`--tta 6view`) {tta}
+- origin: `{command}`, seed {seed}, {epochs} epochs, all {images:,} training images, precision {precision}
+- test accuracy of the run before rounding: {run_plain}, with six views {run_tta}; n = 1 run
+- environment of the run: {environment}
+- filters and matrices in half precision, other tensors in float32; {bytes:,} bytes
+- SHA-256 of the file `{sha256}`, of the weights of the run `{run_sha256}`
+
+The training images are those of CIFAR-10 (Krizhevsky, 2009). The network classifies every image as one of its ten
+classes. It is less accurate on images that differ from the training images.
+"""
+
+
+def half_precision(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """Return the state dict with tensors of two and more dimensions in half precision."""
+    state = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
+    return {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
+
+
+def count_correct(name: str, data: str | None, tta: str) -> tuple[int, int]:
+    """Return the number of test images that the written weights classify correctly, and of all test images."""
+    loaded = load_model(f"{pretrained.PREFIX}{name}", data=data, device="cpu", precision="fp32")
+    test = loaded.load_dataset().test
+    logits = loaded.predict_logits(test, tta)
+    return int((logits.argmax(1) == torch.from_numpy(test.labels)).sum()), len(test.labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the weights of a run as pretrained weights of the package.")
+    parser.add_argument("run", type=Path, help="folder of a finished run without a validation split")
+    parser.add_argument("name", help="NAME in pretrained:NAME")
+    parser.add_argument("--data", help="data set, as for fastcifar train")
+    arguments = parser.parse_args()
+    summary, environment = read_summary(arguments.run), read_environment(arguments.run)
+    if summary is None or not summary.complete:
+        raise SystemExit(f"{arguments.run} is not a finished run")
+    loaded = load_model(str(arguments.run), device="cpu", precision="fp32")
+    recipe = loaded.recipe.model_dump(mode="json")
+    file = Path(pretrained.__file__).parent / f"{arguments.name}.safetensors"
+    file.write_bytes(safetensors.torch.save(half_precision(loaded), safetensors_metadata(recipe, loaded.classes)))
+    counts = {tta: count_correct(arguments.name, arguments.data, tta) for tta in ("none", "6view")}
+    plain, tta = (f"{format_percent(count / total)} ({count:,} of {total:,})" for count, total in counts.values())
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)
+    card = CARD.format(
+        name=arguments.name,
+        arch=loaded.recipe.arch,
+        params=count_parameters(loaded.model),
+        classes=", ".join(loaded.classes),
+        plain=plain,
+        tta=tta,
+        command=f"fastcifar train --recipe {environment.recipe} --val-size 0 --seed {loaded.recipe.seed}",
+        seed=loaded.recipe.seed,
+        epochs=summary.epochs,
+        images=len(loaded.load_dataset().train.labels),
+        precision=summary.precision,
+        run_plain=format_percent(summary.test_acc),
+        run_tta=format_percent(summary.test_acc_tta),
+        environment=f"{environment.device}, Python {environment.python}, {versions}",
+        bytes=file.stat().st_size,
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        run_sha256=state_dict_sha256(loaded.model.state_dict()),
+    )
+    file.with_suffix(".md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+if __name__ == "__main__":
+    main()
