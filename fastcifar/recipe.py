@@ -192,7 +192,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
     ema_decay: float = _option(0.0, "decay per step of the moving average (EMA) of the weights; 0: none", ge=0, lt=1)
     init: str = _option(
-        "none", "initial weights: a run folder, a checkpoint or .safetensors file, or pretrained:NAME; none: random ones"
+        "none",
+        "initial weights: a run folder, a checkpoint or .safetensors file, or pretrained:NAME; none: random ones",
     )
     freeze: FreezeText = _option(
         "none", "layers and parameters that are not trained, NAME,... as in `fastcifar models`, with wildcards, or none"

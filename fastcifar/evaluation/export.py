@@ -211,7 +211,10 @@ def export_model(
     loaded = load_model(run, eval_weights, arch, **overrides, device="cpu", precision="fp32")
     data = loaded.load_dataset()
     run_dir = Path(run) if Path(run).is_dir() else loaded.checkpoint_path.parent
-    out = out or (Path() if is_pretrained(run) else run_dir) / f"{loaded.recipe.arch.replace(':', '.')}{export_format.suffix}"
+    out = (
+        out
+        or (Path() if is_pretrained(run) else run_dir) / f"{loaded.recipe.arch.replace(':', '.')}{export_format.suffix}"
+    )
     deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
     images, metadata = example_inputs(deployed, data), build_metadata(deployed, loaded, run)
     try:

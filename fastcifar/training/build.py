@@ -66,7 +66,7 @@ def build_trainer(
         "init": absolute_init_path(recipe.init),
         "val_size": len(val_split.labels) if data.val is None else None,
     }
-    resolved = replace(resolved, recipe=recipe.model_copy(update=recorded))
+    resolved = replace(resolved, recipe=recipe.model_copy(update=recorded), initial=None)  # frees their memory
     start_time = time.perf_counter()
     loader = build_loader(resolved, train_split, world)
     if (initialize := getattr(model, "init_whitening", None)) and not init.sha256:
@@ -104,11 +104,11 @@ def _build_network(
     """Return the network with `--init` and `--freeze`, and its number of parameters without `--freeze`."""
     recipe, num_classes = resolved.recipe, len(classes)
     if not is_built_in(recipe.arch):  # `resolve` does not know the number of classes
-        check_network(recipe, resolved.phases, num_classes, resolved.is_resumed)
+        check_network(recipe, resolved.phases, num_classes, resolved.initial)
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = to_channels_last(model_from_recipe(recipe, num_classes), device)
     num_params = count_parameters(model)
-    init = LoadedInit() if resolved.is_resumed else load_init(model, recipe, classes, world)
+    init = load_init(model, recipe, classes, resolved.initial)
     freeze(model, recipe)
     if not world.is_main_process:
         seed_all(recipe.seed + world.rank)  # and different random numbers on each rank afterwards

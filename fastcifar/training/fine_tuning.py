@@ -20,7 +20,7 @@ from fastcifar.models import MODEL_OPTIONS, build_for_inspection, model_options
 from fastcifar.pretrained import is_pretrained
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
-from fastcifar.training.distributed import World, get_world
+from fastcifar.training.distributed import get_world
 
 
 class LoadedInit(NamedTuple):
@@ -30,15 +30,14 @@ class LoadedInit(NamedTuple):
     lines: tuple[str, ...] = ()
 
 
-def load_init(model: nn.Module, recipe: Recipe, classes: Sequence[str], world: World) -> LoadedInit:
-    """Load the weights that `recipe.init` selects, which rank 0 reads, into `model`, a network for `classes`.
+def load_init(model: nn.Module, recipe: Recipe, classes: Sequence[str], initial: InitialWeights | None) -> LoadedInit:
+    """Load `initial`, unless it is None, into `model`, a network for `classes`.
 
     The head keeps its random values unless the weights are of a network for the same classes in the same order, or for
     the same number of classes if they do not name them. Everything else must fit.
     """
-    if recipe.init == "none":
+    if initial is None:
         return LoadedInit()
-    initial: InitialWeights = world.broadcast_object(read_initial_weights(recipe) if world.is_main_process else None)
     state, head = model.state_dict(), find_head(recipe, model, len(classes))
     if initial.classes:
         is_same_head = initial.classes == list(classes)
@@ -81,11 +80,18 @@ def absolute_init_path(init: str) -> str:
     return init if init == "none" or is_pretrained(init) else os.path.abspath(os.path.expanduser(init))
 
 
-def read_initial_weights(recipe: Recipe) -> InitialWeights:
-    """Read the weights that `recipe.init` selects: of a run, those that it evaluates on the test set.
+def read_initial_weights(recipe: Recipe) -> InitialWeights | None:
+    """Read, on rank 0, the weights that `recipe.init` selects: of a run, those that it evaluates on the test set.
 
-    Raises `CheckpointError` if they are missing, invalid or not finite.
+    Returns None for random ones. Raises `CheckpointError` if the weights are missing, invalid or not finite.
     """
+    if recipe.init == "none":
+        return None
+    world = get_world()
+    return world.broadcast_object(_read_initial_weights(recipe) if world.is_main_process else None)
+
+
+def _read_initial_weights(recipe: Recipe) -> InitialWeights:
     run = absolute_init_path(recipe.init)
     path = checkpoint.resolve_checkpoint_path(run)
     saved = dict[str, Any](checkpoint.load_checkpoint(path, allow_foreign=True))
@@ -103,13 +109,11 @@ def read_initial_weights(recipe: Recipe) -> InitialWeights:
     return InitialWeights(path, weights, saved.get("classes") if options else None, options)
 
 
-def with_initial_normalization(recipe: Recipe) -> Recipe:
+def with_initial_normalization(recipe: Recipe, initial: InitialWeights | None) -> Recipe:
     """Return `recipe` with the normalization of its initial weights for `auto`, as far as their file records it."""
-    if recipe.normalize != "auto" or recipe.init == "none":
+    if recipe.normalize != "auto" or initial is None:
         return recipe
-    world = get_world()
-    options = world.broadcast_object(read_initial_weights(recipe).options if world.is_main_process else None)
-    saved = {name: options[name] for name in ("arch", "dataset", "normalize") if name in options}
+    saved = {name: initial.options[name] for name in ("arch", "dataset", "normalize") if name in initial.options}
     return with_normalization(recipe, normalization_mean_std(Recipe(**saved))) if saved else recipe
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Resolved:
     clip_grad: tuple[str, float] | None
     trackers: tuple[str, ...]
     is_resumed: bool = False  # the initial weights are those of a checkpoint of the run, whatever `--init` is
+    initial: fine_tuning.InitialWeights | None = field(default=None, repr=False, compare=False)  # of `--init`
 
     @property
     def augment_ops(self) -> tuple[AugmentOp, ...]:
@@ -87,8 +88,10 @@ def resolve(
     optimizer = parse_optimizer(recipe)
     phases = list_phases(recipe, parse_image_sizes(recipe.image_size))
     checked, num_classes = set() if checked is None else checked, DATASETS[recipe.dataset].num_classes
+    is_checked = recipe.model_dump_json(include=NETWORK_CHECK_OPTIONS) in checked
+    initial = None if is_resumed or is_checked else fine_tuning.read_initial_weights(recipe)
     for options, check in (
-        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, phases, num_classes, is_resumed)),
+        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, phases, num_classes, initial)),
         (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
     ):
         if options is NETWORK_CHECK_OPTIONS and isinstance(active_objects().model, nn.Module):
@@ -109,6 +112,7 @@ def resolve(
         clip_grad=parse_clip_grad(recipe.clip_grad),
         trackers=tuple(trackers.parse_tracker_names(recipe.track)),
         is_resumed=is_resumed,
+        initial=initial,
     )
 
 
@@ -121,16 +125,17 @@ def resolve_for_data(resolved: Resolved, data: Dataset) -> Resolved:
     data.require_training_images()
     if resolved.is_resumed:
         return resolved
-    recipe = with_own_normalization(fine_tuning.with_initial_normalization(resolved.recipe), data)
+    recipe = with_own_normalization(fine_tuning.with_initial_normalization(resolved.recipe, resolved.initial), data)
     mean, std = normalization_mean_std(recipe)
     return replace(resolved, recipe=recipe, mean=mean, std=std)
 
 
-def check_network(recipe: Recipe, phases: Sequence[Phase], num_classes: int, is_resumed: bool) -> None:
+def check_network(
+    recipe: Recipe, phases: Sequence[Phase], num_classes: int, initial: fine_tuning.InitialWeights | None
+) -> None:
     """Raise `UsageError` if the network cannot be built, is too large or refuses an image size or `num_classes`.
 
-    The options that freeze layers are checked too, and `--init`, unless the run is resumed. Raises `CheckpointError` if
-    the weights of the latter do not fit.
+    The options that freeze layers are checked too. Raises `CheckpointError` if the weights `initial` do not fit.
     """
     model = model_from_recipe(recipe, num_classes, for_inspection=True)
     for size in {phase.image_size for phase in phases} - {CIFAR_IMAGE_SIZE}:
@@ -139,10 +144,8 @@ def check_network(recipe: Recipe, phases: Sequence[Phase], num_classes: int, is_
         except Exception:
             problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
             raise UsageError(problem, "leave that size out") from None
-    if recipe.init != "none" and not is_resumed and get_world().is_main_process:
-        fine_tuning.read_initial_weights(recipe).check_fit(
-            model, recipe, fine_tuning.find_head(recipe, model, num_classes)
-        )
+    if initial:
+        initial.check_fit(model, recipe, fine_tuning.find_head(recipe, model, num_classes))
     fine_tuning.freeze(model, recipe)
     check_phases(model, recipe)
     if not build_param_groups(model, recipe):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.models import build_model, enable_fused_ops
+from fastcifar.models import MODELS, build_model, enable_fused_ops
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.checkpoint_reader import safetensors_metadata
@@ -120,6 +120,7 @@ def test_weights_are_those_that_the_run_evaluated(tiny: MakeRecipe, source: Path
         checkpoint.save_checkpoint(source.with_name(f"{name}.pt"), content)
     expected = {"last": state["model"], "best": best["model"], "ema": state["ema"]}[eval_weights]
     initial = read_initial_weights(tiny(init=str(source.parent.parent)))
+    assert initial
     assert initial.path.name == ("best.pt" if eval_weights == "best" else "last.pt")
     assert equal_names(initial.weights, expected) == equal_names(expected, expected)
 
@@ -297,3 +298,17 @@ def test_resumed_run_needs_no_initial_weights_and_is_bit_identical(
             train(Recipe(resume=str(tmp_path / "again"), epochs=3, **changes))
     summary = train(Recipe(resume=str(tmp_path / "again"), epochs=3))
     assert summary.init_sha256 == last(tmp_path / "run")["init_sha256"] is not None
+
+
+@pytest.mark.parametrize("arch", ["resnet", "own"])
+def test_initial_weights_are_read_once(
+    tiny: MakeRecipe, source: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    monkeypatch.setitem(MODELS, "own", MODELS["resnet"])
+    paths = []
+    load = checkpoint.load_checkpoint
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path, **flags: paths.append(path) or load(path, **flags))
+    trainer = make_trainer(tiny(init=str(source), arch=arch))
+    assert paths == [source]
+    assert trainer.init.sha256
+    assert trainer.resolved.initial is None, "the weights stay in memory"
