@@ -133,33 +133,24 @@ def saturate(images: Tensor, severity: int, generator: Generator) -> Tensor:
 def pixelate(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Downsample and upsample with Pillow's box filter, on the CPU."""
     size = int(IMAGE_SIZE * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1])
-    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    resized = np.empty_like(pixels)
-    for index, image in enumerate(pixels):
-        small = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
-        resized[index] = small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return torch.from_numpy(resized).permute(0, 3, 1, 2).to(images) / 255
+
+    def resize(image: Image.Image) -> Image.Image:
+        small = image.resize((size, size), Image.Resampling.BOX)
+        return small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+    return _apply_to_pil_images(images, resize)
 
 
 def jpeg_compression(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Compress as JPEG with 4:2:0 chroma subsampling; unlike libjpeg, compute the DCT with floating-point numbers."""
+    """Compress as JPEG with Pillow, on the CPU."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
-    red, green, blue = (images * 255).round().unbind(1)
-    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
-    chrominance = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1) + 128
-    # The bias alternates by column, as in libjpeg, to avoid a systematic shift.
-    bias = images.new_tensor([0.25, 0.5]).repeat(IMAGE_SIZE // 4)
-    downsampled = (F.avg_pool2d(chrominance.round(), 2) + bias).floor()
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(buffer, "JPEG", quality=quality)
-    tables: dict[int, list[int]] = Image.open(buffer).quantization  # pyright: ignore[reportAttributeAccessIssue]
-    luminance = _quantize_dct(luminance.round()[:, None], tables[0])[:, 0]
-    chrominance = _quantize_dct(downsampled, tables[1])
-    chrominance = F.interpolate(chrominance, scale_factor=2, mode="bilinear", align_corners=False)
-    cb, cr = ((chrominance + images.new_tensor([8 / 16, 7 / 16]).repeat(IMAGE_SIZE // 2)).floor() - 128).unbind(1)
-    green = luminance - (0.114 * 1.772 * cb + 0.299 * 1.402 * cr) / 0.587
-    decoded = torch.stack([luminance + 1.402 * cr, green, luminance + 1.772 * cb], 1)
-    return decoded.round().clamp(0, 255) / 255
+
+    def compress(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+
+    return _apply_to_pil_images(images, compress)
 
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -171,20 +162,10 @@ CORRUPTIONS: dict[str, Corruption] = {
 }  # fmt: skip
 
 
-def _quantize_dct(planes: Tensor, table: list[int]) -> Tensor:
-    """Quantize the DCT coefficients of the 8x8 blocks of planes [n,c,h,w] with values in 0..255; return the planes."""
-    n, c, h, w = planes.shape
-    size = 8
-    steps = planes.new_tensor(table).view(size, size)
-    indices = torch.arange(size, dtype=torch.float64)
-    cosines = (indices[:, None] * (2 * indices + 1) * math.pi / (2 * size)).cos() * math.sqrt(2 / size)
-    cosines[0] /= math.sqrt(2)
-    dct = cosines.to(planes)
-    blocks = planes.reshape(n, c, h // size, size, w // size, size).transpose(3, 4) - 128
-    scaled = (8 * (dct @ blocks @ dct.T)).round()  # like libjpeg, round the coefficients scaled by 8
-    coefficients = scaled.sign() * (scaled.abs() / (8 * steps) + 0.5).floor() * steps
-    restored = (dct.T @ coefficients @ dct + 128).round().clamp(0, 255)
-    return restored.transpose(3, 4).reshape(n, c, h, w)
+def _apply_to_pil_images(images: Tensor, function: Callable[[Image.Image], Image.Image]) -> Tensor:
+    pixels = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    results = np.stack([np.asarray(function(Image.fromarray(image))) for image in pixels])
+    return torch.from_numpy(results).permute(0, 3, 1, 2).to(images) / 255
 
 
 def _normal_noise(images: Tensor, generator: Generator) -> Tensor:
