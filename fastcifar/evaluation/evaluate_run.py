@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -18,7 +17,7 @@ from fastcifar.data.cifar import Split
 from fastcifar.data.normalization import normalization_name
 from fastcifar.evaluation import metrics
 from fastcifar.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from fastcifar.evaluation.load_run import LoadedModel, load_model
+from fastcifar.evaluation.load_run import LoadedModel, ModelDescription, load_model
 from fastcifar.evaluation.published_test_sets import (
     BENCHMARK_CORRUPTIONS,
     CorruptedImages,
@@ -53,11 +52,8 @@ class CorruptionsResult(TypedDict):
     seed: int | None  # of the random numbers of computed corruptions
 
 
-class LogitMetrics(TypedDict):
-    """The metrics that follow from the logits and labels of the test set. Accuracies are fractions, losses in nats.
-
-    Without a test set they are None or empty.
-    """
+class EvalResult(ModelDescription):
+    """The document of `fastcifar eval --json`. Accuracies are fractions, losses in nats; None if not measured."""
 
     test_acc: float | None
     test_acc_interval: tuple[float, float] | None  # 95 % confidence interval
@@ -65,36 +61,26 @@ class LogitMetrics(TypedDict):
     correct: int | None
     total: int | None
     ece: float | None
-    per_class: PerClass  # accuracy
+    per_class: PerClass  # accuracy; this and the following metrics of classes and bins are empty without a test set
     precision_per_class: PerClass
     recall_per_class: PerClass
     f1_per_class: PerClass
     confusion: list[list[int]]  # a row for each label and a column for each predicted class
-    classes: list[str]
-    brier: float | None
     reliability: list[dict[str, float | None]]  # the bins of the calibration error `ece`
-    temperature: float | None
+    brier: float | None
     loss_scaled: float | None  # after temperature scaling
     ece_scaled: float | None
-
-
-class EvalResult(LogitMetrics):
-    """The document of `fastcifar eval --json`."""
-
+    classes: list[str]
     val_acc: float | None  # None without the run's validation split
+    temperature: float | None
+    temperature_missing: str | None  # the reason why there is no temperature
     test_acc_tta: float | None  # with the test-time augmentation `tta`
     tta: str
-    temperature_missing: str | None  # the reason why there is no temperature
     shifted: ShiftedResult | None
     corruptions: CorruptionsResult | None  # computed here
     corrupted: CorruptionsResult | None  # official files
     plots: str | None
-    arch: str
-    eval_weights: str
-    checkpoint: str
     data: str
-    device: str
-    precision: str
     normalize: str
 
 
@@ -129,49 +115,43 @@ def evaluate_run(
     extra_sets = [validation, shifted[1]] if shifted else [validation]
     num_images = sum(len(split.labels) for split in extra_sets) + (corrupted.num_images if corrupted else 0)
     loaded.compile_for(num_passes * len(data.test.labels) + num_images, console)
-    labels, validation_labels = torch.from_numpy(data.test.labels), torch.from_numpy(validation.labels)
-    logits = loaded.predict_logits(data.test) if len(labels) else torch.empty(0, len(classes))
     temperature = val_acc = None
     if not temperature_missing:
-        validation_logits = loaded.predict_logits(validation)
-        val_acc = compute_scores(validation_logits, validation_labels).accuracy
-        temperature = metrics.fit_temperature(validation_logits, validation_labels)
-        low, high = metrics.TEMPERATURE_RANGE
-        temperature_missing = f"no temperature from {low:g} to {high:g} minimizes the loss on the validation split"
-    if plots_dir is not None:
-        _save_plots(plots_dir, logits, labels, classes, temperature)
-    return {
-        **_compute_metrics(logits, labels, classes, temperature),
+        logits, labels = loaded.predict_logits(validation), torch.from_numpy(validation.labels)
+        val_acc = compute_scores(logits, labels).accuracy
+        temperature = metrics.fit_temperature(logits, labels)
+        temperature_missing = None if temperature else metrics.NO_TEMPERATURE
+    result = {
+        **dict.fromkeys(EvalResult.__annotations__),
+        **loaded.describe(),
+        **{name: {} for name in PER_CLASS_METRICS},
+        "confusion": [],
+        "reliability": [],
+        "classes": classes,
         "val_acc": val_acc,
-        "test_acc_tta": loaded.evaluate(data.test, tta).accuracy if tta != "none" and len(labels) else None,
+        "temperature": temperature,
+        "temperature_missing": temperature_missing,
         "tta": tta,
-        "temperature_missing": None if temperature else temperature_missing,
         "shifted": _evaluate_shifted(loaded, *shifted) if shifted else None,
         "corruptions": _evaluate_corruptions(loaded, data.test, console) if with_corruptions else None,
-        "corrupted": _evaluate_corrupted(loaded, corrupted, console) if corrupted else None,
+        "corrupted": _evaluate_corruptions(loaded, corrupted, console) if corrupted else None,
         "plots": str(plots_dir) if plots_dir else None,
-        "arch": loaded.recipe.arch,
-        "eval_weights": loaded.weights,
-        "checkpoint": str(loaded.checkpoint_path),
         "data": data.source,
-        "device": loaded.execution.device,
-        "precision": loaded.execution.precision,
         "normalize": normalization_name(loaded.recipe),
     }
+    if len(data.test.labels):
+        logits, labels = loaded.predict_logits(data.test), torch.from_numpy(data.test.labels)
+        result |= _compute_metrics(logits, labels, classes, temperature)
+        result["test_acc_tta"] = None if tta == "none" else loaded.evaluate(data.test, tta).accuracy
+        if plots_dir is not None:
+            _save_plots(plots_dir, logits, labels, classes, temperature)
+    return cast(EvalResult, result)
 
 
-def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> LogitMetrics:
-    def by_class(values: list[float | None]) -> PerClass:
-        return dict(zip(classes, values, strict=True))
-
-    if not len(labels):
-        empty = {**{name: {} for name in PER_CLASS_METRICS}, "confusion": [], "reliability": []}
-        found = {"classes": classes, "temperature": temperature}
-        return cast(LogitMetrics, {**dict.fromkeys(LogitMetrics.__annotations__), **empty, **found})
+def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], temperature: float | None) -> dict[str, Any]:
     scores = compute_scores(logits, labels)
     scaled = compute_scores(logits.double() / temperature, labels) if temperature else None
-    confusion_matrix = compute_confusion_matrix(logits, labels)
-    precision, recall, f1 = map(by_class, metrics.precision_recall_f1(confusion_matrix))
+    metrics_by_class = scores.per_class, *metrics.precision_recall_f1(torch.tensor(scores.confusion))
     return {
         "test_acc": scores.accuracy,
         "test_acc_interval": metrics.wilson_interval(scores.correct, scores.total),
@@ -179,15 +159,13 @@ def _compute_metrics(logits: Tensor, labels: Tensor, classes: list[str], tempera
         "correct": scores.correct,
         "total": scores.total,
         "ece": scores.ece,
-        "per_class": by_class(scores.per_class),
-        "precision_per_class": precision,
-        "recall_per_class": recall,
-        "f1_per_class": f1,
-        "confusion": confusion_matrix.tolist(),
-        "classes": classes,
-        "brier": metrics.brier_score(logits, labels),
+        **{
+            name: dict(zip(classes, values, strict=True))
+            for name, values in zip(PER_CLASS_METRICS, metrics_by_class, strict=True)
+        },
+        "confusion": scores.confusion,
         "reliability": [item._asdict() for item in reliability_bins(logits, logits.argmax(1) == labels)],
-        "temperature": temperature,
+        "brier": metrics.brier_score(logits, labels),
         "loss_scaled": scaled.loss if scaled else None,
         "ece_scaled": scaled.ece if scaled else None,
     }
@@ -217,35 +195,32 @@ def _evaluate_shifted(loaded: LoadedModel, name: str, split: Split) -> ShiftedRe
     }
 
 
-def _evaluate_corruptions(loaded: LoadedModel, split: Split, console: Console | None) -> CorruptionsResult:
-    def accuracy(corruption: Corruption, severity: int) -> float:
+def _evaluate_corruptions(
+    loaded: LoadedModel, source: Split | CorruptedImages, console: Console | None
+) -> CorruptionsResult:
+    """Evaluate on the images of official files, or on corruptions of the images of a split that are computed here."""
+
+    def accuracy(name: str, severity: int) -> float:
+        if isinstance(source, CorruptedImages):
+            return loaded.evaluate(source.split(name, severity)).accuracy
         generator = torch.Generator(loaded.device).manual_seed(CORRUPTION_SEED)
 
         def forward(images: Tensor) -> Tensor:
-            return loaded.forward(apply_corruption(images, corruption, severity, generator))
+            return loaded.forward(apply_corruption(images, CORRUPTIONS[name], severity, generator))
 
-        return replace(loaded, forward=forward).evaluate(split).accuracy
+        return replace(loaded, forward=forward).evaluate(source).accuracy
 
-    accuracies = {
-        name: [accuracy(CORRUPTIONS[name], severity) for severity in SEVERITIES]
-        for name in _track_corruptions(CORRUPTIONS, console)
+    is_computed = isinstance(source, Split)
+    names = list(CORRUPTIONS if is_computed else source.images)
+    is_terminal = console is not None and console.is_terminal
+    progress = track(names, "corruptions", console=console, disable=not is_terminal, transient=True)
+    accuracies = {name: [accuracy(name, severity) for severity in SEVERITIES] for name in progress}
+    return {
+        "source": "computed" if is_computed else source.folder,
+        "mean_acc": float(np.mean([accuracies[name] for name in (names if is_computed else BENCHMARK_CORRUPTIONS)])),
+        "acc": accuracies,
+        "seed": CORRUPTION_SEED if is_computed else None,
     }
-    mean_acc = float(np.mean(list(accuracies.values())))
-    return {"source": "computed", "mean_acc": mean_acc, "acc": accuracies, "seed": CORRUPTION_SEED}
-
-
-def _evaluate_corrupted(loaded: LoadedModel, files: CorruptedImages, console: Console | None) -> CorruptionsResult:
-    accuracies = {
-        name: [loaded.evaluate(files.split(name, severity)).accuracy for severity in SEVERITIES]
-        for name in _track_corruptions(files.images, console)
-    }
-    mean_acc = float(np.mean([accuracies[name] for name in BENCHMARK_CORRUPTIONS]))
-    return {"source": files.folder, "mean_acc": mean_acc, "acc": accuracies, "seed": None}
-
-
-def _track_corruptions(names: Iterable[str], console: Console | None) -> Iterable[str]:
-    no_progress_bar = console is None or not console.is_terminal
-    return track(list(names), "corruptions", console=console, disable=no_progress_bar, transient=True)
 
 
 def apply_corruption(images: Tensor, corruption: Corruption, severity: int, generator: torch.Generator) -> Tensor:

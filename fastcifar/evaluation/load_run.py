@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from rich.console import Console
@@ -26,17 +26,19 @@ from fastcifar.training.step import Forward, build_forward
 
 EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # Options that describe the training machine, the run folder or the training protocol do not apply to inference.
-RESET_ON_LOAD = {
-    "compile": None,
-    "compile_mode": "auto",
-    "cuda_graph": None,
-    "freeze": "none",
-    "fused_ops": False,
-    "init": "none",
-    "loader": "auto",
-    "out": None,
-    "tta": "none",
-}
+RESET_ON_LOAD = (
+    "compile", "compile_mode", "cuda_graph", "freeze", "fused_ops", "init", "loader", "out", "tta",
+)  # fmt: skip
+
+
+class ModelDescription(TypedDict):
+    """A network and how it was run."""
+
+    arch: str
+    checkpoint: str
+    eval_weights: str
+    device: str
+    precision: str
 
 
 @dataclass
@@ -52,6 +54,16 @@ class LoadedModel:
     checkpoint_path: Path
     weights: str  # "last", "best", "ema" or "published"
     data_digest: str | None = None  # of the data that the run was trained on; None if the checkpoint lacks it
+
+    def describe(self) -> ModelDescription:
+        """Return the part of the documents of `eval` and `predict` about the network."""
+        return {
+            "arch": self.recipe.arch,
+            "checkpoint": str(self.checkpoint_path),
+            "eval_weights": self.weights,
+            "device": self.execution.device,
+            "precision": self.execution.precision,
+        }
 
     def load_dataset(self) -> Dataset:
         """Load the data set of the recipe. Raises `DataError` if its classes, in their order, are not the network's."""
@@ -140,7 +152,8 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     Recipe(**overrides)  # first without the checkpoint, so that the error does not name it
     try:
         data = cifar.saved_data_path(saved["recipe"].get("data"))
-        recipe = Recipe(**{**saved["recipe"], **RESET_ON_LOAD, "data": data, **overrides})
+        kept = {name: value for name, value in saved["recipe"].items() if name not in RESET_ON_LOAD}
+        recipe = Recipe(**{**kept, "data": data, **overrides})
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
     lookup(evaluate.VIEWS, recipe.tta, "test-time augmentation")

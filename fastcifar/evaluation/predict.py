@@ -17,8 +17,8 @@ from fastcifar import plotting
 from fastcifar.data.cifar import Split
 from fastcifar.data.predict_inputs import InputImages, read_inputs
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.evaluation.load_run import LoadedModel, load_model
-from fastcifar.evaluation.metrics import TEMPERATURE_RANGE, fit_temperature
+from fastcifar.evaluation.load_run import LoadedModel, ModelDescription, load_model
+from fastcifar.evaluation.metrics import NO_TEMPERATURE, fit_temperature
 from fastcifar.evaluation.prediction_files import KAGGLE_SUBMISSION, PredictionFormat, write_predictions
 from fastcifar.format import format_percent
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, VIEWS
@@ -27,14 +27,9 @@ IMAGES_PER_CHUNK = 4 * EVAL_BATCH_SIZE  # images per update of the progress bar
 MAX_PLOTTED_IMAGES = 40
 
 
-class EnsembleMember(TypedDict):
+class EnsembleMember(ModelDescription):
     """A network of the ensemble and how it was run."""
 
-    checkpoint: str
-    eval_weights: str
-    arch: str
-    device: str
-    precision: str
     compiled: bool
     cuda_graph: bool
     temperature: float | None  # the divisor of the logits; None without calibration
@@ -122,9 +117,9 @@ def predict_images(
 ) -> Tensor:
     """Return the float32 logits [n, classes] of one member on the CPU, with a progress bar on a terminal."""
     starts = range(0, len(images), IMAGES_PER_CHUNK)
-    no_progress_bar = console is None or not console.is_terminal
+    is_terminal = console is not None and console.is_terminal
     chunks = []
-    for start in track(starts, description, console=console, disable=no_progress_bar, transient=True):
+    for start in track(starts, description, console=console, disable=not is_terminal, transient=True):
         chunk = images[start : start + IMAGES_PER_CHUNK]
         unlabeled = Split(chunk, np.zeros(len(chunk), np.int64))  # the labels are ignored
         chunks.append(member.predict_logits(unlabeled, member.recipe.tta))
@@ -151,18 +146,12 @@ def _fit_temperature(member: LoadedModel, split: Split | None, console: Console 
     logits = predict_images(member, split.images, console, "calibrate")
     if temperature := fit_temperature(logits, torch.from_numpy(split.labels)):
         return temperature
-    low, high = TEMPERATURE_RANGE
-    reason = f"no temperature from {low:g} to {high:g} minimizes the loss on its validation split"
-    raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {reason}", "omit --calibrated")
+    raise UsageError(f"{member.checkpoint_path} cannot be calibrated: {NO_TEMPERATURE}", "omit --calibrated")
 
 
 def _describe_member(member: LoadedModel, temperature: float | None) -> EnsembleMember:
     return {
-        "checkpoint": str(member.checkpoint_path),
-        "eval_weights": member.weights,
-        "arch": member.recipe.arch,
-        "device": member.execution.device,
-        "precision": member.execution.precision,
+        **member.describe(),
         "compiled": member.execution.compile,
         "cuda_graph": member.execution.cuda_graph,
         "temperature": temperature,
