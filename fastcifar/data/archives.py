@@ -36,20 +36,6 @@ def iter_folder_files(folder: Path, spec: DatasetSpec, layout: FileLayout) -> It
             yield layout, name, path.read_bytes()
 
 
-class _SizeLimitedStream:
-    """A stream that raises `DataError` after `limit` bytes, since gzip can expand a file a thousandfold."""
-
-    def __init__(self, stream: gzip.GzipFile, limit: int, path: Path) -> None:
-        self.stream, self.position, self.limit, self.path = stream, 0, limit, path
-
-    def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        self.position += len(data)
-        if self.position > self.limit:
-            raise file_error(f"{self.path} unpacks to more than {self.limit:,} bytes, expected a CIFAR archive")
-        return data
-
-
 def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
     """Yield the files of the first layout found in a .tar.gz. Raises `DataError` if it is damaged or has no layout."""
     with path.open("rb") as file:
@@ -65,9 +51,8 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
     limit = 2 * sum(batch.num_images * (IMAGE_BYTES + 100) for batch in spec.python.batches) + 2**22
     other_members: list[str] = []
     try:
-        with gzip.open(path) as decompressed:
-            stream = _SizeLimitedStream(decompressed, limit, path)
-            for member in _iter_tar_headers(stream, path):
+        with gzip.open(path) as stream:
+            for member in _iter_tar_headers(stream, path, limit):
                 layout, name = expected.get(member.name.removeprefix("./"), (None, ""))
                 if layout is None or archive_layout not in (None, layout):
                     other_members += [member.name[:80]] if len(other_members) < 3 else []
@@ -80,8 +65,6 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
                 if len(content) < member.size:
                     raise EOFError(f"{member.name} is incomplete")
                 yield layout, name, content
-            while stream.read(2**20):  # read to the end, where gzip verifies its checksum
-                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise file_error(f"{path} is truncated or damaged ({error}), expected a complete .tar.gz") from None
     if archive_layout is None:
@@ -90,24 +73,30 @@ def iter_tar_files(path: Path, spec: DatasetSpec) -> Iterator[MemberFile]:
         raise DataError(f"{path} contains {content}, {expected}", UNPACK_REMEDY)
 
 
-def _iter_tar_headers(stream: _SizeLimitedStream, path: Path) -> Iterator[tarfile.TarInfo]:
+def _iter_tar_headers(stream: gzip.GzipFile, path: Path, limit: int) -> Iterator[tarfile.TarInfo]:
     """Yield the header of each member of a tar archive, whose content the caller may read from `stream`.
 
     `tarfile` itself keeps all members and reads extended headers, such as those of long names, of any size into memory.
-    Here these are members that the caller skips, because the names in the official archives are short.
+    Here these are members that the caller skips, because the names in the official archives are short. Raises
+    `DataError` for more than `limit` bytes, since gzip can expand a file a thousandfold.
     """
     for _ in range(MAX_TAR_MEMBERS):
         header = stream.read(tarfile.BLOCKSIZE)
         if header.count(0) == tarfile.BLOCKSIZE:  # the end of the archive
+            if stream.seek(limit + 1) > limit:  # reading to the end verifies the checksum of gzip
+                break
             return
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in EXTENDED_TAR_TYPES
-        end = stream.position + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_content else 0)
+        end = stream.tell() + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_content else 0)
         if member.size < 0:
             raise tarfile.ReadError(f"{member.name} has a negative size")
         if member.type not in EXTENDED_TAR_TYPES:
             yield member
-        while stream.position < end:
-            if not stream.read(min(end - stream.position, 2**20)):
-                raise EOFError("the last member is incomplete")
-    raise file_error(f"{path} has more than {MAX_TAR_MEMBERS:,} members, expected a CIFAR archive")
+        if (position := stream.seek(min(end, limit + 1))) > limit:
+            break
+        if position < end:
+            raise EOFError("the last member is incomplete")
+    else:
+        raise file_error(f"{path} has more than {MAX_TAR_MEMBERS:,} members, expected a CIFAR archive")
+    raise file_error(f"{path} unpacks to more than {limit:,} bytes, expected a CIFAR archive")
