@@ -7,7 +7,6 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -123,30 +122,6 @@ ChunkParams = list[dict[str, Tensor]]
 SelectInputs = Callable[[AugmentParams], tuple[list[np.ndarray], list[ParamArrays]]]
 
 
-def draw_inputs(
-    epoch: int,
-    *,
-    labels: np.ndarray,
-    augment: AugmentOps,
-    loader_ops: AugmentOps,
-    seed: int,
-    slicing: BatchSlicing,
-    chunk_steps: int,
-    select: SelectInputs,
-) -> EpochInputs:
-    """Draw an epoch of `loader_ops`, and of the mixer if `augment` ends with one."""
-    params = draw_epoch(loader_ops, len(labels), epoch, seed)
-    host, device = select(params)
-    batch_items = {"labels": labels[params.permutation]}
-    if split_mixer(augment)[1]:
-        batch_items["mixer"] = draw_mixer_params(augment, len(labels), epoch, seed)
-    tables = [
-        {name: slicing.chunk_table(array, chunk_steps, ALIGNMENT) for name, array in group.items()}
-        for group in (batch_items, *device)
-    ]
-    return EpochInputs(tuple(slicing.chunk_table(array, chunk_steps) for array in host), PackedArrays(tables))
-
-
 def split_by_chunk(groups: list[dict[str, Tensor]], chunk_size: int) -> list[ChunkParams]:
     """Split tables [chunks, width, ...] into the parameters of each chunk."""
     split = [{name: table[:, :chunk_size].unbind(0) for name, table in group.items()} for group in groups]
@@ -187,29 +162,33 @@ class Loader(abc.ABC):
         self.slicing = BatchSlicing(self.num_samples, batch_size, drop_last, rank, world_size)
         self.steps_per_epoch = self.slicing.steps_per_epoch
         self.batch_size = batch_size
-        ops = split_mixer(augment)[0]
-        self._ops = tuple(op for op in ops if op.name != "batch_transform")
-        self._batch_transform = next((op for op in ops if op.name == "batch_transform"), None)
+        loader_ops, mixer = split_mixer(augment)
+        self._ops = tuple(op for op in loader_ops if op.name != "batch_transform")
+        self._batch_transform = next((op for op in loader_ops if op.name == "batch_transform"), None)
         self._fill_color, self._seed = fill_color, seed
         self._compile, self._workers = compile, workers
         self._device = torch.device(device)
         local_size = self.slicing.local_batch_size
         self._chunk_steps = min(max(self.chunk_images[self._device.type] // local_size, 1), self.steps_per_epoch)
         self._chunk_size = self._chunk_steps * local_size
-        for op in ops:
+        for op in loader_ops:
             if op.function:
                 transforms.check_transform(op, images[:2], self._device, self.uses_workers)
         select = self._prepare(images)
-        draw = partial(
-            draw_inputs,
-            labels=np.array(labels, dtype=np.int64),
-            augment=augment,
-            loader_ops=self._ops,
-            seed=seed,
-            slicing=self.slicing,
-            chunk_steps=self._chunk_steps,
-            select=select,
-        )
+        labels, slicing, ops, chunk_steps = labels.astype(np.int64), self.slicing, self._ops, self._chunk_steps
+
+        def draw(epoch: int) -> EpochInputs:  # does not refer to `self`, as `DrawAhead` requires
+            params = draw_epoch(ops, len(labels), epoch, seed)
+            host, device = select(params)
+            batch_items = {"labels": labels[params.permutation]}
+            if mixer:
+                batch_items["mixer"] = draw_mixer_params(augment, len(labels), epoch, seed)
+            tables = [
+                {name: slicing.chunk_table(array, chunk_steps, ALIGNMENT) for name, array in group.items()}
+                for group in (batch_items, *device)
+            ]
+            return EpochInputs(tuple(slicing.chunk_table(array, chunk_steps) for array in host), PackedArrays(tables))
+
         self._epochs = DrawAhead(draw)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:

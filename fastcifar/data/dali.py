@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,14 +88,6 @@ def count_dali_ops(ops: AugmentOps) -> int:
     return len(ops)
 
 
-def select_dali_inputs(params: AugmentParams, dali_ops: AugmentOps) -> tuple[list[np.ndarray], list[ParamArrays]]:
-    """Return the permutation and the inputs of all DALI ops, and the parameters of the remaining augmentations."""
-    arrays = [params.permutation]
-    for op, op_params in zip(dali_ops, params.op_params, strict=False):
-        arrays += DALI_OPS[op.name, op.variant].make_inputs(op, op_params)
-    return arrays, list(params.op_params[len(dali_ops) :])
-
-
 class ChunkSource:
     """The inputs of DALI as a function of the chunk. The pipeline refers to this object, but not vice versa."""
 
@@ -152,7 +143,14 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending_copy: tuple[Any, Any] | None = None  # the last output of DALI, and the event of its copy
-        return partial(select_dali_inputs, dali_ops=dali_ops)
+
+        def select(params: AugmentParams) -> tuple[list[np.ndarray], list[ParamArrays]]:
+            arrays = [params.permutation]
+            for op, op_params in zip(dali_ops, params.op_params, strict=False):
+                arrays += DALI_OPS[op.name, op.variant].make_inputs(op, op_params)
+            return arrays, list(params.op_params[len(dali_ops) :])
+
+        return select
 
     def _image_chunks(
         self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int

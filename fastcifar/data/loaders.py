@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastcifar.data.augment import AugmentOp, AugmentOps, AugmentParams, ParamArrays
+from fastcifar.data.augment import AugmentOp, AugmentOps
 from fastcifar.data.batch_loader import ChunkParams, EpochInputs, Loader, SelectInputs
 from fastcifar.data.dali import DaliLoader
 from fastcifar.data.epoch_draws import upload_array
@@ -45,7 +45,7 @@ class TensorLoader(Loader):
             self._rows[start : start + UPLOAD_IMAGES] = uploaded.permute(0, 2, 3, 1).flatten(2)
         self._gather = self._make_gather(self._ops, self.num_samples)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        return _select_indices_and_params
+        return lambda params: ([], [{"indices": params.permutation.astype(np.int32)}, *params.op_params])
 
     def _image_chunks(
         self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
@@ -86,10 +86,6 @@ class TensorLoader(Loader):
             current.wait_stream(stream)
 
 
-def _select_indices_and_params(params: AugmentParams) -> tuple[list[np.ndarray], list[ParamArrays]]:
-    return [], [{"indices": params.permutation.astype(np.int32)}, *params.op_params]
-
-
 def _cutout(image: Image.Image, size: int, fill_color: FillColor) -> Image.Image:
     """Fill a square around a random center, clipped at the border; torchvision has no equivalent."""
     left, top = (torch.randint(CIFAR_IMAGE_SIZE, (2,)) - size // 2).tolist()
@@ -128,7 +124,7 @@ class TorchvisionLoader(Loader):
         self._transform = build_transform(self._ops, self._fill_color)
         self._ops = ()  # torchvision draws the random parameters
         self._pixels = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        return _select_permutation
+        return lambda params: ([params.permutation], [])
 
     def _image_chunks(
         self, epoch: int, inputs: EpochInputs, params: list[ChunkParams], first_chunk: int
@@ -146,10 +142,6 @@ class TorchvisionLoader(Loader):
         for images in loader:
             uploaded = images.to(self._device, non_blocking=True)
             yield uploaded.contiguous(memory_format=torch.channels_last)
-
-
-def _select_permutation(params: AugmentParams) -> tuple[list[np.ndarray], list[ParamArrays]]:
-    return [params.permutation], []
 
 
 class _TransformedImages(Dataset[Tensor]):
