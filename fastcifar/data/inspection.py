@@ -104,16 +104,21 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
     recipe = with_own_normalization(recipe, data)
     indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
     indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
-    images = torch.from_numpy(data.train.images[indices])
+    images = data.train.images[indices]
     names = [data.classes[label] for label in data.train.labels[indices]]
     columns = ["original", *(f"epoch {epoch}" for epoch in range(SAMPLES_PER_ROW))]
     grids = []
-    for op_indices in [*([index] for index in range(len(ops)) if len(ops) > 1), list(range(len(ops)))]:
-        augmented = [_augment_images(ops, op_indices, images, epoch, recipe) for epoch in range(SAMPLES_PER_ROW)]
-        title = augment.format_augment(tuple(ops[index] for index in op_indices))
-        grids.append(ImageGrid(title, _stack_columns([images, *augmented]), names, columns))
-    colorfulness = (images.amax(1).int() - images.amin(1).int()).sum((1, 2))
-    grids += [_policy_grid(op, images[colorfulness.argmax()][None]) for op in ops if op.policy]
+    for selected in [*([index] for index in range(len(ops)) if len(ops) > 1), list(range(len(ops)))]:
+        versions = [torch.from_numpy(images)]
+        for epoch in range(SAMPLES_PER_ROW):
+            order, batch_stages = _augment_batch(ops, selected, images, count, epoch, recipe)
+            *_, batch = batch_stages.values()
+            versions.append(batch[np.argsort(order)])
+        title = augment.format_augment(tuple(ops[index] for index in selected))
+        grids.append(ImageGrid(title, _stack_columns(versions), names, columns))
+    colorfulness = np.ptp(images, axis=1).sum((1, 2), dtype=int)
+    most_colorful = torch.from_numpy(images[colorfulness.argmax()])
+    grids += [_policy_grid(op, most_colorful[None]) for op in ops if op.policy]
     plotting.plot_image_grids(out, grids)
     titles = [grid.title for grid in grids]
     return {"out": str(out), "images": indices.tolist(), "classes": names, "blocks": titles, "seed": recipe.seed}
@@ -122,27 +127,39 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
 def first_batch_stages(recipe: Recipe, train: Split) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Return the labels int64 [b] of the first batch of a run, and its images uint8 [b,3,32,32] at each stage.
 
-    The stages are "original", "augmented" if the recipe has augmentations, and the name of its mixer if it has one.
     `train`: the training images without the validation split. --loader torchvision draws other random numbers.
     """
     ops = augment.parse_augment(recipe.augment)
+    indices, stages = _augment_batch(ops, range(len(ops)), train.images, recipe.batch_size, 0, recipe)
+    return train.labels[indices], stages
+
+
+def _augment_batch(
+    ops: augment.AugmentOps, selected: Sequence[int], images: np.ndarray, count: int, epoch: int, recipe: Recipe
+) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """Return the indices of the first `count` images of an epoch, and these images uint8 [b,3,32,32] at each stage.
+
+    The stages are "original", "augmented" if a loader applies augmentations, and the name of the mixer if there is one.
+    Of `ops`, those at the indices `selected` are applied, with the parameters drawn for the whole list.
+    """
     loader_ops, mixer = augment.split_mixer(ops)
-    epoch_params = augment.draw_epoch(loader_ops, len(train.labels), 0, recipe.seed)
-    indices = epoch_params.permutation[: recipe.batch_size]
-    batch = torch.from_numpy(train.images[indices])
-    stages = {"original": batch}
-    if loader_ops:
+    epoch_params = augment.draw_epoch(loader_ops, len(images), epoch, recipe.seed)
+    indices = epoch_params.permutation[:count]
+    stages = {"original": torch.from_numpy(images[indices])}
+    batch = stages["original"]
+    if applied := [index for index in selected if index < len(loader_ops)]:
         params = tuple(
-            {name: torch.from_numpy(array[: len(indices)]) for name, array in op_params.items()}
-            for op_params in epoch_params.op_params
+            {name: torch.from_numpy(array[:count]) for name, array in epoch_params.op_params[index].items()}
+            for index in applied
         )
         mean, _ = normalization_mean_std(recipe)
-        stages["augmented"] = batch = augment.apply_augment(loader_ops, batch, params, mean_color(mean))
-    if mixer:
-        mixer_params = augment.draw_mixer_params(ops, len(train.labels), 0, recipe.seed)[: len(indices)]
+        batch = augment.apply_augment(tuple(ops[index] for index in applied), batch, params, mean_color(mean))
+        stages["augmented"] = batch
+    if mixer and len(loader_ops) in selected:
+        mixer_params = augment.draw_mixer_params(ops, len(images), epoch, recipe.seed)[:count]
         mixed, _ = MIXERS[mixer.name].apply(batch, torch.from_numpy(mixer_params))
         stages[mixer.name] = mixed.float().round().to(torch.uint8)
-    return train.labels[indices], stages
+    return indices, stages
 
 
 def plot_first_batch(path: Path, recipe: Recipe, train: Split, classes: Sequence[str]) -> None:
@@ -154,27 +171,6 @@ def plot_first_batch(path: Path, recipe: Recipe, train: Split, classes: Sequence
         stop = start + BATCH_IMAGES_PER_GRID
         grids.append(ImageGrid("", images[start:stop], names[start:stop], list(stages)))
     plotting.plot_image_grids(path, grids, f"first batch of the run: {recipe.augment}")
-
-
-def _augment_images(ops: augment.AugmentOps, indices: list[int], images: Tensor, epoch: int, recipe: Recipe) -> Tensor:
-    """Apply `ops[i]` for i in `indices`, with the parameters drawn for the whole list; return uint8 [n,3,32,32]."""
-    loader_ops, mixer = augment.split_mixer(ops)
-    epoch_params = augment.draw_epoch(loader_ops, len(images), epoch, recipe.seed)
-    permutation = torch.from_numpy(epoch_params.permutation)
-    loader_indices = [index for index in indices if index < len(loader_ops)]
-    params = tuple(
-        {name: torch.from_numpy(array) for name, array in epoch_params.op_params[index].items()}
-        for index in loader_indices
-    )
-    selected = tuple(ops[index] for index in loader_indices)
-    mean, _ = normalization_mean_std(recipe)
-    batch = augment.apply_augment(selected, images[permutation], params, mean_color(mean))
-    if mixer and len(loader_indices) < len(indices):
-        mixer_params = torch.from_numpy(augment.draw_mixer_params(ops, len(images), epoch, recipe.seed))
-        batch = MIXERS[mixer.name].apply(batch, mixer_params)[0].float().round().to(torch.uint8)
-    augmented = torch.empty_like(batch)
-    augmented[permutation] = batch
-    return augmented
 
 
 def _policy_grid(op: augment.AugmentOp, image: Tensor) -> ImageGrid:
