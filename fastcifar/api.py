@@ -3,15 +3,13 @@
 A run records only the names of such objects (see `python_objects`), so whatever uses the run later needs them again.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -131,7 +129,7 @@ class Trainer(trainer.Trainer):
         data: Data | None = None,
         transform: ImageTransform | None = None,
         batch_transform: BatchTransform | None = None,
-    ) -> Trainer:
+    ) -> Self:
         """Build everything a run needs. For the arguments, see `train`.
 
         Call `optimize()` to compile the training step and, on CUDA, to capture it in a graph. Options about the run

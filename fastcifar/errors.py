@@ -1,7 +1,5 @@
 """Errors that a user can cause or remedy, with their exit codes; `cli.app` prints each in one line."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 import unicodedata

@@ -1,7 +1,5 @@
 """File operations that work on every operating system: atomic writes, folder locks, reading possibly damaged files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

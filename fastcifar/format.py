@@ -1,7 +1,5 @@
 """Numbers, times and option values as text; a value that was not measured is shown as a dash, never as zero."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

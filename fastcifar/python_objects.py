@@ -4,8 +4,6 @@ A recipe, and so a run folder and a checkpoint, records only names: `arch` is th
 and `augment` contains `transform:NAME` or `batch_transform:NAME`. Within `use_objects`, they stand for the objects.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,14 +3,12 @@
 Names of architectures, optimizers and so on are validated by `training.resolve`; this module does not import torch.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -257,7 +255,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise _usage_error(error) from None
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> Recipe:
+    def _check_consistency(self) -> Self:
         if self.val_size == 0 and self.eval_weights == "best":
             raise ValueError("--eval-weights best needs a validation split; set --val-size")
         if self.val_size == 0 and self.patience:
@@ -273,7 +271,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return self
 
     @classmethod
-    def make(cls, source: str | None = None, **overrides: Any) -> Recipe:
+    def make(cls, source: str | None = None, **overrides: Any) -> Self:
         """Return the recipe `source` (a shipped recipe or a TOML file) with the `overrides` that are not None.
 
         If they change the number of epochs of `source`, `scale_to_epochs` is applied before the other overrides.
@@ -315,7 +313,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         scaled = {key: value for key, value in options if key not in overrides and value != getattr(original, key)}
         return values, scaled, overrides
 
-    def scale_to_epochs(self, epochs: int) -> Recipe:
+    def scale_to_epochs(self, epochs: int) -> Self:
         """Return the recipe for another number of epochs, with the same proportions of all options in epochs.
 
         The epochs of each image size are rounded down, so that no epoch of the last size is lost, and so are those

@@ -1,7 +1,5 @@
 """Earlier names of options (`renamed.toml`): refused in command lines and recipe files, translated in saved results."""
 
-from __future__ import annotations
-
 import functools
 import re
 import tomllib

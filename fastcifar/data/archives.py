@@ -1,7 +1,5 @@
 """The files of the official folders and archives, read with limits on sizes and numbers and never written to disk."""
 
-from __future__ import annotations
-
 import gzip
 import tarfile
 import zlib

@@ -1,7 +1,5 @@
 """Data sets in arrays, from Python or an .npz file, and .npy files: their layouts, checks and limits."""
 
-from __future__ import annotations
-
 import math
 import os
 import zipfile

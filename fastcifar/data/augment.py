@@ -1,7 +1,5 @@
 """Augmentations: the table `AUGMENTS`, parsing of lists, random parameters of an epoch, and functions to apply them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

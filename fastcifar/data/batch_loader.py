@@ -1,7 +1,5 @@
 """Code shared by all loaders: arguments, order of the batches, random draws of an epoch, the augmentation kernel."""
 
-from __future__ import annotations
-
 import abc
 import functools
 import types

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100: locating, downloading, verifying, caching, splitting. Does not import torch."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.client

@@ -1,7 +1,5 @@
 """The official CIFAR files: their names, their contents, and the verification that they are intact."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Data sets other than the official files: class folders of images, and synthetic images for tests without data."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The loader that augments with NVIDIA DALI. DALI is imported when a loader is created."""
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The arrays of an epoch that the CPU draws: computed ahead in a background thread, packed, and uploaded together."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence

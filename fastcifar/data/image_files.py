@@ -1,7 +1,5 @@
 """Image files: the files of a folder that are read, and the one decoder of training, `predict` and `data verify`."""
 
-from __future__ import annotations
-
 import os
 import struct
 import warnings

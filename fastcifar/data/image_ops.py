@@ -4,8 +4,6 @@ The operations of policies reproduce torchvision's v2 operations; geometric ones
 with black. The CPU computes amounts as integers and all rounding is explicit, so all devices give the same bytes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 

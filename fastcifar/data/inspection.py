@@ -1,7 +1,5 @@
 """Results of `fastcifar data`: a description of a data set, and image grids that show an augmentation list."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict

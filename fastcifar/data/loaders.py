@@ -1,7 +1,5 @@
 """The table of loaders, `LOADERS`, the tensor loader, the torchvision loader, and functions that use loaders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any

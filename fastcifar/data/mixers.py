@@ -1,7 +1,5 @@
 """Mixers: each mixes images and labels with those of neighbors (image i - k of the batch is neighbor k of image i)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Input normalization: named means and standard deviations, and the choice of a recipe. Does not import torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Random parameters of augmentations, and policies: tables of operations with their probabilities and magnitudes."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os

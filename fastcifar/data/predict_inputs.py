@@ -1,7 +1,5 @@
 """Input images for prediction, with their ids: Kaggle pickles, .npy arrays, image files, or a split of the data set."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from dataclasses import dataclass

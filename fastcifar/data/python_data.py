@@ -1,7 +1,5 @@
 """Data sets given from Python: a `Dataset`, arrays and tensors, data sets of PyTorch, or a dict of these by split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

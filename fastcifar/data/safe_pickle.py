@@ -4,8 +4,6 @@
 builds the values, with classes of this module in place of all globals. Memory use is proportional to the file size.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import pickletools

@@ -1,7 +1,5 @@
 """Splitting the images of a data set into training, validation and test images."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fastcifar.errors import UsageError

@@ -1,7 +1,5 @@
 """Transforms given from Python: of one image, in workers of the torchvision loader, or of a batch, on the device."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ images of the same shape, range and dtype. The severities use the authors' param
 from the originals, except random numbers. Glass blur, elastic transform, snow, frost and spatter are not implemented.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable

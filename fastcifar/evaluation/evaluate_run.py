@@ -1,7 +1,5 @@
 """Evaluate a trained network on the test set, on CIFAR-10.1 and on corrupted test images: `fastcifar eval`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast

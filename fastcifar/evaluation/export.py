@@ -1,7 +1,5 @@
 """Export a trained network to a file and compare the outputs of the two: the implementation of `fastcifar export`."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import hashlib

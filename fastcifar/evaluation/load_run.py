@@ -1,7 +1,5 @@
 """Load the network of a run for inference from its checkpoint alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

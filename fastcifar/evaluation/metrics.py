@@ -1,7 +1,5 @@
 """Metrics computed from logits and labels in float64, in addition to those of `training.evaluate`."""
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F

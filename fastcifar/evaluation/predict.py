@@ -1,7 +1,5 @@
 """Predict labels for unlabeled images with one run or an ensemble: the implementation of `fastcifar predict`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write prediction files in CSV or JSON Lines format, and compare two CSV files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

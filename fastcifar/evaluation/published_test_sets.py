@@ -1,7 +1,5 @@
 """The .npy files of CIFAR-10.1, CIFAR-10-C and CIFAR-100-C, checked before the network runs on them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
