@@ -25,14 +25,7 @@ CLASSES_REMEDY = "give two or more different names of classes in the order of th
 CIFAR10_1_REMEDY = "give a copy of the folder https://github.com/modestyachts/CIFAR-10.1/tree/master/datasets"
 MAX_CLASSES = 2**16
 SPLITS = ("train", "val", "test")
-KERAS_KEYS = {
-    "x_train": "train_images",
-    "y_train": "train_labels",
-    "x_val": "val_images",
-    "y_val": "val_labels",
-    "x_test": "test_images",
-    "y_test": "test_labels",
-}
+KERAS_KEYS = {f"{x}_{split}": f"{split}_{name}" for x, name in (("x", "images"), ("y", "labels")) for split in SPLITS}
 KEYS = ("images", "labels", *(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")), "classes")
 
 

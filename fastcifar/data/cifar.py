@@ -183,9 +183,10 @@ def _detect_own_images(path: Path, spec: DatasetSpec, val_seed: int, resize: int
         found = class_folders.list_flat_folders(path, spec.class_names, val_seed)
     if found is None:
         return None
+    files = [file for labeled in found.files.values() for file, _ in labeled]
     read = partial(found.read, resize=bool(resize))
     kind = f"class folders of images{resized}{split}"
-    return _DataSource(kind, path.resolve(), found.all_files, read, found.note, own_images=True)
+    return _DataSource(kind, path.resolve(), files, read, found.note, own_images=True)
 
 
 def download_file(url: str, md5: str, target: Path) -> Path:
@@ -205,20 +206,17 @@ def download_file(url: str, md5: str, target: Path) -> Path:
 def _download_verified(url: str, md5: str, part: Path) -> None:
     """Complete `part` and check its MD5; if a resumed download has the wrong MD5, download once more from the start."""
     start = part.stat().st_size if part.exists() else 0
-    for offset in (start, 0) if start else (0,):
-        if not offset:
-            part.unlink(missing_ok=True)
-        _download_from(url, part, offset)
-        with part.open("rb") as file:
-            head = file.read(512)
-            file.seek(0)
-            actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if actual_md5 == md5:
-            return
-        if not offset:
-            kind = "an HTML page" if is_html_page(head) else f"{part.stat().st_size:,} bytes"
-            part.unlink()
+    _download_from(url, part, start)
+    with part.open("rb") as file:
+        head = file.read(512)
+        file.seek(0)
+        actual_md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if actual_md5 != md5:
+        kind = "an HTML page" if is_html_page(head) else f"{part.stat().st_size:,} bytes"
+        part.unlink()
+        if not start:
             raise DataError(f"{url} sent {kind} with MD5 {actual_md5}, expected MD5 {md5}; deleted", DATA_REMEDY)
+        _download_verified(url, md5, part)
 
 
 def _download_from(url: str, part: Path, start: int) -> None:
@@ -318,7 +316,6 @@ def _write_entry(entry: Path, contents: SourceContents) -> None:
         if time.time() - path.stat().st_mtime > 3600:  # left behind by a killed process
             shutil.rmtree(path, ignore_errors=True)
     temporary = entry.with_name(f"{entry.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    replaced = temporary.with_suffix(".old.tmp")
     temporary.mkdir()
     try:
         sizes = {}
@@ -329,9 +326,8 @@ def _write_entry(entry: Path, contents: SourceContents) -> None:
         facts = {"classes": contents.classes, "official": contents.is_official, "note": contents.note}
         meta = {"format": CACHE_FORMAT_VERSION, "arrays": sizes, **facts}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if entry.exists() and _load_entry(entry) is None:
-            # A rename cannot replace a folder that contains files, so the damaged one is moved away first.
-            entry.rename(replaced)
+        if _load_entry(entry) is None:  # damaged, or missing: a rename cannot replace a folder that contains files
+            shutil.rmtree(entry, ignore_errors=True)
         try:
             temporary.rename(entry)
         except OSError:
@@ -339,4 +335,3 @@ def _write_entry(entry: Path, contents: SourceContents) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Data sets other than the official files: class folders of images, and synthetic images for tests without data."""
 
-import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,28 +23,25 @@ SPLIT_FOLDERS = ("train", "val", "test")
 _LAYOUT_REMEDY = "arrange them as <class>/*.png, or train/<class>/*.png and test/<class>/*.png"
 
 
+LabeledFile = tuple[Path, int]  # an image file and the label of its class
+
+
 @dataclass(frozen=True)
 class ClassFolders:
-    """The image files of class folders: by split, the files of each class, in the order of `classes`."""
+    """The image files of class folders, by split."""
 
     classes: tuple[str, ...]
-    files: dict[str, list[list[Path]]]
+    files: dict[str, list[LabeledFile]]
     note: str  # what is left out, for the user; "" if nothing is
-
-    @property
-    def all_files(self) -> list[Path]:
-        """All files in the order in which they are read."""
-        return [file for by_class in self.files.values() for files in by_class for file in files]
 
     def read(self, resize: bool = False) -> SourceContents:
         """Decode all images. Raises `DataError` if one is not an image, or not of 32x32 pixels without `resize`."""
         splits = {}
         for split, files in self.files.items():
-            labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])
-            images = np.empty((len(labels), 3, 32, 32), np.uint8)
-            for index, file in enumerate(itertools.chain(*files)):
+            images = np.empty((len(files), 3, 32, 32), np.uint8)
+            for index, (file, _) in enumerate(files):
                 images[index] = decode_image(file, resize)
-            splits[split] = Split(images, labels)
+            splits[split] = Split(images, np.array([label for _, label in files], np.int64))
         return SourceContents(splits, self.classes)
 
 
@@ -66,7 +62,7 @@ def list_split_folders(path: Path, class_names: tuple[str, ...]) -> ClassFolders
             counts = f"{len(train)} training classes and {len(split_names)} {split} classes{details}"
             raise DataError(f"{path} has {counts}, expected the same two or more in both", _LAYOUT_REMEDY)
     classes = class_names if sorted(class_names) == sorted(train) else tuple(train)
-    files = {split: [_list_class(folder / name, left_out) for name in classes] for split, folder in folders.items()}
+    files = {split: _list_classes(folder, classes, left_out) for split, folder in folders.items()}
     return ClassFolders(classes, files, describe_left_out(path, left_out))
 
 
@@ -83,13 +79,9 @@ def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> Cl
     if len(with_images) < 2 or not set(SPLIT_FOLDERS).isdisjoint(names):
         return None
     classes = class_names if sorted(class_names) == sorted(names) else tuple(names)
-    by_class = [_list_class(path / name, left_out) for name in classes]
-    files = list(itertools.chain(*by_class))
-    labels = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in by_class])
-    by_split: dict[str, list[list[Path]]] = {split: [[] for _ in classes] for split in SPLIT_FOLDERS}
-    for split, indices in zip(SPLIT_FOLDERS, split_80_10_10(labels, seed), strict=True):
-        for index in indices:
-            by_split[split][labels[index]].append(files[index])
+    files = _list_classes(path, classes, left_out)
+    parts = split_80_10_10(np.array([label for _, label in files]), seed)
+    by_split = {split: [files[index] for index in part] for split, part in zip(SPLIT_FOLDERS, parts, strict=True)}
     return ClassFolders(classes, by_split, describe_left_out(path, left_out))
 
 
@@ -118,11 +110,16 @@ def natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
     return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)], name
 
 
-def _list_class(folder: Path, left_out: LeftOut) -> list[Path]:
-    images = list_images(folder, left_out)
-    if not images:
-        raise DataError(f"{folder} contains no images, expected {', '.join(sorted(IMAGE_SUFFIXES))}", _LAYOUT_REMEDY)
-    return images
+def _list_classes(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> list[LabeledFile]:
+    """List the images of every class, class by class. Raises `DataError` if one has none."""
+    files: list[LabeledFile] = []
+    for label, name in enumerate(classes):
+        images = list_images(folder / name, left_out)
+        if not images:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise DataError(f"{folder / name} contains no images, expected {suffixes}", _LAYOUT_REMEDY)
+        files += [(image, label) for image in images]
+    return files
 
 
 def make_synthetic_dataset(data: str, name: str, spec: DatasetSpec) -> Dataset:
