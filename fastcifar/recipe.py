@@ -276,42 +276,38 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
         If they change the number of epochs of `source`, `scale_to_epochs` is applied before the other overrides.
         """
-        values, scaled, overrides = cls._load_scaled(source, overrides)
-        return cls(**{**values, **scaled, **overrides})
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        values = load_recipe_values(source) if source else {}
+        return cls(**{**values, **cls._scaled_options(values, overrides), **overrides})
 
     @classmethod
     def describe_scaling(cls, source: str | None, **overrides: Any) -> str:
         """Return a sentence about the options that `make` scales to another number of epochs; "" if there are none."""
-        values, scaled, overrides = cls._load_scaled(source, overrides)
-        if not scaled:
-            return ""
+        values = load_recipe_values(source) if source else {}
         original = {**cls().model_dump(), **values}
         changes = [
             f"{option_flag(name)} {format_option_value(value)} instead of {format_option_value(original[name])}"
-            for name, value in scaled.items()
+            for name, value in cls._scaled_options(values, overrides).items()
         ]
-        epochs = f"{original['epochs']} epochs to {overrides['epochs']}"
-        return f"recipe {source}, scaled from {epochs}: {', '.join(changes)}"
+        prefix = f"recipe {source}, scaled from {original['epochs']} epochs to {overrides.get('epochs')}: "
+        return prefix + ", ".join(changes) if changes else ""
 
     @classmethod
-    def _load_scaled(
-        cls, source: str | None, overrides: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Return the options of `source`, those of them to scale to other epochs, and the overrides that are not None.
+    def _scaled_options(cls, values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a recipe file with `values` that change with the number of epochs in `overrides`.
 
-        No option is scaled if the `schedule_epochs` of `source` differs from its `epochs`: then the length of the run
+        No option is scaled if the `schedule_epochs` of the file differs from its `epochs`: then the length of the run
         is deliberately not that of its schedule.
         """
-        values = load_recipe_values(source) if source else {}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        if not values or "epochs" not in overrides or "resume" in overrides:
-            return values, {}, overrides
+        if not values or overrides.get("epochs") is None or overrides.get("resume") is not None:
+            return {}
         original = cls(**values)
         if original.schedule_epochs not in (None, original.epochs):
-            return values, {}, overrides
+            return {}
         options = original.scale_to_epochs(cls(epochs=overrides["epochs"]).epochs).model_dump().items()
-        scaled = {key: value for key, value in options if key not in overrides and value != getattr(original, key)}
-        return values, scaled, overrides
+        return {
+            name: value for name, value in options if overrides.get(name) is None and value != getattr(original, name)
+        }
 
     def scale_to_epochs(self, epochs: int) -> Self:
         """Return the recipe for another number of epochs, with the same proportions of all options in epochs.
