@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data import cifar
-from fastcifar.data.arrays import KEYS, SPLITS, parse_arrays
+from fastcifar.data.arrays import ARRAYS_REMEDY, KEYS, MAX_CLASSES, SPLITS, check_labels, parse_arrays, to_planar
 from fastcifar.data.cifar_files import Dataset, Split
 from fastcifar.errors import DataError
 
@@ -72,14 +72,11 @@ def _to_pair(value: Any, name: str) -> tuple[Any, Any]:
     raise DataError(f"{name} is of type {type(value).__name__}", REMEDY)
 
 
-def _check_split(split: Split, name: str, num_classes: int = 2**63) -> Split:
-    """Return `split` with contiguous arrays. Raises `DataError` for other shapes, dtypes or labels."""
-    images, labels = split.images, split.labels
-    if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
-        raise DataError(f"{name}: images are {images.dtype} {list(images.shape)}", "give uint8 [n, 3, 32, 32]")
-    if labels.dtype != np.int64 or labels.shape != (len(images),):
-        raise DataError(f"{name}: labels are {labels.dtype} {list(labels.shape)}", f"give int64 [{len(images)}]")
-    if not 0 <= labels.min() <= labels.max() < num_classes:
+def _check_split(split: Split, name: str, num_classes: int = MAX_CLASSES) -> Split:
+    """Return `split` with checked contiguous arrays. Raises `DataError` for other shapes, dtypes or labels."""
+    images, _ = to_planar(split.images, f"{name}: images", ARRAYS_REMEDY)
+    labels = check_labels(split.labels, len(images), f"{name}: labels")
+    if labels.max() >= num_classes:
         problem = f"{name}: labels from {labels.min()} to {labels.max()}"
         raise DataError(problem, f"there are {num_classes} classes, numbered from 0")
-    return Split(np.ascontiguousarray(images), np.ascontiguousarray(labels))
+    return Split(np.ascontiguousarray(images), labels)
