@@ -22,14 +22,6 @@ KAGGLE_HEADER = ("ID", "Labels")
 PROBABILITY_DIGITS = 6
 
 
-class LabelPair(TypedDict):
-    """The number of images with label `a` in one prediction file and label `b` in the other."""
-
-    a: str
-    b: str
-    count: int
-
-
 class PredictionComparison(TypedDict):
     """The comparison of two prediction files."""
 
@@ -38,7 +30,7 @@ class PredictionComparison(TypedDict):
     total: int
     differ: int
     share: float
-    pairs: list[LabelPair]  # of differing labels, in decreasing order of their count
+    pairs: list[dict[str, Any]]  # the differing labels `a` and `b`, and the `count` of images, in decreasing order
 
 
 def _to_csv(columns: PredictionColumns) -> str:
