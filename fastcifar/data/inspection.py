@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from fastcifar import plotting
-from fastcifar.data import augment, cifar
+from fastcifar.data import augment, cifar, normalization
 from fastcifar.data.cifar import Split
 from fastcifar.data.image_ops import apply_operation
 from fastcifar.data.mixers import MIXERS
-from fastcifar.data.normalization import (
-    ChannelValues,
-    channel_mean_std,
-    mean_color,
-    normalization_mean_std,
-    with_own_normalization,
-)
 from fastcifar.errors import UsageError
 from fastcifar.plotting import ImageGrid
 from fastcifar.recipe import Recipe
@@ -51,8 +44,8 @@ class DatasetDescription(TypedDict):
     classes: list[str]
     splits: dict[str, SplitDescription]  # "train", and "val" and "test" if the data set has them
     digest: str  # SHA-256 of the images and labels for training and validation
-    mean: ChannelValues  # of the training images, or of those of a test set alone
-    std: ChannelValues
+    mean: normalization.ChannelValues  # of the training images, or of those of a test set alone
+    std: normalization.ChannelValues
     cache: str | None
 
 
@@ -70,7 +63,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
     """Read and check the files of the recipe's data set, even if they are cached, and return their description."""
     data = cifar.load_recipe_dataset(recipe, refresh_cache=True)
     images = data.all_splits.get("train", data.test).images
-    mean, std = channel_mean_std(images)
+    mean, std = normalization.channel_mean_std(images)
     splits: dict[str, SplitDescription] = {}
     for name, split in data.all_splits.items():
         shape, dtype, per_class = list(split.images.shape), str(split.images.dtype), data.count_by_class(split)
@@ -99,7 +92,7 @@ def plot_augmentations(recipe: Recipe, out: Path, count: int) -> GridsDescriptio
         raise UsageError(f"--count {count} is out of range", f"choose 1 to {MAX_GRID_IMAGES}")
     data = cifar.load_recipe_dataset(recipe)
     data.require_training_images()
-    recipe = with_own_normalization(recipe, data)
+    recipe = normalization.with_own_normalization(recipe, data)
     indices = np.random.Generator(np.random.Philox(key=recipe.seed)).permutation(len(data.train.labels))[:count]
     indices = indices[np.argsort(data.train.labels[indices], kind="stable")]
     images = data.train.images[indices]
@@ -150,8 +143,10 @@ def _augment_batch(
             {name: torch.from_numpy(array[:count]) for name, array in epoch_params.op_params[index].items()}
             for index in applied
         )
-        mean, _ = normalization_mean_std(recipe)
-        batch = augment.apply_augment(tuple(ops[index] for index in applied), batch, params, mean_color(mean))
+        mean, _ = normalization.normalization_mean_std(recipe)
+        batch = augment.apply_augment(
+            tuple(ops[index] for index in applied), batch, params, normalization.mean_color(mean)
+        )
         stages["augmented"] = batch
     if mixer and len(loader_ops) in selected:
         mixer_params = augment.draw_mixer_params(ops, len(images), epoch, recipe.seed)[:count]
