@@ -132,7 +132,6 @@ class DatasetSpec:
     binary: FileLayout
     class_names: tuple[str, ...] = ()  # class order for class folders; empty for alphabetical order
     split_digests: dict[str, str] = field(default_factory=dict)  # `split_digest` of each official split
-    reordered_md5s: dict[str, str] = field(default_factory=dict)  # files with the official images in another order
     label_index: int = -1  # of the label among the label bytes
 
     @property
@@ -158,15 +157,6 @@ _CIFAR10_BINARY = (
     BatchFile("data_batch_5.bin", "train", 10_000, "53f37980c15c3d472c316c40844f3f0d"),
     BatchFile("test_batch.bin", "test", 10_000, "803d5f7f4d78ea53de84dbe85f74fb6d"),
 )
-# Some public copies of the files have the official images of each class in another order. If one file of such a copy is
-# damaged, these MD5s identify it.
-_CIFAR10_REORDERED_MD5S = {
-    "data_batch_1": "02c8b8c5218fd5808830be6566332c42",
-    "data_batch_2": "c945726bef0587d09167131b57065491",
-    "data_batch_3": "8a4bd9b8a2fa4ce2566c71ef9e02ec8d",
-    "data_batch_4": "490899ba4772f771d500a50e332d5a0c",
-    "data_batch_5": "ab90f073b77483564a43a3efa30e312c",
-}
 _CIFAR100_PYTHON = (
     BatchFile("train", "train", 50_000, "16019d7e3df5f24257cddd939b257f8d", "training batch 1 of 1"),
     BatchFile("test", "test", 10_000, "f0ef6b0ae62326f3e7ffdfab6717acfc", "testing batch 1 of 1"),
@@ -186,7 +176,6 @@ DATASETS: dict[str, DatasetSpec] = {
         binary=FileLayout("cifar-10-batches-bin", "cifar-10-binary.tar.gz", _CIFAR10_BINARY, "batches.meta.txt"),
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         split_digests={"train": "1dcbc641ae818c058156633b92538974", "test": "762b4e904b441cc19ea5cb6fb8b54f8f"},
-        reordered_md5s=_CIFAR10_REORDERED_MD5S,
     ),
     "cifar100": DatasetSpec(
         num_classes=100,
@@ -345,23 +334,20 @@ def _verify_official(
 ) -> tuple[bool, str]:
     """Return whether every file is official, and a note for the user. Raises `DataError` if a file is damaged.
 
-    The data is official if every MD5 is official, reordered if it has the official images and labels in another order
-    (each split is verified by the MD5s of its files or by `split_digest`), and custom if no file and no split is
-    official (only the structure is checked). Next to official or reordered files, all others count as damaged.
+    The data is official if every MD5 is official, reordered if it has the official images and labels in another order,
+    as some public copies have (each split is verified by the MD5s of its files or by `split_digest`), and custom if no
+    file and no split is official (only the structure is checked). Next to official files or splits, all others count as
+    damaged.
     """
     splits, classes = contents[:2]
     official_md5s = {batch.name: batch.md5 for batch in layout.batches}
-    known_md5s = [official_md5s, official_md5s | (spec.reordered_md5s if layout is spec.python else {})]
-    intact = {name for known in known_md5s for name, md5 in known.items() if md5 and md5 == md5s[name]}
+    intact = {name for name, md5 in official_md5s.items() if md5 and md5 == md5s[name]}
     files = {split: [batch.name for batch in layout.batches if batch.split == split] for split in splits}
-    verified = {
-        split: any(all(known[name] == md5s[name] for name in names) for known in known_md5s)
-        for split, names in files.items()
-    }
+    verified = {split: intact.issuperset(names) for split, names in files.items()}
     # Next to intact files of the same version, a file with another MD5 is damaged even if its pixels are intact.
     if not verified["train"]:
         for split, names in files.items():
-            if not verified[split] and intact.isdisjoint(names) and split in spec.split_digests:
+            if intact.isdisjoint(names) and split in spec.split_digests:
                 verified[split] = split_digest(splits[split]) == spec.split_digests[split]
     if not intact and not any(verified.values()):
         return False, f"{source} is not the official data set (no MD5 matches): only its structure was checked"

@@ -87,7 +87,7 @@ def tiny_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyCifar:
         return dataclasses.replace(layout, batches=batches)
 
     real = DATASETS["cifar10"]
-    spec = dataclasses.replace(real, python=shrink(real.python), binary=shrink(real.binary), reordered_md5s={})
+    spec = dataclasses.replace(real, python=shrink(real.python), binary=shrink(real.binary))
     monkeypatch.setitem(DATASETS, "cifar10", spec)
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
     tiny.write(tiny.root, images, labels)

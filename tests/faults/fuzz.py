@@ -156,9 +156,7 @@ def small_dataset_spec() -> DatasetSpec:
         batches = tuple(dataclasses.replace(batch, num_images=NUM_IMAGES, md5="") for batch in layout.batches)
         return dataclasses.replace(layout, batches=batches, meta_md5="")
 
-    return dataclasses.replace(
-        spec, python=shrink(spec.python), binary=shrink(spec.binary), split_digests={}, reordered_md5s={}
-    )
+    return dataclasses.replace(spec, python=shrink(spec.python), binary=shrink(spec.binary), split_digests={})
 
 
 SPEC = small_dataset_spec()
