@@ -22,14 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from fastcifar.data import arrays, class_folders
 from fastcifar.data.archives import iter_folder_files, iter_tar_files
-from fastcifar.data.cifar_files import (
-    DATASETS,
-    Dataset,
-    DatasetSpec,
-    SourceContents,
-    Split,
-    read_official_files,
-)
+from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, SourceContents, Split, read_official_files
 from fastcifar.data.safe_pickle import is_html_page
 from fastcifar.errors import DataError, DiskError, lookup
 from fastcifar.files import lock_folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,14 +22,6 @@ SAMPLES_PER_ROW = 4  # augmented versions next to the original, one per epoch
 MAX_GRID_IMAGES = 100
 
 
-class SplitDescription(TypedDict):
-    """One split of a data set; `per_class` is the number of images of each class name."""
-
-    shape: list[int]
-    dtype: str
-    per_class: dict[str, int]
-
-
 class DatasetDescription(TypedDict):
     """The document of `data verify`. `cache` is the folder of the cache entry, None if the images are in memory.
 
@@ -42,7 +34,7 @@ class DatasetDescription(TypedDict):
     source: str
     official: bool
     classes: list[str]
-    splits: dict[str, SplitDescription]  # "train", and "val" and "test" if the data set has them
+    splits: dict[str, dict[str, Any]]  # `shape`, `dtype` and `per_class` (images by name of the class) of each split
     digest: str  # SHA-256 of the images and labels for training and validation
     mean: normalization.ChannelValues  # of the training images, or of those of a test set alone
     std: normalization.ChannelValues
@@ -64,7 +56,7 @@ def verify_dataset(recipe: Recipe) -> DatasetDescription:
     data = cifar.load_recipe_dataset(recipe, refresh_cache=True)
     images = data.all_splits.get("train", data.test).images
     mean, std = normalization.channel_mean_std(images)
-    splits: dict[str, SplitDescription] = {}
+    splits = {}
     for name, split in data.all_splits.items():
         shape, dtype, per_class = list(split.images.shape), str(split.images.dtype), data.count_by_class(split)
         splits[name] = {"shape": shape, "dtype": dtype, "per_class": per_class}
