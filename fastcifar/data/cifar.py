@@ -24,7 +24,7 @@ from fastcifar.data import arrays, class_folders
 from fastcifar.data.archives import iter_folder_files, iter_tar_files
 from fastcifar.data.cifar_files import DATASETS, Dataset, DatasetSpec, SourceContents, Split, read_official_files
 from fastcifar.data.safe_pickle import is_html_page
-from fastcifar.errors import DataError, DiskError, lookup
+from fastcifar.errors import DataError, disk_errors, lookup
 from fastcifar.files import lock_folder
 from fastcifar.format import DataConsole
 from fastcifar.python_objects import PYTHON_DATA, active_objects
@@ -185,14 +185,12 @@ def _detect_own_images(path: Path, spec: DatasetSpec, val_seed: int, resize: int
 def download_file(url: str, md5: str, target: Path) -> Path:
     """Download `url` to `target` through `<target>.part`, which a later call resumes, and return `target`."""
     part = target.with_name(f"{target.name}.part")
-    try:
+    with disk_errors(f"write {part}", f"free space, or {DATA_REMEDY}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(target.parent, wait=True):
             if not target.exists():  # otherwise another process has already downloaded it
                 _download_verified(url, md5, part)
                 os.replace(part, target)
-    except OSError as error:
-        raise DiskError(f"cannot write {part}: {error.strerror or error}", f"free space, or {DATA_REMEDY}") from None
     return target
 
 

@@ -22,7 +22,7 @@ from fastcifar._version import __version__
 from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.device import as_memory_error, import_optional
-from fastcifar.errors import DiskError, UserError, first_message_line, lookup
+from fastcifar.errors import UserError, disk_errors, first_message_line, lookup
 from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
@@ -215,7 +215,7 @@ def export_model(
     )
     deployed = DeployedModel(loaded.model, loaded.recipe, input_type, output_type).eval()
     images, metadata = example_inputs(deployed, data), build_metadata(deployed, loaded, run)
-    try:
+    with disk_errors(f"write {out}", "choose another file with --out"):
         difference = _write_and_verify(export_format, out, deployed, images, metadata)
         result: ExportResult = {
             "file": str(out),
@@ -228,8 +228,6 @@ def export_model(
             "data": data.source,
         }
         _write_model_card(result, format, deployed, loaded, data, run_dir)
-    except OSError as error:
-        raise DiskError(f"cannot write {out}: {error.strerror or error}", "choose another file with --out") from None
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from fastcifar.errors import DataError, DiskError, UsageError
+from fastcifar.errors import DataError, DiskError, UsageError, disk_errors
 from fastcifar.files import read_regular_file, write_atomically
 from fastcifar.format import csv_cell
 
@@ -116,11 +116,8 @@ def write_predictions(out: Path, columns: PredictionColumns) -> None:
     """Write a prediction file in the format of the suffix of `out`, atomically."""
     # names of files that are not UTF-8 contain characters that cannot be encoded
     content = PREDICTION_SERIALIZERS[out.suffix.lower()](columns).encode(errors="backslashreplace")
-    try:
+    with disk_errors(f"write {out} ({len(content):,} bytes)", "free some space, or choose another folder with --out"):
         write_atomically(out, content)
-    except OSError as error:
-        problem = f"cannot write {out} ({len(content):,} bytes): {error.strerror}"
-        raise DiskError(problem, "free some space, or choose another folder with --out") from None
 
 
 def read_predictions(path: Path) -> dict[str, str]:
