@@ -1,7 +1,5 @@
 """Fast training of image classifiers on CIFAR under a parameter budget, with honest evaluation."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

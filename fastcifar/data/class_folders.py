@@ -15,6 +15,7 @@ from fastcifar.data.image_files import (
     describe_left_out,
     is_hidden,
     list_images,
+    reason_to_leave_out,
 )
 from fastcifar.data.splits import split_80_10_10
 from fastcifar.errors import DataError, UsageError
@@ -73,7 +74,7 @@ def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> Cl
     """
     left_out = LeftOut()
     names = _list_subfolders(path, left_out, "not in a class folder")
-    with_images = [name for name in names if any(map(_has_image_suffix, (path / name).iterdir()))]
+    with_images = [name for name in names if not all(map(reason_to_leave_out, (path / name).iterdir()))]
     if len(with_images) == 1 and set(SPLIT_FOLDERS).isdisjoint(names):
         raise DataError(f"{path} has images of one class, {with_images[0]}, expected two or more", _LAYOUT_REMEDY)
     if len(with_images) < 2 or not set(SPLIT_FOLDERS).isdisjoint(names):
@@ -83,10 +84,6 @@ def list_flat_folders(path: Path, class_names: tuple[str, ...], seed: int) -> Cl
     parts = split_80_10_10(np.array([label for _, label in files]), seed)
     by_split = {split: [files[index] for index in part] for split, part in zip(SPLIT_FOLDERS, parts, strict=True)}
     return ClassFolders(classes, by_split, describe_left_out(path, left_out))
-
-
-def _has_image_suffix(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)
 
 
 def _list_subfolders(

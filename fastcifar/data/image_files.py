@@ -49,14 +49,15 @@ def list_images(folder: Path, left_out: LeftOut) -> list[Path]:
                 folders.remove(name)  # not entered
                 left_out["folder", reason] += 1
         for path in (Path(parent, name) for name in names):
-            if reason := _reason_to_leave_out(path):
+            if reason := reason_to_leave_out(path):
                 count_file(path, reason, left_out)
             else:
                 images.append(path)
     return sorted(images)
 
 
-def _reason_to_leave_out(path: Path) -> str:
+def reason_to_leave_out(path: Path) -> str:
+    """Return why a file in a folder of images is not read; "" for an image."""
     if is_hidden(path.name):
         return "hidden"
     if path.suffix.lower() not in IMAGE_SUFFIXES:
