@@ -26,6 +26,7 @@ from fastcifar.training.evaluate import VIEWS, compute_confusion_matrix, compute
 
 PerClass = dict[str, float | None]  # class name -> fraction, None where it is undefined
 PER_CLASS_METRICS = ("per_class", "precision_per_class", "recall_per_class", "f1_per_class")
+METRICS_WITHOUT_TEST_SET = {**{name: {} for name in PER_CLASS_METRICS}, "confusion": [], "reliability": []}
 CORRUPTION_SEED = 0  # fixed, so that all runs are compared on the same images
 
 
@@ -122,9 +123,7 @@ def evaluate_run(
     result = {
         **dict.fromkeys(EvalResult.__annotations__),
         **loaded.describe(),
-        **{name: {} for name in PER_CLASS_METRICS},
-        "confusion": [],
-        "reliability": [],
+        **METRICS_WITHOUT_TEST_SET,
         "classes": classes,
         "val_acc": val_acc,
         "temperature": temperature,
