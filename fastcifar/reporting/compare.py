@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -35,13 +35,6 @@ Z_95 = 1.96  # standard errors; the two-sided 95 % quantile of the normal distri
 MAX_LABEL_PAIRS = 15  # maximum number of rows in the table of two prediction files
 
 
-class EpochDifference(TypedDict):
-    """An epoch, counted from 0, in which the values of `columns` differ."""
-
-    epoch: int
-    columns: list[str]
-
-
 class AccuracyComparison(TypedDict):
     """The accuracies that two runs measured on `n` images each.
 
@@ -68,7 +61,7 @@ class RunComparison(TypedDict):
     epochs: list[int]
     equal_epochs: int  # the number of epochs of the shorter run
     curves: dict[str, dict[str, list[float | None]]]  # column -> "final", "best" and "at_equal_epochs"
-    first_difference: EpochDifference | None
+    first_difference: dict[str, Any] | None  # the first "epoch", counted from 0, and the "columns" that differ in it
     accuracy: AccuracyComparison | None  # on the test set or, if a run was not tested, on the validation split
 
 
@@ -87,17 +80,16 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
     """Compare the recipes, environments, curves and accuracies of two runs."""
     epochs = [len(a.metric_rows), len(b.metric_rows)]
     equal_epochs = min(epochs)
-    curves = {}
+    curves: dict[str, dict[str, list[float | None]]] = {}
     for name, min_or_max in COMPARED_CURVES.items():
         values = [[row[name] for row in run.metric_rows] for run in (a, b)]
-        measured = [[value for value in run_values if value is not None] for run_values in values]
         curves[name] = {
-            "final": [_last_value(run_values) for run_values in values],
-            "best": [min_or_max(run_values, default=None) for run_values in measured],
-            "at_equal_epochs": [_last_value(run_values[:equal_epochs]) for run_values in values],
+            "final": [next(reversed(curve), None) for curve in values],
+            "best": [min_or_max((value for value in curve if value is not None), default=None) for curve in values],
+            "at_equal_epochs": [next(reversed(curve[:equal_epochs]), None) for curve in values],
         }
     columns = [name for name in METRICS_COLUMNS if name not in TIMING_COLUMNS]
-    differences: Iterator[EpochDifference] = (
+    differences = (
         {"epoch": epoch, "columns": differing}
         for epoch, (row_a, row_b) in enumerate(zip(a.metric_rows, b.metric_rows, strict=False))
         if (differing := [name for name in columns if row_a[name] != row_b[name]])
@@ -114,10 +106,6 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
         "first_difference": next(differences, None),
         "accuracy": _compare_accuracy(a, b, "test_acc") or _compare_accuracy(a, b, "val_acc"),
     }
-
-
-def _last_value(values: list[float | None]) -> float | None:
-    return values[-1] if values else None
 
 
 def _differing_items(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -156,7 +144,8 @@ def _final_accuracy(run: RunRecord, name: str) -> tuple[float | None, int]:
     """Return an accuracy of the summary, or of the last epoch if there is none, and the number of its images."""
     if name == "test_acc":
         return (run.summary.test_acc, run.summary.total or 0) if run.summary else (None, 0)
-    accuracy = run.summary.val_acc if run.summary else _last_value([row["val_acc"] for row in run.metric_rows])
+    accuracies = [run.summary.val_acc] if run.summary else [row["val_acc"] for row in run.metric_rows]
+    accuracy = next(reversed(accuracies), None)
     num_images = run.options["val_size"] or (run.summary and run.summary.val_total) or 0
     return (accuracy if accuracy is not None and 0 <= accuracy <= 1 else None), num_images
 

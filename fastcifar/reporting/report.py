@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -43,13 +43,6 @@ PlotlyObject = dict[str, Any]  # a figure, trace or layout in the JSON format of
 LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080", "#8c6bb1", "#a6761d")
 
 
-class ReportDocument(TypedDict):
-    """The document of `report --json`: `ReportTable.row_values` and the `runs` of each row, and paths of files."""
-
-    rows: list[dict[str, Any]]
-    written: list[str]
-
-
 def build_report(
     paths: Sequence[Path],
     format: str = "terminal",
@@ -60,8 +53,10 @@ def build_report(
     num_misclassified: int = 0,
     console: Console | None = None,
     **overrides: Any,
-) -> tuple[ReportDocument, RenderableType]:
+) -> tuple[dict[str, Any], RenderableType]:
     """Report on the runs and sweeps in `paths`; return the document of --json and the table in the given format.
+
+    The document contains `ReportTable.row_values` and the `runs` of each row, and the paths of the `written` files.
 
     PNG files are written to the folder `plots`, and a page to the file `html`. With `num_misclassified`, both also show
     confusion matrices and this many misclassified images of each group, from an evaluation of the finished runs with
@@ -155,6 +150,16 @@ def chart_lines(chart: Chart, groups: Sequence[RunGroup]) -> list[LineSeries]:
     return lines
 
 
+def write_charts(folder: Path, groups: Sequence[RunGroup], note: str = "") -> list[Path]:
+    """Write the entries of `CHARTS` that have a curve, with `note` after their titles; return the paths."""
+    files = []
+    for name, chart in CHARTS.items():
+        if lines := chart_lines(chart, groups):
+            files.append(folder / f"{name}.png")
+            plotting.plot_line_chart(files[-1], chart.title + note, chart.line_style_note(groups), lines)
+    return files
+
+
 def describe_plotted_rows(table: ReportTable) -> str:
     """Return a note for the titles of charts that do not show all rows of the table; "" if they do."""
     return f" (first {MAX_PLOTTED_ROWS} of {len(table.rows)} rows)" if len(table.rows) > MAX_PLOTTED_ROWS else ""
@@ -164,12 +169,8 @@ def write_report_plots(
     folder: Path, table: ReportTable, misclassified_by_group: dict[str, Misclassified]
 ) -> list[Path]:
     """Write charts, the accuracy of each class and misclassified images as PNG files; return their paths."""
-    files, groups = [], table.rows[:MAX_PLOTTED_ROWS]
     note = describe_plotted_rows(table)
-    for name, chart in CHARTS.items():
-        if lines := chart_lines(chart, groups):
-            files.append(folder / f"{name}.png")
-            plotting.plot_line_chart(files[-1], chart.title + note, chart.line_style_note(groups), lines)
+    files = write_charts(folder, table.rows[:MAX_PLOTTED_ROWS], note)
     if per_class := dict(itertools.islice(table.class_accuracies.items(), MAX_PLOTTED_ROWS)):
         files.append(folder / "classes.png")
         plotting.plot_fraction_heatmap(files[-1], f"test accuracy of each class, %{note}", per_class)

@@ -15,7 +15,7 @@ from fastcifar.format import format_percent
 from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import group_runs
 from fastcifar.reporting.records import read_records
-from fastcifar.reporting.report import CHARTS, chart_lines
+from fastcifar.reporting.report import write_charts
 from fastcifar.training.build import split_validation
 from fastcifar.training.summary import RunSummary
 
@@ -40,11 +40,7 @@ def write_run_plots(summary: RunSummary) -> list[Path]:
     """
     folder = Path(summary.run) / PLOTS_FOLDER
     plotting.create_plots_dir(folder)
-    files, groups = [], group_runs(read_records([Path(summary.run)]))
-    for name, chart in CHARTS.items():
-        if lines := chart_lines(chart, groups):
-            files.append(folder / f"{name}.png")
-            plotting.plot_line_chart(files[-1], chart.title, chart.line_style_note(groups), lines)
+    files = write_charts(folder, group_runs(read_records([Path(summary.run)])))
     if summary.test_acc is not None:
         files.append(folder / "confusion.png")
         score = f"{format_percent(summary.test_acc)}, {summary.correct:,} of {summary.total:,} images"

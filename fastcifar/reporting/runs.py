@@ -6,12 +6,12 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.prompt import Confirm
@@ -40,10 +40,9 @@ from fastcifar.training.trackers import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLO
 
 # The content of a run, of a sweep and of the `runs` folder of a sweep. A folder with any other content is not removed.
 RECORD_FILES = (RECIPE_FILE, "env.json", METRICS_FILE, "events.jsonl", SUMMARY_FILE, "error.txt")
-RUN_FILES = (*RECORD_FILES, MLFLOW_RUN_ID_FILE, WANDB_RUN_ID_FILE)
 EXPORTED_FILES = ("*.onnx", "*.pt2", "*.safetensors", "*.onnx.md", "*.pt2.md", "*.safetensors.md")
 EXPECTED_FILES = {
-    "run": (*RUN_FILES, *EXPORTED_FILES, ".*.tmp"),
+    "run": (*RECORD_FILES, MLFLOW_RUN_ID_FILE, WANDB_RUN_ID_FILE, *EXPORTED_FILES, ".*.tmp"),
     "sweep": ("sweep.toml", TRIALS_FILE, "study.log*", ".*.tmp"),  # the journal of Optuna and its lock file
     "runs": (f"{MLFLOW_DATABASE}*", ".*.lock"),  # includes the auxiliary files of SQLite; lock files (see files.py)
 }
@@ -76,14 +75,8 @@ def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> lis
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}", "give the folder that contains the runs")
     lookup({name: None for name in ListingEntry.__annotations__ if name != "trials"}, sort_by, "column")
-    folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
-    entries = [describe_run_or_sweep(path) for path in folders]
-
-    def key(entry: ListingEntry) -> tuple[bool, Any]:
-        value = entry.get(sort_by)
-        return value is not None, 0 if value is None else value
-
-    return sorted(entries, key=key, reverse=reverse)
+    entries = map(describe_run_or_sweep, _runs_in(folder))
+    return sorted(entries, key=lambda entry: (entry[sort_by] is not None, entry[sort_by] or 0), reverse=reverse)
 
 
 def describe_run_or_sweep(folder: Path) -> ListingEntry:
@@ -111,7 +104,7 @@ def describe_run_or_sweep(folder: Path) -> ListingEntry:
 
 
 def _describe_sweep(folder: Path) -> ListingEntry:
-    runs = [describe_run_or_sweep(path) for path in find_runs_and_sweeps(folder)]
+    runs = list(map(describe_run_or_sweep, _runs_in(folder)))
     counts = Counter(trial.state for trial in read_trial_log(folder / TRIALS_FILE)[0].values())
     is_running = is_locked(folder) or any(run["state"] == "running" for run in runs)
     final_state = "damaged" if not counts else "interrupted" if "running" in counts else "finished"
@@ -199,23 +192,27 @@ def confirm_removal(entries: Sequence[ListingEntry], only_checkpoints: bool, con
 def remove_runs(entries: Sequence[ListingEntry], only_checkpoints: bool = False) -> None:
     """Lock all folders of `entries`, and remove them or only their checkpoints."""
     folders = [Path(entry["name"]) for entry in entries]
-    runs_of_sweep = {folder: list(find_runs_and_sweeps(folder)) for folder in folders if folder_kind(folder) == "sweep"}
+    # a sweep folder comes after its runs, because it can contain their lock files
+    paths_by_folder = {folder: list(dict.fromkeys([*_runs_in(folder), folder])) for folder in folders}
     with ExitStack() as stack:
-        locks = {path: stack.enter_context(lock_folder(path)) for path in [*folders, *chain(*runs_of_sweep.values())]}
-        for folder in folders:
+        locks = {path: stack.enter_context(lock_folder(path)) for path in chain(*paths_by_folder.values())}
+        for folder, paths in paths_by_folder.items():
             _require_removable(folder)
-            # a sweep folder is removed last, because it can contain the lock files of its runs
-            for path in _checkpoint_folders(folder) if only_checkpoints else [*runs_of_sweep.get(folder, []), folder]:
+            for path in _checkpoint_folders(folder) if only_checkpoints else paths:
                 with disk_errors(f"remove {path}"):
                     shutil.rmtree(path)
                 if path in locks:
                     locks[path].release()
 
 
+def _runs_in(folder: Path) -> Iterable[Path]:
+    """Return a run folder itself, and for any other folder the runs and sweeps below it."""
+    return [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
+
+
 def _checkpoint_folders(folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, or of the runs of a sweep."""
-    folders = [folder] if folder_kind(folder) == "run" else find_runs_and_sweeps(folder)
-    checkpoints = [run / "checkpoints" for run in folders if folder_kind(run) == "run"]
+    checkpoints = [run / "checkpoints" for run in _runs_in(folder) if folder_kind(run) == "run"]
     return [path for path in checkpoints if path.is_dir() and not path.is_symlink()]
 
 

@@ -62,9 +62,7 @@ class ReportTable:
     def varying_options(self) -> list[str]:
         """The names of the options that differ between rows."""
         names = varying_options(self.rows)
-        return sorted(
-            names, key=lambda name: REPORTED_OPTIONS.index(name) if name in REPORTED_OPTIONS else len(REPORTED_OPTIONS)
-        )
+        return [name for name in dict.fromkeys((*REPORTED_OPTIONS, *names)) if name in names]
 
     def row_values(self, group: RunGroup) -> dict[str, Any]:
         """Return the values of a row for programs: accuracies as fractions, times in seconds, None if not measured."""
@@ -136,10 +134,8 @@ class ReportTable:
         measured = f"{split} accuracy in %".strip().capitalize() + (f" with the {weights} weights" if weights else "")
         has_std = any(len(group.finished_runs) > 1 for group in self.rows)
         over = ": mean ± sample standard deviation over n runs that differ only by the seed" if has_std else ", n = 1"
-        explanation = measured + over
-        return "; ".join(
-            [explanation, *filter(None, [", ".join(f"{format_name(k)} {v}" for k, v in constants.items())])]
-        )
+        shared = ", ".join(f"{format_name(name)} {value}" for name, value in constants.items())
+        return "; ".join(filter(None, (measured + over, shared)))
 
     @property
     def class_accuracies(self) -> dict[str, dict[str, float]]:
@@ -233,10 +229,7 @@ def published_rows(table: ReportTable) -> list[dict[str, str]]:
 
 def render_markdown(table: ReportTable) -> str:
     """Return the caption and two Markdown tables: the rows, and the runs that are not averaged."""
-    sections = [
-        f"{_escape_markdown(table.caption(published_name))}.",
-        _markdown_table(published_rows(table)),
-    ]
+    sections = [f"{_escape_markdown(table.caption(published_name))}.", _markdown_table(published_rows(table))]
     if excluded := table.describe_excluded_runs():
         sections += [f"{EXCLUDED_HEADING.capitalize()}:", _markdown_table(excluded)]
     return "\n\n".join(sections)
@@ -279,23 +272,22 @@ def render_latex(table: ReportTable) -> str:
     caption = add_wrap_points(table.caption(published_name)).translate(LATEX_ESCAPES)
     comments = [f"{text['name']}: {text['notes']}" for text in table.texts if text["notes"]]
     comments += [f"{EXCLUDED_HEADING}: {', '.join(run.values())}" for run in table.describe_excluded_runs()]
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            *(f"% {comment}" for comment in comments),
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption.replace(' n ', ' $n$ ')}.}}",
-            rf"\begin{{tabular}}{{{''.join('r' if name in NUMBER_COLUMNS else 'l' for name in rows[0])}}}",
-            r"\toprule",
-            headings,
-            r"\midrule",
-            *(line(map(add_wrap_points, row.values())) for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        *(f"% {comment}" for comment in comments),
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{caption.replace(' n ', ' $n$ ')}.}}",
+        rf"\begin{{tabular}}{{{''.join('r' if name in NUMBER_COLUMNS else 'l' for name in rows[0])}}}",
+        r"\toprule",
+        headings,
+        r"\midrule",
+        *(line(map(add_wrap_points, row.values())) for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines)
 
 
 TABLE_FORMATS: dict[str, Callable[[ReportTable], RenderableType]] = {
