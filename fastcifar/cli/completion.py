@@ -61,11 +61,8 @@ def networks_in_file(path: Path) -> list[str]:
     names = []
     for statement in statements:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            functions = [node for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)]
-            arguments = [
-                item.arg for function in functions for item in (*function.args.args, *function.args.kwonlyargs)
-            ]
-            names += [statement.name] * ("num_classes" in arguments)
+            parameters = (node.arg for node in ast.walk(statement) if isinstance(node, ast.arg))
+            names += [statement.name] * ("num_classes" in parameters)
         elif isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]).startswith("MODELS["):
             names += [node.value for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Constant)]
     return names

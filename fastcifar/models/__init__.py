@@ -28,7 +28,6 @@ from fastcifar.recipe import Recipe, section_fields
 __all__ = ["MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    # Any SE-ResNet from the command line: --blocks, --channels, --se and so on.
     "resnet": SEResNet,
     "se68": partial(SEResNet, blocks=(4, 4, 3), channels=(64, 128, 256), se="stem"),
     "se55": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 232, 268), se="stem"),
@@ -38,7 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_se": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3,)),
     "coconut_2452": partial(BottleneckResNet, blocks=(2, 4, 5, 2), se_stages=(3, 4), leaky_stages=(3, 4)),
     "coconut_sep": partial(BottleneckResNet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
-    # Follows the README of its source, which names no activation. It exceeds the default parameter budget.
+    # Follows the README of its source, which names no activation.
     "coconut_over": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
     # Reconstructions within five million parameters: the README of the fourth source mentions 512 channels in the last
     # stage, LeakyReLU and one dropout layer, but not the exact widths or the probability.
@@ -53,13 +52,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         dropout=0.2,
         dropout_at="head",
     ),
-    # For short schedules: early pooling, no shortcuts.
     "speednet": SmallConvNet,
-    # For the shortest schedules: a whitening stem. speed95 and speed96 nearly use up the default parameter budget.
     "speed94": AirbenchNet,
     "speed95": partial(AirbenchNet, blocks=(3, 3, 3), channels=(112, 312, 312), residual=True),
     "speed96": partial(AirbenchNet, blocks=(3, 4, 4), channels=(128, 256, 256), residual=True),
-    # The baseline. It exceeds the default parameter budget.
     "resnet18": partial(SEResNet, blocks=(2, 2, 2, 2), channels=(64, 128, 256, 512)),
 }
 

@@ -19,7 +19,6 @@ from fastcifar.sweep.sweep_spec import (
     SweepTrial,
     TrialRef,
     build_trial,
-    load_base_values,
     round_to_4_digits,
     settings_label,
 )
@@ -55,14 +54,12 @@ class OptunaStudy:
     def __init__(self, spec: SweepSpec, name: str, folder: Path) -> None:
         assert spec.study is not None
         self.spec, self.name, self.study_spec = spec, name, spec.study
-        self.base_values = load_base_values(spec)
         self.optuna = import_optuna()
         if spec.grid or spec.rows or spec.random:
             raise UsageError("a [study] samples all points itself", "remove [grid], [[list]] and [random]")
         if len(spec.seeds) > 1:
-            raise UsageError(
-                "a [study] supports only one seed", "rerun its best points as a [[list]] with several seeds"
-            )
+            remedy = "rerun its best points as a [[list]] with several seeds"
+            raise UsageError("a [study] supports only one seed", remedy)
         if any(trial.recipe.val_size == 0 for trial in self.boundary_trials()):
             raise UsageError("a [study] needs a validation split to rank its trials", "set val_size")
         build_pruner(self.optuna, self.study_spec.pruner)
@@ -79,9 +76,7 @@ class OptunaStudy:
         return [self._build_trial(settings_label(point), point) for point in (*ends, *choices)]
 
     def _build_trial(self, label: str, settings: dict[str, Any], trial_ref: TrialRef | None = None) -> SweepTrial:
-        return build_trial(
-            self.spec, self.base_values, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref
-        )
+        return build_trial(self.spec, self.name, label, settings, self.spec.seeds[0], trial_ref=trial_ref)
 
     @cached_property
     def optuna_study(self) -> Any:

@@ -68,13 +68,13 @@ def run_sweep(
             remaining = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
         trial_keys = [trial.key for trial in trials]
         total = study.study_spec.n if study else len(trials)
-        display = SweepDisplay(console, trial_log, total)
+        display = SweepDisplay(console, trial_log, trial_keys, total)
         with display.live or nullcontext(), closing(run_trials(remaining)) as events:
             for event in events:
                 _log_event(trial_log, folder, event)
                 if event.trial.key not in trial_keys:
                     trial_keys.append(event.trial.key)
-                display.on_event(event, trial_keys)
+                display.on_event(event)
                 if study:
                     study.tell(event.trial, event.state, event.summary)
         results = trial_log.results(trial_keys)

@@ -19,22 +19,23 @@ MAX_LIVE_ROWS = 30  # rows of the live table: running trials first, then the mos
 
 
 class SweepDisplay:
-    """The progress of a sweep of `total` trials; `live` is the live table, None unless `console` is a terminal."""
+    """The progress of a sweep of `total` trials; `live` is the live table, None unless `console` is a terminal.
 
-    def __init__(self, console: Console | None, trial_log: TrialLog, total: int) -> None:
-        self.console, self.trial_log, self.total = console, trial_log, total
-        self.trial_keys: list[str] = []
+    `trial_keys` are the trials so far, to which the caller adds further ones.
+    """
+
+    def __init__(self, console: Console | None, trial_log: TrialLog, trial_keys: list[str], total: int) -> None:
+        self.console, self.trial_log, self.trial_keys, self.total = console, trial_log, trial_keys, total
         self.live: Live | None = None
         if console and console.is_terminal:
             self.live = Live(console=console, get_renderable=self._live_table, refresh_per_second=1, transient=True)
 
-    def on_event(self, event: TrialEvent, trial_keys: list[str]) -> None:
-        """Show an event, which is already in the trial log; `trial_keys` are the trials of the sweep so far."""
-        self.trial_keys = list(trial_keys)
+    def on_event(self, event: TrialEvent) -> None:
+        """Show an event, which is already in the trial log."""
         if self.live or event.state == "running":
             return
         (result,) = self.trial_log.results([event.trial.key])
-        ended = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in trial_keys)
+        ended = sum(self.trial_log.trial_state(key) not in ("running", "waiting") for key in self.trial_keys)
         state = f"{result.state}: {result.reason}" if result.reason else result.state
         seconds = f", {result.seconds:,.0f} s" if result.seconds else ""
         accuracies = f"val {format_percent(result.val_acc)}, test {format_percent(result.test_acc)}"

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,6 +99,12 @@ class SweepSpec(BaseModel, frozen=True):
     rows: list[ListEntry] = Field(default=[], alias="list")
     random: RandomSearchSpec | None = None
     study: StudySpec | None = None
+
+    @cached_property
+    def base_values(self) -> dict[str | None, Options]:
+        """The options of every recipe of the sweep, overridden by [base]: name or path, or None -> options."""
+        sources = {self.recipe, *(row.recipe for row in self.rows)}
+        return {source: {**(load_recipe_values(source) if source else {}), **self.base} for source in sources}
 
     def axes(self) -> set[str]:
         """Return the options that the sweep varies. Raises `UsageError` if an option is varied twice."""
@@ -190,19 +197,12 @@ def shipped_sweeps() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_base_values(spec: SweepSpec) -> dict[str | None, Options]:
-    """Return the options of every recipe of a sweep, overridden by [base]: name or path, or None -> options."""
-    sources = {spec.recipe, *(row.recipe for row in spec.rows)}
-    return {source: {**(load_recipe_values(source) if source else {}), **spec.base} for source in sources}
-
-
 def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
     """Return all trials of a sweep called `name`, ordered by seed: each point runs once before any runs again."""
     sizes = (max(1, len(spec.rows)), *map(len, spec.grid.values()), spec.random.n if spec.random else 1)
     if (num_trials := math.prod(sizes) * len(spec.seeds)) > MAX_TRIALS:
         problem = f"the sweep has {num_trials:,} trials, more than {MAX_TRIALS:,}"
         raise UsageError(problem, "give fewer values, or sample them with [random] or [study]")
-    base_values = load_base_values(spec)
     axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
     grid_points = [dict(point) for point in itertools.product(*axes)]
     random_points = list(_draw_random_points(spec.random)) if spec.random else [{}]
@@ -217,14 +217,13 @@ def expand_trials(spec: SweepSpec, name: str) -> list[SweepTrial]:
             point = {**grid_point, **random_point}
             label = ", ".join(filter(None, (row_label, settings_label(point)))) or "base"
             for seed in spec.seeds:
-                trial = build_trial(spec, base_values, name, label, {**row.settings, **point}, seed, row.recipe)
+                trial = build_trial(spec, name, label, {**row.settings, **point}, seed, row.recipe)
                 trials[trial.key] = trial
     return sorted(trials.values(), key=lambda trial: spec.seeds.index(trial.recipe.seed))
 
 
 def build_trial(
     spec: SweepSpec,
-    base_values: Mapping[str | None, Options],
     name: str,
     label: str,
     settings: Options,
@@ -232,11 +231,8 @@ def build_trial(
     source: str | None = None,
     trial_ref: TrialRef | None = None,
 ) -> SweepTrial:
-    """Build a trial; `source` replaces the recipe of the sweep, and `base_values` is `load_base_values(spec)`.
-
-    Raises `UsageError` with the label of the trial.
-    """
-    source = source or spec.recipe
+    """Build a trial; `source` replaces the recipe of the sweep. Raises `UsageError` with the label of the trial."""
+    source, base_values = source or spec.recipe, spec.base_values
     for key in (*spec.base, *settings):
         if key in RESERVED_OPTIONS:
             raise UsageError(f"{key} cannot be set in a sweep file", RESERVED_OPTIONS[key])
