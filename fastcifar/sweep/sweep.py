@@ -52,24 +52,21 @@ def run_sweep(
     spec, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
     if study and retry_failed:
         raise UsageError("a [study] does not rerun failed trials", "leave --retry-failed out")
-    print_lines(console, describe_duplicate_recipes(trials))
+    print_lines(console, [] if study else describe_duplicate_recipes(trials))
     run_trials = build_executor(executor, executor_options or ExecutorOptions())
     with disk_errors(f"create the sweep folder {folder}", "choose another --out DIR"):
         folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         trial_log = TrialLog(folder)
-        if study:
-            trials = [trial.with_sweep_folder(folder) for trial in study.existing_trials()]
+        trials = study.existing_trials() if study else trials
         print_lines(console, _start_sweep(folder, spec, trial_log, trials, retry_failed))
-        if study:
-            remaining = (trial.with_sweep_folder(folder) for trial in study.remaining_trials())
-        else:
-            skipped = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
-            remaining = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
+        skipped = FINISHED_STATES if retry_failed else (*FINISHED_STATES, "failed")
+        unfinished = (trial for trial in trials if trial_log.trial_state(trial.key) not in skipped)
+        remaining = study.remaining_trials() if study else unfinished
         trial_keys = [trial.key for trial in trials]
-        total = study.study_spec.n if study else len(trials)
-        display = SweepDisplay(console, trial_log, trial_keys, total)
-        with display.live or nullcontext(), closing(run_trials(remaining)) as events:
+        display = SweepDisplay(console, trial_log, trial_keys, study.study_spec.n if study else len(trials))
+        events = run_trials(trial.with_sweep_folder(folder) for trial in remaining)
+        with display.live or nullcontext(), closing(events):
             for event in events:
                 _log_event(trial_log, folder, event)
                 if event.trial.key not in trial_keys:
@@ -85,21 +82,18 @@ def run_sweep(
 def prepare_sweep(
     source: str, out: Path | None, executor: str, seeds: str | None, overrides: dict[str, Any]
 ) -> tuple[SweepSpec, Path, list[SweepTrial], OptunaStudy | None]:
-    """Return the spec, the sweep folder, the checked trials (empty for a study), and the study or None."""
+    """Return the spec, the sweep folder, the checked trials (`boundary_trials` of a study), and the study or None."""
     spec, name = read_sweep_spec(source, seeds, overrides)
     folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
-    for file in folder.glob("runs/*/recipe.toml"):
-        if renamed_options().keys() & load_toml(file).keys():  # the names of the trials would differ
-            problem = f"{folder} was created by an earlier version, in which options had other names"
-            raise UsageError(problem, "such a sweep cannot be continued, only reported: choose another --out")
-        break
-    if spec.study:
-        study = OptunaStudy(spec, name, folder)
-        check_trials(study.boundary_trials(), executor)
-        return spec, folder, [], study
-    trials = [trial.with_sweep_folder(folder) for trial in expand_trials(spec, name)]
+    saved = next(folder.glob("runs/*/recipe.toml"), None)
+    if saved and renamed_options().keys() & load_toml(saved).keys():  # the names of the trials would differ
+        problem = f"{folder} was created by an earlier version, in which options had other names"
+        raise UsageError(problem, "such a sweep cannot be continued, only reported: choose another --out")
+    study = OptunaStudy(spec, name, folder) if spec.study else None
+    trials = study.boundary_trials() if study else expand_trials(spec, name)
+    trials = [trial.with_sweep_folder(folder) for trial in trials]
     check_trials(trials, executor)
-    return spec, folder, trials, None
+    return spec, folder, trials, study
 
 
 def plan_sweep(
@@ -107,8 +101,7 @@ def plan_sweep(
 ) -> SweepPlan:
     """Return what `run_sweep` would run; for a study, the trials of `boundary_trials`. Nothing is written."""
     _, folder, trials, study = prepare_sweep(source, out, executor, seeds, overrides)
-    planned_trials = list(study.boundary_trials()) if study else trials
-    recipes = {(trial.recipe.data, trial.recipe.dataset): trial.recipe for trial in planned_trials}
+    recipes = {(trial.recipe.data, trial.recipe.dataset): trial.recipe for trial in trials}
     data = {source: load_dataset_if_present(recipe) for source, recipe in recipes.items()}
     trial_log = TrialLog(folder)
     planned = [
@@ -121,7 +114,7 @@ def plan_sweep(
             epochs=trial.recipe.epochs,
             steps=count_training_steps(trial.recipe, data[trial.recipe.data, trial.recipe.dataset]),
         )
-        for trial in planned_trials
+        for trial in trials
     ]
     n = study.study_spec.n if study else len(trials)
     steps = [trial.steps for trial in planned if trial.state not in FINISHED_STATES]
