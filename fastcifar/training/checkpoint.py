@@ -231,11 +231,10 @@ def read_checkpoint(path: Path, allow_foreign: bool = False) -> dict[str, Any]:
     if not (allow_foreign or is_fastcifar_checkpoint(state)):
         raise CheckpointError(f"{path} has no model and recipe", "specify a fastcifar run folder or checkpoint")
     if is_fastcifar_checkpoint(state):
-        is_list_of_names = isinstance(state.get("classes", []), list) and all(
-            isinstance(name, str) for name in state.get("classes", [])
-        )
+        classes = state.get("classes", [])
+        names = [*classes, *state["recipe"]] if isinstance(classes, list) else [None]
         is_valid = _is_state_dict(state["model"]) and (state.get("ema") is None or _is_state_dict(state["ema"]))
-        if not (is_valid and is_list_of_names and all(isinstance(name, str) for name in state["recipe"])):
+        if not (is_valid and all(isinstance(name, str) for name in names)):
             raise CheckpointError(f"{path} is damaged: its model, recipe or classes are of another type")
         state["recipe"] = upgrade_options(state["recipe"])
     return state

@@ -309,11 +309,8 @@ def _find_resumable_mlflow_run(client: Any, folder: Path, epochs: set[int]) -> s
         is_own = run.data.tags.get(MLFLOW_FOLDER_TAG) == str(folder.resolve())
         is_active = is_own and run.info.lifecycle_stage == "active"
     except MlflowException as error:
-        if error.error_code not in (
-            "RESOURCE_DOES_NOT_EXIST",
-            "INVALID_PARAMETER_VALUE",
-        ):  # a busy database may contain the run
-            raise
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise  # a busy database may contain the run
         return None
     if is_active and _logged_epochs(client, run_id) <= epochs:
         return run_id
