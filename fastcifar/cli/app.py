@@ -168,11 +168,7 @@ def models(
     return Output(describe_architectures(), tables.architectures_table)
 
 
-@command(
-    app,
-    fields=(*section_fields("network"), *BENCH_FIELDS, *section_fields("execution")),
-    builds_networks=True,
-)
+@command(app, fields=(*section_fields("network"), *BENCH_FIELDS, *section_fields("execution")), builds_networks=True)
 def bench(
     console: Console,
     recipe: str | None = RECIPE,

@@ -18,14 +18,7 @@ from rich.prompt import Confirm
 
 from fastcifar.errors import UsageError, disk_errors, lookup
 from fastcifar.files import is_locked, lock_folder
-from fastcifar.format import (
-    MISSING,
-    NumericTable,
-    format_count,
-    format_decimal,
-    format_duration,
-    format_timestamp,
-)
+from fastcifar.format import MISSING, NumericTable, format_count, format_decimal, format_duration, format_timestamp
 from fastcifar.reporting.records import (
     METRICS_FILE,
     RECIPE_FILE,

@@ -14,14 +14,7 @@ from typing import Any
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, UserError, lookup
-from fastcifar.sweep.sweep_spec import (
-    SweepSpec,
-    SweepTrial,
-    TrialRef,
-    build_trial,
-    round_to_4_digits,
-    settings_label,
-)
+from fastcifar.sweep.sweep_spec import SweepSpec, SweepTrial, TrialRef, build_trial, round_to_4_digits, settings_label
 from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.run_dir import EpochCallback
 from fastcifar.training.summary import RunSummary
