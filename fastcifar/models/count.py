@@ -50,7 +50,7 @@ def layer_table(model: nn.Module, shape: ImageShape = CIFAR_SHAPE) -> list[Layer
 
     A layer is a module that has parameters of its own, or has no children and is not `nn.Identity`.
     """
-    return _observe(model, lambda copied, device: _layer_rows(copied, torch.zeros(1, *shape, device=device)))
+    return _observe(model, _layer_rows, shape)
 
 
 def _layer_rows(model: nn.Module, images: Tensor) -> list[LayerRow]:
@@ -77,8 +77,7 @@ def _layer_rows(model: nn.Module, images: Tensor) -> list[LayerRow]:
         is_leaf = not list(module.children()) and not isinstance(module, nn.Identity)
         if is_leaf or list(module.parameters(recurse=False)):
             module.register_forward_hook(lambda module, _inputs, output, name=name: add_row(name, module, output))
-    with torch.no_grad(), images.device:
-        model(images)
+    model(images)
     for name, module in model.named_modules():
         if any(p.requires_grad and p not in counted for p in module.parameters(recurse=False)):
             add_row(name, module, None)
@@ -171,34 +170,34 @@ def feature_map_bytes_per_image(model: nn.Module, training: bool, element_size: 
 
 def _record_operations(model: nn.Module) -> list[tuple[str, tuple[Any, ...], Any]]:
     """Return the name, the arguments and the result of every operation on one 32x32 image."""
+    operations: list[tuple[str, tuple[Any, ...], Any]] = []
 
     class Recorder(TorchDispatchMode):
-        operations: list[tuple[str, tuple[Any, ...], Any]]
-
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            self.operations.append((str(func), args, result))
+            operations.append((str(func), args, result))
             return result
 
-    def record(model: nn.Module, device: str) -> list[tuple[str, tuple[Any, ...], Any]]:
-        recorder = Recorder()
-        recorder.operations = []
-        with torch.no_grad(), torch.device(device), recorder:
-            model(torch.zeros(1, *CIFAR_SHAPE))
-        return recorder.operations
+    def record(model: nn.Module, images: Tensor) -> None:
+        operations.clear()  # of a failed attempt on another device
+        with Recorder():
+            model(images)
 
-    return _observe(model, record)
+    _observe(model, record)
+    return operations
 
 
-def _observe(model: nn.Module, observe: Callable[[nn.Module, str], T]) -> T:
-    """Return `observe(copy, device)` of a copy on the meta device, or if that fails of one on the CPU."""
-    try:
-        return observe(_eval_copy(model, "meta"), "meta")
-    except Exception:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise
-    with torch.random.fork_rng(devices=[]):
-        return observe(_eval_copy(model, "cpu"), "cpu")
+def _observe(model: nn.Module, observe: Callable[[nn.Module, Tensor], T], shape: ImageShape = CIFAR_SHAPE) -> T:
+    """Return `observe(copy, image)` of a copy on the meta device, or if that fails of one on the CPU."""
+    for device in ("meta", "cpu"):
+        try:
+            copied = _eval_copy(model, device)
+            with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                return observe(copied, torch.zeros(1, *shape))
+        except Exception:
+            if device == "cpu" or any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    raise AssertionError("the CPU is the last device")
 
 
 def _eval_copy(model: nn.Module, device: str) -> nn.Module:

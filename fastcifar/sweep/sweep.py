@@ -195,4 +195,4 @@ def _log_event(trial_log: TrialLog, folder: Path, event: TrialEvent) -> None:
         for name, content in event.files.items():
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / name, content)
-    trial_log.log_state(event.trial, event.state, event.reason, event.summary)
+    trial_log.log_state(event)

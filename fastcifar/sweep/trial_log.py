@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fastcifar.errors import disk_errors
 from fastcifar.reporting.records import TRIALS_FILE, TrialLogEntry, TrialState, read_trial_log
+from fastcifar.sweep.executors import TrialEvent
 from fastcifar.sweep.sweep_spec import SweepTrial
 from fastcifar.training.summary import RunSummary, read_summary
 
@@ -76,18 +77,17 @@ class TrialLog:
         """Return the state of a trial: one of `TRIAL_STATES`, or "waiting"."""
         return self.entries[key].state if key in self.entries else "waiting"
 
-    def log_state(
-        self, trial: SweepTrial, state: TrialState, reason: str | None = None, summary: RunSummary | None = None
-    ) -> None:
+    def log_state(self, event: TrialEvent) -> None:
         """Append a line with the new state of a trial. Raises `DiskError` if it cannot be written."""
+        trial, summary = event.trial, event.summary
         self._append(
             TrialLogEntry(
                 trial=trial.key,
                 label=trial.label,
                 knobs=trial.options,
                 seed=trial.recipe.seed,
-                state=state,
-                reason=reason,
+                state=event.state,
+                reason=event.reason,
                 run=str(Path("runs") / (Path(summary.run).name if summary else trial.key)),
                 seconds=summary.seconds["total"] if summary else None,
             )
