@@ -42,13 +42,8 @@ RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file", a
 CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
 JSON = switch("--json", "print one JSON document as the last line of stdout")
 DEBUG = switch("--debug", "print the traceback of an error")
-IMPORTS = inspect.Parameter(
-    "imports",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=option(
-        None, "FILE.py|MODULE", "Python file or module with further architectures; may be repeated", "--import"
-    ),
-    annotation=list[str] | None,
+IMPORTS = option(
+    None, "FILE.py|MODULE", "Python file or module with further architectures; may be repeated", "--import"
 )
 
 
@@ -133,9 +128,9 @@ def command(
 
         parameters = [
             *(p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD and p.name != "console"),
-            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=JSON, annotation=bool),
-            inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=DEBUG, annotation=bool),
-            *([IMPORTS] if builds_networks else []),
+            _parameter("as_json", JSON, bool),
+            _parameter("debug", DEBUG, bool),
+            *([_parameter("imports", IMPORTS, list[str] | None)] if builds_networks else []),
             *map(_option_parameter, recipe_fields),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -174,5 +169,8 @@ def _option_parameter(name: str) -> inspect.Parameter:
     else:
         named = (METAVARS[item] for item in [*map(typing.get_origin, types), *types] if item in METAVARS)
         details["metavar"] = "NAME" if choices else next(named, "INT,INT,...")
-    declaration = typer.Option(None, flag, help=help_text, **details)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declaration, annotation=value_type | None)
+    return _parameter(name, typer.Option(None, flag, help=help_text, **details), value_type | None)
+
+
+def _parameter(name: str, declaration: Any, value_type: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declaration, annotation=value_type)

@@ -51,11 +51,11 @@ class MetricCurve(NamedTuple):
     std: list[float] | None  # None for a single run
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RunGroup:
     """Runs that differ only by the seed, one row of a report. Only `finished_runs` are averaged."""
 
-    name: str  # unique within a report
+    name: str  # unique within a report: see `group_runs`
     records: list[RunRecord]
 
     @cached_property
@@ -159,21 +159,20 @@ def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
         records_by_key[record.group_key].append(record)
     groups = [RunGroup(members[0].label, members) for members in records_by_key.values()]
     unlabeled = [group for group in groups if not group.name]
-    differences = dict(zip(map(id, unlabeled), describe_differences(unlabeled), strict=True))
+    differences = dict(zip(unlabeled, describe_differences(unlabeled), strict=True))
     groups_by_name: dict[str, list[RunGroup]] = defaultdict(list)
     for group in groups:
         first = group.records[0]
-        name = group.name or (one_line(first.folder.resolve().name) if len(group.records) == 1 else "")
-        name = name or differences[id(group)] or first.recipe or first.options.get("arch", "")
-        groups_by_name[name].append(group)
-    names: dict[int, str] = {}
+        folder_name = one_line(first.folder.resolve().name) if len(group.records) == 1 else ""
+        group.name = group.name or folder_name or differences[group] or first.recipe or first.options.get("arch", "")
+        groups_by_name[group.name].append(group)
     for name, equal in groups_by_name.items():
         extended = [f"{name} {text}".strip() for text in describe_differences(equal)]
         totals, counts = Counter(extended), Counter[str]()
         for group, text in zip(equal, extended, strict=True):
             counts[text] += 1
-            names[id(group)] = f"{text} ({counts[text]})" if totals[text] > 1 else text
-    return [RunGroup(names[id(group)], group.records) for group in groups]
+            group.name = f"{text} ({counts[text]})" if totals[text] > 1 else text
+    return groups
 
 
 def describe_differences(groups: Sequence[RunGroup]) -> list[str]:

@@ -123,9 +123,8 @@ def _require_torch_file(content: bytes, path: Path) -> None:
     try:
         members = zipfile.ZipFile(io.BytesIO(content)).infolist()
     except Exception as error:  # zipfile raises many types for a damaged archive
-        raise CheckpointError(
-            f"{path} is not a checkpoint: {first_message_line(error, type(error).__name__)}"
-        ) from None
+        reason = first_message_line(error, type(error).__name__)
+        raise CheckpointError(f"{path} is not a checkpoint: {reason}") from None
     for member in members:
         if other := OTHER_ARCHIVES.get(member.filename.rpartition("/")[2]):
             raise CheckpointError(f"{path} is {other[0]}, which contains code", other[1])
