@@ -25,14 +25,12 @@ TABLES: dict[str, dict[str, str]] = {
 
 
 def table_keys(path: Path, table: str) -> list[str]:
-    """Return the keys, string literals, of the dict `table` at the top level of a Python file."""
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == table for target in targets):
-            value = getattr(statement, "value", None)
-            assert isinstance(value, ast.Dict), (path, table)
-            return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
-    raise AssertionError((path, table))
+    """Return the keys, string literals, of the annotated dict `table` at the top level of a Python file."""
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    annotated = [statement for statement in statements if isinstance(statement, ast.AnnAssign)]
+    (value,) = (statement.value for statement in annotated if ast.unparse(statement.target) == table)
+    assert isinstance(value, ast.Dict), (path, table)
+    return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
 
 
 def complete_from_tables(name: str) -> Callable[[str], list[str]]:
