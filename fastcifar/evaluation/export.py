@@ -23,7 +23,7 @@ from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
 from fastcifar.device import as_memory_error, import_optional
 from fastcifar.errors import UserError, disk_errors, first_message_line, lookup
-from fastcifar.evaluation.load_run import LoadedModel, load_model
+from fastcifar.evaluation.load_run import FineTuning, LoadedModel, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent
 from fastcifar.models import count_macs, count_parameters
@@ -311,7 +311,7 @@ def _write_model_card(
                 else []
             ),
         ],
-        "Training": _training_section(loaded),
+        "Training": _training_section(loaded, run_dir),
         "Results": _results_section(loaded, run_dir),
         "Limitations": [
             "The model predicts one of these classes for every image. Images are 32 x 32 pixels; a larger image has "
@@ -345,7 +345,7 @@ def _md5(array: np.ndarray) -> str:
     return hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()
 
 
-def _training_section(loaded: LoadedModel) -> list[str]:
+def _training_section(loaded: LoadedModel, run_dir: Path) -> list[str]:
     if loaded.weights == "published":
         return ["trained by the project that published the weights; the checkpoint does not describe the training"]
     # These describe the machines of the run and of the export rather than the training recipe.
@@ -355,7 +355,21 @@ def _training_section(loaded: LoadedModel) -> list[str]:
         f"seed {loaded.recipe.seed}, {loaded.recipe.epochs} epochs, {loaded.recipe.optimizer}, augmentation "
         f"`{loaded.recipe.augment}`",
         f"options that differ from their defaults: `{json.dumps(options)}`",
+        *_fine_tuning_lines(loaded.fine_tuning, read_summary(run_dir)),
     ]
+
+
+def _fine_tuning_lines(fine_tuning: FineTuning, summary: RunSummary | None) -> list[str]:
+    """Return what `--init` and `--freeze` did, without the folders of the machine."""
+    lines, path = [], Path(fine_tuning.init)
+    if fine_tuning.init != "none":
+        name = path.parents[1].name if path.parent.name == "checkpoints" else path.name
+        lines.append(f"initial weights (`--init`): `{name}`, SHA-256 of the weights `{fine_tuning.init_sha256}`")
+    if fine_tuning.freeze != "none":
+        lines.append(f"layers that were not trained (`--freeze`): `{fine_tuning.freeze}`")
+        if summary and summary.trained_params is not None:
+            lines[-1] += f"; {summary.trained_params:,} of {summary.params:,} parameters were trained"
+    return lines
 
 
 def _find_results(loaded: LoadedModel, run_dir: Path) -> tuple[RunSummary | None, str]:

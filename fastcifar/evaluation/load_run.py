@@ -39,6 +39,15 @@ class ModelDescription(TypedDict):
     precision: str
 
 
+@dataclass(frozen=True)
+class FineTuning:
+    """What a run records of `--init` and `--freeze`, which do not apply to inference."""
+
+    init: str  # path of the initial weights, or "none"
+    init_sha256: str | None
+    freeze: str  # names of the layers that were not trained, or "none"
+
+
 @dataclass
 class LoadedModel:
     """A trained network with its weights, on its device."""
@@ -51,6 +60,7 @@ class LoadedModel:
     forward: Forward  # uint8 images [b,3,32,32] -> float32 logits [b,classes]
     checkpoint_path: Path
     weights: str  # "last", "best", "ema" or "published"
+    fine_tuning: FineTuning
     data_digest: str | None = None  # of the data that the run was trained on; None if the checkpoint lacks it
 
     def describe(self) -> ModelDescription:
@@ -169,5 +179,7 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     mean, std = normalization_mean_std(recipe)
     forward = build_forward(to_channels_last(model, device).eval(), mean, std, execution.precision, device)
     weights = eval_weights if "format" in saved else "published"
+    options = saved["recipe"]
+    fine_tuning = FineTuning(options.get("init", "none"), saved.get("init_sha256"), options.get("freeze", "none"))
     digest = saved.get("data_digest")
-    return LoadedModel(recipe, execution, device, saved["classes"], model, forward, path, weights, digest)
+    return LoadedModel(recipe, execution, device, saved["classes"], model, forward, path, weights, fine_tuning, digest)

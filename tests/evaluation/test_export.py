@@ -129,6 +129,28 @@ def test_model_card_contains_the_records_of_the_run(run: Path) -> None:
     assert "test accuracy" not in card
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("init", ["", "checkpoints/last.pt"])
+def test_model_card_names_initial_weights_and_frozen_layers(run: Path, tmp_path: Path, init: str) -> None:
+    recipe = load_model(str(run), device="cpu").recipe.model_copy(
+        update={"init": str(run / init), "freeze": "conv1", "out": str(tmp_path / "tuned"), "compile": False}
+    )
+    folder = Path(train(recipe).run)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    card = Path(export_model(str(folder), "safetensors")["card"])
+    text = card.read_text(encoding="utf-8")
+    assert f"- initial weights (`--init`): `run`, SHA-256 of the weights `{summary['init_sha256']}`\n" in text
+    trained = f"{summary['trained_params']:,} of {summary['params']:,} parameters were trained"
+    assert summary["trained_params"] < summary["params"]
+    assert f"- layers that were not trained (`--freeze`): `conv1`; {trained}\n" in text
+    assert str(run) not in text
+    (folder / "summary.json").unlink()
+    export_model(str(folder), "safetensors")
+    assert "- layers that were not trained (`--freeze`): `conv1`\n" in card.read_text(encoding="utf-8")
+    plain = Path(export_model(str(run), "safetensors", tmp_path / "plain.safetensors")["card"])
+    assert not {"--init", "--freeze"} & set(plain.read_text(encoding="utf-8").replace("`", " ").split())
+
+
 def read_card_head(card: Path) -> dict:
     return pytest.importorskip("yaml").safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
 
