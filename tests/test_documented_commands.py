@@ -79,6 +79,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setitem(AUTOMATIC_CHOICES, "compile", lambda device: (False, "this is a test"))
         for name in ("mine", "NAME"):
             run_line(f"fastcifar train --arch resnet --blocks 1,1 --channels 8,16 --out runs/{name}")
+        for block in BLOCKS:  # a block whose first line is `# NAME.py` is that file
+            if name := re.match(r"# (\w+\.py)\n", block.code):
+                (folder / name[1]).write_text(block.code)
         torch.save({"net": build_model("coconut_leaky").state_dict()}, folder / "ckpt.pth")
         (folder / "ablation.toml").write_text('[grid]\nactivation = ["relu", "silu"]\n[base]\narch = "speednet"\n')
         run_line("fastcifar sweep ablation.toml --executor process")

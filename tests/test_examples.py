@@ -16,7 +16,7 @@ from fastcifar import load_dataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY: dict[str, Any] = {
-    "arch": "resnet", "blocks": (1, 1), "channels": (4, 8), "augment": "crop:4:zero,flip", "epochs": 1,
+    "arch": "resnet", "blocks": (1, 1), "channels": (8, 16), "augment": "crop:4:zero,flip", "epochs": 1,
     "batch_size": 50, "device": "cpu", "compile": False, "precision": "fp32", "workers": 0,
 }  # fmt: skip
 OWN_NETWORK = {name: value for name, value in TINY.items() if name not in ("arch", "blocks", "channels")}

@@ -181,3 +181,29 @@ def test_readme_is_short_and_its_links_exist() -> None:
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub and MkDocs make of the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_to_sections_resolve() -> None:
+    assert "where-a-number-comes-from" in anchors(ROOT / "docs" / "benchmarks.md")
+    count = 0
+    for page in [*PAGES, *ROOT.glob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text("utf-8")):
+            assert anchor in anchors(page.parent / link if link else page), (page, link, anchor)
+            count += 1
+    assert count >= 20
+
+
+def test_pictures_are_small_and_used() -> None:
+    pictures = {*(ROOT / "docs" / "images").iterdir()}
+    used = {
+        page.parent / link for page in PAGES for link in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text("utf-8"))
+    }
+    assert used == pictures
+    assert sum(picture.stat().st_size for picture in pictures) <= 400_000
