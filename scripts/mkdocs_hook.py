@@ -34,6 +34,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return adapt_links(markdown)
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Remove the backslash of an escaped bar in code, which GitHub needs in tables and MkDocs shows."""
+    return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace(r"\|", "|"), html)
+
+
 def adapt_links(text: str) -> str:
     """Return `text` with links to the pages of the root folder replaced by links within the site."""
     for name, page in ROOT_PAGES.items():
