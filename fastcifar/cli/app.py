@@ -1,7 +1,5 @@
 """The commands of `fastcifar`. Each imports torch only when it runs and returns its result, which options.py prints."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

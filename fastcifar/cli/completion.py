@@ -1,7 +1,5 @@
 """Completion of option values in a shell, with names from the source code of the tables; torch is not imported."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Iterable
 from pathlib import Path

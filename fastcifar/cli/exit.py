@@ -1,7 +1,5 @@
 """The end of a command: errors in one line on stderr, and exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

@@ -1,7 +1,5 @@
 """The decorator of every command: options from recipe fields, --json, --debug, and printing of the result."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import typing

@@ -3,8 +3,6 @@
 An entry takes `num_classes` and some of `MODEL_OPTIONS` by keyword and returns a module: [n,3,32,32] -> [n,classes].
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Residual networks of bottlenecks with squeeze-and-excitation (SE) after the shortcut addition: coconut_*."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from functools import partial
 

@@ -3,8 +3,6 @@
 A network that does not support it, because its forward pass reads values, is observed on the CPU instead.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Architectures, layers and fitted widths for `fastcifar models`, computed on the meta device."""
 
-from __future__ import annotations
-
 import math
 from typing import TypedDict
 

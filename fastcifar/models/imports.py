@@ -1,7 +1,5 @@
 """Python files and modules that define further architectures; only `--import` and `--arch MODULE:NAME` import them."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

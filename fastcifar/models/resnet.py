@@ -4,8 +4,6 @@ The state-dict keys are those of the published checkpoints and may not change. F
 have no data-dependent control flow, because they are compiled and captured as one CUDA graph.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Compare two runs, two benchmark files or two prediction files. The content determines the kind of a path."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The test images that the runs of a group misclassify, found by an evaluation of these runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plots of one run, which `fastcifar train` writes into the run folder."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """List the run folders and sweeps below a folder, and remove them, unless they contain files of other kinds."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The table of a report for a terminal or as Markdown, CSV or LaTeX, with the runs that are not averaged."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -3,8 +3,6 @@
 The objective, which is maximized, is the accuracy on the validation split after each epoch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property

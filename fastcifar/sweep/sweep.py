@@ -4,8 +4,6 @@ The sweep folder holds the state: `sweep.toml` is the sweep file, `trials.jsonl`
 run folders. Finished trials are not repeated, interrupted ones are resumed, and failed ones are kept with the reason.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter, defaultdict

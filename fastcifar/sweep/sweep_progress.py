@@ -1,7 +1,5 @@
 """Progress of a sweep: a live table on a terminal, one line per trial elsewhere; and the tables of its results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The last line of a trial is its current state. Complete lines are never changed, so killing a sweep loses none of them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 the checkpoint before `last.pt`. Files of the source projects of fastcifar are dicts `{net, acc, epoch}` or state dicts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

@@ -4,8 +4,6 @@ Files of torch.save are read with `weights_only=True` and a shorter list of allo
 those, such as `bytearray(10**10)`, allocate far more memory than the file has bytes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """Writes the checkpoints of a run in a thread, so that training waits neither for the disk nor for the GPU."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait

@@ -1,7 +1,5 @@
 """Estimates, from a few measured steps, of the time and memory of a whole run."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

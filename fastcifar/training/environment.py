@@ -1,7 +1,5 @@
 """The environment of a run: env.json. It is read without torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import Field, ValidationError

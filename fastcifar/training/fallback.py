@@ -5,8 +5,6 @@ step is still compiled, and a step that cannot be compiled is still captured, as
 user requested is never switched off: its failure is an error.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import traceback

@@ -3,8 +3,6 @@
 No step synchronizes with the host. Weights of equal shape are processed as one batch, to launch few kernels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

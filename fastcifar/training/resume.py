@@ -3,8 +3,6 @@
 A resumed run may differ only in `RESUMABLE_OPTIONS`. All checks except that of free disk space precede any writing.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import warnings

@@ -3,8 +3,6 @@
 Opening a tracker logs the rows of completed epochs that it lacks, so a resumed run has no missing or duplicate rows.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
