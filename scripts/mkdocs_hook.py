@@ -16,7 +16,7 @@ ROOT_PAGES["CHANGELOG.md"] = "changelog.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the root folder, and the example programs and the summaries of results as files."""
+    """Add the pages of the root folder, and examples, cards of pretrained weights and summaries of results as files."""
     root = Path(config.config_file_path).parent
     for name, page in ROOT_PAGES.items():
         text = (root / name).read_text(encoding="utf-8")
@@ -24,6 +24,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (root / "examples").iterdir():
         if path.is_file():
             files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
+    for path in (root / "fastcifar" / "pretrained").glob("*.md"):
+        files.append(File.generated(config, f"pretrained/{path.name}", abs_src_path=str(path)))
     for path in (root / "bench" / "results").glob("*/summary.json"):
         files.append(File.generated(config, f"results/{path.parent.name}/summary.json", abs_src_path=str(path)))
     return files
@@ -44,4 +46,4 @@ def adapt_links(text: str) -> str:
     for name, page in ROOT_PAGES.items():
         text = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({page}", text)
     text = re.sub(r"\]\((?:\.\./)?bench/results/([\w-]+)\)", r"](results/\1/summary.json)", text)
-    return text.replace("](../examples/", "](examples/")
+    return text.replace("](../examples/", "](examples/").replace("](../fastcifar/pretrained/", "](pretrained/")

@@ -113,6 +113,7 @@ CASES: dict[str, Case] = {
     "fp16, muon": Case({"precision": "fp16", "optimizer": "muon"}),
     "average": Case({"ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2),
     "frozen layers": Case({"freeze": "conv1,bn1", "ema_decay": 0.9}, launches=TWO_EVALUATIONS, evaluations=2),
+    "stem not trained in the last epoch": Case({"freeze_stem_epochs": 1}),
     # A replay sets the seed and the offset of the random numbers.
     "dropout": Case({"dropout": 0.3}, launches={"step": 4}),
     "clip by norm": Case({"clip_grad": "norm:1"}),
