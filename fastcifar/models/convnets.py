@@ -5,8 +5,6 @@ start by copying their input channels (Dirac initialization), and logits are div
 keeps activations well scaled from the first step on and allows large learning rates (Page, 2019; Jordan, 2024).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

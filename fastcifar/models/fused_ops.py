@@ -5,8 +5,6 @@ written here in plain PyTorch for CPU tensors and in `triton_kernels` for CUDA t
 the batch statistics and the input of the SE follow from the mean and the squared deviations of each image's channels.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

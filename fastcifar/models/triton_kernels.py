@@ -4,8 +4,6 @@ A program processes a tile of one image: CHUNK of its P = H * W positions, and B
 `stride` and `slope_stride` are the distances between the factors of consecutive images.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

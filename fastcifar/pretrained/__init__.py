@@ -3,8 +3,6 @@
 A NAME.safetensors file contains the weights of convolutions and linear layers in half precision, and NAME.md its card.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fastcifar.errors import CheckpointError, suggest_name

@@ -1,7 +1,5 @@
 """Recipe files: those of the package, which are in this folder, and those of users and run folders."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Build the `Trainer` of a resolved recipe: data set, loader, network, optimizer, schedule."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """torch.compile as a wrapper of functions, its persistent cache, and the settings of torch and of the allocator."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import errno

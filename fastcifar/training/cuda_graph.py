@@ -4,8 +4,6 @@ All graphs of a process share one memory pool: those of the training step, for e
 batch, and that of the evaluation. The pool is as large as the largest graph needs, not as all graphs need together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

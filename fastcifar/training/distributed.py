@@ -1,7 +1,5 @@
 """Data-parallel training under torchrun. Evaluation and checkpoints use rank 0's running BatchNorm statistics."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Evaluation: images -> logits -> accuracy, loss and calibration, with test-time augmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Learning-rate schedules as functions of training progress between the minimum and the peak learning rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

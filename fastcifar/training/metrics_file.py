@@ -3,8 +3,6 @@
 Invalid rows and missing files are ignored: a killed process may leave a truncated file.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import sys

@@ -1,7 +1,5 @@
 """Weight casts and BatchNorm counters of all layers in single kernels, instead of a kernel for each layer."""
 
-from __future__ import annotations
-
 import types
 from typing import Any
 

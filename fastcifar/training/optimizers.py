@@ -1,7 +1,5 @@
 """Optimizers, Lookahead, parameter groups and gradient clipping."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import io

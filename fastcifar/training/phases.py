@@ -4,8 +4,6 @@ The steps of a phase are compiled and captured together. `--image-size`, `--whit
 `--freeze-stem-epochs` determine the phases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Parse every option of a recipe and look up every name, for all commands, before any data is read or downloaded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

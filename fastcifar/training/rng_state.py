@@ -1,7 +1,5 @@
 """The random number generators of a run; data loaders derive theirs from the seed and the epoch instead."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Everything is built before the run folder is created. The host reads the metrics
 steps; in a single process, the latter does not wait for the GPU.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """`Trainer`: the objects that one run trains with, and the methods that train, evaluate and save them."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
