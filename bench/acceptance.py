@@ -43,7 +43,7 @@ TINY_BENCH = f"{TINY} --trials 1 --no-compile"
 TINY_SPEEDRUN = (
     "--data synthetic:600 --width 0.05 --epochs 1 --image-size 32 --batch-size 100 --no-compile --loader tensor --n 2"
 )
-TINY_PEERS = "--arch speednet --batch-size 8 --data synthetic:100 --steps 1 --rounds 1 --loops source_loop,eager_bf16"
+TINY_PEERS = "--arch speednet --batch-size 8 --data synthetic:100 --steps 1 --rounds 1 --loops source_loop,eager"
 
 # The expected seconds in PARTS are sums of the following. No GPU has run them: after the first run, replace them by the
 # durations in PART.part.json.

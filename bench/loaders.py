@@ -24,12 +24,13 @@ import torch
 from run import busy_seconds, ratio
 
 from fastcifar.benchmark.bench import prepare_bench_recipe, time_units
+from fastcifar.benchmark.roofline import measure_environment
 from fastcifar.benchmark.workloads import Workload, loader_workload
 from fastcifar.data import cifar
 from fastcifar.data.augment import format_augment, parse_augment
 from fastcifar.data.loaders import LOADERS
 from fastcifar.data.normalization import mean_color, normalization_mean_std
-from fastcifar.device import choose_execution, collect_environment
+from fastcifar.device import choose_execution
 from fastcifar.errors import UserError
 from fastcifar.recipe import Recipe
 from fastcifar.training.compilation import enable_compile_cache, keep_freed_memory
@@ -148,7 +149,7 @@ def main() -> None:
         images=len(data.train.labels),
     )
     if not arguments.dry:
-        print(results_folder.write("loaders", collect_environment(device.type), summary, trials))
+        print(results_folder.write("loaders", measure_environment(device.type), summary, trials))
 
 
 def format_table(summary: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python bench/record.py LABEL RUN [RUN ...]
 
 Writes bench/results/<UTC>_<device>_<LABEL>/ with recipe.json and env.json (of the first run), trials.jsonl (the
-summaries of all runs) and summary.json (n, mean, standard deviation and the values of every run).
+summaries of all runs) and summary.json (n, mean, standard deviation if n > 2, and the values of every run).
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcifar.format import MISSING, format_mean_std, format_percent
+from fastcifar.format import MISSING, format_percent
 from fastcifar.renamed import upgrade_options
+from fastcifar.reporting.aggregate import MeanStd
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "bench" / "results"
+SAME_ALLOCATOR, NOT_MEASURED = "+allocator", "not measured"  # the first as in peers/allocator.py
 
 
 def accuracy() -> str:
@@ -61,10 +63,11 @@ def headline() -> str:
 
 
 def peers() -> str:
-    """Return the table of training-loop comparisons: the median of each loop and its speedup over two others."""
+    """Return the table of training-loop comparisons: the median of each loop and its speedup over four others."""
     heading = (
         "| network, batch size, augmentation | loop | n | images/s, median | images/s of each round "
-        "| speedup over source_loop | speedup over plain_compile | CPU time per image (µs) "
+        "| speedup over source_loop | with the same allocator | speedup over plain_compile | with the same allocator "
+        "| CPU time per image (µs) "
         "| CPU cores used by other processes, max | device | result folder |"
     )
     rows = []
@@ -73,9 +76,9 @@ def peers() -> str:
             rows.append(
                 f"| `{summary['arch']}`, {summary['batch_size']}, `{summary['augment']}` | {loop} | {summary['n']} "
                 f"| {figures['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in figures['trials'])} "
-                f"| {speedup(figures, 'source_loop')} | {speedup(figures, 'plain_compile')} "
+                f"| {speedups(figures, 'source_loop')} | {speedups(figures, 'plain_compile')} "
                 f"| {figures['cpu_us_per_image']:,.0f} | {figures['others_cores']:.2f} "
-                f"| {environment['device']} | `{folder.name}` |"
+                f"| {', '.join(filter(None, (environment['device'], summary.get('precision'))))} | `{folder.name}` |"
             )
     return table(heading, rows)
 
@@ -83,16 +86,16 @@ def peers() -> str:
 def inference() -> str:
     """Return the table of inference comparisons: the median of each loop and its speedup over the source's loop."""
     heading = (
-        "| network, images | loop | n | images/s, median | images/s of each round | speedup over source_loop "
-        "| setup time (s) | CPU cores used by other processes, max | device | result folder |"
+        "| network, batch size | loop | n | images/s, median | images/s of each round | speedup over source_loop "
+        "| with the same allocator | setup time (s) | CPU cores used by other processes, max | device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("inference"):
         for loop, figures in summary["inference"].items():
             rows.append(
-                f"| `{summary['arch']}`, {summary['images']:,} | {loop} | {summary['n']} "
+                f"| `{summary['arch']}`, {summary['batch_size']} | {loop} | {summary['n']} "
                 f"| {figures['images_per_s']:,.1f} | {', '.join(f'{value:,.1f}' for value in figures['trials'])} "
-                f"| {figures['times_source_loop']['median']:.2f} "
+                f"| {speedups(figures, 'source_loop')} "
                 f"| {', '.join(f'{value:.1f}' for value in figures['prepare_s'])} "
                 f"| {figures['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
@@ -142,10 +145,10 @@ def table(heading: str, rows: list[str], none: str = "(None recorded yet.)") -> 
     return "\n".join([heading, rule, *rows]) if rows else none
 
 
-def speedup(loop: dict[str, Any], other: str) -> str:
-    """Return the median speedup over the loop `other`, or a dash if `other` was not measured."""
-    ratio = loop.get(f"times_{other}")
-    return f"{ratio['median']:.2f}" if ratio else "-"
+def speedups(loop: dict[str, Any], other: str) -> str:
+    """Return the cells with the median speedup over the loop `other`, as shipped and with the same allocator."""
+    ratios = (loop.get(f"times_{name}") for name in (other, other + SAME_ALLOCATOR))
+    return " | ".join(f"{ratio['median']:.2f}" if ratio else NOT_MEASURED for ratio in ratios)
 
 
 def airbench() -> str:
@@ -172,8 +175,8 @@ def airbench() -> str:
 def speedruns() -> str:
     """Return the table of speedruns on the test set: accuracy without and with test-time augmentation, and time."""
     heading = (
-        "| recipe | parameters | target | n | accuracy, mean ± std | accuracy with TTA, mean ± std "
-        "| runs that reach the target | time, mean ± std (s) | process start to end of first run (s) "
+        "| recipe | parameters | target | n | accuracy, mean ± std (range if n = 2) | accuracy with TTA "
+        "| runs that reach the target | time (s) | process start to end of first run (s) "
         "| training PFLOP | device | result folder |"
     )
     rows = []
@@ -197,18 +200,22 @@ def pairs() -> str:
     """Return the table of speedruns alternated with a peer's script: accuracies, times, and the ratio of the times."""
     heading = (
         "| target | script | n | accuracy with TTA, mean | accuracy, mean | time, mean (s) | time of each round (s) "
-        "| time / the peer's time, median (min to max) | training PFLOP | CPU cores used by other processes, max "
+        "| time / the peer's time, median (min to max) | with the same allocator | training PFLOP "
+        "| CPU cores used by other processes, max "
         "| device | result folder |"
     )
     rows = []
     for folder, summary, environment in recorded("peer_script"):
-        for side, name in (("ours", summary["recipe"]), ("peer", summary["peer_script"])):
+        peer = summary["peer_script"]
+        names = {"ours": summary["recipe"], "peer": peer, "peer_same_allocator": f"{peer}, allocator of fastcifar"}
+        for side in filter(summary.__contains__, names):
             figures = summary[side]
-            share = summary["seconds_over_peer"]
-            ratio = f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if side == "ours" else ""
+            ratios = [summary.get(f"seconds_over_{other}") for other in names if other != "ours"]
+            texts = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" if r else NOT_MEASURED for r in ratios]
+            ratio = " | ".join(texts if side == "ours" else ["", ""])
             flops = "-" if None in figures["flops"] else f"{statistics.fmean(figures['flops']) / 1e15:.4f}"
             rows.append(
-                f"| {100 * summary['target']:g} % | {side}, `{name}` | {summary['n']} "
+                f"| {100 * summary['target']:g} % | {side.partition('_')[0]}, `{names[side]}` | {summary['n']} "
                 f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
                 f"| {statistics.fmean(figures['seconds']):.1f} "
                 f"| {', '.join(f'{value:.1f}' for value in figures['seconds'])} | {ratio} | {flops} "
@@ -218,8 +225,9 @@ def pairs() -> str:
 
 
 def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
-    """Return `93.99 ± 0.12 %`, without the deviation if there is one run, or a dash if there is no measurement."""
-    return f"{format_mean_std(figure['mean'], figure['std'], decimals, unit)}{sign}" if figure else MISSING
+    """Return `93.99 ± 0.12 %`, with the range of two runs, only the mean of one, or a dash without a measurement."""
+    statistics = MeanStd.from_values(figure["trials"] if figure else [])
+    return f"{statistics.format(decimals, unit)}{sign}" if statistics else MISSING
 
 
 def faults() -> str:

@@ -198,16 +198,6 @@ def allow_tf32(allowed: bool) -> None:
     cudnn.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # the first is for torch.compile
 
 
-def enable_deterministic_algorithms() -> None:
-    """Make torch use only deterministic algorithms in this process; operations without any raise an error."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-
-
 def usable_cpu_count() -> int:
     """Return the number of CPU cores that this process may run on; of all cores if the system does not report it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -267,7 +257,8 @@ def result_folder_name(device: str, label: str) -> str:
 class Environment(BaseModel):
     """What a result depends on besides its recipe: the document env.json, to which its writers may add keys.
 
-    `versions`: name -> installed version, or "missing"; `device`: the name of the GPU, or the CPU and its cores.
+    `versions`: name -> installed version, or "missing"; `device`: the name of the GPU, or the CPU and its cores;
+    `cpu_family`, `cpu_model`: numbers of an x86 CPU; `matmul_tflop_per_s`: precision -> rate on the CPU, if measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -278,9 +269,12 @@ class Environment(BaseModel):
     platform: str = ""
     device: str = ""
     cpu: str = ""
+    cpu_family: int | None = None
+    cpu_model: int | None = None
     cpu_count: int | None = None
     cpu_bf16: list[str] = []
     threads: int | None = None
+    matmul_tflop_per_s: dict[str, float] | None = None
     cuda: str | None = None
     cudnn: int | None = None
 
@@ -304,6 +298,8 @@ def collect_environment(device: str) -> Environment:
     cuda = device != "cpu" and torch.cuda.is_available()
     release = re.match(r"\d+(\.\d+)?", platform.release())  # the rest may identify the machine
     cpu = _read_cpuinfo("model name") or platform.processor() or platform.machine()
+    numbers = map(_read_cpuinfo, ("cpu family", "model\t"))
+    family, model = (int(text) if text.isdecimal() else None for text in numbers)
     versions = {package: installed_version(package) or "missing" for package in PACKAGES}
     versions |= {package: version for package in DALI_PACKAGES if (version := installed_version(package))}
     return Environment(
@@ -312,6 +308,8 @@ def collect_environment(device: str) -> Environment:
         platform="-".join((platform.system(), release[0] if release else "unknown", platform.machine())),
         device=torch.cuda.get_device_name() if cuda else f"{cpu}, {os.cpu_count()} cores",
         cpu=cpu,
+        cpu_family=family,
+        cpu_model=model,
         cpu_count=os.cpu_count(),
         cpu_bf16=_cpu_bf16_flags(),
         threads=torch.get_num_threads(),

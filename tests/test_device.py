@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import platform
 import re
 import shutil
@@ -193,6 +194,23 @@ def test_environment_describes_the_device_without_the_name_of_the_kernel_build(m
     assert (cpu.cuda, cpu.cudnn) == (None, None)
     assert (gpu.device, gpu.cudnn) == ("a GPU", 90_000)
     assert cpu.platform == f"{platform.system()}-6.18-{platform.machine()}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "numbers"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: A 4\n", (25, 17)),
+        ("cpu\t\t: POWER9\nmodel\t\t: 8335-GTH\n", (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_the_processor_is_recorded(monkeypatch: pytest.MonkeyPatch, lines: str, numbers: tuple) -> None:
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(lines))
+    environment = device.collect_environment("cpu")
+    assert (environment.cpu_family, environment.cpu_model) == numbers
+    assert environment.cpu == ("A 4" if lines.startswith("cpu family") else platform.processor() or platform.machine())
+    assert environment.threads == torch.get_num_threads()
+    assert environment.matmul_tflop_per_s is None, "a training run does not take the time to measure it"
 
 
 def test_extras_and_their_modules_are_those_of_the_project_file() -> None:

@@ -2,9 +2,11 @@
 
 Each loop is an infinite generator that trains one step per iteration and yields its number of images; LOOPS lists them.
 All are written here. The first three follow the loop of the source projects: a batch from a DataLoader with two workers
-over PIL images, gradient clipping, step, loss and accuracy read after every step. The loops in the style of airbench
+over PIL images, gradient clipping, step, loss and accuracy read after every step. They and `ours` also exist for
+inference, that is, the evaluation of test images. The loops in the style of airbench
 follow the fastest published CIFAR programs: the data set is kept on the device and augmented there batch by batch, the
-weights are 16-bit, the optimizer is a fused Nesterov SGD, without gradient clipping and without reading the loss.
+weights have the precision of the settings, the optimizer is a fused Nesterov SGD, without gradient clipping and without
+reading the loss.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from torchvision import transforms
 
 from fastcifar.benchmark.workloads import train_workload
 from fastcifar.data.cifar import load_dataset
+from fastcifar.data.cifar_files import Split
 from fastcifar.data.normalization import parse_normalization
 from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training.build import build_trainer
+from fastcifar.training.evaluate import EVAL_BATCH_SIZE, evaluate
 from fastcifar.training.resolve import resolve
+from fastcifar.training.step import DTYPES
 
 WORKERS, EPOCHS = 2, 200
 
@@ -67,22 +72,26 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of all loops. `data`: as for `fastcifar train --data`. `device`: "cuda" or "cpu"."""
+    """Settings of all loops: `data` as for `fastcifar train`, `device` "cuda" or "cpu", `precision` "bf16" or "fp32".
+
+    `what` is "train" or "infer". The loop of the source projects always uses float32.
+    """
 
     arch: str = "se68"
     batch_size: int = 128
     augment: str = "crop-flip"
     data: str | None = None
     device: str = "cpu"
+    precision: str = "bf16"
+    what: str = "train"
 
 
 class Images(Dataset):
-    """Training images as torchvision.datasets.CIFAR10 returns them, also from files that it does not accept."""
+    """Images as torchvision.datasets.CIFAR10 returns them, also from files that it does not accept."""
 
-    def __init__(self, data: str | None, transform: Callable[[Image.Image], Tensor]) -> None:
-        train = load_dataset(data, download=False).train
-        self.images = np.ascontiguousarray(train.images.transpose(0, 2, 3, 1))
-        self.labels = train.labels.tolist()
+    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images = np.ascontiguousarray(split.images.transpose(0, 2, 3, 1))
+        self.labels = split.labels.tolist()
         self.transform = transform
 
     def __len__(self) -> int:
@@ -94,17 +103,19 @@ class Images(Dataset):
 
 def source_loop(settings: Settings) -> Iterator[int]:
     """Train with the loop of the source projects, as their code would be written today: float32, NCHW, eager."""
-    yield from train(settings, build_network(settings), bf16=False)
+    yield from train_or_infer(settings, build_network(settings), torch.float32, torch.contiguous_format)
 
 
-def eager_bf16(settings: Settings) -> Iterator[int]:
-    """Train with the same loop under bf16 autocast, with a channels_last network."""
-    yield from train(settings, build_network(settings).to(memory_format=torch.channels_last), bf16=True)
+def eager(settings: Settings) -> Iterator[int]:
+    """Train with the same loop under autocast, with a channels_last network."""
+    model = build_network(settings).to(memory_format=torch.channels_last)
+    yield from train_or_infer(settings, model, DTYPES[settings.precision], torch.channels_last)
 
 
 def plain_compile(settings: Settings) -> Iterator[int]:
-    """Train with the loop `eager_bf16` and `torch.compile(model)` with its defaults."""
-    yield from train(settings, torch.compile(build_network(settings).to(memory_format=torch.channels_last)), bf16=True)
+    """Train with the loop `eager` and `torch.compile(model)` with its defaults."""
+    model = torch.compile(build_network(settings).to(memory_format=torch.channels_last))
+    yield from train_or_infer(settings, model, DTYPES[settings.precision], torch.channels_last)
 
 
 def ours(settings: Settings) -> Iterator[int]:
@@ -115,21 +126,28 @@ def ours(settings: Settings) -> Iterator[int]:
         augment=AUGMENTATIONS[settings.augment].spec,
         data=settings.data,
         device=settings.device,  # type: ignore[arg-type]
+        precision=settings.precision,  # type: ignore[arg-type]
         val_size=0,
     )
     trainer = build_trainer(resolve(recipe))
     trainer.optimize()
-    yield from train_workload(trainer)
+    if settings.what == "train":
+        yield from train_workload(trainer)
+    test = trainer.data.test
+    for start in itertools.cycle(range(0, len(test.labels), EVAL_BATCH_SIZE)):
+        split = Split(*(array[start : start + EVAL_BATCH_SIZE] for array in (test.images, test.labels)))
+        evaluate(trainer.model, trainer.eval_forward, split, trainer.device)
+        yield len(split.labels)
 
 
 def airbench_style(settings: Settings) -> Iterator[int]:
-    """Train with data set and augmentation on the device, bf16 weights, channels_last, eager."""
-    yield from train_on_device(settings, to_bf16(build_network(settings)))
+    """Train with data set and augmentation on the device, low-precision weights, channels_last, eager."""
+    yield from train_on_device(settings, to_low_precision(build_network(settings), settings))
 
 
 def airbench_style_compiled(settings: Settings) -> Iterator[int]:
     """Train with the loop `airbench_style`, compiled; on a GPU with the mode max-autotune, as airbench does."""
-    model = to_bf16(build_network(settings))
+    model = to_low_precision(build_network(settings), settings)
     yield from train_on_device(
         settings, torch.compile(model, mode="max-autotune" if settings.device == "cuda" else None)
     )
@@ -137,7 +155,7 @@ def airbench_style_compiled(settings: Settings) -> Iterator[int]:
 
 LOOPS: dict[str, Callable[[Settings], Iterator[int]]] = {
     "source_loop": source_loop,
-    "eager_bf16": eager_bf16,
+    "eager": eager,
     "plain_compile": plain_compile,
     "airbench_style": airbench_style,
     "airbench_style_compiled": airbench_style_compiled,
@@ -147,9 +165,9 @@ ON_DEVICE = {"airbench_style", "airbench_style_compiled"}
 ON_DEVICE_AUGMENTATIONS = {"crop-flip", "crop-flip-cutout"}  # supported by these loops
 
 
-def to_bf16(model: nn.Module) -> nn.Module:
-    """Convert a model to bf16 and channels_last, except BatchNorm, which remains float32."""
-    model.to(torch.bfloat16, memory_format=torch.channels_last)
+def to_low_precision(model: nn.Module, settings: Settings) -> nn.Module:
+    """Convert a model to the precision of `settings` and channels_last, except BatchNorm, which remains float32."""
+    model.to(DTYPES[settings.precision], memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
@@ -179,11 +197,11 @@ def train_on_device(settings: Settings, model: nn.Module) -> Iterator[int]:
 
 
 def load_on_device(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Return the training set on the device: normalized bf16 images [n,3,40,40], padded by 4 zeros, and labels [n]."""
+    """Return the training set on the device: normalized images [n,3,40,40], padded by 4 zeros, and labels [n]."""
     train = load_dataset(settings.data, download=False).train
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in parse_normalization("cifar10"))
     chunks = torch.from_numpy(np.ascontiguousarray(train.images)).split(5000)
-    normalized = torch.cat([((chunk / 255 - mean) / std).to(torch.bfloat16) for chunk in chunks])
+    normalized = torch.cat([((chunk / 255 - mean) / std).to(DTYPES[settings.precision]) for chunk in chunks])
     padded = F.pad(normalized.to(settings.device), (4, 4, 4, 4))
     return padded.contiguous(memory_format=torch.channels_last), torch.from_numpy(train.labels).to(settings.device)
 
@@ -216,25 +234,53 @@ def build_network(settings: Settings) -> nn.Module:
     return build_model(settings.arch).to(settings.device)
 
 
-def train(settings: Settings, model: nn.Module, bf16: bool) -> Iterator[int]:
-    """Train with the loop that the first three have in common."""
+def train_or_infer(
+    settings: Settings, model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Iterator[int]:
+    """Run `train` or `infer`."""
+    yield from (train if settings.what == "train" else infer)(settings, model, dtype, memory_format)
+
+
+def infer(
+    settings: Settings, model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Iterator[int]:
+    """Evaluate the test images as the source projects do, with autocast to `dtype`."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*parse_normalization("cifar10"))])
+    split = load_dataset(settings.data, download=False).test
+    batches = DataLoader(Images(split, transform), settings.batch_size, num_workers=WORKERS)
+    model.eval()
+    loss = correct = 0.0
+    for _ in itertools.count():
+        for images, labels in batches:
+            images, labels = images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
+            with torch.no_grad(), torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
+                logits = model(images)
+                loss += F.cross_entropy(logits, labels).item()
+            correct += logits.argmax(1).eq(labels).sum().item()
+            yield len(labels)
+
+
+def train(
+    settings: Settings, model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Iterator[int]:
+    """Train with the loop that the first three have in common, with autocast to `dtype`."""
     normalize = transforms.Normalize(*parse_normalization("cifar10"))
     augmentation = AUGMENTATIONS[settings.augment]
     transform = transforms.Compose(
         [*augmentation.image_transforms(), transforms.ToTensor(), normalize, *augmentation.tensor_transforms()]
     )
-    batches = DataLoader(Images(settings.data, transform), settings.batch_size, shuffle=True, num_workers=WORKERS)
+    split = load_dataset(settings.data, download=False).train
+    batches = DataLoader(Images(split, transform), settings.batch_size, shuffle=True, num_workers=WORKERS)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     optimizer = Lookahead(inner, k=5, alpha=0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(inner, T_max=EPOCHS)
-    memory_format = torch.channels_last if bf16 else torch.contiguous_format
     model.train()
     for _ in itertools.count():
         total_loss, correct, total = 0.0, 0, 0
         for images, labels in batches:
             images, labels = images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
             optimizer.zero_grad()
-            with torch.autocast(settings.device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
             loss.backward()

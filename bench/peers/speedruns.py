@@ -4,18 +4,18 @@
 
 SCRIPT is a program in the style of cifar10-airbench: `python SCRIPT SEED` trains one run on the images in its folder,
 in the format of that project, and prints its tables and optionally a line `flops N` with the number of operations of a
-run. An example is a port of one of its scripts to a machine without CUDA; none is included here. Both programs train on
-all images and evaluate on the test set at the end. The seconds are those of training alone as each program measures
-them, without compilation and evaluation (the scripts of cifar10-airbench include the evaluation with test-time
-augmentation; a port must not). Writes bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl
-after every round.
+run. An example is a port of one of its scripts to a machine without CUDA; none is included here. On a CPU, the script
+runs twice a round: as its users run it (`peer`), and with the allocator settings of fastcifar (`peer_same_allocator`,
+see allocator.py). All programs train on all images and evaluate on the test set at the end. The seconds are those of
+training alone as each program measures them, without compilation and evaluation (the scripts of cifar10-airbench
+include the evaluation with test-time augmentation; a port must not). Writes
+bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl after every round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -23,19 +23,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import airbench
+import allocator
 import results_folder
 from run import busy_seconds, ratio
 
+from fastcifar.benchmark.roofline import measure_environment
 from fastcifar.benchmark.speedrun import TARGET_RECIPES
-from fastcifar.device import collect_environment
+from fastcifar.device import choose_execution
+from fastcifar.recipe import Recipe
 
 METRICS = ("seconds", "acc_tta", "acc", "flops")
+PEERS = {"peer": False, "peer_same_allocator": True}  # name in the results -> whether it has fastcifar's allocator
 
 
 def run_fastcifar(target: str, seed: int, data: str | None, folder: Path) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def run_fastcifar(target: str, seed: int, data: str | None, folder: Path) -> dic
     out = folder / f"ours-{seed}"
     command = [sys.executable, "-m", "fastcifar", "speedrun", "--target", target, "--seed", str(seed)]
     command += ["--out", str(out), *(("--data", data) if data else ())]
-    run = subprocess.run(command, check=False)
+    run = subprocess.run(command, env=allocator.process_environment(same_allocator=False), check=False)
     if run.returncode:
         raise SystemExit(f"fastcifar with seed {seed} failed with exit code {run.returncode}; no result is written")
     trial = json.loads((out / "trials.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -52,9 +57,9 @@ def run_fastcifar(target: str, seed: int, data: str | None, folder: Path) -> dic
     return {key: trial[key] for key in (*METRICS, "build_s", "cold_start_s")}
 
 
-def run_peer(script: Path, seed: int, folder: Path) -> dict[str, Any]:
+def run_peer(script: Path, seed: int, folder: Path, same_allocator: bool = False) -> dict[str, Any]:
     """Run the script once and return what it prints. Raises SystemExit with its last line if it prints no accuracy."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = allocator.process_environment(same_allocator) | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-W", "ignore", str(script), str(seed)]
     process = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, check=False)
     lines = process.stdout.splitlines()
@@ -92,21 +97,23 @@ def children_seconds() -> float:
 
 
 def summarize(trials: list[dict[str, Any]], target: str, script: str) -> dict[str, Any]:
-    """Return the metrics of both programs by round, and the ratio of their seconds."""
-    programs = {
+    """Return the metrics of the programs by round, and the ratios of our seconds to those of the peer."""
+    programs: dict[str, dict[str, list[Any]]] = {
         who: {key: [trial[key] for trial in trials if trial["who"] == who] for key in METRICS}
-        for who in ("ours", "peer")
+        for who in ("ours", *PEERS)
+        if any(trial["who"] == who for trial in trials)
     }
+    seconds = {who: metrics["seconds"] for who, metrics in programs.items()}
     return {
         "what": "training to an accuracy, ours and a peer's in turn",
         "target": float(target) / 100,
         "recipe": TARGET_RECIPES[target],
         "peer_script": script,
-        "n": len(programs["ours"]["seconds"]),
+        "n": len(seconds["ours"]),
         **programs,
         "mean_acc_tta": {who: statistics.fmean(metrics["acc_tta"]) for who, metrics in programs.items()},
         "mean_acc": {who: statistics.fmean(metrics["acc"]) for who, metrics in programs.items()},
-        "seconds_over_peer": ratio(programs["ours"]["seconds"], programs["peer"]["seconds"]),
+        **{f"seconds_over_{peer}": ratio(seconds["ours"], seconds[peer]) for peer in PEERS if peer in seconds},
         "others_cores": max(trial["others_cores"] for trial in trials),
     }
 
@@ -125,20 +132,22 @@ def main() -> None:
     arguments = parser.parse_args()
     trials: list[dict[str, Any]] = []
     result_folder, summary = None, {}
+    on_cpu = choose_execution(Recipe()).device == "cpu"  # fastcifar configures the allocator on a CPU only
+    programs = ["peer", *(["peer_same_allocator"] if on_cpu else []), "ours"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         airbench.write_images(folder, arguments.data)
         for number in range(arguments.rounds):
             seed = arguments.seed + number
-            runs = {
-                "ours": lambda seed=seed: run_fastcifar(arguments.target, seed, arguments.data, folder),
-                "peer": lambda seed=seed: run_peer(arguments.script.absolute(), seed, folder),
-            }
-            for who in sorted(runs, reverse=number % 2 == 0):  # the first program of a round alternates
-                trials.append(measure_run(who, number, seed, runs[who]))
+            first = number % len(programs)
+            for who in programs[first:] + programs[:first]:  # every round begins with another program
+                run = partial(run_fastcifar, arguments.target, seed, arguments.data, folder)
+                if who != "ours":
+                    run = partial(run_peer, arguments.script.absolute(), seed, folder, PEERS[who])
+                trials.append(measure_run(who, number, seed, run))
             summary = summarize(trials, arguments.target, arguments.script.name)
             result_folder = results_folder.write(
-                f"speed{arguments.target}", collect_environment("auto"), summary, trials, folder=result_folder
+                f"speed{arguments.target}", measure_environment("auto"), summary, trials, folder=result_folder
             )
     print(result_folder)
     print(json.dumps(summary, indent=1))

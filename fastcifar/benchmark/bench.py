@@ -21,15 +21,15 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from fastcifar.benchmark.roofline import measure_roofline, read_device_state
+from fastcifar.benchmark.roofline import measure_environment, measure_roofline, read_device_state
 from fastcifar.benchmark.workloads import BENCHMARKS, STEP_BENCHMARKS, BenchmarkCase
 from fastcifar.data import cifar
-from fastcifar.device import collect_environment, peak_memory_bytes, process_times
+from fastcifar.device import peak_memory_bytes, process_times
 from fastcifar.errors import DataError, DiskError, NonFiniteError, UsageError, lookup
 from fastcifar.files import write_atomically
 from fastcifar.format import format_short_number
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, DeviceLimits
+from fastcifar.reporting.benchmark_tables import MACHINE_FIELDS, BenchDocument, BenchRow, DeviceLimits
 from fastcifar.training.build import build_trainer
 from fastcifar.training.fallback import reported_failures
 from fastcifar.training.progress import print_lines
@@ -120,10 +120,11 @@ def bench(
             if row.tflop_per_s and row.gb_per_s:
                 mfu, mbu = row.tflop_per_s / limit.matmul_tflop_per_s, row.gb_per_s / limit.copy_gb_per_s
                 rows[index] = row.model_copy(update={"mfu": mfu, "mbu": mbu})
-    environment = collect_environment(device.type)
+    environment = measure_environment(device.type)
     versions = {"python": environment.python, "cuda": environment.cuda, "cudnn": environment.cudnn}
     return BenchDocument(
-        device=environment.device,
+        **environment.model_dump(include=set(MACHINE_FIELDS)),
+        matmul_tflop_per_s=environment.matmul_tflop_per_s,
         versions=environment.versions | {name: str(version) for name, version in versions.items() if version},
         limits=limits or None,
         results=rows,

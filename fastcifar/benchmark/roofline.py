@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from fastcifar.device import Environment, collect_environment
 from fastcifar.reporting.benchmark_tables import DeviceLimits
 from fastcifar.training.step import DTYPES
 
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # rows and columns of the square matrices
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # larger than any cache
+CPU_MATMUL_S = 0.1  # approximate duration of the measurement in each precision that every timed result records
 MIN_SECONDS = 0.5  # minimum duration of a measurement; the result is its fastest block of runs
 # part of the name of a GPU -> published TFLOP/s of dense matrix products in bf16 and fp16, and in TF32 (data sheets of
 # NVIDIA, for SXM modules unless the name says PCIe)
@@ -43,6 +46,32 @@ def measure_roofline(device: torch.device, precision: str) -> DeviceLimits:
         if device.type == "cuda"
         else None,
     )
+
+
+@functools.cache
+def measure_cpu_matmul() -> dict[str, float]:
+    """Return the highest rates of matrix products on the CPU in TFLOP/s, in "bf16" and "fp32", measured briefly.
+
+    The size of the matrices grows as long as the time allows: bf16 can be 50 times slower without its instructions.
+    """
+    rates: dict[str, float] = {}
+    for precision in ("bf16", "fp32"):
+        size, seconds, deadline = 128, 0.0, time.perf_counter() + CPU_MATMUL_S
+        while (left_s := deadline - time.perf_counter()) > seconds:
+            size *= 2 if left_s > 12 * seconds else 1  # twice the size takes eight times as long
+            matrix = torch.ones(size, size, dtype=DTYPES[precision])
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds = time.perf_counter() - started
+            rates[precision] = max(rates.get(precision, 0.0), 2 * size**3 / seconds / 1e12)
+    return rates
+
+
+def measure_environment(device: str) -> Environment:
+    """Return the environment of this process with, if `device` is a CPU, the measured rates of matrix products."""
+    environment = collect_environment(device)
+    changes = {} if environment.cuda else {"matmul_tflop_per_s": measure_cpu_matmul()}
+    return environment.model_copy(update=changes)
 
 
 def find_published_rate(device_name: str, precision: str) -> float | None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmark.bench import synchronize
+from fastcifar.benchmark.roofline import measure_cpu_matmul
 from fastcifar.benchmark.speedrun_results import (
     RunCosts,
     SpeedrunEnvironment,
@@ -98,6 +99,8 @@ def speedrun(
                 build_s = reset_trainer(trainer, seed)
             trial = run_trial(trainer, recipe.on, build_s, recipe.about.flops, is_cold_start=seed == first_seed)
             results.add_trial(trial)
+            if seed == first_seed and not append and not environment.cuda:  # after the timed run of this process
+                results.add_matmul_rates(measure_cpu_matmul())
             tta = "" if trial.acc_tta is None else f", {format_percent(trial.acc_tta)} with test-time augmentation"
             invalid = f" (invalid: {trial.refused})" if trial.refused else ""
             text = f"seed {seed}: {format_percent(trial.acc)}{tta}, {trial.seconds:.1f} s{invalid}"

@@ -18,6 +18,7 @@ from fastcifar.format import KeyValueTable, NumericTable, format_decimal, format
 from fastcifar.recipe import Recipe
 from fastcifar.renamed import upgrade_options
 from fastcifar.reporting.aggregate import MeanStd
+from fastcifar.reporting.benchmark_tables import MACHINE_FIELDS
 
 UNTIMED_PACKAGES = ("pydantic", "typer")  # packages that do not affect the timing
 
@@ -61,9 +62,9 @@ class SpeedrunEnvironment(Environment):
     started: str = ""
 
     def timing_items(self) -> dict[str, Any]:
-        """Return the entries that affect timing: versions, chosen execution, device and threads."""
+        """Return the entries that affect timing: versions, chosen execution, device, processor and threads."""
         versions = {name: text for name, text in self.versions.items() if name not in UNTIMED_PACKAGES}
-        machine = self.model_dump(include={"device", "threads", "cuda", "cudnn"}, exclude_unset=True)
+        machine = self.model_dump(include={*MACHINE_FIELDS, "cuda", "cudnn"}, exclude_unset=True)
         return {**versions, **self.chosen, **machine}
 
 
@@ -90,11 +91,12 @@ class SpeedrunTrial(_Document):
 
 
 class SampleStatistics(BaseModel, frozen=True):
-    """Statistics of `trials`; `std` (of the sample) and `stderr` (of the mean) are None for a single value."""
+    """Statistics of `trials`; `std` (of the sample), `stderr` and `ci95` (of the mean) are None for less than three."""
 
     mean: float
     std: float | None
     stderr: float | None
+    ci95: tuple[float, float] | None = None  # confidence interval by Student's t distribution
     trials: list[float]
 
     @classmethod
@@ -102,8 +104,8 @@ class SampleStatistics(BaseModel, frozen=True):
         """Return the statistics of `values`, or None if there are no values or one of them is None."""
         if (stats := MeanStd.from_values(values)) is None:
             return None
-        document = {"mean": stats.mean, "std": stats.std, "stderr": stats.standard_error, "trials": values}
-        return cls.model_validate({**document, **others})
+        document = {"mean": stats.mean, "std": stats.std, "stderr": stats.standard_error, "ci95": stats.ci95}
+        return cls.model_validate({**document, "trials": values, **others})
 
 
 class AccuracyStatistics(SampleStatistics, frozen=True):
@@ -225,6 +227,11 @@ class SpeedrunResults:
         self._write_trials()
         self._write("summary.json", self.summary().model_dump_json(exclude={"folder"}, indent=1))
 
+    def add_matmul_rates(self, rates: dict[str, float]) -> None:
+        """Add the measured rates of matrix products to env.json."""
+        self.environment = self.environment.model_copy(update={"matmul_tflop_per_s": rates})
+        self._write("env.json", self.environment.model_dump_json(indent=1))
+
     def summary(self) -> SpeedrunSummary:
         """Return the statistics over all trials."""
         recipe, target = self.recipe, float(self.recipe.target) / 100
@@ -268,7 +275,7 @@ class SpeedrunResults:
 
 def speedrun_table(summary: SpeedrunSummary) -> Group:
     """Return a table of the statistics, and the accuracy and the time of each run."""
-    table = NumericTable([""], ("mean", "std", "std. error", f"over {100 * summary.target:g} %"))
+    table = NumericTable([""], ("mean", "std", "std. error", "95 % interval", f"over {100 * summary.target:g} %"))
     rows = (
         ("accuracy, %", summary.acc, 100),
         (f"with {summary.tta}, %", summary.acc_tta, 100),
@@ -282,7 +289,8 @@ def speedrun_table(summary: SpeedrunSummary) -> Group:
         if statistics:
             values = (statistics.mean, statistics.std, statistics.stderr)
             share = format_percent(statistics.share, 0) if isinstance(statistics, AccuracyStatistics) else ""
-            table.add_row(heading, *(format_decimal(value, 2, scale) for value in values), share)
+            interval = "-".join(format_decimal(limit, 2, scale) for limit in statistics.ci95 or (None,))
+            table.add_row(heading, *(format_decimal(value, 2, scale) for value in values), interval, share)
             trials[heading] = ", ".join(format_decimal(value, 2, scale) for value in statistics.trials)
     split = "test set" if summary.on == "test" else "validation split"
     cold_starts = "".join(

@@ -18,6 +18,8 @@ SETTING_NAMES = (
     "arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction",
     "steps_per_replay",
 )  # fmt: skip
+# fields of an `Environment` that affect timing
+MACHINE_FIELDS = ("device", "cpu_family", "cpu_model", "threads")
 SETTING_FORMATS: dict[str, Callable[[Any], str]] = {
     "batch_size": lambda size: f"batch {size}",
     "direction": lambda direction: direction.replace("_", " + "),
@@ -106,10 +108,17 @@ class DeviceLimits(_Document):
 
 
 class BenchDocument(_Document):
-    """The result of `bench`. `limits`: precision -> limits of the device."""
+    """The result of `bench`. `limits`: precision -> limits of the device; see `Environment` for what both have.
+
+    Documents of earlier versions do not have the fields of the CPU.
+    """
 
     schema_version: Literal[1] = 1
     device: str
+    cpu_family: int | None = None
+    cpu_model: int | None = None
+    threads: int | None = None
+    matmul_tflop_per_s: dict[str, float] | None = None
     versions: dict[str, str] = {}
     limits: dict[str, DeviceLimits] | None = None
     results: list[BenchRow] = Field(min_length=1)
@@ -214,7 +223,7 @@ class BenchComparison(_Document):
     rows: list[ComparedRow]
     only_a: list[BenchSettings]
     only_b: list[BenchSettings]
-    differ: dict[str, tuple[str | None, str | None]]
+    differ: dict[str, tuple[str | int | None, str | int | None]]
 
 
 def compare_benchmarks(a: BenchDocument, b: BenchDocument) -> BenchComparison:
@@ -236,8 +245,9 @@ def compare_benchmarks(a: BenchDocument, b: BenchDocument) -> BenchComparison:
         for key, row_a in rows_a.items()
         if (row_b := rows_b.get(key))
     ]
-    setup_a, setup_b = ({"device": document.device, **document.versions} for document in (a, b))
-    setups = {name: (setup_a.get(name), setup_b.get(name)) for name in setup_a | setup_b}
+    machines = {name: (getattr(a, name), getattr(b, name)) for name in MACHINE_FIELDS}
+    setups = {name: values for name, values in machines.items() if None not in values}  # unknown is no difference
+    setups |= {name: (a.versions.get(name), b.versions.get(name)) for name in a.versions | b.versions}
     return BenchComparison(
         rows=rows,
         only_a=[key for key in rows_a if key not in rows_b],

@@ -114,7 +114,7 @@ class Chart:
         notes = [f"{label}: {style}" for label, style in styles if label]
         if any(column.startswith("val_") for column in self.columns):
             notes.append("dot: best epoch")
-        if any(len(group.plotted_runs) > 1 for group in groups):
+        if any(len(group.plotted_runs) > 2 for group in groups):
             notes.append("band: ± std over seeds")
         return "; ".join(notes)
 

@@ -20,7 +20,6 @@ from fastcifar.format import (
     csv_cell,
     format_count,
     format_duration,
-    format_mean_std,
     format_option_value,
     one_line,
     whole_line,
@@ -89,11 +88,12 @@ class ReportTable:
     def texts(self) -> list[dict[str, str]]:
         """The texts of each row. A value that was not measured is shown as a dash, never as zero."""
         rows = []
-        for values in map(self.row_values, self.rows):
+        for group in self.rows:
+            values = self.row_values(group)
             texts = {name: VALUE_FORMATS.get(name, format_option_value)(value) for name, value in values.items()}
-            for mean, std in STD_COLUMNS.items():
-                if values.get(mean) is not None:
-                    texts[mean] = format_mean_std(values[mean], values[std], scale=100)
+            for mean, split in (("accuracy", group.accuracy_split), ("validation", VALIDATION_SPLIT)):
+                if mean in texts and (statistics := group.accuracy(split)):
+                    texts[mean] = statistics.format(scale=100)
             rows.append({name: text for name, text in texts.items() if name not in STD_COLUMNS.values()})
         return rows
 
@@ -130,8 +130,10 @@ class ReportTable:
         constants = dict(self.constants)
         split, weights = constants.pop("split", ""), constants.pop("weights", "")
         measured = f"{split} accuracy in %".strip().capitalize() + (f" with the {weights} weights" if weights else "")
-        has_std = any(len(group.finished_runs) > 1 for group in self.rows)
-        over = ": mean ± sample standard deviation over n runs that differ only by the seed" if has_std else ", n = 1"
+        sizes = {len(group.finished_runs) for group in self.rows}
+        spread = " ± sample standard deviation" if max(sizes) > 2 else ""
+        spread += (" (n = 2: range)" if spread else " (range)") if 2 in sizes else ""
+        over = f": mean{spread} over n runs that differ only by the seed" if spread else ", n = 1"
         shared = ", ".join(f"{format_name(name)} {value}" for name, value in constants.items())
         return "; ".join(filter(None, (measured + over, shared)))
 

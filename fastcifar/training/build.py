@@ -14,7 +14,6 @@ from fastcifar.data.cifar import Dataset, Split
 from fastcifar.data.loaders import LOADERS, Loader
 from fastcifar.data.normalization import mean_color
 from fastcifar.data.splits import stratified_split
-from fastcifar.device import enable_deterministic_algorithms
 from fastcifar.errors import UsageError
 from fastcifar.models import count_parameters, is_built_in
 from fastcifar.recipe import default_val_size
@@ -47,7 +46,7 @@ def build_trainer(
     recipe, execution, world = resolved.recipe, resolved.execution, get_world()
     device = torch.device(execution.device)
     if recipe.deterministic:
-        enable_deterministic_algorithms()
+        compilation.enable_deterministic_algorithms()
     else:
         torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
     compilation.configure_process(execution)

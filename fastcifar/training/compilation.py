@@ -23,7 +23,8 @@ from fastcifar.errors import first_message_line
 from fastcifar.format import one_line
 
 INDUCTOR_CACHE_DIR_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+# tunable of glibc's malloc -> its parameter of mallopt, from malloc.h, and the value that keeps freed memory
+MALLOC_SETTINGS = {"mmap_max": (-4, 0), "trim_threshold": (-1, 2**31 - 1), "top_pad": (-2, 64 * 2**20)}
 
 # Warnings of torch that do not help: the beginning of the message -> why it does not apply
 IGNORED_WARNINGS = {
@@ -54,6 +55,14 @@ def configure_process(execution: ExecutionPlan) -> None:
         keep_freed_memory()
     if execution.compile:
         enable_compile_cache()
+
+
+def enable_deterministic_algorithms() -> None:
+    """Make torch use only deterministic algorithms in this process; operations without any raise an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:
@@ -153,4 +162,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 * 2**20)])
+    results = [mallopt(parameter, value) for parameter, value in MALLOC_SETTINGS.values()]
+    return all(results)

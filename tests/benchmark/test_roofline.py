@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastcifar.benchmark import roofline
+from fastcifar.device import Environment
 
 CPU = torch.device("cpu")
 
@@ -37,6 +38,33 @@ def test_rates_from_operations_bytes_and_seconds(monkeypatch: pytest.MonkeyPatch
 )
 def test_published_rates_are_found_by_the_name_of_the_gpu(device_name: str, precision: str, rate: float | None) -> None:
     assert roofline.find_published_rate(device_name, precision) == rate
+
+
+def test_the_brief_measurement_of_the_cpu_adapts_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of two matrices of 512 rows takes 20 ms in fp32; bf16 is 50 times slower. The time limit is 0.1 s."""
+    now, sizes = 0.0, {"bf16": [], "fp32": []}
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
+        nonlocal now
+        precision = "bf16" if left.dtype == torch.bfloat16 else "fp32"
+        sizes[precision].append(len(left))
+        now += (50 if precision == "bf16" else 1) * 0.02 * (len(left) / 512) ** 3
+
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(roofline.torch, "mm", multiply)
+    rates = roofline.measure_cpu_matmul.__wrapped__()
+    fp32 = 2 * 512**3 / 0.02 / 1e12
+    assert rates == {"bf16": pytest.approx(fp32 / 50), "fp32": pytest.approx(fp32)}
+    assert sizes == {"bf16": [256], "fp32": [256, 512, 512, 512, 512]}
+    assert now < 0.3
+
+
+def test_the_rates_are_measured_only_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "measure_cpu_matmul", lambda: {"fp32": 1.0})
+    cuda = {"cpu": None, "cuda": "13"}
+    monkeypatch.setattr(roofline, "collect_environment", lambda device: Environment(cuda=cuda[device]))
+    rates = [roofline.measure_environment(device).matmul_tflop_per_s for device in ("cpu", "cuda")]
+    assert rates == [{"fp32": 1.0}, None]
 
 
 def test_matmul_rate_is_plausible() -> None:

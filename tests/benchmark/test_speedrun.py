@@ -130,6 +130,10 @@ def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_
         with pytest.raises(UsageError, match=words):
             speedrun(append=folder, **arguments)
     environment = json.loads((folder / "env.json").read_text())
+    assert all(rate > 0 for rate in environment["matmul_tflop_per_s"].values())
+    (folder / "env.json").write_text(json.dumps({**environment, "matmul_tflop_per_s": {"bf16": 9.0}}))
+    speedrun(append=folder)
+    assert json.loads((folder / "env.json").read_text())["matmul_tflop_per_s"] == {"bf16": 9.0}, "of the first run"
     assert environment["chosen"].items() <= json.loads((folder / "trials.jsonl").read_text().splitlines()[0]).items()
     for change, words in (
         ({"device": "a GPU"}, "another environment: device a GPU, not "),
@@ -138,6 +142,7 @@ def test_append_requires_same_recipe_and_environment(recipe_file: MakeFile, tmp_
             "another environment: torch 2.0, not ",
         ),
         ({"chosen": {**environment["chosen"], "compiled": True}}, "another environment: compiled on, not off"),
+        ({"cpu_family": 1, "cpu_model": 2}, "another environment: cpu_family 1, not .*, cpu_model 2, not "),
     ):
         (folder / "env.json").write_text(json.dumps({**environment, **change}))
         with pytest.raises(UsageError, match=words):
@@ -225,7 +230,15 @@ def test_recorded_result_can_be_continued() -> None:
     results = SpeedrunResults.read(folder)
     recorded = json.loads((folder / "summary.json").read_text())
     recorded["eval_weights"] = recorded.pop("weights")
-    assert recorded.items() <= results.summary().model_dump().items()
+    summary = results.summary().model_dump()
+    for document in (recorded, summary):  # two runs have no deviation any more
+        for figure in filter(lambda value: isinstance(value, dict), document.values()):
+            spread = [figure.pop(name, None) for name in ("std", "stderr", "ci95")]
+            assert document is recorded or spread == [None] * 3
+    assert recorded.items() <= summary.items()
+    assert results.environment.cpu_family is results.environment.matmul_tflop_per_s is None
+    newer = results.environment.model_copy(update={"cpu_family": 25, "cpu_model": 17, "threads": 2})
+    results.require_compatible(results.recipe, newer, [9])
 
 
 def test_summary_statistics(tmp_path: Path) -> None:
@@ -247,6 +260,13 @@ def test_summary_statistics(tmp_path: Path) -> None:
     assert summary.acc_tta.mean == statistics.fmean(accuracies)
     assert summary.acc_tta.std == statistics.stdev(accuracies)
     assert summary.acc_tta.stderr == pytest.approx(statistics.stdev(accuracies) / 2)
+    half_width = 3.182 * statistics.stdev(accuracies) / 2  # t distribution with 3 degrees of freedom
+    interval = [statistics.fmean(accuracies) - half_width, statistics.fmean(accuracies) + half_width]
+    assert summary.acc_tta.ci95 == pytest.approx(interval, abs=1e-6)
+    assert json.loads((tmp_path / "summary.json").read_text())["acc_tta"]["ci95"] == pytest.approx(interval, abs=1e-6)
+    console = Console(record=True, width=100)
+    console.print(speedrun_table(summary))
+    assert f"{100 * interval[0]:.2f}-{100 * interval[1]:.2f}" in console.export_text()
     assert (summary.acc_tta.share, summary.acc.share) == (0.75, 0.25)
     assert summary.seconds == SampleStatistics.from_values([3.0, 4.0, 5.0, 6.0])
     assert (summary.reached, summary.flops_to_target) == (True, 10**15)
@@ -258,7 +278,10 @@ def test_summary_statistics(tmp_path: Path) -> None:
     assert summary.acc_tta.mean == statistics.fmean(accuracies)
     single = SampleStatistics.from_values([1.0])
     assert single is not None
-    assert single.model_dump() == {"mean": 1.0, "std": None, "stderr": None, "trials": [1.0]}
+    assert single.model_dump() == {"mean": 1.0, "std": None, "stderr": None, "ci95": None, "trials": [1.0]}
+    two = SampleStatistics.from_values([1.0, 2.0])
+    assert two is not None
+    assert (two.mean, two.std, two.stderr, two.ci95) == (1.5, None, None, None)
     assert SampleStatistics.from_values([1.0, None]) is SampleStatistics.from_values([]) is None
 
 

@@ -94,6 +94,16 @@ def test_chart_panels_and_bar_lengths(tmp_path: Path) -> None:
     assert long / short == pytest.approx(4, rel=0.05)
 
 
+def test_another_processor_is_a_difference_and_its_measured_rate_is_not() -> None:
+    old = document(row("step", 100.0))
+    new = old.model_copy(update={"cpu_family": 25, "cpu_model": 1, "threads": 2, "matmul_tflop_per_s": {"fp32": 0.1}})
+    other = new.model_copy(update={"cpu_model": 17, "matmul_tflop_per_s": {"fp32": 0.2}})
+    assert compare_benchmarks(old, new).differ == {}, "an earlier document does not name the processor"
+    comparison = compare_benchmarks(new, other)
+    assert comparison.differ == {"cpu_model": (1, 17)}
+    assert "cpu_model: 1 in A, 17 in B" in printed(benchmark_comparison_table(comparison))
+
+
 def test_documents_are_compared_by_settings(tmp_path: Path) -> None:
     step = {"arch": "se68", "batch_size": 128, "compiled": True}
     a = document(

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from fastcifar.errors import CheckpointError, UsageError
-from fastcifar.reporting.aggregate import MeanStd, group_runs
+from fastcifar.reporting.aggregate import MeanStd, group_runs, student_t_975
 from fastcifar.reporting.records import read_records
 from fastcifar.reporting.runs import list_runs
 from fastcifar.reporting.table import TABLE_FORMATS, ReportTable, build_report_table
@@ -47,9 +47,26 @@ def test_mean_std_matches_numpy() -> None:
     assert statistics
     assert (statistics.mean, statistics.std, statistics.n) == (pytest.approx(np.mean(values)), pytest.approx(std), 4)
     assert statistics.standard_error == pytest.approx(std / 2)
+    half_width = 3.182 * std / 2  # t distribution with 3 degrees of freedom
+    assert statistics.ci95 == pytest.approx((np.mean(values) - half_width, np.mean(values) + half_width), abs=1e-5)
     assert MeanStd.from_values([0.5]) == MeanStd(mean=0.5, std=None, n=1)
     assert MeanStd(mean=0.5, std=None, n=1).standard_error is None
     assert MeanStd.from_values([]) is MeanStd.from_values([0.5, None]) is None
+
+
+def test_two_values_have_a_range_and_no_standard_deviation() -> None:
+    two = MeanStd.from_values([0.941, 0.939])
+    assert two is not None
+    assert (two.std, two.standard_error, two.ci95) == (None, None, None)
+    assert two.format(scale=100) == "94.00 (93.90-94.10)"
+
+
+@pytest.mark.parametrize(  # a table of the t distribution in a textbook, two-sided 95 %
+    ("degrees", "quantile"),
+    [(2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (7, 2.365), (9, 2.262), (15, 2.131), (29, 2.045), (120, 1.980)],
+)
+def test_quantiles_of_the_t_distribution(degrees: int, quantile: float) -> None:
+    assert student_t_975(degrees) == pytest.approx(quantile, abs=1e-3)
 
 
 def table_of(*paths: Path, sort: str | None = None, validation: bool = False) -> ReportTable:
@@ -74,6 +91,9 @@ def test_mean_and_std_of_finished_runs_match_numpy(folders: list[Path]) -> None:
         {"name": "low", "accuracy": "30.00", "n": "1", "validation": "20.00"}
         | {"lr": "0.01", "time": "2:01:40", "notes": ""},
     ]
+    assert "mean ± sample standard deviation over n runs" in table.caption()
+    pair = [write_run(folders[0].parent / f"pair{seed}", (0.2,), 0.3, seed=seed, lr=0.3) for seed in range(2)]
+    assert "mean ± sample standard deviation (n = 2: range) over n runs" in table_of(*folders, *pair).caption()
     constants = {"arch": "se68", "epochs": "4", "batch_size": "128", "params": "4,697,742", "split": "test"}
     assert table.constants.items() >= constants.items()
     assert [(run["seed"], run["state"]) for run in table.describe_excluded_runs()] == [("3", "unfinished")]
@@ -99,7 +119,9 @@ def test_validation_accuracy_replaces_a_missing_test_accuracy(tmp_path: Path) ->
     table = table_of(tested, untested)
     values = table.row_values(table.rows[0])
     assert (values["split"], values["weights"]) == ("validation", "best")
-    assert table.caption().startswith("Validation accuracy in % with the best weights: mean ± sample")
+    assert table.caption().startswith("Validation accuracy in % with the best weights: mean (range) over n runs")
+    assert (values["std"], table.display_rows()[0]["accuracy"]) == (None, "55.00 (50.00-60.00)")
+    assert table.rows[0].curve("val_acc").std is None  # type: ignore[union-attr]
     assert table.row_values(table.rows[0])["accuracy"] == pytest.approx(0.55)
 
 
