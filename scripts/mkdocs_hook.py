@@ -46,4 +46,5 @@ def adapt_links(text: str) -> str:
     for name, page in ROOT_PAGES.items():
         text = re.sub(rf"\]\((\.\./)?{re.escape(name)}", f"]({page}", text)
     text = re.sub(r"\]\((?:\.\./)?bench/results/([\w-]+)\)", r"](results/\1/summary.json)", text)
-    return text.replace("](../examples/", "](examples/").replace("](../fastcifar/pretrained/", "](pretrained/")
+    text = re.sub(r"\]\((?:\.\./)?fastcifar/pretrained/", "](pretrained/", text)
+    return text.replace("](../examples/", "](examples/")
