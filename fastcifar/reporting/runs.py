@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from rich.console import Console
 from rich.prompt import Confirm
@@ -67,7 +67,12 @@ def list_runs(folder: Path, sort_by: str = "date", reverse: bool = False) -> lis
         raise UsageError(f"there is no folder {folder}", "give the folder that contains the runs")
     lookup({name: None for name in ListingEntry.__annotations__ if name != "trials"}, sort_by, "column")
     entries = map(describe_run_or_sweep, _runs_in(folder))
-    return sorted(entries, key=lambda entry: (entry[sort_by] is not None, entry[sort_by] or 0), reverse=reverse)
+
+    def key(entry: ListingEntry) -> tuple[bool, Any]:
+        value = entry[sort_by]
+        return (False, 0) if value is None else (True, value)
+
+    return sorted(entries, key=key, reverse=reverse)
 
 
 def describe_run_or_sweep(folder: Path) -> ListingEntry:
