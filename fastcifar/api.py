@@ -70,7 +70,7 @@ def train(
     callbacks: Sequence[EpochCallback] = (),
     progress: bool = True,
 ) -> Result:
-    """Train as `recipe` specifies, evaluate once on the test set, and save both in a run folder.
+    """Train as `recipe` specifies, evaluate once on the test set, and save the weights and results in a run folder.
 
     Args:
         recipe: the options, or the name of a shipped recipe or a TOML file.
@@ -94,7 +94,7 @@ def train(
     """
     given = callbacks if isinstance(callbacks, list | tuple) else [None]
     if wrong := [type(callback).__name__ for callback in given if not callable(callback)]:
-        problem = f"callbacks= contains an object of type {wrong[0]}" if given is callbacks else "callbacks= is no list"
+        problem = f"callbacks= contains a {wrong[0]}" if given is callbacks else "callbacks= is not a list"
         raise UsageError(problem, "give a list of functions that take the row of metrics of an epoch")
     recipe_name = recipe if isinstance(recipe, str) else None
     recipe, objects = _name_objects(recipe, PythonObjects(model, data, transform, batch_transform))
@@ -218,8 +218,8 @@ class LoadedRun:
     ) -> EvalResult:
         """Evaluate on the test set and on the validation split of the run, like `fastcifar eval --json`.
 
-        `plots_dir`: folder for plots; `shifted_dir`: folder of CIFAR-10.1, evaluated in addition; `with_corruptions`:
-        evaluate on corrupted test images in addition.
+        `plots_dir`: folder for plots; `shifted_dir`: folder of CIFAR-10.1 to evaluate on as well; `with_corruptions`:
+        also evaluate on corrupted test images.
         """
         with use_objects(self._objects):
             return evaluate_run(

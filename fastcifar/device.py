@@ -89,7 +89,7 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
         raise DeviceError("--device cuda: no CUDA device is visible", "use --device cpu, or see `fastcifar doctor`")
     for name in ("cuda_graph", "fused_ops"):
         if getattr(recipe, name) and device != "cuda":
-            problem = f"{option_flag(name)} needs CUDA, and the device is cpu"
+            problem = f"{option_flag(name)} needs CUDA, but the device is cpu"
             raise DeviceError(problem, "remove it, or use --device cuda")
     if recipe.fused_ops and not importlib.util.find_spec("triton"):
         raise DeviceError("--fused-ops needs Triton, which is not installed", "remove it, or install triton")
@@ -236,7 +236,7 @@ def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
         numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
         return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
     if text.startswith("DataLoader worker"):  # raised from a signal handler, at any line of this process
-        problem = "a worker process of the data loader died, perhaps from too little memory"
+        problem = "a worker process of the data loader died, perhaps because of a lack of memory"
         return InsufficientMemoryError(problem, "use fewer --workers, or --loader tensor")
     if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
         return None
@@ -338,7 +338,7 @@ def find_dali_problem(import_outcome: str) -> str:
         problem = f"{' and '.join(installed)} are both installed and overwrite each other"
         return f"{problem}; pip uninstall {names}, then pip install one of them"
     if installed and import_outcome.startswith("ModuleNotFoundError: No module named 'nvidia"):
-        problem = f"{installed[0]} is installed, but its files are missing, perhaps removed with those of another DALI"
+        problem = f"{installed[0]} is installed, but its files are missing, perhaps removed with another DALI package"
         return f"{problem}; pip install --force-reinstall --no-deps {installed[0]}"
     return ""
 

@@ -148,28 +148,28 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # data
     data: str | None = _option(
         None,
-        "data set: a folder, .tar.gz file, class folders of images or .npz file, by default downloaded; "
-        "synthetic[:N]: N random images",
+        "data set: a folder, a .tar.gz file, class folders of images, an .npz file, or synthetic[:N] "
+        "(N random images); by default, CIFAR is downloaded",
     )
     dataset: Literal["cifar10", "cifar100", "cifar100-coarse"] = _option(
-        "cifar10", "official data set; cifar100-coarse: CIFAR-100 with the labels of its 20 superclasses"
+        "cifar10", "official data set: cifar10, cifar100 or cifar100-coarse (its 20 superclasses as labels)"
     )
     resize: ResizeSize = _option(
-        None, "size to which own images are resized, 32: the largest centered square of each, with antialiasing"
+        None, "size to which the largest centered square of each of your own images is resized: 32"
     )
     val_size: int | None = _option(
-        None, "size of the validation split in images, by default 5000 or a tenth of fewer than 50,000; 0: none", ge=0
+        None, "size of the validation split, by default 5000 or 10 % of under 50,000 training images; 0: none", ge=0
     )
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
         "auto",
-        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (computed from own images, else by "
-        "--dataset; coconut_*: kuangliu)",
+        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (for your own images, computed from them; "
+        "for CIFAR, that of --dataset, or kuangliu for coconut_*)",
     )
     augment: AugmentText = _option(
         "crop:4:zero,flip,rotate:5,autoaugment:cifar10", "augmentations in order, NAME[:VALUE[:VARIANT]],..., or none"
     )
-    drop_last: bool = _option(False, "removal of the last, smaller batch of every epoch")
+    drop_last: bool = _option(False, "drop the last batch of every epoch if it is smaller")
     image_size: ImageSizeText = _option("32", "training image size, or stages SIZE:EPOCHS,...,SIZE as in 24:3,28:2,32")
 
     # optimization
@@ -179,30 +179,30 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     optimizer_arg: KeyValues = _option({}, "argument of the optimizer, such as momentum=0.95; may be repeated")
     lr: float = _option(0.1, "peak learning rate", gt=0, le=100)
     bias_lr_mult: float = _option(1.0, "learning-rate multiplier of biases and normalization parameters", gt=0, le=1e5)
-    head_lr_mult: float = _option(1.0, "learning-rate multiplier of the classifier weight", gt=0, le=1e5)
+    head_lr_mult: float = _option(1.0, "learning-rate multiplier of the weight of the last linear layer", gt=0, le=1e5)
     weight_decay: float = _option(5e-4, "weight decay coefficient", ge=0, le=10)
-    bias_decay: bool = _option(True, "weight decay of biases and normalization parameters")
+    bias_decay: bool = _option(True, "apply weight decay to biases and normalization parameters")
     schedule: ScheduleText = _option("cosine", "learning-rate schedule, NAME[:VALUE], such as cosine or linear")
     schedule_epochs: float | None = _option(None, "length of the schedule in epochs, by default --epochs", gt=0)
-    warmup_epochs: float = _option(0.0, "length of the linear warm-up in epochs, part of the schedule", ge=0)
+    warmup_epochs: float = _option(0.0, "length in epochs of the linear warm-up at the beginning of the schedule", ge=0)
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
     clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
     label_smoothing: float = _option(0.0, "label smoothing factor", ge=0, lt=1)
     ema_decay: float = _option(0.0, "decay per step of the moving average (EMA) of the weights; 0: none", ge=0, lt=1)
     init: str = _option(
         "none",
-        "initial weights: a run folder, a checkpoint or .safetensors file, or pretrained:NAME; none: random ones",
+        "initial weights: a run folder, a checkpoint, a .safetensors file, pretrained:NAME, or none (random weights)",
     )
     freeze: FreezeText = _option(
         "none", "layers and parameters that are not trained, NAME,... as in `fastcifar models`, with wildcards, or none"
     )
     whiten_bias_epochs: int | None = _option(
-        None, "epochs after which the bias of a whitening layer is not trained any more, by default all", ge=0
+        None, "number of epochs in which the bias of a whitening layer is trained, by default all", ge=0
     )
     freeze_stem_epochs: int = _option(
-        0, "epochs at the end in which the first layers of the network are not trained; 0: none", ge=0
+        0, "number of epochs at the end of the run in which the first layers of the network are not trained", ge=0
     )
-    patience: int = _option(0, "epochs without better validation accuracy before training stops; 0: no limit", ge=0)
+    patience: int = _option(0, "epochs without a better validation accuracy before training stops; 0: no limit", ge=0)
 
     # run
     seed: int = _option(0, "random seed of the initial weights, the data order and the augmentation", ge=0, lt=2**63)
@@ -224,19 +224,19 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     on_nan: Literal["stop", "rollback"] = _option(
         "stop", "action on a NaN or Inf loss: stop, or rollback to the last checkpoint with half the learning rate"
     )
-    deterministic: bool = _option(False, "deterministic algorithms only: bit-identical results on CUDA, slower")
+    deterministic: bool = _option(False, "use only deterministic algorithms, for bit-identical results on CUDA; slower")
 
     # execution
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "device to run on")
     loader: str = _option("auto", "data loader: auto, dali, tensor or torchvision")
     workers: int = _option(2, "number of worker processes of --loader torchvision", ge=0, le=256)
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = _option(
-        "auto", "precision of the forward and backward pass; tf32: float32 with TF32 matrix products and convolutions"
+        "auto", "precision: auto, bf16, fp16, fp32, or tf32 (float32 with TF32 matrix products and convolutions)"
     )
-    compile: bool | None = _option(None, "compilation by torch.compile, by default where a compiler is installed")
+    compile: bool | None = _option(None, "compile with torch.compile, by default if a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
-    cuda_graph: bool | None = _option(None, "capture of the step in a CUDA graph, by default on CUDA")
-    fused_ops: bool = _option(False, "fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
+    cuda_graph: bool | None = _option(None, "capture the step in a CUDA graph, by default on CUDA")
+    fused_ops: bool = _option(False, "use fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
 
     def __init__(self, **options: Any) -> None:
         for name in options:

@@ -155,7 +155,7 @@ def test_fault18_diagnostics_contain_versions_execution_and_failing_imports(monk
         (
             ["cuda130"],
             "ModuleNotFoundError: No module named 'nvidia.dali'",
-            "nvidia-dali-cuda130 is installed, but its files are missing, perhaps removed with those of another DALI; "
+            "nvidia-dali-cuda130 is installed, but its files are missing, perhaps removed with another DALI package; "
             "pip install --force-reinstall --no-deps nvidia-dali-cuda130",
         ),
         (

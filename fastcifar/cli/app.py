@@ -56,7 +56,7 @@ def train(
     plots: bool = option(True, "", "plot the results and the first batch of a finished run", "--plots/--no-plots"),
     **options: Any,
 ) -> Output:
-    """Train a network, evaluate it once on the test set, and save both in a run folder.
+    """Train a network, evaluate it once on the test set, and save the weights and results in a run folder.
 
     Options given here override the recipe; the recipe overrides the defaults.
     """
@@ -86,10 +86,10 @@ def evaluate(
     run: str = RUN,
     arch: str | None = CHECKPOINT_ARCH,
     plots: Path | None = option(None, "DIR", "folder to write reliability.png and confusion.png to"),
-    shifted: Path | None = option(None, "DIR", "folder of the .npy files of CIFAR-10.1, evaluated in addition"),
-    corruptions: bool = switch("--corruptions", "evaluate on corrupted test images in addition"),
+    shifted: Path | None = option(None, "DIR", "folder of the .npy files of CIFAR-10.1 to evaluate on as well"),
+    corruptions: bool = switch("--corruptions", "also evaluate on corrupted test images"),
     corrupted: Path | None = option(
-        None, "DIR", "folder of the .npy files of CIFAR-10-C or CIFAR-100-C, evaluated in addition"
+        None, "DIR", "folder of the .npy files of CIFAR-10-C or CIFAR-100-C to evaluate on as well"
     ),
     **options: Any,
 ) -> Output:
@@ -109,7 +109,7 @@ def predict(
     source: str = argument(..., "INPUT", "pickle, .npy file, image file, folder of images, data:test or data:train"),
     out: Path = option(..., "FILE", "prediction file to write: .csv or .jsonl"),
     arch: str | None = CHECKPOINT_ARCH,
-    ensemble: list[str] | None = option(None, "RUN|CKPT", "further run; logits are averaged over all; may be repeated"),
+    ensemble: list[str] | None = option(None, "RUN|CKPT", "another run; the logits are averaged; may be repeated"),
     top: int = option(0, "INT", "number of most probable classes to write, with their probabilities"),
     probabilities: bool = switch("--probabilities", "write the probability of every class"),
     calibrated: bool = switch(
@@ -176,7 +176,7 @@ def bench(
     archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
     batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
     modes: str = option(
-        "", "NAME,...", "execution modes: eager, compiled, captured; by default as --compile and --cuda-graph say"
+        "", "NAME,...", "execution modes: eager, compiled, captured; by default those of --compile and --cuda-graph"
     ),
     trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
     profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
@@ -210,7 +210,7 @@ def speedrun(
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
     recipe: str | None = RECIPE,
     n: int = option(1, "INT", "number of runs, with consecutive seeds beginning at --seed", "--n", min=1),
-    eval_split: str | None = option(None, "test|val", "split to evaluate on, by default test, training on all images"),
+    eval_split: str | None = option(None, "test|val", "split to evaluate on, by default test (trains on all images)"),
     append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
@@ -304,9 +304,9 @@ def runs_ls(
 @command(runs_app, "rm")
 def runs_rm(
     console: Console,
-    paths: list[Path] = argument(..., "RUN...", "runs, sweeps, or with --unfinished or --keep-best folders of them"),
-    unfinished: bool = switch("--unfinished", "remove only interrupted or damaged runs"),
-    keep_best: int | None = option(None, "INT", "number of finished runs with the highest val_acc to keep", min=0),
+    paths: list[Path] = argument(..., "RUN...", "runs, sweeps, or, with a filter, folders that contain them"),
+    unfinished: bool = switch("--unfinished", "filter: remove only interrupted or damaged runs"),
+    keep_best: int | None = option(None, "INT", "filter: keep only the finished runs with the highest val_acc", min=0),
     checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
     yes: bool = switch("--yes", "skip the confirmation", "-y"),
 ) -> Output:

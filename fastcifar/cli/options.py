@@ -41,7 +41,7 @@ CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does n
 JSON = switch("--json", "print one JSON document as the last line of stdout")
 DEBUG = switch("--debug", "print the traceback of an error")
 IMPORTS = option(
-    None, "FILE.py|MODULE", "Python file or module with further architectures; may be repeated", "--import"
+    None, "FILE.py|MODULE", "Python file or module with additional architectures; may be repeated", "--import"
 )
 
 

@@ -88,7 +88,7 @@ def _check_classes(classes: Any, num_labels: int, source: str) -> tuple[str, ...
     values = _to_array(range(num_labels) if classes is None else classes, f"{source}: classes").ravel()
     names = tuple(map(str, values[:MAX_CLASSES].tolist()))
     if (classes is not None and values.dtype.kind != "U") or not all(names) or len(set(names)) < values.size:
-        raise DataError(f"{source}: classes are not different names", CLASSES_REMEDY)
+        raise DataError(f"{source}: the class names are not distinct strings", CLASSES_REMEDY)
     if len(names) < max(num_labels, 2):
         problem = f"{source} has labels of {num_labels} classes and {len(names)} names, expected two or more of each"
         raise DataError(problem, CLASSES_REMEDY)

@@ -75,7 +75,7 @@ def load_dataset(
     data = data or os.environ.get(DATA_VARIABLE)
     if data == PYTHON_DATA:
         if (given := active_objects().data) is None:
-            raise DataError("the data set was given from Python", "give it again as data=, or its files by --data")
+            raise DataError("the data set was given from Python", "pass it again as data=, or its files as --data")
         return given(dataset, resize, val_seed)
     if data and data.split(":")[0] == "synthetic":
         return class_folders.make_synthetic_dataset(data, dataset, spec)
@@ -132,7 +132,7 @@ def _identify_source(
             raise DataError(f"{path} contains {name}, expected {dataset}", f"give --dataset {name}")
     if path.is_dir() and any(path.glob("*.npy")):
         remedy = "give eval --corrupted FOLDER for CIFAR-10-C, and eval --data NAME_data.npy for CIFAR-10.1"
-        raise DataError(f"{path} contains .npy files, which are no training images", remedy)
+        raise DataError(f"{path} contains .npy files, which are not training images", remedy)
     folders = f"{spec.python.folder}/, {spec.binary.folder}/, the files of these folders"
     others = f"{spec.python.archive_name}, {spec.binary.archive_name}, train/<class>/*.png, <class>/*.png, *.npz"
     raise DataError(f"{path} contains no {dataset}; expected one of {folders}, {others}", DATA_REMEDY)

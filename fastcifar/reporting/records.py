@@ -110,7 +110,7 @@ def read_records(paths: Iterable[Path]) -> list[RunRecord]:
         folders = [path] if is_run_or_sweep else list(find_runs_and_sweeps(path))
         if not folders:
             problem = f"there is no run or sweep in {path}" if os.path.isdir(path) else f"there is no folder {path}"
-            remedy = f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}, or a folder that such folders are in"
+            remedy = f"give folders that contain {RECIPE_FILE} or {TRIALS_FILE}, or a folder above such folders"
             raise CheckpointError(problem, remedy)
         for folder in folders:
             if os.path.isfile(folder / TRIALS_FILE):

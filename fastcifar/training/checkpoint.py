@@ -149,7 +149,7 @@ def load_any_checkpoint(path: Path, arch: str | None) -> ModelCheckpoint:
     matches = matching_architectures(weights, None if arch is None else [arch])
     if arch is None:
         names = list(dict.fromkeys(name for name, _ in matches))
-        remedy = f"set --arch {' or '.join(names)}" if names else "set --arch, although no architecture matches"
+        remedy = f"set --arch {' or '.join(names)}" if names else "set --arch; no known architecture matches"
         raise CheckpointError(f"{path} does not name the architecture of its weights", remedy)
     dataset = next((dataset for _, dataset in matches), "cifar10")
     recipe = {"arch": arch, "dataset": dataset}

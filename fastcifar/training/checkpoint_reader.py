@@ -75,7 +75,7 @@ def parse_checkpoint(content: bytes, path: Path) -> dict[str, Any]:
         if forbidden:
             reason = f"it refers to {forbidden[1]}, which is not allowed in checkpoints"
         elif reason.startswith("Weights only"):
-            reason = "it is damaged, or contains other objects than weights"
+            reason = "it is damaged, or contains objects other than weights"
         is_object = (
             forbidden and "." in forbidden[1] and not forbidden[1].startswith(("posix.", "nt.", "os.", "torch._"))
         )

@@ -125,7 +125,7 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
     epochs = math.floor((recipe.time_budget * 60 * (1 - TIME_BUDGET_MARGIN) - elapsed_s - test_s) / epoch_s)
     if epochs < 1:
         minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
-        problem = f"not one epoch of {epoch_s:,.0f} s fits into --time-budget {recipe.time_budget:g}"
+        problem = f"--time-budget {recipe.time_budget:g} is too short for one epoch of {epoch_s:,.0f} s"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
     compiled_phases = set(trainer.resolved.phases)
     trainer.resolved = resolve(recipe.scale_to_epochs(epochs), trainer.execution)

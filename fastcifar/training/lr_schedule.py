@@ -144,7 +144,7 @@ def parse_schedule(recipe: Recipe) -> ScheduleSpec:
     if recipe.warmup_epochs and spec.lr_fraction(0, spec.arg) < 1:
         low, high = spec.arg_bounds or (0, 1)
         fraction = min(max(recipe.warmup_epochs / length, low), high)
-        problem = f"--schedule {recipe.schedule} rises by itself and does not need --warmup-epochs"
+        problem = f"--schedule {recipe.schedule} already contains a warm-up"
         remedy = (
             f"set --warmup-epochs 0 and --schedule {name}:{fraction:.4g} to rise for {recipe.warmup_epochs:g} epochs"
         )

@@ -187,7 +187,7 @@ def find_resume_point(recipe: Recipe, recipe_name: str) -> ResumePoint:
         return _resume_in_place(recipe, recipe_name, resumed_path)
     path = checkpoint.resolve_checkpoint_path(recipe.resume)
     if not os.path.exists(path):
-        raise CheckpointError(f"{path} is no run folder or checkpoint", RESUME_REMEDY)
+        raise CheckpointError(f"{path} is not a run folder or checkpoint", RESUME_REMEDY)
     folder = path.parent.parent
     is_in_run_folder = path.parent.name == "checkpoints" and os.path.isfile(folder / "recipe.toml")
     if is_in_run_folder:
@@ -325,7 +325,7 @@ def require_resumable_state(state: TrainingCheckpoint, source: Path) -> Training
     """
     if not isinstance(state.get("step"), int) or not {"random", "meter", "clock", "optimizer"} <= state.keys():
         raise CheckpointError(
-            f"{source} holds weights but no training state, so it cannot be resumed",
+            f"{source} contains weights but no training state, so it cannot be resumed",
             "start another run from them with --init, or evaluate them with `fastcifar eval`",
         )
     try:
@@ -348,7 +348,7 @@ def require_same_data(trainer: Trainer, state: TrainingCheckpoint) -> None:
     elif classes != state["classes"]:
         problem = f"other classes than those of {source}"
     elif "data_digest" not in state:
-        warnings.warn("the checkpoint does not identify its images: only their number is checked", stacklevel=2)
+        warnings.warn("the checkpoint does not identify its images, so only their number is checked", stacklevel=2)
     elif state["data_digest"] != trainer.data.digest:
         problem = f"other images or labels than those of {source}, or in another order"
     if problem:

@@ -122,8 +122,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                                                                 ("test_labels", 6))}}, "labels of 1 classes"),
     "too few names": ({**SPLITS, "classes": ["cat", "dog"]}, "labels of 3 classes and 2 names"),
     "a name without images": ({**SPLITS, "classes": ["a", "b", "c", "d"]}, r"no training images of class 3 \(d\)"),
-    "equal names": ({**SPLITS, "classes": ["cat", "cat", "dog"]}, "classes are not different names"),
-    "numbers as names": ({**SPLITS, "classes": [1, 2, 3]}, "classes are not different names"),
+    "equal names": ({**SPLITS, "classes": ["cat", "cat", "dog"]}, "the class names are not distinct strings"),
+    "numbers as names": ({**SPLITS, "classes": [1, 2, 3]}, "the class names are not distinct strings"),
     "pickled objects": ({**SPLITS, "classes": np.array(["a", 2, None], object)}, "pickled objects, which are never"),
 }  # fmt: skip
 

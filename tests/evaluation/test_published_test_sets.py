@@ -153,5 +153,5 @@ def test_cifar10_1_can_take_the_place_of_the_test_set(run: str, tmp_path: Path, 
     np.save(tmp_path / "fog.npy", test.images)
     with pytest.raises(DataError, match=r"fog.npy is not NAME_data.npy; for CIFAR-10-C, give eval --corrupted"):
         evaluate_run(run, data=str(tmp_path / "fog.npy"))
-    with pytest.raises(DataError, match=r"contains .npy files, which are no training images; give eval --corrupted"):
+    with pytest.raises(DataError, match=r"contains .npy files, which are not training images; give eval --corrupted"):
         cifar.load_dataset(str(tmp_path))

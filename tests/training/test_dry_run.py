@@ -73,7 +73,7 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
     scaled = Recipe(**warmup_trainer.recipe.model_dump())
     assert (scaled.epochs, scaled.warmup_epochs, scaled.schedule_epochs) == (4, 2.0, 8.0)
     assert scaled.image_size == "24:2,32"
-    with pytest.raises(UsageError, match=r"not one epoch of 12 s fits into --time-budget 1; give 2 minutes"):
+    with pytest.raises(UsageError, match=r"--time-budget 1 is too short for one epoch of 12 s; give 2 minutes"):
         fit_epochs_to_time_budget(trainer, elapsed_s=50.0)
 
 

@@ -156,9 +156,7 @@ def test_schedules_that_do_not_fit_the_recipe_are_rejected() -> None:
     ],
 )
 def test_fault45_no_warmup_before_a_schedule_that_rises(schedule_text: str, warmup: float, remedy: str) -> None:
-    message = (
-        f"--schedule {schedule_text} rises by itself and does not need --warmup-epochs; set --warmup-epochs 0 and "
-    )
+    message = f"--schedule {schedule_text} already contains a warm-up; set --warmup-epochs 0 and "
     with pytest.raises(UsageError) as caught:
         parse_schedule(Recipe(schedule=schedule_text, epochs=10, warmup_epochs=warmup))
     assert str(caught.value) == f"{message}--schedule {remedy}"
@@ -170,7 +168,7 @@ def test_fault45_other_schedules_have_a_warmup(name: str) -> None:
     """The rate rises to its peak once: a schedule either starts at the peak, or refuses a warm-up."""
     recipe = Recipe(schedule=name, epochs=10, warmup_epochs=2)
     if name in ("one_cycle", "triangular"):
-        with pytest.raises(UsageError, match="rises by itself"):
+        with pytest.raises(UsageError, match="already contains a warm-up"):
             parse_schedule(recipe)
     else:
         rates = [LRSchedule(recipe, parse_schedule(recipe), 5).lr_at(step) for step in range(11)]
