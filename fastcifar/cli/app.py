@@ -306,7 +306,7 @@ def runs_rm(
     console: Console,
     paths: list[Path] = argument(..., "RUN...", "runs, sweeps, or, with a filter, folders that contain them"),
     unfinished: bool = switch("--unfinished", "filter: remove only interrupted or damaged runs"),
-    keep_best: int | None = option(None, "INT", "filter: keep only the finished runs with the highest val_acc", min=0),
+    keep_best: int | None = option(None, "INT", "filter: remove finished runs but the INT best by val_acc", min=0),
     checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
     yes: bool = switch("--yes", "skip the confirmation", "-y"),
 ) -> Output:
