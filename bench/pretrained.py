@@ -17,12 +17,13 @@ import torch
 
 from fastcifar import pretrained
 from fastcifar.evaluation.load_run import LoadedModel, load_model
-from fastcifar.format import format_percent
+from fastcifar.format import format_option_value, format_percent, option_flag
 from fastcifar.models import count_parameters
+from fastcifar.recipe import Recipe, section_fields
 from fastcifar.training.checkpoint import state_dict_sha256
 from fastcifar.training.checkpoint_reader import safetensors_metadata
 from fastcifar.training.environment import read_environment
-from fastcifar.training.summary import read_summary
+from fastcifar.training.summary import RunSummary, read_summary
 
 CARD = """# pretrained:{name}
 
@@ -54,6 +55,15 @@ def count_correct(name: str, data: str | None, tta: str) -> tuple[int, int]:
     return int((logits.argmax(1) == torch.from_numpy(test.labels)).sum()), len(test.labels)
 
 
+def training_command(summary: RunSummary) -> str:
+    """Return the command that trains the network again, without the options of this machine."""
+    base, options = Recipe.make(summary.recipe).model_dump(mode="json"), summary.config
+    differing = [name for name in base if options.get(name, base[name]) != base[name]]
+    left_out = ("data", "out", *section_fields("execution"))
+    flags = [f"{option_flag(name)} {format_option_value(options[name])}" for name in differing if name not in left_out]
+    return " ".join(["fastcifar train --recipe", summary.recipe, *flags])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the weights of a run as pretrained weights of the package.")
     parser.add_argument("run", type=Path, help="folder of a finished run without a validation split")
@@ -77,8 +87,8 @@ def main() -> None:
         classes=", ".join(loaded.classes),
         plain=plain,
         tta=tta,
-        command=f"fastcifar train --recipe {environment.recipe} --val-size 0 --seed {loaded.recipe.seed}",
-        seed=loaded.recipe.seed,
+        command=training_command(summary),
+        seed=summary.seed,
         epochs=summary.epochs,
         images=len(loaded.load_dataset().train.labels),
         precision=summary.precision,
