@@ -44,7 +44,7 @@ def test_weights_are_small_and_their_card_describes_them() -> None:
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="no pretrained weights 'speed49'; did you mean speed94"):
+    with pytest.raises(CheckpointError, match="no pretrained weights 'speed49'; did you mean 'speed94'"):
         load_model("pretrained:speed49")
 
 
@@ -74,8 +74,9 @@ def test_training_starts_from_the_weights(tiny: Callable[..., Recipe]) -> None:
     assert initial
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, initial.weights[name].to(value.dtype), msg=name)
-    summary = train(tiny(**options, epochs=1, max_steps=1, batch_size=8, out="run"))
-    assert summary.config["init"] == json.loads((Path("run") / "summary.json").read_text())["config"]["init"] == SPEED94
+    summary = train(tiny(**options, epochs=1, max_steps=1, batch_size=8))
+    saved = json.loads((Path(summary.run) / "summary.json").read_text())
+    assert summary.config["init"] == saved["config"]["init"] == SPEED94
 
 
 @pytest.mark.slow
