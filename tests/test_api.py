@@ -192,7 +192,7 @@ def test_a_resumed_run_needs_the_same_objects_and_is_identical(
     again = Recipe(resume=str(stopped.folder))
     without = {
         "model": "unknown architecture 'Net'; give --import FILE.py for a network of your own, in Python model=",
-        "data": "the data set was given from Python; give it again as data=",
+        "data": "the data set was given from Python; pass it again as data=",
         **{name: rf"given from Python; give {function.__name__} as {name}=" for name, function in own.items()},
     }
     for name, message in without.items():
@@ -300,7 +300,7 @@ def test_a_loaded_run_needs_its_network_and_data(run: Result, data: Dataset) -> 
         load_run(run.folder, model=Net(3))
     loaded = load_run(run.folder, model=Net)
     assert len(loaded.predict(data.test.images).labels) == 40  # which needs no data set
-    with pytest.raises(UserError, match="the data set was given from Python; give it again as data="):
+    with pytest.raises(UserError, match="the data set was given from Python; pass it again as data="):
         loaded.evaluate()
     with pytest.raises(UserError, match=r"the classes of .* are not those that"):
         load_run(run.folder, model=Net, data=replace(data, classes=data.classes[::-1]))
