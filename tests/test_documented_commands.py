@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from fastcifar.cli.app import app
 from fastcifar.device import AUTOMATIC_CHOICES
 from fastcifar.models import build_model
+from fastcifar.models.imports import IMPORTED
 from tests.data.image_folders import write_noise
 from tests.documentation import PAGES, ROOT
 
@@ -73,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_noise(folder / "my_images", ("cat", "horse", "truck"), {"train": 20, "test": 4})
     kaggle = {b"data": images.transpose(0, 3, 1, 2).reshape(4, -1), b"ids": np.arange(4)}
     (folder / "cifar_test_nolabel.pkl").write_bytes(pickle.dumps(kaggle))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(IMPORTED):  # `--import` adds to it
         patch.chdir(folder)
         patch.setenv("FASTCIFAR_DATA", "synthetic:100")
         patch.setitem(AUTOMATIC_CHOICES, "compile", lambda device: (False, "this is a test"))

@@ -81,6 +81,7 @@ def test_training_starts_from_the_weights(tiny: Callable[..., Recipe]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("FASTCIFAR_DATA" not in os.environ, reason="FASTCIFAR_DATA is not set")
+@pytest.mark.filterwarnings("ignore:.*unofficial files")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 3), ("bf16", 15)])
 def test_recorded_accuracy(precision: str, tolerance: int) -> None:
     if precision == "bf16" and not has_native_bf16("cpu"):
