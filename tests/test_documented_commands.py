@@ -5,6 +5,7 @@ A block that cannot run in a test has a comment `<!-- not run: REASON -->` above
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 import re
@@ -21,8 +22,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastcifar.cli.app import app
+from fastcifar.data.augment import AUGMENTS
 from fastcifar.device import AUTOMATIC_CHOICES
-from fastcifar.models import build_model
+from fastcifar.models import MODELS, build_model
 from fastcifar.models.imports import IMPORTED
 from tests.data.image_folders import write_noise
 from tests.documentation import PAGES, ROOT
@@ -75,7 +77,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_noise(folder / "my_images", ("cat", "horse", "truck"), {"train": 20, "test": 4})
     kaggle = {b"data": images.transpose(0, 3, 1, 2).reshape(4, -1), b"ids": np.arange(4)}
     (folder / "cifar_test_nolabel.pkl").write_bytes(pickle.dumps(kaggle))
-    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(IMPORTED):  # `--import` adds to it
+    # `--import` and the Python blocks add to these tables
+    tables = (mock.patch.dict(table) for table in (IMPORTED, MODELS, AUGMENTS))
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(table)
         patch.chdir(folder)
         patch.setenv("FASTCIFAR_DATA", "synthetic:100")
         patch.setitem(AUTOMATIC_CHOICES, "compile", lambda device: (False, "this is a test"))
