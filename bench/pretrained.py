@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from fastcifar import pretrained
+from fastcifar.data.cifar import Split
 from fastcifar.evaluation.load_run import LoadedModel, load_model
 from fastcifar.format import format_option_value, format_percent, option_flag
 from fastcifar.models import count_parameters
@@ -47,12 +48,11 @@ def half_precision(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     return {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
 
 
-def count_correct(name: str, data: str | None, tta: str) -> tuple[int, int]:
-    """Return the number of test images that the written weights classify correctly, and of all test images."""
-    loaded = load_model(f"{pretrained.PREFIX}{name}", data=data, device="cpu", precision="fp32")
-    test = loaded.load_dataset().test
-    logits = loaded.predict_logits(test, tta)
-    return int((logits.argmax(1) == torch.from_numpy(test.labels)).sum()), len(test.labels)
+def describe_accuracy(loaded: LoadedModel, test: Split, tta: str) -> str:
+    """Return the accuracy on `test` with its numbers of images."""
+    predicted, total = loaded.predict_logits(test, tta).argmax(1), len(test.labels)
+    correct = int((predicted == torch.from_numpy(test.labels)).sum())
+    return f"{format_percent(correct / total)} ({correct:,} of {total:,})"
 
 
 def training_command(summary: RunSummary) -> str:
@@ -77,20 +77,20 @@ def main() -> None:
     recipe = loaded.recipe.model_dump(mode="json")
     file = Path(pretrained.__file__).parent / f"{arguments.name}.safetensors"
     file.write_bytes(safetensors.torch.save(half_precision(loaded), safetensors_metadata(recipe, loaded.classes)))
-    counts = {tta: count_correct(arguments.name, arguments.data, tta) for tta in ("none", "6view")}
-    plain, tta = (f"{format_percent(count / total)} ({count:,} of {total:,})" for count, total in counts.values())
+    rounded = load_model(f"{pretrained.PREFIX}{arguments.name}", data=arguments.data, device="cpu", precision="fp32")
+    test = rounded.load_dataset().test
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)
     card = CARD.format(
         name=arguments.name,
         arch=loaded.recipe.arch,
         params=count_parameters(loaded.model),
         classes=", ".join(loaded.classes),
-        plain=plain,
-        tta=tta,
+        plain=describe_accuracy(rounded, test, "none"),
+        tta=describe_accuracy(rounded, test, "6view"),
         command=training_command(summary),
         seed=summary.seed,
         epochs=summary.epochs,
-        images=len(loaded.load_dataset().train.labels),
+        images=sum(summary.classes.values()),
         precision=summary.precision,
         run_plain=format_percent(summary.test_acc),
         run_tta=format_percent(summary.test_acc_tta),

@@ -3,10 +3,9 @@
 Each loop is an infinite generator that trains one step per iteration and yields its number of images; LOOPS lists them.
 All are written here. The first three follow the loop of the source projects: a batch from a DataLoader with two workers
 over PIL images, gradient clipping, step, loss and accuracy read after every step. They and `ours` also exist for
-inference, that is, the evaluation of test images. The loops in the style of airbench
-follow the fastest published CIFAR programs: the data set is kept on the device and augmented there batch by batch, the
-weights have the precision of the settings, the optimizer is a fused Nesterov SGD, without gradient clipping and without
-reading the loss.
+inference, that is, the evaluation of test images. The loops in the style of airbench follow the fastest published CIFAR
+programs: the data set is kept on the device and augmented there batch by batch, the weights have the precision of the
+settings, the optimizer is a fused Nesterov SGD, without gradient clipping and without reading the loss.
 """
 
 from __future__ import annotations

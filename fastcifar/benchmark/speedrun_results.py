@@ -91,7 +91,7 @@ class SpeedrunTrial(_Document):
 
 
 class SampleStatistics(BaseModel, frozen=True):
-    """Statistics of `trials`; `std` (of the sample), `stderr` and `ci95` (of the mean) are None for less than three."""
+    """Statistics of `trials`; without three of them, `std` (of the sample), `stderr` and `ci95` (of the mean) are None."""
 
     mean: float
     std: float | None

@@ -143,8 +143,9 @@ def dry_run(recipe: Recipe) -> DryRunEstimate:
     with clock.phase("setup"):
         trainer = build_trainer(resolve(recipe))
     with clock.phase("compile"):
-        trainer.optimize()
-    fit_epochs_to_time_budget(trainer, clock.total_s())
+        trainer.optimize(start_loader=False)
+        fit_epochs_to_time_budget(trainer, clock.total_s())
+        trainer.warm_up_loader()
     timing = measure_step_timing(trainer)
     train_s = trainer.planned_steps * timing.step_s
     epochs = math.ceil(trainer.planned_steps / trainer.loader.steps_per_epoch)

@@ -86,17 +86,16 @@ def resolve(
     optimizer = parse_optimizer(recipe)
     phases = list_phases(recipe, parse_image_sizes(recipe.image_size))
     checked, num_classes = set() if checked is None else checked, DATASETS[recipe.dataset].num_classes
-    is_checked = recipe.model_dump_json(include=NETWORK_CHECK_OPTIONS) in checked
-    initial = None if is_resumed or is_checked else fine_tuning.read_initial_weights(recipe)
-    for options, check in (
-        (NETWORK_CHECK_OPTIONS, lambda: check_network(recipe, phases, num_classes, initial)),
-        (OPTIMIZER_CHECK_OPTIONS, lambda: check_optimizer(recipe, optimizer)),
-    ):
-        if options is NETWORK_CHECK_OPTIONS and isinstance(active_objects().model, nn.Module):
-            continue  # its number of classes is fixed, and that of the data set is not known yet
-        if (key := recipe.model_dump_json(include=options)) not in checked:
-            check()
+    initial = None
+    if (key := recipe.model_dump_json(include=NETWORK_CHECK_OPTIONS)) not in checked:
+        initial = None if is_resumed else fine_tuning.read_initial_weights(recipe)
+        # the number of classes of a given module is fixed, and that of the data set is not known yet
+        if not isinstance(active_objects().model, nn.Module):
+            check_network(recipe, phases, num_classes, initial)
             checked.add(key)
+    if (key := recipe.model_dump_json(include=OPTIMIZER_CHECK_OPTIONS)) not in checked:
+        check_optimizer(recipe, optimizer)
+        checked.add(key)
     return Resolved(
         recipe=recipe,
         execution=explain_cuda_graph(execution, optimizer),
