@@ -91,7 +91,7 @@ class SpeedrunTrial(_Document):
 
 
 class SampleStatistics(BaseModel, frozen=True):
-    """Statistics of `trials`; without three of them, `std` (of the sample), `stderr` and `ci95` (of the mean) are None."""
+    """Statistics of `trials`; `std` (of the sample), `stderr` and `ci95` (of the mean) need at least three of them."""
 
     mean: float
     std: float | None

@@ -54,7 +54,7 @@ class PaddedConvBlock(ConvBlock):
 class CroppedConvBlock(ConvBlock):
     """`PaddedConvBlock` without the last row and column of maps of odd size, in whose place the padding is.
 
-    The results differ at the lower and right border. It was the faster form where both were measured, on a CPU (LOG.md).
+    The results differ at the lower and right border. Where both forms were measured, on a CPU, it was faster (LOG.md).
     """
 
     def __init__(self, in_channels: int, channels: int, activation: Activation) -> None:
