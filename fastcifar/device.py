@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from fastcifar._version import __version__
-from fastcifar.errors import DeviceError, InsufficientMemoryError, UsageError, UserError, first_message_line
+from fastcifar.errors import DeviceError, UsageError, UserError, first_message_line
 from fastcifar.format import format_option_value, format_timestamp, option_flag
 from fastcifar.recipe import Recipe
 
@@ -60,7 +59,7 @@ class ExecutionPlan:
 
     `device`: "cuda" or "cpu"; `precision`: "bf16", "fp16", "fp32" (IEEE float32) or "tf32" (float32 with TF32 matrix
     products and convolutions); `loader`: a name in `LOADERS`; `compile`: use torch.compile; `cuda_graph`: capture the
-    training step; `reasons`: the reason for each of them.
+    training step; `winograd`: compute 3x3 convolutions with Winograd's algorithm; `reasons`: the reason for each one.
     """
 
     device: str
@@ -68,11 +67,12 @@ class ExecutionPlan:
     loader: str
     compile: bool
     cuda_graph: bool
+    winograd: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
     def format_lines(self) -> list[str]:
         """Return a line for each option: `device: cpu (no CUDA device is visible)`."""
-        names = ("device", "precision", "loader", "compile", "cuda_graph")
+        names = ("device", "precision", "loader", "compile", "cuda_graph", "winograd")
         return [f"{name}: {format_option_value(getattr(self, name))} ({self.reasons[name]})" for name in names]
 
 
@@ -102,6 +102,12 @@ def choose_execution(recipe: Recipe) -> ExecutionPlan:
         requested = getattr(recipe, name)
         is_automatic = requested in ("auto", None)
         chosen[name], reasons[name] = choose(device) if is_automatic else (requested, "requested")
+    chosen["winograd"], reasons["winograd"] = _choose_winograd(device, chosen["precision"], chosen["compile"])
+    if recipe.winograd is not None:
+        if recipe.winograd and (device, chosen["precision"]) != ("cpu", "fp32"):
+            problem = f"--winograd needs float32 on a CPU, but the run uses {chosen['precision']} on {device}"
+            raise DeviceError(problem, "use --precision fp32 --device cpu, or remove it")
+        chosen["winograd"], reasons["winograd"] = recipe.winograd, "requested"
     if recipe.loader == "torchvision":
         reasons["loader"] += ": the baseline, one image at a time in worker processes"
     return ExecutionPlan(device=device, **chosen, reasons=reasons)
@@ -134,8 +140,7 @@ def _choose_loader(device: str) -> tuple[str, str]:
 
 def _choose_compile(device: str) -> tuple[bool, str]:
     if device == "cpu":
-        compilers = (os.environ.get("CXX"), "g++", "clang++")
-        if compiler := next((name for name in compilers if name and shutil.which(name)), None):
+        if compiler := find_cpp_compiler():
             return True, f"C++ compiler {compiler}"
         return False, "no C++ compiler was found; install g++ for faster training"
     try:
@@ -143,6 +148,17 @@ def _choose_compile(device: str) -> tuple[bool, str]:
     except ImportError:
         return False, "triton cannot be imported"
     return True, f"triton {triton.__version__}"
+
+
+def _choose_winograd(device: str, precision: str, compile: bool) -> tuple[bool, str]:
+    if (device, precision) != ("cpu", "fp32"):
+        return False, "for float32 on a CPU"
+    return compile, "3x3 convolutions take fewer multiplications" if compile else "by default only with torch.compile"
+
+
+def find_cpp_compiler() -> str | None:
+    """Return the C++ compiler that torch.compile uses on a CPU, or None."""
+    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 
 
 # field of `ExecutionPlan` -> function that returns the choice for a device, and its reason
@@ -226,26 +242,6 @@ def process_times(process_id: str = "self") -> tuple[float, float] | None:
         return user + system, time.clock_gettime(time.CLOCK_BOOTTIME) - start  # `start` is in seconds since boot
     except (AttributeError, OSError, ValueError, IndexError):
         return None
-
-
-def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
-    """Return the user error for a failed allocation (on a GPU, the host or in a DataLoader); None for other errors."""
-    text = " ".join(str(error).split())
-    remedy = "use a smaller --batch-size or --width"
-    if type(error).__name__ == "OutOfMemoryError":
-        numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
-        return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
-    if text.startswith("DataLoader worker"):  # raised from a signal handler, at any line of this process
-        problem = "a worker process of the data loader died, perhaps because of a lack of memory"
-        return InsufficientMemoryError(problem, "use fewer --workers, or --loader tensor")
-    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
-        return None
-    problem = "out of memory"
-    if size := re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text):
-        problem += f": {size[1]} more were requested"
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # systems that do not report the free memory
-        problem += f", {os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):,} bytes are available"
-    return InsufficientMemoryError(problem, remedy)
 
 
 def result_folder_name(device: str, label: str) -> str:

@@ -1,10 +1,12 @@
 """Errors that a user can cause or remedy, with their exit codes; `cli.app` prints each in one line."""
 
+import contextlib
 import difflib
+import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -59,7 +61,7 @@ class Interrupted(UserError):
         super().__init__(f"stopped by {signal} after step {step}", f"continue with: {resume_command}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_errors(task: str, remedy: str = "") -> Iterator[None]:
     """Context that raises `DiskError` for an `OSError`: `cannot write a.csv: No space left on device`."""
     try:
@@ -104,3 +106,23 @@ def suggest_name(name: str, valid_names: Iterable[str]) -> str:
     names = sorted(valid_names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+
+
+def as_memory_error(error: BaseException) -> InsufficientMemoryError | None:
+    """Return the user error for a failed allocation (on a GPU, the host or in a DataLoader); None for other errors."""
+    text = " ".join(str(error).split())
+    remedy = "use a smaller --batch-size or --width"
+    if type(error).__name__ == "OutOfMemoryError":
+        numbers = re.findall(r"(?:Tried to allocate|GPU \d+ has) .*?[.](?= |$)", text)
+        return InsufficientMemoryError(f"out of memory on the GPU: {' '.join(numbers).rstrip('.') or text}", remedy)
+    if text.startswith("DataLoader worker"):  # raised from a signal handler, at any line of this process
+        problem = "a worker process of the data loader died, perhaps because of a lack of memory"
+        return InsufficientMemoryError(problem, "use fewer --workers, or --loader tensor")
+    if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in text:
+        return None
+    problem = "out of memory"
+    if size := re.search(r"allocate (\d+ bytes|[\d.]+ [KMGTP]?iB)", text):
+        problem += f": {size[1]} more were requested"
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # systems that do not report the free memory
+        problem += f", {os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'):,} bytes are available"
+    return InsufficientMemoryError(problem, remedy)

@@ -236,6 +236,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     compile: bool | None = _option(None, "compile with torch.compile, by default if a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture the step in a CUDA graph, by default on CUDA")
+    winograd: bool | None = _option(
+        None, "compute 3x3 convolutions with Winograd's algorithm, by default in float32 on a CPU with --compile"
+    )
     fused_ops: bool = _option(False, "use fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
 
     def __init__(self, **options: Any) -> None:

@@ -35,7 +35,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_execution_without_a_gpu() -> None:
     execution = device.choose_execution(Recipe())
     assert (execution.device, execution.loader, execution.cuda_graph) == ("cpu", "tensor", False)
-    assert len(execution.format_lines()) == 5
+    assert len(execution.format_lines()) == 6
     assert all(line.endswith(")") for line in execution.format_lines())
     recipe = Recipe.make(device="cpu", precision="bf16", compile=False, loader="torchvision")
     requested = device.choose_execution(recipe)

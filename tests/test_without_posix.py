@@ -98,7 +98,7 @@ assert not files.is_locked(run)
 
 assert device.usable_cpu_count() == os.cpu_count()
 assert device.process_times() is None
-assert str(device.as_memory_error(MemoryError())).startswith("out of memory; ")
+assert str(errors.as_memory_error(MemoryError())).startswith("out of memory; ")
 assert importlib.import_module("fastcifar.benchmark.bench").cpu_seconds() > 0
 
 run_command("runs", "ls", ".", "--json")

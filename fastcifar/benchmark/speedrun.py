@@ -110,7 +110,8 @@ def speedrun(
 
 def collect_timing_environment(execution: ExecutionPlan) -> SpeedrunEnvironment:
     """Return the environment of this process and how it executes the runs."""
-    chosen = {"device": execution.device, "precision": execution.precision, "loader": execution.loader}
+    names = ("device", "precision", "loader", "winograd")
+    chosen = {name: getattr(execution, name) for name in names}
     return SpeedrunEnvironment(
         **collect_environment(execution.device).model_dump(),
         chosen={**chosen, "compiled": execution.compile},
@@ -193,6 +194,7 @@ def run_trial(trainer: Trainer, eval_split: str, build_s: float, flops: int, is_
         precision=trainer.execution.precision,
         loader=trainer.execution.loader,
         compiled=trainer.execution.compile,
+        winograd=trainer.execution.winograd,
         flops=flops,
         build_s=build_s,
         seconds=trainer.prepare_s + train_s,

@@ -76,6 +76,7 @@ class SpeedrunTrial(_Document):
     precision: str | None = None
     loader: str | None = None
     compiled: bool | None = None
+    winograd: bool | None = None
     flops: int | None = None  # floating-point operations of the training
     build_s: float  # seconds to build and compile the trainer, which are not part of the time of the run
     seconds: float  # time of the run: `prepare_s` plus `train_s`

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from fastcifar.data.loaders import LOADERS, Loader
+from fastcifar.models import use_winograd
 from fastcifar.models.count import ConvCall, count_conv_calls, count_macs, feature_map_bytes_per_image
 from fastcifar.reporting.benchmark_tables import BenchSettings
 from fastcifar.training import compilation, cuda_graph
@@ -28,7 +28,7 @@ Workload = Generator[int]  # performs one unit of work per `next` and yields its
 INFERENCE_BATCH_SIZES = {"cuda": (1, 256, 1024, 4096), "cpu": (1, 64, 256)}
 
 STEPS_PER_REPLAY = (1, 2, 5, 10)
-STEP_SETTINGS = ("arch", "batch_size", "precision", "compiled", "cuda_graph")
+STEP_SETTINGS = ("arch", "batch_size", "precision", "compiled", "cuda_graph", "winograd")
 LOADER_SETTINGS = ("loader", "augment", "workers", "data")
 
 
@@ -74,7 +74,7 @@ def conv_cases(trainer: Trainer) -> Iterator[BenchmarkCase]:
         elements = math.prod(conv.input_shape) + math.prod(conv.output_shape)
         is_first_layer = conv.input_shape == (3, 32, 32)  # images have no gradient
         for direction, passes in (("forward", 1), ("forward_backward", 2 if is_first_layer else 3)):
-            names = ("arch", "batch_size", "precision")
+            names = ("arch", "batch_size", "precision", "winograd")
             yield BenchmarkCase(
                 select_settings(trainer, "conv", names, conv=str(conv), calls=calls, direction=direction),
                 conv_workload(trainer, conv, passes),
@@ -118,6 +118,7 @@ def select_settings(trainer: Trainer, what: str, names: Sequence[str], **others:
         "precision": execution.precision,
         "compiled": execution.compile,
         "cuda_graph": execution.cuda_graph,
+        "winograd": execution.winograd or None,  # documents without it are of direct convolutions
         "data": trainer.data.source,
     }
     return BenchSettings(what=what, **{name: values[name] for name in names} | others)
@@ -198,13 +199,16 @@ def conv_workload(trainer: Trainer, conv: ConvCall, passes: int) -> Workload:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=trainer.device).to(dtype).contiguous(memory_format=torch.channels_last)
 
-    images, weight = random(batch_size, *conv.input_shape), random(*conv.weight_shape)
-    inputs = (weight, images)[: passes - 1]
-    for tensor in inputs:
-        tensor.requires_grad_()
+    layer = conv.build_layer().to(trainer.device, dtype)
+    layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    use_winograd(layer, trainer.execution.winograd)
+    images = random(batch_size, *conv.input_shape)
+    inputs = (layer.weight, images)[: passes - 1]
+    for tensor in (layer.weight, images):
+        tensor.requires_grad_(any(tensor is other for other in inputs))
     gradient = random(batch_size, *conv.output_shape)
     while True:
-        output = conv2d(images, weight, None, conv.stride, conv.padding, 1, conv.groups)
+        output = layer(images)
         if inputs:
             torch.autograd.grad(output, inputs, gradient)
         yield batch_size

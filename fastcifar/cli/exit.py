@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TextIO
 
-from fastcifar.device import as_memory_error
-from fastcifar.errors import DiskError, UsageError, UserError, escape
+from fastcifar.errors import DiskError, UsageError, UserError, as_memory_error, escape
 from fastcifar.recipes import shipped_recipes
 from fastcifar.renamed import renaming_remedy
 

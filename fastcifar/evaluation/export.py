@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastcifar._version import __version__
 from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.normalization import normalization_mean_std, normalization_name
-from fastcifar.device import as_memory_error, import_optional
-from fastcifar.errors import UserError, disk_errors, first_message_line, lookup
+from fastcifar.device import import_optional
+from fastcifar.errors import UserError, as_memory_error, disk_errors, first_message_line, lookup
 from fastcifar.evaluation.load_run import FineTuning, LoadedModel, load_model
 from fastcifar.files import write_atomically
 from fastcifar.format import format_percent

@@ -14,10 +14,11 @@ from fastcifar.data.cifar import DATASETS, Dataset, Split
 from fastcifar.data.normalization import normalization_mean_std
 from fastcifar.device import ExecutionPlan, choose_execution, supports_tf32
 from fastcifar.errors import CheckpointError, DataError, NonFiniteError, UsageError, lookup
+from fastcifar.models import use_winograd
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, evaluate
 from fastcifar.training.build import split_validation, to_channels_last
-from fastcifar.training.fallback import run_with_fallback
+from fastcifar.training.fallback import run_stage, run_with_fallback
 from fastcifar.training.progress import show_compilation
 from fastcifar.training.resolve import model_from_recipe, require_fitting_network
 from fastcifar.training.step import Forward, build_forward
@@ -26,6 +27,7 @@ EVAL_WEIGHTS: dict[str, None] = dict.fromkeys(("last", "best", "ema"))
 # Options that describe the training machine, the run folder or the training protocol do not apply to inference.
 RESET_ON_LOAD = (
     "compile", "compile_mode", "cuda_graph", "freeze", "fused_ops", "init", "loader", "out", "tta",
+    "winograd",
 )  # fmt: skip
 
 
@@ -112,12 +114,14 @@ class LoadedModel:
         recipe, plan = self.recipe, self.execution
         compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
         cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
-        wanted = replace(plan, compile=compile, cuda_graph=cuda_graph)
+        winograd = plan.winograd and (recipe.winograd is not None or compile)
+        wanted = replace(plan, compile=compile, cuda_graph=cuda_graph, winograd=winograd)
         with show_compilation(console, compile):
             self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
 
     def _optimize_forward(self, plan: ExecutionPlan, compile_mode: str) -> Forward:
         self.execution = plan
+        run_stage("winograd", lambda: use_winograd(self.model, plan.winograd), self.device)
         return evaluate.optimize_forward(
             self.model, self.forward, self.device, plan.compile, plan.cuda_graph, compile_mode
         )

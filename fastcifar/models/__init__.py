@@ -20,10 +20,13 @@ from fastcifar.models.convnets import AirbenchNet, SmallConvNet
 from fastcifar.models.count import CIFAR_SHAPE, count_macs, count_parameters
 from fastcifar.models.imports import IMPORTED, describe_error
 from fastcifar.models.resnet import SEResNet, enable_fused_ops
+from fastcifar.models.winograd import use_winograd
 from fastcifar.python_objects import active_objects
 from fastcifar.recipe import Recipe, section_fields
 
-__all__ = ["MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops"]
+__all__ = [
+    "MODELS", "build_model", "check_param_budget", "count_macs", "count_parameters", "enable_fused_ops", "use_winograd",
+]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet": SEResNet,

@@ -97,6 +97,12 @@ class ConvCall(NamedTuple):
         """Multiply-accumulates of the forward pass of one image."""
         return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
 
+    def build_layer(self) -> nn.Conv2d:
+        """Return a layer that computes this convolution."""
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
+        options["kernel_size"] = self.weight_shape[2:]
+        return nn.Conv2d(self.input_shape[0], self.weight_shape[0], bias=False, **options)
+
     def __str__(self) -> str:
         groups = f", {self.groups} groups" if self.groups > 1 else ""
         shapes = " -> ".join("x".join(map(str, shape)) for shape in (self.input_shape, self.output_shape))

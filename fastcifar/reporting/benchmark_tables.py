@@ -15,13 +15,14 @@ from fastcifar.plotting import BarPanel
 
 # The settings that a table shows besides `what`, in order; `mode` combines `compiled` and `cuda_graph`.
 SETTING_NAMES = (
-    "arch", "batch_size", "mode", "precision", "loader", "workers", "augment", "data", "conv", "direction",
+    "arch", "batch_size", "mode", "precision", "winograd", "loader", "workers", "augment", "data", "conv", "direction",
     "steps_per_replay",
 )  # fmt: skip
 # fields of an `Environment` that affect timing
 MACHINE_FIELDS = ("device", "cpu_family", "cpu_model", "threads")
 SETTING_FORMATS: dict[str, Callable[[Any], str]] = {
     "batch_size": lambda size: f"batch {size}",
+    "winograd": lambda _: "Winograd",
     "direction": lambda direction: direction.replace("_", " + "),
     "steps_per_replay": lambda steps: f"{steps} steps per replay",
 }
@@ -49,6 +50,7 @@ class BenchSettings(_Document):
     precision: str | None = None
     compiled: bool | None = None
     cuda_graph: bool | None = None
+    winograd: bool | None = None  # True or None
     data: str | None = None
     conv: str | None = None  # input shape, output shape and kernel size of a convolution
     calls: int | None = None  # number of times that the network runs this convolution

@@ -21,8 +21,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcifar.device import as_memory_error, extra_remedy, import_optional
-from fastcifar.errors import DeviceError, Interrupted, UsageError, UserError, first_message_line, lookup, print_warning
+from fastcifar.device import extra_remedy, import_optional
+from fastcifar.errors import (
+    DeviceError,
+    Interrupted,
+    UsageError,
+    UserError,
+    as_memory_error,
+    first_message_line,
+    lookup,
+    print_warning,
+)
 from fastcifar.files import is_locked, read_regular_file
 from fastcifar.format import option_flag
 from fastcifar.sweep.sweep_spec import SweepTrial

@@ -106,7 +106,8 @@ def check_execution(options: dict[str, Any], console: Console | None = None) -> 
     used = plan
     for mode, compile, cuda_graph in modes:
         # if compilation fails, a run captures the eager step
-        wanted = replace(plan, compile=compile and used.compile, cuda_graph=cuda_graph)
+        compile = compile and used.compile
+        wanted = replace(plan, compile=compile, cuda_graph=cuda_graph, winograd=plan.winograd and compile)
         result = ModeResult(mode=mode, compiled=wanted.compile, cuda_graph=cuda_graph)
         results.append(result)
         try:

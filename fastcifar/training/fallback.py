@@ -18,8 +18,8 @@ from typing import TypeVar
 import platformdirs
 import torch
 
-from fastcifar.device import ExecutionPlan, as_memory_error, collect_environment
-from fastcifar.errors import DeviceError, UserError, first_message_line
+from fastcifar.device import ExecutionPlan, collect_environment
+from fastcifar.errors import DeviceError, UserError, as_memory_error, first_message_line
 from fastcifar.files import write_atomically
 from fastcifar.format import format_timestamp, one_line, option_flag
 from fastcifar.recipe import Recipe
@@ -31,6 +31,7 @@ T = TypeVar("T")
 FAILURES = {
     "compile": "torch.compile failed",
     "cuda_graph": "the capture of a CUDA graph failed",
+    "winograd": "the compilation of Winograd's algorithm failed",
 }  # option -> what failed
 PRIVATE_OPTIONS = ("data", "init", "out", "resume")  # paths, which a report does not contain
 MAX_REASON_LENGTH = 200
@@ -112,8 +113,11 @@ def run_with_fallback(
             raise ExecutionError(failure, write_report(failures, original, plan, recipe, world))
         compile_mode = "auto"
         if not is_tuned:
-            reasons = {**plan.reasons, failure.option: str(failure)}
-            plan = replace(plan, **{failure.option: False}, reasons=reasons)
+            dropped = [failure.option]
+            if failure.option == "compile" and recipe.winograd is None:
+                dropped.append("winograd")  # by default it is used with torch.compile only
+            reasons = {**plan.reasons, **dict.fromkeys(dropped, str(failure))}
+            plan = replace(plan, **dict.fromkeys(dropped, False), reasons=reasons)
         free_memory()
     if failures:
         report = write_report(failures, original, plan, recipe, world)

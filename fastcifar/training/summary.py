@@ -45,8 +45,9 @@ class RunSummary(BaseModel):
     loader: str
     compiled: bool
     cuda_graph: bool
+    winograd: bool = False
     precision: str
-    reasons: dict[str, str] = {}  # why device, precision, loader, compile and cuda_graph were chosen
+    reasons: dict[str, str] = {}  # why device, precision, loader, compile and so on were chosen
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
@@ -115,6 +116,7 @@ def summarize_run(
         loader=execution.loader,
         compiled=execution.compile,
         cuda_graph=execution.cuda_graph,
+        winograd=execution.winograd,
         precision=execution.precision,
         reasons=execution.reasons,
         eval_weights=recipe.eval_weights,

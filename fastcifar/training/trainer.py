@@ -19,7 +19,7 @@ from fastcifar.data.mixers import MIXERS
 from fastcifar.device import ExecutionPlan
 from fastcifar.errors import NonFiniteError
 from fastcifar.format import format_options
-from fastcifar.models import count_parameters
+from fastcifar.models import count_parameters, use_winograd
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint, compilation, cuda_graph
 from fastcifar.training.checkpoint import TrainingCheckpoint
@@ -142,6 +142,7 @@ class Trainer:
             self.resolved = replace(self.resolved, execution=execution)
             self.loader = self.build_loader(self.resolved)
         self.optimizer.inner.zero_grad()  # a failed attempt may have left gradients in the memory of its graph
+        self.run_stage("winograd", lambda: use_winograd(self.model, execution.winograd))
         self.step = self.build_train_step(compile_mode)
         self.eval_forward = self.build_eval_forward()
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from fastcifar import files
-from fastcifar.device import as_memory_error
-from fastcifar.errors import DiskError
+from fastcifar.errors import DiskError, as_memory_error
 from fastcifar.evaluation import export
 from fastcifar.recipe import Recipe
 from fastcifar.training import build, trackers, trainer
