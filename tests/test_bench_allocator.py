@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,27 @@ def test_tunables_are_the_allocator_settings_of_fastcifar(monkeypatch: pytest.Mo
     assert allocator.process_environment(True)["GLIBC_TUNABLES"] == tunables
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     assert "GLIBC_TUNABLES" not in allocator.process_environment(False)
+
+
+@pytest.mark.skipif(allocator.keeps_freed_memory() is None, reason="needs glibc 2.33")
+@pytest.mark.parametrize("same_allocator", [False, True])
+def test_free_memory_is_not_taken_for_the_other_allocator(same_allocator: bool) -> None:
+    """A process that has freed much has a large free block with any allocator: 300 MB that are not at the end."""
+    code = """
+import allocator
+import ctypes
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.free(libc.malloc(30 * 2**20))  # by default, smaller blocks are in the heap from now on
+blocks, last = [libc.malloc(10 * 2**20) for _ in range(30)], libc.malloc(2**20)
+for block in blocks:
+    libc.free(block)
+print(allocator.keeps_freed_memory())
+"""
+    environment = allocator.process_environment(same_allocator) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert output == f"{same_allocator}\n"
 
 
 @pytest.mark.skipif(allocator.keeps_freed_memory() is None, reason="needs glibc 2.33")

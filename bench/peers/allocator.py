@@ -13,9 +13,14 @@ BLOCK_BYTES = 2**26  # above the largest size that glibc's default settings may 
 
 
 class Mallinfo2(ctypes.Structure):
-    """The statistics of glibc's `mallinfo2`; `hblks` is the number of blocks mapped on their own."""
+    """The statistics of glibc's `mallinfo2`: `hblks` blocks mapped on their own, `fordblks` free bytes in the heap."""
 
-    _fields_ = [("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("after", ctypes.c_size_t * 6)]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
 def process_environment(same_allocator: bool) -> dict[str, str]:
@@ -31,8 +36,9 @@ def keeps_freed_memory() -> bool | None:
         libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = Mallinfo2, ctypes.c_void_p, [ctypes.c_void_p]
     except (OSError, AttributeError):
         return None
-    before = libc.mallinfo2().hblks
-    block = libc.malloc(ctypes.c_size_t(BLOCK_BYTES))
-    mapped = libc.mallinfo2().hblks - before
+    before = libc.mallinfo2()
+    # more than what is free: a block that was freed earlier would be reused whatever the settings are
+    block = libc.malloc(ctypes.c_size_t(max(BLOCK_BYTES, before.fordblks + 1)))
+    mapped = libc.mallinfo2().hblks - before.hblks
     libc.free(block)
     return not mapped
