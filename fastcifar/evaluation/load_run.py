@@ -114,7 +114,7 @@ class LoadedModel:
         recipe, plan = self.recipe, self.execution
         compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
         cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
-        winograd = plan.winograd and (recipe.winograd is not None or compile)
+        winograd = plan.winograd and (recipe.winograd is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
         wanted = replace(plan, compile=compile, cuda_graph=cuda_graph, winograd=winograd)
         with show_compilation(console, compile):
             self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
