@@ -31,7 +31,9 @@ POSIX_ATTRIBUTES = {
     "time": {"CLOCK_BOOTTIME", "clock_gettime"},
 }  # fmt: skip
 # the files that may use them, because they handle their absence
-GUARDED_FILES = {PACKAGE / name for name in ("files.py", "device.py", "cli/exit.py", "training/compilation.py")}
+GUARDED_FILES = {
+    PACKAGE / name for name in ("files.py", "errors.py", "device.py", "cli/exit.py", "training/compilation.py")
+}
 # those that the child process removes
 HIDDEN_MODULES = ("fcntl", "resource")
 HIDDEN_ATTRIBUTES = {

@@ -127,7 +127,7 @@ def test_failed_option_is_switched_off_and_the_other_one_is_kept(
     monkeypatch.setattr(compilation, "compile_function", lambda function, mode="auto": function)
     monkeypatch.setattr(evaluate, "compile_function", lambda function, mode="auto": function)
     monkeypatch.setattr(cuda_graph, "capture_cuda_graph", lambda work: work)
-    values = {"compile": None, "ema_decay": 0.9, "dropout": 0.1, "augment": "none"}
+    values = {"compile": None, "winograd": False, "ema_decay": 0.9, "dropout": 0.1, "augment": "none"}
     reference, trainer = (make_trainer(tiny(**values)) for _ in range(2))
     plan_execution(trainer, compile=True, cuda_graph=True)
     if failing != "compile":
