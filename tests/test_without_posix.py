@@ -65,7 +65,7 @@ from pathlib import Path
 import torch
 
 import fastcifar
-from fastcifar import device, files
+from fastcifar import device, errors, files
 from fastcifar.cli.app import main
 from fastcifar.errors import UsageError
 
