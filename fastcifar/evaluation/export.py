@@ -156,7 +156,7 @@ def _export_program(deployed: DeployedModel, images: Tensor) -> torch.export.Exp
 def _write_pt2(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:
     buffer = io.BytesIO()  # torch's errors of writing to a file do not say what failed
     torch.export.save(_export_program(deployed, images), buffer)
-    path.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getvalue())
 
 
 def _write_aoti(deployed: DeployedModel, images: Tensor, path: Path, metadata: Metadata) -> None:

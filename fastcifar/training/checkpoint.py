@@ -86,7 +86,12 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], links: Sequence[Path] 
                 raise NonFiniteError(f"{key} is not finite", "the previous checkpoint is kept; use a smaller --lr")
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-    content = buffer.getbuffer()
+    # released here: Python 3.12 crashes when it frees a `BytesIO` and a view of it that a traceback refers to
+    with buffer.getbuffer() as content:
+        _write_checkpoint(path, links, content)
+
+
+def _write_checkpoint(path: Path, links: Sequence[Path], content: memoryview) -> None:
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     folder, files, file = path.parent, (path, *links), path
     try:

@@ -134,6 +134,23 @@ def test_an_error_of_the_thread_is_raised_once_by_the_next_call(tmp_path: Path) 
         assert not (tmp_path / "last.pt").exists()
 
 
+def test_the_content_is_released_after_an_error(tmp_path: Path) -> None:
+    """Otherwise Python 3.12 crashes when it frees the traceback, which refers to the content."""
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError) as caught:
+        checkpoint.save_checkpoint(tmp_path / "file" / "last.pt", make_state())
+    views: list[memoryview] = []
+    for error in (caught.value, caught.value.__context__):
+        traceback = error and error.__traceback__
+        while traceback:
+            views += [value for value in traceback.tb_frame.f_locals.values() if isinstance(value, memoryview)]
+            traceback = traceback.tb_next
+    assert views
+    for view in views:
+        with pytest.raises(ValueError, match="released"):
+            len(view)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [(make_state(nonfinite_steps=3), "not finite in step 5"), (make_state(float("inf")), "weight is not finite")],
