@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastcifar.benchmark.speedrun import speedrun
 from fastcifar.benchmark.speedrun_results import (
     RunCosts,
     SpeedrunEnvironment,
@@ -23,9 +24,11 @@ from fastcifar.benchmark.speedrun_results import (
     SpeedrunTrial,
 )
 from fastcifar.device import Environment, ExecutionPlan
+from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
 from fastcifar.recipe import Recipe
 from fastcifar.training.resolve import resolve
+from fastcifar.training.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -350,3 +353,29 @@ def test_spills_are_those_of_the_best_block_size() -> None:
         "most_spilled": "spilling",
     }  # fmt: skip
     assert script("compiled_kernels").summarize([])["kernels"] == 0
+
+
+@pytest.mark.medium
+def test_training_runs_become_the_trials_of_a_speedrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"blocks": (1, 1), "channels": (8, 8), "lr": 0.05, "epochs": 2, "image_size": "24:1,32", "batch_size": 32}
+    options |= {"data": "synthetic:200", "val_size": 0, "compile": False, "precision": "fp32", "device": "cpu"}
+    runs = [tmp_path / f"run-{seed}" for seed in range(2)]
+    for seed, run in enumerate(runs):
+        train(Recipe.make("speed94", seed=seed, out=str(run), **options), recipe_name="speed94")
+    out = tmp_path / "result"
+    convert = script("speedrun_of_runs")
+    for group in runs:
+        monkeypatch.setattr(sys, "argv", ["speedrun_of_runs.py", str(group), "--out", str(out)])
+        convert.main()
+    with pytest.raises(UsageError, match="already has a trial with seed 1"):
+        convert.main()
+    timed = speedrun(recipe_name="speed94", n=2, out=str(tmp_path / "timed"), **options)
+    for name in ("params", "macs", "images", "flops", "seeds", "acc", "acc_tta"):
+        assert json.loads((out / "summary.json").read_text())[name] == json.loads(timed.model_dump_json())[name], name
+    added, expected = (SpeedrunResults.read(folder).trials for folder in (out, tmp_path / "timed"))
+    assert [trial.sha256 for trial in added] == [trial.sha256 for trial in expected]
+    assert [trial.steps for trial in added] == [trial.steps for trial in expected]
+    train(Recipe.make("speed94", out=str(tmp_path / "split"), **{**options, "val_size": 20}), recipe_name="speed94")
+    monkeypatch.setattr(sys, "argv", ["speedrun_of_runs.py", str(tmp_path / "split"), "--out", str(out)])
+    with pytest.raises(SystemExit, match="is not a finished run on all training images"):
+        convert.main()
