@@ -237,7 +237,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
     cuda_graph: bool | None = _option(None, "capture the step in a CUDA graph, by default on CUDA")
     winograd: bool | None = _option(
-        None, "compute 3x3 convolutions with Winograd's algorithm, by default in float32 on a CPU with --compile"
+        None, "use Winograd's algorithm for 3x3 convolutions, by default in compiled float32 networks on a CPU"
     )
     fused_ops: bool = _option(False, "use fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
 

@@ -203,9 +203,9 @@ def conv_workload(trainer: Trainer, conv: ConvCall, passes: int) -> Workload:
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     use_winograd(layer, trainer.execution.winograd)
     images = random(batch_size, *conv.input_shape)
+    layer.weight.requires_grad_(passes >= 2)
+    images.requires_grad_(passes == 3)
     inputs = (layer.weight, images)[: passes - 1]
-    for tensor in (layer.weight, images):
-        tensor.requires_grad_(any(tensor is other for other in inputs))
     gradient = random(batch_size, *conv.output_shape)
     while True:
         output = layer(images)

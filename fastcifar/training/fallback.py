@@ -1,6 +1,6 @@
-"""Fallbacks for `torch.compile` and CUDA graphs that fail on a machine, and the report of such a failure.
+"""Fallbacks for `torch.compile`, CUDA graphs and Winograd's algorithm if they fail on a machine, and a report of that.
 
-An option that was chosen automatically and fails is switched off, and the other one is kept: without a CUDA graph the
+An option that was chosen automatically and fails is switched off, and the others are kept: without a CUDA graph the
 step is still compiled, and a step that cannot be compiled is still captured, as with `--no-compile`. An option that the
 user requested is never switched off: its failure is an error.
 """
@@ -39,7 +39,7 @@ MAX_REASON_LENGTH = 200
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure of `option`, "compile" or "cuda_graph", on one rank; `is_device_lost`: CUDA can no longer be used."""
+    """A failure of `option`, a key of `FAILURES`, on one rank; `is_device_lost`: CUDA can no longer be used."""
 
     option: str
     reason: str
@@ -52,7 +52,7 @@ class Failure:
 
 
 class ExecutionError(DeviceError):
-    """A failure of compilation or of the capture of a CUDA graph."""
+    """A failure of a compilation or of the capture of a CUDA graph."""
 
     def __init__(self, failure: Failure, report: Path | None = None) -> None:
         self.failure = failure
@@ -65,8 +65,9 @@ class ExecutionError(DeviceError):
 def run_stage(option: str, function: Callable[[], T], device: torch.device, world: World = SINGLE_PROCESS) -> T:
     """Return `function()`; raise `ExecutionError` on all ranks if it fails on one of them.
 
-    All ranks must call this together. `function` compiles ("compile") or captures ("cuda_graph") and must not wait for
-    other ranks. User errors and a lack of memory, also as the cause of another error, are raised unchanged.
+    All ranks must call this together. `function` compiles or captures something for `option`, a key of `FAILURES`, and
+    must not wait for other ranks. User errors and a lack of memory, also as the cause of another error, are raised
+    unchanged.
     """
     result, failure = None, None
     try:
@@ -139,7 +140,7 @@ def reported_failures(plan: ExecutionPlan, recipe: Recipe) -> Iterator[None]:
 
 
 def is_requested(recipe: Recipe, option: str) -> bool:
-    """Return whether `recipe` requests `option`, "compile" or "cuda_graph", instead of leaving the choice open."""
+    """Return whether `recipe` requests `option`, a key of `FAILURES`, instead of leaving the choice open."""
     return bool(getattr(recipe, option)) or (option == "compile" and recipe.compile_mode != "auto")
 
 

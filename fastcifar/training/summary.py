@@ -47,7 +47,7 @@ class RunSummary(BaseModel):
     cuda_graph: bool
     winograd: bool = False
     precision: str
-    reasons: dict[str, str] = {}  # why device, precision, loader, compile and so on were chosen
+    reasons: dict[str, str] = {}  # why device, precision, loader, compile, cuda_graph and winograd were chosen
     eval_weights: Literal["last", "best", "ema"] = Field(validation_alias=AliasChoices("eval_weights", "weights"))
     val_acc: Fraction | None  # of the last epoch
     best_val_acc: Fraction | None
