@@ -163,13 +163,14 @@ def test_fault06_second_sigint_stops_immediately_and_keeps_the_checkpoint(tmp_pa
 @pytest.mark.slow
 def test_fault23_concurrent_processes_use_separate_folders(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    processes = [children.train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.01) for _ in range(2)]
-    wait_for(lambda: all((tmp_path / name / "checkpoints" / "last.pt").exists() for name in ("run", "run-2")))
-    resuming = children.train(log, "--resume", str(tmp_path / "run"))
-    code = wait_for_exit(resuming)
-    if any(process.exitcode is None for process in processes):
-        assert code == 2
-        assert "is being trained by another process" in log.read_text()
+    processes = [children.train(log, "--out", str(tmp_path / "run"), "--epochs", "3", pause_s=0.3) for _ in range(2)]
+    wait_for((tmp_path / "run" / "checkpoints" / "last.pt").exists)
+    for process in processes:  # the one that trains this run keeps its lock and does not end before it is continued
+        os.kill(process.pid, signal.SIGSTOP)
+    assert wait_for_exit(children.train(log, "--resume", str(tmp_path / "run"))) == 2
+    assert "is being trained by another process" in log.read_text()
+    for process in processes:
+        os.kill(process.pid, signal.SIGCONT)
     assert [wait_for_exit(process) for process in processes] == [0, 0]
     assert_equal_runs(tmp_path / "run", tmp_path / "run-2")
     assert len(rows(tmp_path / "run")) == 3

@@ -54,7 +54,7 @@ def fail(_: Tensor) -> Tensor:
 @pytest.mark.slow
 def test_modes_that_agree() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    check = check_execution(OPTIONS, console)
+    check = check_execution({**OPTIONS, "winograd": False}, console)
     assert [mode.outcome for mode in check.modes] == ["reference", "agrees"]
     assert check.works
     assert check.verdict == "compiled steps agree with eager steps; no CUDA graph (CUDA only)"
