@@ -38,9 +38,8 @@ def read_run(run: Path, target: str) -> tuple[RunSummary, SpeedrunRecipe, Speedr
         raise SystemExit(f"{run} is not a finished run on all training images with a test accuracy")
     options = {name: value for name, value in summary.config.items() if name not in (*PER_RUN_OPTIONS, "data")}
     settings, resolved = plan_speedrun(None, target, summary.recipe, "test", options)
-    images = summary.images_trained or 0
-    flops = count_flops(resolved, len(summary.classes), images)
-    about = RunCosts(params=summary.params, macs=summary.macs, images=images, flops=flops)
+    flops = count_flops(resolved, len(summary.classes), summary.images_trained)
+    about = RunCosts(params=summary.params, macs=summary.macs, images=summary.images_trained, flops=flops)
     recorded = read_environment(run).model_dump(exclude={"command", "recipe", "resumed"})
     environment = SpeedrunEnvironment(**recorded, chosen={name: getattr(summary, name) for name in CHOSEN})
     return summary, SpeedrunRecipe(**dict(settings), about=about), environment

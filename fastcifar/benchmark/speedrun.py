@@ -110,13 +110,17 @@ def speedrun(
 
 def collect_timing_environment(execution: ExecutionPlan) -> SpeedrunEnvironment:
     """Return the environment of this process and how it executes the runs."""
-    names = ("device", "precision", "loader", "winograd")
-    chosen = {name: getattr(execution, name) for name in names}
     return SpeedrunEnvironment(
         **collect_environment(execution.device).model_dump(),
-        chosen={**chosen, "compiled": execution.compile},
+        chosen=describe_execution(execution),
         started=format_timestamp(),
     )
+
+
+def describe_execution(execution: ExecutionPlan) -> dict[str, Any]:
+    """Return how the runs are executed, for env.json and for each trial."""
+    chosen = {name: getattr(execution, name) for name in ("device", "precision", "loader", "winograd")}
+    return {**chosen, "compiled": execution.compile}
 
 
 def plan_speedrun(
@@ -190,11 +194,7 @@ def run_trial(trainer: Trainer, eval_split: str, build_s: float, flops: int, is_
         refused = "the evaluation changed the weights"
     return SpeedrunTrial(
         seed=trainer.recipe.seed,
-        device=trainer.execution.device,
-        precision=trainer.execution.precision,
-        loader=trainer.execution.loader,
-        compiled=trainer.execution.compile,
-        winograd=trainer.execution.winograd,
+        **describe_execution(trainer.execution),
         flops=flops,
         build_s=build_s,
         seconds=trainer.prepare_s + train_s,

@@ -1,7 +1,7 @@
-// The transforms of Winograd's algorithm F(4x4, 3x3); see winograd.py. Arrays are float32, and images are [n, H, W, C] in
-// memory. Image n has th x tw tiles; a call transforms `count` tiles, from tile `first` of all images on. Tile (i, j) of a
-// source begins at row 4 i - top and column 4 j - left, where rows and columns outside of the image are zero. An array of
-// transformed tiles is [36, count, C].
+// The transforms of Winograd's algorithm F(4x4, 3x3); see winograd.py. Arrays are float32, and images are [n, H, W, C]
+// in memory. An image has th x tw tiles; a call transforms `count` tiles, from tile `first` of all images on. Tile (i, j)
+// of a source begins at row 4 i - padding and column 4 j - padding, where rows and columns outside of the image are zero.
+// An array of transformed tiles is [36, count, C].
 #include <cstdint>
 
 using Vector = float __attribute__((vector_size(32), aligned(4)));
@@ -50,11 +50,11 @@ static inline void multiply_output(const Vector* x, int s, Vector* result, int r
 
 // Transform tiles of SIZE x SIZE pixels to 6 x 6 values.
 template <int SIZE, void (*MULTIPLY)(const Vector*, int, Vector*, int)>
-static void transform(const float* images, Image image, int64_t top, int64_t left, Tiles tiles, float* result, int threads) {
+static void transform(const float* images, Image image, int64_t padding, Tiles tiles, float* result, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < tiles.count; t++) {
     const int64_t tile = tiles.first + t;
-    const int64_t row = tile / tiles.tw % tiles.th * 4 - top, column = tile % tiles.tw * 4 - left;
+    const int64_t row = tile / tiles.tw % tiles.th * 4 - padding, column = tile % tiles.tw * 4 - padding;
     const float* source = images + tile / (tiles.th * tiles.tw) * image.height * image.width * image.channels;
     for (int64_t c = 0; c < image.channels; c += LANES) {
       Vector pixels[SIZE * SIZE], half[6 * SIZE], values[36];
@@ -72,12 +72,12 @@ static void transform(const float* images, Image image, int64_t top, int64_t lef
 }
 
 extern "C" void transform_input(
-    const float* images, Image image, int64_t top, int64_t left, Tiles tiles, float* result, int threads) {
-  transform<6, multiply_input>(images, image, top, left, tiles, result, threads);
+    const float* images, Image image, int64_t padding, Tiles tiles, float* result, int threads) {
+  transform<6, multiply_input>(images, image, padding, tiles, result, threads);
 }
 
 extern "C" void transform_gradient(const float* images, Image image, Tiles tiles, float* result, int threads) {
-  transform<4, multiply_gradient>(images, image, 0, 0, tiles, result, threads);
+  transform<4, multiply_gradient>(images, image, 0, tiles, result, threads);
 }
 
 // Transform 6 x 6 values to tiles of 4 x 4 pixels, and write those within the images.

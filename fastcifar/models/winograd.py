@@ -78,10 +78,10 @@ def _tile_chunks(outputs: Tensor, max_channels: int) -> Iterator[Tiles]:
         yield Tiles(th, tw, first, min(count, total - first))
 
 
-def _transform_input(images: Tensor, top: int, left: int, tiles: Tiles) -> Tensor:
-    """Return the transformed 6x6 tiles [36, count, C] of channels_last images; see `winograd_conv2d` for `top`."""
-    result, corner = images.new_empty(36, tiles.count, images.shape[1]), (ctypes.c_int64(top), ctypes.c_int64(left))
-    load_transforms().transform_input(_data(images), Image.of(images), *corner, tiles, _data(result), _threads())
+def _transform_input(images: Tensor, padding: int, tiles: Tiles) -> Tensor:
+    """Return the transformed 6x6 tiles [36, count, C] of channels_last images with a border of `padding` zeros."""
+    result, shape = images.new_empty(36, tiles.count, images.shape[1]), Image.of(images)
+    load_transforms().transform_input(_data(images), shape, ctypes.c_int64(padding), tiles, _data(result), _threads())
     return result
 
 
@@ -112,40 +112,40 @@ def _filter_transform(weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastcifar::winograd_conv2d", mutates_args=())
-def winograd_conv2d(images: Tensor, weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Convolve float32 images [n, C, H, W] with a weight [K, C, 3, 3]; return [n, K, height, width], channels_last.
+def winograd_conv2d(images: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Convolve float32 images [n, C, H, W], with a border of `padding` zeros, with a weight [K, C, 3, 3].
 
-    The window of the first output begins `top` rows above and `left` columns to the left of the image, whose
-    surroundings are zero. C and K must be multiples of `LANES`.
+    Return [n, K, H + 2 * padding - 2, W + 2 * padding - 2], channels_last. C and K must be multiples of `LANES`.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     out_channels, channels = weight.shape[:2]
     filters = (_filter_transform(weight) @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, channels, out_channels)
-    outputs = _empty_output(images, weight, top, left, height, width)
+    outputs = _empty_output(images, weight, padding)
     for tiles in _tile_chunks(outputs, max(channels, out_channels)):
-        _write_output(_transform_input(images, top, left, tiles) @ filters, tiles, outputs)
+        _write_output(_transform_input(images, padding, tiles) @ filters, tiles, outputs)
     return outputs
 
 
 @winograd_conv2d.register_fake
-def _empty_output(images: Tensor, weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+def _empty_output(images: Tensor, weight: Tensor, padding: int) -> Tensor:
+    height, width = (size + 2 * padding - 2 for size in images.shape[2:])
     return _empty_channels_last(images, images.shape[0], weight.shape[0], height, width)
 
 
 @torch.library.custom_op("fastcifar::winograd_weight_gradient", mutates_args=())
-def winograd_weight_gradient(images: Tensor, grads: Tensor, top: int, left: int) -> Tensor:
+def winograd_weight_gradient(images: Tensor, grads: Tensor, padding: int) -> Tensor:
     """Return the gradient [K, C, 3, 3] of the weight of `winograd_conv2d`; `grads` is the gradient of its output."""
     images, grads = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (images, grads))
     channels, out_channels = images.shape[1], grads.shape[1]
     total = images.new_zeros(36, out_channels, channels)
     for tiles in _tile_chunks(grads, max(channels, out_channels)):
-        total.baddbmm_(_transform_gradient(grads, tiles).transpose(1, 2), _transform_input(images, top, left, tiles))
+        total.baddbmm_(_transform_gradient(grads, tiles).transpose(1, 2), _transform_input(images, padding, tiles))
     gradient = (_filter_transform(images).T @ total.view(36, -1)).view(3, 3, out_channels, channels)
     return gradient.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
 @winograd_weight_gradient.register_fake
-def _empty_weight_gradient(images: Tensor, grads: Tensor, top: int, left: int) -> Tensor:
+def _empty_weight_gradient(images: Tensor, grads: Tensor, padding: int) -> Tensor:
     return _empty_channels_last(images, grads.shape[1], images.shape[1], 3, 3)
 
 
@@ -154,7 +154,7 @@ def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, ctx.top, ctx.left, *_ = inputs
+    images, weight, ctx.padding = inputs
     ctx.save_for_backward(images, weight)
 
 
@@ -163,10 +163,10 @@ def _backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
     image_gradient = weight_gradient = None
     if ctx.needs_input_grad[0]:
         rotated = weight.flip(2, 3).transpose(0, 1)
-        image_gradient = winograd_conv2d(grads, rotated, 2 - ctx.top, 2 - ctx.left, *images.shape[2:])
+        image_gradient = winograd_conv2d(grads, rotated, 2 - ctx.padding)
     if ctx.needs_input_grad[1]:
-        weight_gradient = winograd_weight_gradient(images, grads, ctx.top, ctx.left)
-    return image_gradient, weight_gradient, None, None, None, None
+        weight_gradient = winograd_weight_gradient(images, grads, ctx.padding)
+    return image_gradient, weight_gradient, None
 
 
 winograd_conv2d.register_autograd(_backward, setup_context=_save_for_backward)
@@ -182,9 +182,7 @@ class WinogradConv2d(nn.Conv2d):
         is_supported = input.device.type == "cpu" and input.dtype == torch.float32 and input.dim() == 4
         if not is_supported or torch.compiler.is_exporting():
             return super().forward(input)
-        padding = int(self.padding[0])
-        height, width = (size + 2 * padding - 2 for size in input.shape[2:])
-        outputs = winograd_conv2d(input, self.weight, padding, padding, height, width)
+        outputs = winograd_conv2d(input, self.weight, int(self.padding[0]))
         return outputs if self.bias is None else outputs + self.bias.view(1, -1, 1, 1)
 
 

@@ -62,7 +62,7 @@ def test_output_and_gradients_equal_those_of_a_direct_convolution(
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk_bytes)
     images, weight = random_layer(n, height, width, channels, out_channels)
     expected = F.conv2d(images.double(), weight.double(), padding=padding)
-    output = winograd_conv2d(images, weight, padding, padding, *expected.shape[2:])
+    output = winograd_conv2d(images, weight, padding)
     assert output.shape == expected.shape
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(output, expected) < RELATIVE_ERROR
@@ -79,16 +79,16 @@ def test_each_position_of_a_filter_and_of_an_image() -> None:
             images, weight = torch.zeros(1, 8, 7, 7), torch.zeros(8, 8, 3, 3)
             images[0, 3, y, x] = weight[5, 3, row, column] = 1
             expected = F.conv2d(images, weight, padding=1)
-            torch.testing.assert_close(winograd_conv2d(images, weight, 1, 1, 7, 7), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(winograd_conv2d(images, weight, 1), expected, rtol=0, atol=1e-5)
 
 
 def test_only_the_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     images, weight = random_layer(1, 4, 4, 8, 8)
     monkeypatch.setattr(winograd, "winograd_weight_gradient", None)
-    winograd_conv2d(images, weight.detach(), 1, 1, 4, 4).sum().backward()
+    winograd_conv2d(images, weight.detach(), 1).sum().backward()
     assert images.grad is not None
     monkeypatch.undo()
-    winograd_conv2d(images.detach(), weight, 1, 1, 4, 4).sum().backward()
+    winograd_conv2d(images.detach(), weight, 1).sum().backward()
     assert weight.grad is not None
 
 
@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_the_number_of_threads_in_the_transforms() -> N
     tiles, threads, results = winograd.Tiles(3, 3, 0, 27), torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
-        inputs = winograd._transform_input(images, 1, 1, tiles)
+        inputs = winograd._transform_input(images, 1, tiles)
         outputs = torch.zeros_like(images)
         winograd._write_output(inputs, tiles, outputs)
         results.append((inputs, winograd._transform_gradient(images, tiles), outputs))
@@ -107,9 +107,9 @@ def test_results_do_not_depend_on_the_number_of_threads_in_the_transforms() -> N
 
 def test_operators_follow_the_rules_of_torch() -> None:
     images, weight = random_layer(1, 5, 4, 8, 16)
-    torch.library.opcheck(winograd_conv2d, (images, weight, 1, 1, 5, 4))
+    torch.library.opcheck(winograd_conv2d, (images, weight, 1))
     grads = torch.randn(1, 16, 5, 4)
-    torch.library.opcheck(winograd_weight_gradient, (images.detach(), grads, 1, 1))
+    torch.library.opcheck(winograd_weight_gradient, (images.detach(), grads, 1))
 
 
 def conv(in_channels: int = 8, out_channels: int = 8, kernel_size: int = 3, **options: Any) -> nn.Conv2d:
