@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import lookup
+from fastcifar.models.max_pool import MaxPool2x2
 from fastcifar.models.resnet import ACTIVATIONS, Activation, check_stages, dropout_layer, scale_channels, se_layer
 
 PATCH_SIZE = 2  # height and width of the whitened patches in pixels
@@ -27,7 +28,7 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, activation: Activation, pool: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.pool = MaxPool2x2() if pool else nn.Identity()
         self.bn = nn.BatchNorm2d(channels)
         self.activation = activation()
 

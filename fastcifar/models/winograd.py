@@ -1,40 +1,31 @@
 """3x3 convolutions by Winograd's algorithm, in float32 on a CPU, with about a third of the multiplications.
 
-This is F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016). Overlapping tiles of
-6x6 inputs, filters, and tiles of 4x4 gradients of the output are transformed to 6x6 values each. A convolution is then
-36 matrix products over the channels, one for each of these values: 36 multiplications for 16 outputs, instead of 144.
-The output and the gradients of input and weight are all computed like this. Rounding errors are larger than those of a
-direct convolution, but of the same order as those of a reordered sum: relative 2e-6 to 5e-6 for 256 channels.
-
-The transforms are functions of winograd.cpp, which is compiled when they are first used (about a second).
+This is F(MxM, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016). Overlapping tiles of
+M + 2 by M + 2 inputs, filters, and tiles of MxM gradients of the output are transformed to (M + 2)^2 values each. A
+convolution is then (M + 2)^2 matrix products over the channels, one for each of these values. With M = 4, these are 36
+multiplications for 16 outputs, instead of 144. The output and the gradients of input and weight are all computed like
+this, with the M that takes the fewest multiplications for the size of the images. The transforms are functions of
+winograd.cpp. Rounding errors are larger than those of a direct convolution, but of the same order as those of a
+reordered sum: relative 2e-6 to 5e-6 for 256 channels.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
-import tempfile
+import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcifar.device import find_cpp_compiler
+from fastcifar.models.cpp_library import call_cpp, load_cpp_library
 
 LANES = 8  # channels that a transform processes at once
 CHUNK_BYTES = 8 * 2**20  # transformed tiles are multiplied in chunks of this size, so that they remain in the cache
-COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-FILTER_TRANSFORM = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)  # of a column of three weights
+TILE_SIZES = (2, 3, 4, 5, 6)
+POINTS = (0, 1, -1, 2, -2, 1 / 2, -1 / 2)  # the algorithm evaluates polynomials at M + 1 of these, and at infinity
 
 
 class Image(ctypes.Structure):
@@ -49,65 +40,61 @@ class Image(ctypes.Structure):
 
 
 class Tiles(ctypes.Structure):
-    """`count` tiles of a batch, from tile `first` on; each image has `th` rows of `tw` tiles."""
+    """`count` tiles of `size` x `size` pixels, from tile `first` of a batch on; an image has `th` x `tw` tiles."""
 
-    _fields_ = (("th", ctypes.c_int64), ("tw", ctypes.c_int64), ("first", ctypes.c_int64), ("count", ctypes.c_int64))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("size", "th", "tw", "first", "count"))
+
+    @property
+    def num_values(self) -> int:
+        """The number of values of a transformed tile."""
+        return (self.size + 2) ** 2
 
 
-@functools.cache
-def load_transforms() -> ctypes.CDLL:
-    """Compile and load winograd.cpp. Raises `RuntimeError` or `OSError` if that fails."""
-    source = Path(__file__).with_suffix(".cpp")
-    with tempfile.TemporaryDirectory(prefix="fastcifar-winograd-") as folder:
-        library = Path(folder) / "winograd.so"
-        command = [find_cpp_compiler() or "g++", *COMPILER_FLAGS, str(source), "-o", str(library)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(result.stderr.strip() or f"{command[0]} ended with exit code {result.returncode}")
-        return ctypes.CDLL(str(library))
+def choose_tile_size(height: int, width: int) -> int:
+    """Return the size of tiles with the fewest multiplications for outputs of `height` x `width`, if equal the smaller.
+
+    Larger tiles have larger rounding errors.
+    """
+    return min(TILE_SIZES, key=lambda size: -(-height // size) * -(-width // size) * (size + 2) ** 2)
 
 
 def _tile_chunks(outputs: Tensor, max_channels: int) -> Iterator[Tiles]:
     """Yield the tiles of `outputs` [n, K, H, W] in chunks of about `CHUNK_BYTES`.
 
-    The number of tiles in a chunk is odd, so that its 36 matrices do not begin at the same position of cache sets.
+    The number of tiles in a chunk is odd, so that its matrices do not begin at the same position of cache sets.
     """
-    th, tw = -(-outputs.shape[2] // 4), -(-outputs.shape[3] // 4)
-    count, total = CHUNK_BYTES // (36 * 4 * max_channels) | 1, outputs.shape[0] * th * tw
+    size = choose_tile_size(*outputs.shape[2:])
+    th, tw = -(-outputs.shape[2] // size), -(-outputs.shape[3] // size)
+    count, total = CHUNK_BYTES // ((size + 2) ** 2 * 4 * max_channels) | 1, outputs.shape[0] * th * tw
     for first in range(0, total, count):
-        yield Tiles(th, tw, first, min(count, total - first))
+        yield Tiles(size, th, tw, first, min(count, total - first))
 
 
 def _transform_input(images: Tensor, padding: int, tiles: Tiles) -> Tensor:
-    """Return the transformed 6x6 tiles [36, count, C] of channels_last images with a border of `padding` zeros."""
-    result, shape = images.new_empty(36, tiles.count, images.shape[1]), Image.of(images)
-    load_transforms().transform_input(_data(images), shape, ctypes.c_int64(padding), tiles, _data(result), _threads())
+    """Return the transformed tiles [N, count, C], N = (M + 2)^2, of channels_last images with a border of zeros."""
+    result = images.new_empty(tiles.num_values, tiles.count, images.shape[1])
+    call_cpp("winograd", "transform_input", images, Image.of(images), padding, tiles, result)
     return result
 
 
 def _transform_gradient(grads: Tensor, tiles: Tiles) -> Tensor:
-    """Return the transformed 4x4 tiles [36, count, K] of the gradients of the output, channels_last."""
-    result = grads.new_empty(36, tiles.count, grads.shape[1])
-    load_transforms().transform_gradient(_data(grads), Image.of(grads), tiles, _data(result), _threads())
+    """Return the transformed tiles [N, count, K] of the gradients of the output, channels_last."""
+    result = grads.new_empty(tiles.num_values, tiles.count, grads.shape[1])
+    call_cpp("winograd", "transform_gradient", grads, Image.of(grads), tiles, result)
     return result
 
 
 def _write_output(products: Tensor, tiles: Tiles, outputs: Tensor) -> None:
-    """Write the tiles of channels_last `outputs` whose transformed values [36, count, K] are `products`."""
-    load_transforms().transform_output(_data(products), Image.of(outputs), tiles, _data(outputs), _threads())
+    """Write the tiles of channels_last `outputs` whose transformed values [N, count, K] are `products`."""
+    call_cpp("winograd", "transform_output", products, Image.of(outputs), tiles, outputs)
 
 
-def _data(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())
-
-
-def _filter_transform(weight: Tensor) -> Tensor:
-    """Return the matrix [36, 9] that transforms a 3x3 filter."""
-    matrix = weight.new_tensor(FILTER_TRANSFORM)
+@functools.cache
+def filter_transform(tile_size: int) -> Tensor:
+    """Return the matrix [N, 9] that transforms a 3x3 filter."""
+    points = POINTS[: tile_size + 1]
+    rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
+    matrix = torch.tensor([*rows, [0.0, 0.0, 1.0]])
     return torch.kron(matrix, matrix)
 
 
@@ -119,8 +106,9 @@ def winograd_conv2d(images: Tensor, weight: Tensor, padding: int) -> Tensor:
     """
     images = images.contiguous(memory_format=torch.channels_last)
     out_channels, channels = weight.shape[:2]
-    filters = (_filter_transform(weight) @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, channels, out_channels)
     outputs = _empty_output(images, weight, padding)
+    matrix = filter_transform(choose_tile_size(*outputs.shape[2:]))
+    filters = (matrix @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, channels, out_channels)
     for tiles in _tile_chunks(outputs, max(channels, out_channels)):
         _write_output(_transform_input(images, padding, tiles) @ filters, tiles, outputs)
     return outputs
@@ -137,10 +125,11 @@ def winograd_weight_gradient(images: Tensor, grads: Tensor, padding: int) -> Ten
     """Return the gradient [K, C, 3, 3] of the weight of `winograd_conv2d`; `grads` is the gradient of its output."""
     images, grads = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (images, grads))
     channels, out_channels = images.shape[1], grads.shape[1]
-    total = images.new_zeros(36, out_channels, channels)
+    matrix = filter_transform(choose_tile_size(*grads.shape[2:]))
+    total = images.new_zeros(len(matrix), out_channels, channels)
     for tiles in _tile_chunks(grads, max(channels, out_channels)):
         total.baddbmm_(_transform_gradient(grads, tiles).transpose(1, 2), _transform_input(images, padding, tiles))
-    gradient = (_filter_transform(images).T @ total.view(36, -1)).view(3, 3, out_channels, channels)
+    gradient = (matrix.T @ total.flatten(1)).view(3, 3, out_channels, channels)
     return gradient.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -193,7 +182,7 @@ def use_winograd(model: nn.Module, enabled: bool = True) -> None:
     """
     convs = [module for module in model.modules() if is_suitable(module)]
     if enabled and convs:
-        load_transforms()
+        load_cpp_library("winograd")
     for conv in convs:
         conv.__class__ = WinogradConv2d if enabled else nn.Conv2d
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastcifar import device
 from fastcifar.errors import DeviceError
-from fastcifar.models import use_winograd, winograd
+from fastcifar.models import cpp_library, use_winograd, winograd
 from fastcifar.models.winograd import WinogradConv2d, winograd_conv2d, winograd_weight_gradient
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train
@@ -34,6 +34,17 @@ SHAPES = [
     (2, 3, 3, 8, 8, 0),
     (1, 1, 2, 8, 16, 1),
     (2, 32, 32, 32, 16, 1),
+]
+# height and width of the output -> M with the fewest multiplications: those of tiles of M + 2 by M + 2 values
+TILE_SIZES = [
+    (2, 2, 2),
+    (3, 3, 3),
+    (4, 4, 4),
+    (5, 5, 5),
+    (6, 6, 6),
+    (12, 12, 6),
+    (32, 32, 4),  # 64 tiles of 36 values, as many as 36 tiles of 64 values
+    (10, 15, 5),
 ]
 
 
@@ -72,8 +83,15 @@ def test_output_and_gradients_equal_those_of_a_direct_convolution(
         assert relative_error(gradient, exact) < RELATIVE_ERROR
 
 
-def test_each_position_of_a_filter_and_of_an_image() -> None:
+@pytest.mark.parametrize(("height", "width", "tile_size"), TILE_SIZES)
+def test_tile_size_with_the_fewest_multiplications(height: int, width: int, tile_size: int) -> None:
+    assert winograd.choose_tile_size(height, width) == tile_size
+
+
+@pytest.mark.parametrize("tile_size", winograd.TILE_SIZES)
+def test_each_position_of_a_filter_and_of_an_image(tile_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single one in the image meets a single one in the filter: nothing is shifted, mirrored or taken twice."""
+    monkeypatch.setattr(winograd, "TILE_SIZES", (tile_size,))
     for row, column in [(0, 0), (1, 2), (2, 1), (2, 2)]:
         for y, x in [(0, 0), (3, 4), (5, 0), (6, 6)]:
             images, weight = torch.zeros(1, 8, 7, 7), torch.zeros(8, 8, 3, 3)
@@ -94,7 +112,7 @@ def test_only_the_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
 
 def test_results_do_not_depend_on_the_number_of_threads_in_the_transforms() -> None:
     images = random_layer(3, 12, 12, 16, 8)[0].detach().contiguous(memory_format=torch.channels_last)
-    tiles, threads, results = winograd.Tiles(3, 3, 0, 27), torch.get_num_threads(), []
+    tiles, threads, results = winograd.Tiles(4, 3, 3, 0, 27), torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
         inputs = winograd._transform_input(images, 1, tiles)
@@ -229,7 +247,7 @@ def test_direct_convolutions_are_used_if_the_transforms_cannot_be_compiled(
 ) -> None:
     monkeypatch.setattr(platformdirs, "user_log_dir", lambda _: str(tmp_path / "log"))
     expected = train(tiny(compile=True, winograd=False))
-    winograd.load_transforms.cache_clear()
+    cpp_library.load_cpp_library.cache_clear()
     monkeypatch.setattr(subprocess, "run", fail_to_compile)
     problem = r"Winograd's algorithm failed \(RuntimeError: winograd.cpp:1: fatal error: omp.h not found\)"
     with pytest.warns(UserWarning, match=f"{problem}; continuing with compiled steps"):
@@ -239,4 +257,4 @@ def test_direct_convolutions_are_used_if_the_transforms_cannot_be_compiled(
     with pytest.raises(DeviceError, match=f"{problem}; use --no-winograd"):
         train(tiny(compile=False, winograd=True))
     monkeypatch.undo()
-    assert winograd.load_transforms()
+    assert cpp_library.load_cpp_library("winograd")
