@@ -15,8 +15,11 @@ from typing import Any
 
 import results_folder
 
+from fastcifar.benchmark.speedrun import count_flops
 from fastcifar.device import Environment
+from fastcifar.recipe import Recipe
 from fastcifar.reporting.aggregate import MeanStd
+from fastcifar.training.resolve import resolve
 
 METRICS = ("test_acc", "test_acc_ema", "test_loss", "val_acc", "images_per_s")
 
@@ -45,7 +48,8 @@ def summarize(label: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     summary |= {
         key: first[key] for key in ("arch", "params", "macs", "recipe", "epochs", "device", "precision", "eval_weights")
     }
-    summary["train_flops"] = 6 * first["macs"] * first["images_trained"]
+    resolved = resolve(Recipe.make(None, **recipe_options(first)))
+    summary["train_flops"] = count_flops(resolved, len(first["classes"]), first["images_trained"])
     for name in METRICS:
         values = [trial[name] for trial in trials]
         if spread := MeanStd.from_values(values):

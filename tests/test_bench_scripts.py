@@ -57,11 +57,24 @@ def test_results_contain_no_absolute_path() -> None:
 
 def trial(seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
     names = ("arch", "recipe", "device", "precision", "eval_weights", "run", "stop_reason")
-    figures = {"params": 10, "macs": 100, "epochs": 2, "images_trained": 1000, "test_acc": accuracy, "complete": True}
+    figures = {"params": 10, "macs": 100, "epochs": 2, "images_trained": 1000, "test_acc": accuracy, "complete": True,
+               "classes": list("0123456789")}  # fmt: skip
     absent = dict.fromkeys(("test_acc_ema", "val_acc"))
-    config = {"lr": 0.1, "seed": seed, "out": "here", "data": "there"}
+    sizes = {"arch": "speed94", "epochs": 2, "image_size": "24:1,32"}
+    config = {**sizes, "seed": seed, "out": "here", "data": "there"}
     return {**dict.fromkeys(names, "x"), **figures, **absent, "test_loss": 1.0, "images_per_s": 5.0, "seed": seed,
             "config": config, "seconds": {"total": 9.0}, **changes}  # fmt: skip
+
+
+def operations_per_image(size: int) -> int:
+    """Return the operations of a forward and a backward pass of `speed94`, whose convolutions are 3x3 but for one."""
+    pooled = [size - 1]  # height of the maps: after the whitening layer, and after each group
+    operations = 2 * pooled[0] ** 2 * 24 * 12  # of the whitening layer, whose weight is not trained
+    for channels_in, channels in ((24, 64), (64, 256), (256, 256)):
+        pooled.append(pooled[-1] // 2)
+        computed = (2 * pooled[-1]) ** 2 * channels_in + pooled[-1] ** 2 * channels
+        operations += 3 * 2 * computed * channels * 9
+    return operations + 3 * 2 * 256 * 10
 
 
 def write(folder: Path, document: dict[str, Any]) -> Path:
@@ -85,7 +98,7 @@ def test_record_writes_every_trial_and_their_standard_deviation(
     assert summary["test_acc"]["std"] == pytest.approx(0.1)
     two = record.summarize("quick", [trial(seed, 0.8 + 0.1 * seed) for seed in range(2)])["test_acc"]
     assert two == {"mean": pytest.approx(0.85), "std": None, "trials": [0.8, 0.9]}, "two runs have no deviation"
-    assert summary["train_flops"] == 6 * 100 * 1000
+    assert summary["train_flops"] == 500 * (operations_per_image(24) + operations_per_image(32))
     assert "val_acc" not in summary
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
     assert [entry["test_acc"] for entry in trials] == [0.8, 0.9, 1.0]
