@@ -4,12 +4,14 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastcifar.device import find_cpp_compiler
+from fastcifar.errors import first_message_line
 
 COMPILER_FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
@@ -25,6 +27,18 @@ def load_cpp_library(name: str) -> ctypes.CDLL:
         if result.returncode != 0:
             raise RuntimeError(result.stderr.strip() or f"{command[0]} ended with exit code {result.returncode}")
         return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def can_load_cpp_library(name: str) -> bool:
+    """Return whether `load_cpp_library` succeeds; otherwise warn that functions of PyTorch are used instead."""
+    try:
+        load_cpp_library(name)
+    except (RuntimeError, OSError) as error:
+        problem = f"{name}.cpp cannot be compiled: {first_message_line(error, type(error).__name__)}"
+        warnings.warn(f"{problem}; slower functions of PyTorch are used instead", stacklevel=2)
+        return False
+    return True
 
 
 def call_cpp(library: str, function: str, *arguments: Tensor | int | ctypes.Structure) -> None:

@@ -1,7 +1,8 @@
 """2x2 max pooling on a CPU, with the results of `torch.nn.functional.max_pool2d` and a fast backward pass.
 
 The backward pass that torch.compile generates for `max_pool2d` is not vectorized and computes an index for each pixel.
-The functions of max_pool.cpp are limited by the bandwidth of memory only.
+The functions of max_pool.cpp are limited by the bandwidth of memory only. If they cannot be compiled, those of PyTorch
+are used.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.models.cpp_library import call_cpp
+from fastcifar.models.cpp_library import call_cpp, can_load_cpp_library
 
 FUNCTIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # suffixes of the functions in max_pool.cpp
 
@@ -23,7 +24,12 @@ def max_pool2x2(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     images = images.contiguous(memory_format=torch.channels_last)
     values, offsets = _empty_outputs(images)
-    call_cpp("max_pool", f"max_pool_{FUNCTIONS[images.dtype]}", images, *_sizes(values), values, offsets)
+    if can_load_cpp_library("max_pool"):
+        call_cpp("max_pool", f"max_pool_{FUNCTIONS[images.dtype]}", images, *_sizes(values), values, offsets)
+    else:
+        maxima, indices = F.max_pool2d(images, 2, return_indices=True)
+        values.copy_(maxima)
+        offsets.copy_(indices // images.shape[3] % 2 * 2 + indices % 2)
     return values, offsets
 
 
@@ -39,7 +45,11 @@ def max_pool2x2_backward(grads: Tensor, offsets: Tensor) -> Tensor:
     """Return the gradient of the images of `max_pool2x2`; `grads` is that of the values."""
     grads = grads.contiguous(memory_format=torch.channels_last)
     result = _empty_images(grads, offsets)
-    call_cpp("max_pool", f"max_pool_backward_{FUNCTIONS[grads.dtype]}", grads, offsets, *_sizes(grads), result)
+    if can_load_cpp_library("max_pool"):
+        call_cpp("max_pool", f"max_pool_backward_{FUNCTIONS[grads.dtype]}", grads, offsets, *_sizes(grads), result)
+    else:
+        for offset in range(4):
+            result[:, :, offset // 2 :: 2, offset % 2 :: 2] = torch.where(offsets == offset, grads, 0)
     return result
 
 

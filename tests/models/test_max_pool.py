@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,16 @@ def random_images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randint(-2, 3, shape).to(dtype).requires_grad_()
 
 
+@pytest.fixture(params=[True, False], ids=["C++", "no C++"])
+def can_compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether max_pool.cpp can be compiled; without a compiler, the operators use functions of PyTorch."""
+    if not request.param:
+        monkeypatch.setattr(max_pool, "can_load_cpp_library", lambda _: False)
+        monkeypatch.setattr(max_pool, "call_cpp", None)
+    return request.param
+
+
+@pytest.mark.usefixtures("can_compile")
 @pytest.mark.parametrize("dtype", FUNCTIONS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,6 +55,7 @@ def test_values_and_gradients_are_those_of_torch(
     assert torch.equal(gradient, torch.autograd.grad(expected, images, grads)[0])
 
 
+@pytest.mark.usefixtures("can_compile")
 @pytest.mark.parametrize("dtype", FUNCTIONS)
 @pytest.mark.parametrize(
     "window", [(math.nan, 1, 2, 3), (1, math.nan, 2, math.nan), (-math.inf,) * 4, (1, 2, math.inf, 0)]
@@ -63,6 +76,21 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         results.append((values, offsets, max_pool2x2_backward(values, offsets)))
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
+
+
+def test_a_library_that_cannot_be_compiled_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = SimpleNamespace(returncode=1, stderr="max_pool.cpp:1: fatal error: omp.h not found\nsecond line")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    for function in (cpp_library.load_cpp_library, cpp_library.can_load_cpp_library):
+        function.cache_clear()
+    problem = r"^max_pool.cpp cannot be compiled: max_pool.cpp:1: fatal error: omp.h not found; slower functions of PyT"
+    with pytest.warns(UserWarning, match=problem) as warnings:
+        results = [max_pool2x2(torch.ones(1, 8, 2, 2))[0] for _ in range(2)]
+    assert len(warnings) == 1
+    assert torch.equal(*results)
+    monkeypatch.undo()
+    cpp_library.can_load_cpp_library.cache_clear()
+    assert cpp_library.can_load_cpp_library("max_pool")
 
 
 def test_operators_follow_the_rules_of_torch() -> None:
