@@ -15,11 +15,11 @@ struct Tiles {
   int64_t size, th, tw, first, count;  // `size` is M
 };
 
-// The algorithm evaluates polynomials at the first M + 1 of these points, and at infinity. They also stand in winograd.py.
+// The algorithm evaluates polynomials at the first M + 1 of these points, and at infinity; as in winograd.py.
 constexpr float POINTS[] = {0, 1, -1, 2, -2, .5f, -.5f};
 
-// Of the tiles of the input: row i has the coefficients of the product of (x - p) over all points p except the i-th, and
-// the last row those of the product over all points (the matrix B^T of Lavin and Gray).
+// Of the tiles of the input: row i has the coefficients of the product of (x - p) over all points p except the i-th,
+// and the last row those of the product over all points (the matrix B^T of Lavin and Gray).
 template <int M>
 struct Input {
   static constexpr int ROWS = M + 2, COLUMNS = M + 2, PAIRED = M % 2 ? 0 : M;  // of an odd number of points, or none
@@ -51,8 +51,8 @@ struct Powers {
   }
 };
 
-// Rows 1 and 2, 3 and 4, ... of points p and -p differ only in the sign of some elements. With the sum of the products of
-// the other elements and the sum of the products of these, both rows take as many multiplications as one.
+// Rows 1 and 2, 3 and 4, ... of points p and -p differ only in the sign of some elements. With the sum of the products
+// of these and that of the others, both rows take as many multiplications as one.
 template <class Matrix>
 static constexpr bool is_first_of_pair(int i) {
   return i % 2 == 1 && i < Matrix::PAIRED;
