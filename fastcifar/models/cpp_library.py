@@ -41,6 +41,11 @@ def can_load_cpp_library(name: str) -> bool:
     return True
 
 
+def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
+    """Return an uninitialized channels_last tensor with `shape` [n, C, H, W] and the type and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def call_cpp(library: str, function: str, *arguments: Tensor | int | ctypes.Structure) -> None:
     """Call a function of a library with `arguments`, where tensors are pointers, and with the number of threads."""
     getattr(load_cpp_library(library), function)(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))

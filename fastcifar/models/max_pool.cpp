@@ -6,8 +6,7 @@
 struct BFloat16 {
   uint16_t bits;
 
-  BFloat16() = default;
-  explicit BFloat16(float x) {  // exact: `x` is a bfloat16 or 0
+  explicit BFloat16(float x) {  // `x` must be a bfloat16
     uint32_t word;
     memcpy(&word, &x, sizeof word);
     bits = word >> 16;

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.models.cpp_library import call_cpp, can_load_cpp_library
+from fastcifar.models.cpp_library import call_cpp, can_load_cpp_library, empty_channels_last
 
 FUNCTIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # suffixes of the functions in max_pool.cpp
 
@@ -36,7 +36,7 @@ def max_pool2x2(images: Tensor) -> tuple[Tensor, Tensor]:
 @max_pool2x2.register_fake
 def _empty_outputs(images: Tensor) -> tuple[Tensor, Tensor]:
     n, channels, height, width = images.shape
-    values = images.new_empty(n, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    values = empty_channels_last(images, n, channels, height // 2, width // 2)
     return values, torch.empty_like(values, dtype=torch.int8)
 
 
@@ -56,7 +56,7 @@ def max_pool2x2_backward(grads: Tensor, offsets: Tensor) -> Tensor:
 @max_pool2x2_backward.register_fake
 def _empty_images(grads: Tensor, offsets: Tensor) -> Tensor:
     n, channels, height, width = offsets.shape
-    return grads.new_empty(n, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    return empty_channels_last(grads, n, channels, 2 * height, 2 * width)
 
 
 def _sizes(values: Tensor) -> tuple[int, int, int]:

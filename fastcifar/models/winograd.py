@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.models.cpp_library import call_cpp, load_cpp_library
+from fastcifar.models.cpp_library import call_cpp, empty_channels_last, load_cpp_library
 
 LANES = 8  # channels that a transform processes at once
 CHUNK_BYTES = 8 * 2**20  # transformed tiles are multiplied in chunks of this size, so that they remain in the cache
@@ -117,7 +117,7 @@ def winograd_conv2d(images: Tensor, weight: Tensor, padding: int) -> Tensor:
 @winograd_conv2d.register_fake
 def _empty_output(images: Tensor, weight: Tensor, padding: int) -> Tensor:
     height, width = (size + 2 * padding - 2 for size in images.shape[2:])
-    return _empty_channels_last(images, images.shape[0], weight.shape[0], height, width)
+    return empty_channels_last(images, images.shape[0], weight.shape[0], height, width)
 
 
 @torch.library.custom_op("fastcifar::winograd_weight_gradient", mutates_args=())
@@ -135,11 +135,7 @@ def winograd_weight_gradient(images: Tensor, grads: Tensor, padding: int) -> Ten
 
 @winograd_weight_gradient.register_fake
 def _empty_weight_gradient(images: Tensor, grads: Tensor, padding: int) -> Tensor:
-    return _empty_channels_last(images, grads.shape[1], images.shape[1], 3, 3)
-
-
-def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return empty_channels_last(images, grads.shape[1], images.shape[1], 3, 3)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
