@@ -23,6 +23,7 @@ from fastcifar.benchmark.speedrun_results import (
     SpeedrunResults,
     SpeedrunTrial,
 )
+from fastcifar.data.cifar import load_dataset
 from fastcifar.device import Environment, ExecutionPlan
 from fastcifar.errors import UsageError
 from fastcifar.models import MODELS
@@ -242,7 +243,14 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(speedruns.results_folder, "RESULTS", tmp_path / "results")
     assert tables.pairs() == "(None recorded yet.)"
-    speedruns.results_folder.write("speed94", Environment(device="a CPU"), summary, [])
+    trials, cpu = [ours, peer], Environment(device="a CPU", versions={"torch": "2.11"})
+    folder = speedruns.results_folder.write("speed94", cpu, summary, trials)
+    measured = cpu.model_copy(update={"matmul_tflop_per_s": {"fp32": 0.1}})
+    assert speedruns.read_trials(folder, "94", "port.py", measured) == trials
+    with pytest.raises(SystemExit, match="device a CPU, not a GPU"):
+        speedruns.read_trials(folder, "94", "port.py", cpu.model_copy(update={"device": "a GPU"}))
+    with pytest.raises(SystemExit, match=r"target 0\.94, not 0\.95, peer_script port\.py, not e1\.py"):
+        speedruns.read_trials(folder, "95", "e1.py", cpu)
     ours_row, peer_row = tables.pairs().splitlines()[2:]
     assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 |" in ours_row
     assert "| 1.5 | 2.0, 1.0 | 0.60 (0.40 to 0.80) | not measured | 0.4500 |" in ours_row
@@ -392,3 +400,32 @@ def test_training_runs_become_the_trials_of_a_speedrun(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["speedrun_of_runs.py", str(tmp_path / "split"), "--out", str(out)])
     with pytest.raises(SystemExit, match="is not a finished run on all training images"):
         convert.main()
+
+
+@pytest.mark.medium
+def test_fine_tuning_starts_from_another_run_and_freezes_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine_tuning = script("fine_tuning")
+    for name in ("SOURCE", "TARGET"):
+        options = {"arch": "speednet", "width": 0.125, "val_size": 0, "epochs": 1, "batch_size": 10, "compile": False}
+        monkeypatch.setattr(fine_tuning, name, options)
+        monkeypatch.setattr(fine_tuning, f"{name}_IMAGES", (10, 5))
+    data = load_dataset("synthetic:1000")
+    selected = fine_tuning.select(data, ("horse", "cat"), (10, 5))
+    assert selected["classes"] == ["horse", "cat"]
+    assert selected["test"].labels.tolist() == [0] * 5 + [1] * 5
+    assert (selected["train"].images[0] == data.train.images[data.train.labels == 7][0]).all()
+    summary, runs = fine_tuning.measure(data, [3, 4], tmp_path)
+    assert [run.seed for run in runs] == [3, 4] * len(fine_tuning.STARTS)
+    starts = summary["starts"]
+    assert [start["n"] for start in starts.values()] == [2] * len(starts)
+    assert starts["init"]["test_acc"] == {
+        "mean": pytest.approx(sum(starts["init"]["test_acc"]["trials"]) / 2),
+        "std": None,
+        "trials": [run.test_acc for run in runs[4:6]],
+    }
+    assert [run.init_sha256 is None for run in runs] == [True] * 4 + [False] * 6
+    trained = [start["trained_params"] for start in starts.values()]
+    assert trained[0] == trained[2] > trained[3] > trained[4] > 0
+    assert all(list(run.per_class) == ["cat", "horse", "truck"] and run.total == 15 for run in runs)

@@ -66,8 +66,8 @@ def test_fault31_a_path_that_is_not_utf8_is_refused(name: str) -> None:
         ("quick", {"epochs": 24}, {"warmup_epochs": 4.8}, "--warmup-epochs 4.8 instead of 2.4"),
         ("quick", {"epochs": 12}, {"warmup_epochs": 2.4}, ""),
         ("quick", {"epochs": 1, "warmup_epochs": 0.5}, {"warmup_epochs": 0.5}, ""),
-        ("speed94", {"epochs": 2}, {"image_size": "32"}, "--image-size 32 instead of 24:5,28:3,32"),
-        ("speed94", {"epochs": 22}, {"image_size": "24:10,28:6,32"}, "--image-size 24:10,28:6,32 instead of"),
+        ("speed94", {"epochs": 2}, {"image_size": "32"}, "--image-size 32 instead of 24:3,28:2,32"),
+        ("speed94", {"epochs": 18}, {"image_size": "24:6,28:4,32"}, "--image-size 24:6,28:4,32 instead of"),
         ("speed94", {"epochs": 2, "image_size": "16:1,32"}, {"image_size": "16:1,32"}, ""),
         # its schedule is deliberately longer than the run
         ("mini", {"epochs": 3}, {"epochs": 3, "schedule_epochs": 200}, ""),

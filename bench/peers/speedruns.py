@@ -1,6 +1,6 @@
 """Benchmark of the time to an accuracy: fastcifar and a peer's script, alternating, each run in a separate process.
 
-    python bench/peers/speedruns.py SCRIPT [--target 94 --rounds 3 --seed 0 --data PATH]
+    python bench/peers/speedruns.py SCRIPT [--target 94 --rounds 3 --seed 0 --data PATH --append FOLDER]
 
 SCRIPT is a program in the style of cifar10-airbench: `python SCRIPT SEED` trains one run on the images in its folder,
 in the format of that project, and prints its tables and optionally a line `flops N` with the number of operations of a
@@ -9,7 +9,8 @@ runs twice a round: as its users run it (`peer`), and with the allocator setting
 see allocator.py). All programs train on all images and evaluate on the test set at the end. The seconds are those of
 training alone as each program measures them, without compilation and evaluation (the scripts of cifar10-airbench
 include the evaluation with test-time augmentation; a port must not). Writes
-bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl after every round.
+bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl after every round. `--append` adds rounds
+to the result of an earlier call on the same machine; a round can take hours on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from run import busy_seconds, ratio
 
 from fastcifar.benchmark.roofline import measure_environment
 from fastcifar.benchmark.speedrun import TARGET_RECIPES
-from fastcifar.device import choose_execution
+from fastcifar.benchmark.speedrun_results import SpeedrunEnvironment
+from fastcifar.device import Environment, choose_execution, collect_environment
+from fastcifar.format import format_differences
 from fastcifar.recipe import Recipe
 
 METRICS = ("seconds", "acc_tta", "acc", "flops")
@@ -118,6 +121,17 @@ def summarize(trials: list[dict[str, Any]], target: str, script: str) -> dict[st
     }
 
 
+def read_trials(folder: Path, target: str, script: str, environment: Environment) -> list[dict[str, Any]]:
+    """Return the trials in a result folder. Raises SystemExit if a peer, a target or an environment is another one."""
+    summary, saved = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "env"))
+    before, after = (SpeedrunEnvironment(**items).timing_items() for items in (saved, environment.model_dump()))
+    before |= {"target": summary["target"], "peer_script": summary["peer_script"]}
+    after |= {"target": float(target) / 100, "peer_script": script}
+    if differing := [name for name in after if before.get(name) != after[name]]:
+        raise SystemExit(f"{folder} is a result with {format_differences(before, after, differing)}")
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Time to an accuracy of fastcifar and of a peer's script, alternating."
@@ -129,15 +143,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first round; every further round adds one")
     parser.add_argument("--data", help="data set, as for fastcifar train")
+    parser.add_argument("--append", type=Path, metavar="FOLDER", help="result folder to which the rounds are added")
     arguments = parser.parse_args()
-    trials: list[dict[str, Any]] = []
-    result_folder, summary = None, {}
+    result_folder, summary, trials = arguments.append, {}, []
+    if result_folder:
+        trials = read_trials(result_folder, arguments.target, arguments.script.name, collect_environment("auto"))
+    completed_rounds = len({trial["round"] for trial in trials})
     on_cpu = choose_execution(Recipe()).device == "cpu"  # fastcifar configures the allocator on a CPU only
     programs = ["peer", *(["peer_same_allocator"] if on_cpu else []), "ours"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         airbench.write_images(folder, arguments.data)
-        for number in range(arguments.rounds):
+        for number in range(completed_rounds, completed_rounds + arguments.rounds):
             seed = arguments.seed + number
             first = number % len(programs)
             for who in programs[first:] + programs[:first]:  # every round begins with another program

@@ -196,6 +196,16 @@ def test_groups_are_named_by_what_differs(tmp_path: Path, runs: list[dict[str, A
     assert [group.name for group in group_runs(read_records(folders))] == [name or "se68" for name in names]
 
 
+def test_paths_of_initial_weights_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inits = [str(tmp_path / "runs" / "cifar10"), "/w", "pretrained:speed94", "none"]
+    folders = [
+        write_run(tmp_path / f"{n}-{s}", (0.5,), init=init, seed=s) for n, init in enumerate(inits) for s in (0, 1)
+    ]
+    names = [group.name for group in group_runs(read_records(folders))]
+    assert names == ["init=runs/cifar10", "init=/w", "init=pretrained:speed94", "init=none"]
+
+
 def test_single_runs_have_the_names_of_their_folders(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, (0.5,), lr=lr) for name, lr in (("a/run", 0.1), ("b/run", 0.2), ("c", 0.3))]
     folders.append(write_run(tmp_path / "d", (0.5,), lr=0.3, seed=1))
