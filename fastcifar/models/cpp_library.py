@@ -16,6 +16,11 @@ from fastcifar.errors import first_message_line
 COMPILER_FLAGS = ("-O3", "-march=native", "-fno-signed-zeros", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export traces the caller; `torch.compiler.is_exporting` is wrong in torch 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 @functools.cache
 def load_cpp_library(name: str) -> ctypes.CDLL:
     """Compile and load `name`.cpp of this folder. Raises `RuntimeError` or `OSError` if that fails."""

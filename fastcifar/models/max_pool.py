@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcifar.models.cpp_library import call_cpp, can_load_cpp_library, empty_channels_last
+from fastcifar.models.cpp_library import call_cpp, can_load_cpp_library, empty_channels_last, is_exporting
 
 FUNCTIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # suffixes of the functions in max_pool.cpp
 
@@ -84,7 +84,7 @@ class MaxPool2x2(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         is_training_step = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if not is_training_step or torch.compiler.is_exporting() or not is_supported(input):
+        if not is_training_step or is_exporting() or not is_supported(input):
             return F.max_pool2d(input, 2)
         return max_pool2x2(input)[0]
 

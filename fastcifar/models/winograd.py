@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcifar.models.cpp_library import call_cpp, empty_channels_last, load_cpp_library
+from fastcifar.models.cpp_library import call_cpp, empty_channels_last, is_exporting, load_cpp_library
 
 LANES = 8  # channels that a transform processes at once
 CHUNK_BYTES = 8 * 2**20  # transformed tiles are multiplied in chunks of this size, so that they remain in the cache
@@ -165,7 +165,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         is_supported = input.device.type == "cpu" and input.dtype == torch.float32 and input.dim() == 4
-        if not is_supported or torch.compiler.is_exporting():
+        if not is_supported or is_exporting():
             return super().forward(input)
         outputs = winograd_conv2d(input, self.weight, int(self.padding[0]))
         return outputs if self.bias is None else outputs + self.bias.view(1, -1, 1, 1)

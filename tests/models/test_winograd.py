@@ -224,15 +224,19 @@ def test_choice_of_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.medium
-def test_compiled_and_eager_steps_are_equal(tiny: Callable[..., Recipe]) -> None:
+def test_compiled_and_eager_steps_are_equal(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(winograd, "call_cpp", lambda *args: (calls.append(args[1]), cpp_library.call_cpp(*args)))
     losses = []
     for options in ({"compile": False}, {"compile": False, "winograd": True}, {"compile": True}):
         trainer = make_trainer(tiny(lr=1e-3, **options))
         trainer.optimize()
         uses_winograd = any(isinstance(module, WinogradConv2d) for module in trainer.model.modules())
         assert uses_winograd == trainer.execution.winograd == (len(losses) > 0)
+        calls.clear()
         for batch in trainer.batches(0):
             trainer.train_step(batch)
+        assert len(set(calls)) == (3 if uses_winograd else 0), "the transforms of input, gradient and output"
         losses.append(trainer.meter.compute().loss)
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
