@@ -1,6 +1,6 @@
 """Write the weights of a finished run as `pretrained:NAME` of the package, with a card of their origin and accuracy.
 
-    python bench/pretrained.py RUN NAME [--data PATH]
+    python bench/pretrained.py RUN NAME [--data PATH --selection TEXT]
 
 Writes fastcifar/pretrained/NAME.safetensors and NAME.md. The weights are those that the run evaluated. Filters and
 matrices are rounded to half precision. The accuracies in the card are those of the rounded weights, in float32.
@@ -32,7 +32,7 @@ CARD = """# pretrained:{name}
 
 - test accuracy of these weights in float32: {plain}, with six views (`--tta 6view`) {tta}
 - origin: `{command}`, seed {seed}, {epochs} epochs, all {images:,} training images, precision {precision}
-- test accuracy of the run before rounding: {run_plain}, with six views {run_tta}; n = 1 run
+- test accuracy of the run before rounding: {run_plain}, with six views {run_tta}; {selection}
 - environment of the run: {environment}
 - filters and matrices in half precision, other tensors in float32; {bytes:,} bytes
 - SHA-256 of the file `{sha256}`, of the weights of the run `{run_sha256}`
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run without a validation split")
     parser.add_argument("name", help="NAME in pretrained:NAME")
     parser.add_argument("--data", help="data set, as for fastcifar train")
+    parser.add_argument("--selection", default="n = 1 run", help="how the run was selected, for the card")
     arguments = parser.parse_args()
     summary, environment = read_summary(arguments.run), read_environment(arguments.run)
     if summary is None or not summary.complete:
@@ -94,6 +95,7 @@ def main() -> None:
         precision=summary.precision,
         run_plain=format_percent(summary.test_acc),
         run_tta=format_percent(summary.test_acc_tta),
+        selection=arguments.selection,
         environment=f"{environment.device}, Python {environment.python}, {versions}",
         bytes=file.stat().st_size,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
