@@ -1,10 +1,11 @@
 """Add finished training runs to the result folder of a speedrun.
 
-    python bench/speedrun_of_runs.py --target 94 --out FOLDER RUN...
+    python bench/speedrun_of_runs.py --target 94 --out FOLDER [--untimed REASON] RUN...
 
 A run of `fastcifar train` or `fastcifar sweep` can be interrupted and resumed, a speedrun cannot; on a CPU, both train
 the same weights. All runs must have the same recipe but for the seed, no validation split, and the same environment.
-FOLDER is created, or must contain trials of other seeds. The time of a run includes that of reading the data set.
+FOLDER is created, or must contain trials of other seeds. The time of a run includes that of reading the data set;
+`--untimed` records why it is no result, such as other programs on the machine.
 """
 
 from __future__ import annotations
@@ -71,9 +72,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--target", default="94", help="accuracy in percent")
     parser.add_argument("--out", type=Path, required=True, help="result folder")
+    parser.add_argument("--untimed", metavar="REASON", help="why the times are no results")
     arguments = parser.parse_args()
     for run in arguments.runs:
         summary, recipe, environment = read_run(run, arguments.target)
+        if arguments.untimed:
+            environment = environment.model_copy(update={"untimed": arguments.untimed})
         folder = arguments.out if arguments.out.exists() else None
         with SpeedrunResults.open(folder, str(arguments.out), recipe, environment, [summary.seed]) as results:
             results.add_trial(as_trial(run, summary, recipe.about.flops))

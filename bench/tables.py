@@ -187,10 +187,11 @@ def speedruns() -> str:
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
         cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
+        seconds = "not measured" if "untimed" in environment else mean_and_std(summary["seconds"], 1, 1)
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
             f"| {accuracy} | {accuracy_tta} | {format_percent(best['share'], 0)} "
-            f"| {mean_and_std(summary['seconds'], 1, 1)} | {cold} "
+            f"| {seconds} | {cold} "
             f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)

@@ -361,6 +361,8 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert "| 3 | 93.00 ± 0.00 % | 94.00 ± 1.00 % | 67 % | 60.0 ± 0.0 |" in third
     assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
+    (tmp_path / "d" / "env.json").write_text('{"device": "a CPU", "untimed": "other programs ran"}')
+    assert "| 67 % | not measured | 90 |" in tables.speedruns().splitlines()[-1]
 
 
 def test_spills_are_those_of_the_best_block_size() -> None:

@@ -28,7 +28,7 @@ from tests.training.optimizer_helpers import make_trainer
 
 SPEED94 = "pretrained:speed94"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-CORRECT = {"none": 9325, "6view": 9406}  # of the 10,000 test images, in float32
+CORRECT = {"none": 9316, "6view": 9405}  # of the 10,000 test images, in float32
 
 
 def test_weights_are_small_and_their_card_describes_them() -> None:
