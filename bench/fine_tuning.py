@@ -18,14 +18,12 @@ from typing import Any
 
 import numpy as np
 import results_folder
-from record import without_paths
+from record import summarize, without_paths
 
 from fastcifar import Recipe, train
 from fastcifar.data.cifar import Dataset, Split, load_dataset
 from fastcifar.device import collect_environment
 from fastcifar.format import format_percent
-from fastcifar.reporting.aggregate import MeanStd
-from fastcifar.training.summary import RunSummary
 
 TARGET_CLASSES = ("cat", "horse", "truck")
 NETWORK = {"arch": "speednet", "width": 0.25, "val_size": 0}
@@ -55,8 +53,8 @@ def select(data: Dataset, classes: Sequence[str], sizes: tuple[int, int]) -> dic
     return {**splits, "classes": list(classes)}
 
 
-def measure(data: Dataset, seeds: Sequence[int], folder: Path) -> tuple[dict[str, Any], list[RunSummary]]:
-    """Train the source network, and from every start with every seed; return the summary of the result and the runs."""
+def measure(data: Dataset, seeds: Sequence[int], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train the source network, and from every start with every seed; return a summary of all, and one of each run."""
     others = [name for name in data.classes if name not in TARGET_CLASSES]
     recipe = Recipe.make("quick", **SOURCE, out=str(folder / "source"))
     source = train(recipe, data=select(data, others, SOURCE_IMAGES), progress=False)
@@ -66,22 +64,11 @@ def measure(data: Dataset, seeds: Sequence[int], folder: Path) -> tuple[dict[str
         trials = []
         for seed in seeds:
             recipe = Recipe.make("quick", **given, seed=seed, out=str(folder / f"{number}-{seed}"))
-            trials.append(train(recipe, data=target, progress=False).summary)
-        accuracies = [trial.test_acc for trial in trials]
-        spread = MeanStd.from_values(accuracies)
-        assert spread, name
-        starts[name] = {
-            "lr": options["lr"],
-            "freeze": options.get("freeze", "none"),
-            "n": len(seeds),
-            "seeds": list(seeds),
-            "params": trials[0].params,
-            "trained_params": trials[0].trained_params,
-            "epochs": trials[0].epochs,
-            "test_acc": {"mean": spread.mean, "std": spread.std, "trials": accuracies},
-        }
+            trials.append(train(recipe, data=target, progress=False).summary.model_dump())
+        chosen = {"lr": options["lr"], "freeze": options.get("freeze", "none")}
+        starts[name] = {**summarize(name, trials), **chosen, "trained_params": trials[0]["trained_params"]}
         runs += trials
-        print(f"{name}: {', '.join(map(format_percent, accuracies))}", flush=True)
+        print(f"{name}: {', '.join(map(format_percent, starts[name]['test_acc']['trials']))}", flush=True)
     return {"what": "fine-tuning", "source_test_acc": source.summary.test_acc, "starts": starts}, runs
 
 
@@ -93,8 +80,7 @@ def main() -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     with tempfile.TemporaryDirectory() as folder:
         summary, runs = measure(load_dataset(arguments.data), seeds, Path(folder))
-    trials = [without_paths(run.model_dump()) for run in runs]
-    print(results_folder.write("fine-tuning", collect_environment("auto"), summary, trials))
+    print(results_folder.write("fine-tuning", collect_environment("auto"), summary, map(without_paths, runs)))
     print(json.dumps(summary, indent=1))
 
 

@@ -419,15 +419,15 @@ def test_fine_tuning_starts_from_another_run_and_freezes_layers(
     assert selected["test"].labels.tolist() == [0] * 5 + [1] * 5
     assert (selected["train"].images[0] == data.train.images[data.train.labels == 7][0]).all()
     summary, runs = fine_tuning.measure(data, [3, 4], tmp_path)
-    assert [run.seed for run in runs] == [3, 4] * len(fine_tuning.STARTS)
+    assert [run["seed"] for run in runs] == [3, 4] * len(fine_tuning.STARTS)
     starts = summary["starts"]
     assert [start["n"] for start in starts.values()] == [2] * len(starts)
     assert starts["init"]["test_acc"] == {
         "mean": pytest.approx(sum(starts["init"]["test_acc"]["trials"]) / 2),
         "std": None,
-        "trials": [run.test_acc for run in runs[4:6]],
+        "trials": [run["test_acc"] for run in runs[4:6]],
     }
-    assert [run.init_sha256 is None for run in runs] == [True] * 4 + [False] * 6
+    assert [run["init_sha256"] is None for run in runs] == [True] * 4 + [False] * 6
     trained = [start["trained_params"] for start in starts.values()]
     assert trained[0] == trained[2] > trained[3] > trained[4] > 0
-    assert all(list(run.per_class) == ["cat", "horse", "truck"] and run.total == 15 for run in runs)
+    assert all(list(run["per_class"]) == ["cat", "horse", "truck"] and run["total"] == 15 for run in runs)

@@ -156,7 +156,7 @@ def read_run_record(folder: Path) -> RunRecord:
         reason = f"after {len(rows)} of {options['epochs']} epochs: still training or interrupted"
     shared = {option: value for option, value in options.items() if option not in ("seed", *OUTPUT_OPTIONS)}
     key = json.dumps(shared, sort_keys=True)
-    options["init"] = min(options["init"], os.path.relpath(options["init"]), key=len)  # narrower in tables
+    options["init"] = options["init"].removeprefix(os.path.join(os.getcwd(), ""))  # narrower in tables
     return replace(record, group_key=key, options=options, seed=options["seed"], state=state, reason=reason)
 
 
