@@ -249,7 +249,7 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     assert speedruns.read_trials(folder, "94", "port.py", measured) == trials
     with pytest.raises(SystemExit, match="device a CPU, not a GPU"):
         speedruns.read_trials(folder, "94", "port.py", cpu.model_copy(update={"device": "a GPU"}))
-    with pytest.raises(SystemExit, match=r"target 0\.94, not 0\.95, peer_script port\.py, not e1\.py"):
+    with pytest.raises(SystemExit, match=r"epochs 9, not 17, target 0\.94, not 0\.95, peer_script port\.py, not e1"):
         speedruns.read_trials(folder, "95", "e1.py", cpu)
     ours_row, peer_row = tables.pairs().splitlines()[2:]
     assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 |" in ours_row

@@ -10,7 +10,7 @@ see allocator.py). All programs train on all images and evaluate on the test set
 training alone as each program measures them, without compilation and evaluation (the scripts of cifar10-airbench
 include the evaluation with test-time augmentation; a port must not). Writes
 bench/results/<UTC>_<device>_speed<target>/{env,summary}.json and trials.jsonl after every round. `--append` adds rounds
-to the result of an earlier call on the same machine; a round can take hours on a CPU.
+to the result of an earlier call on the same machine with the same recipe; a round can take hours on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import results_folder
 from run import busy_seconds, ratio
 
 from fastcifar.benchmark.roofline import measure_environment
-from fastcifar.benchmark.speedrun import TARGET_RECIPES
+from fastcifar.benchmark.speedrun import TARGET_RECIPES, plan_speedrun
 from fastcifar.benchmark.speedrun_results import SpeedrunEnvironment
 from fastcifar.device import Environment, choose_execution, collect_environment
 from fastcifar.format import format_differences
@@ -111,6 +111,7 @@ def summarize(trials: list[dict[str, Any]], target: str, script: str) -> dict[st
         "what": "training to an accuracy, ours and a peer's in turn",
         "target": float(target) / 100,
         "recipe": TARGET_RECIPES[target],
+        "config": recipe_options(target),
         "peer_script": script,
         "n": len(seconds["ours"]),
         **programs,
@@ -121,12 +122,20 @@ def summarize(trials: list[dict[str, Any]], target: str, script: str) -> dict[st
     }
 
 
+def recipe_options(target: str) -> dict[str, Any]:
+    """Return the options with which `fastcifar speedrun` trains, without those that differ between its runs."""
+    return plan_speedrun(None, target, None, None, {})[0].config
+
+
 def read_trials(folder: Path, target: str, script: str, environment: Environment) -> list[dict[str, Any]]:
-    """Return the trials in a result folder. Raises SystemExit if a peer, a target or an environment is another one."""
+    """Return the trials in a result folder.
+
+    Raises SystemExit if they are of another peer, target, recipe or environment.
+    """
     summary, saved = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "env"))
     before, after = (SpeedrunEnvironment(**items).timing_items() for items in (saved, environment.model_dump()))
-    before |= {"target": summary["target"], "peer_script": summary["peer_script"]}
-    after |= {"target": float(target) / 100, "peer_script": script}
+    before = {**summary.get("config", {}), **before, "target": summary["target"], "peer_script": summary["peer_script"]}
+    after = {**recipe_options(target), **after, "target": float(target) / 100, "peer_script": script}
     if differing := [name for name in after if before.get(name) != after[name]]:
         raise SystemExit(f"{folder} is a result with {format_differences(before, after, differing)}")
     return [json.loads(line) for line in (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
