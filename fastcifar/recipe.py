@@ -171,6 +171,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     )
     drop_last: bool = _option(False, "drop the last batch of every epoch if it is smaller")
     image_size: ImageSizeText = _option("32", "training image size, or stages SIZE:EPOCHS,...,SIZE as in 24:3,28:2,32")
+    hard_example_fraction: float = _option(
+        1.0, "fraction of the images of each batch to train on, those with the largest losses; 1: all", gt=0, le=1
+    )
+    hard_example_size: int = _option(
+        16, "image size of the forward pass that computes the losses for --hard-example-fraction", ge=16, le=64
+    )
 
     # optimization
     epochs: int = _option(200, "number of epochs", gt=0, le=100_000)

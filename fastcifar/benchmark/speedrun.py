@@ -251,10 +251,19 @@ def count_flops(resolved: Resolved, num_classes: int, num_images: int) -> int:
     unfused = recipe.model_copy(update={"fused_ops": False})  # the same number of operations
     model = model_from_recipe(unfused, num_classes, for_inspection=True)
     device = next(model.parameters()).device
+
+    def count(image_size: int, backward: bool) -> float:
+        images = torch.empty(FLOP_COUNT_IMAGES, 3, image_size, image_size, device=device)
+        with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
+            output = model(images).sum()
+            if backward:
+                output.backward()
+        return counter.get_total_flops() / FLOP_COUNT_IMAGES
+
+    fraction = recipe.hard_example_fraction
+    selection = count(recipe.hard_example_size, backward=False) if fraction < 1 else 0
     flops_per_image: dict[Phase, float] = {}
     for phase in dict.fromkeys(resolved.phases):
-        images = torch.empty(FLOP_COUNT_IMAGES, 3, phase.image_size, phase.image_size, device=device)
-        with not_trained(untrained_parameters(model, phase)), FlopCounterMode(display=False) as counter:
-            model(images).sum().backward()
-        flops_per_image[phase] = counter.get_total_flops() / FLOP_COUNT_IMAGES
+        with not_trained(untrained_parameters(model, phase)):
+            flops_per_image[phase] = selection + fraction * count(phase.image_size, backward=True)
     return round(sum(flops_per_image[phase] for phase in resolved.phases) * num_images / recipe.epochs)

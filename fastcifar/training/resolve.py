@@ -38,7 +38,14 @@ from fastcifar.training.rng_state import preserve_state
 # The options on which `check_network` and `check_optimizer` depend. Any positive learning rate and any weight decay are
 # valid for an optimizer that has it, so these are left out.
 NETWORK_CHECK_OPTIONS = {*section_fields("network"), "dataset", "fused_ops", "image_size", "head_lr_mult"}
-NETWORK_CHECK_OPTIONS |= {"init", "freeze", "whiten_bias_epochs", "freeze_stem_epochs"}
+NETWORK_CHECK_OPTIONS |= {
+    "init",
+    "freeze",
+    "whiten_bias_epochs",
+    "freeze_stem_epochs",
+    "hard_example_fraction",
+    "hard_example_size",
+}
 OPTIMIZER_CHECK_OPTIONS = {"optimizer", "optimizer_arg", "bias_lr_mult", "head_lr_mult", "bias_decay"}
 
 
@@ -135,12 +142,15 @@ def check_network(
     The options that freeze layers are checked too. Raises `CheckpointError` if the weights `initial` do not fit.
     """
     model = model_from_recipe(recipe, num_classes, for_inspection=True)
-    for size in {phase.image_size for phase in phases} - {CIFAR_IMAGE_SIZE}:
+    sizes = {phase.image_size: f"--image-size {recipe.image_size}" for phase in phases}
+    if recipe.hard_example_fraction < 1:
+        sizes.setdefault(recipe.hard_example_size, f"--hard-example-size {recipe.hard_example_size}")
+    for size in sizes.keys() - {CIFAR_IMAGE_SIZE}:
         try:
             count_macs(model, (3, size, size))
         except Exception:
-            problem = f"--image-size {recipe.image_size}: {recipe.arch} does not accept images of {size}x{size}"
-            raise UsageError(problem, "leave that size out") from None
+            problem = f"{sizes[size]}: {recipe.arch} does not accept images of {size}x{size}"
+            raise UsageError(problem, "choose another size") from None
     if initial:
         initial.check_fit(model, recipe, fine_tuning.find_head(recipe, model, num_classes))
     fine_tuning.freeze(model, recipe)

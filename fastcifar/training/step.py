@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastcifar.data.augment import CIFAR_IMAGE_SIZE
 from fastcifar.data.mixers import MixerApplyFn, mix_labels
 from fastcifar.errors import NonFiniteError
+from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import SINGLE_PROCESS, World
 from fastcifar.training.optimizers import OptimizerWrapper
 
@@ -23,6 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 TrainStep = Callable[..., None]  # (images, labels) and, with a mixer, its parameters
 Forward = Callable[[Tensor], Tensor]
 LossAndCorrect = Callable[..., tuple[Tensor, Tensor]]
+# (images [n, 3, h, w], function that returns the targets of [n, classes] logits) -> indices of the selected images
+SelectExamples = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -163,26 +166,64 @@ def build_forward(
     return forward
 
 
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Return images [n, 3, 32, 32] as [n, 3, size, size], float32 unless the size is the same."""
+    if size == CIFAR_IMAGE_SIZE:
+        return images
+    images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def build_selection(forward: Forward, model: nn.Module, recipe: Recipe) -> SelectExamples | None:
+    """Return a function that selects the hard examples of a batch, at least one; None if all images are trained on.
+
+    These are the images with the largest losses in an additional forward pass, which leaves the buffers of `model`
+    unchanged. Training only on them is selective backpropagation (Jiang et al., 2019, https://arxiv.org/abs/1910.00762).
+    """
+    fraction, size, buffers = recipe.hard_example_fraction, recipe.hard_example_size, list(model.buffers())
+    if fraction == 1:
+        return None
+
+    @torch.no_grad()
+    def select(images: Tensor, targets_of: Callable[[Tensor], Tensor]) -> Tensor:
+        saved = [value.clone() for value in buffers]
+        logits = forward(resize_images(images, size))
+        for value, original in zip(buffers, saved, strict=True):
+            value.copy_(original)
+        losses = F.cross_entropy(logits, targets_of(logits), label_smoothing=recipe.label_smoothing, reduction="none")
+        return losses.topk(max(1, round(fraction * len(images))), sorted=False).indices
+
+    return select
+
+
 def loss_and_correct(
-    forward: Forward, label_smoothing: float, mix: MixerApplyFn | None = None, image_size: int = CIFAR_IMAGE_SIZE
+    forward: Forward,
+    label_smoothing: float,
+    mix: MixerApplyFn | None = None,
+    image_size: int = CIFAR_IMAGE_SIZE,
+    select: SelectExamples | None = None,
 ) -> LossAndCorrect:
     """Return a function (images, labels [n]) -> (mean cross-entropy, number of correct predictions), both float32.
 
-    With `mix`, it also takes the mixer's parameters, and the label with the largest weight is the correct one.
+    With `mix`, it also takes the mixer's parameters, and the label with the largest weight is the correct one. With
+    `select`, the loss is that of the selected images, and the number is their accuracy times n.
     """
 
     def function(images: Tensor, labels: Tensor, *mixer_params: Tensor) -> tuple[Tensor, Tensor]:
-        label_weights = None
+        num_images, label_weights = len(labels), None
         if mix:
             images, label_weights = mix(images, *mixer_params)
-        if image_size != CIFAR_IMAGE_SIZE:
-            images = F.interpolate(images.float(), size=image_size, mode="bilinear", antialias=True)
-            images = images.contiguous(memory_format=torch.channels_last)
-        logits = forward(images)
-        targets = labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
+
+        def targets_of(logits: Tensor) -> Tensor:
+            return labels if label_weights is None else mix_labels(labels, label_weights, logits.shape[1])
+
+        selected = select(images, targets_of) if select else slice(None)
+        logits = forward(resize_images(images[selected], image_size))
+        targets = targets_of(logits)[selected]
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        largest = labels if label_weights is None else targets.argmax(1)
-        return loss, (logits.detach().argmax(1) == largest).sum(dtype=torch.float32)
+        largest = targets if label_weights is None else targets.argmax(1)
+        correct = (logits.detach().argmax(1) == largest).sum(dtype=torch.float32)
+        return loss, correct * (num_images / len(targets)) if select else correct
 
     return function
 

@@ -43,6 +43,7 @@ from fastcifar.training.step import (
     Meter,
     TrainStep,
     build_gradient_function,
+    build_selection,
     build_update_function,
     loss_and_correct,
 )
@@ -178,9 +179,10 @@ class Trainer:
         return *batch, torch.from_numpy(params).to(self.device)
 
     def build_loss_function(self, image_size: int = CIFAR_IMAGE_SIZE) -> LossAndCorrect:
-        """Return the forward pass and loss of a step, which mixes the images and resizes them to `image_size`."""
+        """Return the forward pass and loss of a step, which mixes images, selects them and resizes to `image_size`."""
         mix = MIXERS[self.resolved.mixer.name].apply if self.resolved.mixer else None
-        return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size)
+        select = build_selection(self.forward, self.model, self.recipe)
+        return loss_and_correct(self.forward, self.recipe.label_smoothing, mix, image_size, select)
 
     def build_step(self, loss_function: LossAndCorrect) -> TrainStep:
         """Return a function that computes the gradients of a batch and updates the weights."""
@@ -369,15 +371,14 @@ class Trainer:
 
     def _scaler_state_dict(self) -> dict[str, Any]:
         """Return the state of the scaler, whose `state_dict` would wait for the device, with tensors for two values."""
-        scaler = self.scaler
-        if not scaler.is_enabled() or scaler._scale is None:
-            return scaler.state_dict()
+        if not self.scaler.is_enabled() or self.scaler._scale is None:
+            return self.scaler.state_dict()
         return {
-            "scale": scaler._scale,
-            "growth_factor": scaler.get_growth_factor(),
-            "backoff_factor": scaler.get_backoff_factor(),
-            "growth_interval": scaler.get_growth_interval(),
-            "_growth_tracker": scaler._growth_tracker,
+            "scale": self.scaler._scale,
+            "growth_factor": self.scaler.get_growth_factor(),
+            "backoff_factor": self.scaler.get_backoff_factor(),
+            "growth_interval": self.scaler.get_growth_interval(),
+            "_growth_tracker": self.scaler._growth_tracker,
         }
 
     def load_state_dict(self, state: TrainingCheckpoint) -> None:

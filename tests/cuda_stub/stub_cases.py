@@ -122,6 +122,7 @@ CASES: dict[str, Case] = {
     # A learning-rate tensor for each multiplier
     "multipliers": Case({"bias_lr_mult": 2.0, "head_lr_mult": 3.0}, launches={"learning rate": 3}),
     "image sizes": Case({"image_size": "24:1,32"}),
+    "hard examples": Case({"hard_example_fraction": 0.5}),
     # Images are augmented on the CPU; a batch is a copy from pinned memory and a change of the memory format.
     "torchvision": Case({"loader": "torchvision", "workers": 0}, launches={"first batch": 3, "next batch": 2}),
     # Random numbers, and their exclusive or with the images; the seed of the generator is that of each batch.

@@ -217,6 +217,7 @@ def test_fault17_optimizers_that_cannot_be_captured_update_outside_the_graph(
         {"image_size": "24:1,32", "optimizer": "lion", "clip_grad": "norm:1"},
         {"freeze_stem_epochs": 1, "epochs": 2, "optimizer": "lookahead:adamw", "clip_grad": "norm:1"},
         {"freeze_stem_epochs": 1, "epochs": 2, "optimizer": "lion"},
+        {"hard_example_fraction": 0.5, "augment": "flip,mixup"},
         {"precision": "bf16", "optimizer": "sgd"},
         {"precision": "fp16", "optimizer": "lion"},
     ],
