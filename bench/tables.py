@@ -46,7 +46,10 @@ def accuracy() -> str:
 
 
 def headline() -> str:
-    """Return the short table of training results for the README, with links to the result folders."""
+    """Return the short table of training results for the README, with links to the result folders.
+
+    Of the speedruns, it contains those with enough runs for a standard deviation.
+    """
     heading = (
         "| recipe | device | test accuracy, mean ± std (n) | total time, min-max (s) | training PFLOP | result folder |"
     )
@@ -57,6 +60,17 @@ def headline() -> str:
             f"| `{summary['recipe']}`, {summary['epochs']} epochs | {environment['device']}, {summary['precision']} "
             f"| {mean_and_std(summary['test_acc'], 100, 2, ' %')} (n={summary['n']}) "
             f"| {min(seconds):.0f}-{max(seconds):.0f} | {summary['train_flops'] / 1e15:.3f} "
+            f"| [files](bench/results/{folder.name}) |"
+        )
+    for folder, summary, environment in recorded("flops_to_target"):
+        if summary["on"] != "test" or summary["n"] < 3:
+            continue
+        accuracy, accuracy_tta = (mean_and_std(summary[name], 100, 2, " %") for name in ("acc", "acc_tta"))
+        rows.append(
+            f"| `{summary['recipe']}`, {summary['epochs']} epochs "
+            f"| {environment['device']}, {environment['chosen']['precision']} "
+            f"| {accuracy_tta} with test-time augmentation, {accuracy} without (n={summary['n']}) "
+            f"| {speedrun_seconds(summary, environment)} | {summary['flops'] / 1e15:.3f} "
             f"| [files](bench/results/{folder.name}) |"
         )
     return table(heading, rows)
@@ -187,14 +201,18 @@ def speedruns() -> str:
         best = summary["acc_tta"] or summary["acc"] or {"share": 0}
         cold = ", ".join(f"{value:.0f}" for value in summary["cold_start_s"]) or "-"
         n = f"{summary['n'] - summary['refused']} of {summary['n']}" if summary["refused"] else summary["n"]
-        seconds = "not measured" if "untimed" in environment else mean_and_std(summary["seconds"], 1, 1)
         rows.append(
             f"| `{summary['recipe']}` | {summary['params']:,} | {100 * summary['target']:g} % | {n} "
             f"| {accuracy} | {accuracy_tta} | {format_percent(best['share'], 0)} "
-            f"| {seconds} | {cold} "
+            f"| {speedrun_seconds(summary, environment)} | {cold} "
             f"| {summary['flops'] / 1e15:.4f} | {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
+
+
+def speedrun_seconds(summary: dict[str, Any], environment: dict[str, Any]) -> str:
+    """Return the mean and standard deviation of the training seconds of a speedrun, if they were measured."""
+    return NOT_MEASURED if "untimed" in environment else mean_and_std(summary["seconds"], 1, 1)
 
 
 def pairs() -> str:
