@@ -246,6 +246,8 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     trials, cpu = [ours, peer], Environment(device="a CPU", versions={"torch": "2.11"})
     folder = speedruns.results_folder.write("speed94", cpu, summary, trials)
     measured = cpu.model_copy(update={"matmul_tflop_per_s": {"fp32": 0.1}})
+    del summary["config"]["hard_example_size"]  # as in a result that is older than the option
+    (folder / "summary.json").write_text(json.dumps(summary))
     assert speedruns.read_trials(folder, "94", "port.py", measured) == trials
     with pytest.raises(SystemExit, match="device a CPU, not a GPU"):
         speedruns.read_trials(folder, "94", "port.py", cpu.model_copy(update={"device": "a GPU"}))

@@ -134,7 +134,8 @@ def read_trials(folder: Path, target: str, script: str, environment: Environment
     """
     summary, saved = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "env"))
     before, after = (SpeedrunEnvironment(**items).timing_items() for items in (saved, environment.model_dump()))
-    before = {**summary.get("config", {}), **before, "target": summary["target"], "peer_script": summary["peer_script"]}
+    options = Recipe().model_dump(mode="json") | summary.get("config", {})  # defaults of options newer than the result
+    before = {**options, **before, "target": summary["target"], "peer_script": summary["peer_script"]}
     after = {**recipe_options(target), **after, "target": float(target) / 100, "peer_script": script}
     if differing := [name for name in after if before.get(name) != after[name]]:
         raise SystemExit(f"{folder} is a result with {format_differences(before, after, differing)}")
