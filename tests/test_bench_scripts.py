@@ -251,7 +251,8 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     assert speedruns.read_trials(folder, "94", "port.py", measured) == trials
     with pytest.raises(SystemExit, match="device a CPU, not a GPU"):
         speedruns.read_trials(folder, "94", "port.py", cpu.model_copy(update={"device": "a GPU"}))
-    with pytest.raises(SystemExit, match=r"epochs 9, not 17, target 0\.94, not 0\.95, peer_script port\.py, not e1"):
+    different = r"epochs 9, not 17, target 0\.94, not 0\.95, peer_script port\.py, not e1\.py"
+    with pytest.raises(SystemExit, match=different):
         speedruns.read_trials(folder, "95", "e1.py", cpu)
     ours_row, peer_row = tables.pairs().splitlines()[2:]
     assert "| 94 % | ours, `speed94` | 2 | 95.00 % | 93.10 % | 1.5 | 2.0, 1.0 |" in ours_row
@@ -363,8 +364,13 @@ def test_the_speedruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert "| 3 | 93.00 ± 0.00 % | 94.00 ± 1.00 % | 67 % | 60.0 ± 0.0 |" in third
     assert "| 1 of 2 | 93.00 % | - | 0 % | 60.0 | 90 | 0.2000 |" in second
-    (tmp_path / "d" / "env.json").write_text('{"device": "a CPU", "untimed": "other programs ran"}')
+    environment = {"device": "a CPU", "untimed": "other programs ran", "chosen": {"precision": "fp32"}}
+    (tmp_path / "d" / "env.json").write_text(json.dumps(environment))
     assert "| 67 % | not measured | 90 |" in tables.speedruns().splitlines()[-1]
+    (row,) = tables.headline().splitlines()[2:]  # the other results have fewer runs
+    assert (
+        "a CPU, fp32 | 94.00 ± 1.00 % with test-time augmentation, 93.00 ± 0.00 % without (n=3) | not measured |" in row
+    )
 
 
 def test_spills_are_those_of_the_best_block_size() -> None:

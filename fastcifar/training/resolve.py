@@ -38,14 +38,8 @@ from fastcifar.training.rng_state import preserve_state
 # The options on which `check_network` and `check_optimizer` depend. Any positive learning rate and any weight decay are
 # valid for an optimizer that has it, so these are left out.
 NETWORK_CHECK_OPTIONS = {*section_fields("network"), "dataset", "fused_ops", "image_size", "head_lr_mult"}
-NETWORK_CHECK_OPTIONS |= {
-    "init",
-    "freeze",
-    "whiten_bias_epochs",
-    "freeze_stem_epochs",
-    "hard_example_fraction",
-    "hard_example_size",
-}
+NETWORK_CHECK_OPTIONS |= {"hard_example_fraction", "hard_example_size"}
+NETWORK_CHECK_OPTIONS |= {"init", "freeze", "whiten_bias_epochs", "freeze_stem_epochs"}
 OPTIMIZER_CHECK_OPTIONS = {"optimizer", "optimizer_arg", "bias_lr_mult", "head_lr_mult", "bias_decay"}
 
 
