@@ -190,7 +190,7 @@ def speedruns() -> str:
     """Return the table of speedruns on the test set: accuracy without and with test-time augmentation, and time."""
     heading = (
         "| recipe | parameters | target | n | accuracy, mean ± std (range if n = 2) | accuracy with TTA "
-        "| runs that reach the target | time (s) | process start to end of first run (s) "
+        "| runs that reach the target with TTA | time (s) | process start to end of first run (s) "
         "| training PFLOP | device | result folder |"
     )
     rows = []

@@ -73,7 +73,7 @@ def train(
     """Train as `recipe` specifies, evaluate once on the test set, and save the weights and results in a run folder.
 
     Args:
-        recipe: the options, or the name of a shipped recipe or a TOML file.
+        recipe: the options, or the name of a built-in recipe or a TOML file.
         model: a network in place of `recipe.arch`, from normalized images, float [n, 3, 32, 32], to logits [n,
             classes]: a function or class that is called with `num_classes` (and with the network options that the
             recipe sets), or an `nn.Module`, which is trained in place from its present weights.

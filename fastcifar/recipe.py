@@ -121,8 +121,10 @@ FreezeText = Annotated[
 ]
 
 
-def _option(default: Any, description: str, **bounds: Any) -> Any:
-    return Field(default, description=description, **bounds)
+def _option(default: Any, description: str, shown_default: str | None = None, **bounds: Any) -> Any:
+    """Return a field; `shown_default` stands for a default of None in the help texts."""
+    extra: dict[str, Any] = {"shown_default": shown_default}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
 class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -148,8 +150,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # data
     data: str | None = _option(
         None,
-        "data set: a folder, a .tar.gz file, class folders of images, an .npz file, or synthetic[:N] "
-        "(N random images); by default, CIFAR is downloaded",
+        "data set: a folder, a .tar.gz file, class folders of images, an .npz file, or synthetic[:N] (N random images)",
+        "CIFAR, downloaded on first use",
     )
     dataset: Literal["cifar10", "cifar100", "cifar100-coarse"] = _option(
         "cifar10", "official data set: cifar10, cifar100 or cifar100-coarse (its 20 superclasses as labels)"
@@ -158,7 +160,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         None, "size to which the largest centered square of each of your own images is resized: 32"
     )
     val_size: int | None = _option(
-        None, "size of the validation split, by default 5000 or 10 % of under 50,000 training images; 0: none", ge=0
+        None, "size of the validation split; 0: none", "10 % of the training images, at most 5000", ge=0
     )
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
@@ -189,7 +191,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     weight_decay: float = _option(5e-4, "weight decay coefficient", ge=0, le=10)
     bias_decay: bool = _option(True, "apply weight decay to biases and normalization parameters")
     schedule: ScheduleText = _option("cosine", "learning-rate schedule, NAME[:VALUE], such as cosine or linear")
-    schedule_epochs: float | None = _option(None, "length of the schedule in epochs, by default --epochs", gt=0)
+    schedule_epochs: float | None = _option(None, "length of the schedule in epochs", "--epochs", gt=0)
     warmup_epochs: float = _option(0.0, "length in epochs of the linear warm-up at the beginning of the schedule", ge=0)
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)
     clip_grad: ClipGradText = _option("value:0.1", "gradient clipping: value:LIMIT, norm:LIMIT or none")
@@ -203,7 +205,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         "none", "layers and parameters that are not trained, NAME,... as in `fastcifar models`, with wildcards, or none"
     )
     whiten_bias_epochs: int | None = _option(
-        None, "number of epochs in which the bias of a whitening layer is trained, by default all", ge=0
+        None, "number of epochs in which the bias of a whitening layer is trained", "all", ge=0
     )
     freeze_stem_epochs: int = _option(
         0, "number of epochs at the end of the run in which the first layers of the network are not trained", ge=0
@@ -218,7 +220,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         "last", "weights to evaluate: last (epoch), best (epoch by validation accuracy) or ema (moving average)"
     )
     tta: str = _option("none", "test-time augmentation: none, flip, 6view or 10crop")
-    out: str | None = _option(None, "folder to create, by default a new one in runs (speedrun: in speedruns)")
+    out: str | None = _option(None, "folder to create", "a new one in runs")
     save_every_epochs: int = _option(1, "checkpoint interval in epochs; 0 disables it", ge=0)
     save_every_steps: int | None = _option(None, "additional checkpoint interval in steps", gt=0)
     resume: str | None = _option(
@@ -239,11 +241,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = _option(
         "auto", "precision: auto, bf16, fp16, fp32, or tf32 (float32 with TF32 matrix products and convolutions)"
     )
-    compile: bool | None = _option(None, "compile with torch.compile, by default if a compiler is installed")
+    compile: bool | None = _option(None, "compile with torch.compile", "if a compiler is installed")
     compile_mode: Literal["auto", "default", "max-autotune-no-cudagraphs"] = _option("auto", "mode of torch.compile")
-    cuda_graph: bool | None = _option(None, "capture the step in a CUDA graph, by default on CUDA")
+    cuda_graph: bool | None = _option(None, "capture the step in a CUDA graph", "on CUDA")
     winograd: bool | None = _option(
-        None, "use Winograd's algorithm for 3x3 convolutions, by default in compiled float32 networks on a CPU"
+        None, "use Winograd's algorithm for 3x3 convolutions", "in compiled float32 networks on a CPU"
     )
     fused_ops: bool = _option(False, "use fused Triton kernels for BatchNorm, SE, shortcut and ReLU (CUDA only)")
 

@@ -187,7 +187,11 @@ class SpeedrunResults:
             # checked again under the lock, because another process may have added trials
             results.require_compatible(recipe, environment, seeds)
             if results.recipe.about != recipe.about:
-                problem = f"{folder} has runs of {results.recipe.about}, not {recipe.about}"
+                costs = [
+                    f"{about.flops:,} operations on {about.images:,} images"
+                    for about in (results.recipe.about, recipe.about)
+                ]
+                problem = f"{folder} has runs of {', not of '.join(costs)}"
                 raise UsageError(problem, "use the same --data")
             results._write("recipe.json", recipe.model_dump_json(indent=1))
             if not (folder / "env.json").exists():

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console, Group
 
 from fastcifar._version import __version__
-from fastcifar.cli import tables
+from fastcifar.cli import fields, tables
 from fastcifar.cli.exit import (
     SIGINT_EXIT_CODE,
     handle_signals,
@@ -24,11 +24,7 @@ from fastcifar.errors import DeviceError, print_warning
 from fastcifar.format import DataConsole, KeyValueTable
 from fastcifar.recipe import Recipe, section_fields
 
-DATA_FIELDS = ("data", "dataset", "resize")
-MODEL_FIELDS = ("eval_weights", "data", "resize", "normalize", "max_params")
 DIAGNOSTICS_NAME_WIDTH = len("import pytorch_optimizer")  # the longest name that `doctor` prints
-BENCH_FIELDS = (*DATA_FIELDS, "augment", "batch_size", "freeze")
-EVALUATION_FIELDS = (*MODEL_FIELDS, "tta", "device", "precision", "compile", "cuda_graph")
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -80,7 +76,7 @@ def train(
     return Output(summary, tables.summary_table, last_lines=lines)
 
 
-@command(app, "eval", fields=EVALUATION_FIELDS, builds_networks=True)
+@command(app, "eval", fields=fields.EVALUATION_FIELDS, builds_networks=True, shown_defaults=fields.EVALUATION_DEFAULTS)
 def evaluate(
     console: Console,
     run: str = RUN,
@@ -102,7 +98,7 @@ def evaluate(
     return Output(scores, tables.scores_table)
 
 
-@command(app, fields=EVALUATION_FIELDS, builds_networks=True)
+@command(app, fields=fields.EVALUATION_FIELDS, builds_networks=True, shown_defaults=fields.EVALUATION_DEFAULTS)
 def predict(
     console: Console,
     run: str = RUN,
@@ -132,7 +128,7 @@ def predict(
     return Output(result, tables.predictions_table)
 
 
-@command(app, fields=MODEL_FIELDS, builds_networks=True)
+@command(app, fields=fields.MODEL_FIELDS, builds_networks=True, shown_defaults=fields.OF_THE_RUN)
 def export(
     run: str = RUN,
     format: str = option("onnx", "onnx|pt2|aoti|safetensors", "file format"),
@@ -142,7 +138,7 @@ def export(
     arch: str | None = CHECKPOINT_ARCH,
     **options: Any,
 ) -> Output:
-    """Export a trained network with a model card; the file is kept only if its outputs equal those of the network."""
+    """Export a trained network with a model card; the file is kept only if its outputs match those of the network."""
     from fastcifar.evaluation.export import export_model
 
     return Output(export_model(run, format, out, inputs, outputs, arch=arch, **options), tables.export_table)
@@ -166,7 +162,7 @@ def models(
     return Output(describe_architectures(), tables.architectures_table)
 
 
-@command(app, fields=(*section_fields("network"), *BENCH_FIELDS, *section_fields("execution")), builds_networks=True)
+@command(app, fields=fields.BENCH_FIELDS, builds_networks=True, shown_defaults=fields.BENCH_DEFAULTS)
 def bench(
     console: Console,
     recipe: str | None = RECIPE,
@@ -176,9 +172,11 @@ def bench(
     archs: str = option("", "NAME,...", "architectures to measure, by default --arch"),
     batch_sizes: str = option("", "INT,...", "batch sizes to measure, by default --batch-size"),
     modes: str = option(
-        "", "NAME,...", "execution modes: eager, compiled, captured; by default those of --compile and --cuda-graph"
+        "",
+        "NAME,...",
+        "execution modes: eager, compiled, captured (in a CUDA graph); by default those of --compile and --cuda-graph",
     ),
-    trials: int = option(5, "INT", "number of timed trials of a few seconds each; all are recorded", min=1),
+    trials: int = option(5, "INT", "number of timed trials of about two seconds each; all are recorded", min=1),
     profile: Path | None = option(None, "FILE", "file to write a Chrome trace of a few steps to"),
     chart: Path | None = option(None, "FILE.png", "image file to write a bar chart of the results to"),
     **options: Any,
@@ -204,7 +202,13 @@ def bench(
     return Output(result, bench_table, last_lines=lines)
 
 
-@command(app, fields=Recipe.model_fields, needs_output=False, builds_networks=True)
+@command(
+    app,
+    fields=fields.SPEEDRUN_FIELDS,
+    needs_output=False,
+    builds_networks=True,
+    shown_defaults=fields.SPEEDRUN_DEFAULTS,
+)
 def speedrun(
     console: Console,
     target: str | None = option(None, "94|95|96", "target accuracy in percent, by default 94"),
@@ -214,7 +218,10 @@ def speedrun(
     append: Path | None = option(None, "DIR", "result folder of an earlier speedrun to which runs are added"),
     **options: Any,
 ) -> Output:
-    """Time n training runs, evaluate them outside the timed region, and report how often the target is reached."""
+    """Time n training runs, evaluate them outside the timed region, and report how often the target is reached.
+
+    Options given here override the recipe.
+    """
     import_torch(console)
     from fastcifar.benchmark.speedrun import speedrun as run_speedrun
     from fastcifar.benchmark.speedrun_results import speedrun_table
@@ -223,14 +230,11 @@ def speedrun(
 
 
 @command(
-    app,
-    fields=[name for name in Recipe.model_fields if name not in ("seed", "out", "resume")],
-    needs_output=False,
-    builds_networks=True,
+    app, fields=fields.SWEEP_FIELDS, needs_output=False, builds_networks=True, shown_defaults=fields.SWEEP_DEFAULTS
 )
 def sweep(
     console: Console,
-    source: str = argument(..., "FILE|NAME", "sweep file, name of a shipped sweep, or folder of a sweep"),
+    source: str = argument(..., "FILE|NAME", "sweep file, name of a built-in sweep, or folder of a sweep"),
     out: Path | None = option(None, "DIR", "sweep folder, by default sweeps/NAME"),
     executor: str = option("process", "NAME", "process (one trial after another), processes, gpus or ray"),
     seeds: str | None = option(None, "INT|INT,...", "number or list of seeds, by default that of the sweep file"),
@@ -242,7 +246,10 @@ def sweep(
     dry_run: bool = switch("--dry-run", "list the trials and their number of steps without running them"),
     **options: Any,
 ) -> Output:
-    """Run or continue the trials of a sweep file: a grid, list, random search or Optuna study, for each seed."""
+    """Run or continue the trials of a sweep file: a grid, list, random search or Optuna study, for each seed.
+
+    Recipe options given here override those that the sweep file sets for all trials.
+    """
     import_torch(console)
     from fastcifar.sweep.executors import ExecutorOptions
     from fastcifar.sweep.sweep import plan_sweep, run_sweep
@@ -267,7 +274,7 @@ def compare(
     return Output(document, lambda _: table)
 
 
-@command(app, fields=("data", "device", "precision"), builds_networks=True)
+@command(app, fields=("data", "device", "precision"), builds_networks=True, shown_defaults=fields.OF_THE_RUN)
 def report(
     runs: list[Path] = argument(..., "RUN|SWEEP|DIR...", "runs, sweeps, or folders that contain some at any depth"),
     format: str = option("terminal", "NAME", "output format: terminal, markdown, csv or latex"),
@@ -320,7 +327,7 @@ def runs_rm(
     return Output(rows, lambda rows: f"removed {len(rows)}")
 
 
-@command(data_app, "verify", fields=DATA_FIELDS)
+@command(data_app, "verify", fields=fields.DATA_FIELDS)
 def data_verify(**options: Any) -> Output:
     """Verify every file of a data set, and report its source, images and classes."""
     from fastcifar.data.inspection import verify_dataset
@@ -328,7 +335,7 @@ def data_verify(**options: Any) -> Output:
     return Output(verify_dataset(Recipe.make(**options)), tables.dataset_table)
 
 
-@command(data_app, "show", fields=("augment", *DATA_FIELDS, "seed"))
+@command(data_app, "show", fields=("augment", *fields.DATA_FIELDS, "seed"))
 def data_show(
     out: Path = option(..., "FILE.png", "image file to write; an existing one is overwritten"),
     count: int = option(8, "INT", "number of images"),
@@ -343,7 +350,7 @@ def data_show(
 @command(app, fields=section_fields("execution"))
 def doctor(
     console: Console,
-    check: bool = switch("--check", "train a small network in eager mode, compiled and captured, and compare"),
+    check: bool = switch("--check", "train a small network in every execution mode, and compare the results"),
     **options: Any,
 ) -> Output:
     """Show versions, devices, failing imports, and the execution that `train` chooses on this machine and why.

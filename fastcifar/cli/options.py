@@ -3,11 +3,12 @@
 import inspect
 import json
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import typer
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 
@@ -36,7 +37,7 @@ def switch(flag: str, help_text: str, *further_flags: str) -> Any:
 
 
 RUN = argument(..., "RUN|CKPT", "run folder, checkpoint file or pretrained:NAME", autocompletion=complete_run)
-RECIPE = option(None, "NAME|FILE", "name of a shipped recipe, or a TOML file", autocompletion=complete_recipe)
+RECIPE = option(None, "NAME|FILE", "name of a built-in recipe, or a TOML file", autocompletion=complete_recipe)
 CHECKPOINT_ARCH = option(None, "NAME", "architecture of a checkpoint that does not name it")
 JSON = switch("--json", "print one JSON document as the last line of stdout")
 DEBUG = switch("--debug", "print the traceback of an error")
@@ -87,6 +88,7 @@ def command(
     fields: Iterable[str] = (),
     needs_output: bool = True,
     builds_networks: bool = False,
+    shown_defaults: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Output]], Callable[..., int]]:
     """Return a decorator that adds a function to `app` as a command, by default with the name of the function.
 
@@ -94,6 +96,7 @@ def command(
     --json and --debug. The values of recipe fields are checked before the function runs, and so before it imports
     torch. A parameter `console` is the console for progress messages: stderr with --json, else stdout. Without
     `needs_output`, the command goes on if stdout or stderr is closed or full. With `builds_networks`, it has --import.
+    `shown_defaults` replaces the defaults of recipe fields in the help text; "" shows none.
     """
     recipe_fields = list(fields)
 
@@ -129,7 +132,7 @@ def command(
             _parameter("as_json", JSON, bool),
             _parameter("debug", DEBUG, bool),
             *([_parameter("imports", IMPORTS, list[str] | None)] if builds_networks else []),
-            *map(_option_parameter, recipe_fields),
+            *(_option_parameter(name, shown_defaults or {}) for name in recipe_fields),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -138,7 +141,7 @@ def command(
     return decorate
 
 
-def _option_parameter(name: str) -> inspect.Parameter:
+def _option_parameter(name: str, shown_defaults: Mapping[str, str]) -> inspect.Parameter:
     """Return the parameter of a command for a recipe field, with the help text, choices and default of the field."""
     field, flag = Recipe.model_fields[name], option_flag(name)
     section = next(section for section in SECTION_STARTS if name in section_fields(section))
@@ -148,10 +151,8 @@ def _option_parameter(name: str) -> inspect.Parameter:
     help_text = field.description or ""
     if not all(choice in help_text for choice in choices):
         help_text += f": {', '.join(choices[:-1])} or {choices[-1]}"
-    if field.default is None and section == "network":
-        help_text += " \\[default: that of --arch]"
-    elif field.default is not None and field.default is not False and field.default != {}:
-        help_text += f" \\[default: {add_wrap_points(format_option_value(field.default))}]"
+    if default := shown_defaults.get(name, _shown_default(field, section)):
+        help_text += f" \\[default: {default}]"
     value_type: Any = list[str] if name == "optimizer_arg" else str
     if name == "arch":
         details["autocompletion"] = complete_arch
@@ -168,6 +169,18 @@ def _option_parameter(name: str) -> inspect.Parameter:
         named = (METAVARS[item] for item in [*map(typing.get_origin, types), *types] if item in METAVARS)
         details["metavar"] = "NAME" if choices else next(named, "INT,INT,...")
     return _parameter(name, typer.Option(None, flag, help=help_text, **details), value_type | None)
+
+
+def _shown_default(field: FieldInfo, section: str) -> str:
+    """Return the default of a recipe field as the help text shows it, or "" if it shows none."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and extra["shown_default"]:
+        return str(extra["shown_default"])
+    if field.default is None:
+        return "that of --arch" if section == "network" else ""
+    if field.default is False or field.default == {}:
+        return ""
+    return add_wrap_points(format_option_value(field.default))
 
 
 def _parameter(name: str, declaration: Any, value_type: Any) -> inspect.Parameter:

@@ -318,7 +318,7 @@ def _write_model_card(
             "to be resized, and then differs from the training images.",
             "The model is less accurate on images that differ from the training images: noisy or blurred ones, images "
             "of other cameras, and drawings.",
-            "This is one run with one seed; the accuracy of other seeds differs by a few tenths of a percent.",
+            "This is one run with one seed; the accuracy of other seeds differs.",
         ],
     }
     # The heading of the first section is the title of the card.

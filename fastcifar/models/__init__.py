@@ -40,8 +40,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "coconut_sep": partial(BottleneckResNet, blocks=(3, 4, 6, 3), separable_stages=(3, 4)),
     # Follows the README of its source, which names no activation.
     "coconut_over": partial(BottleneckResNet, blocks=(2, 4, 6, 2), se_stages=(3, 4)),
-    # Reconstructions within five million parameters: the README of the fourth source mentions 512 channels in the last
-    # stage, LeakyReLU and one dropout layer, but not the exact widths or the probability.
+    # Reconstructions within five million parameters: the README of their source, a class project without code, mentions
+    # 512 channels in the last stage, LeakyReLU and one dropout layer, but not the exact widths or the probability.
     "res512a": partial(SEResNet, blocks=(1, 1, 1, 1), channels=(64, 128, 256, 512)),
     "res512b": partial(SEResNet, blocks=(2, 2, 2, 1), channels=(48, 96, 192, 512)),
     "res512c": partial(SEResNet, blocks=(4, 4, 1), channels=(64, 128, 512)),

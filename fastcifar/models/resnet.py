@@ -203,4 +203,4 @@ def check_stages(blocks: Sequence[int], channels: Sequence[int], max_stages: int
     """Raise `UsageError` unless there are as many `blocks` as `channels`, from 2 to `max_stages`."""
     if len(blocks) != len(channels) or not 2 <= len(blocks) <= max_stages:
         problem = f"{len(blocks)} stages of blocks and {len(channels)} of channels"
-        raise UsageError(problem, f"give --blocks and --channels equally many numbers, from 2 to {max_stages}")
+        raise UsageError(problem, f"give --blocks and --channels the same number of values, 2 to {max_stages}")

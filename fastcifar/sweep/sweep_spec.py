@@ -164,7 +164,7 @@ def read_sweep_spec(
     path = path / SPEC_FILE if path.is_dir() else path
     if not os.path.isfile(path):
         suggestion = suggest_name(source, list(shipped_sweeps()))
-        raise UsageError(f"unknown sweep {source!r}", f"give a TOML file or the name of a shipped sweep; {suggestion}")
+        raise UsageError(f"unknown sweep {source!r}", f"give a TOML file or the name of a built-in sweep; {suggestion}")
     values = load_toml(path)
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     for name in sorted(values.keys() - keys):

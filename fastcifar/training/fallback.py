@@ -59,7 +59,7 @@ class ExecutionError(DeviceError):
         problem, remedy = str(failure), f"use --no-{option_flag(failure.option)[2:]}"
         if failure.is_device_lost:
             problem += ", and this process can no longer use the GPU"
-        super().__init__(problem, remedy + (f"; the report for a bug report is {report}" if report else ""))
+        super().__init__(problem, remedy + (f"; a report to attach to a bug report is in {report}" if report else ""))
 
 
 def run_stage(option: str, function: Callable[[], T], device: torch.device, world: World = SINGLE_PROCESS) -> T:
@@ -123,7 +123,9 @@ def run_with_fallback(
     if failures:
         report = write_report(failures, original, plan, recipe, world)
         if world.is_main_process:
-            saved = f"the report for a bug report is {report}" if report else "the report could not be written"
+            saved = (
+                f"a report to attach to a bug report is in {report}" if report else "the report could not be written"
+            )
             used = describe_step(plan) if plan != original else "the default mode of torch.compile"
             problem = " and ".join(map(str, failures))
             warnings.warn(f"{problem}; continuing with {used}; {saved}", UserWarning, stacklevel=2)

@@ -157,7 +157,7 @@ def freeze(model: nn.Module, recipe: Recipe) -> None:
         parameters[name].requires_grad_(False)
     if not any(weight.requires_grad for weight in parameters.values()):
         problem = f"--freeze {recipe.freeze} leaves no parameter of {recipe.arch} to train"
-        raise UsageError(problem, f"leave out its last layer, {list(parameters)[-1].rpartition('.')[0]}")
+        raise UsageError(problem, f"do not freeze its last layer, {list(parameters)[-1].rpartition('.')[0]}")
     for name, module in modules.items():
         own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
         if "running_mean" in module._buffers and (name in frozen or (own and own <= frozen)):

@@ -99,7 +99,7 @@ def test_run_continues_without_a_cuda_graph_if_the_capture_fails(name: str, read
     assert outcome["code"] == 0, outcome["stderr"]
     (line,) = outcome["stderr"].splitlines()
     assert line.startswith("fastcifar: warning: the capture of a CUDA graph failed (AcceleratorError: CUDA error: ")
-    assert "; continuing with eager steps without a CUDA graph; the report for a bug report is /" in line
+    assert "; continuing with eager steps without a CUDA graph; a report to attach to a bug report is in /" in line
     (report,) = outcome["reports"]
     assert "loss.item()" in report
     assert not outcome["summary"]["cuda_graph"]
@@ -113,7 +113,7 @@ def test_requested_capture_that_fails_is_an_error(name: str, read_result: ReadRe
     assert outcome["code"] == 8
     (line,) = outcome["stderr"].splitlines()
     assert "failed (AcceleratorError: CUDA error: " in line
-    assert "; use --no-cuda-graph; the report for a bug report is /" in line
+    assert "; use --no-cuda-graph; a report to attach to a bug report is in /" in line
     assert len(outcome["reports"]) == 1
     assert outcome["summary"] is None
 

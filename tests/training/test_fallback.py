@@ -85,7 +85,7 @@ def test_training_continues_in_eager_mode_if_compilation_fails(
         summary = train(recipe)
     assert [str(warning.message) for warning in caught] == [
         "torch.compile failed (PlantedError: no compiler); continuing with eager steps without a CUDA graph; "
-        f"the report for a bug report is {next(log_folder.iterdir())}"
+        f"a report to attach to a bug report is in {next(log_folder.iterdir())}"
     ]
     assert (summary.compiled, summary.cuda_graph) == (False, False)
     assert summary.reasons["compile"] == "torch.compile failed (PlantedError: no compiler)"
@@ -258,7 +258,7 @@ def test_failed_autotuning_falls_back_to_the_default_mode(
     monkeypatch.setattr(compilation, "compile_function", compile_function)
     trainer = make_trainer(tiny())
     plan_execution(trainer, compile=True)
-    with pytest.warns(UserWarning, match="continuing with the default mode of torch.compile; the report"):
+    with pytest.warns(UserWarning, match="continuing with the default mode of torch.compile; a report"):
         trainer.optimize("max-autotune-no-cudagraphs")
     assert trainer.execution.compile
     modes.clear()
@@ -285,9 +285,9 @@ def test_benchmark_of_a_mode_that_fails_is_an_error(
 ) -> None:
     """A fallback would be measured under the name of the requested mode."""
     fail_to_compile(monkeypatch, PlantedError("no compiler"))
-    with pytest.raises(ExecutionError, match="use --no-compile; the report"):
+    with pytest.raises(ExecutionError, match="use --no-compile; a report"):
         bench(tiny(), "step", trials=1, trial_s=0.01, grid={"mode": ["compiled"]})
-    with pytest.raises(ExecutionError, match="use --no-compile; the report"):
+    with pytest.raises(ExecutionError, match="use --no-compile; a report"):
         bench(tiny(compile=None), "infer", trials=1, trial_s=0.01)
 
 

@@ -210,7 +210,10 @@ def test_patterns_select_layers_with_all_their_parts_and_parameters(patterns: st
         ("con1", r"--freeze con1 matches no layer with parameters of resnet; did you mean .*conv1"),
         ("conv1,stem", r"--freeze stem matches no layer .*; choose from conv1, bn1, residual_layers, linear and their"),
         ("activation", "matches no layer with parameters"),
-        ("*", r"--freeze \* leaves no parameter of resnet to train; leave out its last layer, linear$"),
+        (
+            "*",
+            r"--freeze \* leaves no parameter of resnet to train; do not freeze its last layer, linear$",
+        ),
     ],
 )
 def test_patterns_that_match_nothing_or_all_are_refused(tiny: MakeRecipe, patterns: str, message: str) -> None:
