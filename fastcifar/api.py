@@ -20,6 +20,7 @@ from fastcifar.data.arrays import to_planar
 from fastcifar.data.augment import AugmentOp, parse_augment, split_mixer
 from fastcifar.data.cifar import DATASETS, Dataset
 from fastcifar.data.loaders import LOADERS
+from fastcifar.data.normalization import channel_mean_std, mean_color
 from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.data.python_data import Data, Images, to_dataset, training_split
 from fastcifar.errors import UsageError
@@ -172,7 +173,10 @@ class Trainer(trainer.Trainer):
         checkpoint.save_checkpoint(Path(path), self.state_dict(Clock()))
 
     def load(self, path: str | Path) -> None:
-        """Continue from a checkpoint of a run with the same recipe and data. Raises `CheckpointError` otherwise."""
+        """Continue from a checkpoint of a run with the same network, optimizer and data.
+
+        Raises `CheckpointError` otherwise. The other options, such as `lr`, are not compared.
+        """
         state = resume.require_resumable_state(checkpoint.load_checkpoint(Path(path)), Path(path))
         resume.require_same_data(self, state)
         resume.load_trainer_state(self, state)
@@ -229,7 +233,7 @@ class LoadedRun:
     def predict(self, images: Images | str | Path) -> Predictions:
         """Predict the classes of `images`: uint8 [n, 32, 32, 3] or [n, 3, 32, 32], or what `fastcifar predict` reads.
 
-        The latter is the path of a Kaggle pickle, of an .npy file, of an image or of a folder, or "data:test".
+        The latter is the path of a pickle file from Kaggle, an .npy file, an image or a folder, or "data:test".
         """
         recipe = self.recipe
         if isinstance(images, str | Path):
@@ -312,6 +316,7 @@ def batches(
         batch_size=batch_size,
         augment=(*ops, *own),
         seed=seed,
+        fill_color=mean_color(channel_mean_std(split.images)[0]),
         device=device,
         compile=compile,
         workers=workers,

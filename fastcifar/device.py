@@ -142,7 +142,7 @@ def _choose_compile(device: str) -> tuple[bool, str]:
     if device == "cpu":
         if compiler := find_cpp_compiler():
             return True, f"C++ compiler {compiler}"
-        return False, "no C++ compiler was found; install g++ for faster training"
+        return False, "no C++ compiler was found; install g++, or set CXX, for faster training"
     try:
         import triton
     except ImportError:
@@ -157,8 +157,9 @@ def _choose_winograd(device: str, precision: str, compile: bool) -> tuple[bool, 
 
 
 def find_cpp_compiler() -> str | None:
-    """Return the C++ compiler that torch.compile uses on a CPU, or None."""
-    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+    """Return the C++ compiler that torch.compile uses on a CPU, or None if it is missing."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return name if shutil.which(name) else None
 
 
 # field of `ExecutionPlan` -> function that returns the choice for a device, and its reason

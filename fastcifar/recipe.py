@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -326,12 +327,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         The epochs of each image size are rounded down, so that no epoch of the last size is lost, and so are those
         without training of the stem. Those in which the bias of a whitening layer is trained are rounded up.
         """
-        factor = epochs / self.epochs
+        factor = Fraction(epochs, self.epochs)
         stages = [(size, count and math.floor(count * factor)) for size, count in parse_image_sizes(self.image_size)]
         changes = {
             "epochs": epochs,
-            "warmup_epochs": round(self.warmup_epochs * factor, 6),
-            "schedule_epochs": self.schedule_epochs and self.schedule_epochs * factor,
+            "warmup_epochs": round(self.warmup_epochs * float(factor), 6),
+            "schedule_epochs": self.schedule_epochs and self.schedule_epochs * float(factor),
             "image_size": ",".join(f"{size}:{count}" if count else f"{size}" for size, count in stages if count != 0),
             "whiten_bias_epochs": self.whiten_bias_epochs and math.ceil(self.whiten_bias_epochs * factor),
             "freeze_stem_epochs": math.floor(self.freeze_stem_epochs * factor),

@@ -105,6 +105,21 @@ def test_compile_is_off_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     assert device.choose_execution(Recipe(compile=True)).compile
 
 
+def test_the_compiler_is_the_one_that_inductor_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"clang++", "g++"}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in installed else None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert device.find_cpp_compiler() == "g++"
+    monkeypatch.setenv("CXX", "clang++")
+    assert device.find_cpp_compiler() == "clang++"
+    installed.remove("clang++")
+    assert device.find_cpp_compiler() is None
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert device.find_cpp_compiler() is None
+
+
 @NO_CUDA
 @pytest.mark.parametrize(
     "values", [{"device": "cuda"}, {"cuda_graph": True}, {"cuda_graph": True, "device": "cpu"}, {"fused_ops": True}]

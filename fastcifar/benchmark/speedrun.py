@@ -147,14 +147,17 @@ def plan_speedrun(
         recipe = Recipe(**{**earlier.config, **overrides})
     else:
         recipe_name = recipe_name or target_recipe
-        recipe = Recipe.make(recipe_name, **({"val_size": 0} if eval_split == "test" else {}) | overrides)
+        recipe = Recipe.make(recipe_name, **overrides)
         if recipe.tta == "none" and "tta" not in overrides:
             recipe = recipe.model_copy(update={"tta": "6view"})
+        if eval_split == "test" and "val_size" not in overrides:
+            recipe = recipe.model_copy(update={"val_size": 0})
     defaults = Recipe()
     for option in FORBIDDEN_OPTIONS:
         if getattr(recipe, option) != getattr(defaults, option):
-            raise UsageError(f"{option_flag(option)}: a speedrun trains from scratch for all epochs", "leave it out")
-    resolved = resolve(recipe)
+            problem = f"{option_flag(option)}: a speedrun trains from scratch for all epochs"
+            raise UsageError(problem, "leave it out, or use a recipe without it")
+    resolved = resolve(Recipe(**recipe.model_dump()))
     if recipe.eval_weights == "best" or resolved.schedule.uses_val_loss:
         problem = "a speedrun does not evaluate on a validation split during training"
         raise UsageError(problem, "use --eval-weights last and a --schedule that needs no validation loss")

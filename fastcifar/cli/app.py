@@ -156,7 +156,7 @@ def models(
     arch = name or options["arch"]
     recipe = Recipe.make(**{**options, "arch": arch})
     if budget is not None:
-        return Output(fit_width_to_budget(recipe, int(budget)), tables.width_table)
+        return Output(fit_width_to_budget(recipe, budget), tables.width_table)
     if arch:
         return Output(describe_layers(recipe), tables.layers_table)
     return Output(describe_architectures(), tables.architectures_table)

@@ -64,11 +64,13 @@ def next_commands(summary: RunSummary) -> list[str]:
 
     run, imports = shlex.quote(summary.run), import_options()
     predict = f"fastcifar predict {run} INPUT --out submission.csv{imports}"
-    purpose, epochs = ("train longer", f" --epochs {2 * summary.epochs}") if summary.complete else ("continue", "")
+    purpose, longer = ("train longer", f" --epochs {2 * summary.epochs}") if summary.complete else ("continue", "")
+    if summary.stop_reason == "patience":
+        longer = f" --patience {2 * summary.config['patience']}"
     commands = {
         "compare with other runs": f"fastcifar report {run} RUN ...",
-        "predict labels, for example of a Kaggle pickle": predict,
-        purpose: f"fastcifar train --resume {run}{imports}{epochs}",
+        "predict labels, for example of a pickle file from Kaggle": predict,
+        purpose: f"fastcifar train --resume {run}{imports}{longer}",
     }
     return ["next:", *(f"  {purpose}:\n    {command}" for purpose, command in commands.items())]
 

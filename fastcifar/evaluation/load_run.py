@@ -65,6 +65,10 @@ class LoadedModel:
     fine_tuning: FineTuning
     data_digest: str | None = None  # of the data that the run was trained on; None if the checkpoint lacks it
 
+    def __post_init__(self) -> None:
+        self._plan, self._eager_forward = self.execution, self.forward  # before `compile_for` replaces them
+        self._compiled: dict[tuple[bool, ...], tuple[ExecutionPlan, Forward]] = {}  # results of `_optimize_forward`
+
     def describe(self) -> ModelDescription:
         """Return the part of the documents of `eval` and `predict` about the network."""
         return {
@@ -111,20 +115,24 @@ class LoadedModel:
 
     def compile_for(self, num_images: int, console: Console | None = None) -> None:
         """Compile `forward` and capture it in a CUDA graph if requested, or if that saves time for `num_images`."""
-        recipe, plan = self.recipe, self.execution
+        recipe, plan = self.recipe, self._plan
         compile = plan.compile and (recipe.compile is not None or num_images >= evaluate.MIN_IMAGES_TO_COMPILE)
         cuda_graph = plan.cuda_graph and (recipe.cuda_graph is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
         winograd = plan.winograd and (recipe.winograd is not None or num_images >= evaluate.EVAL_BATCH_SIZE)
-        wanted = replace(plan, compile=compile, cuda_graph=cuda_graph, winograd=winograd)
-        with show_compilation(console, compile):
-            self.forward = run_with_fallback(self._optimize_forward, wanted, recipe)
+        wanted = (compile, cuda_graph, winograd)
+        if wanted not in self._compiled:
+            plan = replace(plan, compile=compile, cuda_graph=cuda_graph, winograd=winograd)
+            with show_compilation(console, compile):
+                self._compiled[wanted] = run_with_fallback(self._optimize_forward, plan, recipe)
+        self.execution, self.forward = self._compiled[wanted]
+        use_winograd(self.model, self.execution.winograd)
 
-    def _optimize_forward(self, plan: ExecutionPlan, compile_mode: str) -> Forward:
-        self.execution = plan
+    def _optimize_forward(self, plan: ExecutionPlan, compile_mode: str) -> tuple[ExecutionPlan, Forward]:
         run_stage("winograd", lambda: use_winograd(self.model, plan.winograd), self.device)
-        return evaluate.optimize_forward(
-            self.model, self.forward, self.device, plan.compile, plan.cuda_graph, compile_mode
+        forward = evaluate.optimize_forward(
+            self.model, self._eager_forward, self.device, plan.compile, plan.cuda_graph, compile_mode
         )
+        return plan, forward
 
     def predict_logits(self, split: Split, tta: str = "none") -> Tensor:
         """Return the float32 logits [n, classes] of a split on the CPU, averaged over the views of `tta`."""

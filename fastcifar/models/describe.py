@@ -58,12 +58,14 @@ def describe_layers(recipe: Recipe) -> NetworkLayers:
     return {**_network_size(recipe.arch, model), "layers": layer_table(model)}
 
 
-def fit_width_to_budget(recipe: Recipe, budget: int) -> FittedWidth:
+def fit_width_to_budget(recipe: Recipe, budget: float) -> FittedWidth:
     """Return the recipe's network at the largest width with at most `budget` trainable parameters.
 
     Channels are rounded, so a range of widths gives the same network; the result is the width with the fewest decimals.
     """
-    arch, options = recipe.arch, model_options(recipe)
+    if not math.isfinite(budget):
+        raise UsageError(f"--budget {budget} is not a number of parameters", "give one, such as 5e6")
+    arch, options, budget = recipe.arch, model_options(recipe), math.floor(budget)
 
     def count(width: float) -> int:
         return count_parameters(build_for_inspection(arch, **{**options, "width": width}))

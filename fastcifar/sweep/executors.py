@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcifar.device import extra_remedy, import_optional
+from fastcifar.device import extra_remedy, import_optional, usable_cpu_count
 from fastcifar.errors import (
     DeviceError,
     Interrupted,
@@ -74,7 +74,7 @@ Executor = Callable[[Iterator[SweepTrial]], TrialEvents]
 
 def multiprocess_executor(options: ExecutorOptions) -> Executor:
     """Run each trial in its own process, `jobs` at a time."""
-    jobs = options.jobs or max(1, (os.cpu_count() or 1) // (options.cpus or 1))
+    jobs = options.jobs or max(1, usable_cpu_count() // (options.cpus or 1))
     return partial(_run_in_processes, slots=[{}] * jobs, cpus=options.cpus)
 
 
@@ -255,6 +255,20 @@ def _child_main(
         sender.send(TrialEvent(trial, "failed", str(error)))
 
 
+def _with_absolute_paths(trial: SweepTrial) -> SweepTrial:
+    """Return `trial` for a worker, which may have another working directory."""
+    from fastcifar.data.cifar import absolute_data_path
+    from fastcifar.training.fine_tuning import absolute_init_path
+
+    recipe = trial.recipe
+    paths = {
+        "out": os.path.abspath(str(recipe.out)),
+        "data": absolute_data_path(recipe.data),
+        "init": absolute_init_path(recipe.init),
+    }
+    return replace(trial, recipe=recipe.model_copy(update=paths))
+
+
 def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions) -> TrialEvents:
     """Run as many concurrent tasks as fit, at most `jobs`. The cluster size is read again whenever a task ends."""
     from fastcifar.models.imports import imported_sources
@@ -269,9 +283,7 @@ def _run_on_ray(trials: Iterator[SweepTrial], ray: Any, options: ExecutorOptions
                 cores = f"a trial needs {resources['num_cpus']} cores, and the cluster has {cluster.get('CPU', 0):g}"
                 raise UsageError(f"--executor ray: {cores}", "lower --cpus")
             while len(pending) < max_tasks and (trial := next(trials, None)):
-                out = str(Path(str(trial.recipe.out)).absolute())  # a worker may have another working directory
-                remote_trial = replace(trial, recipe=trial.recipe.model_copy(update={"out": out}))
-                arguments = (remote_trial, imported_sources(), options.cpus or 1, socket.gethostname())
+                arguments = (_with_absolute_paths(trial), imported_sources(), options.cpus or 1, socket.gethostname())
                 pending[task.options(**resources).remote(*arguments)] = trial
                 yield TrialEvent(trial, "running")
             if not pending:

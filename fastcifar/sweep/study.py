@@ -4,6 +4,7 @@ The objective, which is maximized, is the accuracy on the validation split after
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -78,14 +79,18 @@ class OptunaStudy:
         )
 
     def existing_trials(self) -> list[SweepTrial]:
-        return [self._to_sweep_trial(trial.number, trial.params) for trial in self._sampled_trials()]
+        """Return the trials that earlier processes have sampled."""
+        trials = (self._to_sweep_trial(trial.number, trial.params) for trial in self._sampled_trials())
+        return [trial for trial in trials if trial]
 
     def remaining_trials(self) -> Iterator[SweepTrial]:
         """Yield the unfinished trials of an earlier process, then sample and yield new trials, up to n in total."""
         sampled = self._sampled_trials()
         for trial in sampled:
-            if trial.state == self.optuna.trial.TrialState.RUNNING:
-                yield self._to_sweep_trial(trial.number, trial.params)
+            if trial.state == self.optuna.trial.TrialState.RUNNING and (
+                unfinished := self._to_sweep_trial(trial.number, trial.params)
+            ):
+                yield unfinished
         ranges = self.study_spec.ranges.items()
         distributions = {name: DISTRIBUTIONS[kind](self.optuna, ends) for name, (kind, ends) in ranges}
         for _ in range(len(sampled), self.study_spec.n):
@@ -93,7 +98,8 @@ class OptunaStudy:
             seed = self.study_spec.sampler_seed + len(self.optuna_study.trials)
             self.optuna_study.sampler = self.optuna.samplers.TPESampler(seed=seed % 2**32)
             trial = self.optuna_study.ask(distributions)
-            yield self._to_sweep_trial(trial.number, trial.params)
+            if new := self._to_sweep_trial(trial.number, trial.params):
+                yield new
 
     def _sampled_trials(self) -> list[Any]:
         """Return Optuna's trials; those whose sampling was interrupted are left out and marked as failed."""
@@ -105,15 +111,18 @@ class OptunaStudy:
                 self.optuna_study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
         return sampled
 
-    def _to_sweep_trial(self, number: int, params: dict[str, Any]) -> SweepTrial:
+    def _to_sweep_trial(self, number: int, params: dict[str, Any]) -> SweepTrial | None:
+        """Return the trial, or None, with a warning, if its values, valid by themselves, do not fit together."""
         values = {name: params[name] for name in self.study_spec.ranges}
         settings = {name: round_to_4_digits(x) if isinstance(x, float) else x for name, x in values.items()}
         trial_ref = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
+        label = f"{number}: {settings_label(settings)}"
         try:
-            return self._build_trial(f"{number}: {settings_label(settings)}", settings, trial_ref)
-        except UserError:
-            self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL)
-            raise
+            return self._build_trial(label, settings, trial_ref)
+        except UserError as error:
+            self.optuna_study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            warnings.warn(f"trial {label} is not run: {error}", UserWarning, stacklevel=2)
+            return None
 
     def tell(self, trial: SweepTrial, state: str, summary: RunSummary | None) -> None:
         """Report the final state of a trial to Optuna; ignore running trials."""

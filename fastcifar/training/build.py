@@ -45,10 +45,7 @@ def build_trainer(
     """
     recipe, execution, world = resolved.recipe, resolved.execution, get_world()
     device = torch.device(execution.device)
-    if recipe.deterministic:
-        compilation.enable_deterministic_algorithms()
-    else:
-        torch.backends.cudnn.benchmark = True  # a run has few shapes, and each occurs thousands of times
+    compilation.use_deterministic_algorithms(recipe.deterministic)
     compilation.configure_process(execution)
     data = data or cifar.load_recipe_dataset(recipe)
     data = data if use_val_folder else replace(data, val=None)

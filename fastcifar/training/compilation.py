@@ -57,12 +57,16 @@ def configure_process(execution: ExecutionPlan) -> None:
         enable_compile_cache()
 
 
-def enable_deterministic_algorithms() -> None:
-    """Make torch use only deterministic algorithms in this process; operations without any raise an error."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+def use_deterministic_algorithms(enabled: bool) -> None:
+    """Make torch use only deterministic algorithms, or the fastest ones, in this process.
+
+    If `enabled`, operations without a deterministic algorithm raise an error.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first use of the GPU
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.deterministic = enabled
+    torch.backends.cudnn.benchmark = not enabled  # a run has few shapes, and each occurs thousands of times
 
 
 def compile_function(function: Callable[P, R], mode: str = "auto") -> Callable[P, R]:

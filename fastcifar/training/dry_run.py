@@ -99,15 +99,16 @@ def autotune(trainer: Trainer) -> None:
     """On CUDA, compile the step with max-autotune if this is expected to save more time than the compilation takes.
 
     Nothing is measured if even steps of MAX_STEP_S would not save as much, or if the GPU is too small for autotuning.
+    A resumed run counts all its steps, so that it uses the same kernels as before.
     """
     if (trainer.execution.device, trainer.execution.compile, trainer.recipe.compile_mode) != ("cuda", True, "auto"):
         return
     if torch.cuda.get_device_properties(trainer.device).multi_processor_count < MIN_AUTOTUNE_MULTIPROCESSORS:
         return
-    steps_left = trainer.planned_steps - trainer.progress.step
-    if not _autotuning_saves_time(steps_left * MAX_STEP_S):
+    steps = trainer.planned_steps
+    if not _autotuning_saves_time(steps * MAX_STEP_S):
         return
-    if _autotuning_saves_time(trainer.world.broadcast_object(steps_left * measure_step_timing(trainer).step_s)):
+    if _autotuning_saves_time(trainer.world.broadcast_object(steps * measure_step_timing(trainer).step_s)):
         trainer.optimize("max-autotune-no-cudagraphs", start_loader=False)
 
 

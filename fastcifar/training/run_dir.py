@@ -177,6 +177,9 @@ def _write_json(path: Path, document: BaseModel) -> None:
 
 def _create_unique_folder(path: Path) -> tuple[Path, FolderLock]:
     """Create and lock the folder `path`, or the first of `path`-2, `path`-3, ... that does not exist."""
+    path = path if path.name not in ("", "..") else Path(os.path.abspath(path))  # such as ".", which exists
+    if not path.name:
+        raise UsageError(f"--out {path} is not a name for a run folder", "choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

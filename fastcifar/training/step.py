@@ -73,7 +73,15 @@ class Meter:
 
     def compute(self) -> Metrics:
         """Return the metrics of all ranks since the last reset. The host waits for the device."""
-        return Metrics.from_sums(self.world.all_reduce(self.sums))
+        return Metrics.from_sums(self.total_sums())
+
+    def total_sums(self) -> Tensor:
+        """Return the sums over all ranks, float64 [4]. All ranks count the same non-finite steps."""
+        if self.world.world_size == 1:
+            return self.sums
+        total = self.world.all_reduce(self.sums)
+        total[3] = self.sums[3]
+        return total
 
     def compute_delayed(self) -> Metrics:
         """Return the metrics that the previous call copied to the host, without waiting for the device."""
@@ -87,9 +95,10 @@ class Meter:
     def reset(self) -> None:
         self.sums.zero_()
 
-    def load_sums(self, sums: Tensor) -> None:
+    def load_total_sums(self, sums: Tensor) -> None:
+        """Continue from the result of `total_sums`, which rank 0 takes as its own sums."""
         self.compute()  # wait for the copy that compute_delayed may have started
-        self.sums.copy_(sums)
+        self.sums.copy_(sums if self.world.is_main_process else torch.zeros_like(sums))
         self.host_sums.copy_(sums)
         self.found_inf.zero_()
 

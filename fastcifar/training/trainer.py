@@ -362,7 +362,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self._scaler_state_dict(),
-            "meter": self.meter.sums,
+            "meter": self.meter.total_sums(),
             "random": self.world.all_gather_object(collect_rng_state(self.device)),
             "clock": clock.state_dict() if clock else {},
             **asdict(self.progress),
@@ -390,7 +390,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:
             self.scaler.load_state_dict({key: torch.as_tensor(value).item() for key, value in state["scaler"].items()})
-        self.meter.load_sums(state["meter"])
+        self.meter.load_total_sums(state["meter"])
         rng_states = state["random"]
         if len(rng_states) != self.world.world_size:
             problem = f"the checkpoint is from {len(rng_states)} processes and this run has {self.world.world_size}"

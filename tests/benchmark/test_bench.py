@@ -180,6 +180,13 @@ def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
     assert str(document.results[0].data).startswith("synthetic")
 
 
+def test_recipes_that_need_a_validation_split_are_measured_without_one() -> None:
+    for recipe in (Recipe.make("coconut", data="synthetic:100"), Recipe(schedule="plateau:3", data="synthetic:100")):
+        resolved = resolve(Recipe(**bench_module.prepare_bench_recipe(recipe).model_dump()))
+        assert (resolved.recipe.val_size, resolved.recipe.patience) == (0, 0)
+        assert not resolved.schedule.uses_val_loss
+
+
 def test_specified_data_set_must_exist(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(DataError, match="no/such/place"):
         bench(tiny(data="no/such/place"), "loader", trial_s=TRIAL_S)

@@ -320,6 +320,11 @@ def test_ema_weights_are_evaluated(tiny: MakeRecipe) -> None:
         ({}, {"target": "93"}, "unknown target '93'"),
         ({}, {"eval_split": "train"}, "unknown split 'train'"),
         ({"patience": 3}, {"eval_split": "val"}, "--patience: a speedrun trains from scratch for all epochs"),
+        (
+            {"patience": 3},
+            {},
+            "--patience: a speedrun trains from scratch for all epochs; leave it out, or use a",
+        ),
         ({"max_steps": 3}, {}, "--max-steps: a speedrun trains from scratch"),
         ({"eval_weights": "best"}, {"eval_split": "val"}, "does not evaluate on a validation split during training"),
         ({"schedule": "plateau:3"}, {"eval_split": "val"}, "does not evaluate on a validation split during training"),

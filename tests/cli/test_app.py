@@ -45,6 +45,20 @@ def test_train_help_lists_every_option() -> None:
 
 
 @pytest.mark.medium
+def test_help_shows_the_defaults_of_each_command() -> None:
+    evaluate, speedrun, bench = (
+        " ".join(re.sub("[│─╭╮╰╯]", " ", fastcifar(name, "--help", COLUMNS="200").stdout).split())
+        for name in ("eval", "speedrun", "bench")
+    )
+    assert "ema (moving average) [default: that of the run]" in evaluate
+    assert "compile with torch.compile [default: for 100,000 images or more" in evaluate
+    assert "6view or 10crop [default: none]" in evaluate
+    assert "6view or 10crop [default: 6view]" in speedrun
+    assert not re.search("--(patience|resume|track|on-nan|save-every-epochs)", speedrun)
+    assert "(N random images) [default: CIFAR if it is on this machine, otherwise synthetic images]" in bench
+
+
+@pytest.mark.medium
 def test_print_config_prints_a_recipe_file(tmp_path: Path) -> None:
     options = ("--recipe", "quick", "--epochs", "6", "--lr", "0.1")
     text = fastcifar("train", *options, "--print-config", cwd=tmp_path).stdout

@@ -335,3 +335,28 @@ def test_compilation_and_cuda_graph_depend_on_the_number_of_images(
         load_run.load_model(runs[0]).compile_for(num_images)
     load_run.load_model(runs[0], compile=True).compile_for(10)
     assert calls == [(False, False), (False, True), (False, True), (True, True), (True, False)]
+
+
+def test_a_network_is_compiled_for_each_number_of_images_and_only_once(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimized: list[Any] = []
+
+    def optimize_forward(model: Any, forward: Any, *options: Any) -> Any:
+        assert forward is eager, "never the result of an earlier call"
+        optimized.append(lambda images: forward(images))
+        return optimized[-1]
+
+    monkeypatch.setattr(load_run.evaluate, "optimize_forward", optimize_forward)
+    plan = replace(choose_execution(Recipe(compile=True, device="cpu", precision="fp32")), winograd=True)
+    monkeypatch.setattr(load_run, "choose_execution", lambda recipe: plan)
+    loaded = load_run.load_model(runs[0], arch=None)
+    eager = loaded.forward
+    used = []
+    for num_images in (2, 100_000, 600, 2, 200_000):
+        loaded.compile_for(num_images)
+        used.append((loaded.forward, loaded.execution.compile, loaded.execution.winograd))
+    small, large, medium = optimized
+    assert used == [
+        (small, False, False), (large, True, True), (medium, False, True), (small, False, False), (large, True, True),
+    ]  # fmt: skip

@@ -31,6 +31,7 @@ from fastcifar.training.build import build_trainer
 from fastcifar.training.resolve import resolve
 from fastcifar.training.run_dir import Clock
 from tests.faults import children
+from tests.faults.runs import rows
 
 pytestmark = pytest.mark.xdist_group("processes")
 SMALL = ("--arch", "resnet", "--blocks", "1,1", "--channels", "8,16", "--se", "block")
@@ -177,6 +178,8 @@ def test_fault19_training_resumes_after_one_of_two_processes_is_killed(tmp_path:
     assert codes == [0, 0], errors
     resumed, expected = (load_file(folder / "weights.safetensors") for folder in (out, uninterrupted))
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    for row, expected_row in zip(rows(out), rows(uninterrupted), strict=True):
+        assert (row["train_acc"], row["train_loss"]) == (expected_row["train_acc"], expected_row["train_loss"])
 
 
 # rank that is killed, module and attribute in whose call it is killed, and the number of the call

@@ -135,6 +135,9 @@ def test_fault21_deterministic_option_gives_equal_runs(
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     train(tiny(deterministic=True, out=str(tmp_path / "again")))
     assert_equal_runs(tmp_path / "again", tmp_path / "run")
+    train(tiny(max_steps=1, out=str(tmp_path / "fast")))
+    cudnn = torch.backends.cudnn
+    assert (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark) == (False, False, True)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
 
 

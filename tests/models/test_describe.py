@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ def test_invalid_options_and_budgets_are_refused(monkeypatch: pytest.MonkeyPatch
         describe_layers(Recipe(arch="speednet", kernel=3))
     with pytest.raises(UsageError, match="even the narrowest se68 has"):
         fit_width_to_budget(Recipe(), 1000)
+    with pytest.raises(UsageError, match="--budget inf is not a number of parameters"):
+        fit_width_to_budget(Recipe(), math.inf)
     monkeypatch.setitem(MODELS, "mine", lambda: nn.Linear(2, 2))
     with pytest.raises(UsageError, match="mine has no option --width"):
         fit_width_to_budget(Recipe(arch="mine"), 5_000_000)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastcifar.errors import DiskError, UsageError
+from fastcifar.recipe import Recipe
 from fastcifar.sweep import executors
 from fastcifar.sweep.executors import Executor, ExecutorOptions, TrialEvent, TrialEvents, gpu_executor
 from fastcifar.sweep.sweep import prepare_sweep, run_sweep
@@ -99,6 +100,28 @@ def test_gpu_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_slots(trials_per_gpu=2, jobs=3) == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab")
     assert gpu_slots() == ["5", "GPU-ab"]
+
+
+def test_as_many_trials_run_at_once_as_cores_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "usable_cpu_count", lambda: 6)
+    cases = [
+        (ExecutorOptions(), 6),
+        (ExecutorOptions(cpus=4), 1),
+        (ExecutorOptions(cpus=2), 3),
+        (ExecutorOptions(jobs=7), 7),
+    ]
+    for options, jobs in cases:
+        executor: Any = executors.multiprocess_executor(options)
+        assert len(executor.keywords["slots"]) == jobs
+
+
+def test_paths_for_a_worker_on_another_machine_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(out="sweep/run", data="images", init="runs/first")
+    sent = executors._with_absolute_paths(SweepTrial("a", "a", {}, "custom", recipe)).recipe
+    assert [sent.out, sent.data, sent.init] == [f"{tmp_path}/{path}" for path in ("sweep/run", "images", "runs/first")]
+    names = Recipe(out="/run", data="synthetic:100", init="pretrained:speed94")
+    assert executors._with_absolute_paths(SweepTrial("a", "a", {}, "custom", names)).recipe == names
 
 
 def test_resources_of_a_ray_task() -> None:

@@ -124,6 +124,22 @@ def test_fault15_invalid_studies_are_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_points_whose_values_do_not_fit_together_are_left_out(tmp_path: Path) -> None:
+    axes = "epochs.integer = [3, 6]\nfreeze_stem_epochs.integer = [1, 5]\n"  # invalid unless 1 is less than the other
+    source = write_study_file(tmp_path, n=12, axes=axes)
+    source_text = Path(source).read_text().replace("epochs = 2\n", "")
+    Path(source).write_text(source_text)
+    (tmp_path / "out").mkdir()
+    study = OptunaStudy(*read_sweep_spec(source), tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"^trial \d+: .*freeze_stem_epochs=\d.* is not run: .*is not less than"):
+        trials = list(study.remaining_trials())
+    assert 0 < len(trials) < 12
+    assert all(trial.recipe.freeze_stem_epochs < trial.recipe.epochs for trial in trials)
+    with pytest.warns(UserWarning, match="is not run"):
+        again = OptunaStudy(*read_sweep_spec(source), tmp_path / "out").existing_trials()
+    assert [trial.key for trial in again] == [trial.key for trial in trials]
+
+
 @pytest.mark.medium
 def test_options_that_a_study_does_not_support_are_refused(tmp_path: Path) -> None:
     source, out = write_study_file(tmp_path), tmp_path / "out"

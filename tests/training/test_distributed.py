@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcifar.errors import NonFiniteError
 from fastcifar.recipe import Recipe
 from fastcifar.training import build, cuda_graph
 from fastcifar.training.distributed import World
+from fastcifar.training.step import Meter
 from fastcifar.training.trainer import Trainer
 from tests.training.optimizer_helpers import make_trainer
 
@@ -81,6 +83,27 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls.append((func._schema.name.removeprefix("aten::"), args[0].numel() if type(args[0]) is Tensor else 0))
         return func(*args, **(kwargs or {}))
+
+
+def test_a_meter_counts_the_images_of_all_ranks_and_the_non_finite_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [Meter(torch.device("cpu"), World(rank, 2)) for rank in range(2)]
+    sums = torch.zeros(4, dtype=torch.float64)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, operation: tensor.copy_(sums))
+    ranks[0].update(torch.tensor(0.5), torch.tensor(3), 4)
+    ranks[1].update(torch.tensor(0.5), torch.tensor(1), 4)
+    for meter in ranks:
+        meter.found_inf.fill_(1)
+        meter.update(torch.tensor(0.5), torch.tensor(0), 2)
+    sums += ranks[0].sums + ranks[1].sums
+    saved = ranks[0].total_sums().clone()
+    for meter in ranks:
+        metrics = meter.compute()
+        assert (metrics.images, metrics.accuracy, metrics.loss, metrics.nonfinite_steps) == (12, 4 / 12, 0.5, 1)
+        with pytest.raises(NonFiniteError, match="in step 25;"):
+            metrics.require_finite(25)
+        meter.load_total_sums(saved)
+    assert ranks[0].sums.tolist() == [6, 4, 12, 1]
+    assert ranks[1].sums.tolist() == [0, 0, 0, 0]
 
 
 def test_gradients_are_averaged_in_memory_order_without_copies_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

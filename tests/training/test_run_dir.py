@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastcifar.device import collect_environment
-from fastcifar.errors import DiskError
+from fastcifar.errors import DiskError, UsageError
 from fastcifar.recipe import Recipe
 from fastcifar.training.distributed import SINGLE_PROCESS
 from fastcifar.training.metrics_file import METRICS_COLUMNS
@@ -44,6 +44,16 @@ def test_fault23_concurrent_runs_of_the_same_name_get_numbered_folders(tiny: Cal
     for thread in threads:
         thread.join()
     assert sorted(folder.name for folder in folders) == ["run", "run-2", "run-3", "run-4", "run-5", "run-6"]
+
+
+def test_fault23_the_current_folder_and_its_parent_exist_as_well(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert [Run.create(tiny(out=out), "x").folder for out in (".", "..")] == [tmp_path / "a" / "b-2", tmp_path / "a-2"]
+    with pytest.raises(UsageError, match="--out / is not a name for a run folder"):
+        Run.create(tiny(out="/"), "x")
 
 
 def test_fault07_a_file_at_the_path_of_a_folder_is_a_disk_error(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

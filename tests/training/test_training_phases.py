@@ -72,6 +72,9 @@ def test_other_numbers_of_epochs_scale_the_options(epochs: int, expected: tuple[
     recipe = Recipe(arch="speed94", epochs=11, whiten_bias_epochs=3, freeze_stem_epochs=2)
     scaled = recipe.scale_to_epochs(epochs)
     assert (scaled.whiten_bias_epochs, scaled.freeze_stem_epochs) == expected
+    for multiple in range(1, 30):  # no epoch is lost to rounding
+        sizes = recipe.model_copy(update={"epochs": 41, "image_size": "16:11,24:7,32"}).scale_to_epochs(41 * multiple)
+        assert sizes.image_size == f"16:{11 * multiple},24:{7 * multiple},32"
     unset = Recipe(epochs=11).scale_to_epochs(5)
     assert (unset.whiten_bias_epochs, unset.freeze_stem_epochs) == (None, 0)
 
