@@ -32,7 +32,6 @@ from fastcifar.recipe import Recipe
 from fastcifar.reporting.benchmark_tables import MACHINE_FIELDS, BenchDocument, BenchRow, DeviceLimits
 from fastcifar.training.build import build_trainer
 from fastcifar.training.fallback import reported_failures
-from fastcifar.training.lr_schedule import parse_schedule
 from fastcifar.training.progress import print_lines
 from fastcifar.training.resolve import Resolved, resolve
 from fastcifar.training.trainer import Trainer
@@ -138,10 +137,8 @@ def prepare_bench_recipe(recipe: Recipe) -> Recipe:
     Synthetic images replace the default data set if it is not on disk. A data set specified by the recipe or by
     FASTCIFAR_DATA must exist.
     """
-    changes: dict[str, Any] = {"val_size": 0, "eval_weights": "last", "patience": 0, "image_size": "32"}
-    if parse_schedule(recipe).uses_val_loss:
-        changes["schedule"] = "constant"
-    recipe = recipe.model_copy(update=changes)
+    without_validation = {"val_size": 0, "eval_weights": "last", "patience": 0, "schedule": "constant"}
+    recipe = recipe.model_copy(update={**without_validation, "image_size": "32"})
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
         return recipe
     try:
