@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def bench(
     for point in itertools.product(*axes):
         changes: dict[str, Any] = dict(point)
         changes |= lookup(EXECUTION_MODES, changes.pop("mode"), "mode") if "mode" in changes else {}
-        points.append(resolve(Recipe(**{**base, **changes})))
+        points.append(resolve_without_validation(Recipe(**{**base, **changes})))
     rows: list[BenchRow] = []
     for resolved in points:
         measure_point(resolved, names, trials, trial_s, trace, rows, console)
@@ -132,13 +132,12 @@ def bench(
 
 
 def prepare_bench_recipe(recipe: Recipe) -> Recipe:
-    """Return `recipe` without a validation split and what depends on it, and with a fixed image size of 32x32.
+    """Return `recipe` with a fixed image size of 32x32.
 
     Synthetic images replace the default data set if it is not on disk. A data set specified by the recipe or by
     FASTCIFAR_DATA must exist.
     """
-    without_validation = {"val_size": 0, "eval_weights": "last", "patience": 0, "schedule": "constant"}
-    recipe = recipe.model_copy(update={**without_validation, "image_size": "32"})
+    recipe = recipe.model_copy(update={"image_size": "32"})
     if recipe.data or os.environ.get("FASTCIFAR_DATA"):
         return recipe
     try:
@@ -148,6 +147,13 @@ def prepare_bench_recipe(recipe: Recipe) -> Recipe:
         warnings.warn(f"{error.problem}; using synthetic images instead", UserWarning, stacklevel=2)
         return recipe.model_copy(update={"data": "synthetic"})
     return recipe
+
+
+def resolve_without_validation(recipe: Recipe) -> Resolved:
+    """Resolve `recipe`, and leave out its validation split and the options that need one."""
+    resolved = resolve(recipe)
+    without_validation = {"val_size": 0, "eval_weights": "last", "patience": 0}
+    return replace(resolved, recipe=resolved.recipe.model_copy(update=without_validation))
 
 
 def reset_compiler_and_memory() -> None:

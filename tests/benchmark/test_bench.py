@@ -180,11 +180,14 @@ def test_missing_data_set_is_replaced_by_synthetic_images_with_a_warning(
     assert str(document.results[0].data).startswith("synthetic")
 
 
-def test_recipes_that_need_a_validation_split_are_measured_without_one() -> None:
-    for recipe in (Recipe.make("coconut", data="synthetic:100"), Recipe(schedule="plateau:3", data="synthetic:100")):
-        resolved = resolve(Recipe(**bench_module.prepare_bench_recipe(recipe).model_dump()))
-        assert (resolved.recipe.val_size, resolved.recipe.patience) == (0, 0)
-        assert not resolved.schedule.uses_val_loss
+@pytest.mark.medium
+def test_recipes_that_need_a_validation_split_are_measured_without_one(tiny: Callable[..., Recipe]) -> None:
+    recipe = tiny(schedule="plateau:3", patience=2, eval_weights="best", val_size=None)
+    trainer = build_trainer(bench_module.resolve_without_validation(recipe))
+    assert len(trainer.train_split.labels) == len(cifar.load_recipe_dataset(recipe).train.labels)
+    rows = bench(recipe, "step,train", trials=1, trial_s=TRIAL_S).results
+    assert [row.what for row in rows] == ["step", "train"]
+    bench_module.resolve_without_validation(Recipe.make("coconut"))
 
 
 def test_specified_data_set_must_exist(tiny: Callable[..., Recipe]) -> None:
