@@ -310,13 +310,14 @@ def batches(
         raise UsageError(f"batches(): {mixer.name} is applied in the training step", "remove it, or use train()")
     functions = {"transform": transform, "batch_transform": batch_transform}
     own = tuple(AugmentOp(name, None, object_name(f), function=f) for name, f in functions.items() if f)
+    fills_with_mean = any(op.variant == "mean" for op in ops)  # which is computed from all images
     loader = LOADERS["torchvision" if transform else "tensor"](
         split.images,
         split.labels,
         batch_size=batch_size,
         augment=(*ops, *own),
         seed=seed,
-        fill_color=mean_color(channel_mean_std(split.images)[0]),
+        fill_color=mean_color(channel_mean_std(split.images)[0]) if fills_with_mean else (0, 0, 0),
         device=device,
         compile=compile,
         workers=workers,

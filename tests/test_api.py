@@ -409,7 +409,7 @@ def test_batches_with_transforms(data: Dataset) -> None:
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(
         listed, batches(data, **{**options, "augment": "crop:2:zero,flip"}), strict=True))  # fmt: skip
     gray = (np.full((50, 32, 32, 3), 200, np.uint8), np.arange(50) % 2)
-    for augment in ("cutout:16:mean", "erase:0.33:mean"):  # the mean color of these images
+    for augment in ("cutout:16", "cutout:16:mean", "erase:0.33:mean"):  # the mean color of these images
         assert next(batches(gray, batch_size=50, augment=augment))[0].unique().tolist() == [200]
     large = (np.full((50, 40, 48, 3), 7, np.uint8), np.arange(50) % 2)
     assert next(batches(large, batch_size=50, augment="none", resize=32))[0].unique().tolist() == [7]
