@@ -238,8 +238,8 @@ def test_progress_shows_what_the_command_shows(tiny: Tiny, capsys: pytest.Captur
     assert app(["train", *flags, "--no-compile", "--no-plots"], standalone_mode=False) == 0
     by_command = capsys.readouterr().out.splitlines()[: len(shown)]
     # but for the number of the run folder and, at the end of a row, the speed
-    assert [re.sub(r"/run-\d|[\d,.]+ +\d+$", "", line) for line in shown] == [
-        re.sub(r"/run-\d|[\d,.]+ +\d+$", "", line) for line in by_command
+    assert [re.sub(r"/run-\d| +[\d,.]+ +\d+$", "", line) for line in shown] == [
+        re.sub(r"/run-\d| +[\d,.]+ +\d+$", "", line) for line in by_command
     ]
 
 
