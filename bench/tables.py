@@ -233,17 +233,23 @@ def pairs() -> str:
         for side in filter(summary.__contains__, names):
             figures = summary[side]
             ratios = [summary.get(f"seconds_over_{other}") for other in names if other != "ours"]
-            texts = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" if r else NOT_MEASURED for r in ratios]
-            ratio = " | ".join(texts if side == "ours" else ["", ""])
+            texts = [median_and_range(ratio) if ratio else NOT_MEASURED for ratio in ratios]
+            ratio_cells = " | ".join(texts if side == "ours" else ["", ""])
             flops = "-" if None in figures["flops"] else f"{statistics.fmean(figures['flops']) / 1e15:.4f}"
             rows.append(
                 f"| {100 * summary['target']:g} % | {side.partition('_')[0]}, `{names[side]}` | {summary['n']} "
                 f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
                 f"| {statistics.fmean(figures['seconds']):.1f} "
-                f"| {', '.join(f'{value:.1f}' for value in figures['seconds'])} | {ratio} | {flops} "
+                f"| {', '.join(f'{value:.1f}' for value in figures['seconds'])} | {ratio_cells} | {flops} "
                 f"| {summary['others_cores']:.2f} | {environment['device']} | `{folder.name}` |"
             )
     return table(heading, rows)
+
+
+def median_and_range(ratio: dict[str, float]) -> str:
+    """Return `0.72 (0.65 to 0.75)`, or `0.72` if all values are equal, as for a single round."""
+    extremes = f" ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio["min"] < ratio["max"] else ""
+    return f"{ratio['median']:.2f}{extremes}"
 
 
 def mean_and_std(figure: dict[str, Any] | None, unit: float, decimals: int, sign: str = "") -> str:
