@@ -124,10 +124,9 @@ def starts() -> str:
     )
     rows = []
     for folder, summary, environment in recorded("cold_s"):
-        share = summary["share"]
         rows.append(
             f"| `{summary['arch']}`, {summary['batch_size']} | {summary['n']} | {summary['cold_s']:.1f} "
-            f"| {summary['warm_s']:.1f} | {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) "
+            f"| {summary['warm_s']:.1f} | {median_and_range(summary['share'])} "
             f"| {environment['device']} | `{folder.name}` |"
         )
     return table(heading, rows)
