@@ -302,8 +302,8 @@ def speedrun_table(summary: SpeedrunSummary) -> Group:
         f", {seconds:.1f} s from the start of a process to the end of its first run" for seconds in summary.cold_start_s
     )
     lines = [
-        f"{summary.recipe} on the {split}: {summary.n} runs of {summary.epochs} epochs, "
-        f"{summary.flops / 1e15:.3f} PFLOP each{cold_starts}",
+        f"{summary.recipe} on the {split}, runs: {summary.n}, epochs: {summary.epochs}, "
+        f"{summary.flops / 1e15:.3f} PFLOP per run{cold_starts}",
         *([f"{summary.refused} invalid runs are not in the means; see trials.jsonl"] if summary.refused else []),
     ]
     each_run = ["", KeyValueTable(trials, "values of each run")] if summary.n > 1 else []

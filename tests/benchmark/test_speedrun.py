@@ -94,7 +94,7 @@ def test_result_folder_summary_and_table(recipe_file: MakeFile, tmp_path: Path) 
     assert summary.cold_start_s[0] > summary.seconds.trials[0]
     assert (summary.reached, summary.flops_to_target) == (False, None)
     assert json.loads((folder / "recipe.json").read_text())["config"]["val_size"] == 0
-    assert "small on the test set: 2 runs" in speedrun_table(summary).renderables[0]  # type: ignore[operator]
+    assert "small on the test set, runs: 2" in speedrun_table(summary).renderables[0]  # type: ignore[operator]
 
 
 @pytest.mark.medium
@@ -226,7 +226,7 @@ def test_invalid_trial_is_kept_and_counts_as_a_miss(
 
 def test_recorded_result_can_be_continued() -> None:
     """It is of an earlier version, in which options had other names and trials fewer values."""
-    (folder,) = (Path(__file__).parents[2] / "bench" / "results").glob("*_speed95")
+    (folder,) = (Path(__file__).parents[2] / "bench" / "results").glob("20261121*_speed95")
     results = SpeedrunResults.read(folder)
     recorded = json.loads((folder / "summary.json").read_text())
     recorded["eval_weights"] = recorded.pop("weights")
