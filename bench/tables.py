@@ -228,7 +228,11 @@ def pairs() -> str:
     rows = []
     for folder, summary, environment in recorded("peer_script"):
         peer = summary["peer_script"]
-        names = {"ours": summary["recipe"], "peer": peer, "peer_same_allocator": f"{peer}, allocator of fastcifar"}
+        names = {
+            "ours": f"`{summary['recipe']}`",
+            "peer": f"`{peer}`",
+            "peer_same_allocator": f"`{peer}`, allocator of fastcifar",
+        }
         for side in filter(summary.__contains__, names):
             figures = summary[side]
             ratios = [summary.get(f"seconds_over_{other}") for other in names if other != "ours"]
@@ -236,7 +240,7 @@ def pairs() -> str:
             ratio_cells = " | ".join(texts if side == "ours" else ["", ""])
             flops = "-" if None in figures["flops"] else f"{statistics.fmean(figures['flops']) / 1e15:.4f}"
             rows.append(
-                f"| {100 * summary['target']:g} % | {side.partition('_')[0]}, `{names[side]}` | {summary['n']} "
+                f"| {100 * summary['target']:g} % | {side.partition('_')[0]}, {names[side]} | {summary['n']} "
                 f"| {format_percent(summary['mean_acc_tta'][side])} | {format_percent(summary['mean_acc'][side])} "
                 f"| {statistics.fmean(figures['seconds']):.1f} "
                 f"| {', '.join(f'{value:.1f}' for value in figures['seconds'])} | {ratio_cells} | {flops} "

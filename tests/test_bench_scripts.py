@@ -261,7 +261,7 @@ def test_speedruns_are_compared_by_round(tmp_path: Path, monkeypatch: pytest.Mon
     speedruns.results_folder.write("speed95", Environment(device="a CPU"), both, [])
     ours_row, peer_row, same_row = tables.pairs().splitlines()[4:]
     assert "| 2.0 | 0.80 | 1.00 | 0.4500 |" in ours_row
-    assert "| 94 % | peer, `port.py, allocator of fastcifar` | 1 |" in same_row
+    assert "| 94 % | peer, `port.py`, allocator of fastcifar | 1 |" in same_row
     port.write_text("print('broken')\n")
     with pytest.raises(SystemExit, match="broken"):
         speedruns.run_peer(port, 7, tmp_path)
