@@ -33,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import airbench
 import allocator
 import results_folder
+import torch
 from run import busy_seconds, ratio
 
-from fastcifar.benchmark.roofline import measure_environment
+from fastcifar.benchmark.roofline import measure_environment, measure_matmul_flop_per_s
 from fastcifar.benchmark.speedrun import TARGET_RECIPES, plan_speedrun
 from fastcifar.benchmark.speedrun_results import SpeedrunEnvironment
 from fastcifar.device import Environment, choose_execution, collect_environment
@@ -83,14 +84,25 @@ def run_peer(script: Path, seed: int, folder: Path, same_allocator: bool = False
 
 
 def measure_run(who: str, number: int, seed: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call `run` and return a trial with its metrics and the number of cores that other processes used meanwhile."""
+    """Call `run` and return a trial with its metrics and the number of cores that other processes used meanwhile.
+
+    `cpu_matmul_tflop_per_s` has the rate of a float32 matrix product on the CPU before and after the run, because the
+    speed of a virtual machine can change between runs.
+    """
+    rate_before = measure_cpu_tflop_per_s()
     busy, own, started = busy_seconds(), children_seconds(), time.perf_counter()
     metrics = run()
     wall = time.perf_counter() - started
     others = (busy_seconds() - busy - (children_seconds() - own)) / wall
     trial = {"round": number, "who": who, "seed": seed, **metrics, "wall_s": wall, "others_cores": others}
+    trial["cpu_matmul_tflop_per_s"] = [rate_before, measure_cpu_tflop_per_s()]
     print(trial, flush=True)
     return trial
+
+
+def measure_cpu_tflop_per_s() -> float:
+    """Return the rate of a float32 matrix product with 1,024 rows and columns on the CPU."""
+    return measure_matmul_flop_per_s(torch.device("cpu"), "fp32", 1024) / 1e12
 
 
 def children_seconds() -> float:
