@@ -12,6 +12,8 @@ if ! cmp -s "$root/pyproject.toml" "$stamp"; then
   }
   echo "installing into .venv (once; a few minutes the first time)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" >&2
+  # --no-compile: Python compiles the modules it imports, a small part of the 25,000 that are installed
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+    --editable "$root${extra:+[$extra]}" >&2
   cp "$root/pyproject.toml" "$stamp"
 fi
