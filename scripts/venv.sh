@@ -12,8 +12,6 @@ if ! cmp -s "$root/pyproject.toml" "$stamp"; then
   }
   echo "installing into .venv (once; a few minutes the first time)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  # --no-compile: Python compiles the modules it imports, a small part of the 25,000 that are installed
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
-    --editable "$root${extra:+[$extra]}" >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" >&2
   cp "$root/pyproject.toml" "$stamp"
 fi
