@@ -242,7 +242,7 @@ def test_fault35_a_local_ray_cluster_listens_on_loopback_only() -> None:
 def test_fault24_killed_ray_worker_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests slow the trials down
-    source, folder = write_sweep_file(tmp_path, "[grid]\nlr = [0.1]\n", epochs=15), tmp_path / "ray"
+    source, folder = write_sweep_file(tmp_path, TWO_LRS, epochs=15), tmp_path / "ray"
     arguments = ("sweep", source, "--out", str(folder), "--executor", "ray", "--address", "local", "--jobs", "2")
     process = children.start(children.fastcifar, tmp_path / "log", 0, *arguments)
     # a long timeout, because Ray starts slowly on a busy machine
