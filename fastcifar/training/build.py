@@ -19,7 +19,7 @@ from fastcifar.models import count_parameters, is_built_in
 from fastcifar.recipe import default_val_size
 from fastcifar.training import compilation
 from fastcifar.training.distributed import World, get_world
-from fastcifar.training.fine_tuning import LoadedInit, absolute_init_path, freeze, load_init
+from fastcifar.training.fine_tuning import LoadedInit, absolute_init_path, freeze, load_init, overlap_lines
 from fastcifar.training.lr_schedule import LRSchedule
 from fastcifar.training.optimizers import OptimizerWrapper, build_grad_clipper
 from fastcifar.training.resolve import Resolved, check_network, model_from_recipe, resolve_for_data
@@ -60,7 +60,9 @@ def build_trainer(
         "init": absolute_init_path(recipe.init),
         "val_size": len(val_split.labels) if data.val is None else None,
     }
-    resolved = replace(resolved, recipe=recipe.model_copy(update=recorded), initial=None)  # frees their memory
+    recipe = recipe.model_copy(update=recorded)
+    init = init._replace(lines=(*init.lines, *overlap_lines(resolved.initial, recipe, data)))
+    resolved = replace(resolved, recipe=recipe, initial=None)  # frees their memory
     start_time = time.perf_counter()
     loader = build_loader(resolved, train_split, world)
     if (initialize := getattr(model, "init_whitening", None)) and not init.sha256:

@@ -10,15 +10,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastcifar.data.cifar import Dataset
 from fastcifar.data.normalization import normalization_mean_std, with_normalization
+from fastcifar.data.splits import stratified_split
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODEL_OPTIONS, build_for_inspection, model_options
 from fastcifar.pretrained import is_pretrained
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import Recipe, default_val_size
 from fastcifar.training import checkpoint
 from fastcifar.training.distributed import get_world
 
@@ -61,6 +64,7 @@ class InitialWeights:
     weights: dict[str, Tensor]  # sorted by name, so that the order in the file does not change their SHA-256
     classes: list[str] | None  # None for weights of another project, which do not name them
     options: dict[str, Any]  # recipe of the run; empty for weights of another project
+    data_digest: str | None = None  # of the data that the run was trained on; None if the file lacks it
 
     def check_fit(self, model: nn.Module, recipe: Recipe, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
         """Return the weights by the keys of `model`, without those `ignored`; see `checkpoint.check_weights`."""
@@ -106,7 +110,33 @@ def _read_initial_weights(recipe: Recipe) -> InitialWeights:
     weights = {checkpoint.strip_wrapper_prefixes(name): value for name, value in sorted(weights.items())}
     if invalid := [name for name, value in weights.items() if not torch.isfinite(value.double()).all()]:
         raise CheckpointError(f"--init {path}: {invalid[0]} contains NaN or infinity", "choose other weights")
-    return InitialWeights(path, weights, saved.get("classes") if options else None, options)
+    classes = saved.get("classes") if options else None
+    return InitialWeights(path, weights, classes, options, saved.get("data_digest"))
+
+
+def overlap_lines(initial: InitialWeights | None, recipe: Recipe, data: Dataset) -> tuple[str, ...]:
+    """Return a line for the user if `initial` was trained on validation images of a run of `recipe` on `data`.
+
+    It says how many of them. There is none if the file of `initial` does not record its data, unless the package
+    contains the weights, which were trained on all training images.
+    """
+    if initial is None or data.val is not None or not recipe.val_size:
+        return ()
+    labels = data.train.labels
+    if is_pretrained(recipe.init) and data.is_official and data.name == initial.options["dataset"]:
+        val_size, val_seed = 0, 0
+    elif initial.data_digest == data.digest:
+        saved_size, val_seed = initial.options.get("val_size"), initial.options.get("val_seed", 0)
+        val_size = default_val_size(len(labels)) if saved_size is None else saved_size
+    else:
+        return ()
+    trained, _ = stratified_split(labels, val_size, val_seed)
+    _, validation = stratified_split(labels, recipe.val_size, recipe.val_seed)
+    if not (n := np.isin(validation, trained).sum()):
+        return ()
+    remedy = f"; --val-size {val_size} --val-seed {val_seed} avoids this" if val_size else ""
+    images = f"{n:,} of the {recipe.val_size:,} validation images"
+    return (f"the initial weights were trained on {images}, so val_acc is too high{remedy}",)
 
 
 def with_initial_normalization(recipe: Recipe, initial: InitialWeights | None) -> Recipe:

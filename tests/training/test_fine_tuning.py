@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastcifar.data.cifar import load_dataset
 from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.models import MODELS, build_model, enable_fused_ops
 from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
+from fastcifar.training.build import build_trainer
 from fastcifar.training.checkpoint_reader import safetensors_metadata
 from fastcifar.training.evaluate import eval_mode
 from fastcifar.training.fine_tuning import find_head, freeze, read_initial_weights
@@ -108,6 +112,34 @@ def test_other_classes_of_the_same_number_get_a_new_head(tiny: MakeRecipe, sourc
     # the normalization is that of the initial weights, not that of the images
     assert fine_tuned.resolved.mean == (0.49139968, 0.48215841, 0.44653091)
     assert make_trainer(tiny(init=str(source), normalize="cifar100", **values)).resolved.mean[0] == 0.50707516
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),  # the same images
+        ({"val_size": 20}, None),  # some of them
+        ({"val_size": 0}, None),
+        ({"dataset": "cifar100"}, None),  # other images
+        ({"val_size": 60}, r"20 of the 60 validation images, so val_acc is too high; --val-size 40 "),
+        ({"val_seed": 1}, r"(2\d|3\d) of the 40 validation images, "),
+    ],
+)
+def test_validation_images_that_the_initial_weights_were_trained_on_are_counted(
+    tiny: MakeRecipe, source: Path, changes: dict[str, Any], expected: str | None
+) -> None:
+    _, *others = make_trainer(tiny(init=str(source), **changes)).init.lines
+    lines = [line for line in others if "validation" in line]
+    assert bool(lines) == bool(expected)
+    assert not expected or re.search(f"the initial weights were trained on {expected}", lines[0])
+
+
+def test_pretrained_weights_were_trained_on_all_images(tiny: MakeRecipe) -> None:
+    data = replace(load_dataset("synthetic:200"), is_official=True)
+    recipe = tiny(arch="speed94", blocks=None, channels=None, init="pretrained:speed94", val_size=10)
+    lines = build_trainer(resolve(recipe), data).init.lines
+    assert lines[1:] == ("the initial weights were trained on 10 of the 10 validation images, so val_acc is too high",)
+    assert len(build_trainer(resolve(recipe), replace(data, is_official=False)).init.lines) == 1
 
 
 @pytest.mark.parametrize("eval_weights", ["last", "best", "ema"])
