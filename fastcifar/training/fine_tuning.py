@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcifar.data.cifar import Dataset
+from fastcifar.data.cifar_files import DATASETS, Dataset, split_digest
 from fastcifar.data.normalization import normalization_mean_std, with_normalization
 from fastcifar.data.splits import stratified_split
 from fastcifar.errors import CheckpointError, UsageError
@@ -123,7 +123,7 @@ def overlap_lines(initial: InitialWeights | None, recipe: Recipe, data: Dataset)
     if initial is None or data.val is not None or not recipe.val_size:
         return ()
     labels = data.train.labels
-    if is_pretrained(recipe.init) and data.is_official and data.name == initial.options["dataset"]:
+    if is_pretrained(recipe.init) and split_digest(data.train) == DATASETS["cifar10"].split_digests["train"]:
         val_size, val_seed = 0, 0
     elif initial.data_digest == data.digest:
         saved_size, val_seed = initial.options.get("val_size"), initial.options.get("val_seed", 0)
