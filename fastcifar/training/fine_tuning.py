@@ -21,7 +21,7 @@ from fastcifar.errors import CheckpointError, UsageError
 from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODEL_OPTIONS, build_for_inspection, model_options
 from fastcifar.pretrained import is_pretrained
-from fastcifar.recipe import Recipe, default_val_size
+from fastcifar.recipe import Recipe
 from fastcifar.training import checkpoint
 from fastcifar.training.distributed import get_world
 
@@ -126,8 +126,7 @@ def overlap_lines(initial: InitialWeights | None, recipe: Recipe, data: Dataset)
     if is_pretrained(recipe.init) and split_digest(data.train) == DATASETS["cifar10"].split_digests["train"]:
         val_size, val_seed = 0, 0
     elif initial.data_digest == data.digest:
-        saved_size, val_seed = initial.options.get("val_size"), initial.options.get("val_seed", 0)
-        val_size = default_val_size(len(labels)) if saved_size is None else saved_size
+        val_size, val_seed = initial.options["val_size"], initial.options["val_seed"]
     else:
         return ()
     trained, _ = stratified_split(labels, val_size, val_seed)
