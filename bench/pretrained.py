@@ -77,7 +77,7 @@ def main() -> None:
     loaded = load_model(str(arguments.run), device="cpu", precision="fp32")
     recipe = loaded.recipe.model_dump(mode="json")
     file = Path(pretrained.__file__).parent / f"{arguments.name}.safetensors"
-    file.write_bytes(safetensors.torch.save(half_precision(loaded), safetensors_metadata(recipe, loaded.classes)))
+    file.write_bytes(safetensors.torch.save(half_precision(loaded), safetensors_metadata(recipe, loaded.classes, None)))
     rounded = load_model(f"{pretrained.PREFIX}{arguments.name}", data=arguments.data, device="cpu", precision="fp32")
     test = rounded.load_dataset().test
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if version)

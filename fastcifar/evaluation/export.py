@@ -119,7 +119,7 @@ def build_metadata(deployed: DeployedModel, loaded: LoadedModel, run: str) -> Me
     mean, std = normalization_mean_std(loaded.recipe)
     is_uint8 = deployed.input_type == "uint8"
     return {
-        **safetensors_metadata(loaded.recipe.model_dump(mode="json"), loaded.classes),
+        **safetensors_metadata(loaded.recipe.model_dump(mode="json"), loaded.classes, loaded.data_digest),
         "input_layout": "NHWC" if is_uint8 else "NCHW",
         "input_dtype": "uint8" if is_uint8 else "float32",
         "input_colors": "RGB",

@@ -101,14 +101,20 @@ def _parse_safetensors(content: bytes, path: Path) -> dict[str, Any]:
     if not recipe.get("arch"):
         return weights
     classes = (parse_json_object(f'{{"names": {metadata.get("classes")}}}') or {}).get("names")
-    return {"recipe": recipe, "model": weights, "ema": None, **({"classes": classes} if classes else {})}
+    known = {"classes": classes, "data_digest": metadata.get("data_digest")}
+    known = {name: value for name, value in known.items() if value}
+    return {"recipe": recipe, "model": weights, "ema": None, **known}
 
 
-def safetensors_metadata(recipe: dict[str, Any], classes: Sequence[str]) -> dict[str, str]:
-    """Return the metadata of a .safetensors file, from which `_parse_safetensors` restores what inference needs."""
-    names = (*section_fields("network"), "dataset", "normalize")
+def safetensors_metadata(recipe: dict[str, Any], classes: Sequence[str], data_digest: str | None) -> dict[str, str]:
+    """Return the metadata of a .safetensors file, from which `_parse_safetensors` restores what inference needs.
+
+    With `data_digest`, the `Dataset.digest` of the training data, it also identifies the training images.
+    """
+    names = (*section_fields("network"), "dataset", "normalize", *(("val_size", "val_seed") if data_digest else ()))
     options = {name: recipe[name] for name in names if recipe.get(name) is not None}
-    return {"arch": recipe["arch"], "recipe": json.dumps(options), "classes": json.dumps(list(classes))}
+    metadata = {"arch": recipe["arch"], "recipe": json.dumps(options), "classes": json.dumps(list(classes))}
+    return {**metadata, "data_digest": data_digest} if data_digest else metadata
 
 
 def _require_torch_file(content: bytes, path: Path) -> None:

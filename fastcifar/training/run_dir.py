@@ -156,7 +156,7 @@ class Run:
         path = self.folder / "weights.safetensors"
         with disk_errors(f"write {path}", "free some space"):
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-            metadata = safetensors_metadata(summary.config, classes)
+            metadata = safetensors_metadata(summary.config, classes, summary.data_digest)
             write_atomically(path, safetensors.torch.save(contiguous, metadata))
         path = self.folder / "summary.json"
         with disk_errors(f"write {path}", "free some space"):

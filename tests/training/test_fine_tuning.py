@@ -62,7 +62,7 @@ def write_source(path: Path, kind: str) -> Path:
         return path.parent.parent
     contiguous = {name: value.contiguous() for name, value in state["model"].items()}
     if kind == "safetensors":
-        metadata = safetensors_metadata(state["recipe"], state["classes"])
+        metadata = safetensors_metadata(state["recipe"], state["classes"], state.get("data_digest"))
         safetensors.torch.save_file(contiguous, file := path.parents[2].joinpath("weights.safetensors"), metadata)
     elif kind == "safetensors without metadata":
         safetensors.torch.save_file(contiguous, file := path.parents[2].joinpath("other.safetensors"))
@@ -114,6 +114,7 @@ def test_other_classes_of_the_same_number_get_a_new_head(tiny: MakeRecipe, sourc
     assert make_trainer(tiny(init=str(source), normalize="cifar100", **values)).resolved.mean[0] == 0.50707516
 
 
+@pytest.mark.parametrize("kind", ["run folder", "safetensors"])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -126,9 +127,9 @@ def test_other_classes_of_the_same_number_get_a_new_head(tiny: MakeRecipe, sourc
     ],
 )
 def test_validation_images_that_the_initial_weights_were_trained_on_are_counted(
-    tiny: MakeRecipe, source: Path, changes: dict[str, Any], expected: str | None
+    tiny: MakeRecipe, source: Path, kind: str, changes: dict[str, Any], expected: str | None
 ) -> None:
-    _, *others = make_trainer(tiny(init=str(source), **changes)).init.lines
+    _, *others = make_trainer(tiny(init=str(write_source(source, kind)), **changes)).init.lines
     lines = [line for line in others if "validation" in line]
     assert bool(lines) == bool(expected)
     assert not expected or re.search(f"the initial weights were trained on {expected}", lines[0])
