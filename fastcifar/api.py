@@ -197,6 +197,8 @@ class Predictions:
 
     def save(self, out: str | Path, format: PredictionFormat = KAGGLE_SUBMISSION) -> None:
         """Write a .csv or .jsonl file, by default with the columns `ID` and `Labels` of a Kaggle submission."""
+        if format.is_calibrated:
+            raise UsageError("these probabilities are not calibrated", "use `fastcifar predict --calibrated`")
         format.check(Path(out), self.classes)
         write_predictions(Path(out), format.build_columns(self.ids, self.probabilities, self.classes))
 
@@ -238,7 +240,7 @@ class LoadedRun:
         recipe = self.recipe
         if isinstance(images, str | Path):
             with use_objects(self._objects):
-                inputs = read_inputs(str(images), recipe)
+                inputs = read_inputs(str(images), recipe.resize, self._loaded.load_dataset)
             pixels, ids = inputs.images, inputs.ids
         else:
             remedy = "give uint8 [n, 32, 32, 3] or [n, 3, 32, 32]"
@@ -246,7 +248,7 @@ class LoadedRun:
             ids = list(range(len(pixels)))
         self._loaded.compile_for(len(pixels) * len(VIEWS[recipe.tta]))
         probabilities = predict_images(self._loaded, np.ascontiguousarray(pixels), None).double().softmax(1).numpy()
-        return Predictions(ids, probabilities, self.classes)
+        return Predictions(ids, probabilities, self._loaded.classes)
 
     def export(
         self,
@@ -303,9 +305,10 @@ def batches(
     """
     if augment is not None and transform is not None:
         raise UsageError("batches(): both augment= and transform= are given", "give one of them")
+    Recipe(batch_size=batch_size, seed=seed, workers=workers)  # raises for invalid values
     split = training_split(data, resize)
-    items = [augment or DEFAULT_AUGMENT] if isinstance(augment, str | None) else augment
-    ops, mixer = split_mixer(parse_augment("none" if transform else ",".join(items)))
+    text = DEFAULT_AUGMENT if augment is None else augment if isinstance(augment, str) else ",".join(augment)
+    ops, mixer = split_mixer(parse_augment("none" if transform else text))
     if mixer:
         raise UsageError(f"batches(): {mixer.name} is applied in the training step", "remove it, or use train()")
     functions = {"transform": transform, "batch_transform": batch_transform}

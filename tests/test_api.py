@@ -6,7 +6,7 @@ import json
 import random
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torchvision.transforms import v2
 
 from fastcifar import Dataset, LoadedRun, Recipe, Result, Split, Trainer, batches, load_dataset, load_run, train
 from fastcifar.cli.app import app
+from fastcifar.data.image_files import decode_image
 from fastcifar.errors import CheckpointError, Interrupted, UserError
+from fastcifar.evaluation.prediction_files import PredictionFormat
 from fastcifar.format import format_option_value, option_flag
 from fastcifar.models import MODELS
 from fastcifar.training.train import train as train_by_name
@@ -287,6 +289,9 @@ def test_predict_takes_every_layout_and_paths(run: Result, data: Dataset, tmp_pa
     assert len(resizing.predict(images[:, :, :16]).ids) == 40
     with pytest.raises(UserError, match="no known file suffix"):
         loaded.predict(images).save(tmp_path / "submission.txt")
+    with pytest.raises(UserError, match="not calibrated; use `fastcifar predict --calibrated`"):
+        loaded.predict(images).save(tmp_path / "a.csv", PredictionFormat(with_probabilities=True, is_calibrated=True))
+    assert not (tmp_path / "a.csv").exists()
 
 
 def test_a_loaded_run_needs_its_network_and_data(run: Result, data: Dataset) -> None:
@@ -443,6 +448,24 @@ class SizesDataset(torch.utils.data.Dataset[Any]):
         return np.zeros((32 + index, 32, 3), np.uint8), index
 
 
+class ItemsDataset(torch.utils.data.Dataset[Any]):
+    """The given items, such as pairs of an image and a label."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+class StreamDataset(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        return iter(SizesDataset())  # type: ignore[call-overload]
+
+
 PAIR = (np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another type of recipe": ({"recipe": {"epochs": 1}}, "the recipe is of type dict; give a Recipe or"),
@@ -480,6 +503,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gray images": ({"data": (PAIR[0][..., 0], PAIR[1])}, "gray images of 32x32 pixels, expected 32x32 RGB"),
     "larger images": ({"data": (np.zeros((20, 48, 48, 3), np.uint8), PAIR[1])}, "images of 48x48 pixels, expected 32"),
     "images of several sizes": ({"data": SizesDataset()}, r"images of the shapes .*; resize them"),
+    "a stream": ({"data": StreamDataset()}, "data= has no length or no index; give a map-style data set"),
+    "an empty data set": ({"data": ItemsDataset()}, "data= contains no images; give a path, a pair"),
+    "items of three": ({"data": ItemsDataset((PAIR[0][0], 0, 1))}, r"data=\[0\] is of 3 values, expected an image"),
+    "items without a label": ({"data": ItemsDataset(PAIR[0][0])}, r"data=\[0\] is of type ndarray, expected an image"),
+    "images of floats": ({"data": ItemsDataset((Image.new("F", (32, 32)), 0))}, r"data=\[0\]: images of mode F are"),
     "fewer labels": ({"data": (PAIR[0], PAIR[1][:9])}, r"labels is int64 \[9\], expected 20 integers"),
     "negative labels": ({"data": (PAIR[0], PAIR[1] - 1)}, "labels contains the label -1; number the classes from 0"),
     "a gap in the labels": ({"data": (PAIR[0], PAIR[1] + 1)}, "no training images of class 0"),
@@ -514,6 +542,29 @@ def test_batches_refuse_what_they_cannot_do(data: Dataset) -> None:
         batches(data, augment="flip,cutmix")
     with pytest.raises(UserError, match="batch_transform=float returns float32"):
         batches(data, batch_size=10, batch_transform=Tensor.float)
+    wrong: dict[str, dict[str, Any]] = {"--batch-size": {"batch_size": 0}, "--seed": {"seed": -1}}
+    for flag, options in wrong.items():
+        with pytest.raises(UserError, match=flag):
+            batches(data, **options)
+
+
+def test_batches_with_an_empty_list_of_augmentations_are_the_images(data: Dataset) -> None:
+    plain = next(batches(data, augment="none"))[0]
+    assert all(torch.equal(next(batches(data, augment=augment))[0], plain) for augment in ("", []))
+    assert not torch.equal(next(batches(data))[0], plain)
+
+
+def test_pil_images_of_every_mode_are_read_as_image_files_are(tmp_path: Path) -> None:
+    colors = np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)
+    images = [Image.fromarray(colors, "RGBA").convert(mode) for mode in ("RGB", "RGBA", "L", "P", "1", "CMYK")]
+    dataset = ItemsDataset(*((image, label) for label, image in enumerate(images)))
+    batch, labels = next(batches(dataset, batch_size=6, augment="none"))
+    assert sorted(labels.tolist()) == list(range(6))
+    for pixels, label in zip(batch, labels.tolist(), strict=True):
+        suffix = "jpg" if images[label].mode == "CMYK" else "png"
+        images[label].save(tmp_path / f"{label}.{suffix}", quality=100, subsampling=0)
+        difference = pixels.int() - torch.tensor(decode_image(tmp_path / f"{label}.{suffix}")).int()
+        assert difference.abs().max() <= (8 if suffix == "jpg" else 0)
 
 
 def test_names_of_objects_in_files_cause_one_line(run: Result, capsys: pytest.CaptureFixture[str]) -> None:

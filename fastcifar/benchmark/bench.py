@@ -82,7 +82,7 @@ def bench(
 
     Args:
         recipe: the recipe to measure; it trains on synthetic images, with a warning, if no data set is available.
-        what: comma-separated keys of `BENCHMARKS`, or "all".
+        what: comma-separated keys of `BENCHMARKS`, or "all" for all of them.
         trials: number of timed trials of each benchmark.
         trace: file for a Chrome trace of a few units of work of the last benchmark, recorded after its trials.
         console: console for progress lines; None prints nothing.
@@ -93,9 +93,10 @@ def bench(
     NaN or Inf, and the other `UserError`s of a training run.
     """
     assert trials > 0, trials
-    names = list(BENCHMARKS) if what == "all" else what.split(",")
+    names = what.split(",")
     for name in names:
         lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
+    names = list(BENCHMARKS) if "all" in names else names
     if trace and not trace.absolute().parent.is_dir():
         raise UsageError(f"--profile {trace}: the folder {trace.absolute().parent} does not exist", "create it first")
     if trace and trace.is_dir():

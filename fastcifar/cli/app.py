@@ -20,8 +20,8 @@ from fastcifar.cli.exit import (
     stdout_errors,
 )
 from fastcifar.cli.options import CHECKPOINT_ARCH, RECIPE, RUN, Output, argument, command, import_torch, option, switch
-from fastcifar.errors import DeviceError, print_warning
-from fastcifar.format import DataConsole, KeyValueTable
+from fastcifar.errors import DeviceError, UsageError, print_warning
+from fastcifar.format import DataConsole, KeyValueTable, option_flag
 from fastcifar.recipe import Recipe, section_fields
 
 DIAGNOSTICS_NAME_WIDTH = len("import pytorch_optimizer")  # the longest name that `doctor` prints
@@ -154,11 +154,15 @@ def models(
     from fastcifar.models.describe import describe_architectures, describe_layers, fit_width_to_budget
 
     arch = name or options["arch"]
+    if name and options["arch"] not in (None, name):
+        raise UsageError(f"both {name} and --arch {options['arch']} are given", "give one of them")
     recipe = Recipe.make(**{**options, "arch": arch})
     if budget is not None:
         return Output(fit_width_to_budget(recipe, budget), tables.width_table)
     if arch:
         return Output(describe_layers(recipe), tables.layers_table)
+    if given := [field for field, value in options.items() if value is not None]:
+        raise UsageError(f"{option_flag(given[0])} applies only to one architecture", "give its NAME")
     return Output(describe_architectures(), tables.architectures_table)
 
 

@@ -124,8 +124,10 @@ def scores_table(scores: EvalResult) -> Group:
     if shifted := scores["shifted"]:
         accuracy = _format_accuracy(shifted["acc"], shifted["correct"], shifted["total"], shifted["acc_interval"])
         rows[shifted["name"]] = f"{accuracy}, loss {shifted['loss']:.4f}, calibration error {shifted['ece']:.4f}"
+    corrupted = [corruptions_table(result) for result in (scores["corruptions"], scores["corrupted"]) if result]
+    corrupted_parts = [part for table in corrupted for part in ("", table)]
     if scores["test_acc"] is None:
-        return Group(KeyValueTable(rows))
+        return Group(KeyValueTable(rows), *corrupted_parts)
     metrics = scores["precision_per_class"], scores["recall_per_class"], scores["f1_per_class"]
     names, heading = scores["classes"], "class"
     if len(names) > MAX_CLASS_ROWS:
@@ -134,8 +136,7 @@ def scores_table(scores: EvalResult) -> Group:
     classes = NumericTable([heading], ("precision", "recall", "F1"))
     for name in names:
         classes.add_row(name, *(format_percent(metric[name]) for metric in metrics))
-    corrupted = [corruptions_table(result) for result in (scores["corruptions"], scores["corrupted"]) if result]
-    return Group(KeyValueTable(rows), "", classes, *(part for table in corrupted for part in ("", table)))
+    return Group(KeyValueTable(rows), "", classes, *corrupted_parts)
 
 
 def corruptions_table(result: CorruptionsResult) -> NumericTable:

@@ -253,8 +253,9 @@ def _download_from(url: str, part: Path, start: int) -> None:
 def load_or_cache(cache_dir: Path, dataset: str, source: _DataSource, refresh: bool) -> tuple[SourceContents, str]:
     """Return the contents of `source` from its cache entry (written first if not intact), and a note for the user."""
     digest = hashlib.sha256(os.fsencode(f"{CACHE_FORMAT_VERSION}\n{source.kind}\n{source.path}\n"))
+    root_length = len(os.path.commonpath(source.files))
     for file in source.files:
-        key: tuple[Any, ...] = file.parts[-3:]  # with the split and the class
+        key: tuple[Any, ...] = (os.fspath(file)[root_length:],)  # contains the split and the class
         with contextlib.suppress(OSError):  # a missing file
             stat = file.stat()  # a file that replaces another one has another inode or another time of change
             key += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)

@@ -127,10 +127,19 @@ def _to_rgb_array(image: Image.Image) -> np.ndarray:
     """Return the central square of a loaded image, upright, as uint8 [3, 32, 32]. Raises `ValueError`."""
     square = resize_square(_to_eight_bits(image))
     upright = ImageOps.exif_transpose(square)  # after resizing, because it copies the image
-    if upright.mode != "RGB":
-        background = Image.new("RGBA", IMAGE_SIZE, BACKGROUND)
-        upright = Image.alpha_composite(background, upright.convert("RGBA")).convert("RGB")
-    return np.asarray(upright).transpose(2, 0, 1)
+    return np.asarray(to_rgb(upright)).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` in mode RGB: 16-bit values divided by 256, and transparent pixels blended onto `BACKGROUND`.
+
+    Raises `ValueError` if its mode is not supported.
+    """
+    image = _to_eight_bits(image)
+    if image.mode == "RGB":
+        return image
+    background = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 def resize_square(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 
 from fastcifar.data import cifar
 from fastcifar.data.arrays import LAYOUTS, open_npy, to_planar
+from fastcifar.data.cifar_files import Dataset
 from fastcifar.data.image_files import IMAGE_SUFFIXES, LeftOut, decode_image, describe_left_out, list_images
 from fastcifar.data.safe_pickle import load_pickle
 from fastcifar.errors import DataError
-from fastcifar.recipe import Recipe
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")
 MAX_PICKLE_BYTES = 2**29  # CIFAR-100's `train`, the largest official file, has 155 MB
@@ -35,20 +36,23 @@ class InputImages:
     labels: np.ndarray | None = None
 
 
-def read_inputs(source: str, recipe: Recipe | None = None) -> InputImages:
-    """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set of `recipe`.
+def read_inputs(
+    source: str, resize: int | None = None, load_dataset: Callable[[], Dataset] = cifar.load_dataset
+) -> InputImages:
+    """Read the images in `source`: a path, or "data:test" or "data:train" for a split of the data set.
 
     Files named .pkl, .pickle or without a suffix are pickles with images and ids. Images in a folder and its subfolders
     are sorted by path; ids are the paths without suffix. The id of a single image is its stem; other ids are indices.
-    Image files are resized; arrays in a .npy file are resized if `recipe` has `resize`. A `UserWarning` counts the
-    files of a folder that are left out.
+    Image files are resized; arrays in a .npy file are resized if `resize` is given. A `UserWarning` counts the files
+    of a folder that are left out.
     """
-    recipe = recipe or Recipe()
     if source.startswith("data:"):
         if source not in ("data:test", "data:train"):
             raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
-        contents = cifar.load_recipe_dataset(recipe)
+        contents = load_dataset()
         split = contents.require_test_set() if source == "data:test" else contents.train
+        if not len(split.labels):
+            raise DataError(f"{contents.source} has no training images", "give data:test, or another --data")
         ids = list(range(len(split.labels)))
         return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
     path = Path(source).expanduser()
@@ -61,7 +65,7 @@ def read_inputs(source: str, recipe: Recipe | None = None) -> InputImages:
         if suffix in IMAGE_SUFFIXES:
             return InputImages(decode_image(path, resize=True)[None], [path.stem], source, "image")
         if suffix == ".npy":
-            images, layout = to_planar(open_npy(path, f"save {LAYOUTS}"), str(path), _PICKLE_REMEDY, recipe.resize)
+            images, layout = to_planar(open_npy(path, f"save {LAYOUTS}"), str(path), _PICKLE_REMEDY, resize)
             return InputImages(images, list(range(len(images))), str(path), f".npy, {layout}")
         if suffix in PICKLE_SUFFIXES:
             return _read_input_pickle(path)

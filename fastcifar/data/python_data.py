@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastcifar.data import cifar
 from fastcifar.data.arrays import ARRAYS_REMEDY, KEYS, MAX_CLASSES, SPLITS, check_labels, parse_arrays, to_planar
 from fastcifar.data.cifar_files import Dataset, Split
+from fastcifar.data.image_files import to_rgb
 from fastcifar.errors import DataError
 
 Images = np.ndarray | Tensor  # uint8 [n, 32, 32, 3] or [n, 3, 32, 32]
@@ -61,15 +63,32 @@ def _to_pair(value: Any, name: str) -> tuple[Any, Any]:
     if isinstance(value, Split):
         return value.images, value.labels
     if isinstance(value, torch.utils.data.Dataset):
-        items: Any = value
-        images, labels = zip(*(items[index] for index in range(len(items))), strict=True)
-        arrays = [np.asarray(image) for image in images]
-        if len(shapes := {array.shape for array in arrays}) > 1:
-            raise DataError(f"{name} has images of the shapes {', '.join(map(str, list(shapes)[:3]))}", "resize them")
-        return np.stack(arrays), labels
+        return _read_items(value, name)
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
     raise DataError(f"{name} is of type {type(value).__name__}", REMEDY)
+
+
+def _read_items(dataset: Any, name: str) -> tuple[np.ndarray, list[Any]]:
+    """Return the images and labels of a map-style data set of PyTorch; PIL images are converted as image files are."""
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+        raise DataError(f"{name} has no length or no index", "give a map-style data set, or arrays")
+    arrays, labels = [], []
+    for index in range(len(dataset)):
+        item = dataset[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            kind = f"{len(item)} values" if isinstance(item, tuple | list) else f"type {type(item).__name__}"
+            raise DataError(f"{name}[{index}] is of {kind}, expected an image and a label", REMEDY)
+        try:
+            arrays.append(np.asarray(to_rgb(item[0]) if isinstance(item[0], Image.Image) else item[0]))
+        except ValueError as error:
+            raise DataError(f"{name}[{index}]: {error}", "convert the image to RGB") from None
+        labels.append(item[1])
+    if not arrays:
+        raise DataError(f"{name} contains no images", REMEDY)
+    if len(shapes := {array.shape for array in arrays}) > 1:
+        raise DataError(f"{name} has images of the shapes {', '.join(map(str, list(shapes)[:3]))}", "resize them")
+    return np.stack(arrays), labels
 
 
 def _check_split(split: Split, name: str, num_classes: int = MAX_CLASSES) -> Split:

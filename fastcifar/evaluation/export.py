@@ -329,7 +329,7 @@ def _write_model_card(
 def _card_head(format: str, loaded: LoadedModel, data: Dataset, run_dir: Path) -> str:
     """Return the YAML head of a model card. The accuracy is that of the run on the test set, if there is one."""
     summary, _ = _find_results(loaded, run_dir)
-    has_classes_of_cifar = DATASETS[data.name].class_names in (None, tuple(data.classes))
+    has_classes_of_cifar = not data.own_images or DATASETS[data.name].class_names == tuple(data.classes)
     is_cifar = has_classes_of_cifar and not data.source.startswith("synthetic")
     arch, dataset = loaded.recipe.arch, data.name if is_cifar else data.source_type
     return CARD_HEAD.format(

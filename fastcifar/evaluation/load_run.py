@@ -161,14 +161,19 @@ def load_model(run: str, eval_weights: str | None = None, arch: str | None = Non
     """
     path = checkpoint.resolve_checkpoint_path(run, "last")
     saved = checkpoint.load_any_checkpoint(path, arch)
-    eval_weights = eval_weights or str(saved["recipe"].get("eval_weights", "last"))
+    requested, eval_weights = eval_weights, eval_weights or str(saved["recipe"].get("eval_weights", "last"))
+    lookup(EVAL_WEIGHTS, eval_weights, "weights")
     if eval_weights == "best":
         path = checkpoint.resolve_checkpoint_path(run, "best")
         saved = checkpoint.load_any_checkpoint(path, arch)
+        if requested and path.stem != "best":
+            problem = f"{path} is not best.pt, the checkpoint of the best epoch"
+            raise UsageError(problem, "give the run folder or its best.pt, or omit --eval-weights best")
+    if eval_weights != "ema":
+        eval_weights = "best" if path.stem == "best" else "last"  # a file need not be that of the recipe's option
     if overrides.get("normalize") == "auto" and "format" in saved:
         overrides["normalize"] = None  # a run records what it was trained with
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    lookup(EVAL_WEIGHTS, eval_weights, "weights")
     Recipe(**overrides)  # first without the checkpoint, so that the error does not name it
     try:
         data = cifar.saved_data_path(saved["recipe"].get("data"))

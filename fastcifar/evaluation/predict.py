@@ -79,7 +79,8 @@ def predict_to_file(
     format.check(out, classes)
     if plot_path is not None:
         plotting.require_png(plot_path)
-    inputs = read_inputs(source, recipe)
+    inputs = read_inputs(source, recipe.resize, members[0].load_dataset)
+    classes = members[0].classes  # those of the data set, if the checkpoint does not name them
     splits = [_calibration_split(member) if format.is_calibrated else None for member in members]
     for member in members:
         member.compile_for(len(inputs.ids) * len(VIEWS[recipe.tta]), console)

@@ -24,7 +24,7 @@ from fastcifar._version import __version__
 from fastcifar.device import DALI_PACKAGES, import_optional
 from fastcifar.errors import DiskError, UsageError, disk_errors, lookup
 from fastcifar.files import write_atomically
-from fastcifar.format import add_wrap_points, format_count, one_line, shorten
+from fastcifar.format import add_wrap_points, format_count, one_line, option_flag, shorten
 from fastcifar.plotting import LineSeries
 from fastcifar.reporting.aggregate import RunGroup, group_runs
 from fastcifar.reporting.records import RunRecord, read_records
@@ -65,6 +65,9 @@ def build_report(
     render = lookup(TABLE_FORMATS, format, "format")
     if num_misclassified and not (plots or html):
         raise UsageError("--mistakes needs an output for its images", "add --html FILE or --plots DIR")
+    if not num_misclassified and (given := [name for name, value in overrides.items() if value is not None]):
+        problem = f"{option_flag(given[0])} applies only to the evaluation for --mistakes"
+        raise UsageError(problem, f"add --mistakes INT, or omit {option_flag(given[0])}")
     table = build_report_table(group_runs(read_records(paths)), sort_by, include_validation)
     if html:
         if html.suffix.lower() not in (".html", ".htm"):

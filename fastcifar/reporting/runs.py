@@ -151,6 +151,8 @@ def select_for_removal(
     """
     is_filtered = only_unfinished or keep_best is not None
     if is_filtered:
+        if missing := [path for path in paths if not os.path.isdir(path)]:
+            raise UsageError(f"there is no folder {missing[0]}", "see `fastcifar runs ls`")
         paths = [*chain(*([path] if folder_kind(path) else find_runs_and_sweeps(path) for path in paths))]
     else:
         for path in paths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from fastcifar.data import cifar
 from fastcifar.errors import DataError, DiskError, UserError
 from fastcifar.models import MODELS, count_macs
 from fastcifar.recipe import Recipe
-from fastcifar.reporting.benchmark_tables import BenchDocument, DeviceLimits
+from fastcifar.reporting.benchmark_tables import BenchDocument, BenchRow, DeviceLimits
 from fastcifar.training.build import build_trainer
-from fastcifar.training.resolve import resolve
+from fastcifar.training.resolve import Resolved, resolve
 
 RESULT_KEYS = {"what", "batch_size", "images_per_s", "cpu_us_per_image", "trials", "peak_memory_bytes",
                "setup_s", "compile_s"}  # fmt: skip
@@ -120,6 +120,22 @@ def test_invalid_arguments_are_refused_before_the_trainer_is_built(
     monkeypatch.setattr(bench_module, "build_trainer", lambda *_: pytest.fail("a trainer was built"))
     with pytest.raises(UserError, match=words):
         bench(tiny(), what, **arguments)
+
+
+@pytest.mark.parametrize("what", ["all", "loader,all"])
+def test_all_benchmarks_are_measured_once(
+    tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    measured: list[str] = []
+    row = BenchRow(what="loader", batch_size=1, images_per_s=1.0, cpu_us_per_image=1.0, trials=[1.0])
+
+    def measure_point(resolved: Resolved, names: Sequence[str], *others: Any) -> None:
+        measured.extend(names)
+        others[3].append(row)
+
+    monkeypatch.setattr(bench_module, "measure_point", measure_point)
+    bench(tiny(), what)
+    assert measured == list(BENCHMARKS)
 
 
 @pytest.mark.parametrize("what", ["loader", "step", "train"])

@@ -186,6 +186,8 @@ def test_fault15_fault17_invalid_options_are_refused_in_one_line_and_nothing_is_
         (("data", "verify", "--data", "no/such/place"), 3),
         (("data", "show", "--out", "a.png", "--data", "synthetic:100", "--augment", "flop"), 2),
         (("bench", "--data", "synthetic:100", "--what", "loader,trian"), 2),
+        (("models", "--width", "0.5"), 2),
+        (("models", "se68", "--arch", "speednet"), 2),
     ],
 )
 def test_other_commands_refuse_invalid_input_in_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int) -> None:

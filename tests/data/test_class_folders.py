@@ -227,6 +227,18 @@ def test_fault30_the_cache_notices_files_of_equal_size_and_time(
     assert class_means(load(root))["cat"] == {REPLACEMENTS[replace]}
 
 
+def test_fault30_the_cache_notices_a_nested_folder_that_moves_to_another_class(
+    load: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    root = write_class_folders(tmp_path / "a", CAT_DOG, {"train": 3}, "bmp")
+    (nested := root / "train" / "dog" / "camera" / "day").mkdir(parents=True)
+    for path in (root / "train" / "dog").glob("*.bmp"):
+        shutil.copy(path, nested)
+    assert class_means(load(root)) == {"cat": {10}, "dog": {200}}
+    (root / "train" / "dog" / "camera").rename(root / "train" / "cat" / "camera")
+    assert class_means(load(root)) == {"cat": {10, 200}, "dog": {200}}
+
+
 def test_an_unchanged_folder_is_read_from_the_cache(
     load: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

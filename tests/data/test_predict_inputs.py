@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 from PIL import Image
 
 from fastcifar.data import cifar
+from fastcifar.data.cifar import Split
 from fastcifar.data.predict_inputs import read_inputs
 from fastcifar.errors import DataError
-from fastcifar.recipe import Recipe
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (12, 3, 32, 32), np.uint8)
 IDS = [7, 3, 11, 0, 2, 900, 5, 4, 1, 12, 13, 14]
@@ -176,11 +177,14 @@ def test_photographs_are_rotated_upright(tmp_path: Path) -> None:
 def test_images_of_the_data_set_have_labels() -> None:
     data = cifar.load_dataset("synthetic:100")
     for name, split in (("data:test", data.test), ("data:train", data.train)):
-        inputs = read_inputs(name, Recipe(data="synthetic:100"))
+        inputs = read_inputs(name, load_dataset=lambda: data)
         assert np.array_equal(inputs.images, split.images)
         assert inputs.labels is not None
         assert np.array_equal(inputs.labels, split.labels)
         assert inputs.ids == list(range(len(split.labels)))
+    only_test = replace(data, train=Split(data.train.images[:0], data.train.labels[:0]))
+    with pytest.raises(DataError, match="has no training images; give data:test"):
+        read_inputs("data:train", load_dataset=lambda: only_test)
 
 
 @pytest.mark.parametrize("source", ["data:val", "nowhere", "a.txt", "broken.png", "empty", "half.npy", "half.pkl"])

@@ -62,8 +62,9 @@ def test_eval_weights_select_the_checkpoint(tiny: Callable[..., Recipe], monkeyp
     summary = train(tiny(epochs=3))
     last, best = evaluate_run(summary.run), evaluate_run(summary.run, eval_weights="best")
     assert best["checkpoint"].endswith("best.pt")
+    file = evaluate_run(best["checkpoint"])  # it is named after the file, not after the option of the recipe
+    assert (file["eval_weights"], file["test_loss"]) == ("best", best["test_loss"])
     assert last["test_loss"] != best["test_loss"]
-    assert evaluate_run(best["checkpoint"])["test_loss"] == best["test_loss"]
     with pytest.raises(CheckpointError, match="no EMA weights"):
         evaluate_run(summary.run, eval_weights="ema")
     with pytest.raises(DiskError, match="cannot create the folder"):

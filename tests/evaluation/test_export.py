@@ -26,6 +26,8 @@ from fastcifar.models import build_model
 from fastcifar.recipe import Recipe
 from fastcifar.training.train import train
 
+OWN = "class folders of images"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -187,7 +189,10 @@ def test_head_of_the_model_card_is_that_of_hugging_face(run: Path, tmp_path: Pat
     ("changes", "dataset"),
     [
         ({"source": "data", "source_type": "archive"}, "cifar10"),
-        ({"source": "data", "classes": ("a", "b"), "source_type": "class folders of images"}, None),
+        ({"source": "data", "name": "cifar100", "classes": ("a", "b"), "source_type": "archive"}, "cifar100"),
+        ({"source": "data", "classes": ("a", "b"), "source_type": OWN, "own_images": True}, None),
+        ({"source": "data", "name": "cifar100", "classes": ("a", "b"), "source_type": OWN, "own_images": True}, None),
+        ({"source": "data", "source_type": OWN, "own_images": True}, "cifar10"),
     ],
 )
 def test_model_card_names_cifar_only_if_the_images_are_those_of_cifar(
@@ -198,7 +203,7 @@ def test_model_card_names_cifar_only_if_the_images_are_those_of_cifar(
     (tmp_path / "a.md").write_text(export._card_head("onnx", loaded, data, run))
     head = read_card_head(tmp_path / "a.md")
     assert (head["library_name"], head.get("datasets")) == ("onnx", [dataset] if dataset else None)
-    assert head["model-index"][0]["results"][0]["dataset"]["type"] == (dataset or "class folders of images")
+    assert head["model-index"][0]["results"][0]["dataset"]["type"] == (dataset or OWN)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+import fastcifar
 from fastcifar.cli.tables import predictions_table
 from fastcifar.data import cifar, normalization, splits
 from fastcifar.data.cifar import Split
@@ -274,6 +275,7 @@ def test_folder_of_images_and_plot(runs: list[str], images: np.ndarray, tmp_path
         ({"tta": "flop"}, UsageError, "did you mean 'flip'"),
         ({"eval_weights": "lats"}, UsageError, "did you mean 'last'"),
         ({"eval_weights": "ema"}, CheckpointError, "no EMA weights"),
+        ({"eval_weights": "best"}, UsageError, "0.pt is not best.pt, the checkpoint of the best epoch; give the run"),
         ({"precision": "fp33"}, UsageError, "--precision"),
         ({"ensemble": ["no.pt"]}, CheckpointError, "checkpoint no.pt does not exist"),
         ({"arch": "se68"}, CheckpointError, "contains resnet, not se68"),
@@ -306,6 +308,23 @@ def test_non_finite_logits_and_members_with_other_classes_are_refused(
     torch.save(saved, other)
     with pytest.raises(NonFiniteError):
         predict_to_file(other, "data:test", out, **CPU_OPTIONS)
+    assert not list(out.parent.iterdir())
+
+
+def test_splits_of_a_data_set_with_other_classes_are_refused(
+    runs: list[str], images: np.ndarray, tmp_path: Path, out: Path
+) -> None:
+    pixels, labels = images[:20].transpose(0, 2, 3, 1), np.arange(20) % 10
+    arrays = {"train_images": pixels, "train_labels": labels, "test_images": pixels, "test_labels": labels}
+    other = str(tmp_path / "other.npz")
+    np.savez(other, classes=np.array(cifar.load_dataset(DATA).classes[::-1]), **arrays)
+    loaded = fastcifar.load_run(runs[0], device="cpu", data=other)
+    for predict in (
+        lambda: predict_to_file(runs[0], "data:test", out, data=other, **CPU_OPTIONS),
+        lambda: loaded.predict("data:train"),
+    ):
+        with pytest.raises(DataError, match=r"the classes of .*other\.npz .* are not those that .* was trained on"):
+            predict()
     assert not list(out.parent.iterdir())
 
 

@@ -72,6 +72,9 @@ def test_corrupted_images_of_every_file_and_severity_are_evaluated(run: str, tmp
     console.print(scores_table(scores))
     text = console.export_text()
     assert all(line in text for line in (str(folder)[:30], "gaussian_noise ", "spatter* ", "mean without * "))
+    without_test_set: Any = {**scores, "test_acc": None, "test_acc_interval": None}
+    console.print(scores_table(without_test_set))
+    assert "gaussian_noise " in console.export_text()
 
 
 def damage_files(folder: Path, kind: str) -> None:

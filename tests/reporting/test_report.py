@@ -112,3 +112,5 @@ def test_plots_and_json_document(tmp_path: Path, folders: list[Path]) -> None:
     assert [run["seed"] for run in json.loads(json.dumps(document))["rows"][0]["runs"]] == [0, 1, 2, 3]
     with pytest.raises(UsageError, match="--html FILE or --plots DIR"):
         build_report(folders, num_misclassified=3)
+    with pytest.raises(UsageError, match="--precision applies only to the evaluation for --mistakes; add"):
+        build_report(folders, precision="fp32")

@@ -199,6 +199,8 @@ def test_filters_select_runs_inside_folders(runs: Path, training: Callable[[Path
     assert names(only_unfinished=True) == {"stopped", "corrupt"}
     with pytest.raises(UsageError, match=r"notes\.md is not part of a run"):
         names(keep_best=1)
+    with pytest.raises(UsageError, match=r"there is no folder .*missing"):
+        names(runs / "missing", only_unfinished=True)
 
 
 def test_only_checkpoints_are_removed(runs: Path, tmp_path: Path) -> None:
