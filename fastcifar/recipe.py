@@ -20,6 +20,7 @@ from fastcifar.renamed import renaming_remedy
 
 OUTPUT_OPTIONS = ("out", "resume", "save_every_epochs", "save_every_steps", "track")  # these do not affect the weights
 DEFAULT_VAL_SIZE = 5000
+MAX_EPOCHS = 100_000
 MAX_BLOCKS = 1000  # building more takes minutes
 # section -> its first field; a section ends before the first field of the next one
 SECTION_STARTS = {"network": "arch", "data": "data", "optimization": "epochs", "run": "seed", "execution": "device"}
@@ -74,6 +75,16 @@ def _parse_key_values(value: Any) -> Any:
     return arguments
 
 
+def _check_key_values(arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for a value that a recipe file or the document of a run cannot contain."""
+    for key, value in arguments.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, str | int) or (isinstance(item, float) and math.isfinite(item)) for item in values):
+            raise ValueError(
+                f"should have numbers, text, true or false, or lists of these as values, not {key}={value}"
+            )
+
+
 def _validate_by(parse: Callable[[Any], object]) -> AfterValidator:
     """Return a validator that keeps the value and raises the `ValueError` of `parse`."""
 
@@ -108,7 +119,7 @@ def default_val_size(num_images: int) -> int:
 
 SplitText = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)  # "4,4,3"
 PositiveIntegers = Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], SplitText]
-KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values)]
+KeyValues = Annotated[dict[str, Any], BeforeValidator(_parse_key_values), _validate_by(_check_key_values)]
 Blocks = Annotated[PositiveIntegers, _validate_by(_check_num_blocks)]
 ImageSizeText = Annotated[str, _validate_by(parse_image_sizes)]
 ResizeSize = Annotated[int | None, _validate_by(_check_resize)]
@@ -182,7 +193,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     )
 
     # optimization
-    epochs: int = _option(200, "number of epochs", gt=0, le=100_000)
+    epochs: int = _option(200, "number of epochs", gt=0, le=MAX_EPOCHS)
     batch_size: int = _option(128, "global batch size in images", gt=0)
     optimizer: str = _option("lookahead:sgd", "optimizer: a built-in one, one of pytorch_optimizer, or lookahead:NAME")
     optimizer_arg: KeyValues = _option({}, "argument of the optimizer, such as momentum=0.95; may be repeated")
@@ -311,7 +322,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         No option is scaled if the `schedule_epochs` of the file differs from its `epochs`: then the length of the run
         is deliberately not that of its schedule.
         """
-        if not values or overrides.get("epochs") is None or overrides.get("resume") is not None:
+        if not values or overrides.get("epochs") is None or overrides.get("resume") not in (None, "auto"):
             return {}
         original = cls(**values)
         if original.schedule_epochs not in (None, original.epochs):

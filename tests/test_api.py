@@ -387,6 +387,11 @@ def test_a_network_for_the_number_of_classes_of_the_data(recipe: Recipe, data: D
     splits = {"train": three, "test": three, "classes": ["cat", "dog", "ship"]}
     result = train(recipe, model=Net(3), data=splits, progress=False)
     assert list(result.summary.per_class) == ["cat", "dog", "ship"]
+    assert train(recipe, model=lambda: Net(3), data=splits, progress=False).summary.per_class.keys() == {
+        "cat",
+        "dog",
+        "ship",
+    }
     assert train(recipe, model=Net, data=splits, progress=False).model.head.out_features == 3  # type: ignore[union-attr]
     for label in range(3):
         for name in ("train", "test"):

@@ -71,8 +71,9 @@ def test_fault31_a_path_that_is_not_utf8_is_refused(name: str) -> None:
         ("speed94", {"epochs": 2, "image_size": "16:1,32"}, {"image_size": "16:1,32"}, ""),
         # its schedule is deliberately longer than the run
         ("mini", {"epochs": 3}, {"epochs": 3, "schedule_epochs": 200}, ""),
-        # a resumed run keeps its own options
-        ("quick", {"epochs": 24, "resume": "auto"}, {"warmup_epochs": 2.4}, ""),
+        # a resumed run keeps its own options; with auto, those of the recipe are the ones that it has to have
+        ("quick", {"epochs": 24, "resume": "runs/a"}, {"warmup_epochs": 2.4}, ""),
+        ("quick", {"epochs": 24, "resume": "auto"}, {"warmup_epochs": 4.8}, "--warmup-epochs 4.8 instead of 2.4"),
         (None, {"epochs": 3}, {"epochs": 3, "warmup_epochs": 0.0}, ""),
     ],
 )
@@ -109,6 +110,9 @@ def test_toml_round_trip(values: dict) -> None:
         ({"dropout": 1}, ["--dropout"]),
         ({"se_reduction": 0}, ["--se-reduction"]),
         ({"optimizer_arg": ["momentum"]}, ["--optimizer-arg", "key=value"]),
+        ({"optimizer_arg": ["eps=1e999"]}, ["--optimizer-arg", "numbers, text, true or false", "eps=inf"]),
+        ({"optimizer_arg": {"betas": [0.9, float("nan")]}}, ["--optimizer-arg", "betas="]),
+        ({"optimizer_arg": ["eps=None"]}, ["--optimizer-arg", "eps=None"]),
         ({"val_size": 0, "eval_weights": "best"}, ["--eval-weights best", "--val-size"]),
         ({"val_size": 0, "patience": 3}, ["--patience", "--val-size"]),
         ({"eval_weights": "ema"}, ["--eval-weights ema", "--ema-decay"]),

@@ -5,7 +5,7 @@ An entry takes `num_classes` and some of `MODEL_OPTIONS` by keyword and returns 
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -100,15 +100,32 @@ def build_model(arch: str, num_classes: int = 10, **overrides: Any) -> nn.Module
     """
     builder = find_architecture(arch)
     arguments = {name: value for name, value in overrides.items() if value is not None}
-    parameters = inspect.signature(builder).parameters
-    accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters = _parameters(builder)
     for name in arguments:
-        if name not in parameters and not accepts_any:
+        if name not in parameters and not _accepts_any(parameters):
             flags = ", ".join(option_flag(option) for option in MODEL_OPTIONS if option in parameters) or "none"
             raise UsageError(f"architecture {arch} has no option {option_flag(name)}", f"its options: {flags}")
-    if "num_classes" in parameters or accepts_any:
+    if "num_classes" in parameters or _accepts_any(parameters):
         arguments["num_classes"] = num_classes
     return builder(**arguments)
+
+
+def has_fixed_classes(arch: str) -> bool:
+    """Return whether the number of classes of the architecture cannot be given, as for an `nn.Module` from Python."""
+    parameters = _parameters(find_architecture(arch))
+    return not ("num_classes" in parameters or _accepts_any(parameters))
+
+
+def _parameters(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function or class; none if Python does not know them, as for subclasses of dict."""
+    try:
+        return inspect.signature(builder).parameters
+    except (ValueError, TypeError):
+        return {}
+
+
+def _accepts_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def find_architecture(arch: str) -> Callable[..., nn.Module]:
@@ -142,7 +159,7 @@ def architecture_names() -> list[str]:
     for module_name, (_, module) in IMPORTED.items():
         for name, value in vars(module).items():
             is_defined_there = callable(value) and getattr(value, "__module__", None) == module.__name__
-            if is_defined_there and name[0] != "_" and "num_classes" in inspect.signature(value).parameters:
+            if is_defined_there and name[0] != "_" and "num_classes" in _parameters(value):
                 names.append(name if len(_candidates(name)) == 1 else f"{module_name}:{name}")
     return list(dict.fromkeys(names))
 

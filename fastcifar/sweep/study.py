@@ -13,7 +13,7 @@ from typing import Any
 
 from fastcifar.device import import_optional
 from fastcifar.errors import UsageError, UserError, lookup
-from fastcifar.sweep.sweep_spec import SweepSpec, SweepTrial, TrialRef, build_trial, round_to_4_digits, settings_label
+from fastcifar.sweep.sweep_spec import SweepSpec, SweepTrial, TrialRef, build_trial, round_in_range, settings_label
 from fastcifar.training.metrics_file import EpochRow
 from fastcifar.training.run_dir import EpochCallback
 from fastcifar.training.summary import RunSummary
@@ -113,8 +113,10 @@ class OptunaStudy:
 
     def _to_sweep_trial(self, number: int, params: dict[str, Any]) -> SweepTrial | None:
         """Return the trial, or None, with a warning, if its values, valid by themselves, do not fit together."""
-        values = {name: params[name] for name in self.study_spec.ranges}
-        settings = {name: round_to_4_digits(x) if isinstance(x, float) else x for name, x in values.items()}
+        settings = {
+            name: round_in_range(params[name], ends) if kind in ("uniform", "log") else params[name]
+            for name, (kind, ends) in self.study_spec.ranges.items()
+        }
         trial_ref = TrialRef(self.journal_path, self.study_name, number, self.study_spec.pruner)
         label = f"{number}: {settings_label(settings)}"
         try:
@@ -170,6 +172,8 @@ def build_pruner(optuna: Any, spec: str) -> Any:
     """Build a pruner from text such as `median` or `asha:3`. Raises `UsageError` if the text is invalid."""
     name, colon, number = spec.partition(":")
     build = lookup(PRUNERS, name, "pruner")
+    if colon and name == "none":
+        raise UsageError(f"pruner {spec!r}: none takes no number", "use none")
     if colon and not (number.isascii() and number.isdigit() and int(number) > (name == "asha")):
         raise UsageError(f"pruner {spec!r}: {number!r} is not a valid number of trials", f"use for example {name}:4")
     return build(optuna, int(number) if colon else None)

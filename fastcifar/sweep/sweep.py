@@ -24,7 +24,7 @@ from fastcifar.renamed import renamed_options
 from fastcifar.sweep.executors import ExecutorOptions, TrialEvent, build_executor
 from fastcifar.sweep.study import OptunaStudy
 from fastcifar.sweep.sweep_progress import SweepDisplay
-from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_trials, read_sweep_spec
+from fastcifar.sweep.sweep_spec import SPEC_FILE, SweepSpec, SweepTrial, expand_trials, read_sweep_spec, shipped_sweeps
 from fastcifar.sweep.trial_log import FINISHED_STATES, TRIAL_STATES, PlannedTrial, SweepPlan, SweepResult, TrialLog
 from fastcifar.training import trackers
 from fastcifar.training.progress import print_lines
@@ -82,7 +82,8 @@ def prepare_sweep(
 ) -> tuple[SweepSpec, Path, list[SweepTrial], OptunaStudy | None]:
     """Return the spec, the sweep folder, the checked trials (`boundary_trials` of a study), and the study or None."""
     spec, name = read_sweep_spec(source, seeds, overrides)
-    folder = out or (Path(source) if Path(source).is_dir() else Path("sweeps") / name)
+    is_folder = Path(source).is_dir() and source not in shipped_sweeps()
+    folder = out or (Path(source) if is_folder else Path("sweeps") / name)
     saved = next(folder.glob("runs/*/recipe.toml"), None)
     if saved and renamed_options().keys() & load_toml(saved).keys():  # the names of the trials would differ
         problem = f"{folder} was created by an earlier version, in which options had other names"

@@ -37,22 +37,32 @@ Options = dict[str, Any]  # recipe option -> value
 
 # kind of range -> function that maps a uniform u in [0, 1) and the range, [lowest, highest] or choices, to a value
 RANGE_SAMPLERS: dict[str, Callable[[float, Sequence[Any]], Any]] = {
-    "uniform": lambda u, ends: round_to_4_digits(ends[0] + u * (ends[1] - ends[0])),
-    "log": lambda u, ends: round_to_4_digits(ends[0] * (ends[1] / ends[0]) ** u),
+    "uniform": lambda u, ends: round_in_range(ends[0] + u * (ends[1] - ends[0]), ends),
+    "log": lambda u, ends: round_in_range(ends[0] * (ends[1] / ends[0]) ** u, ends),
     "integer": lambda u, ends: ends[0] + int(u * (ends[1] - ends[0] + 1)),
     "choice": lambda u, choices: choices[int(u * len(choices))],
 }
 
 
-def round_to_4_digits(value: float) -> float:
-    """Round to 4 significant digits, so that the label of a trial shows the exact value."""
-    return float(f"{value:.4g}")
+def round_in_range(value: float, ends: Sequence[float]) -> float:
+    """Round to 4 significant digits, or to a thousandth of the range if that is finer, but never out of the range.
+
+    The label of a trial shows this value.
+    """
+    low, high = ends
+    decimals = 3 - math.floor(math.log10(high - low))
+    rounded = float(f"{value:.4g}")
+    if decimals > 0 and abs(value - rounded) > 10**-decimals:
+        rounded = round(value, decimals)
+    return float(min(max(rounded, low), high))
 
 
 def _parse_seeds(value: Any) -> Any:
     """Convert a number n, or its text, to the seeds 0..n-1, and a text of comma-separated seeds to a list."""
     if isinstance(value, str):
-        value = value.split(",") if "," in value else int(value)
+        value = value.split(",") if "," in value else int(value) if value.strip().isdecimal() else value
+    if isinstance(value, str) or value == 0:
+        raise ValueError("should be a positive number of seeds, or a list of seeds")
     if type(value) is int and value > MAX_TRIALS:
         raise ValueError(f"are more than {MAX_TRIALS:,}")
     return range(value) if type(value) is int and value > 0 else value
@@ -78,7 +88,9 @@ class RandomSearchSpec(BaseModel, extra="allow", frozen=True):
     @property
     def ranges(self) -> dict[str, tuple[str, list[Any]]]:
         """Option -> kind of its range, and the two ends or the choices. Raises `UsageError` for an invalid range."""
-        return {name: _parse_range(name, value) for name, value in (self.model_extra or {}).items()}
+        if not self.model_extra:
+            raise UsageError("[random] or [study] has no range", "add one, such as lr.log = [0.01, 1.0]")
+        return {name: _parse_range(name, value) for name, value in self.model_extra.items()}
 
 
 class StudySpec(RandomSearchSpec, frozen=True):

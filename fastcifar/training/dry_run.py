@@ -12,7 +12,7 @@ from fastcifar.data.cifar import Split
 from fastcifar.device import peak_memory_bytes
 from fastcifar.errors import UsageError
 from fastcifar.models import count_macs
-from fastcifar.recipe import Recipe
+from fastcifar.recipe import MAX_EPOCHS, Recipe
 from fastcifar.training import trackers
 from fastcifar.training.build import build_trainer
 from fastcifar.training.evaluate import EVAL_BATCH_SIZE, predict_logits
@@ -128,6 +128,7 @@ def fit_epochs_to_time_budget(trainer: Trainer, elapsed_s: float) -> None:
         minutes = math.ceil((elapsed_s + test_s + epoch_s) / 60 / (1 - TIME_BUDGET_MARGIN))
         problem = f"--time-budget {recipe.time_budget:g} is too short for one epoch of {epoch_s:,.0f} s"
         raise UsageError(problem, f"give {minutes} minutes or more, or a smaller network")
+    epochs = min(epochs, MAX_EPOCHS)
     compiled_phases = set(trainer.resolved.phases)
     trainer.resolved = resolve(recipe.scale_to_epochs(epochs), trainer.execution)
     trainer.schedule = LRSchedule(trainer.recipe, trainer.resolved.schedule, trainer.loader.steps_per_epoch)

@@ -129,7 +129,7 @@ class OptimizerWrapper:
             flags = {key: value for key, value in flags.items() if key in inspect.signature(build).parameters}
             arguments |= {"lr": self.lr, **flags}
         # pytorch_optimizer raises exceptions of many types
-        expected = (ValueError, TypeError) if self.spec.capturable else Exception
+        expected = (ValueError, TypeError, LookupError) if self.spec.capturable else Exception
         try:
             if not self.spec.capturable:
                 with preserve_state([], self.lr.device):

@@ -46,8 +46,11 @@ def untrained_parameters(model: nn.Module, phase: Phase) -> list[nn.Parameter]:
     return [weight for name, weight in named if weight.requires_grad and name.startswith(tuple(names))]
 
 
-def check_phases(model: nn.Module, recipe: Recipe) -> None:
-    """Raise `UsageError` if the network lacks what `--whiten-bias-epochs` or `--freeze-stem-epochs` freezes."""
+def check_phases(model: nn.Module, recipe: Recipe, phases: Sequence[Phase]) -> None:
+    """Raise `UsageError` if the network lacks what `--whiten-bias-epochs` or `--freeze-stem-epochs` freezes.
+
+    Also if a phase trains no parameter.
+    """
     modules, layers = dict(model.named_modules()), getattr(model, "stem_layers", ())
     if recipe.whiten_bias_epochs is not None and "whiten.bias" not in dict(model.named_parameters()):
         problem = f"--whiten-bias-epochs {recipe.whiten_bias_epochs}: {recipe.arch} has no parameter whiten.bias"
@@ -57,6 +60,12 @@ def check_phases(model: nn.Module, recipe: Recipe) -> None:
         missing = next((f"there is no layer {name!r}" for name in layers if name not in modules), "it has none")
         problem = f"{option}: {recipe.arch} needs the names of its first layers in an attribute stem_layers: {missing}"
         raise UsageError(problem, 'set it in the class, such as stem_layers = ("conv1", "bn1")')
+    num_trainable = sum(weight.requires_grad for weight in model.parameters())
+    for phase in {*phases} - {DEFAULT_PHASE}:
+        if len(untrained_parameters(model, phase)) == num_trainable > 0:
+            option = "--whiten-bias-epochs" if phase.trains_stem else "--freeze-stem-epochs"
+            problem = f"with --freeze {recipe.freeze}, {option} leaves no parameter to train in some epochs"
+            raise UsageError(problem, f"leave out {option}, or freeze fewer layers")
 
 
 @contextmanager

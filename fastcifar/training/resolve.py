@@ -18,9 +18,9 @@ from fastcifar.models import (
     check_param_budget,
     count_macs,
     enable_fused_ops,
+    has_fixed_classes,
     model_options,
 )
-from fastcifar.python_objects import active_objects
 from fastcifar.recipe import Recipe, parse_clip_grad, parse_image_sizes, section_fields
 from fastcifar.training import checkpoint, fine_tuning, trackers
 from fastcifar.training.distributed import get_world
@@ -90,8 +90,7 @@ def resolve(
     initial = None
     if (key := recipe.model_dump_json(include=NETWORK_CHECK_OPTIONS)) not in checked:
         initial = None if is_resumed else fine_tuning.read_initial_weights(recipe)
-        # the number of classes of a given module is fixed, and that of the data set is not known yet
-        if not isinstance(active_objects().model, nn.Module):
+        if not has_fixed_classes(recipe.arch):  # otherwise the data set must be known
             check_network(recipe, phases, num_classes, initial)
             checked.add(key)
     if (key := recipe.model_dump_json(include=OPTIMIZER_CHECK_OPTIONS)) not in checked:
@@ -148,7 +147,7 @@ def check_network(
     if initial:
         initial.check_fit(model, recipe, fine_tuning.find_head(recipe, model, num_classes))
     fine_tuning.freeze(model, recipe)
-    check_phases(model, recipe)
+    check_phases(model, recipe, phases)
     if not build_param_groups(model, recipe):
         raise UsageError(f"architecture {recipe.arch} has no trainable parameters", "choose another network")
 

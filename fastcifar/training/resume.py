@@ -120,18 +120,27 @@ class ResumePoint:
         else:
             run = Run.create(trainer.recipe, self.recipe_name, names, epochs_done, self.copy_from)
             self.lock = run.lock
-            if self.copy_from:
-                best = self.copy_from / "checkpoints" / "best.pt"
-                if best.is_file():
-                    checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
-            if not run.checkpoint_path("best").is_file():
-                trainer.progress.best = None
+        best = (self.folder or self.copy_from or run.folder) / "checkpoints" / "best.pt"
+        _forget_other_best(trainer.progress, best)
+        if self.copy_from and trainer.progress.best is not None:
+            checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
         self.run = run
         free_bytes, num_bytes = shutil.disk_usage(run.folder).free, sum(t.nbytes for t in trainer.state_tensors())
         if free_bytes < num_bytes:
             problem = f"a checkpoint needs {num_bytes:,} bytes, and {free_bytes:,} are free in {run.folder}"
             raise DiskError(problem, "free some space, or give --out on another disk")
         return run
+
+
+def _forget_other_best(progress: TrainingProgress, path: Path) -> None:
+    """Reset the best validation accuracy unless `path` is the checkpoint of that epoch.
+
+    It may be missing, or that of a later epoch, which the resumed run has not reached.
+    """
+    with suppress(CheckpointError):
+        if progress.best is None or checkpoint.read_checkpoint(path).get("best") == progress.best:
+            return
+    progress.best = None
 
 
 class _SavedProgress(BaseModel, allow_inf_nan=False):
@@ -309,11 +318,13 @@ def merge_resumed_recipe(
         resumed = Recipe(**{**merged, "resume": None})
     except UsageError as error:
         raise CheckpointError(f"{source} cannot be resumed: {error}") from None
-    options = resumed.model_dump(mode="json")
+    options, effects = resumed.model_dump(mode="json"), dict(RESUMABLE_OPTIONS)
+    if resumed.schedule_epochs is not None:
+        effects["epochs"] = f"the schedule still ends after {resumed.schedule_epochs:g} epochs"
     return resumed, [
         f"{option_flag(name)} {format_option_value(original[name], 'unset')} -> "
         f"{format_option_value(options[name], 'unset')}: {effect}"
-        for name, effect in RESUMABLE_OPTIONS.items()
+        for name, effect in effects.items()
         if effect and options[name] != original[name]
     ]
 
@@ -380,7 +391,9 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     load_trainer_state(trainer, trainer.world.broadcast_object(state))
     trainer.progress.rollbacks = trainer.schedule.state["halvings"] = rollbacks
     if is_main_process:
+        _forget_other_best(trainer.progress, run.checkpoint_path("best"))
         run.truncate_rows(trainer.progress.epoch)
+    trainer.progress.best = trainer.world.broadcast_object(trainer.progress.best)
     return (
         f"{error.problem}: rolled back to step {trainer.progress.step:,}, with the learning rate scaled by "
         f"{0.5**rollbacks:g} from there on (rollback {rollbacks} of {MAX_ROLLBACKS})"

@@ -224,6 +224,11 @@ class TrainingProgress:
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         return is_best
 
+    def is_checkpoint_due(self, recipe: Recipe) -> bool:
+        """Return whether the checkpoint "last" is saved at the end of an epoch."""
+        is_interval = recipe.save_every_epochs and self.epoch % recipe.save_every_epochs == 0
+        return bool(is_interval or self.find_stop_reason(recipe))
+
     def find_stop_reason(self, recipe: Recipe) -> str:
         """Return why training stops: "max_steps", "patience", "epochs" or a callback's reason; "" if it continues."""
         reasons = {

@@ -26,6 +26,7 @@ from fastcifar.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from fastcifar.training.optimizers import OPTIMIZERS, OptimizerWrapper
 from fastcifar.training.rng_state import collect_rng_state, restore_rng_state, seed_all
 from fastcifar.training.train import train
+from fastcifar.training.trainer import Trainer
 from tests.documentation import DOCUMENTATION
 from tests.faults.runs import assert_equal_runs, contents, last, rows, summary
 
@@ -181,6 +182,49 @@ def test_fault01_run_stopped_by_max_steps_continues(tiny: MakeRecipe, tmp_path: 
     assert train(Recipe(resume=str(tmp_path / "cut"), max_steps=12)).steps == 12
     train(Recipe(resume=str(tmp_path / "cut")))
     assert_equal_runs(tmp_path / "cut", tmp_path / "run")
+
+
+@pytest.mark.medium
+def test_fault01_best_checkpoint_of_an_epoch_that_max_steps_cut_short_continues(
+    tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    train(tiny(epochs=2))
+    train(tiny(epochs=2, out=str(tmp_path / "cut"), max_steps=3))
+    train(Recipe(resume=str(tmp_path / "cut" / "checkpoints" / "best.pt"), out=str(tmp_path / "again")))
+    assert_equal_runs(tmp_path / "again", tmp_path / "run")
+
+
+@pytest.mark.medium
+def test_fault05_signal_after_the_last_step_of_an_epoch_loses_no_epoch(tiny: MakeRecipe, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"epochs": 3, "save_every_epochs": 0}
+    train(tiny(**values))
+
+    def stop(row: Any) -> None:
+        if row["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(tiny(**values, out=str(tmp_path / "cut")), callbacks=[stop])
+    assert last(tmp_path / "cut")["step"] == 10
+    train(Recipe(resume=str(tmp_path / "cut")))
+    assert_equal_runs(tmp_path / "cut", tmp_path / "run")
+
+
+@pytest.mark.medium
+def test_best_checkpoint_is_never_that_of_an_epoch_after_the_resumed_one(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter((0.4, 0.3, 0.5, 0.2))
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: {"val_loss": 1.0, "val_acc": next(accuracies), "ema_val_acc": None}
+    )
+    train(tiny(epochs=3))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (read_checkpoint(checkpoints / "best.pt")["step"], last(tmp_path / "run")["step"]) == (15, 15)
+    source = str(checkpoints / "last.previous.pt")
+    resumed = train(Recipe(resume=source, out=str(tmp_path / "fork"), max_steps=11, eval_weights="best"))
+    best = read_checkpoint(tmp_path / "fork" / "checkpoints" / "best.pt")
+    assert (resumed.best_val_acc, best["step"]) == (0.2, 11)
 
 
 @pytest.mark.medium

@@ -35,6 +35,9 @@ from torch import nn
 def linear(inputs, outputs):
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, outputs))
 
+class Settings(dict):
+    pass
+
 def mine(num_classes):
     return linear(3072, num_classes)
 
@@ -227,7 +230,7 @@ def test_modules_and_their_names(tmp_path: Path) -> None:
     assert import_options() == " --import own_nets.small"
     import_models("my_net.py")
     assert {"ten", "linear"}.isdisjoint(architecture_names())  # they have no parameter `num_classes`
-    assert {"my_net:se68", "three_logits"} < set(architecture_names())
+    assert {"my_net:se68", "three_logits"} < set(architecture_names())  # Settings is a dict
     with pytest.raises(UsageError, match=r"--arch mine is ambiguous: own_nets.small:mine and my_net:mine"):
         build_model("mine")
 

@@ -111,6 +111,7 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
         ({"axes": "[grid]\nepochs = [1, 2]\n"}, "a [study] samples all points itself"),
         ({"pruner": "mediam"}, "unknown pruner 'mediam'; did you mean 'median'?"),
         ({"pruner": "asha:1"}, "pruner 'asha:1'"),
+        ({"pruner": "none:5"}, "pruner 'none:5': none takes no number"),
         ({"axes": "optimizer.choice = ['sgd', 'sdg']\n"}, "optimizer=sdg: unknown optimizer 'sdg'"),
         ({"axes": "dropout.uniform = [0.5, 1.5]\n"}, "--dropout should be less than 1"),
     ],

@@ -153,6 +153,9 @@ def test_saved_sweep_file_expands_to_the_same_trials(tmp_path: Path) -> None:
             f"seeds = 10\n[grid]\nlr = {[1, 2] * 50}\nmin_lr = {[0] * 101}\n[[list]]\nlabel = 'a'",
             "the sweep has 101,000 trials, more than 100,000",
         ),
+        ("[random]\nn = 5", "[random] or [study] has no range; add one"),
+        ("seeds = 'abc'", "seeds should be a positive number of seeds, or a list of seeds (got 'abc')"),
+        ("seeds = 0", "seeds should be a positive number of seeds"),
         ("seeds = 1000000000", "seeds are more than 100,000 (got 1000000000)"),
     ],
 )
@@ -161,6 +164,15 @@ def test_fault15_fault46_errors_in_a_sweep_file_are_one_line(tmp_path: Path, tex
         expand(tmp_path, text)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log"])
+def test_random_points_of_a_narrow_range_are_different_and_within_it(tmp_path: Path, kind: str) -> None:
+    trials = expand(tmp_path, f"[random]\nn = 40\nema_decay.{kind} = [0.9995, 0.99999]")
+    values = [trial.recipe.ema_decay for trial in trials]
+    assert len(set(values)) == len(values) == 40
+    assert all(0.9995 <= value <= 0.99999 for value in values)
+    assert all(f"ema_decay={value}" == trial.label for value, trial in zip(values, trials, strict=True))
 
 
 def test_unknown_sweep(tmp_path: Path) -> None:

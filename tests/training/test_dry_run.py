@@ -73,6 +73,10 @@ def test_time_budget_scales_epochs_and_schedule(tiny: Callable[..., Recipe], mon
     scaled = Recipe(**warmup_trainer.recipe.model_dump())
     assert (scaled.epochs, scaled.warmup_epochs, scaled.schedule_epochs) == (4, 2.0, 8.0)
     assert scaled.image_size == "24:2,32"
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(1e-6, 1e-9))
+    fit_epochs_to_time_budget(warmup_trainer, elapsed_s=7.0)
+    assert Recipe(**warmup_trainer.recipe.model_dump()).epochs == 100_000  # the largest number that a recipe accepts
+    monkeypatch.setattr(dry_run, "measure_step_timing", lambda trainer: StepTiming(2.0, 0.05))
     with pytest.raises(UsageError, match=r"--time-budget 1 is too short for one epoch of 12 s; give 2 minutes"):
         fit_epochs_to_time_budget(trainer, elapsed_s=50.0)
 

@@ -232,6 +232,7 @@ def test_fault14_scaler_skips_only_steps_with_overflow(name: str) -> None:
         ({"optimizer": "ranger", "optimizer_arg": {"n_sma_treshold": 5}}, "did you mean 'n_sma_threshold'"),
         ({"optimizer": "ranger", "optimizer_arg": {"kwargs": 5}}, "no argument 'kwargs'"),
         ({"optimizer": "ranger", "optimizer_arg": {"betas": [0.9, 1.0]}}, "betas must be in"),
+        ({"optimizer": "adam", "optimizer_arg": {"betas": [0.9]}}, "adam cannot train this network"),
         ({"optimizer": "ranger", "optimizer_arg": {"k": 0}}, "integer k >= 1"),
         ({"optimizer": "lookahead:ranger"}, "ranger already includes Lookahead"),
         ({"optimizer": "muon", "optimizer_arg": {"rest": 3}}, "did you mean 'rest_lr'"),

@@ -48,6 +48,10 @@ def test_phase_of_each_epoch(tiny: MakeRecipe) -> None:
         ({"freeze_stem_epochs": 2}, "--freeze-stem-epochs 2 is not less than --epochs 2; use --freeze"),
         ({"freeze_stem_epochs": 1, "arch": "without_stem"}, "without_stem needs the names .*stem_layers: it has none"),
         ({"freeze_stem_epochs": 1, "arch": "wrong_stem"}, "stem_layers: there is no layer 'conv7'"),
+        (
+            {"freeze_stem_epochs": 1, "freeze": "residual_layers,linear"},
+            "--freeze-stem-epochs leaves no parameter to train in",
+        ),
     ],
 )
 def test_invalid_options_are_refused(
