@@ -162,7 +162,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # data
     data: str | None = _option(
         None,
-        "data set: a folder, a .tar.gz file, class folders of images, an .npz file, or synthetic[:N] (N random images)",
+        "data set: a folder, a .tar.gz file, class folders of images, an .npz file, or "
+        "synthetic[:N] (N generated images)",
         "CIFAR, downloaded on first use",
     )
     dataset: Literal["cifar10", "cifar100", "cifar100-coarse"] = _option(
@@ -177,11 +178,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     val_seed: int = _option(0, "random seed of the validation split", ge=0, lt=2**63)
     normalize: str = _option(
         "auto",
-        "input normalization: cifar10, cifar100, kuangliu, MEAN:STD, or auto (for your own images, computed from them; "
-        "for CIFAR, that of --dataset, or kuangliu for coconut_*)",
+        "input normalization: cifar10, cifar100, kuangliu (that of pytorch-cifar), MEAN:STD, or auto (for your own "
+        "images, computed from them; for CIFAR, that of --dataset, or kuangliu for coconut_*)",
     )
     augment: AugmentText = _option(
-        "crop:4:zero,flip,rotate:5,autoaugment:cifar10", "augmentations in order, NAME[:VALUE[:VARIANT]],..., or none"
+        "crop:4:zero,flip,rotate:5,autoaugment:cifar10",
+        "augmentations in order, NAME[:VALUE[:VARIANT]],... without spaces, or none",
     )
     drop_last: bool = _option(False, "drop the last batch of every epoch if it is smaller")
     image_size: ImageSizeText = _option("32", "training image size, or stages SIZE:EPOCHS,...,SIZE as in 24:3,28:2,32")
@@ -195,14 +197,21 @@ class Recipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # optimization
     epochs: int = _option(200, "number of epochs", gt=0, le=MAX_EPOCHS)
     batch_size: int = _option(128, "global batch size in images", gt=0)
-    optimizer: str = _option("lookahead:sgd", "optimizer: a built-in one, one of pytorch_optimizer, or lookahead:NAME")
+    optimizer: str = _option(
+        "lookahead:sgd",
+        "optimizer: sgd, adam, adamw, rmsprop, ranger, muon, one of pytorch_optimizer, or lookahead:NAME",
+    )
     optimizer_arg: KeyValues = _option({}, "argument of the optimizer, such as momentum=0.95; may be repeated")
     lr: float = _option(0.1, "peak learning rate", gt=0, le=100)
     bias_lr_mult: float = _option(1.0, "learning-rate multiplier of biases and normalization parameters", gt=0, le=1e5)
     head_lr_mult: float = _option(1.0, "learning-rate multiplier of the weight of the last linear layer", gt=0, le=1e5)
     weight_decay: float = _option(5e-4, "weight decay coefficient", ge=0, le=10)
     bias_decay: bool = _option(True, "apply weight decay to biases and normalization parameters")
-    schedule: ScheduleText = _option("cosine", "learning-rate schedule, NAME[:VALUE], such as cosine or linear")
+    schedule: ScheduleText = _option(
+        "cosine",
+        "learning-rate schedule, NAME[:VALUE]: constant, cosine, linear, cosine_restarts, triangular, one_cycle, "
+        "multi_step, exponential or plateau",
+    )
     schedule_epochs: float | None = _option(None, "length of the schedule in epochs", "--epochs", gt=0)
     warmup_epochs: float = _option(0.0, "length in epochs of the linear warm-up at the beginning of the schedule", ge=0)
     min_lr: float = _option(0.0, "final learning rate of the schedule", ge=0)

@@ -93,8 +93,7 @@ def bench(
     NaN or Inf, and the other `UserError`s of a training run.
     """
     assert trials > 0, trials
-    names = what.split(",")
-    for name in names:
+    for name in (names := what.split(",")):
         lookup({**BENCHMARKS, "all": BENCHMARKS["train"]}, name, "benchmark")
     names = list(BENCHMARKS) if "all" in names else names
     if trace and not trace.absolute().parent.is_dir():

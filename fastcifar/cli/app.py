@@ -83,7 +83,7 @@ def evaluate(
     arch: str | None = CHECKPOINT_ARCH,
     plots: Path | None = option(None, "DIR", "folder to write reliability.png and confusion.png to"),
     shifted: Path | None = option(None, "DIR", "folder of the .npy files of CIFAR-10.1 to evaluate on as well"),
-    corruptions: bool = switch("--corruptions", "also evaluate on corrupted test images"),
+    corruptions: bool = switch("--corruptions", "also evaluate on test images that are corrupted by fastcifar itself"),
     corrupted: Path | None = option(
         None, "DIR", "folder of the .npy files of CIFAR-10-C or CIFAR-100-C to evaluate on as well"
     ),
@@ -242,7 +242,7 @@ def sweep(
     out: Path | None = option(None, "DIR", "sweep folder, by default sweeps/NAME"),
     executor: str = option("process", "NAME", "process (one trial after another), processes, gpus or ray"),
     seeds: str | None = option(None, "INT|INT,...", "number or list of seeds, by default that of the sweep file"),
-    jobs: int | None = option(None, "INT", "number of concurrent trials, by default as many as fit", min=1),
+    jobs: int | None = option(None, "INT", "number of concurrent trials, by default what cores or GPUs allow", min=1),
     cpus: int | None = option(None, "INT", "CPU threads per trial, by default an equal share of the cores", min=1),
     trials_per_gpu: int = option(1, "INT", "number of concurrent trials on each GPU", min=1),
     address: str = option("auto", "auto|local|HOST:PORT", "address of the Ray cluster"),
@@ -268,10 +268,10 @@ def sweep(
 
 @command(app)
 def compare(
-    a: Path = argument(..., "A", "run folder, prediction file or bench document"),
+    a: Path = argument(..., "A", "run folder, prediction file or file of `bench --json`"),
     b: Path = argument(..., "B", "another one of the same kind"),
 ) -> Output:
-    """Compare two runs, two prediction files label by label, or two bench documents row by row."""
+    """Compare two runs, two prediction files label by label, or two files of `bench --json` row by row."""
     from fastcifar.reporting.compare import compare_paths
 
     document, table = compare_paths(a, b)
@@ -280,14 +280,14 @@ def compare(
 
 @command(app, fields=("data", "device", "precision"), builds_networks=True, shown_defaults=fields.OF_THE_RUN)
 def report(
-    runs: list[Path] = argument(..., "RUN|SWEEP|DIR...", "runs, sweeps, or folders that contain some at any depth"),
+    runs: list[Path] = argument(..., "RUN|SWEEP|DIR", "runs, sweeps, or folders that contain some at any depth"),
     format: str = option("terminal", "NAME", "output format: terminal, markdown, csv or latex"),
-    sort: str | None = option(None, "COLUMN", "heading of the column to sort by, numbers in descending order"),
+    sort: str | None = option(None, "COLUMN", "column to sort by, its heading without %; numbers in descending order"),
     validation: bool = switch("--validation", "add the accuracy on the validation split to the table"),
     plots: Path | None = option(None, "DIR", "folder for plots of accuracy, loss, throughput and accuracy per class"),
     html: Path | None = option(None, "FILE", "self-contained HTML file to write"),
     mistakes: int = option(
-        0, "INT", "number of misclassified images to show, with confusion matrices; the runs are evaluated again", min=0
+        0, "INT", "number of misclassified images to add to --html or --plots; evaluates the runs again", min=0
     ),
     **options: Any,
 ) -> Output:
@@ -303,7 +303,7 @@ def report(
 @command(runs_app, "ls")
 def runs_ls(
     folder: Path = argument(Path("runs"), "DIR", "folder that is searched at any depth"),
-    sort: str = option("date", "COLUMN", "column to sort by in ascending order, such as name, val_acc or bytes"),
+    sort: str = option("date", "KEY", "key of --json to sort by in ascending order, such as name, val_acc or bytes"),
     reverse: bool = switch("--reverse", "sort in descending order"),
 ) -> Output:
     """List run folders and sweeps with their state, epochs, accuracies, seconds, size and date."""
@@ -315,9 +315,9 @@ def runs_ls(
 @command(runs_app, "rm")
 def runs_rm(
     console: Console,
-    paths: list[Path] = argument(..., "RUN...", "runs, sweeps, or, with a filter, folders that contain them"),
+    paths: list[Path] = argument(..., "RUN", "runs, sweeps, or, with a filter, folders that contain them"),
     unfinished: bool = switch("--unfinished", "filter: remove only interrupted or damaged runs"),
-    keep_best: int | None = option(None, "INT", "filter: remove finished runs but the INT best by val_acc", min=0),
+    keep_best: int | None = option(None, "INT", "filter: remove finished runs, keep the INT of highest val_acc", min=0),
     checkpoints: bool = switch("--checkpoints", "remove only the checkpoints"),
     yes: bool = switch("--yes", "skip the confirmation", "-y"),
 ) -> Output:

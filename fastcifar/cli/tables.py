@@ -176,7 +176,7 @@ def predictions_table(result: PredictResult) -> KeyValueTable:
         "images": f"{result['images']:,} from {result['source']}, {result['layout']}",
         "networks": "\n".join(networks),
         "test-time augmentation": result["tta"],
-        "measured with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
+        "computed with": f"{first['precision']} on {first['device']}, compile {compiled}, CUDA graph {cuda_graph}",
         "images/s": f"{speed}  ({seconds['predict']:.1f} s, after {seconds['prepare']:.1f} s of preparation)",
         "temperatures": temperatures,
         "predicted classes": counts,

@@ -229,6 +229,10 @@ class TrainingProgress:
         is_interval = recipe.save_every_epochs and self.epoch % recipe.save_every_epochs == 0
         return bool(is_interval or self.find_stop_reason(recipe))
 
+    def lacks_checkpoint(self, recipe: Recipe) -> bool:
+        """Return whether an epoch has ended without a checkpoint "last"."""
+        return self.epoch_step == 0 and not self.is_checkpoint_due(recipe)
+
     def find_stop_reason(self, recipe: Recipe) -> str:
         """Return why training stops: "max_steps", "patience", "epochs" or a callback's reason; "" if it continues."""
         reasons = {

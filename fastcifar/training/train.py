@@ -76,13 +76,12 @@ def train_network(
 def run_epochs(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay, signals: SignalHandler) -> None:
     """Train until the recipe, a signal, NaN or Inf ends the run, and the last checkpoint is written."""
     while True:
-        recipe, progress = trainer.recipe, trainer.progress  # a rollback replaces the latter
         try:
-            if stop_reason := signals.sync_signal(trainer.world) or progress.find_stop_reason(recipe):
-                if signals.agreed_signal and progress.epoch_step == 0 and not progress.is_checkpoint_due(recipe):
+            if stop_reason := signals.sync_signal(trainer.world) or trainer.progress.find_stop_reason(trainer.recipe):
+                if signals.agreed_signal and trainer.progress.lacks_checkpoint(trainer.recipe):
                     save_run_checkpoint(trainer, run, clock, "last")  # the signal came during or after the validation
                 run.checkpoints.wait()
-                progress.stop_reason = stop_reason
+                trainer.progress.stop_reason = stop_reason
                 return
             run_epoch(trainer, run, clock, display, signals)
         except NonFiniteError as error:
@@ -109,8 +108,8 @@ def run_epoch(trainer: Trainer, run: Run, clock: Clock, display: TrainingDisplay
         run.checkpoints.wait()  # raises the error of an earlier save, such as a full disk, within an epoch
     is_whole = progress.epoch_step == trainer.loader.steps_per_epoch
     if signals.agreed_signal or not is_whole:  # saved before the validation, so that resuming changes no result
-        is_only_best = not signals.agreed_signal and progress.best is None and len(trainer.val_split.labels)
-        save_run_checkpoint(trainer, run, clock, *(["best"] if is_only_best else []), "last")
+        is_best = not signals.agreed_signal and progress.best is None and len(trainer.val_split.labels)
+        save_run_checkpoint(trainer, run, clock, *(["best"] if is_best else []), "last")
         if signals.agreed_signal:
             return
     with clock.phase("eval"):

@@ -55,7 +55,7 @@ def test_help_shows_the_defaults_of_each_command() -> None:
     assert "6view or 10crop [default: none]" in evaluate
     assert "6view or 10crop [default: 6view]" in speedrun
     assert not re.search("--(patience|resume|track|on-nan|save-every-epochs)", speedrun)
-    assert "(N random images) [default: CIFAR if it is on this machine, otherwise synthetic images]" in bench
+    assert "(N generated images) [default: CIFAR if it is on this machine, otherwise synthetic images]" in bench
 
 
 @pytest.mark.medium

@@ -21,6 +21,9 @@ from fastcifar.recipe import Recipe
 from fastcifar.sweep.sweep import plan_sweep
 from fastcifar.training.build import build_trainer
 from fastcifar.training.dry_run import dry_run
+from fastcifar.training.evaluate import VIEWS
+from fastcifar.training.lr_schedule import SCHEDULES
+from fastcifar.training.optimizers import OPTIMIZERS
 from fastcifar.training.resolve import resolve
 from fastcifar.training.train import train
 from fastcifar.training.trainer import Trainer
@@ -206,3 +209,9 @@ def test_building_a_step_changes_nothing_else(tiny: Callable[..., Recipe]) -> No
     trainer.build_train_step()
     assert {name: value for name, value in vars(trainer).items() if name != "progress"} == before
     assert not batches  # the loader was not started
+
+
+def test_the_help_of_options_names_every_built_in_value() -> None:
+    for option, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("tta", VIEWS)):
+        words = set(re.findall(r"\w+", Recipe.model_fields[option].description or ""))
+        assert table.keys() <= words, option
