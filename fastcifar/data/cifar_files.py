@@ -80,10 +80,11 @@ class Dataset:
         counts = np.bincount(split.labels, minlength=len(self.classes)).tolist()
         return dict(zip(self.classes, counts, strict=True))
 
-    def require_training_images(self) -> None:
-        """Raise `DataError` if the data set has only a test set."""
+    def require_training_images(self, remedy: str = "evaluate a run on it with eval RUN --data") -> Split:
+        """Return the training images. Raises `DataError` if the data set has only a test set."""
         if not len(self.train.labels):
-            raise DataError(f"{self.source} has no training images", "evaluate a run on it with eval RUN --data")
+            raise DataError(f"{self.source} has no training images", remedy)
+        return self.train
 
     def require_test_set(self) -> Split:
         """Return the test set. Raises `DataError` if the data set has none."""

@@ -50,9 +50,10 @@ def read_inputs(
         if source not in ("data:test", "data:train"):
             raise DataError(f"{source} is not a split of a data set", "give data:test or data:train")
         contents = load_dataset()
-        split = contents.require_test_set() if source == "data:test" else contents.train
-        if not len(split.labels):
-            raise DataError(f"{contents.source} has no training images", "give data:test, or another --data")
+        if source == "data:test":
+            split = contents.require_test_set()
+        else:
+            split = contents.require_training_images("give data:test, or another --data")
         ids = list(range(len(split.labels)))
         return InputImages(split.images, ids, f"{source} of {contents.source}", contents.source_type, split.labels)
     path = Path(source).expanduser()

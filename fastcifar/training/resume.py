@@ -120,10 +120,9 @@ class ResumePoint:
         else:
             run = Run.create(trainer.recipe, self.recipe_name, names, epochs_done, self.copy_from)
             self.lock = run.lock
-        best = (self.folder or self.copy_from or run.folder) / "checkpoints" / "best.pt"
-        _forget_other_best(trainer.progress, best)
-        if self.copy_from and trainer.progress.best is not None:
-            checkpoint.save_checkpoint(run.checkpoint_path("best"), checkpoint.load_checkpoint(best))
+        best_path = (self.folder or self.copy_from or run.folder) / "checkpoints" / "best.pt"
+        if (best := _read_best_or_forget(trainer.progress, best_path)) and self.copy_from:
+            checkpoint.save_checkpoint(run.checkpoint_path("best"), best)
         self.run = run
         free_bytes, num_bytes = shutil.disk_usage(run.folder).free, sum(t.nbytes for t in trainer.state_tensors())
         if free_bytes < num_bytes:
@@ -132,15 +131,16 @@ class ResumePoint:
         return run
 
 
-def _forget_other_best(progress: TrainingProgress, path: Path) -> None:
-    """Reset the best validation accuracy unless `path` is the checkpoint of that epoch.
+def _read_best_or_forget(progress: TrainingProgress, path: Path) -> dict[str, Any] | None:
+    """Return the checkpoint `path` of the best epoch, or reset the best validation accuracy and return None.
 
-    It may be missing, or that of a later epoch, which the resumed run has not reached.
+    The file may be missing, or that of a later epoch, which the resumed run has not reached.
     """
     with suppress(CheckpointError):
-        if progress.best is None or checkpoint.read_checkpoint(path).get("best") == progress.best:
-            return
+        if progress.best is not None and (state := checkpoint.read_checkpoint(path)).get("best") == progress.best:
+            return state
     progress.best = None
+    return None
 
 
 class _SavedProgress(BaseModel, allow_inf_nan=False):
@@ -391,7 +391,7 @@ def roll_back(trainer: Trainer, run: Run, error: NonFiniteError) -> str:
     load_trainer_state(trainer, trainer.world.broadcast_object(state))
     trainer.progress.rollbacks = trainer.schedule.state["halvings"] = rollbacks
     if is_main_process:
-        _forget_other_best(trainer.progress, run.checkpoint_path("best"))
+        _read_best_or_forget(trainer.progress, run.checkpoint_path("best"))
         run.truncate_rows(trainer.progress.epoch)
     trainer.progress.best = trainer.world.broadcast_object(trainer.progress.best)
     return (
